@@ -1,0 +1,1 @@
+"""DICOM as bytes: P-DATA, command sets, contexts, headers, UIDs. No I/O, no clock, no logging."""

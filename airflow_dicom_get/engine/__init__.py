@@ -1,0 +1,1 @@
+"""Resolve, plan, retrieve, reconcile: from a query to a verdict."""

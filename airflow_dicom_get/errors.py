@@ -1,0 +1,173 @@
+"""Every error of the package, below one root.
+
+An error says what happened, to which node, study or instance, and what to do next. It keeps its
+facts as attributes, says by ``transient`` whether trying again can help, and by ``at_fault`` who
+failed, and survives pickling: Airflow moves exceptions between processes.
+
+UIDs and AE titles may stand in messages; nothing that names a patient may.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+Fault = Literal["input", "us", "peer", "source", "destination"]
+
+_TEXT_LIMIT = 64
+
+
+def peer_text(value: object, limit: int = _TEXT_LIMIT) -> str:
+    """Text from a peer made fit for a log line: escaped, on one line, cut at ``limit`` characters."""
+    text = str(value).encode("unicode_escape").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class DicomGetError(Exception):
+    """Root of all errors of this package.
+
+    Parameters
+    ----------
+    message : str
+        What happened, and to whom.
+    hint : str
+        What to do next; appended to the message.
+    **facts : Any
+        Kept as attributes of the same name (``node``, ``study``, ``sop_instance_uid``, ...).
+    """
+
+    transient: ClassVar[bool] = False
+    at_fault: ClassVar[Fault] = "us"
+
+    def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.message = message
+        self.hint = hint
+        self.facts = facts
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.hint, self.facts))
+
+
+def _rebuild(cls: type[DicomGetError], message: str, hint: str, facts: dict[str, Any]) -> DicomGetError:
+    return cls(message, hint=hint, **facts)
+
+
+# --- input: refused before any traffic where that can be known ---------------------------------
+
+
+class InvalidOption(DicomGetError, ValueError):
+    """An option is malformed, out of range, or contradicts another one."""
+
+    at_fault = "input"
+
+
+class InvalidQuery(DicomGetError, ValueError):
+    """The query is malformed, selects nothing, or selects more than ``max_studies``."""
+
+    at_fault = "input"
+
+
+# --- the peer and the line -----------------------------------------------------------------------
+
+
+class PeerError(DicomGetError):
+    """The other side, or the way to it, failed. The node is in ``node``."""
+
+    at_fault = "peer"
+
+
+class ConnectFailed(PeerError):
+    """No TCP connection, or no TLS session, could be made."""
+
+    transient = True
+
+
+class AssociationRejected(PeerError):
+    """A-ASSOCIATE-RJ (PS3.8 9.3.4), with ``result``, ``source`` and ``reason`` as received."""
+
+    @property
+    def transient(self) -> bool:  # type: ignore[override]
+        return self.facts.get("result") == 2
+
+
+class AssociationAborted(PeerError):
+    """The association ended by A-ABORT, A-RELEASE or a lost connection while it was in use."""
+
+    transient = True
+
+
+class DeadlineExceeded(PeerError):
+    """A wait took longer than its deadline; ``phase`` is the name of the deadline, ``seconds`` its value."""
+
+    transient = True
+
+
+class NotNegotiated(PeerError):
+    """The peer accepted no presentation context for what was to be done."""
+
+
+class GetNotOffered(NotNegotiated):
+    """The peer does not offer C-GET."""
+
+
+class NotAuthorised(PeerError):
+    """The peer accepted the association and refused the request: our AE title is probably not allowed to ask."""
+
+
+class PeerProtocolError(PeerError):
+    """The peer broke the protocol (PS3.7, PS3.8)."""
+
+    transient = True
+
+
+class OperationFailed(PeerError):
+    """A DIMSE operation ended with a failure status, kept in ``status`` (int)."""
+
+    @property
+    def transient(self) -> bool:  # type: ignore[override]
+        status = int(self.facts.get("status", 0))
+        return 0xA700 <= status <= 0xA7FF
+
+
+# --- the destination -----------------------------------------------------------------------------
+
+
+class SinkError(DicomGetError):
+    """The destination could not take or keep an instance."""
+
+    at_fault = "destination"
+    transient = True
+
+
+class DestinationFull(SinkError):
+    """The destination has no room left."""
+
+
+class LedgerError(DicomGetError):
+    """A ledger file is broken or of a newer schema. It is left as it is."""
+
+    at_fault = "destination"
+
+
+class ManifestError(DicomGetError):
+    """A manifest cannot be read, or is not what its reference says."""
+
+    at_fault = "input"
+
+
+# --- outcomes ------------------------------------------------------------------------------------
+
+
+class Cancelled(DicomGetError):
+    """The run was cancelled by a signal or by ``cancel()``."""
+
+    at_fault = "us"
+
+
+class IncompleteRetrieval(DicomGetError):
+    """A retrieval did not end as ``complete``; ``verdict`` and ``reason`` say how it ended."""
+
+    at_fault = "source"
+    transient = True

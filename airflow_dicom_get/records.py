@@ -1,0 +1,125 @@
+"""The records that the layers hand to each other: one per instance, one per event.
+
+A leaf module: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["stored", "forwarded", "held", "failed", "missing", "withdrawn", "unexpected", "conflict"]
+Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
+
+REASONS = frozenset(
+    {
+        "not_sent",            # listed, asked for, never sent
+        "refused_by_source",   # the source refuses this UID even when asked for alone
+        "class_refused",       # no presentation context was accepted for its SOP class
+        "syntax_refused",      # none of the offered transfer syntaxes would do
+        "sub_operation_failed",  # the source reported a failed sub-operation
+        "uid_mismatch",        # command, context and data set disagree
+        "foreign_study",       # belongs to a study that was not asked for
+        "unparsable",          # the data set header cannot be read
+        "empty_dataset",
+        "bad_uid",             # a UID that cannot be a path component
+        "size_changed",        # the stored object no longer has the recorded size or digest
+        "different_content",   # another data set is already stored under this UID
+        "destination_refused",
+        "destination_full",
+        "destination_error",
+        "association_lost",
+        "deadline",
+        "window",
+        "cancelled",
+        "strict_forward",
+        "gone_from_list",      # was listed, is no longer
+        "not_listed",          # was sent, is not listed
+    }
+)
+"""The closed vocabulary of the manifest column ``reason``."""
+
+
+class Instance:
+    """One SOP instance: what the source lists, what became of it. One manifest row.
+
+    All attributes may be ``None`` until known. ``sha256`` is the raw digest (32 bytes) of the
+    object at ``uri``; ``received_at`` is seconds since the epoch, UTC; sizes are bytes.
+    """
+
+    __slots__ = (
+        "study", "series", "sop", "sop_class", "listed_syntax", "syntax", "modality",
+        "series_number", "instance_number", "state", "reason", "exactness", "dimse_status",
+        "error", "uri", "bytes", "sha256", "dataset_offset", "dataset_bytes",
+        "forwarded_to", "forward_status", "forward_error", "attempt", "association",
+        "received_at", "duration_ms", "tags",
+    )
+
+    study: str
+    series: str
+    sop: str
+    sop_class: str | None
+    listed_syntax: str | None
+    syntax: str | None
+    modality: str | None
+    series_number: int | None
+    instance_number: int | None
+    state: State | None
+    reason: str | None
+    exactness: Exactness | None
+    dimse_status: int | None
+    error: str | None
+    uri: str | None
+    bytes: int | None
+    sha256: bytes | None
+    dataset_offset: int | None
+    dataset_bytes: int | None
+    forwarded_to: str | None
+    forward_status: str | None
+    forward_error: str | None
+    attempt: int | None
+    association: int | None
+    received_at: float | None
+    duration_ms: int | None
+    tags: tuple[str | None, ...] | None
+
+    def __init__(self, study: str, series: str, sop: str, sop_class: str | None = None) -> None:
+        for name in self.__slots__:
+            setattr(self, name, None)
+        self.study, self.series, self.sop, self.sop_class = study, series, sop, sop_class
+
+    def __repr__(self) -> str:
+        return f"<Instance {self.sop} {self.state or 'planned'}>"
+
+
+@dataclass(slots=True)
+class SubOperation:
+    """One instance that arrived, or failed to be taken. Numbers are counted here, never the peer's."""
+
+    remaining: int
+    completed: int
+    failed: int
+    warning: int
+    file: str | None
+    sop_instance_uid: str
+    forwarded_to: str | None = None
+    forward_status: str | None = None
+    forward_error: str | None = None
+    error: str | None = None
+    bytes: int = 0
+    elapsed_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Completed:
+    """The end of a retrieval, whatever the end."""
+
+    total: int
+    completed: int
+    failed: int
+    warning: int
+    duration_seconds: float
+    verdict: str
+    error: str | None = None
+    bytes: int = 0
+    skipped: int = 0

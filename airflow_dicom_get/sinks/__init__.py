@@ -1,0 +1,1 @@
+"""Where instances go: the sink contract, the filesystem sink and the ledger."""
