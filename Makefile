@@ -1,0 +1,60 @@
+# Each target sets up what it needs; a second call costs nothing. `make help` explains them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PY := $(VENV)/bin/python
+# Orthanc is installed to /usr/sbin, which is not on everyone's path.
+export PATH := $(PATH):/usr/sbin:/usr/local/sbin
+export PYTHON VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help demo ui test test-engine lint format bench lock setup setup-engine peers clean
+
+help: ## Explain the targets
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+demo: setup ## Retrieve studies from an embedded PACS through an Airflow DAG and show what came of it
+	@$(PY) scripts/demo.py $(ARGS)
+
+ui: setup ## Start Airflow's web interface and the embedded PACS on the demo's home; Ctrl-C stops all
+	@$(PY) scripts/ui.py $(ARGS)
+
+test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'
+	@$(PY) -m pytest $(ARGS)
+
+test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own
+	@$(VENV)-engine/bin/python -m pytest -m "not airflow" $(ARGS)
+
+lint: setup ## Check style, types and spelling
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/codespell
+
+format: setup ## Put the code into the house's form
+	@$(PY) -m ruff check --fix-only .
+	@$(PY) -m ruff format .
+
+bench: setup peers ## Measure against other clients on this machine; takes minutes
+	@$(PY) benchmarks/run.py $(ARGS)
+
+lock: ## Resolve constraints.txt anew, with PYTHON (the oldest supported) and PYTHON_NEW
+	@$(PYTHON) scripts/lock.py $(PYTHON) $(or $(PYTHON_NEW),$(error name a newer interpreter: make lock PYTHON_NEW=/usr/bin/python3))
+
+clean: ## Remove what the targets made: environments, demo, caches
+	rm -rf $(VENV) $(VENV)-engine .venv-ci .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not in the help: what the targets above call by themselves.
+setup:
+	@bash scripts/setup.sh "$(VENV)" "$(PYTHON)" airflow,dev
+
+setup-engine:
+	@bash scripts/setup.sh "$(VENV)-engine" "$(PYTHON)" dev
+
+peers:
+	@bash scripts/peers.sh
