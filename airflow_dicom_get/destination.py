@@ -1,0 +1,144 @@
+"""Where instances go: a path, ``s3://[CONN_ID@]bucket[/prefix]`` or ``dicom://[AE@]host:port``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.node import Node
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_CONN_ID = re.compile(r"[\w.-]{1,250}", re.ASCII)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_FORMS = "Give a path, file:///path, s3://bucket/prefix or dicom://[AE@]host:port."
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemDestination:
+    """A folder."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Destination:
+    """A bucket, a prefix without slashes at its ends, and the Airflow connection if one is named."""
+
+    bucket: str
+    prefix: str = ""
+    conn_id: str | None = None
+
+    def __str__(self) -> str:
+        at = f"{self.conn_id}@" if self.conn_id else ""
+        return f"s3://{at}{self.bucket}/{self.prefix}" if self.prefix else f"s3://{at}{self.bucket}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardDestination:
+    """A DICOM node, or the Airflow connection that says which."""
+
+    node: Node | None = None
+    conn_id: str | None = None
+
+    def __str__(self) -> str:
+        return f"dicom://{self.node or self.conn_id}"
+
+
+Destination = FilesystemDestination | S3Destination | ForwardDestination
+
+
+def parse_destination(value: Any, option: str = "destination") -> Destination:
+    """Tell the destinations apart by their scheme. The case is kept, the parts are percent-decoded.
+
+    A plain path is taken as it is, without decoding; ``~/`` at its start is the home folder.
+
+    Raises
+    ------
+    InvalidOption
+        The destination is malformed; the message names ``option``.
+    """
+    if isinstance(value, FilesystemDestination | S3Destination | ForwardDestination):
+        return value
+    if isinstance(value, Path):
+        return FilesystemDestination(_folder(value, option))
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise invalid(option, f"{shown(value)} is no destination", _FORMS)
+    scheme, _, rest = value.partition("://")
+    match scheme.lower() if "://" in value and "/" not in scheme else "":
+        case "s3":
+            return _s3(value, rest, option)
+        case "dicom":
+            return _forward(value, rest, option)
+        case "file":
+            host, slash, path = rest.partition("/")
+            if not slash or host not in ("", "localhost"):
+                raise invalid(option, f"{shown(value)} names a host", "Write three slashes: file:///absolute/path.")
+            return FilesystemDestination(_folder(Path("/" + unquote(path)), option))
+        case "":
+            if _SCHEME.match(value):
+                raise invalid(option, f"{shown(value)} looks like an address with one slash", _FORMS)
+            return FilesystemDestination(_folder(Path(value), option))
+    raise invalid(option, f"the scheme {shown(scheme)} is not known", _FORMS)
+
+
+def _folder(path: Path, option: str) -> Path:
+    if "\0" in str(path):
+        raise invalid(option, "holds a NUL character", "Give a path.")
+    return path.expanduser() if str(path).startswith("~/") or str(path) == "~" else path
+
+
+def _s3(value: str, rest: str, option: str) -> S3Destination:
+    # The connection stands before the first slash: a prefix may hold an "@" of its own.
+    authority, _, prefix = rest.partition("/")
+    conn_id, at, bucket = (unquote(part) for part in authority.rpartition("@"))
+    prefix = unquote(prefix).strip("/")
+    if not _BUCKET.fullmatch(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
+        raise invalid(option, f"{shown(value)} names no valid bucket", "Write s3://bucket/prefix.")
+    if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
+        raise invalid(option, f"{shown(value)} holds an empty or dotted part", "Write s3://bucket/prefix.")
+    return S3Destination(bucket, prefix, conn_id or None)
+
+
+def _forward(value: str, rest: str, option: str) -> ForwardDestination:
+    text = unquote(rest.rstrip("/"))
+    if ":" not in text and "@" not in text and _CONN_ID.fullmatch(text):
+        return ForwardDestination(conn_id=text)
+    if "/" in rest.rstrip("/"):
+        raise invalid(option, f"{shown(value)} holds a path", "Write dicom://[AE@]host:port.")
+    return ForwardDestination(Node.parse(text, option))
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a folder that cannot be written to, as far as that shows without writing.
+
+    Raises
+    ------
+    InvalidOption
+        It is a file, lies below one, or the nearest folder that exists cannot be written to.
+    """
+    import os
+
+    for place in (path, *path.absolute().parents):
+        try:
+            is_folder = place.is_dir()
+            if not is_folder and not os.path.lexists(place):
+                continue
+        except OSError as error:
+            raise invalid(option, f"{shown(str(path))}: {error.strerror}", "Give another folder.") from None
+        if not is_folder:
+            raise _unusable(option, path, f"{shown(str(place))} is not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise _unusable(option, path, f"{shown(str(place))} cannot be written to")
+        return
+
+
+def _unusable(option: str, path: Path, what: str) -> InvalidOption:
+    return invalid(option, f"{shown(str(path))} cannot be used, {what}", "Give another folder, or mend this one.")

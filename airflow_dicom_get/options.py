@@ -1,0 +1,709 @@
+"""The one table of options.
+
+Each option is declared once, as a field of :class:`Options` or of a group of settings, with its
+type, default, unit, check and one sentence. From these rows come the checks of the Python
+parameters (:func:`check_options`), the options of the shell (:func:`add_shell_options`), the extra
+fields of the Airflow connection and the keys of the config file (:func:`connection_fields`), and the
+table of the documentation (:func:`markdown_table`).
+"""
+# ruff: noqa: RUF009 - setting() makes dataclass fields, as dataclasses.field() does.
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, tzinfo
+from typing import Any, Literal
+
+from airflow_dicom_get.checks import (
+    AETitle,
+    Bytes,
+    Check,
+    Checked,
+    Choice,
+    Flag,
+    Group,
+    Integer,
+    Parsed,
+    Setting,
+    invalid,
+    setting,
+    shown,
+)
+from airflow_dicom_get.destination import (
+    Destination,
+    FilesystemDestination,
+    ForwardDestination,
+    S3Destination,
+    check_folder,
+    parse_destination,
+)
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.settings import (
+    MAX_PDU_LENGTH,
+    NODE,
+    Deadlines,
+    ForwardTarget,
+    S3Config,
+    Tls,
+    UserIdentity,
+    Window,
+    parse_timezone,
+)
+
+__all__ = [
+    "OPTIONS",
+    "ConnectionField",
+    "Deadlines",
+    "Destination",
+    "FilesystemDestination",
+    "ForwardDestination",
+    "ForwardTarget",
+    "Option",
+    "Options",
+    "S3Config",
+    "S3Destination",
+    "Tls",
+    "UserIdentity",
+    "Window",
+    "add_shell_options",
+    "check_options",
+    "connection_fields",
+    "markdown_table",
+    "options_from_fields",
+    "options_from_shell",
+    "parse_destination",
+    "shell_name",
+]
+
+
+def _items(option: str, value: Any) -> list[str]:
+    """A list of words: any iterable of texts, or one text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, Iterable) or isinstance(parts, Mapping | bytes):
+        raise invalid(option, f"{shown(value)} is no list", "Give a list of texts.")
+    words = [part.strip() if isinstance(part, str) else part for part in parts]
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise invalid(option, f"{shown(word)} is no entry of a list", "Give a list of texts.")
+    return list(dict.fromkeys(words))
+
+
+def _parse_uids(option: str, value: Any) -> tuple[str, ...]:
+    """UIDs, each given as such or by its keyword of PS3.6, as in CTImageStorage."""
+    uids = []
+    for word in _items(option, value):
+        if not is_uid(word):
+            from pydicom._uid_dict import UID_dictionary
+
+            found = [uid for uid, entry in UID_dictionary.items() if entry[4] == word]
+            if not found:
+                raise invalid(
+                    option, f"{shown(word)} is no UID and no UID keyword", "Give 1 to 64 digits and dots, or a keyword."
+                )
+            word = found[0]
+        uids.append(word)
+    if not uids:
+        raise invalid(option, "is an empty list", "Leave the option out to allow all.")
+    return tuple(uids)
+
+
+_NOT_TEXT = frozenset({"SQ", "OB", "OW", "OF", "OD", "OL", "OV", "OB or OW", "UN", "NONE"})
+
+
+def _parse_tags(option: str, value: Any) -> tuple[str, ...]:
+    """Keywords of the attributes that become columns of the manifest."""
+    keywords = []
+    for word in _items(option, value):
+        try:
+            attribute = find_attribute(word)
+        except UnknownAttributeError as error:
+            raise invalid(option, f"{shown(word)} {error.what}", error.hint) from None
+        if attribute.vr in _NOT_TEXT or attribute.group in (0x0000, 0x0002):
+            raise invalid(option, f"{shown(word)} has no text value in the data set", "Leave it out.")
+        keywords.append(attribute.keyword)
+    return tuple(dict.fromkeys(keywords))
+
+
+def _parse_place(option: str, value: Any) -> Destination:
+    return parse_destination(value, option)
+
+
+def _parse_out_dir(option: str, value: Any) -> Destination:
+    place = parse_destination(value, option)
+    if not isinstance(place, FilesystemDestination):
+        raise invalid(option, f"{shown(str(place))} is no folder", "Give it as the destination.")
+    return place
+
+
+def _parse_root(option: str, value: Any) -> Destination:
+    root = parse_destination(value, option)
+    if isinstance(root, ForwardDestination):
+        raise invalid(option, "a DICOM node holds no manifests", "Give a folder.")
+    return root
+
+
+Backend = Literal["Filesystem", "S3", "Forward"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(Checked):
+    """The options of :class:`~airflow_dicom_get.GetScu`, checked; made by :func:`check_options`."""
+
+    addr: Node = setting(None, NODE, "Address of the source, [AE@]host:port.")
+    calling_ae_title: str = setting(
+        "GET-SCU",
+        AETitle(),
+        "Our AE title.",
+        shell=("--calling-ae", "--calling-ae-title"),
+        metavar="AE",
+        connection="calling_ae_title",
+    )
+    called_ae_title: str = setting(
+        "ANY-SCP",
+        AETitle(),
+        "AE title of the source; the one in its address wins.",
+        shell=("--called-ae", "--called-ae-title"),
+        metavar="AE",
+    )
+    max_pdu_length: int = setting(
+        MAX_PDU_LENGTH,
+        Integer(4096, 4194304),
+        "Largest P-DATA PDU we take.",
+        unit="bytes",
+        shell=("--max-pdu", "--max-pdu-length"),
+        connection="max_pdu_length",
+    )
+    verbose: bool = setting(False, Flag(), "Log each instance and each message.", shell=("--verbose",))
+    storage_backend: Backend = setting(
+        "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination, in the long form."
+    )
+    out_dir: FilesystemDestination | None = setting(
+        None, Parsed(_parse_out_dir, "a folder", optional=True), "Folder for the instances, in the long form."
+    )
+    s3_config: S3Config | None = setting(
+        None, Group(S3Config, optional=True), "Bucket for the instances and how to reach it."
+    )
+    forward_target: ForwardTarget | None = setting(
+        None, Group(ForwardTarget, optional=True), "Node that every instance is stored at."
+    )
+    destination: Destination | None = setting(
+        None,
+        Parsed(_parse_place, "a path, s3://bucket/prefix or dicom://[AE@]host:port", optional=True),
+        "Where the instances go, in one word: a path, s3://bucket/prefix or dicom://[AE@]host:port.",
+        shell=("--to", "--destination"),
+        metavar="DEST",
+    )
+    strict_forward: bool = setting(
+        False,
+        Flag(),
+        "End the retrieval at the first instance that the target refuses.",
+        shell=("--strict-forward",),
+        hidden=True,
+    )
+    store_with_file_meta: bool = setting(
+        True,
+        Flag(),
+        "Write DICOM files with preamble and file meta information, not bare data sets.",
+        off=("--no-file-meta", "--no-store-with-file-meta"),
+    )
+    associations: int = setting(1, Integer(1, 64), "Associations used at a time.", shell=("--associations",))
+    max_associations: int = setting(
+        2,
+        Integer(1, 64),
+        "Associations that the source allows us, over all tasks.",
+        shell=("--max-associations",),
+        connection="max_associations",
+    )
+    bytes_per_second: int | None = setting(
+        None,
+        Bytes(1000, optional=True),
+        "Rate that the source allows us, over all associations.",
+        unit="bytes/s",
+        shell=("--rate", "--bytes-per-second"),
+        metavar="RATE",
+        connection="bytes_per_second",
+    )
+    window: Window | None = setting(
+        None,
+        Parsed(Window.parse, "a time window such as 22:00-06:00", optional=True),
+        "Hours in which the source may be used, as 22:00-06:00.",
+        shell=("--window",),
+        metavar="HH:MM-HH:MM",
+        connection="window",
+    )
+    timezone: tzinfo = setting(
+        UTC,
+        Parsed(parse_timezone, "an IANA time zone name"),
+        "Time zone of window and relative dates.",
+        shell=("--timezone",),
+        metavar="NAME",
+        connection="timezone",
+    )
+    max_studies: int = setting(
+        100, Integer(1), "Studies that a query may match; more are refused.", shell=("--max-studies",)
+    )
+    resume: bool = setting(True, Flag(), "Skip what is held and verified.", off=("--no-resume",))
+    verify_held: Literal["size", "digest", "none"] = setting(
+        "size", Choice("size", "digest", "none"), "How an instance that is held is verified.", shell=("--verify-held",)
+    )
+    adopt: bool = setting(
+        False, Flag(), "Take files that lie under a final name without a record as held.", shell=("--adopt",)
+    )
+    retries: int = setting(
+        5, Integer(0, 100), "New associations in a row that may fail without progress.", shell=("--retries",)
+    )
+    checksum: Literal["sha256"] | None = setting(
+        "sha256", Choice("sha256", optional=True), "Digest of each object, made on the way.", shell=("--checksum",)
+    )
+    durable: bool = setting(True, Flag(), "Count an instance once it is synced to the disk.", off=("--no-durable",))
+    ack: Literal["taken", "durable"] = setting(
+        "taken", Choice("taken", "durable"), "When an instance is acknowledged to the source.", shell=("--ack",)
+    )
+    require_exact: bool = setting(
+        False, Flag(), "Refuse instances that the source may have converted.", shell=("--require-exact",)
+    )
+    tags: tuple[str, ...] = setting(
+        (),
+        Parsed(_parse_tags, "a list of DICOM keywords"),
+        "Attributes that become columns of the manifest.",
+        shell=("--tags", "--tag"),
+        repeat=True,
+        metavar="KEYWORD",
+    )
+    manifest_root: FilesystemDestination | S3Destination | None = setting(
+        None,
+        Parsed(_parse_root, "a folder", optional=True),
+        "Folder for manifests and ledger; _manifests in the destination by default.",
+        shell=("--state", "--manifest-root"),
+        metavar="DIR",
+    )
+    trust_destination: bool = setting(
+        False,
+        Flag(),
+        "Take what the target lists as held, though we have not sent it.",
+        shell=("--trust-destination",),
+        hidden=True,
+    )
+    transfer_syntaxes: tuple[str, ...] | None = setting(
+        None,
+        Parsed(_parse_uids, "a list of UIDs", optional=True),
+        "Transfer syntaxes to accept; all by default.",
+        shell=("--transfer-syntaxes",),
+        repeat=True,
+        metavar="UID",
+    )
+    sop_classes: tuple[str, ...] | None = setting(
+        None,
+        Parsed(_parse_uids, "a list of UIDs", optional=True),
+        "SOP classes to fetch; all by default.",
+        shell=("--sop-classes",),
+        repeat=True,
+        metavar="UID",
+    )
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the source.", connection="use_tls")
+    user_identity: UserIdentity | None = setting(
+        None, Group(UserIdentity, optional=True), "User identity towards the source."
+    )
+    deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "How long each wait may last.")
+
+    @property
+    def called(self) -> str:
+        """The AE title to call: the one in the address, else the separate option."""
+        return self.addr.ae_title or self.called_ae_title
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryOptions(Checked):
+    """The options that belong to one call, not to the source."""
+
+    query_model: Literal["StudyRoot", "PatientRoot"] = setting(
+        "StudyRoot",
+        Choice("StudyRoot", "PatientRoot"),
+        "Query/retrieve information model.",
+        shell=("--model", "--query-model"),
+        connection="query_model",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A row of the table. Parts of a group carry the group's name: ``deadlines.connect``."""
+
+    name: str
+    default: Any
+    setting: Setting
+
+    @property
+    def check(self) -> Check:
+        return self.setting.check
+
+    @property
+    def part_of(self) -> str | None:
+        group, dot, _ = self.name.partition(".")
+        return group if dot else None
+
+
+_GROUPS: Mapping[str, type[Any]] = {
+    "s3_config": S3Config,
+    "forward_target": ForwardTarget,
+    "tls": Tls,
+    "user_identity": UserIdentity,
+    "deadlines": Deadlines,
+}
+
+
+def _rows() -> Iterable[Option]:
+    for cls in (Options, QueryOptions):
+        for item in dataclasses.fields(cls):
+            default = None if item.default is dataclasses.MISSING else item.default
+            yield Option(item.name, default, item.metadata["setting"])
+            for part in dataclasses.fields(_GROUPS[item.name]) if item.name in _GROUPS else ():
+                yield Option(f"{item.name}.{part.name}", part.default, part.metadata["setting"])
+
+
+OPTIONS: Mapping[str, Option] = {row.name: row for row in _rows()}
+"""The table: every option by its name, in the order of the documentation."""
+
+
+# --- Python ----------------------------------------------------------------------------------------
+
+Spelling = Callable[[str], str]
+"""How the caller writes the name of an option; used in messages."""
+
+
+def check_options(addr: Any, *, spelling: Spelling = str, **values: Any) -> Options:
+    """Check all options of a retrieval, alone and against each other, before any traffic.
+
+    Parameters
+    ----------
+    addr : str or Node
+        Address of the source.
+    spelling : callable
+        Turns the name of an option into what the user typed, for the messages.
+    **values : Any
+        The options of :class:`Options`; what is left out takes its default.
+
+    Raises
+    ------
+    InvalidOption
+        An option is not known, malformed, contradicts another, or is not available in this version.
+    """
+    names = {item.name for item in dataclasses.fields(Options)}
+    checked: dict[str, Any] = {}
+    for name, value in {"addr": addr, **values}.items():
+        if name not in names:
+            raise _unknown(name, names)
+        try:
+            checked[name] = OPTIONS[name].check(spelling(name), value)
+        except InvalidOption as error:
+            raise _respelled(error, spelling) from None
+    destination = _destination(checked, spelling)
+    options = Options(**{**checked, "destination": destination})
+    _contradictions(options, spelling)
+    return options
+
+
+_PART_NAME = re.compile(r"\b(?:s3_config|forward_target|tls|user_identity|deadlines)\.\w+")
+
+
+def _respelled(error: InvalidOption, spelling: Spelling) -> InvalidOption:
+    """Write the parts of a group, which the group names as Python does, as the user typed them."""
+
+    def respell(text: str) -> str:
+        return _PART_NAME.sub(lambda match: spelling(match[0]), text)
+
+    return InvalidOption(respell(error.message), hint=respell(error.hint), option=respell(error.facts["option"]))
+
+
+def _unknown(name: str, names: Iterable[str]) -> InvalidOption:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(names), n=1)
+    return invalid(name[:64], "is no option", f"Did you mean {close[0]}?" if close else "See the table of options.")
+
+
+def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | None:
+    """Bring the short form and the three long forms down to one destination."""
+    destination: Destination | None = given.get("destination")
+    backend: str | None = given.get("storage_backend")
+    out_dir, s3, target = given.get("out_dir"), given.get("s3_config"), given.get("forward_target")
+    kinds = {FilesystemDestination: "Filesystem", S3Destination: "S3", ForwardDestination: "Forward"}
+    if destination is not None:
+        kind = kinds[type(destination)]
+        if out_dir is not None:
+            raise invalid(spelling("out_dir"), f"is given beside {spelling('destination')}", "Give one of the two.")
+        if backend not in (None, kind) and not (backend == "Filesystem" and kind != "Filesystem"):
+            raise invalid(
+                spelling("storage_backend"),
+                f"{backend} does not fit {spelling('destination')} {destination}",
+                "Give one of the two.",
+            )
+        if (s3 is not None and s3.bucket is not None) or (target is not None and target.addr is not None):
+            group = "s3_config" if s3 is not None else "forward_target"
+            raise invalid(spelling(group), f"names a place beside {spelling('destination')}", "Give one of the two.")
+    else:
+        kind = backend or "Filesystem"
+    for group, value, its_kind in (
+        ("out_dir", out_dir, "Filesystem"),
+        ("s3_config", s3, "S3"),
+        ("forward_target", target, "Forward"),
+    ):
+        if value is not None and its_kind != kind:
+            raise invalid(
+                spelling(group),
+                f"does not fit a destination of the kind {kind}",
+                f"Leave it out, or give {spelling('storage_backend')} {its_kind}.",
+            )
+    if destination is None:
+        if kind == "S3":
+            if s3 is None or s3.bucket is None:
+                raise invalid(spelling("s3_config"), "names no bucket", "Give s3_config={'bucket': …}.")
+            destination = S3Destination(s3.bucket, (s3.prefix or "").strip("/"))
+        elif kind == "Forward":
+            if target is None or target.addr is None:
+                raise invalid(spelling("forward_target"), "names no address", "Give forward_target={'addr': …}.")
+            destination = ForwardDestination(target.addr)
+        else:
+            destination = out_dir
+    if isinstance(destination, FilesystemDestination):
+        check_folder(destination.path, spelling("destination" if out_dir is None else "out_dir"))
+    elif destination is not None:
+        raise _unavailable(spelling("destination" if given.get("destination") else "storage_backend"), kind)
+    return destination
+
+
+def _unavailable(option: str, kind: str) -> InvalidOption:
+    what = {"S3": "S3", "Forward": "a DICOM node"}[kind]
+    return invalid(option, f"{what} as destination is not available in this version", "Give a folder.")
+
+
+def _contradictions(options: Options, spelling: Spelling) -> None:
+    def refuse(option: str, other: str, what: str, hint: str) -> InvalidOption:
+        return invalid(spelling(option), what.format(other=spelling(other)), hint.format(other=spelling(other)))
+
+    if options.associations > options.max_associations:
+        raise refuse(
+            "associations",
+            "max_associations",
+            f"{options.associations} is more than {{other}}, which is {options.max_associations}",
+            "Lower it, or raise {other} if the source allows more.",
+        )
+    if options.verify_held == "digest" and options.checksum is None:
+        raise refuse(
+            "verify_held",
+            "checksum",
+            "digest needs digests, and {other} is none",
+            "Set {other} to sha256, or verify by size.",
+        )
+    if options.ack == "durable" and not options.durable:
+        raise refuse("ack", "durable", "durable waits for what {other} switches off", "Leave one of the two out.")
+    if options.adopt and not options.resume:
+        raise refuse(
+            "adopt",
+            "resume",
+            "takes files as held, and {other} says that nothing held is skipped",
+            "Leave one of the two out.",
+        )
+    if not isinstance(options.destination, ForwardDestination):
+        for name in ("strict_forward", "trust_destination"):
+            if getattr(options, name):
+                raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
+    if isinstance(options.manifest_root, S3Destination):
+        raise _unavailable(spelling("manifest_root"), "S3")
+    if options.manifest_root is not None:
+        check_folder(options.manifest_root.path, spelling("manifest_root"))
+
+
+# --- the shell -------------------------------------------------------------------------------------
+
+
+def shell_name(name: str) -> str:
+    """How the shell writes an option; used in messages."""
+    if name == "addr":
+        return "NODE"
+    if name == "tls":
+        return "--tls"
+    row = OPTIONS.get(name)
+    flags = (row.setting.shell or row.setting.off) if row else ()
+    return flags[0] if flags else name
+
+
+def _dest(name: str) -> str:
+    return "option:" + name
+
+
+def add_shell_options(parser: ArgumentParser | _ArgumentGroup, names: Iterable[str]) -> None:
+    """Add the flags of the options named, and of the parts of a group named.
+
+    Nothing has a default here, so that what was typed can be told from what was not.
+    """
+    wanted = set(names)
+    for row in OPTIONS.values():
+        if row.name not in wanted and row.part_of not in wanted:
+            continue
+        if row.name == "tls":
+            parser.add_argument(
+                "--tls", dest=_dest("tls"), action="store_const", const=True, default=SUPPRESS, help=row.setting.doc
+            )
+            continue
+        texts: dict[str, Any] = {
+            "dest": _dest(row.name),
+            "default": SUPPRESS,
+            "help": SUPPRESS if row.setting.hidden else _help(row),
+        }
+        if row.setting.off:
+            parser.add_argument(*row.setting.off, action="store_const", const=False, **texts)
+        if row.setting.shell:
+            kind = row.setting.check
+            if isinstance(kind, Flag):
+                parser.add_argument(*row.setting.shell, action="store_const", const=True, **texts)
+            else:
+                if isinstance(kind, Choice):
+                    texts["metavar"] = "|".join([*kind.values, *(["none"] if kind.optional else [])])
+                else:
+                    texts["metavar"] = row.setting.metavar or ("S" if row.setting.unit == "s" else "N")
+                parser.add_argument(*row.setting.shell, action="append" if row.setting.repeat else "store", **texts)
+
+
+def _help(row: Option) -> str:
+    doc = row.setting.doc.replace("%", "%%")
+    if row.setting.off:
+        return f"Do not: {doc[0].lower()}{doc[1:]}"
+    shown_default = _default_text(row)
+    return f"{doc} [{shown_default}]" if shown_default else doc
+
+
+def options_from_shell(namespace: Namespace) -> dict[str, Any]:
+    """The options typed, by their names in the table."""
+    found = {}
+    for key, value in vars(namespace).items():
+        if key.startswith("option:"):
+            name = key.removeprefix("option:")
+            found[name] = ",".join(value) if isinstance(value, list) else value
+    return found
+
+
+def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:
+    """Turn options by their names in the table into keyword arguments of :func:`check_options`.
+
+    ``tls`` is a switch here. Parts of it without the switch are refused: whoever names a certificate
+    must not end up on a plain line.
+
+    Raises
+    ------
+    InvalidOption
+        Files for TLS are named, and TLS is not switched on or off.
+    """
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, dot, part = name.partition(".")
+        if dot:
+            values.setdefault(group, {})[part] = value
+        elif name != "tls":
+            values[name] = value
+    parts: dict[str, Any] = values.pop("tls", {})
+    switch = flat.get("tls")
+    if switch is None:
+        named = next((part for part in ("ca", "cert", "key", "server_name") if parts.get(part)), None)
+        if named:
+            raise invalid(
+                spelling(f"tls.{named}"), f"is given without {spelling('tls')}", f"Give {spelling('tls')} too."
+            )
+    elif Flag().check(spelling("tls"), switch):
+        values["tls"] = parts
+    return values
+
+
+# --- the connection, and the config file -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionField:
+    """An extra field of the Airflow connection, and key of a node in the config file."""
+
+    key: str
+    option: str
+    json_type: str
+    default: Any
+    choices: tuple[str, ...]
+    doc: str
+
+
+_FIELD_ORDER = (
+    "calling_ae_title", "query_model", "max_pdu_length", "max_associations", "bytes_per_second", "window", "timezone",
+    "connect_timeout", "acse_timeout", "next_object_timeout", "idle_timeout", "operation_timeout", "use_tls",
+    "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "tls_check_hostname", "tls_min_version",
+)  # fmt: skip
+
+
+def connection_fields() -> dict[str, ConnectionField]:
+    """The extra fields of a ``dicom`` connection, by key, in the order of the form."""
+    found = {}
+    for row in OPTIONS.values():
+        key = row.setting.connection
+        if key:
+            check = row.setting.check
+            is_tls = row.name == "tls"
+            found[key] = ConnectionField(
+                key,
+                row.name,
+                "boolean" if is_tls else check.json_type,
+                False if is_tls else str(row.default) if isinstance(row.default, tzinfo) else row.default,
+                check.values if isinstance(check, Choice) else (),
+                row.setting.doc,
+            )
+    return {key: found[key] for key in sorted(found, key=_FIELD_ORDER.index)}
+
+
+def options_from_fields(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Options by their names in the table, from the extra fields of a connection, and the keys not known.
+
+    A field that is missing, null or blank takes the option's default.
+    """
+    fields = connection_fields()
+    found = {}
+    for key, value in extras.items():
+        if key in fields and value is not None and not (isinstance(value, str) and not value.strip()):
+            found[fields[key].option] = value
+    return found, sorted(key for key in extras if key not in fields)
+
+
+def field_name(name: str) -> str:
+    """How a connection and the config file write an option; used in messages."""
+    row = OPTIONS.get(name)
+    return (row.setting.connection if row else None) or name
+
+
+# --- the documentation -----------------------------------------------------------------------------
+
+
+def _default_text(row: Option) -> str:
+    default = row.default
+    if default is None or default == () or row.name == "addr":
+        return ""
+    if isinstance(default, bool):
+        return "true" if default else ""
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def markdown_table() -> str:
+    """All options as a table in Markdown."""
+    lines = [
+        "| Python | shell | connection, config file | default | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in OPTIONS.values():
+        shell = "--tls" if row.name == "tls" else shell_name(row.name)
+        typed = f"`{shell}`" if shell.startswith("--") and not row.setting.hidden else ""
+        field = f"`{row.setting.connection}`" if row.setting.connection else ""
+        default = _default_text(row) or ("false" if row.default is False else "")
+        unit = f" ({row.setting.unit})" if row.setting.unit else ""
+        lines.append(f"| `{row.name}` | {typed} | {field} | {default} | {row.setting.doc}{unit} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,347 @@
+"""Groups of settings that the layers share: deadlines, TLS, identity, storage targets, the time window.
+
+A leaf module: ``net``, ``sinks`` and ``engine`` take these objects as they are.
+"""
+# ruff: noqa: RUF009 - setting() makes dataclass fields, as dataclasses.field() does.
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, time, timedelta, tzinfo
+from typing import Any, ClassVar, Literal
+from zoneinfo import ZoneInfo
+
+from airflow_dicom_get.checks import (
+    AETitle,
+    Bytes,
+    Checked,
+    Choice,
+    Flag,
+    Group,
+    Integer,
+    Parsed,
+    Seconds,
+    Secret,
+    Text,
+    invalid,
+    setting,
+    shown,
+)
+from airflow_dicom_get.node import Node
+
+MAX_PDU_LENGTH = 131072
+"""The largest P-DATA-TF we ask for; larger ones measured slower, and DCMTK sends no larger ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines(Checked):
+    """How long each wait may last, in seconds. The error that ends a wait carries the name.
+
+    ``sub_operation`` and ``stall`` keep us from answering late: Orthanc gives up on a C-STORE after
+    30 s and dcmqrscp after 60 s, so we abort before that and go on over a new association.
+    """
+
+    group: ClassVar[str] = "deadlines."
+
+    connect: float = setting(
+        10.0,
+        Seconds(),
+        "TCP connection, and TLS handshake.",
+        unit="s",
+        shell=("--connect-timeout",),
+        connection="connect_timeout",
+    )
+    acse: float = setting(
+        30.0,
+        Seconds(),
+        "Answer to the association request.",
+        unit="s",
+        shell=("--acse-timeout",),
+        connection="acse_timeout",
+    )
+    find_response: float = setting(
+        120.0, Seconds(), "Each row of a C-FIND.", unit="s", shell=("--find-response-timeout",)
+    )
+    next_object: float = setting(
+        300.0,
+        Seconds(),
+        "Between two instances, and before the first.",
+        unit="s",
+        shell=("--next-object-timeout",),
+        connection="next_object_timeout",
+    )
+    idle: float = setting(
+        60.0,
+        Seconds(),
+        "Without a byte inside a message.",
+        unit="s",
+        shell=("--idle-timeout",),
+        connection="idle_timeout",
+    )
+    min_rate: int = setting(
+        1000,
+        Bytes(0),
+        "Slowest rate inside a message, counted only while we wait for the peer; 0 is off.",
+        unit="bytes/s",
+        shell=("--min-rate",),
+        metavar="RATE",
+    )
+    min_rate_window: float = setting(
+        60.0, Seconds(), "Time over which the slowest rate is measured.", unit="s", shell=("--min-rate-window",)
+    )
+    sub_operation: float = setting(
+        25.0,
+        Seconds(),
+        "From the last fragment of an instance to our response.",
+        unit="s",
+        shell=("--sub-operation-timeout",),
+    )
+    stall: float = setting(
+        25.0, Seconds(), "The longest that a sending peer is left unread.", unit="s", shell=("--stall-timeout",)
+    )
+    operation: float | None = setting(
+        None,
+        Seconds(optional=True),
+        "The whole operation; no limit by default.",
+        unit="s",
+        shell=("--deadline", "--operation-timeout"),
+        connection="operation_timeout",
+    )
+    release: float = setting(
+        5.0, Seconds(), "Answer to the release of an association.", unit="s", shell=("--release-timeout",)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tls(Checked):
+    """TLS towards a node. Without ``ca`` the certificate authorities of the system are trusted."""
+
+    group: ClassVar[str] = "tls."
+
+    ca: str | None = setting(
+        None,
+        Text(optional=True),
+        "File with the certificate authorities to trust; the system's by default.",
+        shell=("--tls-ca",),
+        metavar="FILE",
+        connection="tls_ca_file",
+    )
+    cert: str | None = setting(
+        None,
+        Text(optional=True),
+        "File with our certificate, in PEM.",
+        shell=("--tls-cert",),
+        metavar="FILE",
+        connection="tls_cert_file",
+    )
+    key: str | None = setting(
+        None,
+        Text(optional=True),
+        "File with the key of our certificate, in PEM.",
+        shell=("--tls-key",),
+        metavar="FILE",
+        connection="tls_key_file",
+    )
+    key_password: str | None = setting(None, Secret(optional=True), "Passphrase of the key.")
+    server_name: str | None = setting(
+        None,
+        Text(optional=True),
+        "Name that the peer's certificate must carry; the host by default.",
+        shell=("--tls-server-name",),
+        metavar="NAME",
+        connection="tls_server_name",
+    )
+    check_hostname: bool = setting(
+        True,
+        Flag(),
+        "Compare the name in the peer's certificate.",
+        off=("--tls-no-check-hostname",),
+        connection="tls_check_hostname",
+    )
+    min_version: Literal["1.2", "1.3"] = setting(
+        "1.2",
+        Choice("1.2", "1.3"),
+        "Oldest TLS version to accept.",
+        shell=("--tls-min-version",),
+        connection="tls_min_version",
+    )
+
+    def __post_init__(self) -> None:
+        # super() without arguments does not find the class that slots=True makes anew.
+        Checked.__post_init__(self)
+        if self.key and not self.cert:
+            raise invalid("tls.key", "is given without tls.cert", "Give both, or neither.")
+
+
+_IDENTITY_TYPES = {"username": 1, "username_password": 2, "kerberos": 3, "saml": 4, "jwt": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class UserIdentity(Checked):
+    """User identity of the association (PS3.7 D.3.3.7): a user name, with a passcode or not, or a token."""
+
+    group: ClassVar[str] = "user_identity."
+
+    username: str | None = setting(None, Text(optional=True), "User name.")
+    password: str | None = setting(None, Secret(optional=True), "Passcode of the user.")
+    token: str | None = setting(None, Secret(optional=True), "Token, in place of a user name.")
+    token_type: Literal["kerberos", "saml", "jwt"] | None = setting(
+        None, Choice("kerberos", "saml", "jwt", optional=True), "Kind of the token."
+    )
+
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        if (self.username is None) == (self.token is None):
+            raise invalid("user_identity", "needs either a username or a token", "Give one of the two.")
+        if self.password is not None and self.username is None:
+            raise invalid("user_identity.password", "is given without a username", "Give a username too.")
+        if (self.token is None) != (self.token_type is None):
+            raise invalid("user_identity.token_type", "and token belong together", "Give both, or neither.")
+
+    @property
+    def identity_type(self) -> int:
+        """User-Identity-Type as it goes over the wire."""
+        if self.token_type:
+            return _IDENTITY_TYPES[self.token_type]
+        return _IDENTITY_TYPES["username" if self.password is None else "username_password"]
+
+    @property
+    def primary_field(self) -> bytes:
+        return (self.username or self.token or "").encode()
+
+    @property
+    def secondary_field(self) -> bytes:
+        return (self.password or "").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class S3Config(Checked):
+    """An S3 bucket and how to reach it."""
+
+    group: ClassVar[str] = "s3_config."
+
+    bucket: str | None = setting(None, Text(optional=True), "Name of the bucket.")
+    access_key: str | None = setting(None, Secret(optional=True), "Access key; the usual AWS places by default.")
+    secret_key: str | None = setting(None, Secret(optional=True), "Secret key.")
+    endpoint: str | None = setting(
+        None,
+        Text(optional=True),
+        "Address of the S3 service; AWS by default.",
+        shell=("--s3-endpoint-url",),
+        metavar="URL",
+        hidden=True,
+    )
+    region: str | None = setting(None, Text(optional=True), "Region.", shell=("--s3-region",), hidden=True)
+    prefix: str | None = setting(None, Text(optional=True), "Start of every key.")
+    path_style: bool | None = setting(
+        None, Flag(optional=True), "Bucket in the path; true with an endpoint of its own."
+    )
+    session_token: str | None = setting(None, Secret(optional=True), "Session token of temporary keys.")
+    profile: str | None = setting(
+        None, Text(optional=True), "Profile of the AWS configuration.", shell=("--s3-profile",), hidden=True
+    )
+    sse: str | None = setting(None, Text(optional=True), "Encryption at rest, AES256 or aws:kms.")
+    kms_key_id: str | None = setting(None, Text(optional=True), "Key of aws:kms.")
+    storage_class: str | None = setting(None, Text(optional=True), "Storage class of the objects.")
+    ca_bundle: str | None = setting(None, Text(optional=True), "File with the certificate authorities to trust.")
+    max_concurrency: int = setting(8, Integer(1, 64), "Parts sent at the same time.")
+
+
+def _parse_node(option: str, value: Any) -> Node:
+    if isinstance(value, Node):
+        return value
+    if not isinstance(value, str):
+        raise invalid(option, f"{shown(value)} is no address", "Write [AE@]host:port, for example PACS@10.0.0.5:104.")
+    return Node.parse(value.strip(), option)
+
+
+NODE = Parsed(_parse_node, "an address [AE@]host:port")
+OPTIONAL_NODE = Parsed(_parse_node, "an address [AE@]host:port", optional=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTarget(Checked):
+    """A node that every instance is stored at."""
+
+    group: ClassVar[str] = "forward_target."
+
+    addr: Node | None = setting(None, OPTIONAL_NODE, "Address of the target.")
+    calling_ae_title: str = setting(
+        "FORWARD-SCU",
+        AETitle(),
+        "Our AE title towards the target.",
+        shell=("--forward-calling-ae",),
+        metavar="AE",
+        hidden=True,
+    )
+    called_ae_title: str | None = setting(
+        None, AETitle(optional=True), "AE title of the target, where its address holds none; ANY-SCP by default."
+    )
+    max_pdu_length: int = setting(MAX_PDU_LENGTH, Integer(4096, MAX_PDU_LENGTH), "Largest PDU we send.", unit="bytes")
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the target.")
+
+
+def parse_timezone(option: str, value: Any) -> tzinfo:
+    """A time zone by its IANA name. UTC needs no time zone database."""
+    if isinstance(value, tzinfo):
+        return value
+    if value == "UTC":
+        return UTC
+    try:
+        return ZoneInfo(value)
+    except (TypeError, ValueError, OSError, KeyError):
+        raise invalid(
+            option, f"{shown(value)} is no time zone", "Give an IANA name such as Europe/Berlin, or UTC."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The hours of the day in which the source may be used; over midnight where the end is not later."""
+
+    start: time
+    end: time
+
+    @classmethod
+    def parse(cls, option: str, value: Any) -> Window:
+        """Parse ``22:00-06:00``."""
+        if isinstance(value, Window):
+            return value
+        match = isinstance(value, str) and re.fullmatch(r"(\d\d?):(\d\d)\s*-\s*(\d\d?):(\d\d)", value.strip(), re.ASCII)
+        try:
+            if not match:
+                raise ValueError
+            start, end = time(int(match[1]), int(match[2])), time(int(match[3]) % 24, int(match[4]))
+        except ValueError:
+            raise invalid(
+                option, f"{shown(value)} is no time window", "Write HH:MM-HH:MM, for example 22:00-06:00."
+            ) from None
+        if (int(match[3]), int(match[4])) > (24, 0):
+            raise invalid(option, f"{shown(value)} ends after 24:00", "Write HH:MM-HH:MM, for example 22:00-06:00.")
+        if start == end:
+            raise invalid(option, f"{shown(value)} starts when it ends", "Leave the window out to allow every hour.")
+        return cls(start, end)
+
+    def __str__(self) -> str:
+        return f"{self.start:%H:%M}-{self.end:%H:%M}"
+
+    def closes_at(self, moment: datetime, zone: tzinfo) -> datetime | None:
+        """When the window that is open at ``moment`` closes, in UTC; None if it is closed then."""
+        return next((end for start, end in self._around(moment, zone) if start <= moment < end), None)
+
+    def opens_at(self, moment: datetime, zone: tzinfo) -> datetime:
+        """When the window opens the next time after ``moment``, in UTC."""
+        return next(start for start, _ in self._around(moment, zone) if start > moment)
+
+    def _around(self, moment: datetime, zone: tzinfo) -> list[tuple[datetime, datetime]]:
+        # Wall-clock times, each turned to UTC by itself: on the days of a clock change the window
+        # is an hour longer or shorter, as the clock on the wall is.
+        today = moment.astimezone(zone).date()
+        spans = []
+        for offset in (-1, 0, 1, 2):
+            day = today + timedelta(days=offset)
+            last = day + timedelta(days=1) if self.end <= self.start else day
+            start = datetime.combine(day, self.start, zone).astimezone(UTC)
+            spans.append((start, datetime.combine(last, self.end, zone).astimezone(UTC)))
+        return spans
