@@ -1,0 +1,408 @@
+"""What the calls give back: :class:`Result` of a get, :class:`Plan` of a plan, :class:`EchoReport` of an echo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from html import escape
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from airflow_dicom_get.errors import IncompleteRetrieval
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from airflow_dicom_get.records import Instance
+
+Verdict = Literal["complete", "partial", "unverified", "empty", "failed", "cancelled"]
+
+COMPLETE: Final = "complete"
+PARTIAL: Final = "partial"
+UNVERIFIED: Final = "unverified"
+EMPTY: Final = "empty"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+
+WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPTY, COMPLETE)
+
+EXIT_CODES: Mapping[Verdict, int] = {COMPLETE: 0, FAILED: 1, PARTIAL: 3, UNVERIFIED: 4, EMPTY: 5, CANCELLED: 130}
+"""Exit code of the shell by verdict. Bad usage or input is 2; cancelled by SIGTERM is 143."""
+
+Evidence = Literal["list+counts", "list", "none"]
+
+TRANSIENT_REASONS = frozenset(
+    {
+        "not_sent",
+        "sub_operation_failed",
+        "size_changed",
+        "destination_full",
+        "destination_error",
+        "association_lost",
+        "deadline",
+        "window",
+        "cancelled",
+        "strict_forward",
+    }
+)
+"""Reasons of a row (``records.REASONS``) where trying again can help; with any other it cannot."""
+
+_NOT_HELD = ("failed", "missing", "conflict")
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of some verdicts; ``empty`` of none."""
+    return min(verdicts, key=WORST_FIRST.index, default=EMPTY)
+
+
+def any_transient(rows: Iterable[Instance]) -> bool:
+    """Whether a row is not held for a reason that may pass."""
+    return any(row.state in _NOT_HELD and (row.reason or "not_sent") in TRANSIENT_REASONS for row in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """The numbers of one study of a retrieval, with the meanings of :class:`Result`."""
+
+    study_instance_uid: str
+    verdict: Verdict
+    reason: str | None = None
+    expected: int | None = None
+    total: int = 0
+    completed: int = 0
+    skipped: int = 0
+    warning: int = 0
+    failed: int = 0
+    withdrawn: int = 0
+    unexpected: int = 0
+    conflicts: int = 0
+    bytes: int = 0
+    evidence: Evidence = "none"
+    plan_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """How a retrieval ended.
+
+    Attributes
+    ----------
+    verdict : str
+        ``complete``, ``partial``, ``unverified``, ``empty``, ``failed`` or ``cancelled``.
+    reason : str or None
+        Why it is not complete, in one word.
+    expected, total : int
+        Instances of the last plan (``expected`` is None without a plan; ``total`` is then what was sent).
+    completed, skipped, warning : int
+        Of these: confirmed at the destination; were there before; stored with a remark.
+    failed : int
+        ``total`` less ``completed``.
+    withdrawn, unexpected, conflicts : int
+        Gone from the list; sent but not listed; another data set is held under the same UID.
+    bytes : int
+        Bytes that came over the line.
+    associations, rounds : int
+        Associations used, and rounds of list and get.
+    plan_at : datetime or None
+        When the last list was made, in UTC: complete as of then.
+    evidence : str
+        ``list+counts``, ``list`` or ``none``.
+    resume_at : datetime or None
+        When it may go on, where a window closed.
+    errors : list of dict
+        At most ten of ``{"error": …, "count": …, "hint": …}``.
+    manifest_uri : str or None
+        Where the manifest lies.
+    studies : list of StudyResult
+        The same numbers per study.
+    transient : bool
+        Whether trying again can help, decided by the rows that are not held and by what ended the run.
+    rows : callable
+        Gives the manifest as a ``pyarrow.Table`` where there is no file of it.
+    """
+
+    verdict: Verdict
+    reason: str | None = None
+    expected: int | None = None
+    total: int = 0
+    completed: int = 0
+    skipped: int = 0
+    warning: int = 0
+    failed: int = 0
+    withdrawn: int = 0
+    unexpected: int = 0
+    conflicts: int = 0
+    bytes: int = 0
+    duration_seconds: float = 0.0
+    bytes_per_second: float = 0.0
+    associations: int = 0
+    rounds: int = 0
+    plan_at: datetime | None = None
+    evidence: Evidence = "none"
+    resume_at: datetime | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    manifest_uri: str | None = None
+    node: str | None = None
+    destination: str | None = None
+    studies: list[StudyResult] = field(default_factory=list)
+    transient: bool = field(default=False, repr=False)
+    rows: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+    _manifest: DataFrame | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def manifest(self) -> DataFrame:
+        """The manifest as a DataFrame, loaded on first use.
+
+        Raises
+        ------
+        ManifestError
+            The manifest cannot be read, or none was made.
+        """
+        if self._manifest is None:
+            from airflow_dicom_get.manifest import frame_of, read_manifest
+
+            if self.rows is not None:
+                self._manifest = frame_of(self.rows())
+            else:
+                self._manifest = read_manifest(self.manifest_uri)
+        return self._manifest
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the shell."""
+        return 143 if self.verdict == CANCELLED and self.reason == "SIGTERM" else EXIT_CODES[self.verdict]
+
+    def raise_for_verdict(self, accept: Sequence[str] = (COMPLETE,)) -> None:
+        """Return if the verdict is one of ``accept``.
+
+        Raises
+        ------
+        IncompleteRetrieval
+            It is not. The error holds the numbers, and is transient if trying again can help.
+        """
+        if self.verdict in accept:
+            return
+        transient = self.transient and self.verdict in (PARTIAL, FAILED, CANCELLED)
+        raise IncompleteRetrieval(
+            f"{self.summary()}.",
+            hint=self._hint(transient),
+            verdict=self.verdict,
+            reason=self.reason,
+            expected=self.expected,
+            total=self.total,
+            completed=self.completed,
+            failed=self.failed,
+            conflicts=self.conflicts,
+            errors=list(self.errors),
+            manifest_uri=self.manifest_uri,
+            node=self.node,
+            resume_at=self.resume_at,
+            transient=transient,
+        )
+
+    def _hint(self, transient: bool) -> str:
+        if self.resume_at is not None:
+            return f"It may go on at {_iso(self.resume_at)}."
+        if self.verdict == EMPTY:
+            return "Check the query, and whether the study is at this node."
+        if self.verdict == UNVERIFIED:
+            return "All that was sent is held; compare with the source by other means."
+        if transient:
+            return "Run it again: what is held is not fetched again."
+        hints = [str(error["hint"]) for error in self.errors if error.get("hint")]
+        return hints[0] if hints else "The manifest says per instance why."
+
+    def summary(self) -> str:
+        """One line for people: the verdict, its reason and the numbers that matter."""
+        reason = f" ({self.reason})" if self.reason else ""
+        if self.verdict == EMPTY:
+            return f"empty{reason}: the query matched nothing"
+        listed = "listed" if self.expected is not None else "sent"
+        parts = [f"{self.completed} of {self.total} instances {listed} are held"]
+        if self.skipped:
+            parts.append(f"{self.skipped} were there before")
+        for count, what in (
+            (self.failed, "missing"),
+            (self.warning, "with a remark"),
+            (self.conflicts, "in conflict"),
+            (self.withdrawn, "withdrawn"),
+            (self.unexpected, "not listed"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
+        return f"{self.verdict}{reason}: {', '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values, with ``manifest`` for ``manifest_uri``; absent values are None."""
+        return {("manifest" if name == "manifest_uri" else name): _plain(getattr(self, name)) for name in _JSON_FIELDS}
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("node", self.node),
+            ("destination", self.destination),
+            ("held", f"{self.completed} of {self.total}, {self.skipped} were there before"),
+            ("not held", self.failed),
+            ("withdrawn, not listed, in conflict", f"{self.withdrawn}, {self.unexpected}, {self.conflicts}"),
+            ("received", f"{_size(self.bytes)} in {self.duration_seconds:.1f} s, {_size(self.bytes_per_second)}/s"),
+            ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
+            ("manifest", self.manifest_uri),
+            *(("error", f"{error.get('count', 1)} × {error.get('error')}") for error in self.errors),
+        ]
+        return _html(f"{self.verdict}{f' ({self.reason})' if self.reason else ''}", rows)
+
+
+_JSON_FIELDS = tuple(item.name for item in fields(Result) if item.name not in ("transient", "rows", "_manifest"))
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a get would fetch.
+
+    Attributes
+    ----------
+    studies : list of str
+        Study Instance UIDs that the query resolved to.
+    series, instances, held, missing : int
+        Series and instances listed; of these, held at the destination and still to fetch.
+    classes : dict
+        Instances by SOP class UID; None stands for what the source does not tell.
+    contexts, associations : int
+        Presentation contexts to propose, and associations that takes.
+    evidence : str
+        ``list+counts``, ``list`` or ``none``.
+    plan_at : datetime or None
+        When the list was made, in UTC.
+    rows : sequence of Instance
+        One per instance listed; ``state`` is ``held`` or None.
+    """
+
+    node: str
+    studies: list[str]
+    series: int
+    instances: int
+    held: int
+    missing: int
+    classes: dict[str | None, int]
+    contexts: int
+    associations: int
+    evidence: Evidence
+    plan_at: datetime | None = None
+    destination: str | None = None
+    rows: Sequence[Instance] = field(default=(), repr=False, compare=False)
+
+    @property
+    def frame(self) -> DataFrame:
+        """The instances listed as a DataFrame with the columns of the manifest."""
+        from airflow_dicom_get.manifest import frame_of, manifest_table
+
+        return frame_of(manifest_table(self.rows, source=self.node, destination=self.destination or ""))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values, without the rows; a class that is not told is ``unknown``."""
+        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name != "rows"}
+        values["classes"] = {uid or "unknown": count for uid, count in self.classes.items()}
+        return values
+
+    def _repr_html_(self) -> str:
+        return _html(
+            f"Plan: {self.missing} of {self.instances} instances to fetch",
+            [
+                ("node", self.node),
+                ("destination", self.destination),
+                ("studies, series", f"{len(self.studies)}, {self.series}"),
+                ("held", self.held),
+                *((f"class {_class_name(uid)}", count) for uid, count in self.classes.items()),
+                ("contexts, associations", f"{self.contexts}, {self.associations}"),
+                ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
+            ],
+        )
+
+
+@dataclass(slots=True)
+class EchoReport:
+    """What a node answers, and what it accepts.
+
+    Attributes
+    ----------
+    status : int
+        Status of the C-ECHO; 0 is success.
+    round_trip_ms : float
+        Time from the C-ECHO request to its response.
+    accepted : dict
+        Whether the node accepts a service, by its name: ``C-ECHO``, ``C-FIND StudyRoot``, ``C-GET PatientRoot``, ….
+    max_pdu_length : int
+        Largest PDU that the node takes; 0 is no limit.
+    """
+
+    node: str
+    round_trip_ms: float
+    accepted: dict[str, bool]
+    status: int = 0
+    implementation_class_uid: str | None = None
+    implementation_version: str | None = None
+    max_pdu_length: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the C-ECHO succeeded."""
+        return self.status == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    def _repr_html_(self) -> str:
+        return _html(
+            f"{self.node}: {'answers' if self.ok else f'status {self.status:04X}'} in {self.round_trip_ms:.1f} ms",
+            [
+                *((name, "accepted" if yes else "refused") for name, yes in self.accepted.items()),
+                ("implementation", self.implementation_version or self.implementation_class_uid),
+                ("maximum PDU length", self.max_pdu_length),
+            ],
+        )
+
+
+# --- rendering -------------------------------------------------------------------------------------
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return _iso(value)
+    if isinstance(value, StudyResult):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _class_name(uid: str | None) -> str:
+    if uid is None:
+        return "not told"
+    from pydicom.uid import UID
+
+    return str(UID(uid).name)
+
+
+def _html(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    body = "".join(
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>"
+        for name, value in rows
+        if value is not None
+    )
+    return f"<table><caption style='text-align:left'><b>{escape(title)}</b></caption>{body}</table>"
