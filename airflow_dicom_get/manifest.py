@@ -1,0 +1,569 @@
+"""The manifest: one row per instance of the plan, in Parquet. Schema 1.
+
+Writing needs pyarrow alone; pandas is imported where a DataFrame is asked for. A manifest has three
+shapes, and :func:`load_manifest` takes each: a DataFrame, the URI of a file, or a reference, a small
+dict that names a file with its number of rows and digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
+
+from airflow_dicom_get.checks import shown
+from airflow_dicom_get.destination import FilesystemDestination, parse_destination
+from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.result import UNVERIFIED, Verdict, worst
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from pandas import DataFrame
+
+    from airflow_dicom_get.records import Instance
+
+__all__ = [
+    "COLUMNS",
+    "SCHEMA_VERSION",
+    "arrow_schema",
+    "combine_manifests",
+    "frame_of",
+    "load_manifest",
+    "load_manifests",
+    "load_table",
+    "load_tables",
+    "manifest_bytes_of",
+    "manifest_rows",
+    "manifest_table",
+    "manifest_uri",
+    "metadata_of",
+    "read_manifest",
+    "read_table",
+    "reference",
+    "run_name",
+    "safe_name",
+    "table_of",
+    "write_manifest",
+]
+
+SCHEMA_VERSION = 1
+REFERENCE_KIND = "dicom-manifest"
+_KEY = "dicom_get."
+_BATCH = 16384
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    # column, attribute of the record, type
+    ("study_instance_uid", "study", "string"),
+    ("series_instance_uid", "series", "string"),
+    ("sop_instance_uid", "sop", "string"),
+    ("sop_class_uid", "sop_class", "string"),
+    ("transfer_syntax_uid", "syntax", "string"),
+    ("modality", "modality", "string"),
+    ("series_number", "series_number", "int64"),
+    ("instance_number", "instance_number", "int64"),
+    ("state", "state", "string"),
+    ("reason", "reason", "string"),
+    ("exactness", "exactness", "string"),
+    ("dimse_status", "dimse_status", "int64"),
+    ("error", "error", "string"),
+    ("uri", "uri", "string"),
+    ("bytes", "bytes", "int64"),
+    ("sha256", "sha256", "string"),
+    ("dataset_offset", "dataset_offset", "int64"),
+    ("dataset_bytes", "dataset_bytes", "int64"),
+    ("forwarded_to", "forwarded_to", "string"),
+    ("forward_status", "forward_status", "string"),
+    ("forward_error", "forward_error", "string"),
+    ("source", "", "string"),
+    ("destination", "", "string"),
+    ("attempt", "attempt", "int64"),
+    ("association", "association", "int64"),
+    ("received_at", "received_at", "timestamp"),
+    ("duration_ms", "duration_ms", "int64"),
+)
+
+COLUMNS: tuple[str, ...] = tuple(name for name, _, _ in _COLUMNS)
+"""The columns of schema 1, in their order; a column per tag comes after them."""
+
+_DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UTC]"}
+
+
+def arrow_schema(tags: Sequence[str] = ()) -> pa.Schema:
+    """The schema of a manifest with columns for ``tags``."""
+    import pyarrow as pa
+
+    types = {"string": pa.string(), "int64": pa.int64(), "timestamp": pa.timestamp("us", tz="UTC")}
+    columns = [(name, types[kind]) for name, _, kind in _COLUMNS]
+    return pa.schema([*columns, *((tag, pa.string()) for tag in tags)])
+
+
+def manifest_rows(
+    instances: Iterable[Instance], *, source: str, destination: str, tags: Sequence[str] = ()
+) -> pa.RecordBatchReader:
+    """Make the rows of some instances, batch by batch: what :func:`write_manifest` takes without a whole table.
+
+    Parameters
+    ----------
+    instances : iterable of Instance
+        The rows, in their order.
+    source, destination : str
+        Where they came from and went to.
+    tags : sequence of str
+        Names of the columns that ``Instance.tags`` fills.
+    """
+    import pyarrow as pa
+
+    schema = arrow_schema(tags)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for chunk in _chunks(instances):
+            columns = []
+            for (name, attribute, _), kind in zip(_COLUMNS, schema.types, strict=False):
+                if attribute:
+                    columns.append(pa.array(_values(chunk, attribute), kind))
+                else:
+                    columns.append(pa.repeat(pa.scalar(source if name == "source" else destination, kind), len(chunk)))
+            for position in range(len(tags)):
+                columns.append(pa.array([_tag(row, position) for row in chunk], pa.string()))
+            yield pa.record_batch(columns, schema=schema)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def manifest_table(
+    instances: Iterable[Instance], *, source: str, destination: str, tags: Sequence[str] = ()
+) -> pa.Table:
+    """As :func:`manifest_rows`, as one table."""
+    return manifest_rows(instances, source=source, destination=destination, tags=tags).read_all()
+
+
+def _chunks(instances: Iterable[Instance]) -> Iterable[list[Instance]]:
+    chunk = []
+    for row in instances:
+        chunk.append(row)
+        if len(chunk) == _BATCH:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _values(chunk: list[Instance], attribute: str) -> list[Any]:
+    values = [getattr(row, attribute) for row in chunk]
+    if attribute == "sha256":
+        return [None if value is None else value.hex() for value in values]
+    if attribute == "received_at":
+        return [None if value is None else round(value * 1_000_000) for value in values]
+    return values
+
+
+def _tag(row: Instance, position: int) -> str | None:
+    return row.tags[position] if row.tags is not None and position < len(row.tags) else None
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def run_name(now: datetime | None = None) -> str:
+    """Name of a run: the time in UTC and eight random hexadecimal digits."""
+    return f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
+
+
+def safe_name(text: str) -> str:
+    """A part of a path: every character outside ``[A-Za-z0-9._-]`` becomes ``_``, and so do leading dots."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
+    return re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name) or "_"
+
+
+def write_manifest(
+    rows: pa.Table | pa.RecordBatchReader,
+    path: str | Path,
+    *,
+    verdict: str,
+    evidence: str,
+    run: str,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a manifest under a temporary name, sync it, and rename it. An older file is replaced whole.
+
+    Parameters
+    ----------
+    rows : pyarrow.RecordBatchReader or pyarrow.Table
+        Made by :func:`manifest_rows` or :func:`manifest_table`.
+    path : str or Path
+        Where it goes; folders are made.
+    verdict, evidence, run : str
+        Kept in the metadata of the file.
+    extra : mapping, optional
+        More metadata.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written. Nothing is left under ``path`` that was not there before.
+    """
+    import pyarrow.parquet as pq
+
+    facts = {"schema": str(SCHEMA_VERSION), "verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
+    schema = rows.schema.with_metadata({_KEY + key: str(value) for key, value in facts.items()})
+    batches = rows.to_batches(_BATCH) if hasattr(rows, "to_batches") else rows
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        with part.open("xb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                for batch in batches:
+                    writer.write_batch(batch.cast(schema))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_table(uri: Any) -> pa.Table:
+    """Read the file of a manifest, without pandas.
+
+    Raises
+    ------
+    ManifestError
+        There is no such file, it is broken, or it is of another schema. It is left as it is.
+    """
+    path = _path_of(uri)
+    return _table(path, str(path))
+
+
+def _path_of(uri: Any) -> Path:
+    if not isinstance(uri, str | os.PathLike) or not str(uri):
+        raise ManifestError("There is no manifest to read.", hint="Give the path or URI of a manifest.", uri=None)
+    try:
+        place = parse_destination(os.fspath(uri), "manifest")
+    except InvalidOption as error:
+        raise ManifestError(error.message, hint=error.hint, uri=str(uri)) from None
+    if not isinstance(place, FilesystemDestination):
+        raise ManifestError(
+            f"The manifest {shown(str(uri))} is not in a folder, and other places are not available in this version.",
+            hint="Copy it to a folder and give its path.", uri=str(uri),
+        )  # fmt: skip
+    return place.path
+
+
+def _unreadable(path: Path, error: OSError) -> ManifestError:
+    return ManifestError(
+        f"The manifest {shown(str(path))} cannot be read: {error.strerror or type(error).__name__}.",
+        hint="Check the path, and that this machine sees the same storage.",
+        uri=str(path),
+    )
+
+
+def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
+    """Open a manifest as far as its metadata, and check these."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(content if isinstance(content, Path) else BytesIO(content))
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise _unreadable(Path(name), error) from None
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(name) from error
+    version = (file.metadata.metadata or {}).get(f"{_KEY}schema".encode())
+    if version is not None and version != str(SCHEMA_VERSION).encode():
+        raise ManifestError(
+            f"The manifest {shown(name)} is of schema {shown(version.decode('ascii', 'replace'))}, "
+            f"and this version reads schema {SCHEMA_VERSION}.",
+            hint="Read it with the version that wrote it, or a newer one.",
+            uri=name,
+        )
+    missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
+    if version is None or missing:
+        what = f"the column {missing[0]}" if missing else "the schema version"
+        raise ManifestError(
+            f"The file {shown(name)} is no manifest: {what} is missing.", hint="Give a file that a run wrote.", uri=name
+        )
+    return file
+
+
+def _broken(name: str) -> ManifestError:
+    return ManifestError(
+        f"The file {shown(name)} is broken, or no Parquet file.",
+        hint="It is left as it is; a new run writes a new manifest.",
+        uri=name,
+    )
+
+
+def _table(content: bytes | Path, name: str) -> pa.Table:
+    import pyarrow as pa
+
+    with _open(content, name) as file:
+        try:
+            return file.read()
+        except (pa.ArrowException, OSError) as error:
+            raise _broken(name) from error
+
+
+def metadata_of(table: pa.Table) -> dict[str, str]:
+    """What the metadata of a manifest says: ``schema``, ``verdict``, ``evidence``, ``run`` and what else is there."""
+    return {
+        key.decode().removeprefix(_KEY): value.decode()
+        for key, value in (table.schema.metadata or {}).items()
+        if key.decode().startswith(_KEY)
+    }
+
+
+# --- DataFrames ------------------------------------------------------------------------------------
+
+
+def frame_of(table: pa.Table) -> DataFrame:
+    """A table as a DataFrame: text as ``string``, numbers as ``Int64``, times in UTC.
+
+    The metadata stands in ``DataFrame.attrs``.
+    """
+    import pandas as pd
+    import pyarrow as pa
+
+    # "string" would hold one Python object a cell; Arrow memory is shared instead.
+    def dtype(kind: pa.DataType) -> Any:
+        if pa.types.is_string(kind):
+            return pd.StringDtype("pyarrow")
+        return pd.Int64Dtype() if pa.types.is_int64(kind) else None
+
+    frame: DataFrame = table.replace_schema_metadata(None).to_pandas(types_mapper=dtype)
+    frame.attrs.update(metadata_of(table))
+    return frame
+
+
+def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
+    """A DataFrame as a table of schema 1, whatever became of its types on the way.
+
+    Raises
+    ------
+    ManifestError
+        A column is missing, or holds what its type does not allow.
+    """
+    import pandas as pd
+    import pyarrow as pa
+
+    tags = [str(column) for column in frame.columns if column not in COLUMNS]
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise ManifestError(
+            f"The {name} has no column {missing[0]}.", hint="Give the DataFrame of a retrieval, with all its columns."
+        )
+    schema = arrow_schema(tags)
+    kinds = {column: kind for column, _, kind in _COLUMNS}
+    columns = []
+    for item in schema:
+        series = frame[item.name]
+        try:
+            if kinds.get(item.name) == "timestamp":
+                series = pd.to_datetime(series, utc=True).astype("datetime64[us, UTC]")
+            else:
+                series = series.astype(_DTYPES[kinds.get(item.name, "string")])
+            columns.append(pa.array(series, item.type, from_pandas=True))
+        except (TypeError, ValueError, pa.ArrowException):
+            raise ManifestError(
+                f"The column {item.name} of the {name} does not hold values of the type {item.type}.",
+                hint="Give the DataFrame of a retrieval as it is.",
+            ) from None
+    flat = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
+    facts = {_KEY + key: str(value) for key, value in frame.attrs.items() if isinstance(value, str)}
+    return pa.table(flat, schema=schema).replace_schema_metadata(facts)
+
+
+def read_manifest(uri: Any) -> DataFrame:
+    """Read the file of a manifest.
+
+    Parameters
+    ----------
+    uri : str or Path
+        A path, or ``file://…``.
+
+    Raises
+    ------
+    ManifestError
+        There is no such file, it is broken, or it is of another schema. It is left as it is.
+    """
+    return frame_of(read_table(uri))
+
+
+def load_manifest(manifest: Any) -> DataFrame:
+    """Load a manifest of any shape: DataFrame, reference, or URI.
+
+    Raises
+    ------
+    ManifestError
+        It cannot be read, or is not what its reference says.
+    """
+    return frame_of(load_table(manifest))
+
+
+def load_table(manifest: Any) -> pa.Table:
+    """As :func:`load_manifest`, as a table; pandas is imported only for a DataFrame."""
+    if isinstance(manifest, Mapping):
+        return _referenced(manifest)
+    if isinstance(manifest, str | os.PathLike):
+        return read_table(manifest)
+    if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
+        return table_of(manifest)
+    raise ManifestError(
+        f"{type(manifest).__name__} is no manifest.", hint="Give a DataFrame, a reference, or the URI of a manifest."
+    )
+
+
+def _referenced(ref: Mapping[str, Any]) -> pa.Table:
+    from hashlib import sha256
+
+    if ref.get("kind") != REFERENCE_KIND:
+        raise ManifestError("The mapping is no reference to a manifest.", hint="Give what a retrieval returned.")
+    if ref.get("schema") != SCHEMA_VERSION:
+        raise ManifestError(
+            f"The reference is of schema {shown(ref.get('schema'))}, and this version reads schema {SCHEMA_VERSION}.",
+            hint="Read it with the version that wrote it, or a newer one.",
+        )
+    uri = ref.get("manifest_uri")
+    path = _path_of(uri)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    digest = sha256(content).hexdigest()
+    if digest != ref.get("sha256"):
+        raise ManifestError(
+            f"The manifest {shown(uri)} is not the one of the reference: its digest is {digest[:16]}…, "
+            f"not {shown(ref.get('sha256'))[:18]}….",
+            hint="It was replaced since; give the URI alone to read it as it is now.",
+            uri=uri,
+        )
+    table = _table(content, str(uri))
+    if table.num_rows != ref.get("rows"):
+        raise ManifestError(
+            f"The manifest {shown(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
+            hint="Give the URI alone to read it as it is now.",
+            uri=uri,
+        )
+    return table
+
+
+def _listed(manifests: Any) -> list[Any]:
+    if (
+        isinstance(manifests, str | os.PathLike | Mapping)
+        or hasattr(manifests, "columns")
+        or not isinstance(manifests, Iterable)
+    ):
+        return [manifests]
+    return list(manifests)
+
+
+def load_tables(manifests: Any) -> list[pa.Table]:
+    """Load one manifest, or several, each of any shape. None stands for a task that was skipped."""
+    return [load_table(item) for item in _listed(manifests) if item is not None]
+
+
+def load_manifests(manifests: Any) -> DataFrame:
+    """Load one manifest, or several of any shapes, as one DataFrame.
+
+    Raises
+    ------
+    ManifestError
+        One of them cannot be read, or is not what its reference says.
+    """
+    return frame_of(_concat(load_tables(manifests)))
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    plain = [table.replace_schema_metadata(None) for table in tables]
+    if not plain:
+        return pa.table({name: pa.array([], kind) for name, kind in zip(COLUMNS, arrow_schema().types, strict=True)})
+    # A column of tags that one manifest lacks is null there.
+    whole = pa.concat_tables(plain, promote_options="default")
+    return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
+
+
+def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None) -> dict[str, Any]:
+    """Write several manifests as one, and give its reference.
+
+    The verdict is the worst of theirs, the evidence the weakest.
+
+    Parameters
+    ----------
+    manifests : iterable
+        Of any shapes; None is passed over.
+    to : str or Path
+        The file to write, or a folder that gets a file with the name of a new run.
+
+    Raises
+    ------
+    ManifestError
+        One of them cannot be read, or is not what its reference says. Nothing is written then.
+    """
+    tables = load_tables(manifests)
+    facts = [metadata_of(table) for table in tables]
+    # A DataFrame may have lost its metadata on the way: nothing is proven then.
+    verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
+    strength = ("none", "list", "list+counts")
+    evidence = min((fact.get("evidence", "none") for fact in facts), key=strength.index, default="none")
+    name = run or run_name()
+    path = _path_of(to)
+    if path.suffix != ".parquet":
+        path = path / f"{name}.parquet"
+    write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
+    return reference(path)
+
+
+def manifest_uri(path: str | Path) -> str:
+    """The URI of a file, fit for a reference: ``file://`` and the absolute path."""
+    return "file://" + quote(str(Path(path).absolute()))
+
+
+def reference(path: str | Path) -> dict[str, Any]:
+    """The reference to a manifest file: what stands for it where it is too large to be handed on.
+
+    Raises
+    ------
+    ManifestError
+        The file cannot be read.
+    """
+    from hashlib import file_digest
+
+    place = _path_of(path)
+    table = _open(place, str(place)).metadata
+    with place.open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    metadata = table.metadata or {}
+    verdict = metadata.get(f"{_KEY}verdict".encode())
+    return {
+        "kind": REFERENCE_KIND,
+        "schema": SCHEMA_VERSION,
+        "manifest_uri": manifest_uri(place),
+        "rows": table.num_rows,
+        "bytes": place.stat().st_size,
+        "sha256": digest,
+        "verdict": verdict.decode() if verdict else None,
+    }
+
+
+def manifest_bytes_of(frame: DataFrame) -> int:
+    """Bytes of a DataFrame as Parquet, which is how it is handed on."""
+    import pyarrow.parquet as pq
+
+    buffer = BytesIO()
+    pq.write_table(table_of(frame), buffer, compression="zstd")
+    return buffer.tell()
