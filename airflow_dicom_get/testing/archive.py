@@ -129,7 +129,7 @@ class Archive:
                     self.skipped[path] = str(reason)
 
     def add(self, path: Path, *, replace: bool = False) -> Entry:
-        """Index one file, or raise `NotIndexedError`. A SOP instance that is there already stays, unless ``replace``."""
+        """Index one file, or raise `NotIndexedError`; an instance that is there already stays, unless ``replace``."""
         syntax, offset, length, row = read_header(path)
         keys = {level: {tag: row[tag] for tag in _STORED_KEYS[level] if tag in row} for level in LEVELS}
         entry = Entry(path, offset, length, syntax, keys["IMAGE"])

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 
 from pydicom.datadict import dictionary_VR
+from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID
 
 Fragment = tuple[int, bytes]
 """Message control header (PS3.8 E.2) and what follows it in the PDV."""
@@ -15,7 +16,7 @@ HAS_DATASET = 0x0001
 
 _COMMAND, _LAST = 0x01, 0x02
 _ERROR_COMMENT = 0x0902
-_LONG_VRS = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
+LONG_VRS = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
 _NUMBERS = {"US": "<H", "SS": "<h", "UL": "<I", "SL": "<i"}
 
 
@@ -88,6 +89,23 @@ def _element(tag: int, text: str, implicit_vr: bool) -> bytes:
     head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
     if implicit_vr:
         return head + struct.pack("<I", len(data)) + data
-    if vr in _LONG_VRS:
+    if vr in LONG_VRS:
         return head + vr.encode() + struct.pack("<HI", 0, len(data)) + data
     return head + vr.encode() + struct.pack("<H", len(data)) + data
+
+
+def part10_header(sop_class: str, sop: str, syntax: str, *, sender: str = "") -> bytes:
+    """Preamble, prefix and file meta information of a Part 10 file (PS3.10 7.1)."""
+    group = struct.pack("<HH2sHI2s", 2, 1, b"OB", 0, 2, b"\0\1")
+    for element, vr, text in (
+        (0x0002, b"UI", sop_class),
+        (0x0003, b"UI", sop),
+        (0x0010, b"UI", syntax),
+        (0x0012, b"UI", PYNETDICOM_IMPLEMENTATION_UID),
+        (0x0016, b"AE", sender.strip()),
+    ):
+        if text:
+            data = text.encode("ascii", "replace")
+            data += (b"\0" if vr == b"UI" else b" ") * (len(data) & 1)
+            group += struct.pack("<HH2sH", 2, element, vr, len(data)) + data
+    return b"\0" * 128 + b"DICM" + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group)) + group

@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -25,7 +24,7 @@ from queue import Empty
 from types import TracebackType
 from typing import Any, Self
 
-from pynetdicom import AE, PYNETDICOM_IMPLEMENTATION_UID, build_context, evt
+from pynetdicom import AE, build_context, evt
 from pynetdicom._globals import MODE_ACCEPTOR
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_ECHO, C_FIND, C_GET, C_STORE
@@ -48,6 +47,7 @@ from airflow_dicom_get.testing.encoding import (
     fragments,
     identifier,
     p_data,
+    part10_header,
 )
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class EmbeddedPacs:
             if sop_class in _FIND | _GET:
                 if (self.no_find and sop_class in _FIND) or (self.no_get and sop_class in _GET):
                     continue
-                context = build_context(sop_class, [syntax for syntax in _QUERY_SYNTAXES if syntax in syntaxes])
+                context = build_context(sop_class, list(_QUERY_SYNTAXES))
             elif sop_class == _VERIFICATION:
                 context = build_context(sop_class, list(syntaxes))
             elif uid_to_service_class(sop_class) in (StorageServiceClass, ServiceClass):
@@ -532,7 +532,7 @@ class _Association(Association):
         sop_class, sop = str(msg.AffectedSOPClassUID), str(msg.AffectedSOPInstanceUID)
         try:
             with temporary.open("xb") as file:
-                file.write(_part10_header(sop_class, sop, syntax, str(self.requestor.ae_title)))
+                file.write(part10_header(sop_class, sop, syntax, sender=str(self.requestor.ae_title)))
                 file.write(msg.DataSet.getbuffer())
             _, _, _, row = ar.read_header(temporary)
             if (row[ar.SOP_CLASS], row[ar.SOP_INSTANCE]) != (sop_class, sop):
@@ -681,17 +681,3 @@ class _Retrieval:
 def _id(context: PresentationContext) -> int:
     assert context.context_id is not None
     return context.context_id
-
-
-def _part10_header(sop_class: str, sop: str, syntax: str, sender: str) -> bytes:
-    def short(element: int, vr: bytes, data: bytes) -> bytes:
-        pad = b"\0" if vr == b"UI" else b" "
-        data += pad * (len(data) & 1)
-        return struct.pack("<HH2sH", 2, element, vr, len(data)) + data
-
-    group = struct.pack("<HH2sHI2s", 2, 1, b"OB", 0, 2, b"\0\1")
-    group += short(0x0002, b"UI", sop_class.encode()) + short(0x0003, b"UI", sop.encode())
-    group += short(0x0010, b"UI", syntax.encode())
-    group += short(0x0012, b"UI", PYNETDICOM_IMPLEMENTATION_UID.encode())
-    group += short(0x0016, b"AE", sender.strip().encode("ascii", "replace"))
-    return b"\0" * 128 + b"DICM" + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group)) + group
