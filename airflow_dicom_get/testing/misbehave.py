@@ -1,0 +1,328 @@
+"""A PACS that misbehaves in a chosen way, for tests of DICOM clients.
+
+Plain sockets and struct, one thread per association, loopback only, nothing of the engine in its
+data path. Without a mode it is a well-behaved SCP of C-ECHO, C-FIND and C-GET that serves one
+synthetic study from memory, each instance in its own transfer syntax; with a mode it breaks one
+rule, and only that one::
+
+    with MisbehavingPacs("drop", heal_after=1) as pacs:
+        retrieve("127.0.0.1", pacs.port, pacs.study_uid)
+        assert pacs.sent[pacs.uids[0]] == 1
+
+:data:`MODES` says of each mode in a sentence what it does. All patients are called
+``HOSTILE^PATIENT``, so that a test can look for what leaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+
+from airflow_dicom_get.testing.misbehaving import (
+    archive,
+    modes_association,
+    modes_list,
+    modes_object,
+    modes_status,
+    modes_wire,
+    wire,
+)
+from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, MODES, Behaviour, Site, Stage
+from airflow_dicom_get.testing.misbehaving.link import Link
+from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, GoneError
+
+__all__ = ["MODES", "MisbehavingPacs", "many_pairs", "serve"]
+
+_MODE_MODULES = (modes_association, modes_list, modes_object, modes_status, modes_wire)
+"""Imported for what they register."""
+
+_JOIN_SECONDS = 5.0
+
+
+def many_pairs(count: int) -> list[tuple[str, str]]:
+    """``count`` different pairs of SOP class and transfer syntax, for a study that needs many contexts."""
+    classes = [f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("1", "1.1", "2", "4", "7", "12.1", "20", "128")]
+    classes += [f"1.2.826.0.1.3680043.9.9999.{n}" for n in range(1, count // 4 + 1)]
+    syntaxes = [EXPLICIT_LE, wire.IMPLICIT_LE, wire.JPEG_2000, "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.70"]
+    return [(c, s) for c in classes for s in syntaxes][:count]
+
+
+class MisbehavingPacs:
+    """A server on a loopback port, to be used as a context manager.
+
+    Parameters
+    ----------
+    mode : str or None
+        A name of :data:`MODES`, also as ``name:param``; ``None`` behaves well.
+    heal_after : int or None
+        So many associations misbehave, later ones are well. An association counts from where the mode
+        can act: one that only does a C-FIND does not use up a mode of C-GET.
+    param : str or float or None
+        Parameter of the mode, where its sentence names one.
+    series, instances : int
+        Number of series, and of instances in each.
+    size : int
+        Bytes of a data set.
+    host, port : str, int
+        A loopback address; port 0 takes a free one.
+    ae_title : str or None
+        If given, other called AE titles are rejected.
+    pairs : sequence of (str, str)
+        SOP classes and transfer syntaxes, dealt out to the instances in turn.
+    list_syntaxes : bool
+        Whether C-FIND answers tell (0008,3002) Available Transfer Syntax UID.
+    max_seconds, max_bytes : float or None, int or None
+        Bounds of a misbehaving association in place of those of the mode (at most 120 s, 512 MiB).
+
+    Attributes
+    ----------
+    study_uid : str
+    uids : list of str
+        SOP Instance UIDs that the study holds.
+    sent : Counter of str
+        How often each SOP Instance UID was sent whole.
+    statuses : list of int
+        Statuses of the C-STORE-RSPs that were received.
+    finals : list of int
+        Statuses of the final C-GET-RSPs that were sent; -1 for one without.
+    associations : int
+        Connections that were accepted.
+    faults : list of str
+        Tracebacks of mistakes of this server itself; always empty, one hopes.
+    """
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        *,
+        heal_after: int | None = None,
+        param: str | float | None = None,
+        series: int = 2,
+        instances: int = 4,
+        size: int = 4096,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ae_title: str | None = None,
+        pairs: Sequence[tuple[str, str]] = ((CT, EXPLICIT_LE),),
+        list_syntaxes: bool = False,
+        max_seconds: float | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            raise ValueError(f"{host!r} is not a loopback address; a misbehaving PACS serves on loopback only")
+        name, _, tail = (mode or "").partition(":")
+        if name and name not in MODE_CLASSES:
+            raise ValueError(f"no mode {name!r}; there are {', '.join(sorted(MODES))}")
+        self.mode = name or None
+        self.host = host
+        self._ill_class: type[Behaviour] | None = MODE_CLASSES.get(name)
+        self._heal_after = heal_after
+        if heal_after is None and self._ill_class is not None:
+            self._heal_after = self._ill_class.heal_after
+        instances_ = archive.build(series=series, instances=instances, size=size, pairs=pairs)
+        self._site = Site(instances_, param if param is not None else tail or None, ae_title, list_syntaxes)
+        self._limits = (max_seconds, max_bytes)
+        self._closing = threading.Event()
+        self._links: set[Link] = set()
+        self._threads: list[threading.Thread] = []
+        self._connections = 0
+        self.faults: list[str] = []
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind((host, port))
+            self._listener.listen(128)
+        except OSError:
+            self._listener.close()
+            raise
+        self.port: int = self._listener.getsockname()[1]
+
+    # --- what a test asks ----------------------------------------------------------------------
+
+    @property
+    def study_uid(self) -> str:
+        """Study Instance UID of the only study."""
+        return archive.STUDY_UID
+
+    @property
+    def instances(self) -> list[Instance]:
+        """What the study holds."""
+        return list(self._site.instances)
+
+    @property
+    def uids(self) -> list[str]:
+        """SOP Instance UIDs of the study."""
+        return [i.sop for i in self._site.instances]
+
+    def dataset(self, sop: str) -> bytes:
+        """The data set of an instance, as a good association sends it."""
+        return next(i for i in self._site.instances if i.sop == sop).dataset()
+
+    @property
+    def sent(self) -> Counter[str]:
+        """How often each instance was sent whole."""
+        with self._site.lock:
+            return self._site.sent.copy()
+
+    @property
+    def answers(self) -> list[tuple[int, int]]:
+        """Command field and status of every response that was received."""
+        with self._site.lock:
+            return list(self._site.answers)
+
+    @property
+    def statuses(self) -> list[int]:
+        """Statuses of the C-STORE-RSPs that were received."""
+        return [status for field, status in self.answers if field == wire.C_STORE | wire.RESPONSE]
+
+    @property
+    def finals(self) -> list[int]:
+        """Statuses of the final C-GET-RSPs that were sent."""
+        with self._site.lock:
+            return list(self._site.finals)
+
+    @property
+    def associations(self) -> int:
+        """Connections accepted so far."""
+        return self._connections
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Serve in a thread of its own until :meth:`close`."""
+        thread = threading.Thread(target=self._accept, name=f"misbehaving-pacs-{self.port}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def close(self) -> None:
+        """End all associations and the server."""
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._site.lock:
+            links = list(self._links)
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
+
+    def __enter__(self) -> MisbehavingPacs:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- associations --------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections += 1
+            link = Link(sock, self._connections, self._closing)
+            with self._site.lock:
+                self._links.add(link)
+            thread = threading.Thread(target=self._serve, args=(link,), daemon=True)
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            thread.start()
+
+    def _serve(self, link: Link) -> None:
+        try:
+            self._converse(link)
+        except GoneError:
+            pass
+        except Exception:
+            self.faults.append(traceback.format_exc())
+        finally:
+            with self._site.lock:
+                self._links.discard(link)
+            with contextlib.suppress(OSError):
+                link.sock.shutdown(socket.SHUT_RDWR)
+            link.sock.close()
+
+    def _behaviour(self, link: Link, stage: Stage) -> Behaviour:
+        ill = self._ill_class
+        if ill is None or stage not in ill.stages:
+            return Behaviour(link, self._site)
+        with self._site.lock:
+            if not link.ill:
+                if self._heal_after is not None and self._site.ill_associations >= self._heal_after:
+                    return Behaviour(link, self._site)
+                self._site.ill_associations += 1
+                link.ill = True
+                seconds, size = self._limits
+                whole = sum(i.size for i in self._site.instances)
+                link.bound(seconds or ill.max_seconds, size or ill.max_bytes + whole)
+        return ill(link, self._site)
+
+    def _converse(self, link: Link) -> None:
+        kind, body = link.read_pdu()
+        if kind != wire.ASSOCIATE_RQ:
+            return
+        request = wire.parse_associate(body)
+        link.peer_max_pdu = request.max_pdu
+        if not self._behaviour(link, "associate").associate(request):
+            return
+        while True:
+            message = link.read()
+            if message is None:
+                self._behaviour(link, "release").release()
+                return
+            field = message.number(wire.FIELD)
+            if field == wire.C_ECHO:
+                Behaviour(link, self._site).echo(message)
+            elif field == wire.C_FIND:
+                self._behaviour(link, "find").find(message)
+            elif field == wire.C_GET:
+                self._behaviour(link, "get").get(message)
+            elif field & wire.RESPONSE or field == wire.C_CANCEL:
+                continue  # late: an answer after the final response, a cancel of what has ended
+            else:
+                link.send(wire.abort())
+                return
+
+
+def serve(mode: str | None, host: str = "127.0.0.1", port: int = 11112, **options: object) -> int:
+    """Serve until SIGINT or SIGTERM; prints one line on standard output once it listens.
+
+    Parameters
+    ----------
+    mode : str or None
+        As for :class:`MisbehavingPacs`, whose other parameters are taken too.
+
+    Returns
+    -------
+    int
+        0.
+    """
+    ended = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with MisbehavingPacs(mode, host=host, port=port, **options) as pacs:  # type: ignore[arg-type]
+            shown = f"[{host}]" if ":" in host else host
+            what = f"misbehaving: {mode}" if mode else "behaving well"
+            print(f"PACS on {shown}:{pacs.port}, study {pacs.study_uid}, {what}", flush=True)
+            ended.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for fault in pacs.faults:
+        print(fault, file=sys.stderr)
+    return 0

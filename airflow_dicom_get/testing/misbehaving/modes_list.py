@@ -1,0 +1,250 @@
+"""Modes of C-FIND, and lists that do not agree with what C-GET sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count, islice
+
+from airflow_dicom_get.testing.misbehaving import archive, wire
+from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, Behaviour, mode
+from airflow_dicom_get.testing.misbehaving.wire import GoneError, Message
+
+_PENDING = 0xFF00
+
+
+class _AtFind(Behaviour):
+    stages = frozenset({FIND})
+
+
+def _ghost(instances: Sequence[Instance]) -> Instance:
+    """An instance of the first series that is listed and not held."""
+    return archive.another(instances[0], 903)
+
+
+@mode("find_fails")
+class FindFails(_AtFind):
+    """Answers every C-FIND by the failure status ``param`` (0xC001)."""
+
+    param = 0xC001
+
+    def find(self, message: Message) -> None:
+        self.respond(message, int(self.number))
+
+
+@mode("find_silent")
+class FindSilent(_AtFind):
+    """Takes the C-FIND-RQ and never sends a byte again."""
+
+    def find(self, message: Message) -> None:
+        self.link.hold()
+
+
+@mode("find_drops")
+class FindDrops(_AtFind):
+    """Closes the connection after the first row of a C-FIND."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from islice(super().rows(level, query), 1)
+        raise GoneError("dropped on purpose")
+
+
+@mode("find_wrong_msgid")
+class FindWrongMsgId(_AtFind):
+    """Answers a C-FIND under a message id that nobody sent."""
+
+    def send_response(self, message: Message, fields: dict[int, wire.Value], data: bytes = b"") -> None:
+        super().send_response(message, fields | {wire.RESPONDED_ID: message.number(wire.MESSAGE_ID) + 1000}, data)
+
+
+@mode("find_garbage")
+class FindGarbage(_AtFind):
+    """Answers a C-FIND by rows of random bytes."""
+
+    def find(self, message: Message) -> None:
+        for salt in range(3):
+            self.respond(message, _PENDING, archive.noise(salt)[:400])
+        self.respond(message, 0x0000)
+
+
+@mode("find_empty_rows")
+class FindEmptyRows(_AtFind):
+    """Answers a C-FIND by Pending responses without a data set."""
+
+    def find(self, message: Message) -> None:
+        for _ in range(3):
+            self.respond(message, _PENDING)
+        self.respond(message, 0x0000)
+
+
+@mode("find_lists_more")
+class FindListsMore(_AtFind):
+    """Lists one instance more than it sends."""
+
+    def listing(self) -> Sequence[Instance]:
+        held = super().listing()
+        return [*held, _ghost(held)]
+
+
+@mode("find_cut_at")
+class FindCutAt(_AtFind):
+    """Cuts every C-FIND at ``param`` rows (500) and says Success; the counts of related instances tell the truth."""
+
+    param = 500
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        return islice(iter(super().rows(level, query)), int(self.number))
+
+
+@mode("find_foreign_rows")
+class FindForeignRows(_AtFind):
+    """Adds two rows of another study, which was not asked for, to the answer to every C-FIND."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from super().rows(level, query)
+        foreign = [archive.another(self.listing()[0], n, study=archive.FOREIGN_STUDY_UID) for n in (1, 2)]
+        yield from archive.find(level, dict.fromkeys(query, ""), foreign, self.describe)
+
+
+@mode("find_hostile_rows")
+class FindHostileRows(_AtFind):
+    """Adds rows of the study that was asked for with UIDs that are paths, empty, or hold control characters."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for row in super().rows(level, query):
+            yield row
+            for uid in ("../../PWNED", "", "1.2\n\x1b[31mFAKELOGLINE", "1." + "2" * 98):
+                if level == "IMAGE":
+                    yield row | {0x00080018: uid}
+
+
+@mode("find_duplicates")
+class FindDuplicates(_AtFind):
+    """Sends every row of a C-FIND twice."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for row in super().rows(level, query):
+            yield row
+            yield row
+
+
+@mode("find_row_per_instance")
+class FindRowPerInstance(_AtFind):
+    """Sends one row per instance at every level, as pynetdicom's qrscp does."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from chain.from_iterable(archive.find(level, query, [i], self.describe) for i in self.listing())
+
+
+@mode("find_endless")
+class FindEndless(_AtFind):
+    """Answers a C-FIND for instances by new instances without end."""
+
+    def rows(self, level: str, query: Row) -> Iterable[Row]:
+        found = super().rows(level, query)
+        return self.endless(found, query) if level == "IMAGE" else found
+
+    def endless(self, found: Iterable[Row], query: Row) -> Iterator[Row]:
+        """The found rows and then made-up ones."""
+        like = self.listing()[0]
+        yield from found
+        for number in count(1001):
+            yield from archive.find("IMAGE", query, [archive.another(like, number)], self.describe)
+
+
+@mode("no_counts")
+class NoCounts(_AtFind):
+    """Leaves the numbers of related series and instances out of its C-FIND answers."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return {tag: value for tag, value in row.items() if tag not in (0x00201206, 0x00201208, 0x00201209)}
+
+
+@mode("no_classes")
+class NoClasses(_AtFind):
+    """Leaves the SOP classes out of its C-FIND answers, as dcmqrscp and qrscp do."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return {tag: value for tag, value in row.items() if tag not in (0x00080016, 0x00080061, 0x00080062)}
+
+
+@mode("counts_lie")
+class CountsLie(_AtFind):
+    """Gives a number of related instances that is ``param`` (1) above the length of its list."""
+
+    param = 1
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        for tag in (0x00201208, 0x00201209):
+            if tag in row:
+                row[tag] = str(int(row[tag]) + int(self.number))
+        return row
+
+
+class _Changes(Behaviour):
+    """The study is not the same before and after a C-GET."""
+
+    stages = frozenset({FIND, GET})
+
+    def present(self) -> Sequence[Instance]:
+        """What is there now."""
+        raise NotImplementedError
+
+    def listing(self) -> Sequence[Instance]:
+        return self.present()
+
+    def holdings(self) -> Sequence[Instance]:
+        return self.present()
+
+
+@mode("list_grows")
+class ListGrows(_Changes):
+    """Begins without its last ``param`` instances (2) and adds one of them after each C-GET."""
+
+    param = 2
+
+    def present(self) -> Sequence[Instance]:
+        late = max(0, int(self.number) - self.site.gets)
+        return self.site.instances[: len(self.site.instances) - late]
+
+
+@mode("list_grows_endless")
+class ListGrowsEndless(_Changes):
+    """Adds a new instance to the study after each C-GET, without end."""
+
+    def present(self) -> Sequence[Instance]:
+        held = self.site.instances
+        return [*held, *(archive.another(held[0], 2000 + n) for n in range(self.site.gets))]
+
+
+@mode("list_shrinks")
+class ListShrinks(_Changes):
+    """Lists its last ``param`` instances (1), sends the others, and no longer lists them after the first C-GET."""
+
+    param = 1
+
+    def present(self) -> Sequence[Instance]:
+        return self.site.instances[: -int(self.number)]
+
+    def listing(self) -> Sequence[Instance]:
+        return self.present() if self.site.gets else self.site.instances
+
+
+@mode("one_unknown_fails_list")
+class OneUnknownFailsList(Behaviour):
+    """Lists one instance that it does not hold, and answers a C-GET that names an unknown UID by C000 alone."""
+
+    stages = frozenset({FIND, GET})
+
+    def listing(self) -> Sequence[Instance]:
+        held = super().listing()
+        return [*held, _ghost(held)]
+
+    def select(self, request: Row) -> list[Instance]:
+        known = {uid for i in self.site.instances for uid in (i.study, i.series, i.sop)}
+        if not known.issuperset(archive.asked_uids(request)[1]):
+            raise archive.RefusedError(0xC000)
+        return super().select(request)
