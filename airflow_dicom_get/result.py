@@ -243,7 +243,10 @@ class Result:
             ("held", f"{self.completed} of {self.total}, {self.skipped} were there before"),
             ("not held", self.failed),
             ("withdrawn, not listed, in conflict", f"{self.withdrawn}, {self.unexpected}, {self.conflicts}"),
-            ("received", f"{_size(self.bytes)} in {self.duration_seconds:.1f} s, {_size(self.bytes_per_second)}/s"),
+            (
+                "received",
+                f"{size_text(self.bytes)} in {self.duration_seconds:.1f} s, {size_text(self.bytes_per_second)}/s",
+            ),
             ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
             ("manifest", self.manifest_uri),
             *(("error", f"{error.get('count', 1)} × {error.get('error')}") for error in self.errors),
@@ -383,7 +386,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

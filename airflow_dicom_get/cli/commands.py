@@ -1,0 +1,192 @@
+"""What each verb does with what was typed. All of it goes through ``GetScu``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.cli import output
+from airflow_dicom_get.cli.config import NamedNode, find_node
+from airflow_dicom_get.cli.inputs import StudyList, query_of, read_studies
+from airflow_dicom_get.cli.progress import progress_bar
+from airflow_dicom_get.cli.signals import cancelling
+from airflow_dicom_get.options import (
+    Options,
+    QueryOptions,
+    check_options,
+    field_name,
+    nested,
+    options_from_shell,
+    shell_name,
+)
+from airflow_dicom_get.query import parse_query
+from airflow_dicom_get.result import EMPTY, worst
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.getscu import GetScu
+
+
+class _Source:
+    """The options of the source, from the config file and, above them, from what was typed; all checked."""
+
+    def __init__(self, typed: Namespace) -> None:
+        node = find_node(typed.node)
+        shell = options_from_shell(typed)
+        spelling = _spelling(node, shell)
+        values = nested({**node.options, **shell}, spelling)
+        model = values.pop("query_model", None)
+        self.query_model = QueryOptions(**({} if model is None else {"query_model": model})).query_model
+        self.values = {"addr": node.addr, **values}
+        self.checked: Options = check_options(spelling=spelling, **self.values)
+        level = logging.DEBUG if self.checked.verbose else logging.WARNING
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        # They log each message of their own, and parts of identifiers with it.
+        for name in ("pynetdicom", "pydicom"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    def scu(self, **more: Any) -> GetScu:
+        from airflow_dicom_get.getscu import GetScu
+
+        return GetScu(**{**self.values, **more})
+
+    def check(self, query: Mapping[str, Any]) -> None:
+        """Refuse a bad query before any traffic."""
+        parse_query(query, query_model=self.query_model, timezone=self.checked.timezone)
+
+
+def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]:
+    def spell(name: str) -> str:
+        if name in node.options and name not in shell:
+            return f"{field_name(name)} of {node.label}"
+        return f"addr of {node.label}" if name == "addr" and node.label else shell_name(name)
+
+    return spell
+
+
+def echo(typed: Namespace) -> int:
+    report = _Source(typed).scu().echo()
+    if typed.json:
+        output.emit_json(report.to_json())
+    else:
+        output.emit(output.echo_lines(report))
+    return 0 if report.ok else 1
+
+
+def find(typed: Namespace) -> int:
+    source = _Source(typed)
+    query = query_of(typed.study, typed.key)
+    if typed.level:
+        query["QueryRetrieveLevel"] = typed.level
+    source.check(query)
+    level = query.pop("QueryRetrieveLevel", None)
+    more = {"level": level} if level else {}
+    rows = source.scu().find(query, query_model=source.query_model, **more)
+    if typed.json:
+        output.emit_json([dict(row) for row in rows])
+    elif rows:
+        output.emit(output.table_lines([dict(row) for row in rows], aligned=sys.stdout.isatty()))
+    output.note(f"{len(rows)} matches")
+    return 0 if rows else 5
+
+
+def plan(typed: Namespace) -> int:
+    source, studies = _Source(typed), _studies(typed)
+    scu, query, unknown = _resolved(source, typed, studies)
+    if query is None:
+        return _nothing(unknown)
+    planned = scu.plan(query, query_model=source.query_model)
+    if typed.json:
+        output.emit_json(planned.to_json())
+    else:
+        output.emit(output.plan_lines(planned))
+    return 0 if planned.instances else 5
+
+
+def get(typed: Namespace) -> int:
+    source, studies = _Source(typed), _studies(typed)
+    if source.checked.destination is None:
+        raise invalid("--to", "is missing", "Name a folder for the instances.")
+    if typed.manifest is not None:
+        from airflow_dicom_get.manifest import load_table
+
+        table = load_table(typed.manifest)
+        scu, query, unknown = source.scu(), None, 0
+    else:
+        table = None
+        scu, query, unknown = _resolved(source, typed, studies)
+        if query is None:
+            return _nothing(unknown)
+    with cancelling(scu.cancel), progress_bar(not source.checked.verbose) as show:
+        result = scu.get_study(
+            query,
+            query_model=source.query_model,
+            on_sub_operation=show,
+            **({} if table is None else {"manifest": table}),
+        )
+    if unknown:
+        result.verdict = worst((result.verdict, EMPTY))
+        result.reason = result.reason or "not_found"
+        result.errors.append({"error": "accession numbers without a study.", "count": unknown, "hint": ""})
+    for line in output.result_notes(result):
+        output.note(line)
+    if typed.json:
+        output.emit_json(result.to_json())
+    else:
+        output.emit(output.result_lines(result))
+    return result.exit_code
+
+
+def _studies(typed: Namespace) -> StudyList | None:
+    return read_studies(typed.from_file) if typed.from_file is not None else None
+
+
+def _resolved(source: _Source, typed: Namespace, listed: StudyList | None) -> tuple[GetScu, dict[str, Any] | None, int]:
+    """The client and the query to ask it, and how many accession numbers have no study."""
+    if listed is None:
+        query = query_of(typed.study, typed.key)
+        source.check(query)
+        return source.scu(), query, 0
+    # max_studies guards against a query that matches more than was meant; a list means what it says.
+    count = max(source.checked.max_studies, len(listed.uids) + len(listed.accessions))
+    scu = source.scu(max_studies=count)
+    uids, unknown = list(listed.uids), 0
+    for line, accession in listed.accessions:
+        rows = scu.find({"AccessionNumber": accession}, level="STUDY", query_model=source.query_model)
+        found = [str(row["StudyInstanceUID"]) for row in rows]
+        if not found:
+            unknown += 1
+            output.note(f"{typed.from_file}, line {line}: no study has this accession number")
+        uids += found
+    uids = list(dict.fromkeys(uids))
+    return scu, {"StudyInstanceUID": uids} if uids else None, unknown
+
+
+def _nothing(unknown: int) -> int:
+    output.note(f"none of {unknown} accession numbers has a study")
+    output.emit(["empty: no study was found"])
+    return 5
+
+
+def pacs(typed: Namespace) -> int:
+    try:
+        if typed.misbehave is not None:
+            from airflow_dicom_get.testing import misbehave
+
+            return misbehave.serve(typed.misbehave, typed.host, typed.port)
+        if typed.dir is None:
+            raise invalid("--dir", "is missing", "Name the folder to serve.")
+        from airflow_dicom_get.testing.pacs import serve
+
+        serve(typed.dir, typed.host, typed.port, typed.ae_title)
+    except ValueError as error:
+        if typed.misbehave is None:
+            raise
+        raise invalid("--misbehave", str(error), "") from None
+    except OSError as error:
+        output.note(f"cannot serve on {typed.host}:{typed.port}: {error.strerror or error}")
+        return 1
+    return 0

@@ -1,0 +1,168 @@
+"""The entry point ``dicom-get``. Nothing heavy is imported until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from airflow_dicom_get import __version__
+from airflow_dicom_get.checks import AETitle
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
+from airflow_dicom_get.options import add_shell_options
+
+EXIT_USAGE = 2
+
+_EXIT_CODES = """\
+exit codes:
+  0 complete    all that the source lists is held and verified
+  1 failed      nothing of it is held, or the node cannot be reached
+  2             bad usage or input; nothing was sent
+  3 partial     something of it is held, something is not
+  4 unverified  all that was sent is held, but no list proves that it is all
+  5 empty       the query matched nothing
+  130, 143      cancelled by SIGINT, SIGTERM
+"""
+
+_NODE = ("max_pdu_length", "calling_ae_title", "called_ae_title", "verbose", "tls", "deadlines")
+_LIMITS = ("max_associations", "bytes_per_second", "window")
+_HELD = ("resume", "verify_held", "adopt", "manifest_root")
+_GET = (
+    "associations", "retries", "store_with_file_meta", "checksum", "durable", "ack", "require_exact", "tags",
+    "transfer_syntaxes", "sop_classes", "s3_config", "forward_target", "strict_forward", "trust_destination",
+)  # fmt: skip
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all verbs."""
+    parser = ArgumentParser(
+        prog="dicom-get",
+        description="Retrieve DICOM studies by C-GET, proven instance by instance.",
+        epilog="NODE is [AE@]host:port, or a name from the config file. `dicom-get VERB --help` explains a verb.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dicom-get {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, doc: str, *, epilog: str = "") -> ArgumentParser:
+        return verbs.add_parser(
+            name,
+            help=doc,
+            description=doc,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+
+    echo = verb("echo", "Ask a node whether it is there, and what it accepts.")
+    _node(echo)
+    _add(echo, "connection", _NODE)
+
+    find = verb("find", "List what a node holds.")
+    _node(find)
+    _what(find)
+    find.add_argument("--level", metavar="LEVEL", help="PATIENT, STUDY, SERIES or IMAGE; by default what the keys say.")
+    _add(find, "query", ("query_model", "timezone", "max_studies"))
+    _add(find, "connection", _NODE)
+
+    plan = verb("plan", "List what a get would fetch, and what is held already.")
+    _node(plan)
+    _what(plan, files=True)
+    _add(plan, "query", ("query_model", "timezone", "max_studies"))
+    _add(plan, "destination", ("destination", *_HELD))
+    _add(plan, "limits of the source", _LIMITS)
+    _add(plan, "connection", _NODE)
+
+    get = verb("get", "Fetch studies into a folder, and prove that they are there.", epilog=_EXIT_CODES)
+    _node(get)
+    _what(get, files=True, manifest=True)
+    _add(get, "query", ("query_model", "timezone", "max_studies"))
+    _add(get, "destination", ("destination", *_HELD))
+    _add(get, "limits of the source", _LIMITS)
+    _add(get, "retrieval", _GET)
+    _add(get, "connection", _NODE)
+
+    pacs = verb("pacs", "Serve a folder as a PACS, for trials and tests.")
+    pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
+    pacs.add_argument("--host", default="127.0.0.1", help="Address to listen on. [%(default)s]")
+    pacs.add_argument("--port", default=11112, type=_port, metavar="N", help="TCP port. [%(default)s]")
+    pacs.add_argument("--ae-title", default="PACS", type=_ae_title, metavar="AE", help="Its AE title. [%(default)s]")
+    pacs.add_argument("--misbehave", metavar="MODE", help="Break the protocol in this way, with data of its own.")
+    return parser
+
+
+def _node(parser: ArgumentParser) -> None:
+    parser.add_argument("node", metavar="NODE", help="[AE@]host:port, or a name from the config file.")
+    parser.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
+
+
+def _what(parser: ArgumentParser, *, files: bool = False, manifest: bool = False) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument("--study", action="append", default=[], metavar="UID", help="Study Instance UID; repeatable.")
+    group.add_argument(
+        "-k", "--key", action="append", default=[], metavar="KEY=VALUE",
+        help="DICOM keyword or tag, and its value, as in StudyDate=today-1; repeatable.",
+    )  # fmt: skip
+    parser.set_defaults(from_file=None, manifest=None)
+    if files:
+        group.add_argument(
+            "--from-file", metavar="CSV", help="Studies from a file with a column StudyInstanceUID or AccessionNumber."
+        )
+    if manifest:
+        group.add_argument("--manifest", metavar="URI", help="What a manifest lists and does not have as held.")
+
+
+def _add(parser: ArgumentParser, title: str, names: Sequence[str]) -> None:
+    add_shell_options(parser.add_argument_group(title), names)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise ArgumentTypeError(f"{text[:32]!a} is no port. Give a whole number from 0 to 65535.")
+    return int(text)
+
+
+def _ae_title(text: str) -> str:
+    try:
+        return str(AETitle()("--ae-title", text))
+    except InvalidOption as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    parser = build_parser()
+    typed = parser.parse_args(argv)
+    given = [
+        name
+        for name, value in (
+            ("--study or -k", getattr(typed, "study", None) or getattr(typed, "key", None)),
+            ("--from-file", getattr(typed, "from_file", None)),
+            ("--manifest", getattr(typed, "manifest", None)),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        parser.error(f"{given[1]} is given beside {given[0]}. Give one of the two.")
+    if typed.verb in ("find", "plan", "get") and not given:
+        parser.error("nothing says what to ask for. Give --study UID or -k KEY=VALUE.")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Texts of a peer may hold characters that the locale does not have.
+            stream.reconfigure(errors="backslashreplace")
+    from airflow_dicom_get.cli import commands, output
+
+    try:
+        return int(getattr(commands, typed.verb)(typed))
+    except (InvalidOption, InvalidQuery, ManifestError) as error:
+        output.note(f"error: {error}")
+        return EXIT_USAGE
+    except DicomGetError as error:
+        output.note(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

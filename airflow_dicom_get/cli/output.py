@@ -1,0 +1,103 @@
+"""What the shell prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from airflow_dicom_get.result import EchoReport, Plan, Result, size_text
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr. That nobody reads it any more must not end a retrieval."""
+    with contextlib.suppress(OSError):
+        print(f"dicom-get: {text}", file=sys.stderr, flush=True)
+
+
+def emit(lines: Iterable[str]) -> None:
+    """Print the result. A reader that has gone away, as ``head`` does, is no error."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain when it flushes at exit: let it write to nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON object, in ASCII: it is safe for any terminal and any locale."""
+    emit([json.dumps(value)])
+
+
+def printable(value: object) -> str:
+    """Text of a peer for a terminal: control characters and separators are escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(value)
+    )
+
+
+def result_lines(result: Result) -> list[str]:
+    line = result.summary()
+    if result.bytes:
+        line += f"; {size_text(result.bytes)} in {result.duration_seconds:.1f} s"
+        line += f", {size_text(result.bytes_per_second)}/s"
+    return [line, *([f"manifest: {result.manifest_uri}"] if result.manifest_uri else [])]
+
+
+def result_notes(result: Result) -> list[str]:
+    """What went wrong, one line each, and when it may go on."""
+    notes = []
+    for error in result.errors:
+        count = error.get("count", 1)
+        times = f"{count} × " if count != 1 else ""
+        notes.append(f"{times}{printable(error.get('error', ''))} {printable(error.get('hint') or '')}".rstrip())
+    if result.resume_at is not None:
+        notes.append(f"may go on at {result.resume_at.isoformat(timespec='minutes')}")
+    return notes
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    listed = f"{len(plan.studies)} studies, {plan.series} series, {plan.instances} instances"
+    contexts = f"{len(plan.classes)} SOP classes, {plan.contexts} presentation contexts"
+    return [
+        f"{listed}: {plan.held} held, {plan.missing} to fetch",
+        f"{contexts}, {plan.associations} associations; evidence: {plan.evidence}",
+    ]
+
+
+def echo_lines(report: EchoReport) -> list[str]:
+    answer = "answers" if report.ok else f"answers with status {report.status:04X}"
+    lines = [f"{report.node} {answer} in {report.round_trip_ms:.1f} ms"]
+    lines += [f"{name}: {'accepted' if yes else 'refused'}" for name, yes in report.accepted.items()]
+    implementation = report.implementation_version or report.implementation_class_uid
+    if implementation:
+        lines.append(f"implementation: {printable(implementation)}")
+    if report.max_pdu_length is not None:
+        lines.append(f"maximum PDU length: {report.max_pdu_length or 'no limit'}")
+    return lines
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]], *, aligned: bool) -> list[str]:
+    """Rows under a head: in columns for people, separated by tabs for programs."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    if not aligned:
+        return ["\t".join(line) for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return "\\".join(printable(item) for item in value)
+    return printable(value)
