@@ -97,6 +97,7 @@ class Behaviour:
     max_bytes: ClassVar[int] = 512 << 20
 
     max_pdu: ClassVar[int] = 131072
+    version: ClassVar[bytes] = b"MISBEHAVING"
     refused_classes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, link: Link, site: Site) -> None:
@@ -122,7 +123,7 @@ class Behaviour:
         self.link.answers = self.negotiate(request)
         roles = self.roles(request)
         self.link.scp_classes = frozenset(r.abstract for r in roles if r.scp)
-        self.answer(wire.associate_accept(request, self.answers_sent(request), roles, self.max_pdu))
+        self.answer(wire.associate_accept(request, self.answers_sent(request), roles, self.max_pdu, self.version))
         return True
 
     def negotiate(self, request: AssociateRequest) -> list[Answer]:

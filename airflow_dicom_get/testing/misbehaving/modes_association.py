@@ -134,6 +134,13 @@ class AcUnlimitedPdu(_AtAssociate):
     max_pdu = 0
 
 
+@mode("ac_hostile_text")
+class AcHostileText(_AtAssociate):
+    """Calls its implementation version by a patient's name, a line break and an escape, and works well."""
+
+    version = b"HOSTILE\n\x1b[31mX"
+
+
 @mode("norole")
 class NoRole(Behaviour):
     """Answers no role selection item, and sends the objects all the same, as some archives do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
@@ -114,8 +114,8 @@ class FindHostileRows(_AtFind):
         for row in super().rows(level, query):
             yield row
             for uid in ("../../PWNED", "", "1.2\n\x1b[31mFAKELOGLINE", "1." + "2" * 98):
-                if level == "IMAGE":
-                    yield row | {0x00080018: uid}
+                if level != "STUDY":
+                    yield row | {0x00080018 if level == "IMAGE" else 0x0020000E: uid}
 
 
 @mode("find_duplicates")
@@ -150,6 +150,18 @@ class FindEndless(_AtFind):
         yield from found
         for number in count(1001):
             yield from archive.find("IMAGE", query, [archive.another(like, number)], self.describe)
+
+
+@mode("find_repeats")
+class FindRepeats(_AtFind):
+    """Answers a C-FIND by its first row without end, with ``param`` seconds (0) after each."""
+
+    param = 0.0
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for row in repeat(next(iter(super().rows(level, query)), {})):
+            yield row
+            self.link.wait(self.number)
 
 
 @mode("no_counts")

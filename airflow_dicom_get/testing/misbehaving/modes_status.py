@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
 from airflow_dicom_get.testing.misbehaving.behaviour import GET, Behaviour, Retrieval, Spoiler, mode
@@ -264,6 +266,18 @@ class PendingFlood(Spoiler):
         self.link.flood(one * 64)
 
 
+@mode("pending_wobble")
+class PendingWobble(Spoiler):
+    """Sends a Pending response every ``param`` seconds (0.1) without end, whose remaining goes up and down."""
+
+    param = 0.1
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        for number in count():
+            self.get_response(retrieval, 0xFF00, retrieval.counters() | {wire.REMAINING: 3 + number % 2})
+            self.link.wait(self.number)
+
+
 @mode("pending_slow")
 class PendingSlow(Spoiler):
     """Sends a Pending response every ``param`` seconds (1) without end, and no object."""
@@ -274,6 +288,21 @@ class PendingSlow(Spoiler):
         while True:
             self.pending(retrieval)
             self.link.wait(self.number)
+
+
+@mode("error_comment")
+class ErrorComment(_AtGet):
+    """Answers every C-GET by C000 with an Error Comment that holds a patient's name, a line break and an escape."""
+
+    def get(self, message: Message) -> None:
+        fields: dict[int, wire.Value] = {
+            wire.CLASS: message.elements.get(wire.CLASS, b""),
+            wire.FIELD: wire.C_GET | wire.RESPONSE,
+            wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
+            wire.STATUS: 0xC000,
+            wire.ERROR_COMMENT: f"no {archive.PATIENT_NAME}\n\x1b[31mFAKELOGLINE " + "x" * 200,
+        }
+        self.send_response(message, fields)
 
 
 @mode("cancel_ignored")

@@ -353,6 +353,31 @@ class Trickle(_MidObject):
         self.link.drip(wire.p_data(context, wire.LAST_BIT, rest[: self.link.fragment_size]), self.number, step=2)
 
 
+@mode("trickle_pdus")
+class TricklePdus(_MidObject):
+    """Sends the second half of an object in whole PDUs of two bytes each, with ``param`` seconds (1) after each."""
+
+    param = 1.0
+
+    def strike(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        for piece, last in wire.fragments((b"".join(instance.pieces())[instance.size // 2 & ~1 :],), 2):
+            self.link.send_fragment(context, piece, last)
+            self.link.wait(self.number)
+
+
+@mode("slow_line")
+class SlowLine(_AtGet):
+    """Works well, but sends its data sets at ``param`` bytes a second (10000), in PDUs of a tenth of that."""
+
+    param = 10_000
+
+    def send_dataset(self, context: int, pieces: Iterator[bytes]) -> None:
+        step = max(2, min(int(self.number) // 10, self.link.fragment_size) & ~1)
+        for piece, last in wire.fragments(pieces, step):
+            self.link.send_fragment(context, piece, last)
+            self.link.wait(step / self.number)
+
+
 @mode("drop")
 class Drop(_MidObject):
     """Closes the connection in the middle of an object."""

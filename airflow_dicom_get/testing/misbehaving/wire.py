@@ -24,7 +24,7 @@ ASSOCIATE_RQ, ASSOCIATE_AC, ASSOCIATE_RJ, P_DATA, RELEASE_RQ, RELEASE_RP, ABORT 
 
 # Elements of the command group by element number (PS3.7 E.1).
 CLASS, FIELD, MESSAGE_ID, RESPONDED_ID, DATA_SET_TYPE, STATUS = 0x0002, 0x0100, 0x0110, 0x0120, 0x0800, 0x0900
-PRIORITY, INSTANCE = 0x0700, 0x1000
+PRIORITY, ERROR_COMMENT, INSTANCE = 0x0700, 0x0902, 0x1000
 REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
 
 C_STORE, C_GET, C_FIND, C_ECHO, N_CREATE, C_CANCEL = 0x0001, 0x0010, 0x0020, 0x0030, 0x0140, 0x0FFF
@@ -126,7 +126,7 @@ def _item(kind: int, body: bytes) -> bytes:
 
 
 def associate_accept(
-    request: AssociateRequest, answers: Iterable[Answer], roles: Iterable[Role], max_pdu: int
+    request: AssociateRequest, answers: Iterable[Answer], roles: Iterable[Role], max_pdu: int, version: bytes
 ) -> bytes:
     """An A-ASSOCIATE-AC PDU that answers ``request``."""
     contexts = b"".join(
@@ -139,7 +139,7 @@ def associate_accept(
         + b"".join(
             _item(0x54, struct.pack(">H", len(r.abstract)) + r.abstract.encode() + bytes((r.scu, r.scp))) for r in roles
         )
-        + _item(0x55, b"MISBEHAVING")
+        + _item(0x55, version)
     )
     return pdu(ASSOCIATE_AC, request.header + _item(0x10, b"1.2.840.10008.3.1.1.1") + contexts + _item(0x50, user))
 
