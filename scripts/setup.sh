@@ -48,7 +48,7 @@ elif [ ! -e "$venv" ]; then
     "$python" -m venv "$venv"
 fi
 
-echo "make: installing the package with [$extras] into $venv (about a minute the first time)"
+echo "make: installing the package with [$extras] into $venv (a minute or two the first time)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".[$extras]"
 "$venv/bin/python" -m pip --disable-pip-version-check check >/dev/null ||

@@ -1,0 +1,190 @@
+"""Retrieve a day's studies from the embedded PACS through Airflow, and show what came of it.
+
+Everything lies under .demo/. Airflow runs the DAG of dags/retrieve_studies.py in one process (`airflow dags test`),
+with an own home and SQLite database; its log goes into a file. Nothing is left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import demo_home as home
+from pydicom.uid import UID
+from rich.console import Console
+from rich.table import Table
+
+from airflow_dicom_get.manifest import metadata_of, read_table
+from airflow_dicom_get.result import worst
+from airflow_dicom_get.testing.sample_data import STUDY_DATE
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HELD = {"stored", "held"}
+HEAD = 8
+
+
+def run_dag(console: Console) -> home.DemoError | None:
+    """Run the DAG with the PACS behind it; returns what Airflow complains of, if it does."""
+    log = home.LOGS / "airflow.log"
+    log.unlink(missing_ok=True)
+    with home.pacs() as (uri, ready):
+        console.print(f"PACS      {ready.removeprefix('PACS ')}")
+        environment = home.airflow_environment(
+            {"AIRFLOW_CONN_DICOM_DEFAULT": uri, "DICOM_DESTINATION": str(home.RETRIEVED)}
+        )
+        console.print(f"Airflow   {home.shown(home.AIRFLOW_HOME)}, its log in {home.shown(log)}")
+        home.airflow("db", "migrate", environment=environment, log=log)
+        console.print(f"DAG       {home.DAG_ID}: the studies of {STUDY_DATE}, one mapped task each …")
+        began = time.monotonic()
+        conf = json.dumps({"study_date": STUDY_DATE, "destination": str(home.RETRIEVED)})
+        try:
+            home.airflow("dags", "test", home.DAG_ID, "--conf", conf, environment=environment, log=log, timeout=180)
+        except home.DemoError as error:
+            return error
+        console.print(f"          {time.monotonic() - began:.0f} s")
+    return None
+
+
+def manifests() -> list[tuple[Path, pa.Table]]:
+    """The manifests of the run: one for each study, that of its last try."""
+    latest: dict[tuple[Path, str], tuple[int, Path]] = {}
+    for path in sorted((home.RETRIEVED / "_manifests" / home.DAG_ID).glob("*/get/*.parquet")):
+        map_index, _, attempt = path.stem.rpartition("-")
+        latest[path.parent, map_index] = max(latest.get((path.parent, map_index), (0, path)), (int(attempt), path))
+    return [(path, read_table(path)) for _, path in latest.values()]
+
+
+def total(table: pa.Table, column: str) -> int:
+    """The sum of a column of numbers."""
+    return sum(value or 0 for value in table[column].to_pylist())
+
+
+def names(table: pa.Table, column: str) -> str:
+    """What stands in a column, each once: UIDs by their names, in short."""
+    values = [UID(value).name for value in table[column].to_pylist() if value]
+    return ", ".join(
+        value.removesuffix(" Storage").replace("Little Endian", "LE").replace("Big Endian", "BE")
+        for value in dict.fromkeys(values)
+    )
+
+
+def short(text: Any, length: int = 12) -> str:
+    """The end of a long value: UIDs differ there."""
+    shown = "" if text is None else str(text)
+    return shown if len(shown) <= length else "…" + shown[1 - length :]
+
+
+def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
+    """Print verdict, counts and the head of a manifest; returns the verdict of the whole."""
+    tables = [table for _, table in found]
+    verdicts: list[Any] = [metadata_of(table)["verdict"] for table in tables]
+    verdict: str = worst(verdicts)
+    held = sum(sum(state in HELD for state in table["state"].to_pylist()) for table in tables)
+    rows = sum(table.num_rows for table in tables)
+    series = {uid for table in tables for uid in table["series_instance_uid"].to_pylist()}
+    size = sum(total(table, "bytes") for table in tables)
+    colour = "green" if verdict == "complete" else "red"
+    console.print()
+    console.print(
+        f"[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"
+    )
+    console.print(
+        f"Counts    {held} of {rows} instances held and verified, {len(series)} series, {size / 1e6:.1f} MB",
+        highlight=False,
+    )
+    console.print()
+    studies = Table(
+        "verdict", "proof", "study", "what", "transfer syntaxes", "held", "kB", box=None, padding=(0, 2, 0, 0)
+    )
+    for table, its_verdict in zip(tables, verdicts, strict=True):
+        states = table["state"].to_pylist()
+        studies.add_row(
+            its_verdict,
+            metadata_of(table)["evidence"],
+            short(table["study_instance_uid"][0].as_py()) if table.num_rows else "",
+            names(table, "sop_class_uid"),
+            names(table, "transfer_syntax_uid"),
+            f"{sum(state in HELD for state in states)}/{len(states)}",
+            f"{total(table, 'bytes') / 1e3:.0f}",
+        )
+    console.print(studies)
+
+    path, largest = max(found, key=lambda item: item[1].num_rows)
+    columns = (
+        "modality",
+        "series_number",
+        "instance_number",
+        "sop_instance_uid",
+        "state",
+        "exactness",
+        "bytes",
+        "sha256",
+    )
+    head = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    for row in largest.slice(0, HEAD).to_pylist():
+        head.add_row(*(short(row[column]) for column in columns))
+    console.print()
+    console.print(f"The first rows of {home.shown(path)}, some of its {largest.num_columns} columns:", highlight=False)
+    console.print(head)
+    return verdict
+
+
+def show_next(console: Console, found: list[tuple[Path, pa.Table]]) -> None:
+    """Print where everything lies, and what to try."""
+    path, table = max(found, key=lambda item: item[1].num_rows)
+    bin_folder = Path(sys.executable).parent
+    tool = home.shown(bin_folder / "dicom-get")
+    study = table["study_instance_uid"][0].as_py()
+    console.print(
+        f"\nFiles     {home.shown(home.RETRIEVED)}/<study>/<series>/<instance>.dcm"
+        f"\nManifests {home.shown(path.parent)}/"
+        "\n\nTry next:"
+        "\n  make ui        the same DAG in Airflow's web interface"
+        f"\n  {tool} pacs --dir {home.shown(home.PACS_DATA)} --ae-title {home.AE_TITLE}"
+        "\n                 that PACS for the shell; then, in another terminal:"
+        f"\n  {tool} find {home.AE_TITLE}@127.0.0.1:11112 -k StudyDate={STUDY_DATE}"
+        f"\n  {tool} get {home.AE_TITLE}@127.0.0.1:11112 --study {study} --to {home.shown(home.RETRIEVED)}"
+        "\n                 fetches nothing: all of it is held. Delete a file, and it fetches that one."
+        f"\n  {home.shown(bin_folder / 'python')} -c 'from airflow_dicom_get import read_manifest; "
+        f'print(read_manifest("{home.shown(path)}"))\'',
+        markup=False,
+        highlight=False,
+    )
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    # Lines of a log or a pipe are as long as they need to be.
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True)
+    home.end_by_signals()
+    try:
+        home.make_folders()
+        # Each demo begins with nothing held.
+        shutil.rmtree(home.RETRIEVED, ignore_errors=True)
+        failure = run_dag(console)
+        found = manifests()
+        verdict = show(console, found) if found else "failed"
+        if failure:
+            raise failure
+        if not found:
+            raise home.DemoError(f"No manifest was written; see {home.shown(home.LOGS)}/airflow.log")
+        show_next(console, found)
+    except KeyboardInterrupt:
+        errors.print("\nStopped: nothing is left running.")
+        return 130
+    except home.DemoError as error:
+        errors.print(f"\n{error}", markup=False, highlight=False)
+        return 1
+    return 0 if verdict == "complete" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What `make demo` and `make ui` share: a folder of their own with a PACS, an Airflow home and what is retrieved."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".demo"
+PACS_DATA = FOLDER / "pacs"
+AIRFLOW_HOME = FOLDER / "airflow"
+RETRIEVED = FOLDER / "retrieved"
+LOGS = FOLDER / "logs"
+DAG_ID = "retrieve_studies"
+AE_TITLE = "DEMO"
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the text says what failed and where more stands."""
+
+
+def shown(path: Path) -> str:
+    """A path as the user sees it from the project's folder."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def make_folders() -> None:
+    """Make the demo's folder, for its owner alone: it holds a password and keys."""
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    for folder in (AIRFLOW_HOME, LOGS):
+        folder.mkdir(exist_ok=True)
+    if not PACS_DATA.is_dir():
+        from airflow_dicom_get.testing.sample_data import write_demo_data
+
+        # Under its name only when whole: an interrupted first run must not leave half a PACS.
+        half = FOLDER / "pacs.part"
+        half.mkdir(exist_ok=True)
+        write_demo_data(half)
+        half.rename(PACS_DATA)
+
+
+def _kept_secrets() -> dict[str, str]:
+    """Password and keys of this Airflow home: made once, kept in a file."""
+    file = AIRFLOW_HOME / "secrets.json"
+    if not file.exists():
+        from cryptography.fernet import Fernet
+
+        values = {
+            "password": secrets.token_urlsafe(9),
+            "jwt": secrets.token_hex(32),
+            "fernet": Fernet.generate_key().decode(),
+        }
+        file.touch(mode=0o600)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    kept: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return kept
+
+
+def password() -> str:
+    """The password of the user ``admin``."""
+    return _kept_secrets()["password"]
+
+
+def airflow_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment in which Airflow runs on the demo's home, whatever Airflow the caller has configured."""
+    kept = _kept_secrets()
+    passwords = AIRFLOW_HOME / "passwords.json"
+    passwords.touch(mode=0o600)
+    passwords.write_text(json.dumps({"admin": kept["password"]}), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}
+    environment |= {
+        "AIRFLOW_HOME": str(AIRFLOW_HOME),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        "AIRFLOW__CORE__FERNET_KEY": kept["fernet"],
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__PARALLELISM": "4",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+        "AIRFLOW__API_AUTH__JWT_SECRET": kept["jwt"],
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{AIRFLOW_HOME / 'airflow.db'}",
+        "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(AIRFLOW_HOME / "logs"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return environment | dict(extra or {})
+
+
+def airflow(*arguments: str, environment: Mapping[str, str], log: Path, timeout: float = 300) -> None:
+    """Run one Airflow command to its end, its output into `log`.
+
+    Raises
+    ------
+    DemoError
+        If it fails; names the log.
+    """
+    process = launch([sys.executable, "-m", "airflow", *arguments], environment=environment, log=log)
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        status = -1
+    finally:
+        stop([process])
+    if status:
+        tail = "".join(f"\n    {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
+        raise DemoError(f"`airflow {' '.join(arguments[:2])}` failed. Its last lines, of {shown(log)}:{tail}")
+
+
+def launch(
+    command: Sequence[str], *, environment: Mapping[str, str], log: Path, stdout: int | None = None
+) -> subprocess.Popen[str]:
+    """Start a program in a session of its own, which `stop` ends. Ctrl-C in the terminal does not reach it."""
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file if stdout is None else stdout,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def stop(processes: Sequence[subprocess.Popen[str]], patience: float = 10) -> None:
+    """End programs and what they started: SIGTERM to each, a common time to go, then SIGKILL to their sessions."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    until = time.monotonic() + patience
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        for pid in session_members(process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # It went by itself.
+        process.wait()
+
+
+def session_members(leader: int) -> list[int]:
+    """The processes of a session. Airflow puts each task into a process group of its own, but not into a session."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The fields after the name, which may hold anything: state, parent, group, session.
+            session = int(stat.read_text().rpartition(")")[2].split()[3])
+        except (OSError, ValueError):
+            continue
+        if session == leader:
+            members.append(int(stat.parent.name))
+    return members
+
+
+@contextmanager
+def pacs() -> Iterator[tuple[str, str]]:
+    """Serve the demo's studies; gives the connection URI and the line in which the PACS said that it is ready."""
+    log = LOGS / "pacs.log"
+    command = [sys.executable, "-m", "airflow_dicom_get.cli.main", "pacs"]
+    command += ["--dir", str(PACS_DATA), "--port", "0", "--ae-title", AE_TITLE]
+    process = launch(command, environment=os.environ, log=log, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            ready = process.stdout.readline().strip() if selector.select(30) else ""
+        if AE_TITLE not in ready:
+            raise DemoError(f"The embedded PACS did not start; see {shown(log)}")
+        node = next(word for word in ready.split() if word.startswith(f"{AE_TITLE}@"))
+        yield f"dicom://{node}", ready
+    finally:
+        stop([process])
+
+
+def end_by_signals() -> None:
+    """Turn SIGTERM and SIGHUP into the KeyboardInterrupt of Ctrl-C, so that all of them clean up alike."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
