@@ -227,6 +227,7 @@ class Setting:
     """Flags that set it, the usual one first; none where the shell does not have it."""
     off: tuple[str, ...] = ()
     """Flags that switch it off, for what is on by default."""
+    off_doc: str = ""
     repeat: bool = False
     """Whether the flag may be given several times."""
     metavar: str = ""

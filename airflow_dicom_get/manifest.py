@@ -265,7 +265,7 @@ def _path_of(uri: Any) -> Path:
 
 def _unreadable(path: Path, error: OSError) -> ManifestError:
     return ManifestError(
-        f"The manifest {shown(str(path))} cannot be read: {error.strerror or type(error).__name__}.",
+        f"The manifest {shown(str(path))} cannot be read: {os.strerror(error.errno or 0)}.",
         hint="Check the path, and that this machine sees the same storage.",
         uri=str(path),
     )

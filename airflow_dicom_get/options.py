@@ -212,6 +212,7 @@ class Options(Checked):
         Flag(),
         "Write DICOM files with preamble and file meta information, not bare data sets.",
         off=("--no-file-meta", "--no-store-with-file-meta"),
+        off_doc="Write bare data sets, without preamble and file meta information.",
     )
     associations: int = setting(1, Integer(1, 64), "Associations used at a time.", shell=("--associations",))
     max_associations: int = setting(
@@ -249,7 +250,9 @@ class Options(Checked):
     max_studies: int = setting(
         100, Integer(1), "Studies that a query may match; more are refused.", shell=("--max-studies",)
     )
-    resume: bool = setting(True, Flag(), "Skip what is held and verified.", off=("--no-resume",))
+    resume: bool = setting(
+        True, Flag(), "Skip what is held and verified.", off=("--no-resume",), off_doc="Fetch what is held, too."
+    )
     verify_held: Literal["size", "digest", "none"] = setting(
         "size", Choice("size", "digest", "none"), "How an instance that is held is verified.", shell=("--verify-held",)
     )
@@ -262,7 +265,13 @@ class Options(Checked):
     checksum: Literal["sha256"] | None = setting(
         "sha256", Choice("sha256", optional=True), "Digest of each object, made on the way.", shell=("--checksum",)
     )
-    durable: bool = setting(True, Flag(), "Count an instance once it is synced to the disk.", off=("--no-durable",))
+    durable: bool = setting(
+        True,
+        Flag(),
+        "Count an instance once it is synced to the disk.",
+        off=("--no-durable",),
+        off_doc="Do not wait for the disk: a power cut may lose what was counted.",
+    )
     ack: Literal["taken", "durable"] = setting(
         "taken", Choice("taken", "durable"), "When an instance is acknowledged to the source.", shell=("--ack",)
     )
@@ -575,7 +584,7 @@ def add_shell_options(parser: ArgumentParser | _ArgumentGroup, names: Iterable[s
 def _help(row: Option) -> str:
     doc = row.setting.doc.replace("%", "%%")
     if row.setting.off:
-        return f"Do not: {doc[0].lower()}{doc[1:]}"
+        return row.setting.off_doc
     shown_default = _default_text(row)
     return f"{doc} [{shown_default}]" if shown_default else doc
 
@@ -707,3 +716,21 @@ def markdown_table() -> str:
         unit = f" ({row.setting.unit})" if row.setting.unit else ""
         lines.append(f"| `{row.name}` | {typed} | {field} | {default} | {row.setting.doc}{unit} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_page() -> str:
+    """The page ``docs/options.md``."""
+    return f"""# Options
+
+Each option stands once in the code (`airflow_dicom_get/options.py`), and this page is made from there:
+`python -m airflow_dicom_get.options > docs/options.md`.
+
+The parts of a group, such as `tls.ca`, are given in Python as a dict or an object: `tls={{"ca": "ca.pem"}}`,
+`deadlines=Deadlines(idle=30)`. What is typed wins over the config file, and the AE title in an address over
+`called_ae_title`. Rates may be written as `500K`, `20M`, `1.5G` (powers of 1000) or `20Mi` (of 1024).
+
+{markdown_table()}"""
+
+
+if __name__ == "__main__":
+    print(markdown_page(), end="")

@@ -157,6 +157,7 @@ class Tls(Checked):
         Flag(),
         "Compare the name in the peer's certificate.",
         off=("--tls-no-check-hostname",),
+        off_doc="Take a certificate with any name.",
         connection="tls_check_hostname",
     )
     min_version: Literal["1.2", "1.3"] = setting(

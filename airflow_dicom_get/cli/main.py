@@ -24,6 +24,7 @@ exit codes:
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
+_KEYS = "--study UID | -k KEY=VALUE ..."
 _NODE = ("max_pdu_length", "calling_ae_title", "called_ae_title", "verbose", "tls", "deadlines")
 _LIMITS = ("max_associations", "bytes_per_second", "window")
 _HELD = ("resume", "verify_held", "adopt", "manifest_root")
@@ -44,28 +45,24 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dicom-get {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, doc: str, *, epilog: str = "") -> ArgumentParser:
+    def verb(name: str, usage: str, doc: str, *, epilog: str = "") -> ArgumentParser:
         return verbs.add_parser(
-            name,
-            help=doc,
-            description=doc,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=RawDescriptionHelpFormatter,
-        )
+            name, usage=f"dicom-get {name} {usage} [options]", help=doc, description=doc, epilog=epilog,
+            allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter,
+        )  # fmt: skip
 
-    echo = verb("echo", "Ask a node whether it is there, and what it accepts.")
+    echo = verb("echo", "NODE", "Ask a node whether it is there, and what it accepts.")
     _node(echo)
     _add(echo, "connection", _NODE)
 
-    find = verb("find", "List what a node holds.")
+    find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")
     _node(find)
     _what(find)
     find.add_argument("--level", metavar="LEVEL", help="PATIENT, STUDY, SERIES or IMAGE; by default what the keys say.")
     _add(find, "query", ("query_model", "timezone", "max_studies"))
     _add(find, "connection", _NODE)
 
-    plan = verb("plan", "List what a get would fetch, and what is held already.")
+    plan = verb("plan", f"NODE ({_KEYS} | --from-file CSV)", "List what a get would fetch, and what is held already.")
     _node(plan)
     _what(plan, files=True)
     _add(plan, "query", ("query_model", "timezone", "max_studies"))
@@ -73,7 +70,10 @@ def build_parser() -> ArgumentParser:
     _add(plan, "limits of the source", _LIMITS)
     _add(plan, "connection", _NODE)
 
-    get = verb("get", "Fetch studies into a folder, and prove that they are there.", epilog=_EXIT_CODES)
+    get = verb(
+        "get", f"NODE ({_KEYS} | --from-file CSV | --manifest URI) --to DEST",
+        "Fetch studies into a folder, and prove that they are there.", epilog=_EXIT_CODES,
+    )  # fmt: skip
     _node(get)
     _what(get, files=True, manifest=True)
     _add(get, "query", ("query_model", "timezone", "max_studies"))
@@ -82,7 +82,7 @@ def build_parser() -> ArgumentParser:
     _add(get, "retrieval", _GET)
     _add(get, "connection", _NODE)
 
-    pacs = verb("pacs", "Serve a folder as a PACS, for trials and tests.")
+    pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for trials and tests.")
     pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
     pacs.add_argument("--host", default="127.0.0.1", help="Address to listen on. [%(default)s]")
     pacs.add_argument("--port", default=11112, type=_port, metavar="N", help="TCP port. [%(default)s]")
