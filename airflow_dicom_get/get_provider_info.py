@@ -1,0 +1,202 @@
+"""What Airflow is told about this package.
+
+Airflow calls this in every one of its commands, and an import error here stops them all: so this
+module imports nothing and is one literal.
+"""
+
+
+def get_provider_info() -> dict:  # type: ignore[type-arg]
+    """Return the provider's description: connection types, configuration, modules."""
+    return {
+        "package-name": "airflow-dicom-get",
+        "name": "DICOM C-GET",
+        "description": "Retrieves DICOM studies from a PACS by C-GET, with a verdict and a manifest for each retrieval.",
+        "integrations": [
+            {
+                "integration-name": "DICOM",
+                "external-doc-url": "https://www.dicomstandard.org/",
+                "tags": ["protocol"],
+            }
+        ],
+        "hooks": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.hooks.dicom"]}],
+        "operators": [
+            {
+                "integration-name": "DICOM",
+                "python-modules": ["airflow_dicom_get.operators.find", "airflow_dicom_get.operators.get"],
+            }
+        ],
+        "connection-types": [
+            {
+                "connection-type": "dicom",
+                "hook-class-name": "airflow_dicom_get.hooks.dicom.DicomHook",
+                "hook-name": "DICOM (PACS)",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema"],
+                    "relabeling": {
+                        "host": "PACS host",
+                        "port": "PACS port",
+                        "login": "Called AE title",
+                        "password": "TLS key passphrase",
+                    },
+                    "placeholders": {
+                        "host": "pacs.hospital.example",
+                        # Always to be filled: a connection saved without a port cannot be tested from the UI.
+                        "port": "104",
+                        "login": "ANY-SCP",
+                    },
+                },
+                # No field limits its length: the form cuts what is too long, and a cut AE title is worse than a
+                # refused one. The hook checks every value.
+                "conn-fields": {
+                    "calling_ae_title": {
+                        "label": "Calling AE title",
+                        "description": "Our own AE title, as the PACS knows it: 1 to 16 characters.",
+                        "schema": {"type": ["string", "null"], "default": "GET-SCU"},
+                    },
+                    "query_model": {
+                        "label": "Query/Retrieve model",
+                        "description": "PatientRoot only for a PACS that does not offer StudyRoot.",
+                        "schema": {
+                            "type": ["string", "null"],
+                            "enum": ["StudyRoot", "PatientRoot"],
+                            "default": "StudyRoot",
+                        },
+                    },
+                    "max_pdu_length": {
+                        "label": "Maximum PDU length",
+                        "description": "Bytes that the PACS may send in one PDU; 131072 is the fastest.",
+                        "schema": {"type": ["integer", "null"], "default": 131072},
+                    },
+                    "max_associations": {
+                        "label": "Associations at once",
+                        "description": "How many the PACS admits to us. Make a pool with as many slots.",
+                        "schema": {"type": ["integer", "null"], "default": 2},
+                    },
+                    "bytes_per_second": {
+                        "label": "Bytes per second",
+                        "description": "What all retrievals together may take, for example 20M. Blank: no limit.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "window": {
+                        "label": "Hours for retrievals",
+                        "description": "Only within these hours, for example 22:00-06:00. Blank: at any time.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "timezone": {
+                        "label": "Time zone of the PACS",
+                        "description": "For the hours above and for dates such as today, for example Europe/Berlin.",
+                        "schema": {"type": ["string", "null"], "default": "UTC"},
+                    },
+                    "connect_timeout": {
+                        "label": "Seconds to connect",
+                        "schema": {"type": ["number", "null"], "default": 10},
+                    },
+                    "acse_timeout": {
+                        "label": "Seconds to the association",
+                        "schema": {"type": ["number", "null"], "default": 30},
+                    },
+                    "next_object_timeout": {
+                        "label": "Seconds between instances",
+                        "description": "Also before the first one: a PACS with a tape archive needs more.",
+                        "schema": {"type": ["number", "null"], "default": 300},
+                    },
+                    "idle_timeout": {
+                        "label": "Seconds without a byte",
+                        "description": "Inside a message.",
+                        "schema": {"type": ["number", "null"], "default": 60},
+                    },
+                    "operation_timeout": {
+                        "label": "Seconds for a whole retrieval",
+                        "description": "Blank: no limit.",
+                        "schema": {"type": ["number", "null"]},
+                    },
+                    "use_tls": {
+                        "label": "Use TLS",
+                        "schema": {"type": ["boolean", "null"], "default": False},
+                    },
+                    "tls_ca_file": {
+                        "label": "TLS: CA file",
+                        "description": "PEM file on the workers. Blank: the certificates that the system trusts.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "tls_cert_file": {
+                        "label": "TLS: our certificate",
+                        "description": "PEM file on the workers, if the PACS asks for one.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "tls_key_file": {
+                        "label": "TLS: our key",
+                        "description": "PEM file on the workers; its passphrase stands in the field of that name above.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "tls_server_name": {
+                        "label": "TLS: server name",
+                        "description": "The name in the certificate of the PACS, if it is not the host.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "tls_check_hostname": {
+                        "label": "TLS: check the server name",
+                        "schema": {"type": ["boolean", "null"], "default": True},
+                    },
+                    "tls_min_version": {
+                        "label": "TLS: lowest version",
+                        "schema": {"type": ["string", "null"], "enum": ["1.2", "1.3"], "default": "1.2"},
+                    },
+                },
+            }
+        ],
+        "config": {
+            "dicom_get": {
+                "description": "Retrieval of DICOM studies by airflow-dicom-get.",
+                "options": {
+                    "manifest_root": {
+                        "description": (
+                            "Where the manifests of transfers to another DICOM node are written: an absolute path or "
+                            "an s3:// address. Empty: nowhere. Retrievals to a folder or a bucket keep theirs there."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "/data/dicom/manifests",
+                        "default": "",
+                    },
+                    "manifest_xcom_max_bytes": {
+                        "description": (
+                            "Largest manifest, in bytes as XCom stores it, that a task returns as a DataFrame when "
+                            "its ``manifest_xcom`` is ``auto``. A larger one is returned as a reference to its file."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": None,
+                        "default": "1048576",
+                    },
+                    "manifest_xcom_hard_max_bytes": {
+                        "description": "Largest manifest, in bytes as XCom stores it, for ``manifest_xcom='full'``.",
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": None,
+                        "default": "10485760",
+                    },
+                    "progress_interval": {
+                        "description": (
+                            "Seconds between two lines of progress in the task log, and between two writes to the "
+                            "task state store; at least 5 for the latter."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": None,
+                        "default": "5",
+                    },
+                    "require_pool": {
+                        "description": (
+                            "Refuse retrievals that run in ``default_pool``, where nothing keeps the number of "
+                            "associations within what the PACS admits."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "boolean",
+                        "example": None,
+                        "default": "False",
+                    },
+                },
+            }
+        },
+    }

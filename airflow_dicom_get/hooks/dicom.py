@@ -1,0 +1,245 @@
+"""The hook of a DICOM node: the connection's fields, and the verbs on them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseHook
+
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.node import Node, check_ae_title
+from airflow_dicom_get.options import OPTIONS, check_options, field_name, nested, options_from_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow.sdk import Connection
+
+    from airflow_dicom_get.getscu import GetScu
+    from airflow_dicom_get.result import EchoReport, Plan, Result
+
+TEST_SECONDS = 10.0
+"""The longest a connection test takes: it holds a thread of the API server."""
+
+
+class DicomHook(BaseHook):
+    """Talk to a DICOM node by a ``dicom`` connection.
+
+    In a ``@task`` function::
+
+        hook = DicomHook("pacs")
+        result = hook.get_study({"StudyInstanceUID": uid}, destination="/data/dicom")
+
+    :param dicom_conn_id: the ``dicom`` connection: host, port, login = called AE title, password = TLS key passphrase
+    """
+
+    conn_name_attr = "dicom_conn_id"
+    default_conn_name = "dicom_default"
+    conn_type = "dicom"
+    hook_name = "DICOM (PACS)"
+
+    def __init__(self, dicom_conn_id: str = default_conn_name, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dicom_conn_id = dicom_conn_id
+        self._settings: tuple[Node, dict[str, Any]] | None = None
+
+    # --- the connection ----------------------------------------------------------------------------
+
+    def settings(self) -> tuple[Node, dict[str, Any]]:
+        """Return the node and the options that the connection gives, by their names in :class:`GetScu`.
+
+        ``query_model`` is among them though it belongs to a call.
+
+        :raises InvalidOption: a field is missing or malformed; the message names connection and field
+        """
+        if self._settings is None:
+            conn = self.get_connection(self.dicom_conn_id)
+            try:
+                self._settings = self._parse(conn)
+            except InvalidOption as error:
+                raise self._of_connection(error) from None
+        return self._settings
+
+    def _parse(self, conn: Connection) -> tuple[Node, dict[str, Any]]:
+        if (conn.conn_type or "").lower() != self.conn_type:
+            raise invalid("type", f"{shown(conn.conn_type)} is not dicom", "Name a connection of type DICOM.")
+        node = self._node(conn)
+        flat, unknown = options_from_fields(self._extras(conn))
+        for key in unknown:
+            self.log.warning("Connection %s: the extra field %s is not known and changes nothing.",
+                             self.dicom_conn_id, shown(key))  # fmt: skip
+        if conn.password:
+            flat["tls.key_password"] = conn.password
+        values = nested(flat, field_name)
+        model = values.pop("query_model", OPTIONS["query_model"].default)
+        query_model = OPTIONS["query_model"].check("query_model", model)
+        # Everything is checked here once more: the form checks next to nothing, and here the names of the
+        # fields are known.
+        check_options(node, spelling=field_name, **values)
+        return node, {**values, "query_model": query_model}
+
+    def _node(self, conn: Connection) -> Node:
+        host = (conn.host or "").strip()
+        if not host:
+            raise invalid("host", "is missing", "Give the name or address of the PACS.")
+        if not conn.port:
+            raise invalid("port", "is missing", "Give the DICOM port of the PACS, often 104 or 11112.")
+        title = None
+        if (conn.login or "").strip():
+            title = check_ae_title(str(conn.login), "login (called AE title)")
+        else:
+            self.log.warning(
+                "Connection %s: login (called AE title) is blank, so the PACS is called %s; many a PACS refuses that.",
+                self.dicom_conn_id,
+                OPTIONS["called_ae_title"].default,
+            )
+        address = f"[{host}]:{conn.port}" if ":" in host and not host.startswith("[") else f"{host}:{conn.port}"
+        node = Node.parse(address, "host, port")
+        return Node(node.host, node.port, title)
+
+    def _extras(self, conn: Connection) -> Mapping[str, Any]:
+        if not conn.extra:
+            return {}
+        try:
+            extras = conn.extra_dejson
+        except Exception:
+            extras = None
+        if not isinstance(extras, dict) or (not extras and str(conn.extra).strip() not in ("", "{}")):
+            raise invalid("extra", "is no JSON object", 'Write {"calling_ae_title": "AIRFLOW"}, for example.')
+        return extras
+
+    def _of_connection(self, error: InvalidOption) -> InvalidOption:
+        return InvalidOption(
+            f"Connection {self.dicom_conn_id}: {error.message}",
+            hint=error.hint,
+            **{**error.facts, "conn_id": self.dicom_conn_id},
+        )
+
+    @property
+    def node(self) -> Node:
+        """The address of the node."""
+        return self.settings()[0]
+
+    @property
+    def query_model(self) -> str:
+        """The connection's information model."""
+        return str(self.settings()[1]["query_model"])
+
+    @property
+    def timezone(self) -> str:
+        """The time zone of the connection, for ``today``."""
+        return str(self.settings()[1].get("timezone", OPTIONS["timezone"].default))
+
+    def get_scu(self, *, seconds: float = math.inf, **overrides: Any) -> GetScu:
+        """Make a :class:`~airflow_dicom_get.GetScu` from the connection.
+
+        ``max_associations`` and ``bytes_per_second`` of the connection hold for all tasks together, and the tasks
+        do not know of each other. So one of them gets what belongs to its ``associations``; a pool with as many
+        slots as the PACS admits associations does the rest.
+
+        :param seconds: the longest that a retrieval may take, where the connection does not say less
+        :param overrides: options of ``GetScu`` that win over the connection's
+        """
+        from airflow_dicom_get.getscu import GetScu
+
+        node, settings = self.settings()
+        values = {name: value for name, value in settings.items() if name != "query_model"} | overrides
+        options = check_options(node, **values)
+        if options.bytes_per_second is not None and "bytes_per_second" not in overrides:
+            share = options.bytes_per_second * options.associations // options.max_associations
+            values["bytes_per_second"] = max(share, 1000)
+        values["max_associations"] = options.associations
+        if seconds != math.inf:
+            allowed = min(max(seconds, 0.001), options.deadlines.operation or math.inf)
+            values["deadlines"] = replace(options.deadlines, operation=allowed)
+        return GetScu(node, **values)
+
+    def get_conn(self) -> GetScu:
+        """Return a client of the node; nothing is opened yet."""
+        return self.get_scu()
+
+    # --- the verbs ---------------------------------------------------------------------------------
+
+    def echo(self) -> EchoReport:
+        """Send a C-ECHO, and say what the node offers."""
+        return self.get_conn().echo()
+
+    def find(self, query: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Send a C-FIND.
+
+        :param query: DICOM keywords and values
+        :param kwargs: passed to :meth:`GetScu.find`, as ``level``
+        """
+        return self.get_conn().find(query, **{"query_model": self.query_model, **kwargs})
+
+    def plan(self, query: Mapping[str, Any], **kwargs: Any) -> Plan:
+        """List what a retrieval would fetch."""
+        return self.get_conn().plan(query, **{"query_model": self.query_model, **kwargs})
+
+    def get_study(self, query: Mapping[str, Any], destination: str, **overrides: Any) -> Result:
+        """Retrieve what the query names. Look at ``verdict``, or call ``raise_for_verdict()``.
+
+        :param query: DICOM keywords and values
+        :param destination: an absolute path
+        :param overrides: options of ``GetScu`` that win over the connection's
+        """
+        scu = self.get_scu(destination=destination, **overrides)
+        return scu.get_study(query, query_model=self.query_model)
+
+    # --- the Test button ---------------------------------------------------------------------------
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Send a C-ECHO; say what the node offers, or what to mend. Never raises, takes at most ten seconds."""
+        try:
+            scu = self._test_scu()
+        except DicomGetError as error:
+            return False, str(error)
+        except Exception as error:
+            # The text of a foreign error could hold a secret of the connection.
+            return False, f"The connection cannot be read: {type(error).__name__}."
+        answer: list[tuple[bool, str]] = []
+        thread = threading.Thread(target=lambda: answer.append(self._test(scu)), daemon=True, name="dicom-test")
+        thread.start()
+        thread.join(TEST_SECONDS)
+        if answer:
+            return answer[0]
+        scu.cancel("the connection test took too long")
+        return False, f"{self.node}: no answer within {TEST_SECONDS:g} s. Is the address right, and open on the way?"
+
+    def _test_scu(self) -> GetScu:
+        node, settings = self.settings()
+        deadlines = check_options(node, deadlines=settings.get("deadlines", {})).deadlines
+        short = replace(
+            deadlines,
+            connect=min(deadlines.connect, TEST_SECONDS / 2),
+            acse=min(deadlines.acse, TEST_SECONDS * 0.7),
+            operation=TEST_SECONDS * 0.9,
+            release=1.0,
+        )
+        return self.get_scu(deadlines=short)
+
+    def _test(self, scu: GetScu) -> tuple[bool, str]:
+        try:
+            report = scu.echo()
+        except DicomGetError as error:
+            return False, str(error)
+        except Exception as error:
+            return False, f"{self.node}: the test failed with {type(error).__name__}."
+        model = self.query_model
+        accepted = [name for name, yes in report.accepted.items() if yes]
+        missing = [name for name in (f"C-FIND {model}", f"C-GET {model}") if not report.accepted.get(name)]
+        offers = f"{report.node} answers in {report.round_trip_ms:.0f} ms and offers {', '.join(accepted)}"
+        if not report.ok:
+            return False, f"{offers}, but answered the C-ECHO with status {report.status:04X}. Ask the PACS admin."
+        if f"C-GET {model}" in missing:
+            return False, f"{offers}, but not {' and '.join(missing)}: it cannot retrieve from here by C-GET."
+        if missing:
+            return (
+                True,
+                f"{offers}. Without C-FIND no retrieval can be proven complete, and only UIDs can be asked for.",
+            )
+        return True, f"{offers}. (Tried from the process that shows this; workers need the same way to the PACS.)"

@@ -1,0 +1,133 @@
+"""What the operators have in common: the hook, cancelling, what is shown, which errors are final."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
+
+from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.hooks.dicom import DicomHook
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from airflow_dicom_get.getscu import GetScu
+
+DEFAULT_POOL = "default_pool"
+LABEL_KEY = "dicom_label"
+
+
+@contextmanager
+def final_errors() -> Iterator[None]:
+    """Let an error that another try cannot mend fail the task at once, whatever its ``retries``."""
+    try:
+        yield
+    except AirflowNotFoundException as error:
+        raise AirflowFailException(f"{error} Make it under Admin, Connections, as type DICOM.") from error
+    except DicomGetError as error:
+        if error.transient:
+            raise
+        raise AirflowFailException(str(error)) from error
+
+
+class DicomOperator(BaseOperator):
+    """Base of the DICOM operators.
+
+    :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    """
+
+    ui_color = "#d9ebf2"
+
+    def __init__(
+        self,
+        *,
+        dicom_conn_id: str = DicomHook.default_conn_name,
+        query_model: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.dicom_conn_id = dicom_conn_id
+        self.query_model = query_model
+        self._given: dict[str, Any] = {}
+        self._scu: GetScu | None = None
+        self._killed = False
+
+    @classmethod
+    def partial(cls, **kwargs: Any) -> Any:
+        """Name the mapped tasks by what they work on, unless the DAG names them itself.
+
+        A class attribute would not do: the default that ``partial`` fills in hides it.
+        """
+        kwargs.setdefault("map_index_template", "{{ " + LABEL_KEY + " }}")
+        return super().partial(**kwargs)
+
+    @property
+    def hook(self) -> DicomHook:
+        """The hook of the connection."""
+        return DicomHook(dicom_conn_id=self.dicom_conn_id)
+
+    def on_kill(self) -> None:
+        """End the association. Runs inside a signal handler: no lock, no log."""
+        self._killed = True
+        if self._scu is not None:
+            self._scu.cancel("the task was ended")
+
+    def given(self, name: str) -> Any:
+        """The rendered value of a field, where the field itself holds only what may be shown."""
+        return self._given.get(name, getattr(self, name))
+
+    def shown(self, name: str, value: Any) -> Any:
+        """What the rendered field ``name`` shows for ``value``."""
+        return value
+
+    def map_label(self) -> str:
+        """A name for what this task works on, without patient data."""
+        return ""
+
+    def _do_render_template_fields(
+        self,
+        parent: Any,
+        template_fields: Iterable[str],
+        context: Context,
+        jinja_env: Any,
+        seen_oids: set[int],
+    ) -> None:
+        # Airflow stores what the fields hold after this call, in clear, for every viewer of the DAG. The
+        # argument names are Airflow's: mapped tasks pass them by keyword.
+        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
+        if parent is not self:
+            return
+        self._given = {}  # a new one: tasks are copied, and the copies would share it
+        for name in template_fields:
+            value = getattr(self, name)
+            shown = self.shown(name, value)
+            if shown is not value:
+                self._given[name] = value
+                setattr(self, name, shown)
+        cast(dict[str, Any], context)[LABEL_KEY] = self.map_label()
+
+    def warn_of_limits(self, context: Context, *, associations: int, require_pool: bool) -> None:
+        """Say what the DAG leaves to chance; refuse the default pool where the configuration asks for that."""
+        if context["ti"].max_tries == 0:
+            self.log.warning("retries is 0: what interrupts this task ends it. With retries=3, say, it resumes.")
+        if self.pool == DEFAULT_POOL:
+            text = (
+                "This task runs in default_pool, so nothing keeps the associations of all tasks within what the PACS "
+                "admits. Make a pool with as many slots (airflow pools set pacs 2 '') and give it as pool='pacs'."
+            )
+            if require_pool:
+                raise AirflowFailException(f"{text} [dicom_get] require_pool is set.")
+            self.log.warning(text)
+        elif self.pool_slots < associations:
+            self.log.warning(
+                "associations=%d but pool_slots=%d: the pool %s counts too few. Give pool_slots=%d.",
+                associations,
+                self.pool_slots,
+                self.pool,
+                associations,
+            )

@@ -1,0 +1,91 @@
+"""What stands in the rendered fields, which every viewer of the DAG can read, and in the map index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SHOWN_KEYS = frozenset(
+    {
+        "queryretrievelevel",
+        "studyinstanceuid",
+        "seriesinstanceuid",
+        "sopinstanceuid",
+        "sopclassuid",
+        "sopclassesinstudy",
+        "modality",
+        "modalitiesinstudy",
+        "studydate",
+        "studytime",
+        "seriesdate",
+        "seriestime",
+        "seriesnumber",
+        "instancenumber",
+        "bodypartexamined",
+        "manufacturer",
+        "specificcharacterset",
+    }
+)
+"""Query keys that say nothing of a patient. All others are taken to: a list of the harmless is short and known."""
+
+HIDDEN = "***"
+_LISTED = 20
+
+
+def shown_query(query: Any) -> Any:
+    """The query with ``***`` for the values of identifying keys; tags in numbers are not told apart from these."""
+    if not isinstance(query, Mapping):
+        return query
+    return {str(key): value if str(key).lower() in SHOWN_KEYS else HIDDEN for key, value in query.items()}
+
+
+def shown_study(study: Any) -> Any:
+    """An Item without the values of the keys that its DAG asked for."""
+    if isinstance(study, Mapping):
+        shown = dict(study)
+        if isinstance(shown.get("keys"), Mapping):
+            shown["keys"] = dict.fromkeys(shown["keys"], HIDDEN)
+        return shown
+    if isinstance(study, Sequence) and not isinstance(study, str | bytes):
+        shown_items = [shown_study(item) for item in study[:_LISTED]]
+        return shown_items if len(study) <= _LISTED else [*shown_items, f"and {len(study) - _LISTED} more"]
+    return study
+
+
+def shown_manifest(manifest: Any) -> Any:
+    """``manifest of N rows`` for a frame; a reference or an address says nothing of a patient and stays."""
+    if manifest is None or isinstance(manifest, str):
+        return manifest
+    if isinstance(manifest, Mapping):
+        if manifest.get("kind") == "dicom-manifest":
+            return f"manifest of {manifest.get('rows')} rows: {manifest.get('manifest_uri')}"
+        return f"{len(manifest)} keys"
+    if hasattr(manifest, "columns"):
+        return f"manifest of {len(manifest)} rows"
+    if isinstance(manifest, Sequence):
+        return [shown_manifest(one) for one in manifest[:_LISTED]]
+    return type(manifest).__name__
+
+
+def label_of(study: Any, query: Any, manifest: Any) -> str:
+    """A short name for what one task retrieves, without patient data: the study's UID."""
+    if study is not None:
+        return _study_label(study)
+    if query is not None:
+        shown = shown_query(query)
+        if not isinstance(shown, Mapping):
+            return "query"
+        return " ".join(f"{key}={value}" for key, value in shown.items() if key != "QueryRetrieveLevel")[:200]
+    return str(shown_manifest(manifest))[:200]
+
+
+def _study_label(study: Any) -> str:
+    if isinstance(study, Mapping):
+        text = str(study.get("label") or study.get("study_instance_uid") or "")
+        return text[:100]
+    if isinstance(study, Sequence) and not isinstance(study, str):
+        if not study:
+            return "no study"
+        first = _study_label(study[0])
+        return first if len(study) == 1 else f"{first} and {len(study) - 1} more"
+    return str(study)[:64]

@@ -1,0 +1,113 @@
+"""What one task is to retrieve, as the queries that the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.errors import InvalidOption
+
+Query = dict[str, Any]
+
+_NOT_THERE = ("withdrawn", "unexpected")
+"""States of instances that the source does not list: a new list would miss them."""
+
+
+def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[Query]:
+    """One query for all studies that are wanted whole, and one for each of which some series are.
+
+    :param study: a UID, an Item, or a list of either
+    :param skip: takes what is wrong with an entry of a list that is left out; None: it is raised
+    """
+    if not _is_list(study):
+        uid, series = _study_and_series(study)
+        return [_query(uid, series)]
+    whole: dict[str, None] = {}
+    parts: dict[str, list[str]] = {}
+    for one in study:
+        try:
+            uid, series = _study_and_series(one)
+        except InvalidOption as error:
+            if skip is None:
+                raise
+            skip(error)
+            continue
+        if series is None:
+            whole[uid] = None
+        else:
+            parts.setdefault(uid, []).extend(series)
+    if len(study) and not whole and not parts:
+        raise invalid("study", "is a list without a valid study", "Mend what makes it.")
+    queries = [{"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": list(whole)}] if whole else []
+    return queries + [_query(uid, series) for uid, series in parts.items() if uid not in whole]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _query(study: str, series: Sequence[str] | None) -> Query:
+    if series is None:
+        return {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": study}
+    return {
+        "QueryRetrieveLevel": "SERIES",
+        "StudyInstanceUID": study,
+        "SeriesInstanceUID": list(dict.fromkeys(series)),
+    }
+
+
+def _study_and_series(one: Any) -> tuple[str, list[str] | None]:
+    series = None
+    if isinstance(one, Mapping):
+        if "study_instance_uid" not in one:
+            raise invalid("study", "is a mapping without study_instance_uid", "Give a UID, or an Item of find.")
+        series = one.get("series_instance_uids")
+        one = one["study_instance_uid"]
+    uid = _uid(one)
+    if series is None:
+        return uid, None
+    if not _is_list(series) or not series:
+        raise invalid(
+            "study", f"the Item of {uid} has no list of series", "Give series_instance_uids, or None for all."
+        )
+    return uid, [_uid(one) for one in series]
+
+
+def _uid(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else value
+    if text in ("", "None", None):
+        raise invalid("study", "is empty, or its template rendered to nothing", "Give a Study Instance UID.")
+    if not isinstance(text, str) or not is_uid(text):
+        hint = "A UID is 1 to 64 digits and dots."
+        if isinstance(text, str) and text[:1] in "[{(":
+            hint = "It looks like a list in a text: set render_template_as_native_obj=True on the DAG, or use .output."
+        raise invalid("study", f"{shown(value)} is no Study Instance UID", hint)
+    return text
+
+
+def manifest_queries(manifest: Any) -> list[Query]:
+    """One query for each study of a manifest, with the instances that it lists.
+
+    :raises ManifestError: the manifest cannot be read, or is not what its reference says
+    """
+    from airflow_dicom_get.manifest import load_tables
+
+    wanted: dict[str, tuple[dict[str, None], list[str]]] = {}
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
+    for table in load_tables(manifest):
+        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
+            if state not in _NOT_THERE:
+                known, instances = wanted.setdefault(study, ({}, []))
+                known[series] = None
+                instances.append(sop)
+    return [
+        {
+            "QueryRetrieveLevel": "IMAGE",
+            "StudyInstanceUID": study,
+            "SeriesInstanceUID": list(series),
+            "SOPInstanceUID": list(dict.fromkeys(instances)),
+        }
+        for study, (series, instances) in wanted.items()
+    ]

@@ -1,0 +1,228 @@
+"""C-FIND for studies, and what to do where a PACS cuts its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow_dicom_get.errors import InvalidQuery, OperationFailed
+from airflow_dicom_get.operators._items import Item, count, first, make_item, modalities_of, values
+from airflow_dicom_get.query import parse_query
+
+if TYPE_CHECKING:
+    from datetime import tzinfo
+
+Find = Callable[[Mapping[str, Any], str], Iterable[Any]]
+
+ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
+"""Row counts at which a PACS that cuts its answer without a word does so."""
+
+MAX_QUERIES = 1000
+_EARLIEST, _LATEST = date(1900, 1, 1), date(2099, 12, 31)
+_DAY_SECONDS = 24 * 3600
+
+
+def _days(text: str) -> tuple[date, date]:
+    """A date or a range of dates, as DICOM writes it; open ends are closed far away."""
+    begin, dash, end = text.partition("-")
+    first_day = datetime.strptime(begin, "%Y%m%d").date() if begin else _EARLIEST
+    if not dash:
+        return first_day, first_day if begin else _LATEST
+    return first_day, datetime.strptime(end, "%Y%m%d").date() if end else _LATEST
+
+
+def _clock(second: int) -> str:
+    return f"{second // 3600:02}{second // 60 % 60:02}{second % 60:02}"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A query for studies, over all of its days or some, over the whole day or a part of it."""
+
+    query: Mapping[str, Any]
+    days: tuple[date, date] | None = None
+    seconds: tuple[int, int] | None = None
+
+    def keys(self) -> dict[str, Any]:
+        keys = dict(self.query)
+        if self.days:
+            begin, end = self.days
+            keys["StudyDate"] = f"{begin:%Y%m%d}" if begin == end else f"{begin:%Y%m%d}-{end:%Y%m%d}"
+        if self.seconds:
+            # Up to the last fraction before the end, so that no moment lies between two parts.
+            keys["StudyTime"] = f"{_clock(self.seconds[0])}-{_clock(self.seconds[1] - 1)}.999999"
+        return keys
+
+    def halves(self) -> list[_Part]:
+        """The two halves; nothing if there are none, or the query names its studies or a time of its own."""
+        if self.query.get("StudyInstanceUID"):
+            return []
+        begin, end = self.days or _days(str(self.query.get("StudyDate") or ""))
+        if begin != end:
+            middle = begin + (end - begin) // 2
+            return [_Part(self.query, (begin, middle)), _Part(self.query, (middle + timedelta(days=1), end))]
+        start, stop = self.seconds or (0, _DAY_SECONDS)
+        if self.query.get("StudyTime") or stop - start <= 60:
+            return []
+        middle_second = (start + stop) // 2
+        return [
+            _Part(self.query, (begin, end), (start, middle_second)),
+            _Part(self.query, (begin, end), (middle_second, stop)),
+        ]
+
+
+class Search:
+    """One search: its queries, and whether the answer may be short.
+
+    :param find: sends a C-FIND at a level, and gives the rows
+    :param level: ``STUDY`` or ``SERIES``
+    :param model: the information model, for checks of the query
+    :param modalities: of which a study, or a series at that level, has at least one
+    :param return_keys: keywords whose values go into the Items
+    :param split: whether to ask by parts where the answer seems to be cut
+    :param timezone: of ``today``
+    """
+
+    def __init__(
+        self,
+        find: Find,
+        *,
+        level: str,
+        model: str,
+        modalities: Sequence[str] = (),
+        return_keys: Sequence[str] = (),
+        split: bool = True,
+        timezone: tzinfo | str = "UTC",
+    ) -> None:
+        self._find = find
+        self._level = level
+        self._model = model
+        self._modalities = list(modalities)
+        self._return_keys = list(return_keys)
+        self._split = split
+        self._timezone = timezone
+        self.queries = 0
+        self.truncated = False
+
+    def items(self, query: Mapping[str, Any]) -> list[Item]:
+        """Search, and return one Item a study, in the order of their UIDs."""
+        study_keys, series_keys = self._by_level(query)
+        rows: dict[str, Any] = {}
+        # Only UIDs are matched by lists in one query (PS3.4 C.2.2.2.2).
+        for modality in self._modalities or [""]:
+            asked = modality or study_keys.get("ModalitiesInStudy", "")
+            self._collect({**study_keys, "ModalitiesInStudy": asked}, rows)
+        found = []
+        by_series = self._level == "SERIES" or bool(series_keys)
+        for uid in sorted(rows):
+            item = self._series_item(rows[uid], uid, series_keys) if by_series else self._study_item(rows[uid], uid)
+            if item is not None:
+                found.append(item)
+        return found
+
+    def series_sizes(self, item: Item) -> dict[str, int | None]:
+        """The series of an Item, and how many instances each has."""
+        wanted = item["series_instance_uids"]
+        return {
+            uid: count(getattr(row, "NumberOfSeriesRelatedInstances", None))
+            for uid, row in sorted(self._series(item["study_instance_uid"], {}).items())
+            if wanted is None or uid in wanted
+        }
+
+    # --- studies -----------------------------------------------------------------------------------
+
+    def _by_level(self, query: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys for studies and those for series. ``today`` becomes a date, once for all queries."""
+        wanted = {key: "" for key in self._return_keys if key not in query}
+        asked: dict[str, Any] = dict(query)
+        if self._modalities:
+            asked["ModalitiesInStudy"] = self._modalities[0]
+        # The lowest level whose unique key is given: not taken from ``self._level``, which is about the Items.
+        parsed = parse_query({**wanted, **asked}, query_model=self._model, timezone=self._timezone)
+        by_level: dict[str, dict[str, Any]] = {"STUDY": {}, "SERIES": {}, "IMAGE": {}}
+        for item in parsed.filters:
+            by_level[item.level][item.keyword] = item.value
+        if by_level["IMAGE"] or parsed.instances:
+            key = next(iter(by_level["IMAGE"]), "SOPInstanceUID")
+            raise InvalidQuery(
+                f"{key}: lies below the level of series.", hint="Leave it out: find names studies and series.", key=key
+            )
+        if parsed.studies:
+            by_level["STUDY"]["StudyInstanceUID"] = list(parsed.studies)
+        if parsed.series:
+            by_level["SERIES"]["SeriesInstanceUID"] = list(parsed.series)
+        return by_level["STUDY"], by_level["SERIES"]
+
+    def _ask(self, query: Mapping[str, Any], level: str) -> list[Any]:
+        self.queries += 1
+        return list(self._find({key: value for key, value in query.items() if value is not None}, level))
+
+    def _collect(self, query: Mapping[str, Any], into: dict[str, Any]) -> None:
+        """Ask, and by halves where the answer seems to be cut, down to a minute of a day."""
+        pending = [_Part(query)]
+        while pending:
+            part = pending.pop()
+            halves = part.halves() if self._split and self.queries < MAX_QUERIES else []
+            try:
+                rows = self._ask(part.keys(), "STUDY")
+            except OperationFailed as error:
+                # Some PACS refuse a query that matches too much.
+                if not (error.transient and halves):
+                    raise
+                pending += halves
+                continue
+            for row in rows:
+                if uid := first(getattr(row, "StudyInstanceUID", None)):
+                    into.setdefault(uid, row)
+            if len(rows) in ROUND_CAPS:
+                self.truncated = self.truncated or not halves
+                pending += halves
+
+    def _study_item(self, row: Any, uid: str) -> Item | None:
+        modalities = modalities_of(getattr(row, "ModalitiesInStudy", None))
+        if self._modalities:
+            # Some PACS know no ModalitiesInStudy, and match everything.
+            if not modalities:
+                modalities = _modalities_of_series(self._series(uid, {}).values())
+            if not set(modalities) & set(self._modalities):
+                return None
+        return make_item(
+            uid,
+            expected=count(getattr(row, "NumberOfStudyRelatedInstances", None)),
+            modalities=modalities,
+            keys=self._keys(row),
+        )
+
+    def _keys(self, row: Any) -> dict[str, str]:
+        return {key: "\\".join(values(getattr(row, key, None))) for key in self._return_keys}
+
+    # --- series ------------------------------------------------------------------------------------
+
+    def _series(self, study: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+        rows = self._ask({**keys, "StudyInstanceUID": study, "Modality": keys.get("Modality", "")}, "SERIES")
+        return {uid: row for row in rows if (uid := first(getattr(row, "SeriesInstanceUID", None)))}
+
+    def _series_item(self, row: Any, study: str, keys: Mapping[str, Any]) -> Item | None:
+        series = self._series(study, keys)
+        if self._modalities:
+            series = {
+                uid: each
+                for uid, each in series.items()
+                if set(modalities_of(getattr(each, "Modality", None))) & set(self._modalities)
+            }
+        if not series:
+            return None
+        sizes = [count(getattr(each, "NumberOfSeriesRelatedInstances", None)) for each in series.values()]
+        return make_item(
+            study,
+            series=sorted(series),
+            expected=None if None in sizes else sum(size for size in sizes if size is not None),
+            modalities=_modalities_of_series(series.values()),
+            keys=self._keys(row),
+        )
+
+
+def _modalities_of_series(rows: Iterable[Any]) -> list[str]:
+    return sorted({one for row in rows for one in modalities_of(getattr(row, "Modality", None))})
