@@ -46,14 +46,18 @@ def find_attribute(text: str) -> Attribute:
         if (tag >> 16) & 1:
             raise UnknownAttributeError("is a private tag", "Give an attribute of the standard.")
     else:
-        found = tag_for_keyword(name)
+        found = tag_for_keyword(name) if name else None
         if found is None:
             raise UnknownAttributeError("is no DICOM keyword", _suggestion(name))
         tag = int(found)
     try:
-        return Attribute(tag, dictionary_keyword(tag), dictionary_VR(tag))
+        attribute: Attribute | None = Attribute(tag, dictionary_keyword(tag), dictionary_VR(tag))
     except KeyError:
-        raise UnknownAttributeError("is no tag of the standard", "Give a keyword such as StudyInstanceUID.") from None
+        attribute = None
+    # Some retired attributes have no keyword.
+    if attribute is None or not attribute.keyword:
+        raise UnknownAttributeError("is no tag of the standard", "Give a keyword such as StudyInstanceUID.")
+    return attribute
 
 
 def _suggestion(name: str) -> str:

@@ -174,7 +174,7 @@ def _by_attribute(query: Mapping[Any, Any]) -> dict[str, tuple[Attribute, Any]]:
             or attribute.vr not in _MATCHING_VRS
             or attribute.keyword in _NOT_MATCHING
         ):
-            raise _bad(attribute.keyword or shown(name), "is no matching key", "Leave it out of the query.")
+            raise _bad(attribute.keyword, "is no matching key", "Leave it out of the query.")
         found[attribute.keyword] = (attribute, value)
     return found
 
