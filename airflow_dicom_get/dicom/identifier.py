@@ -1,0 +1,75 @@
+"""Identifiers of C-FIND and C-GET (PS3.4 C.2.2.2, C.4.3): implicit VR little endian, flat.
+
+Implicit VR because its 32-bit lengths carry a UID list of any size; in explicit VR one peer
+silently matches a longer list to nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterable, Mapping
+
+from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, encoding_of, scan_elements
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+
+QUERY_RETRIEVE_LEVEL = 0x00080052
+AVAILABLE_TRANSFER_SYNTAX = 0x00083002
+SOP_CLASSES_IN_STUDY = 0x00080062
+MODALITIES_IN_STUDY = 0x00080061
+FAILED_SOP_INSTANCES = 0x00080058
+PATIENT_ID = 0x00100020
+STUDY_RELATED_SERIES, STUDY_RELATED_INSTANCES, SERIES_RELATED_INSTANCES = 0x00201206, 0x00201208, 0x00201209
+
+MAX_IDENTIFIER = 1 << 20
+"""Longest identifier that is read from a peer, in bytes."""
+
+_ELEMENT = struct.Struct("<HHL")
+_IMPLICIT = encoding_of(IMPLICIT_LE)
+
+
+def encode_identifier(elements: Mapping[int, str | Iterable[str]], uid_tags: Collection[int] = ()) -> bytes:
+    """Encode keys in ascending order; several values are joined by a backslash.
+
+    Non-ASCII text is sent as UTF-8 with Specific Character Set ISO_IR 192. Values of ``uid_tags``
+    are padded with NUL, all others with a space (PS3.5 6.2).
+    """
+    values = {
+        tag: (value if isinstance(value, str) else "\\".join(value)).encode("utf-8") for tag, value in elements.items()
+    }
+    if not all(value.isascii() for value in values.values()):
+        values[SPECIFIC_CHARACTER_SET] = b"ISO_IR 192"
+    out = bytearray()
+    for tag in sorted(values):
+        value = values[tag]
+        if len(value) % 2:
+            value += b"\0" if tag in uid_tags else b" "
+        out += _ELEMENT.pack(tag >> 16, tag & 0xFFFF, len(value)) + value
+    return bytes(out)
+
+
+def decode_identifier(data: bytes | bytearray, wanted: Collection[int]) -> dict[int, bytes]:
+    """The raw values of the ``wanted`` tags that are present.
+
+    Raises
+    ------
+    HeaderError
+        The bytes are no data set in implicit VR.
+    """
+    values, _ = scan_elements(data, _IMPLICIT, wanted, 0x7FDFFFFF, whole=True)
+    return values
+
+
+def text_value(raw: bytes | None) -> str | None:
+    """A value of ASCII text (CS, IS, UI, ...) without padding; None if absent or empty."""
+    if not raw:
+        return None
+    return raw.strip(b"\0 ").decode("ascii", "replace") or None
+
+
+def int_value(raw: bytes | None) -> int | None:
+    """An IS value; None if absent, empty or no number."""
+    text = text_value(raw)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None

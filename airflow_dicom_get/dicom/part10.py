@@ -1,0 +1,82 @@
+"""Part 10 files (PS3.10 7.1): preamble, prefix and file meta information before the data set."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+IMPLEMENTATION_CLASS_UID = "2.25.314867509302853911216013580271933427751"
+IMPLEMENTATION_VERSION = "DICOMGET_01"
+
+_SHORT = struct.Struct("<HH2sH")
+_LONG = struct.Struct("<HH2sHL")
+META_LIMIT = 1 << 16
+"""Bytes of a file that are read for its meta information."""
+
+
+def _element(element: int, vr: bytes, value: bytes) -> bytes:
+    if len(value) % 2:
+        value += b"\0" if vr in (b"UI", b"OB") else b" "
+    if vr == b"OB":
+        return _LONG.pack(2, element, vr, 0, len(value)) + value
+    return _SHORT.pack(2, element, vr, len(value)) + value
+
+
+@lru_cache(maxsize=256)
+def _tail(syntax: str, own: str, sending: str, receiving: str) -> bytes:
+    return (
+        _element(0x0010, b"UI", syntax.encode())
+        + _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode())
+        + _element(0x0013, b"SH", IMPLEMENTATION_VERSION.encode())
+        + _element(0x0016, b"AE", own.encode())
+        + _element(0x0017, b"AE", sending.encode())
+        + _element(0x0018, b"AE", receiving.encode())
+    )
+
+
+def file_header(sop_class: str, sop_instance: str, syntax: str, *, calling: str, called: str) -> bytes:
+    """Preamble, ``DICM`` and group 0002 of an instance that ``calling`` received from ``called``."""
+    body = (
+        _element(0x0001, b"OB", b"\0\1")
+        + _element(0x0002, b"UI", sop_class.encode())
+        + _element(0x0003, b"UI", sop_instance.encode())
+        + _tail(syntax, calling, called, calling)
+    )
+    return bytes(128) + b"DICM" + _SHORT.pack(2, 0, b"UL", 4) + struct.pack("<L", len(body)) + body
+
+
+class FileMeta(NamedTuple):
+    """What the meta information of a file says; ``dataset_offset`` is where its data set begins."""
+
+    sop_class: str
+    sop_instance: str
+    syntax: str
+    dataset_offset: int
+
+
+def read_file_meta(head: bytes) -> FileMeta | None:
+    """Read the meta information from the first bytes of a file; None if it is no Part 10 file."""
+    if len(head) < 144 or head[128:132] != b"DICM" or head[132:140] != b"\2\0\0\0UL\4\0":
+        return None
+    offset = 144 + struct.unpack_from("<L", head, 140)[0]
+    if offset > len(head):
+        return None
+    wanted = {0x00020002, 0x00020003, 0x00020010}
+    values: dict[int, bytes] = {}
+    pos = 144
+    while pos + 8 <= offset:
+        group, element, vr, length = _SHORT.unpack_from(head, pos)
+        pos += 8
+        if vr in (b"OB", b"UN"):
+            if pos + 4 > offset:
+                return None
+            (length,) = struct.unpack_from("<L", head, pos)
+            pos += 4
+        if group << 16 | element in wanted:
+            values[group << 16 | element] = head[pos : pos + length]
+        pos += length
+    if values.keys() != wanted:
+        return None
+    text = [values[tag].rstrip(b"\0 ").decode("ascii", "replace") for tag in sorted(wanted)]
+    return FileMeta(text[0], text[1], text[2], offset)

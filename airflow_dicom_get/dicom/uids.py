@@ -1,0 +1,26 @@
+"""UID rules (PS3.5 9.1) as far as they protect a path."""
+
+from __future__ import annotations
+
+import re
+
+_UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")
+
+
+def is_uid(text: str) -> bool:
+    """Whether ``text`` may be a path component: 1 to 64 digits and dots, no empty component.
+
+    Leading zeros in a component are not standard, but common, and do no harm.
+    """
+    return 0 < len(text) <= 64 and _UID.fullmatch(text) is not None
+
+
+def uid_value(raw: bytes) -> str | None:
+    """A UI value with one trailing NUL or space taken off; None if it is no UID of :func:`is_uid`."""
+    if raw[-1:] in (b"\0", b" "):
+        raw = raw[:-1]
+    try:
+        text = raw.decode("ascii")
+    except UnicodeDecodeError:
+        return None
+    return text if is_uid(text) else None

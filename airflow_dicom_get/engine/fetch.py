@@ -1,0 +1,291 @@
+"""Get a set of instances over one or several associations: requests, reconnects, bisection.
+
+Every pass has one set of presentation contexts and a queue of requests, largest first, shared by its
+associations until all is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.engine.receive import Receiver
+from airflow_dicom_get.errors import (
+    AssociationAborted,
+    AssociationRejected,
+    Cancelled,
+    DicomGetError,
+    GetNotOffered,
+    NotAuthorised,
+    peer_text,
+)
+from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, GetOutcome, c_get
+from airflow_dicom_get.records import Instance
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.study import StudyRun
+
+log = logging.getLogger(__name__)
+
+MAX_LIST = 500
+"""UIDs in one C-GET: one bad UID costs the whole list on some sources."""
+_UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
+_WHOLE = frozenset({s.SUCCESS, s.SUB_OPERATIONS_WARNING, 0xA702})
+"""Final statuses after which the source has tried all that was asked for."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One C-GET: a level, the series it concerns, and the instances that should come of it.
+
+    Without targets (no list was to be had) the request is done when the source says so.
+    """
+
+    level: str
+    series: str | None
+    targets: list[Instance] = field(default_factory=list)
+
+    def keys(self, run: StudyRun) -> dict[int, str | list[str]]:
+        """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3)."""
+        keys: dict[int, str | list[str]] = {
+            i.QUERY_RETRIEVE_LEVEL: self.level,
+            h.STUDY_INSTANCE_UID: run.scope.study,
+        }
+        if run.query_model == "PatientRoot" and run.scope.patient_id:
+            keys[i.PATIENT_ID] = run.scope.patient_id
+        if self.level != "STUDY":
+            assert self.series is not None
+            keys[h.SERIES_INSTANCE_UID] = self.series
+        if self.level == "IMAGE":
+            keys[h.SOP_INSTANCE_UID] = [target.sop for target in self.targets]
+        return keys
+
+
+def lists_of(targets: Sequence[Instance], size: int = MAX_LIST) -> list[Request]:
+    """IMAGE requests for these instances, by series, at most ``size`` UIDs each."""
+    by_series: dict[str, list[Instance]] = {}
+    for target in targets:
+        by_series.setdefault(target.series, []).append(target)
+    return [
+        Request("IMAGE", series, part[start : start + size])
+        for series, part in by_series.items()
+        for start in range(0, len(part), size)
+    ]
+
+
+class Pass:
+    """One pass over some requests with one set of contexts."""
+
+    def __init__(self, run: StudyRun, proposals: Sequence[Proposal], requests: Sequence[Request]) -> None:
+        self._run = run
+        self._model = PATIENT_ROOT_GET if run.query_model == "PatientRoot" else STUDY_ROOT_GET
+        self._proposals = [Proposal(self._model, IMPLICIT_LE), *proposals]
+        self._classes = tuple(dict.fromkeys(p.abstract_syntax for p in proposals))
+        self._queue = deque(sorted(requests, key=lambda r: -len(r.targets)))
+        self._mutex = threading.Lock()
+        self._error: DicomGetError | None = None
+        self._active = 0
+        self.outcomes: list[GetOutcome] = []
+
+    def execute(self, associations: int) -> None:
+        """Work the queue off.
+
+        Raises
+        ------
+        DicomGetError
+            The first error that ended the pass; what arrived before is kept.
+        """
+        workers = min(associations, len(self._queue))
+        threads = [
+            threading.Thread(target=self._work, name=f"dicom-get-{number}", daemon=True) for number in range(1, workers)
+        ]
+        for thread in threads:
+            thread.start()
+        self._work()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    # --- one worker --------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        failures = 0
+        while self._queue and self._error is None:
+            if self._run.source.cancel.reason is not None:
+                return self._fail(Cancelled(f"Stopped: {self._run.source.cancel.reason}."))
+            before = self._run.events.taken
+            try:
+                self._serve()
+                return
+            except DicomGetError as error:
+                cause = self._judged(error)
+                failures = 1 if self._run.events.taken > before else failures + 1
+                if isinstance(cause, Cancelled) or not cause.transient or failures > self._run.retries:
+                    self._fail(cause)
+                    return
+                if self._full(cause) and self._others():
+                    log.info("%s allows fewer associations; going on with those that are open", self._run.source.node)
+                    return
+                self._run.remark(cause)
+                self._run.source.back_off(failures, cause)
+            except BaseException as error:
+                self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
+                raise
+
+    def _fail(self, error: DicomGetError) -> None:
+        with self._mutex:
+            if self._error is None:
+                self._error = error
+
+    def _judged(self, error: DicomGetError) -> DicomGetError:
+        """A hang-up on a request means 'not authorised' only from a source that has never sent anything."""
+        if isinstance(error, NotAuthorised) and self._run.events.taken:
+            return AssociationAborted(error.message, node=str(self._run.source.node))
+        return error
+
+    @staticmethod
+    def _full(error: DicomGetError) -> bool:
+        return isinstance(error, AssociationRejected) and error.facts.get("source") == 3
+
+    def _others(self) -> bool:
+        with self._mutex:
+            return self._active > 0
+
+    def _serve(self) -> None:
+        """One association: requests until the queue is empty."""
+        run = self._run
+        with run.source.association(self._proposals, self._classes) as association:
+            run.peer.learn(association.accepted, self._proposals)
+            if self._model not in {p.abstract_syntax for p in association.accepted.contexts.values()}:
+                raise GetNotOffered(
+                    f"{association.node} does not offer C-GET ({run.query_model}).",
+                    hint="Ask the PACS admin to enable C-GET, or try the other query model.",
+                    node=str(association.node),
+                )
+            refused = association.accepted.refused_roles
+            if refused and refused >= {p.abstract_syntax for p in association.accepted.contexts.values()} - {
+                self._model
+            }:
+                log.warning("%s refused us the SCP role for every storage class; it may send nothing", association.node)
+            receiver = Receiver(run, run.source.opened)
+            with self._mutex:
+                self._active += 1
+            try:
+                while (request := self._next()) is not None:
+                    try:
+                        self._one(association, receiver, request)
+                    except BaseException:
+                        self._put_back(request)
+                        raise
+            finally:
+                with self._mutex:
+                    self._active -= 1
+
+    def _next(self) -> Request | None:
+        with self._mutex:
+            return self._queue.popleft() if self._queue and self._error is None else None
+
+    def _put_back(self, request: Request) -> None:
+        """What is left of a request that was cut off goes to the front, as a list."""
+        left = [target for target in request.targets if not self._run.is_done(target)]
+        if not request.targets:
+            back = [request]
+        elif request.level == "IMAGE" or len(left) < len(request.targets):
+            back = lists_of(left)
+        else:
+            back = [request]
+        with self._mutex:
+            self._queue.extendleft(reversed(back))
+
+    # --- one request -------------------------------------------------------------------------
+
+    def _one(self, association: Association, receiver: Receiver, request: Request) -> None:
+        run = self._run
+        if request.targets:
+            left, refused = self._servable(association, request.targets)
+            if not left:
+                return
+            if len(left) < len(request.targets) and (refused or request.level == "IMAGE"):
+                request = Request("IMAGE", left[0].series, left) if request.level != "STUDY" else request
+                if len(left) > MAX_LIST:
+                    with self._mutex:
+                        self._queue.extendleft(reversed(lists_of(left)))
+                    return
+        outcome = c_get(
+            association,
+            self._model,
+            i.encode_identifier(request.keys(run), _UIDS),
+            receiver,
+            next_object=run.source.deadlines.next_object,
+            max_objects=run.max_objects(len(request.targets)),
+        )
+        with self._mutex:
+            self.outcomes.append(outcome)
+        log.debug("%s: %s, %d objects", association.node, s.describe(outcome.status), outcome.objects)
+        if run.source.cancel.reason is not None:
+            raise Cancelled(f"Stopped: {run.source.cancel.reason}.", node=str(association.node))
+        if request.targets:
+            self._follow_up(request, outcome)
+
+    def _servable(self, association: Association, targets: Sequence[Instance]) -> tuple[list[Instance], bool]:
+        """Those still to fetch whose class has an accepted context, and whether others had none."""
+        classes = {p.abstract_syntax for p in association.accepted.contexts.values()}
+        left: list[Instance] = []
+        refused = False
+        for target in targets:
+            if self._run.is_done(target):
+                continue
+            if target.sop_class is not None and target.sop_class not in classes:
+                refused = True
+                self._run.failed(target, "class_refused", "The source accepted no context for its SOP class.")
+            else:
+                left.append(target)
+        return left, refused
+
+    def _follow_up(self, request: Request, outcome: GetOutcome) -> None:
+        """Ask anew, in smaller pieces, for what a failed request left untried; mark the rest."""
+        run = self._run
+        left = [t for t in request.targets if not run.is_done(t) and not run.refused_here(t)]
+        if not left:
+            return
+        hinted = set(outcome.failed_uids)
+        if outcome.status in _WHOLE:
+            reported = bool(outcome.failed) or outcome.status != s.SUCCESS
+            for target in left:
+                if target.sop in hinted or (reported and not hinted):
+                    run.failed(target, "sub_operation_failed", f"The source ended with {s.describe(outcome.status)}.")
+                else:
+                    run.failed(
+                        target, "not_sent", f"The source ended with {s.describe(outcome.status)} and did not send it."
+                    )
+            return
+        if len(request.targets) == 1 and request.level == "IMAGE":
+            run.failed(left[0], "refused_by_source", f"The source answered {s.describe(outcome.status)}.")
+            return
+        nothing = len(left) == len(request.targets)
+        if request.level == "IMAGE":
+            if nothing and outcome.status in (0xC413, 0xC320):  # the codes of one that takes no lists at all
+                run.peer.takes_lists = False
+            size = 1 if not run.peer.takes_lists else max(len(left) // 2, 1)
+        else:
+            size = MAX_LIST
+        log.info(
+            "%s answered %s; asking again for %d instances in lists of at most %d",
+            run.source.node,
+            s.describe(outcome.status),
+            len(left),
+            size,
+        )
+        with self._mutex:
+            self._queue.extendleft(reversed(lists_of(left, size)))

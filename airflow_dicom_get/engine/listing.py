@@ -1,0 +1,138 @@
+"""The list of a study: which instances the source says it has, by C-FIND per series."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.resolve import Finder, Scope, matches
+from airflow_dicom_get.records import Instance
+
+log = logging.getLogger(__name__)
+
+ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
+"""Row counts at which some servers cut their answers without a word."""
+
+_SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
+_IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER, i.AVAILABLE_TRANSFER_SYNTAX)
+
+
+@dataclass(slots=True)
+class SeriesInfo:
+    """What the source says of a series."""
+
+    uid: str
+    modality: str | None = None
+    number: int | None = None
+    related_instances: int | None = None
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class Listing:
+    """What the source lists of a scope, at one moment."""
+
+    instances: dict[str, Instance] = field(default_factory=dict)
+    series: dict[str, SeriesInfo] = field(default_factory=dict)
+    related_instances: int | None = None
+    """Of the whole study; set only where the scope is the whole study."""
+    at: float = 0.0
+
+    def counts_contradict(self) -> bool:
+        """Whether a related-instance count is above the list (the list was cut)."""
+        by_series: dict[str, int] = {}
+        for instance in self.instances.values():
+            by_series[instance.series] = by_series.get(instance.series, 0) + 1
+        if self.related_instances is not None and self.related_instances > len(self.instances):
+            return True
+        return any(
+            s.related_instances is not None and s.related_instances > by_series.get(s.uid, 0)
+            for s in self.series.values()
+        )
+
+    def has_counts(self) -> bool:
+        """Whether the source gave counts that the list could be held against."""
+        return self.related_instances is not None or (
+            bool(self.series) and all(s.related_instances is not None for s in self.series.values())
+        )
+
+    def on_round_cap(self) -> bool:
+        """Whether some answer has exactly as many rows as a server might cut at."""
+        return len(self.series) in ROUND_CAPS or any(s.rows in ROUND_CAPS for s in self.series.values())
+
+
+def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> Listing:
+    """List the instances of ``scope``; objects in ``known`` are used again, by SOP Instance UID.
+
+    Raises
+    ------
+    NotNegotiated, OperationFailed, InvalidQuery, and whatever ends an association
+    """
+    listing = Listing(at=time.time(), related_instances=scope.related_instances if scope.whole_study else None)
+    series_filters = [f for f in scope.filters if f.level == "SERIES"]
+    image_filters = [f for f in scope.filters if f.level == "IMAGE"]
+    keys = {h.STUDY_INSTANCE_UID: scope.study, **{f.tag: f.value for f in series_filters}}
+    for row in finder.rows("SERIES", keys, _SERIES_KEYS):
+        uid = i.text_value(row.get(h.SERIES_INSTANCE_UID))
+        if uid is None or not is_uid(uid) or i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
+            continue
+        if scope.series is not None and uid not in scope.series:
+            continue
+        if uid not in listing.series and matches(row, series_filters):
+            listing.series[uid] = SeriesInfo(
+                uid,
+                i.text_value(row.get(h.MODALITY)),
+                i.int_value(row.get(h.SERIES_NUMBER)),
+                None if scope.instances or image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
+            )
+    for series in listing.series.values():
+        keys = {
+            h.STUDY_INSTANCE_UID: scope.study,
+            h.SERIES_INSTANCE_UID: series.uid,
+            **{f.tag: f.value for f in image_filters},
+        }
+        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS)):
+            series.rows += 1
+            _take_row(listing, scope, series, row, image_filters, known)
+    return listing
+
+
+def _take_row(
+    listing: Listing,
+    scope: Scope,
+    series: SeriesInfo,
+    row: dict[int, bytes],
+    filters: Iterable[object],
+    known: dict[str, Instance],
+) -> None:
+    sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
+    if sop is None or not is_uid(sop):
+        log.warning("a C-FIND row of series %s has no valid SOP Instance UID; ignored", series.uid)
+        return
+    if i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
+        return
+    if i.text_value(row.get(h.SERIES_INSTANCE_UID)) not in (series.uid, None):
+        return
+    if scope.instances is not None and sop not in scope.instances:
+        return
+    if not matches(row, filters):  # type: ignore[arg-type]
+        return
+    instance = known.get(sop)
+    if instance is None or instance.series != series.uid:
+        instance = Instance(scope.study, series.uid, sop)
+    sop_class = i.text_value(row.get(h.SOP_CLASS_UID))
+    if instance.sop_class is None and sop_class and is_uid(sop_class):
+        instance.sop_class = sys.intern(sop_class)
+    syntax = i.text_value(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
+    if syntax and "\\" not in syntax and is_uid(syntax):
+        instance.listed_syntax = sys.intern(syntax)
+    instance.modality = instance.modality or series.modality
+    instance.series_number = series.number
+    instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
+    listing.instances.setdefault(sop, instance)

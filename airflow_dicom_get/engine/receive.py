@@ -1,0 +1,189 @@
+"""What becomes of each object that a source sends: checked against the plan, written, answered."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.identifier import int_value, text_value
+from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
+from airflow_dicom_get.dicom.uids import is_uid, uid_value
+from airflow_dicom_get.errors import DestinationFull, SinkError
+from airflow_dicom_get.net.get import StoreRequest
+from airflow_dicom_get.records import Exactness, Instance
+from airflow_dicom_get.sinks.base import Taken, Writer
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.study import StudyRun
+
+log = logging.getLogger(__name__)
+
+_WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER, h.LOSSY_IMAGE_COMPRESSION}
+
+
+class Receiver:
+    """The :class:`~airflow_dicom_get.net.get.ObjectReceiver` of one association of a study's run."""
+
+    def __init__(self, run: StudyRun, association: int) -> None:
+        self._run = run
+        self._association = association
+        self._wanted = frozenset(_WANTED | run.tag_numbers | ({h.SPECIFIC_CHARACTER_SET} if run.tag_numbers else set()))
+        self._last_tag = max(self._wanted)
+        self._began = 0.0
+        self._request: StoreRequest | None = None
+        self._scan: h.HeaderScan | None = None
+        self._head = bytearray()
+        self._writer: Writer | None = None
+        self._instance: Instance | None = None
+        self._size = 0
+        self._refusal: Taken | None = None
+
+    def begin(self, request: StoreRequest) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        self._began = time.monotonic()
+        self._request = request
+        self._writer = self._instance = self._refusal = None
+        self._size = 0
+        self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
+        if not is_uid(request.sop_instance):
+            self._refuse(s.MISMATCH, "bad_uid", "The C-STORE-RQ names no valid SOP Instance UID.")
+        elif request.sop_class != request.context_class:
+            self._refuse(s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names another SOP class than its context.")
+
+    def _refuse(self, status: int, reason: str, error: str) -> None:
+        self._refusal = Taken(status, reason, error)
+
+    def data(self, view: memoryview, last: bool) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        self._size += len(view)
+        if self._refusal is not None:
+            return
+        try:
+            if self._writer is not None:
+                self._writer.write(view)
+                return
+            assert self._scan is not None
+            self._scan.feed(view, last=last)
+            if not self._scan.done:
+                self._head += view
+                return
+            self._identify()
+            if self._refusal is None:
+                self._start()
+                assert self._writer is not None
+                if self._head:
+                    self._writer.write(memoryview(self._head))
+                    self._head = bytearray()
+                self._writer.write(view)
+        except h.HeaderError as error:
+            empty = self._size == 0
+            self._refuse(
+                s.CANNOT_UNDERSTAND,
+                "empty_dataset" if empty else "unparsable",
+                f"The data set cannot be read: {error}.",
+            )
+        except SinkError as error:
+            self._sink_failed(error)
+
+    def _sink_failed(self, error: SinkError) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None
+        full = isinstance(error, DestinationFull)
+        self._refuse(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(error))
+
+    def _identify(self) -> None:
+        """Hold the header against command, context and plan, and find the instance's record."""
+        request, scan = self._request, self._scan
+        assert request is not None and scan is not None
+        values = scan.values
+        self._scan = None
+        sop = uid_value(values[h.SOP_INSTANCE_UID])
+        study = uid_value(values[h.STUDY_INSTANCE_UID])
+        series = uid_value(values[h.SERIES_INSTANCE_UID])
+        if sop is None or study is None or series is None:
+            return self._refuse(s.MISMATCH, "bad_uid", "The data set holds a UID that is none.")
+        sop_class = text_value(values.get(h.SOP_CLASS_UID))
+        if sop != request.sop_instance or sop_class not in (request.sop_class, None):
+            return self._refuse(
+                s.MISMATCH, "uid_mismatch", "The data set names another instance or class than its command."
+            )
+        scope = self._run.scope
+        if study != scope.study:
+            return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
+        instance = self._run.instance(sop)
+        if instance is not None and instance.series != series:
+            return self._refuse(s.MISMATCH, "uid_mismatch", "The instance is listed in another series.")
+        if instance is None:
+            instance = self._run.unlisted(sys.intern(series), sop, request.sop_class)
+        elif instance.state is not None and instance.state not in ("failed", "missing"):
+            # Sent twice, or held before: judged by the sink, without touching the first one's record.
+            instance = Instance(study, instance.series, sop, request.sop_class)
+        instance.sop_class = request.sop_class
+        instance.syntax = request.syntax
+        instance.modality = instance.modality or text_value(values.get(h.MODALITY))
+        instance.series_number = (
+            instance.series_number if instance.series_number is not None else int_value(values.get(h.SERIES_NUMBER))
+        )
+        instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER)) or instance.instance_number
+        instance.exactness = self._exactness(instance, values)
+        if self._run.tag_numbers:
+            instance.tags = self._run.decode_tags(values, request.syntax)
+        self._instance = instance
+        if self._run.require_exact and instance.exactness in ("peer_choice", "converted"):
+            self._refuse(
+                s.MISMATCH, "syntax_refused", "Its encoding may not be the stored one, and require_exact is set."
+            )
+
+    def _exactness(self, instance: Instance, values: dict[int, bytes]) -> Exactness:
+        """What is known of a conversion by the source."""
+        syntax = instance.syntax
+        assert syntax is not None
+        if instance.listed_syntax:
+            return "as_listed" if instance.listed_syntax == syntax else "converted"
+        if syntax not in UNCOMPRESSED:
+            return "as_received"
+        if values.get(h.LOSSY_IMAGE_COMPRESSION, b"").strip(b"\0 ") == b"01" and syntax not in LOSSY:
+            return "converted"
+        return "peer_choice"
+
+    def _start(self) -> None:
+        assert self._instance is not None
+        self._writer = self._run.sink.begin(self._instance)
+
+    def finish(self) -> int:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        self._head = bytearray()
+        taken = self._refusal
+        if taken is None and self._writer is None:
+            taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
+        if taken is None:
+            assert self._writer is not None
+            taken = self._writer.take()
+        elif self._writer is not None:
+            self._writer.abort()
+        self._writer = None
+        instance = self._instance
+        if instance is not None:
+            instance.association = self._association
+            instance.received_at = time.time()
+            instance.duration_ms = int((time.monotonic() - self._began) * 1000)
+            instance.dimse_status = taken.status
+        assert self._request is not None
+        self._run.taken(self._request.sop_instance, instance, taken, self._size)
+        return taken.status
+
+    def answered(self) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        self._run.answered()
+
+    def abandon(self) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None
+        self._head = bytearray()

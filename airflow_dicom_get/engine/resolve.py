@@ -1,0 +1,235 @@
+"""From a query to the studies, series and instances that it means, by C-FIND."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.errors import InvalidQuery, NotNegotiated, OperationFailed, peer_text
+from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+from airflow_dicom_get.query import Filter, Query
+
+log = logging.getLogger(__name__)
+
+FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
+MAX_ROWS = 2_000_000
+_UIDS = frozenset({h.SOP_CLASS_UID, h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
+_STUDY_KEYS = (
+    i.SOP_CLASSES_IN_STUDY,
+    i.MODALITIES_IN_STUDY,
+    i.PATIENT_ID,
+    i.STUDY_RELATED_SERIES,
+    i.STUDY_RELATED_INSTANCES,
+)
+_EXACT_VRS = frozenset({"UI", "CS", "SH", "LO", "IS", "AE", "DA"})
+_LIST = 100
+"""UIDs in one C-FIND."""
+
+Row = dict[int, bytes]
+
+
+@dataclass(slots=True)
+class Scope:
+    """What a query means within one study. ``None`` for series or instances: all of them."""
+
+    study: str
+    patient_id: str | None = None
+    series: frozenset[str] | None = None
+    instances: frozenset[str] | None = None
+    filters: tuple[Filter, ...] = ()
+    related_instances: int | None = None
+    sop_classes: tuple[str, ...] = ()
+    listed: bool = True
+    """Whether the study was found by C-FIND."""
+
+    @property
+    def whole_study(self) -> bool:
+        """Whether the scope is the study, so that counts of the study apply."""
+        return self.series is None and self.instances is None and not self.filters
+
+
+class Finder:
+    """C-FIND on an open association, in the model that the peer offers: Study Root if it does."""
+
+    def __init__(self, association: Association) -> None:
+        offered = {proposal.abstract_syntax for proposal in association.accepted.contexts.values()}
+        self._association = association
+        self._model = next((m for m in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if m in offered), None)
+
+    @property
+    def offered(self) -> bool:
+        """Whether the peer offers C-FIND at all."""
+        return self._model is not None
+
+    def require_model(self) -> str:
+        """UID of the query model to use. Raises :class:`NotNegotiated` where the peer offers none."""
+        if self._model is None:
+            raise NotNegotiated(
+                f"{self._association.node} does not offer C-FIND.",
+                hint="Give Study Instance UIDs: without C-FIND nothing else can be resolved.",
+                node=str(self._association.node),
+            )
+        return self._model
+
+    def rows(self, level: str, keys: Mapping[int, str | Iterable[str]], returned: Iterable[int]) -> Iterator[Row]:
+        """The wanted elements of each row of one C-FIND."""
+        model = self.require_model()
+        elements: dict[int, str | Iterable[str]] = dict.fromkeys(returned, "")
+        elements.update(keys)
+        elements[i.QUERY_RETRIEVE_LEVEL] = level
+        wanted = frozenset(elements)
+        identifier = i.encode_identifier(elements, _UIDS)
+        for raw in c_find(
+            self._association,
+            model,
+            identifier,
+            row_seconds=self._association.deadlines.find_response,
+            max_rows=MAX_ROWS,
+        ):
+            try:
+                yield i.decode_identifier(raw, wanted)
+            except h.HeaderError as error:
+                log.warning("%s sent a C-FIND row that cannot be read: %s", self._association.node, peer_text(error))
+
+
+def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
+    """The studies that a query means; empty if it matches nothing.
+
+    Raises
+    ------
+    InvalidQuery
+        More than ``max_studies`` match, or the peer ignores a key that the query depends on.
+    NotNegotiated, OperationFailed
+        C-FIND is needed and not to be had.
+    """
+    study_filters = [f for f in query.filters if f.level == "STUDY"]
+    lower = tuple(f for f in query.filters if f.level != "STUDY" and f.value)
+    if not finder.offered and query.studies and not any(f.value for f in query.filters if f.keyword != "PatientID"):
+        return [_scope(query, study, query.patient_id, lower, listed=False) for study in query.studies]
+    if not query.studies and not any(f.value for f in study_filters):
+        return _from_below(finder, query, lower, max_studies)
+    found: dict[str, Scope] = {}
+    for row in _study_rows(finder, query.studies, study_filters):
+        uid = i.text_value(row.get(h.STUDY_INSTANCE_UID))
+        if uid is None or not is_uid(uid) or (query.studies and uid not in query.studies):
+            continue
+        if not matches(row, study_filters):
+            continue
+        if uid not in found:
+            patient_id = i.text_value(row.get(i.PATIENT_ID)) or query.patient_id
+            scope = found[uid] = _scope(query, uid, patient_id, lower)
+            scope.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+            classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
+            scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
+            if len(found) > max_studies:
+                raise _too_many(max_studies, finder, query, study_filters)
+    return list(found.values())
+
+
+def _scope(query: Query, study: str, patient_id: str | None, filters: tuple[Filter, ...], listed: bool = True) -> Scope:
+    return Scope(
+        study, patient_id, frozenset(query.series) or None, frozenset(query.instances) or None, filters, listed=listed
+    )
+
+
+def _study_rows(finder: Finder, studies: Sequence[str], filters: Sequence[Filter]) -> Iterator[Row]:
+    keys: dict[int, str | Iterable[str]] = {f.tag: f.value for f in filters}
+    if not studies:
+        yield from finder.rows("STUDY", keys, (h.STUDY_INSTANCE_UID, *_STUDY_KEYS))
+        return
+    for start in range(0, len(studies), _LIST):
+        part = studies[start : start + _LIST]
+        try:
+            yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: part}, _STUDY_KEYS)
+            continue
+        except OperationFailed:
+            if len(part) == 1:
+                raise
+        for study in part:  # the peer takes no UID lists
+            yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: study}, _STUDY_KEYS)
+
+
+def _too_many(limit: int, finder: Finder, query: Query, filters: Sequence[Filter]) -> InvalidQuery:
+    uids = {i.text_value(row.get(h.STUDY_INSTANCE_UID)) for row in _study_rows(finder, query.studies, filters)}
+    return InvalidQuery(
+        f"The query matches {len(uids)} studies; max_studies is {limit}. Nothing was fetched.",
+        hint="Narrow the query, or raise max_studies.",
+        count=len(uids),
+        max_studies=limit,
+    )
+
+
+def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_studies: int) -> list[Scope]:
+    """Studies of series or instances that were given without their study: a relational C-FIND."""
+    if not query.series and not query.instances:
+        raise InvalidQuery(
+            "The query has no key that selects studies.",
+            hint="Add a Study Instance UID, a date, an accession number or a patient ID.",
+        )
+    keys: dict[int, str | Iterable[str]] = {}
+    level = "IMAGE" if query.instances else "SERIES"
+    if query.series:
+        keys[h.SERIES_INSTANCE_UID] = query.series
+    if query.instances:
+        keys[h.SOP_INSTANCE_UID] = query.instances
+    studies: dict[str, None] = {}
+    for row in finder.rows(level, keys, (h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID)):
+        uid = i.text_value(row.get(h.STUDY_INSTANCE_UID))
+        if uid and is_uid(uid):
+            studies.setdefault(uid)
+    if len(studies) > max_studies:
+        raise InvalidQuery(
+            f"The query matches {len(studies)} studies; max_studies is {max_studies}. Nothing was fetched.",
+            hint="Narrow the query, or raise max_studies.",
+            count=len(studies),
+            max_studies=max_studies,
+        )
+    return [_scope(query, study, query.patient_id, filters) for study in studies]
+
+
+def matches(row: Row, filters: Iterable[Filter]) -> bool:
+    """Whether a row satisfies the filters as far as its own values tell.
+
+    Raises
+    ------
+    InvalidQuery
+        The peer left the key out of its answer: it does not match on it, and would match everything.
+    """
+    for f in filters:
+        if not f.value:
+            continue
+        raw = row.get(f.tag)
+        if raw is None:
+            raise InvalidQuery(
+                f"The PACS does not support the key {f.keyword} on {f.level} level: it left it out of its answer.",
+                hint="Leave this key out, or use another one.",
+                keyword=f.keyword,
+            )
+        if f.vr in _EXACT_VRS and not _value_matches(f, raw):
+            return False
+    return True
+
+
+def _value_matches(f: Filter, raw: bytes) -> bool:
+    if not raw.isascii() or not f.value.isascii():
+        return True
+    have = [part.strip("\0 ") for part in raw.decode("ascii").split("\\")]
+    for wanted in f.value.split("\\"):
+        if f.vr == "DA" and "-" in wanted:
+            low, _, high = wanted.partition("-")
+            if any((not low or v >= low) and (not high or v <= high) for v in have if v):
+                return True
+        elif f.vr == "IS":
+            if any(v == wanted or v.lstrip("+0") == wanted.lstrip("+0") for v in have):
+                return True
+        elif any(fnmatchcase(v.upper(), wanted.upper().replace("[", "[[]")) for v in have):
+            return True
+    return False

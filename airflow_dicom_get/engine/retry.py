@@ -1,0 +1,44 @@
+"""From a manifest to what is still to be fetched: the input of the next get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow_dicom_get.engine.resolve import Scope
+from airflow_dicom_get.errors import InvalidQuery
+
+_DONE = ("stored", "held", "forwarded", "withdrawn", "unexpected")
+
+
+def scopes_of(manifest: Any) -> list[Scope]:
+    """The rows that are not held, by study; nothing to fetch gives an empty list.
+
+    Parameters
+    ----------
+    manifest : pyarrow.Table, DataFrame, reference or URI
+        Any shape that :func:`~airflow_dicom_get.manifest.load_manifest` takes.
+
+    Raises
+    ------
+    ManifestError
+        It cannot be read.
+    InvalidQuery
+        A row has no valid UIDs.
+    """
+    from airflow_dicom_get.dicom.uids import is_uid
+    from airflow_dicom_get.manifest import load_table
+
+    table = manifest if hasattr(manifest, "column_names") else load_table(manifest)
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
+    studies: dict[str, tuple[set[str], set[str]]] = {}
+    for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
+        if state in _DONE:
+            continue
+        if not all(isinstance(uid, str) and is_uid(uid) for uid in (study, series, sop)):
+            raise InvalidQuery("A row of the manifest has no valid UIDs.", hint="Was it written by this program?")
+        found = studies.setdefault(study, (set(), set()))
+        found[0].add(series)
+        found[1].add(sop)
+    return [
+        Scope(study, series=frozenset(series), instances=frozenset(sops)) for study, (series, sops) in studies.items()
+    ]

@@ -1,0 +1,142 @@
+"""The source node: how associations with it are opened, and how many at a time."""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, peer_text
+from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.settings import Deadlines, Tls, UserIdentity
+
+log = logging.getLogger(__name__)
+
+_BACKOFF, _MAX_BACKOFF = 0.5, 30.0
+T = TypeVar("T")
+
+
+def tls_context(tls: Tls) -> ssl.SSLContext:
+    """A client context (PS3.15 B.12): TLS 1.2 or newer, the peer's certificate verified.
+
+    Raises
+    ------
+    InvalidOption
+        A file cannot be read, or the key does not fit.
+    """
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3 if tls.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
+        context.check_hostname = tls.check_hostname
+        if tls.cert:
+            context.load_cert_chain(tls.cert, tls.key, tls.key_password)
+    except (OSError, ValueError) as error:
+        raise InvalidOption(
+            f"tls: the files of ca, cert or key cannot be used: {peer_text(error, 160)}.",
+            hint="Give PEM files, and the passphrase if the key has one.",
+            option="tls",
+        ) from error
+    return context
+
+
+class Source:
+    """One node that studies are retrieved from, as one run sees it.
+
+    Every association of the run, for lists and for gets alike, is opened here and counts against
+    ``max_associations``.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        calling: str,
+        called: str,
+        max_pdu_length: int,
+        deadlines: Deadlines,
+        max_associations: int,
+        tls: Tls | None = None,
+        user_identity: UserIdentity | None = None,
+        throttle: Callable[[int], None] | None = None,
+    ) -> None:
+        self.node = node
+        self.calling, self.called = calling, called
+        self.max_pdu_length = max_pdu_length
+        self.deadlines = deadlines
+        self.cancel = CancelToken()
+        self.opened = 0
+        self.bytes_received = 0
+        self._tls = tls_context(tls) if tls else None
+        self._server_name = tls.server_name if tls else None
+        self._user_identity = user_identity
+        self._throttle = throttle
+        self._slots = threading.BoundedSemaphore(max_associations)
+        self._mutex = threading.Lock()
+        self.operation_limit = (
+            time.monotonic() + deadlines.operation if deadlines.operation is not None else float("inf")
+        )
+
+    @contextmanager
+    def association(self, proposals: Sequence[Proposal], storage_classes: Sequence[str] = ()) -> Iterator[Association]:
+        """Open an association; released at the end, aborted if the block raises."""
+        with self._slots:
+            association = Association.open(
+                self.node,
+                proposals,
+                calling=self.calling,
+                called=self.called,
+                deadlines=self.deadlines,
+                cancel=self.cancel,
+                storage_classes=storage_classes,
+                max_pdu_length=self.max_pdu_length,
+                tls=self._tls,
+                server_name=self._server_name,
+                user_identity=self._user_identity,
+            )
+            association.throttle = self._throttle
+            association.operation_limit = self.operation_limit
+            with self._mutex:
+                self.opened += 1
+            try:
+                yield association
+                association.release()
+            finally:
+                association.abort()
+                with self._mutex:
+                    self.bytes_received += association.bytes_received
+
+    def back_off(self, failures: int, cause: DicomGetError) -> None:
+        """Wait before the next try, exponentially and with jitter; a cancel or the operation's end cuts it short."""
+        wait = min(_BACKOFF * 2 ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
+        log.warning("%s Trying again in %.1f s.", cause.message, wait)
+        limit = min(time.monotonic() + wait, self.operation_limit)
+        while time.monotonic() < limit and self.cancel.reason is None:
+            time.sleep(0.05)
+
+    def with_retries(self, retries: int, proposals: Sequence[Proposal], work: Callable[[Association], T]) -> T:
+        """Run ``work`` on an association of its own; transient failures are tried again, ``retries`` times.
+
+        Raises
+        ------
+        DicomGetError
+            What ``work`` or the association raised last.
+        """
+        failures = 0
+        while True:
+            try:
+                with self.association(proposals) as association:
+                    return work(association)
+            except DicomGetError as error:
+                failures += 1
+                if isinstance(error, Cancelled) or not error.transient or failures > retries:
+                    raise
+                self.back_off(failures, error)
+                if self.cancel.reason is not None:
+                    raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None

@@ -1,0 +1,644 @@
+"""The client: :class:`GetScu` retrieves studies from one source node into one destination."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from airflow_dicom_get.errors import (
+    Cancelled,
+    DicomGetError,
+    InvalidOption,
+    InvalidQuery,
+)
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.options import FilesystemDestination, Options, check_options
+from airflow_dicom_get.records import Completed, Instance, SubOperation
+from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient, worst
+from airflow_dicom_get.settings import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+    from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.engine.resolve import Scope
+    from airflow_dicom_get.engine.source import Source
+    from airflow_dicom_get.engine.study import StudyRun
+    from airflow_dicom_get.engine.verdict import StudyEnd
+    from airflow_dicom_get.query import Query
+    from airflow_dicom_get.sinks.filesystem import FilesystemSink
+
+log = logging.getLogger(__name__)
+
+_RESERVE = 64 << 20
+"""Bytes that must be free at the destination before anything is fetched."""
+_LEAST_INSTANCE = 4096
+"""Bytes that an instance takes at least."""
+
+
+class GetScu:
+    """Retrieve studies by C-GET, complete and provably so.
+
+    Parameters
+    ----------
+    addr : str or Node
+        Address of the source, ``[AE@]host:port``.
+    **options
+        See the table of options in the documentation; all are keyword-only and checked at once.
+
+    Raises
+    ------
+    InvalidOption
+        An option is malformed or contradicts another one.
+    """
+
+    def __init__(
+        self,
+        addr: str | Node,
+        *,
+        calling_ae_title: str = "GET-SCU",
+        called_ae_title: str = "ANY-SCP",
+        max_pdu_length: int = 131072,
+        verbose: bool = False,
+        storage_backend: Literal["Filesystem", "S3", "Forward"] = "Filesystem",
+        out_dir: str | Path | None = None,
+        s3_config: S3Config | Mapping[str, Any] | None = None,
+        forward_target: ForwardTarget | Mapping[str, Any] | None = None,
+        destination: str | Path | None = None,
+        strict_forward: bool = False,
+        store_with_file_meta: bool = True,
+        associations: int = 1,
+        max_associations: int = 2,
+        bytes_per_second: int | str | None = None,
+        window: str | Window | None = None,
+        timezone: Any = "UTC",
+        max_studies: int = 100,
+        resume: bool = True,
+        verify_held: Literal["size", "digest", "none"] = "size",
+        adopt: bool = False,
+        retries: int = 5,
+        checksum: Literal["sha256"] | None = "sha256",
+        durable: bool = True,
+        ack: Literal["taken", "durable"] = "taken",
+        require_exact: bool = False,
+        tags: Any = (),
+        manifest_root: str | Path | None = None,
+        trust_destination: bool = False,
+        transfer_syntaxes: Any = None,
+        sop_classes: Any = None,
+        tls: Tls | Mapping[str, Any] | None = None,
+        user_identity: UserIdentity | Mapping[str, Any] | None = None,
+        deadlines: Deadlines | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options: Options = check_options(
+            addr,
+            calling_ae_title=calling_ae_title,
+            called_ae_title=called_ae_title,
+            max_pdu_length=max_pdu_length,
+            verbose=verbose,
+            storage_backend=storage_backend,
+            out_dir=out_dir,
+            s3_config=s3_config,
+            forward_target=forward_target,
+            destination=destination,
+            strict_forward=strict_forward,
+            store_with_file_meta=store_with_file_meta,
+            associations=associations,
+            max_associations=max_associations,
+            bytes_per_second=bytes_per_second,
+            window=window,
+            timezone=timezone,
+            max_studies=max_studies,
+            resume=resume,
+            verify_held=verify_held,
+            adopt=adopt,
+            retries=retries,
+            checksum=checksum,
+            durable=durable,
+            ack=ack,
+            require_exact=require_exact,
+            tags=tags,
+            manifest_root=manifest_root,
+            trust_destination=trust_destination,
+            transfer_syntaxes=transfer_syntaxes,
+            sop_classes=sop_classes,
+            tls=tls,
+            user_identity=user_identity,
+            deadlines=deadlines if deadlines is not None else Deadlines(),
+        )
+        self._source: Source | None = None
+        self._cancelled: str | None = None
+        self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        if self.options.tls is not None:
+            from airflow_dicom_get.engine.source import tls_context
+
+            tls_context(self.options.tls)  # files that cannot be used are refused before any traffic
+
+    # --- verbs ---------------------------------------------------------------------------------
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """End a running call: C-CANCEL, then abort; a second call aborts at once.
+
+        Callable from any thread and from a signal handler: it only sets two attributes. A call made
+        before the retrieval starts ends it as soon as it starts.
+        """
+        source = self._source
+        self._cancelled = self._cancelled or reason
+        if source is not None:
+            source.cancel.cancel(reason)
+
+    def get_study(
+        self,
+        query: Mapping[str, Any] | None = None,
+        *,
+        query_model: str = "StudyRoot",
+        on_sub_operation: Callable[[SubOperation], object] | None = None,
+        on_completed: Callable[[Completed], object] | None = None,
+        manifest: Any = None,
+        manifest_name: str | None = None,
+    ) -> Result:
+        """Retrieve what a query means, and prove it.
+
+        Parameters
+        ----------
+        query : mapping
+            DICOM keywords to values; see :func:`~airflow_dicom_get.query.parse_query`.
+        query_model : {"StudyRoot", "PatientRoot"}
+            Information model of the C-GET.
+        on_sub_operation : callable
+            Called with a :class:`SubOperation` for each instance that arrives.
+        on_completed : callable
+            Called once with a :class:`Completed`, on every end.
+        manifest : manifest, reference or URI
+            In place of a query: fetch the rows that are not held.
+        manifest_name : str
+            Path of the new manifest below the manifest root, without its ending; the run's name by default.
+
+        Returns
+        -------
+        Result
+            On every end but bad input: verdict, numbers, and the manifest's URI.
+
+        Raises
+        ------
+        InvalidQuery, InvalidOption
+            Bad input; nothing was fetched.
+        """
+        from airflow_dicom_get.engine.events import Events
+        from airflow_dicom_get.manifest import run_name
+
+        folder = self._folder()
+        root = self._manifest_root(folder)
+        parsed = self._parse(query, query_model) if manifest is None else None
+        listed = self._scopes_of(manifest) if manifest is not None else None
+        if manifest is not None and query is not None:
+            raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
+        run = run_name()
+        events = Events(on_sub_operation, on_completed)
+        with _Reporting(self.options.verbose):
+            resume_at = self._closed_until()
+            source = self._open_source()
+            ends: list[StudyEnd] = []
+            runs: list[StudyRun] = []
+            error: DicomGetError | None = None
+            if resume_at is None:
+                sink = self._sink(folder, root, run)
+                try:
+                    runs, ends = self._run(source, sink, events, parsed, listed, query_model)
+                except (InvalidQuery, InvalidOption):
+                    raise
+                except DicomGetError as caught:
+                    error = caught
+                finally:
+                    sink.close()
+                    self._source = None
+            result = self._result(source, events, runs, ends, error, resume_at)
+            self._write_manifest(result, ends, folder, root, run, manifest_name)
+        events.completed(
+            Completed(
+                total=result.total,
+                completed=result.completed,
+                failed=result.failed,
+                warning=result.warning,
+                duration_seconds=result.duration_seconds,
+                verdict=result.verdict,
+                error=str(result.errors[0]["error"]) if result.errors else None,
+                bytes=result.bytes,
+                skipped=result.skipped,
+            )
+        )
+        return result
+
+    def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
+        """List what a get would fetch, and what of it is held. Nothing is fetched or written.
+
+        Raises
+        ------
+        InvalidQuery, and any error of the association
+        """
+        from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
+        from airflow_dicom_get.engine.listing import list_study
+        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+
+        parsed = self._parse(query, query_model)
+        folder = self._folder() if self.options.destination is not None else None
+        source = self._open_source()
+        try:
+            with source.association(FIND_PROPOSALS) as association:
+                finder = Finder(association)
+                scopes = resolve(finder, parsed, self.options.max_studies)
+                listings = [list_study(finder, scope, {}) for scope in scopes]
+        finally:
+            self._source = None
+        rows = [x for listing in listings for x in listing.instances.values()]
+        held = 0
+        if folder is not None:
+            from airflow_dicom_get.manifest import run_name
+
+            sink = self._sink(folder, self._manifest_root(folder), run_name(), read_only=True)
+            try:
+                for scope, listing in zip(scopes, listings, strict=True):
+                    inventory = sink.inventory(scope.study)
+                    for uid, x in listing.instances.items():
+                        if uid in inventory:
+                            x.state, x.attempt, held = "held", 0, held + 1
+            finally:
+                sink.close()
+        peer = PeerKnowledge(self.options.transfer_syntaxes)
+        pairs: dict[str, tuple[str, ...]] = {}
+        for x in rows:
+            if x.state == "held":
+                continue
+            for sop_class in (x.sop_class,) if x.sop_class else likely_classes(x.modality, ()):
+                pairs[sop_class] = tuple(
+                    dict.fromkeys(pairs.get(sop_class, ()) + peer.syntaxes(sop_class, filter(None, [x.listed_syntax])))
+                )
+        bins = pack(pairs)
+        return Plan(
+            node=str(self.options.addr),
+            studies=[scope.study for scope in scopes],
+            series=sum(len(listing.series) for listing in listings),
+            instances=len(rows),
+            held=held,
+            missing=len(rows) - held,
+            classes=dict(Counter(x.sop_class for x in rows)),
+            contexts=sum(map(len, bins)),
+            associations=len(bins),
+            evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
+            plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=time.time()), UTC),
+            destination=str(folder) if folder is not None else None,
+            rows=rows,
+        )
+
+    def find(
+        self,
+        query: Mapping[str, Any],
+        *,
+        level: str = "STUDY",
+        query_model: str = "StudyRoot",
+        return_keys: Any = (),
+        as_frame: bool = False,
+    ) -> Any:
+        """Query the source by C-FIND.
+
+        Parameters
+        ----------
+        query : mapping
+            Keys as in :meth:`get_study`; at least one must select.
+        level : {"STUDY", "SERIES", "IMAGE"}
+            Level of the rows.
+        return_keys : sequence of str
+            Further keywords to ask for.
+        as_frame : bool
+            Return a DataFrame with one text column per keyword.
+
+        Returns
+        -------
+        list of Dataset, or DataFrame
+            Text is decoded by the row's Specific Character Set.
+
+        Raises
+        ------
+        InvalidQuery, InvalidOption, NotNegotiated, OperationFailed, and whatever ends an association
+        """
+        from airflow_dicom_get.engine.find import find_rows, frame_of_rows
+
+        if level not in ("STUDY", "SERIES", "IMAGE"):
+            raise InvalidOption(
+                f"level: {str(level)[:32]!a} is no level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
+            )
+        parsed = self._parse(query, query_model)
+        source = self._open_source()
+        try:
+            rows: list[Dataset] = find_rows(source, parsed, level, tuple(return_keys))
+        finally:
+            self._source = None
+        return frame_of_rows(rows) if as_frame else rows
+
+    def echo(self) -> EchoReport:
+        """Send a C-ECHO, and see which services the node accepts.
+
+        Raises
+        ------
+        ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
+        """
+        from airflow_dicom_get.engine.echo import echo
+
+        source = self._open_source()
+        try:
+            return echo(source)
+        finally:
+            self._source = None
+
+    # --- before traffic ------------------------------------------------------------------------
+
+    def _parse(self, query: Mapping[str, Any] | None, query_model: str) -> Query:
+        from airflow_dicom_get.query import parse_query
+
+        if query is None:
+            raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to go on from.")
+        return parse_query(query, query_model=query_model, timezone=self.options.timezone)
+
+    @staticmethod
+    def _scopes_of(manifest: Any) -> list[Scope]:
+        from airflow_dicom_get.engine.retry import scopes_of
+
+        return scopes_of(manifest)
+
+    def _folder(self) -> Path:
+        place = self.options.destination
+        if not isinstance(place, FilesystemDestination):
+            raise InvalidOption(
+                "destination: is missing.", hint="Give destination or out_dir: a folder.", option="destination"
+            )
+        folder = place.path
+        at = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not at.is_dir():
+            raise InvalidOption(
+                f"destination: {at} is a file.",
+                hint="Give a folder, or a path where one can be made.",
+                option="destination",
+            )
+        if not os.access(at, os.W_OK | os.X_OK):
+            raise InvalidOption(
+                f"destination: {at} is not writable for us.",
+                hint="Give us the right, or another folder.",
+                option="destination",
+            )
+        return folder.absolute()
+
+    def _manifest_root(self, folder: Path) -> Path:
+        root = self.options.manifest_root
+        if root is None:
+            return folder / "_manifests"
+        assert isinstance(root, FilesystemDestination)
+        if root.path.exists() and not root.path.is_dir():
+            raise InvalidOption(f"manifest_root: {root.path} is a file.", hint="Give a folder.", option="manifest_root")
+        return root.path.absolute()
+
+    def _closed_until(self) -> datetime | None:
+        """When the source's window opens, if it is closed now."""
+        window = self.options.window
+        if window is None:
+            return None
+        now = self._clock()
+        if window.closes_at(now, self.options.timezone) is not None:
+            return None
+        return window.opens_at(now, self.options.timezone)
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _open_source(self) -> Source:
+        from airflow_dicom_get.engine.limits import RateLimit
+        from airflow_dicom_get.engine.source import Source
+
+        o = self.options
+        throttle = None
+        if o.bytes_per_second is not None:
+            throttle = RateLimit(max(o.bytes_per_second * o.associations // o.max_associations, 1))
+        source = Source(
+            o.addr,
+            calling=o.calling_ae_title,
+            called=o.called,
+            max_pdu_length=o.max_pdu_length,
+            deadlines=o.deadlines,
+            max_associations=o.max_associations,
+            tls=o.tls,
+            user_identity=o.user_identity,
+            throttle=throttle,
+        )
+        self._source = source
+        if self._cancelled is not None:
+            source.cancel.cancel(self._cancelled)
+        return source
+
+    def _sink(self, folder: Path, root: Path, run: str, *, read_only: bool = False) -> FilesystemSink:
+        from airflow_dicom_get.sinks.filesystem import FilesystemSink
+
+        o = self.options
+        return FilesystemSink(
+            folder,
+            root,
+            run,
+            calling=o.calling_ae_title,
+            called=o.called,
+            file_meta=o.store_with_file_meta,
+            checksum=o.checksum is not None,
+            durable=o.durable,
+            verify_held=o.verify_held,
+            adopt=o.adopt and not read_only,
+            read_only=read_only,
+        )
+
+    def _run(
+        self,
+        source: Source,
+        sink: FilesystemSink,
+        events: Events,
+        parsed: Query | None,
+        listed: list[Scope] | None,
+        query_model: str,
+    ) -> tuple[list[StudyRun], list[StudyEnd]]:
+        from airflow_dicom_get.engine.contexts import PeerKnowledge
+        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+        from airflow_dicom_get.engine.study import StudyRun
+        from airflow_dicom_get.engine.verdict import judge
+
+        if listed is not None:
+            scopes = listed
+        else:
+            assert parsed is not None
+            scopes = source.with_retries(
+                self.options.retries,
+                FIND_PROPOSALS,
+                lambda association: resolve(Finder(association), parsed, self.options.max_studies),
+            )
+        peer = PeerKnowledge(self.options.transfer_syntaxes)
+        settings = self._settings(query_model)
+        runs: list[StudyRun] = []
+        ends: list[StudyEnd] = []
+        for scope in scopes:
+            self._check_room(sink.root)
+            run = StudyRun(scope, source, sink, peer, events, settings)
+            runs.append(run)
+            run.execute()
+            ends.append(judge(run))
+            if run.stop_reason is not None or source.cancel.reason is not None:
+                break
+        for scope in scopes[len(runs) :]:
+            run = StudyRun(scope, source, sink, peer, events, settings)
+            run.stop_reason = runs[-1].stop_reason
+            if run.stop_reason is None:
+                run.errors.append(Cancelled(f"Cancelled: {source.cancel.reason}."))
+            runs.append(run)
+            ends.append(judge(run))
+        return runs, ends
+
+    def _settings(self, query_model: str) -> Any:
+        from airflow_dicom_get.engine.study import Settings
+        from airflow_dicom_get.engine.tags import TagDecoder
+
+        o = self.options
+        decoder = TagDecoder(o.tags) if o.tags else None
+        closes = o.window.closes_at(self._clock(), o.timezone) if o.window is not None else None
+
+        def stop() -> str | None:
+            return "window" if closes is not None and self._clock() >= closes else None
+
+        return Settings(
+            query_model=query_model,
+            associations=o.associations,
+            retries=o.retries,
+            resume=o.resume,
+            require_exact=o.require_exact,
+            sop_classes=frozenset(o.sop_classes) if o.sop_classes else None,
+            tag_numbers=decoder.numbers if decoder else frozenset(),
+            decode_tags=decoder.decode if decoder else None,
+            before_object=stop,
+        )
+
+    def _check_room(self, folder: Path) -> None:
+        from airflow_dicom_get.errors import DestinationFull
+
+        at = next(p for p in (folder, *folder.parents) if p.exists())
+        free = os.statvfs(at)
+        if free.f_bavail * free.f_frsize < _RESERVE:
+            raise DestinationFull(
+                f"The destination {folder} has {free.f_bavail * free.f_frsize >> 20} MiB free; "
+                f"{_RESERVE >> 20} MiB are the least to begin with.",
+                hint="Make room and run again.",
+            )
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def _result(
+        self,
+        source: Source,
+        events: Events,
+        runs: list[StudyRun],
+        ends: list[StudyEnd],
+        error: DicomGetError | None,
+        resume_at: datetime | None,
+    ) -> Result:
+        from airflow_dicom_get.engine.report import errors_of
+
+        numbers = [end.numbers for end in ends]
+        seconds = events.elapsed()
+        result = Result(
+            verdict=worst(n.verdict for n in numbers),
+            node=str(self.options.addr),
+            destination=str(self.options.destination),
+            studies=numbers,
+            duration_seconds=seconds,
+            bytes=events.bytes,
+            bytes_per_second=events.bytes / seconds if seconds > 0 else 0.0,
+            associations=source.opened,
+            rounds=max((run.rounds for run in runs), default=0),
+        )
+        for name in ("total", "completed", "skipped", "warning", "failed", "withdrawn", "unexpected", "conflicts"):
+            setattr(result, name, sum(getattr(n, name) for n in numbers))
+        expected = [n.expected for n in numbers]
+        result.expected = sum(x for x in expected if x is not None) if numbers and None not in expected else None
+        deciding = next((n for n in numbers if n.verdict == result.verdict), None)
+        result.reason = deciding.reason if deciding else None
+        order = ("none", "list", "list+counts")
+        result.evidence = min((n.evidence for n in numbers), key=order.index, default="none")
+        at = [run.listing.at for run in runs if run.listing is not None]
+        result.plan_at = datetime.fromtimestamp(min(at), UTC) if at else None
+        result.errors = errors_of(runs, ends, error)
+        found = [e for run in runs for e in run.errors] + ([error] if error else [])
+        result.transient = any(any_transient(end.rows) for end in ends) or any(e.transient for e in found)
+        if any(
+            run.errors and not run.errors[0].transient and n.verdict == "failed"
+            for run, n in zip(runs, numbers, strict=True)
+        ):
+            result.transient = False
+        if error is not None:
+            cancelled = isinstance(error, Cancelled)
+            result.verdict = "cancelled" if cancelled else "failed"
+            result.reason = source.cancel.reason if cancelled else type(error).__name__
+            result.transient = error.transient
+        if resume_at is not None or result.reason == "window":
+            result.verdict, result.reason = "partial", "window"
+            result.resume_at = resume_at or self._next_opening()
+            result.transient = True
+        return result
+
+    def _next_opening(self) -> datetime | None:
+        window = self.options.window
+        return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
+
+    def _write_manifest(
+        self, result: Result, ends: list[StudyEnd], folder: Path, root: Path, run: str, name: str | None
+    ) -> None:
+        from airflow_dicom_get.manifest import manifest_rows, manifest_table, manifest_uri, write_manifest
+
+        rows: list[Instance] = [x for end in ends for x in end.rows]
+        described = {"source": str(self.options.addr), "destination": folder.as_uri(), "tags": self.options.tags}
+        path = root / f"{name or run}.parquet"
+        try:
+            write_manifest(
+                manifest_rows(rows, **described),
+                path,
+                verdict=result.verdict,  # type: ignore[arg-type]
+                evidence=result.evidence,
+                run=run,
+            )
+            result.manifest_uri = manifest_uri(path)
+        except OSError as error:
+            log.error("The manifest %s cannot be written: %s", path, error.strerror or error)
+            result.errors.insert(
+                0,
+                {
+                    "error": f"The manifest {path} cannot be written: {error.strerror or error}.",
+                    "count": 1,
+                    "hint": "Make room or give another manifest_root.",
+                },
+            )
+            if result.verdict == "complete":
+                result.verdict, result.reason = "partial", "disk_full"
+        result.rows = lambda: manifest_table(rows, **described)  # type: ignore[arg-type]
+
+
+class _Reporting:
+    """The ``verbose`` option: the package logs each message while a call runs."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._logger = logging.getLogger("airflow_dicom_get")
+        self._verbose = verbose
+        self._level = logging.NOTSET
+
+    def __enter__(self) -> None:
+        if self._verbose:
+            self._level = self._logger.level
+            self._logger.setLevel(logging.DEBUG)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._verbose:
+            self._logger.setLevel(self._level)

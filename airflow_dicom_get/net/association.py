@@ -1,0 +1,437 @@
+"""An association over a blocking socket, with a deadline on every wait.
+
+One thread uses an association; any thread may set its :class:`CancelToken`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from airflow_dicom_get.dicom.pdata import (
+    A_ABORT,
+    A_ASSOCIATE_AC,
+    A_ASSOCIATE_RJ,
+    A_RELEASE_RP,
+    A_RELEASE_RQ,
+    RELEASE_RP,
+    RELEASE_RQ,
+    Deframer,
+    Fragment,
+    Pdu,
+    abort_pdu,
+    frame_message,
+)
+from airflow_dicom_get.errors import (
+    AssociationAborted,
+    AssociationRejected,
+    Cancelled,
+    ConnectFailed,
+    DeadlineExceeded,
+    PeerProtocolError,
+    peer_text,
+)
+from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept, encode_request
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.node import Node
+    from airflow_dicom_get.settings import Deadlines, UserIdentity
+
+log = logging.getLogger(__name__)
+
+_BUFFER = 1 << 18
+_SLICE = 0.2
+"""Longest single wait in seconds: how soon a cancel is seen."""
+_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+
+_REJECTED = {
+    (1, 1): "no reason given",
+    (1, 2): "application context not supported",
+    (1, 3): "calling AE title not recognised",
+    (1, 7): "called AE title not recognised",
+    (2, 1): "no reason given",
+    (2, 2): "protocol version not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "local limit exceeded",
+}
+_REJECT_HINT = {
+    (1, 3): "Ask the PACS admin to register the calling AE title.",
+    (1, 7): "Check the called AE title of the node.",
+    (3, 1): "Try again later.",
+    (3, 2): "Use fewer associations, or try again later.",
+}
+
+
+class CancelToken:
+    """Set from any thread or a signal handler, seen by the association at its next wait."""
+
+    __slots__ = ("hard", "reason")
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.hard = False
+
+    def cancel(self, reason: str) -> None:
+        """Ask for an orderly end; a second call asks for an abort."""
+        if self.reason is not None:
+            self.hard = True
+        else:
+            self.reason = reason
+
+
+def _arm(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class Association:
+    """An established association. Make one with :meth:`open`.
+
+    Attributes
+    ----------
+    accepted : Accepted
+        The contexts and the roles that the peer granted.
+    bytes_received : int
+        Everything read from the socket, headers included.
+    """
+
+    def __init__(
+        self, sock: socket.socket, node: Node, max_pdu_length: int, deadlines: Deadlines, cancel: CancelToken
+    ) -> None:
+        self.node = node
+        self.deadlines = deadlines
+        self.cancel = cancel
+        self.accepted = Accepted()
+        self.bytes_received = 0
+        self.throttle: Callable[[int], None] | None = None
+        """Called with the size of each read; may sleep to hold a rate."""
+        self.operation_limit = float("inf")
+        """``time.monotonic()`` value at which the whole operation is over."""
+        sock.settimeout(_SLICE)
+        self._sock = sock
+        self._deframer = Deframer(max_pdu_length)
+        self._view = memoryview(bytearray(_BUFFER))
+        self._items: deque[Fragment | Pdu] = deque()
+        self._waited = 0.0
+        self._waited_bytes = 0
+        self._message_id = 0
+        self._open = True
+
+    # --- opening -----------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        node: Node,
+        proposals: Sequence[Proposal],
+        *,
+        calling: str,
+        called: str,
+        deadlines: Deadlines,
+        cancel: CancelToken,
+        storage_classes: Sequence[str] = (),
+        max_pdu_length: int = 131072,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        user_identity: UserIdentity | None = None,
+    ) -> Association:
+        """Connect and negotiate.
+
+        Raises
+        ------
+        ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
+        """
+        request = encode_request(
+            calling,
+            called,
+            proposals,
+            storage_classes=storage_classes,
+            max_pdu_length=max_pdu_length,
+            user_identity=user_identity,
+        )
+        sock = _connect(node, deadlines.connect, tls, server_name)
+        self = cls(sock, node, max_pdu_length, deadlines, cancel)
+        try:
+            self._send(request, "acse", deadlines.acse)
+            self.accepted = self._await_accept(proposals, calling, called)
+        except BaseException:
+            self.abort()
+            raise
+        for remark in self.accepted.remarks:
+            log.warning("%s: %s; not used", node, remark)
+        return self
+
+    def _await_accept(self, proposals: Sequence[Proposal], calling: str, called: str) -> Accepted:
+        item = self.next_item(time.monotonic() + self.deadlines.acse, "acse")
+        if isinstance(item, Pdu):
+            if item.pdu_type == A_ASSOCIATE_AC:
+                header = bytes((A_ASSOCIATE_AC, 0)) + len(item.data).to_bytes(4, "big")
+                return decode_accept(header + item.data, proposals)
+            if item.pdu_type == A_ASSOCIATE_RJ and len(item.data) == 4:
+                result, source, reason = item.data[1], item.data[2], item.data[3]
+                self.close()
+                raise AssociationRejected(
+                    f"{self.node} rejected the association {'for now' if result == 2 else 'permanently'}: "
+                    f"{_REJECTED.get((source, reason), 'unknown reason')} (calling {calling}, called {called}).",
+                    hint=_REJECT_HINT.get((source, reason), "Ask the PACS admin what its log says."),
+                    node=str(self.node),
+                    result=result,
+                    source=source,
+                    reason=reason,
+                )
+            self._unexpected(item)
+        raise PeerProtocolError(f"{self.node} sent data before it had accepted the association.", node=str(self.node))
+
+    # --- receiving ---------------------------------------------------------------------------
+
+    def next_item(self, limit: float, phase: str) -> Fragment | Pdu:
+        """The next fragment or PDU; views in fragments last until the next call that has to read.
+
+        Parameters
+        ----------
+        limit : float
+            ``time.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
+        """
+        items = self._items
+        while not items:
+            self._read(limit, phase)
+        return items.popleft()
+
+    def _read(self, limit: float, phase: str) -> None:
+        sock = self._sock
+        inside = self._deframer.mid_pdu
+        began = time.monotonic()
+        if self.operation_limit < limit:
+            limit, phase = self.operation_limit, "operation"
+        idle_limit = began + self.deadlines.idle if inside else limit
+        while True:
+            if self.cancel.reason is not None and (self.cancel.hard or phase in ("acse", "find_response")):
+                raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
+            if _QUICKACK is not None:  # not sticky: without it each instance waits 40 ms for a delayed ACK
+                try:
+                    sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+                except OSError:
+                    pass
+            try:
+                size = sock.recv_into(self._view)
+            except (TimeoutError, ssl.SSLWantReadError):
+                now = time.monotonic()
+                if now >= limit:
+                    raise self._late(phase, limit - began) from None
+                if now >= idle_limit:
+                    raise self._late("idle", self.deadlines.idle) from None
+                if self.cancel.reason is not None and phase == "next_object":
+                    raise CancelSeenError from None
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+            break
+        if not size:
+            raise self._lost(None)
+        self.bytes_received += size
+        now = time.monotonic()
+        if now >= limit:
+            raise self._late(phase, limit - began)
+        if inside:
+            self._watch_rate(now - began, size)
+        if self.throttle is not None:
+            self.throttle(size)
+        try:
+            self._items.extend(self._deframer.feed(self._view[:size]))
+        except PeerProtocolError as error:
+            self.abort(2)
+            raise PeerProtocolError(f"{self.node}: {error}", node=str(self.node)) from error
+
+    def _watch_rate(self, waited: float, size: int) -> None:
+        """Hold a minimum rate, counted over the time that was spent waiting inside a message."""
+        self._waited += waited
+        self._waited_bytes += size
+        if self._waited >= self.deadlines.min_rate_window:
+            if self._waited_bytes < self.deadlines.min_rate * self._waited:
+                raise self._late("min_rate", self.deadlines.min_rate_window)
+            self._waited = 0.0
+            self._waited_bytes = 0
+
+    def _late(self, phase: str, seconds: float) -> DeadlineExceeded:
+        self.abort()
+        return DeadlineExceeded(
+            f"{self.node} did not keep the deadline {phase!r}; the association was aborted after {seconds:.0f} s.",
+            hint=f"If the PACS needs longer, raise the deadline {phase!r}.",
+            node=str(self.node),
+            phase=phase,
+            seconds=seconds,
+        )
+
+    def _lost(self, error: OSError | None) -> AssociationAborted:
+        self.close()
+        what = "closed the connection" if error is None else f"lost the connection ({error.strerror or error})"
+        return AssociationAborted(
+            f"{self.node} {what}.", hint="Look into the PACS's log; trying again may help.", node=str(self.node)
+        )
+
+    def _unexpected(self, item: Pdu) -> None:
+        """Raise for a PDU that ends or breaks the association."""
+        if item.pdu_type == A_ABORT and len(item.data) == 4:
+            source, reason = item.data[2], item.data[3]
+            self.close()
+            raise AssociationAborted(
+                f"{self.node} aborted the association (source {source}, reason {reason}).",
+                hint="Look into the PACS's log; trying again may help.",
+                node=str(self.node),
+                source=source,
+                reason=reason,
+            )
+        if item.pdu_type == A_RELEASE_RQ:
+            try:
+                self._send(RELEASE_RP, "release", self.deadlines.release)
+            finally:
+                self.close()
+            raise AssociationAborted(
+                f"{self.node} released the association before the operation had ended.",
+                node=str(self.node),
+                hint="Look into the PACS's log; trying again may help.",
+            )
+        self.abort(2)
+        raise PeerProtocolError(
+            f"{self.node} sent a PDU of type {item.pdu_type:02X}H where none is allowed.", node=str(self.node)
+        )
+
+    def fragment(self, limit: float, phase: str) -> Fragment:
+        """The next P-DATA fragment; anything else raises."""
+        item = self.next_item(limit, phase)
+        if isinstance(item, Fragment):
+            return item
+        self._unexpected(item)
+        raise AssertionError  # pragma: no cover - _unexpected always raises
+
+    # --- sending -----------------------------------------------------------------------------
+
+    def next_message_id(self) -> int:
+        """A fresh message id, 1 to 65535."""
+        self._message_id = self._message_id % 65535 + 1
+        return self._message_id
+
+    def send_message(self, context_id: int, command: bytes, dataset: bytes | None = None) -> None:
+        """Send one DIMSE message in one write."""
+        self._send(
+            frame_message(context_id, command, dataset, self.accepted.max_pdu_length), "idle", self.deadlines.idle
+        )
+
+    def _send(self, data: bytes, phase: str, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        view = memoryview(data)
+        try:
+            while view:
+                try:
+                    view = view[self._sock.send(view) :]
+                except (TimeoutError, ssl.SSLWantWriteError):
+                    if time.monotonic() >= limit:
+                        raise self._late(phase, seconds) from None
+                    if self.cancel.hard:
+                        raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
+        except OSError as error:
+            raise self._lost(error) from error
+
+    # --- ending ------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Release in an orderly way; a peer that does not answer is closed on. Never raises for that."""
+        if not self._open:
+            return
+        try:
+            self._send(RELEASE_RQ, "release", self.deadlines.release)
+            limit = time.monotonic() + self.deadlines.release
+            while True:
+                item = self.next_item(limit, "release")
+                if isinstance(item, Pdu):
+                    if item.pdu_type == A_RELEASE_RQ:  # collision (PS3.8 9.2): answer, and wait for ours
+                        self._send(RELEASE_RP, "release", self.deadlines.release)
+                        continue
+                    if item.pdu_type != A_RELEASE_RP:
+                        log.info("%s answered the release with a PDU of type %02XH", self.node, item.pdu_type)
+                    break
+        except (AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled) as error:
+            log.info("release: %s", peer_text(error, 200))
+        finally:
+            self.close()
+
+    def abort(self, source: int = 0) -> None:
+        """Send A-ABORT as far as the socket takes it, and close."""
+        if not self._open:
+            return
+        try:
+            self._sock.settimeout(0.5)
+            self._sock.send(abort_pdu(source, 6 if source == 2 else 0))
+        except OSError:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._open:
+            self._open = False
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            self._sock.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the socket is still ours to use."""
+        return self._open
+
+
+class CancelSeenError(Exception):
+    """A cancel was seen while waiting between messages. Internal to ``net``."""
+
+
+def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
+    limit = time.monotonic() + seconds
+    try:
+        sock = socket.create_connection((node.host, node.port), timeout=seconds)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{node} did not answer within {seconds:g} s.",
+            hint="Check host, port and firewall.",
+            node=str(node),
+            phase="connect",
+            seconds=seconds,
+        ) from None
+    except OSError as error:
+        raise ConnectFailed(
+            f"No connection to {node}: {error.strerror or error}.",
+            hint="Check host and port, and that the PACS is up.",
+            node=str(node),
+        ) from error
+    _arm(sock)
+    if tls is None:
+        return sock
+    sock.settimeout(max(limit - time.monotonic(), 0.1))
+    try:
+        return tls.wrap_socket(sock, server_hostname=server_name or node.host)
+    except TimeoutError:
+        sock.close()
+        raise DeadlineExceeded(
+            f"{node} did not finish the TLS handshake within {seconds:g} s.",
+            hint="Does this port speak TLS?",
+            node=str(node),
+            phase="connect",
+            seconds=seconds,
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise ConnectFailed(
+            f"No TLS session with {node}: {peer_text(error, 200)}.",
+            hint="Check the CA, the server name, our certificate, and that the port speaks TLS.",
+            node=str(node),
+        ) from error

@@ -1,0 +1,381 @@
+"""C-GET (PS3.4 C.4.3) as SCU, and the C-STORE sub-operations as SCP, on one association.
+
+The conversation is a loop over fragments: outside an object a command is due, inside one its data.
+Whatever breaks that order aborts the association (PS3.8 E.1).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from airflow_dicom_get.dicom import command as c
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.command import Command
+from airflow_dicom_get.dicom.identifier import FAILED_SOP_INSTANCES
+from airflow_dicom_get.dicom.pdata import Fragment
+from airflow_dicom_get.errors import (
+    AssociationAborted,
+    DeadlineExceeded,
+    GetNotOffered,
+    NotAuthorised,
+    PeerProtocolError,
+)
+from airflow_dicom_get.net.association import Association, CancelSeenError
+from airflow_dicom_get.net.messages import context_for
+
+STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
+PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
+_CANCEL_GRACE = 1.0
+"""Seconds that a source has to end after a C-CANCEL before the association is aborted."""
+
+
+@dataclass(slots=True)
+class StoreRequest:
+    """A C-STORE-RQ whose context was accepted. UIDs are text as received, without padding, unchecked."""
+
+    context_id: int
+    context_class: str
+    syntax: str
+    sop_class: str
+    sop_instance: str
+
+
+class ObjectReceiver(Protocol):
+    """What takes the objects of a C-GET. Called by one thread, in this order."""
+
+    def begin(self, request: StoreRequest) -> None:
+        """An object begins."""
+
+    def data(self, view: memoryview, last: bool) -> None:
+        """Its next bytes; the view is void when this returns."""
+
+    def finish(self) -> int:
+        """It is whole; return the status of the C-STORE-RSP."""
+
+    def answered(self) -> None:
+        """The C-STORE-RSP was sent."""
+
+    def abandon(self) -> None:
+        """It will never be whole."""
+
+
+@dataclass(slots=True)
+class GetOutcome:
+    """How a C-GET ended, in the words of the peer: claims, no proof."""
+
+    status: int
+    remaining: int | None = None
+    completed: int | None = None
+    failed: int | None = None
+    warning: int | None = None
+    objects: int = 0
+    cancelled: bool = False
+    failed_uids: list[str] = field(default_factory=list)
+
+
+class _Get:
+    def __init__(
+        self,
+        association: Association,
+        context_id: int,
+        message_id: int,
+        receiver: ObjectReceiver,
+        max_objects: int,
+        next_object: float,
+    ) -> None:
+        self.association = association
+        self.context_id = context_id
+        self.message_id = message_id
+        self.receiver = receiver
+        self.max_objects = max_objects
+        self.next_object = next_object
+        self.objects = 0
+        self.command = bytearray()
+        self.store: Command | None = None  # the C-STORE-RQ whose data set is due
+        self.store_context = 0
+        self.refusal: int | None = None  # drain its data set and answer this
+        self.final: Command | None = None  # a final response whose identifier is due
+        self.drain: Command | None = None  # another request whose data set is due
+        self.identifier = bytearray()
+        self.remaining: int | None = None
+        self.cancel_sent = False
+        self.heard = False
+        self.limit = time.monotonic() + next_object
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def run(self) -> GetOutcome:
+        association = self.association
+        receiver = self.receiver
+        try:
+            while True:
+                if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
+                    self._send_cancel()
+                try:
+                    fragment = association.fragment(self.limit, "next_object")
+                except CancelSeenError:
+                    if self.cancel_sent:
+                        continue
+                    self._send_cancel()
+                    continue
+                except DeadlineExceeded as late:
+                    if self.cancel_sent and late.facts.get("phase") == "next_object":
+                        return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True)
+                    raise
+                self.heard = True
+                if fragment.is_command:
+                    outcome = self._command(fragment)
+                    if outcome is not None:
+                        return outcome
+                elif self.store is not None:
+                    if fragment.context_id != self.store_context:
+                        raise self._broken(
+                            f"sent a data set on presentation context {fragment.context_id} after a command on "
+                            f"{self.store_context}"
+                        )
+                    if self.refusal is None:
+                        receiver.data(fragment.data, fragment.last)
+                    if fragment.last:
+                        self._stored()
+                else:
+                    outcome = self._other_data(fragment)
+                    if outcome is not None:
+                        return outcome
+        except BaseException:
+            if self.store is not None and self.refusal is None:
+                receiver.abandon()
+            association.abort()
+            raise
+
+    def _command(self, fragment: Fragment) -> GetOutcome | None:
+        if self.store is not None or self.final is not None or self.drain is not None:
+            raise self._broken("sent a command where a data set was due")
+        data: bytearray | memoryview = fragment.data
+        if self.command or not fragment.last:
+            self.command += fragment.data
+            if len(self.command) > c.MAX_COMMAND_LENGTH:
+                raise self._broken(f"sent a command set of more than {c.MAX_COMMAND_LENGTH} bytes")
+            if not fragment.last:
+                return None
+            data = self.command
+        try:
+            command = Command(data)
+        except PeerProtocolError as error:
+            raise self._broken(f"sent a broken command set ({error})") from error
+        self.command = bytearray()
+        if command.field == c.C_STORE_RQ:
+            self._store_request(command, fragment.context_id)
+        elif command.field == c.C_GET_RSP:
+            return self._response(command, fragment.context_id)
+        elif command.field & 0x8000 or command.field == c.C_CANCEL_RQ:
+            raise self._broken(f"sent message {command.field:04X}H during a C-GET")
+        elif command.has_dataset:
+            self.drain, self.store_context = command, fragment.context_id
+        else:
+            self._refuse_operation(command, fragment.context_id)
+        return None
+
+    # --- sub-operations ----------------------------------------------------------------------
+
+    def _store_request(self, command: Command, context_id: int) -> None:
+        self.objects += 1
+        if self.objects > self.max_objects:
+            raise self._broken(f"sent more than {self.max_objects} objects to one C-GET")
+        if command.message_id is None:
+            raise self._broken("sent a C-STORE-RQ without message id")
+        self.store, self.store_context, self.refusal = command, context_id, None
+        proposal = self.association.accepted.contexts.get(context_id)
+        if proposal is None or context_id == self.context_id:
+            self.refusal = s.CLASS_NOT_SUPPORTED
+        if not command.has_dataset:
+            self.refusal = self.refusal or s.CANNOT_UNDERSTAND
+            self._stored()
+        elif self.refusal is None and proposal is not None:
+            self.receiver.begin(
+                StoreRequest(
+                    context_id,
+                    proposal.abstract_syntax,
+                    proposal.transfer_syntax,
+                    command.text(c.AFFECTED_SOP_CLASS),
+                    command.text(c.AFFECTED_SOP_INSTANCE),
+                )
+            )
+
+    def _stored(self) -> None:
+        store = self.store
+        assert store is not None and store.message_id is not None
+        status = self.receiver.finish() if self.refusal is None else self.refusal
+        self.store = None
+        response = c.c_store_rsp(
+            store.raw(c.AFFECTED_SOP_CLASS), store.raw(c.AFFECTED_SOP_INSTANCE), store.message_id, status
+        )
+        self.association.send_message(self.store_context, response)
+        if self.refusal is None:
+            self.receiver.answered()
+        self._progress()
+
+    def _refuse_operation(self, command: Command, context_id: int) -> None:
+        """Answer a request that has no place in a C-GET: C-ECHO is harmless, the rest is refused."""
+        elements: dict[int, int | str] = {
+            c.COMMAND_FIELD: command.field | 0x8000,
+            c.RESPONDED_MESSAGE_ID: command.message_id or 0,
+            c.DATASET_TYPE: c.NO_DATASET,
+            c.STATUS: s.SUCCESS if command.field == c.C_ECHO_RQ else s.UNRECOGNISED_OPERATION,
+        }
+        self.association.send_message(context_id, c.encode(elements))
+
+    def _other_data(self, fragment: Fragment) -> GetOutcome | None:
+        if self.final is not None:
+            self.identifier += fragment.data
+            if len(self.identifier) > c.MAX_COMMAND_LENGTH:
+                raise self._broken("sent an identifier without end")
+            return self._outcome(self.final) if fragment.last else None
+        if self.drain is None:
+            raise self._broken("sent a data set without its command")
+        if fragment.last:
+            command, self.drain = self.drain, None
+            if command.field != c.C_GET_RSP:
+                self._refuse_operation(command, self.store_context)
+        return None
+
+    # --- responses ---------------------------------------------------------------------------
+
+    def _response(self, command: Command, context_id: int) -> GetOutcome | None:
+        if context_id != self.context_id:
+            raise self._broken(f"answered the C-GET on presentation context {context_id}")
+        if command.responded_id != self.message_id:
+            raise self._broken(f"answered message {command.responded_id} instead of {self.message_id}")
+        if command.status is None:
+            raise self._broken("sent a C-GET-RSP without status")
+        if s.is_pending(command.status):
+            remaining = command.us(c.REMAINING)
+            if remaining is not None and remaining != self.remaining:
+                self.remaining = remaining
+                self._progress()
+            if command.has_dataset:  # not allowed, and harmless
+                self.drain, self.store_context = command, context_id
+            return None
+        if command.has_dataset:
+            self.final = command
+            return None
+        return self._outcome(command)
+
+    def _outcome(self, command: Command) -> GetOutcome:
+        assert command.status is not None
+        return GetOutcome(
+            command.status,
+            command.us(c.REMAINING),
+            command.us(c.COMPLETED),
+            command.us(c.FAILED),
+            command.us(c.WARNING),
+            self.objects,
+            self.cancel_sent and command.status == s.CANCEL,
+            self._failed_uids(command),
+        )
+
+    def _failed_uids(self, command: Command) -> list[str]:
+        """(0008,0058), a hint only: in the identifier, or (one peer) in the command set; empties dropped."""
+        from airflow_dicom_get.dicom.header import HeaderError
+        from airflow_dicom_get.dicom.identifier import decode_identifier
+
+        raw = command.stray.get(FAILED_SOP_INSTANCES, b"")
+        if self.identifier:
+            try:
+                raw = decode_identifier(self.identifier, {FAILED_SOP_INSTANCES}).get(FAILED_SOP_INSTANCES, raw)
+            except HeaderError:
+                pass
+        return [part.strip("\0 ") for part in raw.decode("ascii", "replace").split("\\") if part.strip("\0 ")]
+
+    # --- limits ------------------------------------------------------------------------------
+
+    def _progress(self) -> None:
+        if not self.cancel_sent:
+            self.limit = time.monotonic() + self.next_object
+
+    def _send_cancel(self) -> None:
+        """C-CANCEL-RQ (PS3.7 9.3.3.3); it has no response of its own."""
+        self.cancel_sent = True
+        self.limit = min(self.limit, time.monotonic() + _CANCEL_GRACE)
+        self.association.send_message(
+            self.context_id,
+            c.encode(
+                {
+                    c.COMMAND_FIELD: c.C_CANCEL_RQ,
+                    c.RESPONDED_MESSAGE_ID: self.message_id,
+                    c.DATASET_TYPE: c.NO_DATASET,
+                }
+            ),
+        )
+
+    def _broken(self, what: str) -> PeerProtocolError:
+        self.association.abort(2)
+        return PeerProtocolError(
+            f"{self.association.node} {what}; the association was aborted.", node=str(self.association.node)
+        )
+
+
+def c_get(
+    association: Association,
+    model: str,
+    identifier: bytes,
+    receiver: ObjectReceiver,
+    *,
+    next_object: float,
+    max_objects: int,
+) -> GetOutcome:
+    """Run one C-GET and feed ``receiver``.
+
+    Parameters
+    ----------
+    model : str
+        UID of the retrieve model, one of the two constants of this module.
+    identifier : bytes
+        Level and unique keys, implicit VR.
+    next_object : float
+        Seconds that may pass without an object or a changed number of remaining ones.
+    max_objects : int
+        A source that sends more is aborted.
+
+    Raises
+    ------
+    GetNotOffered
+        No context was accepted for the model.
+    NotAuthorised
+        The peer hung up on the request itself.
+    AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled
+    """
+    context_id = context_for(association, model)
+    node = str(association.node)
+    if context_id is None:
+        raise GetNotOffered(
+            f"{node} does not offer C-GET.",
+            hint="Ask the PACS admin to enable C-GET (Study Root or Patient Root).",
+            node=node,
+        )
+    message_id = association.next_message_id()
+    association.send_message(
+        context_id,
+        c.encode(
+            {
+                c.AFFECTED_SOP_CLASS: model,
+                c.COMMAND_FIELD: c.C_GET_RQ,
+                c.MESSAGE_ID: message_id,
+                c.PRIORITY: 0,
+                c.DATASET_TYPE: c.DATASET_FOLLOWS,
+            }
+        ),
+        identifier,
+    )
+    get = _Get(association, context_id, message_id, receiver, max_objects, next_object)
+    try:
+        return get.run()
+    except AssociationAborted as error:
+        if get.heard or association.cancel.reason is not None:
+            raise
+        raise NotAuthorised(
+            f"{node} accepted the association and ended it when the C-GET was asked for.",
+            hint="Our AE title is probably not allowed to retrieve there: ask the PACS admin.",
+            node=node,
+        ) from error

@@ -1,0 +1,73 @@
+"""Small DIMSE exchanges: whole responses, without bulk data."""
+
+from __future__ import annotations
+
+import time
+
+from airflow_dicom_get.dicom.command import MAX_COMMAND_LENGTH, Command
+from airflow_dicom_get.errors import PeerProtocolError
+from airflow_dicom_get.net.association import Association
+
+
+def read_response(
+    association: Association, context_id: int, message_id: int, field: int, limit: float, phase: str, max_dataset: int
+) -> tuple[Command, bytearray | None]:
+    """Read one response with its data set, whole.
+
+    Raises
+    ------
+    PeerProtocolError
+        Another message, another message id, another context, or more bytes than allowed; the
+        association is aborted.
+    """
+
+    def broken(what: str) -> PeerProtocolError:
+        association.abort(2)
+        return PeerProtocolError(f"{association.node} {what}.", node=str(association.node))
+
+    command: Command | None = None
+    raw = bytearray()
+    dataset = bytearray()
+    while True:
+        fragment = association.fragment(limit, phase)
+        if fragment.context_id != context_id:
+            raise broken(f"answered on presentation context {fragment.context_id} instead of {context_id}")
+        if fragment.is_command:
+            if command is not None:
+                raise broken("sent a command where a data set was due")
+            raw += fragment.data
+            if len(raw) > MAX_COMMAND_LENGTH:
+                raise broken(f"sent a command set of more than {MAX_COMMAND_LENGTH} bytes")
+            if not fragment.last:
+                continue
+            try:
+                command = Command(raw)
+            except PeerProtocolError as error:
+                raise broken(f"sent a broken command set ({error})") from error
+            if command.field != field:
+                raise broken(f"sent message {command.field:04X}H where {field:04X}H was due")
+            if command.responded_id != message_id:
+                raise broken(f"answered message {command.responded_id} instead of {message_id}")
+            if not command.has_dataset:
+                return command, None
+        else:
+            if command is None:
+                raise broken("sent a data set without its command")
+            dataset += fragment.data
+            if len(dataset) > max_dataset:
+                raise broken(f"sent a data set of more than {max_dataset} bytes")
+            if fragment.last:
+                return command, dataset
+
+
+def context_for(association: Association, abstract_syntax: str) -> int | None:
+    """Id of the first accepted context of an abstract syntax."""
+    for number, proposal in association.accepted.contexts.items():
+        if proposal.abstract_syntax == abstract_syntax:
+            return number
+    return None
+
+
+def deadline(seconds: float) -> float:
+    """``time.monotonic()`` value in ``seconds`` from now."""
+    return time.monotonic() + seconds

@@ -1,0 +1,80 @@
+"""The sink contract: where instances go, whatever lies behind it.
+
+``take`` decides what the source is told; only a confirmation makes an instance count. A sink is
+idempotent by SOP Instance UID, names objects by their UIDs alone, shows nothing half-written under a
+final name, and cleans up only after runs that are dead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from airflow_dicom_get.records import Instance
+
+
+class Taken(NamedTuple):
+    """The sink's answer for a whole instance: the DIMSE status for the source, and why if it is no success."""
+
+    status: int
+    reason: str | None = None
+    error: str | None = None
+
+
+class Confirmation(NamedTuple):
+    """An instance that was taken is now kept for good, or (``error``) could not be."""
+
+    instance: Instance
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Held:
+    """What the destination holds of a study, verified as far as ``verify_held`` asks."""
+
+    series: str
+    sop: str
+    sop_class: str | None
+    syntax: str | None
+    uri: str
+    bytes: int
+    sha256: bytes | None
+    dataset_offset: int
+    modality: str | None = None
+    series_number: int | None = None
+    instance_number: int | None = None
+
+
+class Writer(Protocol):
+    """Takes the data set of one instance as it comes."""
+
+    def write(self, view: memoryview) -> None:
+        """Take the next bytes; the view is void afterwards. Raises :class:`SinkError`."""
+
+    def take(self) -> Taken:
+        """The data set is whole. Fills size, digest and URI of the instance."""
+
+    def abort(self) -> None:
+        """The data set will never be whole; leave nothing behind."""
+
+
+class Sink(Protocol):
+    """A destination. Thread-safe: several associations write at once."""
+
+    def inventory(self, study: str) -> dict[str, Held]:
+        """What is held of a study, by SOP Instance UID.
+
+        Raises
+        ------
+        LedgerError
+            A ledger file is of a newer schema or broken beyond its last line.
+        """
+
+    def begin(self, instance: Instance) -> Writer:
+        """Begin an instance whose study, series, sop, sop_class and syntax are known. Raises :class:`SinkError`."""
+
+    def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
+        """Those that came since the last call; with ``wait`` all that are still due."""
+
+    def close(self) -> None:
+        """Confirm what is due, give back locks and files."""

@@ -1,0 +1,622 @@
+"""The filesystem sink: ``<root>/<study>/<series>/<sop>.dcm``, whole or not there.
+
+An instance is written under a temporary name, recorded as taken, given its final name by a hard
+link (which never replaces anything), then synced by a few threads behind the receiver and recorded
+as durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
+from airflow_dicom_get.errors import DestinationFull, SinkError
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+from airflow_dicom_get.sinks.ledger import LedgerWriter, Record, read_ledgers
+
+log = logging.getLogger(__name__)
+
+MAX_UNCONFIRMED = 64 << 20
+"""Bytes that may be taken and not yet confirmed; one instance may be larger than that alone."""
+_MAX_QUEUED = 128  # open files behind the receiver
+_SYNC_THREADS = 3
+_BATCH = 32
+_FOLLOW_FROM = 4 << 20
+"""Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
+_FOLLOW_CHUNK = 1 << 20
+_STALE_SECONDS = 24 * 3600
+_PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)\.part")
+
+VerifyHeld = Literal["size", "digest", "none"]
+
+
+def sink_error(error: OSError, what: str) -> SinkError:
+    """An OS error of the destination as an error of ours."""
+    text = f"{what}: {error.strerror or error}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationFull(
+            text, hint="Make room and run again: what is held is not fetched again.", errno=error.errno
+        )
+    return SinkError(text, hint="Check the destination's permissions and mount.", errno=error.errno)
+
+
+class FilesystemSink:
+    """Write instances below a folder.
+
+    Parameters
+    ----------
+    root : Path
+        The destination folder; made if absent.
+    ledger_root : Path
+        Folder of manifests and ledgers.
+    run : str
+        Name of this run, unique.
+    calling, called : str
+        AE titles for the file meta information.
+    file_meta : bool
+        Write Part 10 files; else the bare data set, whose transfer syntax only the manifest knows.
+    checksum : bool
+        Compute sha256 of each file on the way.
+    durable : bool
+        Sync files and folders before they count.
+    verify_held : {"size", "digest", "none"}
+        How a recorded instance is checked in :meth:`inventory`.
+    adopt : bool
+        Count files that no ledger knows, if they are whole Part 10 files of their UIDs.
+    read_only : bool
+        Only :meth:`inventory` will be called, and it shall leave no trace.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        ledger_root: Path,
+        run: str,
+        *,
+        calling: str,
+        called: str,
+        file_meta: bool = True,
+        checksum: bool = True,
+        durable: bool = True,
+        verify_held: VerifyHeld = "size",
+        adopt: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self.root = root
+        self.ledger_root = ledger_root
+        self.run = run
+        self.calling, self.called = calling, called
+        self.file_meta, self.checksum, self.durable = file_meta, checksum, durable
+        self.verify_held, self.adopt = verify_held, adopt
+        self._read_only = read_only
+        self.replaceable: set[str] = set()
+        """UIDs whose file is no longer what the ledger says: it may be replaced."""
+        self._mutex = threading.Lock()
+        self._room = threading.Condition(self._mutex)
+        self._studies: dict[str, _Study] = {}
+        self._unconfirmed = 0
+        self._due = 0
+        self._done: list[Confirmation] = []
+        self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    # --- what is held ------------------------------------------------------------------------
+
+    def inventory(self, study: str) -> dict[str, Held]:
+        """See :meth:`sinks.base.Sink.inventory`."""
+        records = read_ledgers(self.ledger_root, study)
+        held: dict[str, Held] = {}
+        for series, sop, entry in self._files(study):
+            record = records.get(sop)
+            if record is None or record.series != series:
+                found = self._adopted(study, series, sop, entry) if self.adopt else None
+            else:
+                found = self._verified(study, record, entry)
+                if found is None:
+                    self.replaceable.add(sop)
+            if found is not None:
+                held[sop] = found
+        return held
+
+    def _files(self, study: str) -> list[tuple[str, str, os.DirEntry[str]]]:
+        found = []
+        try:
+            for series in os.scandir(self.root / study):
+                if series.is_dir(follow_symlinks=False):
+                    found += [
+                        (series.name, entry.name[:-4], entry)
+                        for entry in os.scandir(series.path)
+                        if entry.name.endswith(".dcm") and not entry.name.startswith(".")
+                    ]
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise sink_error(error, f"The destination cannot list study {study}") from error
+        return found
+
+    def _verified(self, study: str, record: Record, entry: os.DirEntry[str]) -> Held | None:
+        """The record as held, if the file is still what it says."""
+        checkable = record.sha256 is not None
+        need_digest = self.verify_held == "digest" or not record.durable
+        if self.verify_held != "none" or not record.durable:
+            if entry.stat(follow_symlinks=False).st_size != record.size:
+                return None
+            if need_digest and (not checkable or _digest(entry.path) != record.sha256):
+                return None
+        if not record.durable and not self._read_only:
+            self._sync_now(entry.path)
+            self._study(study).ledger.taken(_as_instance(study, record))
+            self._study(study).ledger.durable([record.sop])
+        return Held(
+            record.series,
+            record.sop,
+            record.sop_class,
+            record.syntax,
+            entry.path,
+            record.size,
+            record.sha256,
+            record.dataset_offset,
+            record.modality,
+            record.series_number,
+            record.instance_number,
+        )
+
+    def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Held | None:
+        """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
+        from airflow_dicom_get.sinks.adopt import read_instance
+
+        found = read_instance(Path(entry.path), study, series, sop)
+        if found is not None:
+            self._sync_now(entry.path)
+            instance = Instance(study, series, sop, found.sop_class)
+            instance.syntax, instance.bytes, instance.sha256 = found.syntax, found.bytes, found.sha256
+            instance.dataset_offset = found.dataset_offset
+            ledger = self._study(study).ledger
+            ledger.taken(instance)
+            ledger.durable([sop])
+        return found
+
+    def _sync_now(self, path: str) -> None:
+        if self.durable:
+            _fsync_path(path)
+            _fsync_path(os.path.dirname(path))
+
+    # --- writing -----------------------------------------------------------------------------
+
+    def begin(self, instance: Instance) -> _FileWriter:
+        """See :meth:`sinks.base.Sink.begin`."""
+        with self._room:
+            while self._due and (self._unconfirmed >= MAX_UNCONFIRMED or self._due >= _MAX_QUEUED):
+                self._room.wait(1.0)
+        try:
+            study = self._study(instance.study)
+            folder = study.series(instance.series)
+            return _FileWriter(self, study, folder, instance)
+        except OSError as error:
+            raise sink_error(error, f"The destination cannot begin instance {instance.sop}") from error
+
+    def _study(self, uid: str) -> _Study:
+        with self._mutex:
+            study = self._studies.get(uid)
+            if study is None:
+                try:
+                    study = self._studies[uid] = _Study(self.root / uid, self.ledger_root, uid, self.run)
+                except OSError as error:
+                    raise sink_error(error, f"The destination cannot begin study {uid}") from error
+            return study
+
+    def taken(self, pending: _Pending) -> None:
+        """Hand a taken instance to the threads that make it durable."""
+        with self._mutex:
+            self._unconfirmed += pending.size
+            self._due += 1
+            if len(self._threads) < _SYNC_THREADS:
+                thread = threading.Thread(target=self._sync_loop, name="dicom-get-sync", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._queue.put(pending)
+
+    def _sync_loop(self) -> None:
+        while True:
+            first = self._queue.get()
+            if first is None:
+                return
+            batch = [first]
+            while len(batch) < _BATCH:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    self._queue.put(None)
+                    break
+                batch.append(item)
+            self._confirm(batch)
+
+    def _confirm(self, batch: list[_Pending]) -> None:
+        """Sync a batch of files, then each of their folders once, then say so in the ledgers."""
+        results: list[Confirmation] = []
+        good: list[_Pending] = []
+        for item in batch:
+            try:
+                if self.durable:
+                    os.fdatasync(item.fd)
+                good.append(item)
+            except OSError as error:
+                results.append(Confirmation(item.instance, f"sync: {error.strerror}"))
+            finally:
+                os.close(item.fd)
+        try:
+            if self.durable:
+                for folder in {item.folder for item in good}:
+                    os.fsync(folder)
+            for study in {item.study for item in good}:
+                study.ledger.durable([item.instance.sop for item in good if item.study is study])
+            results += [Confirmation(item.instance) for item in good]
+        except OSError as error:
+            results += [Confirmation(item.instance, f"sync: {error.strerror}") for item in good]
+        with self._room:
+            self._done += results
+            self._due -= len(batch)
+            self._unconfirmed -= sum(item.size for item in batch)
+            self._room.notify_all()
+
+    def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
+        """See :meth:`sinks.base.Sink.confirmations`."""
+        with self._room:
+            while wait and self._due:
+                self._room.wait(1.0)
+            done, self._done = self._done, []
+            return done
+
+    def close(self) -> None:
+        """See :meth:`sinks.base.Sink.close`."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        for study in self._studies.values():
+            study.close(self.durable)
+
+
+class _Pending:
+    """An instance under its final name, not yet synced."""
+
+    __slots__ = ("fd", "folder", "instance", "size", "study")
+
+    def __init__(self, instance: Instance, study: _Study, fd: int, folder: int, size: int) -> None:
+        self.instance, self.study, self.fd, self.folder, self.size = instance, study, fd, folder, size
+
+
+class _Study:
+    """The folder of a study with this run's lock, ledger and open series folders."""
+
+    def __init__(self, path: Path, ledger_root: Path, uid: str, run: str) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock_path = path / f".{run}.lock"
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.info("%s: no file locks here; leftovers of other runs are kept for a day", path)
+        self.ledger = LedgerWriter(ledger_root, uid, run)
+        self._folders: dict[str, int] = {}
+        self._mutex = threading.Lock()
+        _clean_dead_runs(path, run)
+
+    def series(self, uid: str) -> int:
+        """An open descriptor of the series folder, made if absent."""
+        with self._mutex:
+            fd = self._folders.get(uid)
+            if fd is None:
+                folder = self.path / uid
+                folder.mkdir(exist_ok=True)
+                fd = self._folders[uid] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return fd
+
+    def close(self, durable: bool) -> None:
+        """Sync the study folder and the ledger, give back the lock."""
+        try:
+            if durable:
+                self.ledger.sync()
+                _fsync_path(str(self.path))
+        except OSError as error:
+            log.warning("%s: %s", self.path, error.strerror)
+        self.ledger.close()
+        for fd in self._folders.values():
+            os.close(fd)
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+        for folder in (*(self.path / uid for uid in self._folders), self.path):
+            try:
+                folder.rmdir()  # only where nothing came
+            except OSError:
+                pass
+
+
+class _FileWriter:
+    """One instance on its way into a file."""
+
+    __slots__ = (
+        "_fd",
+        "_folder",
+        "_follower",
+        "_hash",
+        "_head",
+        "_instance",
+        "_name",
+        "_offset",
+        "_sink",
+        "_size",
+        "_study",
+    )
+
+    def __init__(self, sink: FilesystemSink, study: _Study, folder: int, instance: Instance) -> None:
+        self._sink, self._study, self._folder, self._instance = sink, study, folder, instance
+        self._name = f".{instance.sop}.{sink.run}.part"
+        self._fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        head = b""
+        if sink.file_meta:
+            assert instance.sop_class is not None and instance.syntax is not None
+            head = file_header(
+                instance.sop_class, instance.sop, instance.syntax, calling=sink.calling, called=sink.called
+            )
+        self._head: bytes | None = head
+        self._offset = len(head)
+        self._hash: Any = hashlib.sha256() if sink.checksum else None
+        self._size = 0
+        self._follower: _Follower | None = None
+
+    def write(self, view: memoryview) -> None:
+        """See :meth:`sinks.base.Writer.write`."""
+        head = self._head
+        try:
+            if head is not None:
+                self._head = None
+                self._write_all(os.writev(self._fd, (head, view)) - len(head), view, head)
+                if self._hash is not None:
+                    self._hash.update(head)
+                self._size = len(head)
+            else:
+                self._write_all(os.write(self._fd, view), view)
+        except OSError as error:
+            raise sink_error(error, f"The destination cannot take instance {self._instance.sop}") from error
+        self._size += len(view)
+        if self._follower is not None:
+            self._follower.grown(self._size)
+        elif self._hash is not None:
+            self._hash.update(view)
+            if self._size >= _FOLLOW_FROM:
+                self._follower = _Follower(self._fd, self._hash, self._size)
+
+    def _write_all(self, written: int, view: memoryview, head: bytes = b"") -> None:
+        """Finish a short write (a full disk, a signal)."""
+        if written < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        while written < len(view):
+            written += os.write(self._fd, view[written:])
+
+    def take(self) -> Taken:
+        """See :meth:`sinks.base.Writer.take`."""
+        instance = self._instance
+        if self._head is not None:
+            self.write(memoryview(b""))
+        try:
+            if self._follower is not None:
+                self._follower.finish()
+            instance.bytes = self._size
+            instance.sha256 = self._hash.digest() if self._hash is not None else None
+            instance.dataset_offset = self._offset
+            instance.dataset_bytes = self._size - self._offset
+            instance.uri = f"{self._study.path}/{instance.series}/{instance.sop}.dcm"
+            return self._place()
+        except OSError as error:
+            self.abort()
+            failure = sink_error(error, f"The destination cannot take instance {instance.sop}")
+            full = isinstance(failure, DestinationFull)
+            return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
+
+    def _place(self) -> Taken:
+        instance, folder = self._instance, self._folder
+        self._study.ledger.taken(instance)
+        final = f"{instance.sop}.dcm"
+        if instance.sop in self._sink.replaceable:
+            os.replace(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+            self._sink.replaceable.discard(instance.sop)
+        else:
+            try:
+                os.link(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+            except FileExistsError:
+                return self._meet_first(final)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                if os.path.exists(f"{self._study.path}/{instance.series}/{final}"):  # no hard links here
+                    return self._meet_first(final)
+                os.rename(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+            else:
+                os.unlink(self._name, dir_fd=folder)
+        fd, self._fd = self._fd, -1
+        self._sink.taken(_Pending(instance, self._study, fd, folder, self._size))
+        return Taken(s.SUCCESS)
+
+    def _meet_first(self, final: str) -> Taken:
+        """A file of this UID is there: the first stays, and counts only if its data set is the same."""
+        instance = self._instance
+        fd = os.open(final, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._folder)
+        meta = read_file_meta(os.pread(fd, META_LIMIT, 0))
+        offset = meta.dataset_offset if meta else 0
+        size = os.fstat(fd).st_size
+        if size - offset == instance.dataset_bytes and _same(fd, offset, self._fd, self._offset):
+            instance.bytes, instance.dataset_offset = size, offset
+            if self._hash is not None and self._sink.checksum:
+                instance.sha256 = _digest_fd(fd)
+            self._study.ledger.taken(instance)
+            self._drop()
+            self._sink.taken(_Pending(instance, self._study, fd, self._folder, size))
+            return Taken(s.SUCCESS)
+        os.close(fd)
+        self.abort()
+        return Taken(
+            s.DUPLICATE_OTHER_CONTENT,
+            "different_content",
+            "Another data set is stored under this UID; it was left as it is.",
+        )
+
+    def _drop(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        try:
+            os.unlink(self._name, dir_fd=self._folder)
+        except OSError:
+            pass
+
+    def abort(self) -> None:
+        """See :meth:`sinks.base.Writer.abort`."""
+        if self._follower is not None:
+            self._follower.finish()
+        if self._fd >= 0:
+            self._drop()
+
+
+class _Follower:
+    """Digests a growing file behind its writer, out of the page cache, and starts its write-back."""
+
+    def __init__(self, fd: int, digest: Any, done: int) -> None:
+        self._fd, self._digest, self._done = fd, digest, done
+        self._target = self._latest = done
+        self._ended = False
+        self._wake = threading.Condition()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="dicom-get-digest", daemon=True)
+        self._thread.start()
+
+    def grown(self, size: int) -> None:
+        """The file holds ``size`` bytes now."""
+        if size - self._target >= _FOLLOW_CHUNK:
+            with self._wake:
+                self._target = size
+                self._wake.notify()
+        self._latest = size
+
+    def finish(self) -> None:
+        """Wait for the digest of all that was written."""
+        with self._wake:
+            self._target = self._latest
+            self._ended = True
+            self._wake.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        buffer = bytearray(_FOLLOW_CHUNK)
+        view = memoryview(buffer)
+        try:
+            while True:
+                with self._wake:
+                    while self._done >= self._target and not self._ended:
+                        self._wake.wait()
+                    target = self._target
+                    if self._done >= target and self._ended:
+                        return
+                while self._done < target:
+                    size = os.preadv(self._fd, [view[: min(target - self._done, _FOLLOW_CHUNK)]], self._done)
+                    if not size:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    self._digest.update(view[:size])
+                    self._done += size
+        except OSError as error:
+            self._error = error
+
+
+def _clean_dead_runs(folder: Path, own: str) -> None:
+    """Remove temporary files of runs that hold no lock any more."""
+    dead: dict[str, bool] = {own: False}
+    for path in folder.glob("*/.*.part"):
+        match = _PART.fullmatch(path.name)
+        if match is None:
+            continue
+        run = match["run"]
+        if run not in dead:
+            dead[run] = _is_dead(folder / f".{run}.lock", path)
+        if dead[run]:
+            log.info("removing a leftover of run %s", run)
+            path.unlink(missing_ok=True)
+    for run, gone in dead.items():
+        if gone:
+            (folder / f".{run}.lock").unlink(missing_ok=True)
+
+
+def _is_dead(lock: Path, part: Path) -> bool:
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system
+        return time.time() - part.stat().st_mtime > _STALE_SECONDS
+    finally:
+        os.close(fd)
+
+
+def _fsync_path(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _digest_fd(fd: int) -> bytes:
+    digest = hashlib.sha256()
+    pos = 0
+    while chunk := os.pread(fd, _FOLLOW_CHUNK, pos):
+        digest.update(chunk)
+        pos += len(chunk)
+    return digest.digest()
+
+
+def _same(one: int, one_pos: int, other: int, other_pos: int) -> bool:
+    while True:
+        a = os.pread(one, _FOLLOW_CHUNK, one_pos)
+        b = os.pread(other, _FOLLOW_CHUNK, other_pos)
+        if a != b:
+            return False
+        if not a:
+            return True
+        one_pos += len(a)
+        other_pos += len(b)
+
+
+def _as_instance(study: str, record: Record) -> Instance:
+    instance = Instance(study, record.series, record.sop, record.sop_class)
+    instance.syntax, instance.bytes, instance.sha256 = record.syntax, record.size, record.sha256
+    instance.dataset_offset = record.dataset_offset
+    instance.modality = record.modality
+    instance.series_number, instance.instance_number = record.series_number, record.instance_number
+    return instance

@@ -1,0 +1,178 @@
+"""The ledger: what a run took and confirmed, one JSON line each, so that the next run knows.
+
+One writer a file, one file a run and study; readers take the union of all runs. A line is written
+whole by one ``write``, so a killed process loses nothing that was written before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from airflow_dicom_get.errors import LedgerError
+from airflow_dicom_get.records import Instance
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class Record:
+    """The last word of the ledgers on one instance."""
+
+    series: str
+    sop: str
+    sop_class: str | None
+    syntax: str | None
+    size: int
+    dataset_offset: int
+    sha256: bytes | None
+    durable: bool
+    modality: str | None = None
+    series_number: int | None = None
+    instance_number: int | None = None
+
+
+class LedgerWriter:
+    """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
+
+    def __init__(self, root: Path, study: str, run: str) -> None:
+        folder = root / ".ledger" / study
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{run}.jsonl"
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._empty = True
+
+    def _append(self, lines: str) -> None:
+        if self._empty:
+            self._empty = False
+            lines = json.dumps({"ledger": SCHEMA}) + "\n" + lines
+        data = lines.encode("ascii")
+        written = os.write(self._fd, data)
+        if written != len(data):
+            raise OSError(28, os.strerror(28))
+
+    def taken(self, instance: Instance) -> None:
+        """Record that the whole instance is there, before it gets its final name."""
+        self._append(
+            json.dumps(
+                {
+                    "state": "taken",
+                    "uid": instance.sop,
+                    "series": instance.series,
+                    "class": instance.sop_class,
+                    "syntax": instance.syntax,
+                    "size": instance.bytes,
+                    "dataset_offset": instance.dataset_offset,
+                    "sha256": instance.sha256.hex() if instance.sha256 else None,
+                    "modality": instance.modality,
+                    "series_number": instance.series_number,
+                    "instance_number": instance.instance_number,
+                }
+            )
+            + "\n"
+        )
+
+    def durable(self, uids: Iterable[str]) -> None:
+        """Record that these are kept for good, in one write."""
+        self._append("".join(f'{{"state": "durable", "uid": "{uid}"}}\n' for uid in uids))
+
+    def sync(self) -> None:
+        """Make the ledger itself durable."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close; a ledger that recorded nothing is removed."""
+        os.close(self._fd)
+        if self._empty:
+            self.path.unlink(missing_ok=True)
+
+
+def read_ledgers(root: Path, study: str) -> dict[str, Record]:
+    """The union of all runs' records for a study, by SOP Instance UID.
+
+    A torn last line is ignored.
+
+    Raises
+    ------
+    LedgerError
+        A file is of a newer schema, or broken before its last line; it is left as it is.
+    """
+    folder = root / ".ledger" / study
+    records: dict[str, Record] = {}
+    try:
+        paths = sorted(folder.glob("*.jsonl"))
+    except OSError as error:
+        raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
+    for path in paths:
+        for entry in _entries(path, study):
+            _merge(records, entry, path, study)
+    return records
+
+
+def _entries(path: Path, study: str) -> Iterator[dict[str, object]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger {path} cannot be read: {error.strerror}.", study=study, path=str(path)
+        ) from error
+    lines = data.split(b"\n")
+    lines.pop()  # empty after the last newline, or torn
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError
+        except ValueError:
+            raise LedgerError(
+                f"The ledger {path} is broken in line {number}.",
+                hint="It was left as it is. Move it away to have its instances fetched again.",
+                study=study,
+                path=str(path),
+            ) from None
+        version = entry.get("ledger")
+        if version is None:
+            yield entry
+        elif version != SCHEMA:
+            raise LedgerError(
+                f"The ledger {path} has schema {version}; this version reads {SCHEMA}.",
+                hint="Use the version of airflow-dicom-get that wrote it, or a newer one.",
+                study=study,
+                path=str(path),
+            )
+
+
+def _merge(records: dict[str, Record], entry: dict[str, object], path: Path, study: str) -> None:
+    try:
+        uid = str(entry["uid"])
+        if entry["state"] == "durable":
+            if uid in records:
+                records[uid].durable = True
+            return
+        if entry["state"] != "taken":
+            return
+        digest = entry["sha256"]
+        known = records.get(uid)
+        records[uid] = Record(
+            str(entry["series"]),
+            uid,
+            entry["class"],
+            entry["syntax"],
+            int(entry["size"]),  # type: ignore[arg-type, call-overload]
+            int(entry["dataset_offset"]),
+            bytes.fromhex(str(digest)) if digest else None,  # type: ignore[call-overload]
+            bool(known and known.durable and known.sha256 and digest and known.sha256.hex() == digest),
+            entry.get("modality"),
+            entry.get("series_number"),
+            entry.get("instance_number"),  # type: ignore[arg-type]
+        )
+    except (KeyError, TypeError, ValueError):
+        raise LedgerError(
+            f"The ledger {path} holds a record that cannot be read.",
+            hint="It was left as it is. Move it away to have its instances fetched again.",
+            study=study,
+            path=str(path),
+        ) from None
