@@ -97,7 +97,6 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     )
     console.print(
         f"Counts    {held} of {rows} instances held and verified, {len(series)} series, {size / 1e6:.1f} MB",
-        highlight=False,
     )
     console.print()
     studies = Table(
@@ -131,7 +130,7 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     for row in largest.slice(0, HEAD).to_pylist():
         head.add_row(*(short(row[column]) for column in columns))
     console.print()
-    console.print(f"The first rows of {home.shown(path)}, some of its {largest.num_columns} columns:", highlight=False)
+    console.print(f"The first rows of {home.shown(path)}, some of its {largest.num_columns} columns:")
     console.print(head)
     return verdict
 
@@ -155,15 +154,14 @@ def show_next(console: Console, found: list[tuple[Path, pa.Table]]) -> None:
         f"\n  {home.shown(bin_folder / 'python')} -c 'from airflow_dicom_get import read_manifest; "
         f'print(read_manifest("{home.shown(path)}"))\'',
         markup=False,
-        highlight=False,
     )
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
     # Lines of a log or a pipe are as long as they need to be.
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
-    errors = Console(stderr=True, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     home.end_by_signals()
     try:
         home.make_folders()
@@ -181,7 +179,7 @@ def main() -> int:
         errors.print("\nStopped: nothing is left running.")
         return 130
     except home.DemoError as error:
-        errors.print(f"\n{error}", markup=False, highlight=False)
+        errors.print(f"\n{error}", markup=False)
         return 1
     return 0 if verdict == "complete" else 1
 

@@ -109,9 +109,9 @@ def run(console: Console, port: int) -> None:
             time.sleep(0.5)
         console.print(f"          ready after {time.monotonic() - began:.0f} s")
         console.print()
-        console.print(f"Open      {address}", highlight=False)
-        console.print(f"User      admin    password {home.password()}", highlight=False, markup=False)
-        console.print(f"Try       the DAG {home.DAG_ID}; Admin > Connections > {CONNECTION}", highlight=False)
+        console.print(f"Open      {address}")
+        console.print(f"User      admin    password {home.password()}", markup=False)
+        console.print(f"Try       the DAG {home.DAG_ID}; Admin > Connections > {CONNECTION}")
         console.print("Ctrl-C stops everything.")
         while True:
             fail_if_ended(processes)
@@ -122,14 +122,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8080, help="of the web interface; another if it is taken")
     arguments = parser.parse_args()
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False)
     home.end_by_signals()
     try:
         run(console, free_port(arguments.port))
     except KeyboardInterrupt:
         console.print("Stopped: nothing is left running.")
     except home.DemoError as error:
-        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
     return 0
 
