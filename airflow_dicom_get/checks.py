@@ -34,6 +34,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 64 else text[:63] + "…"
 
 
+def shown_path(path: object) -> str:
+    """A path or address as an error message shows it: escaped, and long enough to be found."""
+    text = ascii(str(path))
+    return text if len(text) <= 500 else text[:499] + "…"
+
+
 class Check:
     """Base of the checks. ``None`` passes where ``optional`` is set."""
 

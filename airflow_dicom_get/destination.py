@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.node import Node
 
@@ -70,7 +70,7 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
     if isinstance(value, Path):
         return FilesystemDestination(_folder(value, option))
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise invalid(option, f"{shown(value)} is no destination", _FORMS)
+        raise invalid(option, f"{shown_path(value)} is no destination", _FORMS)
     scheme, _, rest = value.partition("://")
     match scheme.lower() if "://" in value and "/" not in scheme else "":
         case "s3":
@@ -80,11 +80,13 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
         case "file":
             host, slash, path = rest.partition("/")
             if not slash or host not in ("", "localhost"):
-                raise invalid(option, f"{shown(value)} names a host", "Write three slashes: file:///absolute/path.")
+                raise invalid(
+                    option, f"{shown_path(value)} names a host", "Write three slashes: file:///absolute/path."
+                )
             return FilesystemDestination(_folder(Path("/" + unquote(path)), option))
         case "":
             if _SCHEME.match(value):
-                raise invalid(option, f"{shown(value)} looks like an address with one slash", _FORMS)
+                raise invalid(option, f"{shown_path(value)} looks like an address with one slash", _FORMS)
             return FilesystemDestination(_folder(Path(value), option))
     raise invalid(option, f"the scheme {shown(scheme)} is not known", _FORMS)
 
@@ -101,9 +103,9 @@ def _s3(value: str, rest: str, option: str) -> S3Destination:
     conn_id, at, bucket = (unquote(part) for part in authority.rpartition("@"))
     prefix = unquote(prefix).strip("/")
     if not _BUCKET.fullmatch(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
-        raise invalid(option, f"{shown(value)} names no valid bucket", "Write s3://bucket/prefix.")
+        raise invalid(option, f"{shown_path(value)} names no valid bucket", "Write s3://bucket/prefix.")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
-        raise invalid(option, f"{shown(value)} holds an empty or dotted part", "Write s3://bucket/prefix.")
+        raise invalid(option, f"{shown_path(value)} holds an empty or dotted part", "Write s3://bucket/prefix.")
     return S3Destination(bucket, prefix, conn_id or None)
 
 
@@ -112,7 +114,7 @@ def _forward(value: str, rest: str, option: str) -> ForwardDestination:
     if ":" not in text and "@" not in text and _CONN_ID.fullmatch(text):
         return ForwardDestination(conn_id=text)
     if "/" in rest.rstrip("/"):
-        raise invalid(option, f"{shown(value)} holds a path", "Write dicom://[AE@]host:port.")
+        raise invalid(option, f"{shown_path(value)} holds a path", "Write dicom://[AE@]host:port.")
     return ForwardDestination(Node.parse(text, option))
 
 
@@ -132,13 +134,13 @@ def check_folder(path: Path, option: str) -> None:
             if not is_folder and not os.path.lexists(place):
                 continue
         except OSError as error:
-            raise invalid(option, f"{shown(str(path))}: {error.strerror}", "Give another folder.") from None
+            raise invalid(option, f"{shown_path(path)}: {error.strerror}", "Give another folder.") from None
         if not is_folder:
-            raise _unusable(option, path, f"{shown(str(place))} is not a folder")
+            raise _unusable(option, path, f"{shown_path(place)} is not a folder")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise _unusable(option, path, f"{shown(str(place))} cannot be written to")
+            raise _unusable(option, path, f"{shown_path(place)} cannot be written to")
         return
 
 
 def _unusable(option: str, path: Path, what: str) -> InvalidOption:
-    return invalid(option, f"{shown(str(path))} cannot be used, {what}", "Give another folder, or mend this one.")
+    return invalid(option, f"{shown_path(path)} cannot be used, {what}", "Give another folder, or mend this one.")

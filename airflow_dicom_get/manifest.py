@@ -8,16 +8,19 @@ dict that names a file with its number of rows and digest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from airflow_dicom_get.checks import shown
+from airflow_dicom_get.checks import shown, shown_path
 from airflow_dicom_get.destination import FilesystemDestination, parse_destination
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.result import UNVERIFIED, Verdict, worst
@@ -126,12 +129,10 @@ def manifest_rows(
         for chunk in _chunks(instances):
             columns = []
             for (name, attribute, _), kind in zip(_COLUMNS, schema.types, strict=False):
-                if attribute:
-                    columns.append(pa.array(_values(chunk, attribute), kind))
-                else:
-                    columns.append(pa.repeat(pa.scalar(source if name == "source" else destination, kind), len(chunk)))
+                constant = source if name == "source" else destination
+                columns.append(_array(_values(chunk, attribute) if attribute else [constant] * len(chunk), kind))
             for position in range(len(tags)):
-                columns.append(pa.array([_tag(row, position) for row in chunk], pa.string()))
+                columns.append(_array([_tag(row, position) for row in chunk], pa.string()))
             yield pa.record_batch(columns, schema=schema)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
@@ -142,6 +143,27 @@ def manifest_table(
 ) -> pa.Table:
     """As :func:`manifest_rows`, as one table."""
     return manifest_rows(instances, source=source, destination=destination, tags=tags).read_all()
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """An Arrow array of texts, or of whole numbers.
+
+    ``pyarrow.array`` would do, but imports pandas: half a second and 40 MB for a shell that needs none of it.
+    """
+    import pyarrow as pa
+
+    size, nulls = len(values), values.count(None)
+    validity = None
+    if nulls:
+        bits = "".join("0" if value is None else "1" for value in reversed(values))
+        validity = pa.py_buffer(int(bits, 2).to_bytes((size + 7) // 8, "little"))
+    if pa.types.is_string(kind):
+        texts = [b"" if value is None else value.encode("utf-8", "backslashreplace") for value in values]
+        offsets = array("i", accumulate(map(len, texts), initial=0))
+        buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
+    else:
+        buffers = [validity, pa.py_buffer(array("q", [0 if value is None else value for value in values]))]
+    return pa.Array.from_buffers(kind, size, buffers, nulls)
 
 
 def _chunks(instances: Iterable[Instance]) -> Iterable[list[Instance]]:
@@ -257,7 +279,7 @@ def _path_of(uri: Any) -> Path:
         raise ManifestError(error.message, hint=error.hint, uri=str(uri)) from None
     if not isinstance(place, FilesystemDestination):
         raise ManifestError(
-            f"The manifest {shown(str(uri))} is not in a folder, and other places are not available in this version.",
+            f"The manifest {shown_path(uri)} is not in a folder, and other places are not available in this version.",
             hint="Copy it to a folder and give its path.", uri=str(uri),
         )  # fmt: skip
     return place.path
@@ -265,7 +287,7 @@ def _path_of(uri: Any) -> Path:
 
 def _unreadable(path: Path, error: OSError) -> ManifestError:
     return ManifestError(
-        f"The manifest {shown(str(path))} cannot be read: {os.strerror(error.errno or 0)}.",
+        f"The manifest {shown_path(path)} cannot be read: {os.strerror(error.errno or 0)}.",
         hint="Check the path, and that this machine sees the same storage.",
         uri=str(path),
     )
@@ -276,16 +298,18 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if isinstance(content, Path) and content.is_dir():
+        raise _unreadable(content, IsADirectoryError(errno.EISDIR, "a folder"))
     try:
         file = pq.ParquetFile(content if isinstance(content, Path) else BytesIO(content))
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise _unreadable(Path(name), error) from None
     except (pa.ArrowException, OSError) as error:
         raise _broken(name) from error
     version = (file.metadata.metadata or {}).get(f"{_KEY}schema".encode())
     if version is not None and version != str(SCHEMA_VERSION).encode():
         raise ManifestError(
-            f"The manifest {shown(name)} is of schema {shown(version.decode('ascii', 'replace'))}, "
+            f"The manifest {shown_path(name)} is of schema {shown(version.decode('ascii', 'replace'))}, "
             f"and this version reads schema {SCHEMA_VERSION}.",
             hint="Read it with the version that wrote it, or a newer one.",
             uri=name,
@@ -294,14 +318,16 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
     if version is None or missing:
         what = f"the column {missing[0]}" if missing else "the schema version"
         raise ManifestError(
-            f"The file {shown(name)} is no manifest: {what} is missing.", hint="Give a file that a run wrote.", uri=name
+            f"The file {shown_path(name)} is no manifest: {what} is missing.",
+            hint="Give a file that a run wrote.",
+            uri=name,
         )
     return file
 
 
 def _broken(name: str) -> ManifestError:
     return ManifestError(
-        f"The file {shown(name)} is broken, or no Parquet file.",
+        f"The file {shown_path(name)} is broken, or no Parquet file.",
         hint="It is left as it is; a new run writes a new manifest.",
         uri=name,
     )
@@ -320,9 +346,9 @@ def _table(content: bytes | Path, name: str) -> pa.Table:
 def metadata_of(table: pa.Table) -> dict[str, str]:
     """What the metadata of a manifest says: ``schema``, ``verdict``, ``evidence``, ``run`` and what else is there."""
     return {
-        key.decode().removeprefix(_KEY): value.decode()
+        key.decode("utf-8", "replace").removeprefix(_KEY): value.decode("utf-8", "replace")
         for key, value in (table.schema.metadata or {}).items()
-        if key.decode().startswith(_KEY)
+        if key.startswith(_KEY.encode())
     }
 
 
@@ -372,7 +398,7 @@ def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
         series = frame[item.name]
         try:
             if kinds.get(item.name) == "timestamp":
-                series = pd.to_datetime(series, utc=True).astype("datetime64[us, UTC]")
+                series = pd.to_datetime(series, utc=True, format="ISO8601").astype("datetime64[us, UTC]")
             else:
                 series = series.astype(_DTYPES[kinds.get(item.name, "string")])
             columns.append(pa.array(series, item.type, from_pandas=True))
@@ -445,7 +471,7 @@ def _referenced(ref: Mapping[str, Any]) -> pa.Table:
     digest = sha256(content).hexdigest()
     if digest != ref.get("sha256"):
         raise ManifestError(
-            f"The manifest {shown(uri)} is not the one of the reference: its digest is {digest[:16]}…, "
+            f"The manifest {shown_path(uri)} is not the one of the reference: its digest is {digest[:16]}…, "
             f"not {shown(ref.get('sha256'))[:18]}….",
             hint="It was replaced since; give the URI alone to read it as it is now.",
             uri=uri,
@@ -453,7 +479,7 @@ def _referenced(ref: Mapping[str, Any]) -> pa.Table:
     table = _table(content, str(uri))
     if table.num_rows != ref.get("rows"):
         raise ManifestError(
-            f"The manifest {shown(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
+            f"The manifest {shown_path(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
             hint="Give the URI alone to read it as it is now.",
             uri=uri,
         )
@@ -556,7 +582,7 @@ def reference(path: str | Path) -> dict[str, Any]:
         "rows": table.num_rows,
         "bytes": place.stat().st_size,
         "sha256": digest,
-        "verdict": verdict.decode() if verdict else None,
+        "verdict": verdict.decode("utf-8", "replace") if verdict else None,
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.checks import invalid, shown, shown_path
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
 
@@ -55,9 +55,9 @@ def read_studies(name: str) -> StudyList:
     try:
         text = Path(name).read_text("utf-8-sig")
     except OSError as error:
-        raise _bad(f"{shown(name)} cannot be read: {error.strerror}", "Check the path.") from None
+        raise _bad(f"{shown_path(name)} cannot be read: {error.strerror}", "Check the path.") from None
     except UnicodeDecodeError:
-        raise _bad(f"{shown(name)} is not in UTF-8", "Save it as CSV in UTF-8.") from None
+        raise _bad(f"{shown_path(name)} is not in UTF-8", "Save it as CSV in UTF-8.") from None
     head = text.partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
     reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
@@ -65,7 +65,8 @@ def read_studies(name: str) -> StudyList:
     wanted = next((column for column in ("StudyInstanceUID", "AccessionNumber") if column in columns), None)
     if wanted is None:
         raise _bad(
-            f"{shown(name)} has no column StudyInstanceUID or AccessionNumber", "Name it in the first line of the file."
+            f"{shown_path(name)} has no column StudyInstanceUID or AccessionNumber",
+            "Name it in the first line of the file.",
         )
     values: dict[str, int] = {}
     try:
@@ -74,17 +75,21 @@ def read_studies(name: str) -> StudyList:
             if value:
                 values.setdefault(value, reader.line_num)
     except csv.Error:
-        raise _bad(f"{shown(name)}, line {reader.line_num}: no CSV", "Check the quotes of this line.") from None
+        raise _bad(f"{shown_path(name)}, line {reader.line_num}: no CSV", "Check the quotes of this line.") from None
     if not values:
-        raise _bad(f"{shown(name)} lists no studies", f"Fill the column {wanted}.")
+        raise _bad(f"{shown_path(name)} lists no studies", f"Fill the column {wanted}.")
     if wanted == "StudyInstanceUID":
         for uid, line in values.items():
             if not is_uid(uid):
-                raise _bad(f"{shown(name)}, line {line}: {shown(uid)} is no UID", "Correct the line, or take it out.")
+                raise _bad(
+                    f"{shown_path(name)}, line {line}: {shown(uid)} is no UID", "Correct the line, or take it out."
+                )
         return StudyList(uids=tuple(values))
     for accession, line in values.items():
         if not accession.isprintable() or any(character in accession for character in "*?\\"):
-            raise _bad(f"{shown(name)}, line {line}: no accession number", "Wildcards and backslashes are refused.")
+            raise _bad(
+                f"{shown_path(name)}, line {line}: no accession number", "Wildcards and backslashes are refused."
+            )
     return StudyList(accessions=tuple((line, accession) for accession, line in values.items()))
 
 
