@@ -11,10 +11,12 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import demo_home as home
+import pyarrow as pa
 from pydicom.uid import UID
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +24,6 @@ from rich.table import Table
 from airflow_dicom_get.manifest import metadata_of, read_table
 from airflow_dicom_get.result import worst
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 HELD = {"stored", "held"}
 HEAD = 8
@@ -61,24 +60,20 @@ def manifests() -> list[tuple[Path, pa.Table]]:
     return [(path, read_table(path)) for _, path in latest.values()]
 
 
-def total(table: pa.Table, column: str) -> int:
-    """The sum of a column of numbers."""
-    return sum(value or 0 for value in table[column].to_pylist())
-
-
 def names(table: pa.Table, column: str) -> str:
-    """What stands in a column, each once: UIDs by their names, in short."""
-    values = [UID(value).name for value in table[column].to_pylist() if value]
-    return ", ".join(
-        value.removesuffix(" Storage").replace("Little Endian", "LE").replace("Big Endian", "BE")
-        for value in dict.fromkeys(values)
-    )
+    """The UIDs that stand in a column, each once and by its name."""
+    uids = [UID(value) for value in dict.fromkeys(table[column].to_pylist()) if value]
+    return ", ".join(f"private {uid}" if uid.is_private else uid.name.removesuffix(" Storage") for uid in uids)
 
 
-def short(text: Any, length: int = 12) -> str:
-    """The end of a long value: UIDs differ there."""
-    shown = "" if text is None else str(text)
-    return shown if len(shown) <= length else "…" + shown[1 - length :]
+def size(table: pa.Table) -> int:
+    """The bytes of what is held."""
+    return sum(filter(None, table["bytes"].to_pylist()))
+
+
+def held(table: pa.Table) -> str:
+    """How many instances are held, of how many."""
+    return f"{sum(state in HELD for state in table['state'].to_pylist())} of {table.num_rows}"
 
 
 def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
@@ -86,51 +81,33 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     tables = [table for _, table in found]
     verdicts: list[Any] = [metadata_of(table)["verdict"] for table in tables]
     verdict: str = worst(verdicts)
-    held = sum(sum(state in HELD for state in table["state"].to_pylist()) for table in tables)
-    rows = sum(table.num_rows for table in tables)
-    series = {uid for table in tables for uid in table["series_instance_uid"].to_pylist()}
-    size = sum(total(table, "bytes") for table in tables)
+    whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    series = len(set(whole["series_instance_uid"].to_pylist()))
+    exactness = Counter(filter(None, whole["exactness"].to_pylist()))
     colour = "green" if verdict == "complete" else "red"
-    console.print()
     console.print(
-        f"[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"
+        f"\n[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"
+        f"\nCounts    {held(whole)} instances held and verified, {series} series, {size(whole) / 1e6:.1f} MB"
+        f"\nExactness {', '.join(f'{count} {word}' for word, count in exactness.items())}"
+        f"\nSyntaxes  {names(whole, 'transfer_syntax_uid')}\n"
     )
-    console.print(
-        f"Counts    {held} of {rows} instances held and verified, {len(series)} series, {size / 1e6:.1f} MB",
-    )
-    console.print()
-    studies = Table(
-        "verdict", "proof", "study", "what", "transfer syntaxes", "held", "kB", box=None, padding=(0, 2, 0, 0)
-    )
+    studies = Table("verdict", "proof", "study", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
     for table, its_verdict in zip(tables, verdicts, strict=True):
-        states = table["state"].to_pylist()
-        studies.add_row(
-            its_verdict,
-            metadata_of(table)["evidence"],
-            short(table["study_instance_uid"][0].as_py()) if table.num_rows else "",
-            names(table, "sop_class_uid"),
-            names(table, "transfer_syntax_uid"),
-            f"{sum(state in HELD for state in states)}/{len(states)}",
-            f"{total(table, 'bytes') / 1e3:.0f}",
-        )
+        # The end of a UID tells it from others.
+        study = f"…{table['study_instance_uid'][0].as_py()[-8:]}" if table.num_rows else ""
+        what = names(table, "sop_class_uid")
+        evidence = metadata_of(table)["evidence"]
+        studies.add_row(its_verdict, evidence, study, what, held(table), f"{size(table) / 1e3:.0f}")
     console.print(studies)
 
     path, largest = max(found, key=lambda item: item[1].num_rows)
-    columns = (
-        "modality",
-        "series_number",
-        "instance_number",
-        "sop_instance_uid",
-        "state",
-        "exactness",
-        "bytes",
-        "sha256",
-    )
+    columns = ("series_number", "instance_number", "state", "exactness", "bytes", "sha256")
     head = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in largest.slice(0, HEAD).to_pylist():
-        head.add_row(*(short(row[column]) for column in columns))
-    console.print()
-    console.print(f"The first rows of {home.shown(path)}, some of its {largest.num_columns} columns:")
+        # Of digests the beginning is compared.
+        row["sha256"] = f"{row['sha256'] or '':.12}…"
+        head.add_row(*(str(row[column]) for column in columns))
+    console.print(f"\nThe first rows of {home.shown(path)}, some of its {largest.num_columns} columns:")
     console.print(head)
     return verdict
 
@@ -152,7 +129,7 @@ def show_next(console: Console, found: list[tuple[Path, pa.Table]]) -> None:
         f"\n  {tool} get {home.AE_TITLE}@127.0.0.1:11112 --study {study} --to {home.shown(home.RETRIEVED)}"
         "\n                 fetches nothing: all of it is held. Delete a file, and it fetches that one."
         f"\n  {home.shown(bin_folder / 'python')} -c 'from airflow_dicom_get import read_manifest; "
-        f'print(read_manifest("{home.shown(path)}"))\'',
+        f'print(read_manifest("{home.shown(path)}").iloc[0])\'',
         markup=False,
     )
 
