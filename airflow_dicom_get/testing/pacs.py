@@ -330,6 +330,13 @@ class _Socket(AssociationSocket):
         del buffer[got:]
         return buffer
 
+    def _shutdown_socket(self) -> None:
+        # pynetdicom leaves a socket open whose peer was quicker to shut it down.
+        if self.socket is not None:
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.close()
+
 
 class _Server(ThreadedAssociationServer):
     request_queue_size = 64

@@ -1,0 +1,164 @@
+"""Fixtures: data, the embedded PACS, and real PACS that hold it. Servers live as long as the test session."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pynetdicom.transport import AssociationSocket
+
+# The helpers beside the tests (servers, relay) are plain modules.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from holdings import Holding, hold
+from relay import Relay
+from servers import Dcmqrscp, Orthanc, Storescp, find_binary
+
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.sample_data import (
+    PRIVATE_CLASS,
+    ct_study,
+    mixed_study,
+    private_study,
+    usable_pydicom_files,
+)
+
+
+def _close(self: AssociationSocket) -> None:
+    if self.socket is not None:
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+# pynetdicom, the tests' client, leaves a socket open whose peer was quicker to shut it down.
+AssociationSocket._shutdown_socket = _close
+
+_NEEDS = {"dcmtk": ("dcmqrscp", "dcmtk"), "orthanc": ("Orthanc", "orthanc")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {mark: package for mark, (binary, package) in _NEEDS.items() if find_binary(binary) is None}
+    for item in items:
+        for mark, package in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"{package} is not installed: apt-get install {package}"))
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """The usable files of pydicom's wheel, each in its own study as it comes."""
+    folder = tmp_path_factory.mktemp("real")
+    for path in usable_pydicom_files():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return hold(folder)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """The same files as one study."""
+    folder = tmp_path_factory.mktemp("mixed")
+    return hold(folder, mixed_study(folder))
+
+
+@pytest.fixture(scope="session")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """A CT study of four series in three transfer syntaxes, 40 instances."""
+    folder = tmp_path_factory.mktemp("ct")
+    return hold(folder, ct_study(folder))
+
+
+@pytest.fixture(scope="session")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """Ten CT images, one instance of a private SOP class, one structured report."""
+    folder = tmp_path_factory.mktemp("private")
+    return hold(folder, private_study(folder))
+
+
+@pytest.fixture
+def embedded() -> Iterator[Callable[..., EmbeddedPacs]]:
+    """Start embedded PACS: ``embedded(folder, **options)``."""
+    with ExitStack() as stack:
+
+        def start(folder: Path, **options: Any) -> EmbeddedPacs:
+            return stack.enter_context(EmbeddedPacs(folder, **options))
+
+        yield start
+
+
+@pytest.fixture
+def relay() -> Iterator[Callable[..., Relay]]:
+    """Start relays: ``relay(server, **options)`` for anything with a host and a port."""
+    with ExitStack() as stack:
+
+        def start(server: Any, **options: Any) -> Relay:
+            return stack.enter_context(Relay(server.host, server.port, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def dcmqrscp(tmp_path_factory: pytest.TempPathFactory, ct: Holding, private: Holding) -> Iterator[Dcmqrscp]:
+    """dcmqrscp as it comes: uncompressed syntaxes, classes of its own list. Holds ``ct`` and ``private``."""
+    server = Dcmqrscp(tmp_path_factory.mktemp("dcmqrscp"))
+    server.register(ct.files + private.files)
+    with server:
+        yield server
+
+
+def _profiled(folder: Path, *holdings: Holding) -> Dcmqrscp:
+    classes = {entry.sop_class for holding in holdings for entry in holding.entries.values()}
+    server = Dcmqrscp(folder, ae_title="QRALL", sop_classes=classes - {PRIVATE_CLASS})
+    server.register(path for holding in holdings for path in holding.files)
+    return server
+
+
+@pytest.fixture(scope="session")
+def dcmqrscp_all(tmp_path_factory: pytest.TempPathFactory, real: Holding, ct: Holding) -> Iterator[Dcmqrscp]:
+    """dcmqrscp with a profile that accepts all syntaxes. Holds ``real`` and ``ct``."""
+    with _profiled(tmp_path_factory.mktemp("dcmqrscp-all"), real, ct) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def dcmqrscp_mixed(tmp_path_factory: pytest.TempPathFactory, mixed: Holding) -> Iterator[Dcmqrscp]:
+    """The same with ``mixed``, whose SOP Instance UIDs are those of ``real``."""
+    with _profiled(tmp_path_factory.mktemp("dcmqrscp-mixed"), mixed) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def orthanc(
+    tmp_path_factory: pytest.TempPathFactory, real: Holding, ct: Holding, private: Holding
+) -> Iterator[Orthanc]:
+    """Orthanc as it comes, so without contexts for private classes. Holds ``real``, ``ct`` and ``private``."""
+    with Orthanc(tmp_path_factory.mktemp("orthanc")) as server:
+        server.load(real.files + ct.files + private.files)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def orthanc_mixed(tmp_path_factory: pytest.TempPathFactory, mixed: Holding, private: Holding) -> Iterator[Orthanc]:
+    """Orthanc that accepts unknown SOP classes. Holds ``mixed`` and ``private``."""
+    with Orthanc(tmp_path_factory.mktemp("orthanc-mixed"), unknown_classes=True) as server:
+        server.load(mixed.files + private.files)
+        yield server
+
+
+@pytest.fixture
+def storescp(tmp_path: Path) -> Iterator[Storescp]:
+    """storescp as it comes: uncompressed syntaxes."""
+    with Storescp(tmp_path / "storescp") as server:
+        yield server
+
+
+@pytest.fixture
+def storescp_all(tmp_path: Path) -> Iterator[Storescp]:
+    """storescp that accepts every transfer syntax that it knows."""
+    with Storescp(tmp_path / "storescp-all", accept_all=True) as server:
+        yield server
