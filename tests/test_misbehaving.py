@@ -616,6 +616,17 @@ def test_healing_counts_only_associations_that_reach_the_misbehaviour(peer: Call
     assert pacs.associations == 6
 
 
+def test_a_victim_is_spoiled_whenever_it_is_asked_for(peer: Callable[..., MisbehavingPacs]) -> None:
+    pacs = peer("drop", series=1, instances=6, victim=1)
+    series = pacs.instances[0].series
+    arrived = []
+    for wanted in (pacs.uids, pacs.uids[1:3], pacs.uids[2:]):
+        with client(pacs) as scu:
+            scu.get("IMAGE", StudyInstanceUID=pacs.study_uid, SeriesInstanceUID=series, SOPInstanceUID=wanted)
+        arrived.append(len(scu.received))
+    assert arrived == [1, 0, 4]
+
+
 @pytest.mark.parametrize("offset", [0, 1, 100, 5000])
 def test_close_at_a_byte(peer: Callable[..., MisbehavingPacs], offset: int) -> None:
     with Raw(peer(f"close_at:{offset}", series=1, instances=1, size=8000)) as raw:

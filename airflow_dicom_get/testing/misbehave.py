@@ -80,6 +80,9 @@ class MisbehavingPacs:
         SOP classes and transfer syntaxes, dealt out to the instances in turn.
     list_syntaxes : bool
         Whether C-FIND answers tell (0008,3002) Available Transfer Syntax UID.
+    victim : int or None
+        Number (from 0) of the instance that a mode which spoils one object spoils, whenever it is asked for;
+        by default such a mode spoils the middle one of whatever a C-GET asks for.
     max_seconds, max_bytes : float or None, int or None
         Bounds of a misbehaving association in place of those of the mode (at most 120 s, 512 MiB).
 
@@ -114,6 +117,7 @@ class MisbehavingPacs:
         ae_title: str | None = None,
         pairs: Sequence[tuple[str, str]] = ((CT, EXPLICIT_LE),),
         list_syntaxes: bool = False,
+        victim: int | None = None,
         max_seconds: float | None = None,
         max_bytes: int | None = None,
     ) -> None:
@@ -128,8 +132,14 @@ class MisbehavingPacs:
         self._heal_after = heal_after
         if heal_after is None and self._ill_class is not None:
             self._heal_after = self._ill_class.heal_after
-        instances_ = archive.build(series=series, instances=instances, size=size, pairs=pairs)
-        self._site = Site(instances_, param if param is not None else tail or None, ae_title, list_syntaxes)
+        held = archive.build(series=series, instances=instances, size=size, pairs=pairs)
+        self._site = Site(
+            held,
+            param if param is not None else tail or None,
+            ae_title,
+            list_syntaxes,
+            None if victim is None else held[victim].sop,
+        )
         self._limits = (max_seconds, max_bytes)
         self._closing = threading.Event()
         self._links: set[Link] = set()

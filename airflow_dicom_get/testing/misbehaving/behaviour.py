@@ -31,6 +31,7 @@ class Site:
     param: str | float | None = None
     ae_title: str | None = None
     list_syntaxes: bool = False
+    victim: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: Counter[str] = field(default_factory=Counter)
     answers: list[tuple[int, int]] = field(default_factory=list)
@@ -55,11 +56,6 @@ class Retrieval:
     def remaining(self) -> int:
         """Sub-operations still to do."""
         return len(self.instances) - self.completed - len(self.failed) - self.warning
-
-    @property
-    def middle(self) -> bool:
-        """Whether the current instance is the one that modes spoil: the first of the second half."""
-        return self.index == len(self.instances) // 2
 
     def counters(self) -> dict[int, wire.Value]:
         """The four counters of a C-GET-RSP."""
@@ -390,16 +386,25 @@ class Behaviour:
 
 
 class Spoiler(Behaviour):
-    """Base of modes that spoil the middle one of the instances asked for; those before it arrive well."""
+    """Base of modes that spoil one sub-operation: that of the site's victim if it has one, else the middle one.
+
+    The middle one is the first of the second half of what was asked for; those before it arrive well.
+    """
 
     stages = frozenset({GET})
 
     def operate(self, retrieval: Retrieval, instance: Instance) -> None:
         context = self.context_for(instance)
-        if retrieval.middle and context is not None:
+        if context is not None and self.strikes(retrieval, instance):
             self.spoil(retrieval, instance, context)
         else:
             super().operate(retrieval, instance)
+
+    def strikes(self, retrieval: Retrieval, instance: Instance) -> bool:
+        """Whether this is the instance to spoil."""
+        if self.site.victim is not None:
+            return instance.sop == self.site.victim
+        return retrieval.index == len(retrieval.instances) // 2
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         """What happens in place of the good sub-operation."""
