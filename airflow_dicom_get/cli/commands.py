@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableSequence
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.cli import output
 from airflow_dicom_get.cli.config import NamedNode, find_node
 from airflow_dicom_get.cli.inputs import StudyList, query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
+from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.options import (
     Options,
     QueryOptions,
@@ -27,7 +28,10 @@ from airflow_dicom_get.query import parse_query
 from airflow_dicom_get.result import EMPTY, worst
 
 if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
     from airflow_dicom_get.getscu import GetScu
+    from airflow_dicom_get.query import Query
 
 
 class _Source:
@@ -53,9 +57,9 @@ class _Source:
 
         return GetScu(**{**self.values, **more})
 
-    def check(self, query: Mapping[str, Any]) -> None:
+    def check(self, query: Mapping[str, Any]) -> Query:
         """Refuse a bad query before any traffic."""
-        parse_query(query, query_model=self.query_model, timezone=self.checked.timezone)
+        return parse_query(query, query_model=self.query_model, timezone=self.checked.timezone)
 
 
 def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]:
@@ -79,18 +83,45 @@ def echo(typed: Namespace) -> int:
 def find(typed: Namespace) -> int:
     source = _Source(typed)
     query = query_of(typed.study, typed.key)
-    if typed.level:
-        query["QueryRetrieveLevel"] = typed.level
-    source.check(query)
-    level = query.pop("QueryRetrieveLevel", None)
-    more = {"level": level} if level else {}
-    rows = source.scu().find(query, query_model=source.query_model, **more)
+    level = typed.level or source.check(query).level
+    rows = source.scu().find(
+        query,
+        level="STUDY" if level == "PATIENT" else level,
+        query_model=source.query_model,
+        return_keys=_return_keys(typed.return_key),
+    )
+    values = [_values(row) for row in rows]
     if typed.json:
-        output.emit_json([dict(row) for row in rows])
-    elif rows:
-        output.emit(output.table_lines([dict(row) for row in rows], aligned=sys.stdout.isatty()))
-    output.note(f"{len(rows)} matches")
-    return 0 if rows else 5
+        output.emit_json(values)
+    elif values:
+        output.emit(output.table_lines(values, aligned=sys.stdout.isatty()))
+    output.note(f"{len(values)} matches")
+    return 0 if values else 5
+
+
+def _return_keys(typed: Iterable[str]) -> list[str]:
+    keywords = []
+    for text in typed:
+        for key in text.split(","):
+            try:
+                keywords.append(find_attribute(key).keyword)
+            except UnknownAttributeError as error:
+                raise invalid("--return-key", f"{shown(key)} {error.what}", error.hint) from None
+    return keywords
+
+
+def _values(row: Dataset) -> dict[str, str | None]:
+    """The keys of a row that hold text, by keyword; several values stand in one text, as DICOM has them."""
+    found: dict[str, str | None] = {}
+    for element in row:
+        if element.keyword and element.VR != "SQ" and element.keyword not in _NO_RESULT:
+            value = element.value
+            text = "\\".join(map(str, value)) if isinstance(value, list | MutableSequence) else str(value or "")
+            found[element.keyword] = text or None
+    return found
+
+
+_NO_RESULT = frozenset({"SpecificCharacterSet", "QueryRetrieveLevel"})
 
 
 def plan(typed: Namespace) -> int:
@@ -156,7 +187,7 @@ def _resolved(source: _Source, typed: Namespace, listed: StudyList | None) -> tu
     uids, unknown = list(listed.uids), 0
     for line, accession in listed.accessions:
         rows = scu.find({"AccessionNumber": accession}, level="STUDY", query_model=source.query_model)
-        found = [str(row["StudyInstanceUID"]) for row in rows]
+        found = [str(row.StudyInstanceUID) for row in rows]
         if not found:
             unknown += 1
             output.note(f"{typed.from_file}, line {line}: no study has this accession number")

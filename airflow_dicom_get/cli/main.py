@@ -58,7 +58,13 @@ def build_parser() -> ArgumentParser:
     find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")
     _node(find)
     _what(find)
-    find.add_argument("--level", metavar="LEVEL", help="PATIENT, STUDY, SERIES or IMAGE; by default what the keys say.")
+    find.add_argument(
+        "--level", choices=("STUDY", "SERIES", "IMAGE"), type=str.upper, metavar="LEVEL",
+        help="Level of the rows: STUDY, SERIES or IMAGE; by default what the keys say.",
+    )  # fmt: skip
+    find.add_argument(
+        "--return-key", action="append", default=[], metavar="KEYWORD", help="Ask for this key too; repeatable."
+    )
     _add(find, "query", ("query_model", "timezone", "max_studies"))
     _add(find, "connection", _NODE)
 

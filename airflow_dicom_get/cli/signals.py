@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends the retrieval in order, the second at once."""
+"""SIGINT and SIGTERM: the first ends the retrieval in order, the second aborts it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ _CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @contextmanager
-def cancelling(cancel: Callable[[str], None]) -> Iterator[list[str]]:
-    """Call ``cancel`` with the name of the first signal; give the list of the names that came.
+def cancelling(cancel: Callable[[str], None]) -> Iterator[None]:
+    """Call ``cancel`` with the name of the signal: once to end in order, twice to abort.
 
-    The second signal ends the process without clean-up. That is safe by design: nothing unfinished
+    The third signal ends the process without clean-up. That is safe by design: nothing unfinished
     bears a final name, and the next run cleans up after this one.
     """
-    came: list[str] = []
+    came = 0
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        # os.write, since print may be interrupted in the middle of a print.
-        if came:
-            os.write(2, b"\ndicom-get: ended at once\n")
+        nonlocal came
+        came += 1
+        name = signal.Signals(number).name
+        # os.write, since the signal may come in the middle of a print.
+        if came > 2:
+            os.write(2, b"dicom-get: ended at once\n")
             os._exit(_CODES[signal.Signals(number)])
-        came.append(signal.Signals(number).name)
-        os.write(2, f"\ndicom-get: {came[0]}, ending; a second one ends at once\n".encode())
-        cancel(came[0])
+        what = "ending; a second one aborts" if came == 1 else "aborting"
+        os.write(2, f"dicom-get: {name}, {what}\n".encode())
+        cancel(name)
 
     before = {number: signal.signal(number, handle) for number in _CODES}
     try:
-        yield came
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
