@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -103,18 +104,26 @@ def airflow(*arguments: str, environment: Mapping[str, str], log: Path, timeout:
     Raises
     ------
     DemoError
-        If it fails; names the log.
+        If it fails, runs into `timeout`, or waits for the retry of a failed task; quotes and names the log.
     """
     process = launch([sys.executable, "-m", "airflow", *arguments], environment=environment, log=log)
+    until = time.monotonic() + timeout
     try:
-        status = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        status = -1
+        while (status := process.poll()) is None:
+            time.sleep(0.2)
+            if time.monotonic() > until or "[up_for_retry]" in log.read_text(errors="replace"):
+                break
     finally:
         stop([process])
-    if status:
-        tail = "".join(f"\n    {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
-        raise DemoError(f"`airflow {' '.join(arguments[:2])}` failed. Its last lines, of {shown(log)}:{tail}")
+    if status != 0:
+        raise DemoError(f"`airflow {' '.join(arguments[:2])}` failed; its log is {shown(log)}{_complaint(log)}")
+
+
+def _complaint(log: Path) -> str:
+    """The lines of a log that say why: those that name an exception, else the last ones."""
+    lines = log.read_text(errors="replace").splitlines()
+    named = [line for line in lines if re.match(r"([a-z_]\w*\.)*[A-Z]\w+: ", line)]
+    return "".join(f"\n    {line:.300}" for line in (named or lines)[-5:])
 
 
 def launch(
