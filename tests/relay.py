@@ -94,6 +94,9 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
+        # Closing alone would leave the thread that waits in accept where it is.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for line in self._lines:
             line.reset()

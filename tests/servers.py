@@ -78,6 +78,8 @@ def echo(port: int, called: str = "ANY-SCP") -> bool:
 class Server:
     """A server process. Its output goes to ``folder/server.log``."""
 
+    end = signal.SIGTERM
+
     def __init__(self, folder: Path, ae_title: str) -> None:
         self.folder, self.ae_title = folder, ae_title
         self.host, self.port = HOST, 0
@@ -131,7 +133,7 @@ class Server:
         if process is None:
             return
         # The group is the server's own: it was started as the leader of a session.
-        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        for number, patience in ((self.end, 5), (signal.SIGKILL, 5)):
             try:
                 os.killpg(process.pid, number)
             except ProcessLookupError:
@@ -259,6 +261,9 @@ class Storescp(Server):
 
 class Orthanc(Server):
     """Orthanc without plugins. ``options`` go over its configuration."""
+
+    # It takes seconds to put its house in order, and nothing of it is kept.
+    end = signal.SIGKILL
 
     def __init__(self, folder: Path, *, ae_title: str = "ORTHANC", unknown_classes: bool = False, **options: object):
         super().__init__(folder, ae_title)

@@ -47,7 +47,7 @@ _ROWS = _COLUMNS = 512
 # Not whole, or with VR UN on every element, so that no PACS finds the UIDs.
 _UNFIT = ("truncated", "rtdose_rle")
 # Real studies that the demo moves to its day: structured report, radiotherapy, segmentation, waveform, compressed.
-_DEMO_FILES = ("reportsi.dcm", "rtplan.dcm", "liver_expb_1frame.dcm", "MR_small_jpeg_ls_lossless.dcm", "JPEG-lossy.dcm")
+_DEMO_FILES = ("reportsi", "rtplan", "liver", "MR_small", "JPEG-lossy")
 
 
 def make_uid(name: str) -> str:
@@ -171,7 +171,7 @@ def write_demo_data(folder: str | Path) -> int:
     real = folder / "pydicom"
     real.mkdir(parents=True, exist_ok=True)
     files = usable_pydicom_files()
-    studies = {read_header(path)[3][STUDY_UID] for path in files if path.name in _DEMO_FILES}
+    studies = {read_header(path)[3][STUDY_UID] for path in files if path.name.startswith(_DEMO_FILES)}
     for path in files:
         part10 = path.read_bytes()
         if read_header(path)[3][STUDY_UID] in studies:
