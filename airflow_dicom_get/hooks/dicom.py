@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowNotFoundException
 
 from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Connection
 
     from airflow_dicom_get.getscu import GetScu
+    from airflow_dicom_get.options import Options
     from airflow_dicom_get.result import EchoReport, Plan, Result
 
 TEST_SECONDS = 10.0
@@ -134,8 +136,8 @@ class DicomHook(BaseHook):
         """The time zone of the connection, for ``today``."""
         return str(self.settings()[1].get("timezone", OPTIONS["timezone"].default))
 
-    def get_scu(self, *, seconds: float = math.inf, **overrides: Any) -> GetScu:
-        """Make a :class:`~airflow_dicom_get.GetScu` from the connection.
+    def options(self, *, seconds: float = math.inf, **overrides: Any) -> Options:
+        """Return the options of a client, all checked.
 
         ``max_associations`` and ``bytes_per_second`` of the connection hold for all tasks together, and the tasks
         do not know of each other. So one of them gets what belongs to its ``associations``; a pool with as many
@@ -144,19 +146,25 @@ class DicomHook(BaseHook):
         :param seconds: the longest that a retrieval may take, where the connection does not say less
         :param overrides: options of ``GetScu`` that win over the connection's
         """
-        from airflow_dicom_get.getscu import GetScu
-
         node, settings = self.settings()
         values = {name: value for name, value in settings.items() if name != "query_model"} | overrides
         options = check_options(node, **values)
+        changes: dict[str, Any] = {"max_associations": options.associations}
         if options.bytes_per_second is not None and "bytes_per_second" not in overrides:
             share = options.bytes_per_second * options.associations // options.max_associations
-            values["bytes_per_second"] = max(share, 1000)
-        values["max_associations"] = options.associations
+            changes["bytes_per_second"] = max(share, 1000)
         if seconds != math.inf:
             allowed = min(max(seconds, 0.001), options.deadlines.operation or math.inf)
-            values["deadlines"] = replace(options.deadlines, operation=allowed)
-        return GetScu(node, **values)
+            changes["deadlines"] = replace(options.deadlines, operation=allowed)
+        return replace(options, **changes)
+
+    def get_scu(self, **overrides: Any) -> GetScu:
+        """Make a :class:`~airflow_dicom_get.GetScu` from the connection; see :meth:`options`."""
+        from airflow_dicom_get.getscu import GetScu
+
+        options = self.options(**overrides)
+        values = {item.name: getattr(options, item.name) for item in fields(options)}
+        return GetScu(values.pop("addr"), **values)
 
     def get_conn(self) -> GetScu:
         """Return a client of the node; nothing is opened yet."""
@@ -196,7 +204,7 @@ class DicomHook(BaseHook):
         """Send a C-ECHO; say what the node offers, or what to mend. Never raises, takes at most ten seconds."""
         try:
             scu = self._test_scu()
-        except DicomGetError as error:
+        except (DicomGetError, AirflowNotFoundException) as error:
             return False, str(error)
         except Exception as error:
             # The text of a foreign error could hold a secret of the connection.
@@ -211,8 +219,7 @@ class DicomHook(BaseHook):
         return False, f"{self.node}: no answer within {TEST_SECONDS:g} s. Is the address right, and open on the way?"
 
     def _test_scu(self) -> GetScu:
-        node, settings = self.settings()
-        deadlines = check_options(node, deadlines=settings.get("deadlines", {})).deadlines
+        deadlines = self.options().deadlines
         short = replace(
             deadlines,
             connect=min(deadlines.connect, TEST_SECONDS / 2),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.destination import FilesystemDestination, ForwardDestination, parse_destination
-from airflow_dicom_get.manifest import frame_of, load_table, reference, safe_name
+from airflow_dicom_get.manifest import (
+    combine_manifests,
+    frame_of,
+    load_table,
+    manifest_table,
+    reference,
+    safe_name,
+)
 from airflow_dicom_get.operators import _config
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from airflow_dicom_get.result import Result
 
 MODES = ("auto", "full", "reference")
@@ -18,6 +28,11 @@ MODES = ("auto", "full", "reference")
 def run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try_number: int) -> str:
     """``<dag_id>/<run_id>/<task_id>/<map_index>-<try>``, with ``_`` for what a file name should not hold."""
     return "/".join([*(safe_name(part) for part in (dag_id, run_id, task_id)), f"{map_index}-{try_number}"])
+
+
+def part_name(name: str, number: int, parts: int) -> str:
+    """The name of one of several manifests of a task, which become one in the end."""
+    return name if parts == 1 else f"{name}.part{number}"
 
 
 def check_place(value: Any, option: str) -> str:
@@ -52,14 +67,16 @@ def xcom_bytes(frame: Any) -> int:
 
 
 class Manifest:
-    """The manifest of one task: its counts, and what of it is returned.
+    """The manifest of one task: its file, its counts, and what of it is returned.
 
+    :param results: of the calls of the engine; where they are several, their manifests become one
+    :param name: of the file below its root
     :param mode: ``auto``, ``full`` or ``reference``
     """
 
-    def __init__(self, result: Result, *, mode: str, log: Any) -> None:
-        self._table = _table_of(result)
-        self._reference = reference(result.manifest_uri) if result.manifest_uri else None
+    def __init__(self, results: Sequence[Result], name: str, *, mode: str, log: Any) -> None:
+        self._reference = _one_file(results, name)
+        self._table = load_table(self._reference) if self._reference else _rows(results)
         self._frame: Any = None
         self.problem: str | None = None
         """Why what was asked for cannot be returned; the task is to fail with it."""
@@ -108,11 +125,29 @@ class Manifest:
         }
 
 
-def _table_of(result: Result) -> Any:
-    if result.manifest_uri:
-        return load_table(result.manifest_uri)
-    if result.rows is not None:
-        return result.rows()
-    from airflow_dicom_get.manifest import manifest_table
+def _one_file(results: Sequence[Result], name: str) -> dict[str, Any] | None:
+    """The reference to the one manifest of a task; None if there is no file."""
+    uris = [result.manifest_uri for result in results if result.manifest_uri]
+    if not uris or len(uris) < len(results):
+        return None
+    if len(uris) == 1:
+        return reference(uris[0])
+    parts = [_path(uri) for uri in uris]
+    whole = combine_manifests(uris, parts[0].with_name(f"{name.rpartition('/')[2]}.parquet"))
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return whole
 
-    return manifest_table([], source=result.node or "", destination=result.destination or "")
+
+def _path(uri: str) -> Path:
+    place = parse_destination(uri, "manifest")
+    assert isinstance(place, FilesystemDestination)
+    return place.path
+
+
+def _rows(results: Sequence[Result]) -> Any:
+    """The rows themselves, where no file of them could be written."""
+    import pyarrow as pa
+
+    tables = [result.rows() for result in results if result.rows is not None]
+    return pa.concat_tables([manifest_table([], source="", destination=""), *tables], promote_options="default")

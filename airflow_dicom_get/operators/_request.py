@@ -11,9 +11,6 @@ from airflow_dicom_get.errors import InvalidOption
 
 Query = dict[str, Any]
 
-_NOT_THERE = ("withdrawn", "unexpected")
-"""States of instances that the source does not list: a new list would miss them."""
-
 
 def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[Query]:
     """One query for all studies that are wanted whole, and one for each of which some series are.
@@ -85,29 +82,3 @@ def _uid(value: Any) -> str:
             hint = "It looks like a list in a text: set render_template_as_native_obj=True on the DAG, or use .output."
         raise invalid("study", f"{shown(value)} is no Study Instance UID", hint)
     return text
-
-
-def manifest_queries(manifest: Any) -> list[Query]:
-    """One query for each study of a manifest, with the instances that it lists.
-
-    :raises ManifestError: the manifest cannot be read, or is not what its reference says
-    """
-    from airflow_dicom_get.manifest import load_tables
-
-    wanted: dict[str, tuple[dict[str, None], list[str]]] = {}
-    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
-    for table in load_tables(manifest):
-        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
-            if state not in _NOT_THERE:
-                known, instances = wanted.setdefault(study, ({}, []))
-                known[series] = None
-                instances.append(sop)
-    return [
-        {
-            "QueryRetrieveLevel": "IMAGE",
-            "StudyInstanceUID": study,
-            "SeriesInstanceUID": list(series),
-            "SOPInstanceUID": list(dict.fromkeys(instances)),
-        }
-        for study, (series, instances) in wanted.items()
-    ]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.manifest import load_manifest
 from airflow_dicom_get.operators import _config
 from airflow_dicom_get.operators._base import DicomOperator, final_errors
 from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_query, shown_study
-from airflow_dicom_get.operators._manifests import MODES, Manifest, check_place, root_of, run_name
+from airflow_dicom_get.operators._manifests import MODES, Manifest, check_place, part_name, root_of, run_name
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._request import manifest_queries, study_queries
+from airflow_dicom_get.operators._request import study_queries
 from airflow_dicom_get.query import parse_query
 from airflow_dicom_get.result import CANCELLED, Result
 
@@ -38,7 +39,8 @@ class _Request:
 
     hook: DicomHook
     model: str
-    queries: Sequence[Mapping[str, Any]]
+    wanted: Sequence[Mapping[str, Any]]
+    """``query`` or ``manifest`` of each call of the engine."""
     destination: str
     root: str | None
     """Where manifests and ledger go; None: below the destination."""
@@ -171,10 +173,13 @@ class DicomGetOperator(DicomOperator):
                 interval=_config.integer("progress_interval"),
                 associations=self.associations,
             )
-            result = self._run(request, progress)
+            results = self._run(request, progress)
+            result = merge(results)
             self.log.info("%s.", result.summary())
-            manifest = Manifest(result, mode=self.manifest_xcom, log=self.log)
-        progress.finish(result.verdict)
+            for error in result.errors:
+                self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
+            manifest = Manifest(results, request.name, mode=self.manifest_xcom, log=self.log)
+        progress.finish("done")
         return self._end(context, result, manifest, progress)
 
     # --- before traffic ----------------------------------------------------------------------------
@@ -185,11 +190,12 @@ class DicomGetOperator(DicomOperator):
         self._check_dependants(context)
         destination = check_place(self.destination, "destination")
         root = root_of(destination, self.manifest_root, _config.text("manifest_root"))
-        queries = self._queries()
+        wanted = self._wanted()
         hook = self.hook
         model = self.query_model or hook.query_model
-        for query in queries:
-            parse_query(query, query_model=model)
+        for one in wanted:
+            if "query" in one:
+                parse_query(one["query"], query_model=model, timezone=hook.timezone)
         self.warn_of_limits(context, associations=self.associations, require_pool=_config.boolean("require_pool"))
         ti = context["ti"]
         name = run_name(
@@ -199,7 +205,7 @@ class DicomGetOperator(DicomOperator):
             map_index=-1 if ti.map_index is None else ti.map_index,
             try_number=ti.try_number,
         )
-        return _Request(hook, model, queries, destination, root, name, started + self._seconds())
+        return _Request(hook, model, wanted, destination, root, name, started + self._seconds())
 
     def _seconds(self) -> float:
         """How long the engine may run: a little less than the task, to end with a verdict and a manifest."""
@@ -227,49 +233,49 @@ class DicomGetOperator(DicomOperator):
                 f"is: manifest={self.task_id}.output without expand."
             )
 
-    def _queries(self) -> list[dict[str, Any]]:
-        """What to retrieve, as one or several queries."""
+    def _wanted(self) -> list[dict[str, Any]]:
+        """What to retrieve: ``query`` or ``manifest`` for one call of the engine, or several."""
         given = [name for name in ("study", "query", "manifest") if self.given(name) is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none of them is given"
             raise invalid("study, query, manifest", what, "Give one of the three. Did a template render to nothing?")
         value = self.given(given[0])
-        if given == ["manifest"]:
-            return manifest_queries(value)
         if given == ["study"]:
             skip = self._left_out if self.on_bad_study == "skip" else None
-            return study_queries(value, skip=skip)
+            return [{"query": query} for query in study_queries(value, skip=skip)]
+        if given == ["manifest"]:
+            return [{"manifest": load_manifest(value)}]
         if not isinstance(value, Mapping) or not value:
             raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
-        return [dict(value)]
+        return [{"query": dict(value)}]
 
     def _left_out(self, error: DicomGetError) -> None:
         self.log.warning("Left out: %s", error)
 
     # --- traffic -----------------------------------------------------------------------------------
 
-    def _run(self, request: _Request, progress: Progress) -> Result:
-        """Retrieve one query after the other, until one is cancelled or has to wait for its hours."""
+    def _run(self, request: _Request, progress: Progress) -> list[Result]:
+        """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
         results: list[Result] = []
-        for number, query in enumerate(request.queries):
-            self._scu = scu = self._make_scu(request, number)
+        for number, wanted in enumerate(request.wanted):
+            self._scu = scu = self._make_scu(request, wanted)
             if self._killed:
                 results.append(Result(verdict=CANCELLED))
                 break
             result = scu.get_study(
-                query,
+                **wanted,
                 query_model=request.model,
                 on_sub_operation=progress.on_sub_operation,
                 on_completed=progress.on_completed,
+                manifest_name=part_name(request.name, number, len(request.wanted)),
             )
             results.append(result)
             if result.verdict == CANCELLED or result.resume_at is not None:
                 break
-        return merge(results)
+        return results
 
-    def _make_scu(self, request: _Request, number: int) -> GetScu:
-        query = request.queries[number]
-        studies = query.get("StudyInstanceUID")
+    def _make_scu(self, request: _Request, wanted: Mapping[str, Any]) -> GetScu:
+        studies = wanted.get("query", {}).get("StudyInstanceUID")
         options: dict[str, Any] = {
             "destination": request.destination,
             "associations": self.associations,

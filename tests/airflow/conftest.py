@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +63,108 @@ def airflow_database():
         warnings.simplefilter("ignore")
         gc.collect()
     _home.cleanup()
+
+
+@dataclass
+class Run:
+    """What is left of a DAG run: states, XCom, rendered fields, the task state store."""
+
+    dag_id: str
+    run_id: str
+    state: str
+    log: str
+
+    def _rows(self, model: Any, task_id: str, map_index: int, **more: Any) -> list[Any]:
+        from airflow import settings
+
+        wanted = {"dag_id": self.dag_id, "run_id": self.run_id, "task_id": task_id, "map_index": map_index, **more}
+        with settings.Session() as session:
+            return list(session.query(model).filter_by(**wanted))
+
+    def task(self, task_id: str, map_index: int = -1) -> Any:
+        from airflow.models import TaskInstance  # noqa: TID251
+
+        return self._rows(TaskInstance, task_id, map_index)[0]
+
+    def raw_xcom(self, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
+        """The value as the database holds it, and the page of Airflow shows it."""
+        from airflow.models.xcom import XComModel  # noqa: TID251
+
+        rows = self._rows(XComModel, task_id, map_index, key=key)
+        return rows[0].value if rows else None
+
+    def xcom(self, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
+        from airflow.sdk.serde import deserialize
+
+        return deserialize(self.raw_xcom(task_id, key, map_index))
+
+    def rendered(self, task_id: str, map_index: int = -1) -> dict[str, Any]:
+        from airflow.models.renderedtifields import RenderedTaskInstanceFields  # noqa: TID251
+
+        return self._rows(RenderedTaskInstanceFields, task_id, map_index)[0].rendered_fields
+
+    def stored(self, task_id: str, key: str, map_index: int = -1) -> Any:
+        from airflow.models.task_state_store import TaskStateStoreModel  # noqa: TID251
+
+        rows = self._rows(TaskStateStoreModel, task_id, map_index, key=key)
+        return json.loads(rows[0].value) if rows else None
+
+
+@pytest.fixture
+def run_dag(capsys):
+    """Run a DAG to its end in this process, triggers included."""
+    from airflow.dag_processing.bundles.manager import DagBundlesManager
+    from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+
+    def run(dag: Any, **options: Any) -> Run:
+        DagBundlesManager().sync_bundles_to_db()
+        bag = DagBag(dag_folder=os.devnull, bundle_name="dags-folder")
+        bag.bag_dag(dag)
+        sync_bag_to_db(bag, "dags-folder", None)
+        capsys.readouterr()
+        done = dag.test(**options)
+        captured = capsys.readouterr()
+        return Run(dag.dag_id, done.run_id, str(done.state), captured.out + captured.err)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What the PACS of the tests holds."""
+
+    folder: Path
+    private: str
+    """12 instances: ten CT, a private class, a report."""
+    many: str
+    """60 instances in three series."""
+
+
+@pytest.fixture(scope="package")
+def archive(tmp_path_factory):
+    from airflow_dicom_get.testing.sample_data import big_study, private_study
+
+    folder = tmp_path_factory.mktemp("pacs")
+    return Archive(folder, private_study(folder / "private"), big_study(folder / "many", 60, 8192, series=3))
+
+
+@pytest.fixture
+def pacs(archive, monkeypatch):
+    """The embedded PACS, and the connection ``pacs`` to it."""
+    from airflow_dicom_get.testing.pacs import EmbeddedPacs
+
+    with EmbeddedPacs(archive.folder) as server:
+        monkeypatch.setenv("AIRFLOW_CONN_PACS", f"dicom://PACS@127.0.0.1:{server.port}")
+        yield server
+
+
+@pytest.fixture
+def database_text():
+    """Everything in Airflow's database, as text."""
+    import sqlite3
+
+    def dump() -> str:
+        with sqlite3.connect(f"{_home.name}/airflow.db") as connection:
+            return "\n".join(connection.iterdump())
+
+    return dump

@@ -1,0 +1,163 @@
+"""DicomFindOperator in DAG runs against the embedded PACS."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import MethodType
+
+import pytest
+from airflow.sdk import DAG
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.testing.sample_data import STUDY_DATE
+
+AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
+
+
+def find(task_id: str, **options) -> DicomFindOperator:
+    return DicomFindOperator(**{"task_id": task_id, "dicom_conn_id": "pacs", "study_date": STUDY_DATE, **options})
+
+
+def uids(items: list[dict]) -> list[str]:
+    return [item["study_instance_uid"] for item in items]
+
+
+def test_what_is_found(run_dag, pacs, archive):
+    with DAG("find", params={"day": STUDY_DATE}) as dag:
+        find("range", study_date="2024-01-01/2024-01-31")
+        find("templated", study_date="{{ params.day }}")
+        find("reports", modalities="SR")
+        find("either", modalities=["MR", "OT"])
+        find("no_such", modalities=["MR"])
+        find("series", level="SERIES", modalities=["SR"])
+        find("by_series_key", query={"Modality": "SR"})
+        find("one", study_date=None, query={"StudyInstanceUID": archive.many})
+        find("keys", study_date=None, query={"PatientID": "DEMO-1"}, return_keys=["AccessionNumber"])
+        find("patient_root", query_model="PatientRoot")
+    run = run_dag(dag)
+    assert run.state == "success"
+    both = sorted([archive.private, archive.many])
+    for name in ("range", "templated", "keys", "patient_root"):
+        assert uids(run.xcom(name)) == both
+    for name in ("reports", "either", "series", "by_series_key"):
+        assert uids(run.xcom(name)) == [archive.private]
+    assert run.xcom("no_such") == []
+    assert uids(run.xcom("one")) == [archive.many]
+    for name in ("series", "by_series_key"):
+        (item,) = run.xcom(name)
+        assert (len(item["series_instance_uids"]), item["expected_instances"], item["modalities"]) == (1, 1, ["SR"])
+        assert item["label"].endswith("SR (1 series)")
+    assert [item["keys"] for item in run.xcom("keys")] == [{"AccessionNumber": f"A{uid[-8:]}"} for uid in both]
+    assert run.rendered("keys")["query"] == {"PatientID": "***"}
+    assert "DEMO-1" not in run.log
+
+
+def test_a_pacs_that_gives_no_counts_and_no_modalities(run_dag, pacs, archive):
+    pacs.omit_counts = True
+    with DAG("meagre") as dag:
+        find("all")
+        find("reports", modalities="SR")
+        find("shards", shard_instances=50)
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert [item["expected_instances"] for item in run.xcom("all")] == [None, None]
+    assert run.xcom("all", "summary")["instances"] is None
+    assert uids(run.xcom("reports")) == [archive.private]
+    assert run.xcom("reports")[0]["modalities"] == ["CT", "OT", "SR"]
+    assert [len(shard) for shard in run.xcom("shards")] == [1, 1]
+
+
+def test_nothing_found_is_what_the_dag_says_it_is(run_dag, pacs):
+    with DAG("empty", default_args=AT_ONCE) as dag:
+        for on_empty in ("return", "skip", "fail"):
+            find(on_empty, study_date="19991231", on_empty=on_empty)
+    run = run_dag(dag)
+    assert [run.task(name).state for name in ("return", "skip", "fail")] == ["success", "skipped", "failed"]
+    assert run.task("fail").try_number == 1
+    assert run.xcom("return") == []
+    assert run.xcom("skip", "summary")["matched"] == 0
+
+
+BAD = {
+    "nothing": {"study_date": None},
+    "blank": {"study_date": "{{ '' }}"},
+    "twice": {"query": {"StudyDate": "20240101"}},
+    "no_date": {"study_date": "yesterday"},
+    "level": {"level": "IMAGE"},
+    "other_level": {"query": {"QueryRetrieveLevel": "SERIES"}},
+    "key": {"query": {"PatientNam": "x"}},
+    "deep": {"query": {"InstanceNumber": "1"}},
+    "wildcard": {"query": {"PatientID": "*"}},
+    "modality": {"modalities": "['CT', 'MR']"},
+    "shards": {"shard_instances": 0},
+    "on_empty": {"on_empty": "ignore"},
+    "model": {"query_model": "Worklist"},
+    "return_key": {"return_keys": ["NoSuchKey"]},
+    "no_connection": {"dicom_conn_id": "nowhere"},
+}
+
+
+def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs):
+    with DAG("find_bad", default_args=AT_ONCE) as dag:
+        for name, options in BAD.items():
+            find(name, **options)
+    run = run_dag(dag)
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
+        BAD, ("failed", 1)
+    )
+    assert pacs.total_associations == 0
+
+
+def test_shards_are_mapped_and_each_retrieves_its_part(run_dag, pacs, archive, tmp_path):
+    with DAG("shards") as dag:
+        shards = find("find", shard_instances=25)
+        DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=shards.output
+        )
+    run = run_dag(dag)
+    assert run.state == "success"
+    found = run.xcom("find")
+    assert [[item["expected_instances"] for item in shard] for shard in found] == [[20], [20], [20], [12]]
+    assert run.xcom("find", "summary")["returned"] == 4
+    assert [run.xcom("get", "summary", index)["completed"] for index in range(4)] == [20, 20, 20, 12]
+    assert set(pacs.sent.values()) == {1}
+    assert len(pacs.sent) == 72
+
+
+def test_more_studies_than_can_be_mapped_are_said_to_be_before_airflow_fails(run_dag, pacs, tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__CORE__MAX_MAP_LENGTH", "1")
+    with DAG("long", default_args=AT_ONCE) as dag:
+        found = find("find")
+        DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=found.output
+        )
+        shards = find("shards", shard_instances=10)
+        DicomGetOperator.partial(task_id="get_shards", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=shards.output
+        )
+    run = run_dag(dag)
+    assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
+    assert "shard_instances" in run.log
+    assert run.task("get_shards", 0).state == "success"
+    assert run.xcom("get_shards", "summary", 0)["completed"] == 72
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_pacs_that_cuts_its_answers(run_dag, pacs, archive, split):
+    """It gives the same study a hundred times over and then no more, whatever is asked."""
+    whole = pacs.archive.find
+
+    def cut(self, level, keys, unsupported):
+        rows = list(whole(level, keys, unsupported))
+        return [rows[0]] * 100 if rows else rows
+
+    pacs.archive.find = MethodType(cut, pacs.archive)
+    with DAG(f"cut_{split}") as dag:
+        find("find", split_on_truncation=split)
+    run = run_dag(dag)
+    summary = run.xcom("find", "summary")
+    assert run.state == "success"
+    assert summary["truncated"]
+    assert (summary["queries"] > 10) == split
+    assert "cut its answer" in run.log

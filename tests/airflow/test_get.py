@@ -1,0 +1,452 @@
+"""DicomGetOperator in DAG runs against the embedded PACS."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from airflow.sdk import DAG, task
+
+from airflow_dicom_get import load_manifest
+from airflow_dicom_get.operators._items import make_item
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.settings import Window
+from airflow_dicom_get.testing.sample_data import STUDY_DATE
+
+AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
+
+
+def get(**options) -> DicomGetOperator:
+    return DicomGetOperator(**{"task_id": "get", "dicom_conn_id": "pacs", **options})
+
+
+def held_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*/*/*.dcm"))
+
+
+@pytest.fixture
+def first(archive):
+    """One instance of the study of sixty."""
+    from pydicom import dcmread
+
+    return dcmread(archive.folder / "many" / "000001.dcm", stop_before_pixels=True)
+
+
+@pytest.fixture
+def first_uid(first):
+    return str(first.SOPInstanceUID)
+
+
+@pytest.fixture
+def patient(first):
+    """What the studies say of their patient. Not written here: Airflow keeps the source of each DAG."""
+    return [str(first.PatientName), str(first.PatientID), str(first.PatientBirthDate)]
+
+
+# --- the whole of it -------------------------------------------------------------------------------
+
+
+def test_a_day_is_found_and_each_study_retrieved_by_a_mapped_task(
+    run_dag, pacs, archive, tmp_path, database_text, patient
+):
+    with DAG("day") as dag:
+        find = DicomFindOperator(task_id="find", study_date=STUDY_DATE, dicom_conn_id="pacs")
+        retrieve = DicomGetOperator.partial(task_id="get", destination=str(tmp_path), dicom_conn_id="pacs")
+        retrieve.expand(study=find.output)
+    run = run_dag(dag, logical_date=None)
+    assert run.state == "success"
+
+    items = run.xcom("find")
+    assert [item["study_instance_uid"] for item in items] == sorted([archive.many, archive.private])
+    assert [(item["expected_instances"], item["modalities"], item["keys"]) for item in items] == [
+        (60, ["CT"], {}),
+        (12, ["CT", "OT", "SR"], {}),
+    ]
+    assert run.xcom("find", "summary") == {
+        "schema": 1, "matched": 2, "returned": 2, "queries": 1, "truncated": False, "instances": 72,
+    }  # fmt: skip
+
+    for index, item in enumerate(items):
+        uid, number = item["study_instance_uid"], item["expected_instances"]
+        summary = run.xcom("get", "summary", index)
+        assert (summary["verdict"], summary["expected"], summary["completed"]) == ("complete", number, number)
+        assert (summary["studies"], summary["evidence"], summary["try_number"]) == (1, "list+counts", 1)
+        assert (summary["manifest_kind"], summary["manifest_rows"]) == ("inline", number)
+        expected_name = f"day/{run.run_id.translate(str.maketrans('+:', '__'))}/get/{index}-1.parquet"
+        path = tmp_path / "_manifests" / expected_name
+        assert summary["manifest_uri"] == path.as_uri()
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == summary["manifest_sha256"]
+
+        frame = run.xcom("get", map_index=index)
+        assert isinstance(frame, pd.DataFrame)
+        pd.testing.assert_frame_equal(frame, load_manifest(summary["manifest_uri"]))
+        assert set(frame["state"]) == {"stored"}
+        for row in frame.itertuples():
+            content = Path(row.uri.removeprefix("file://")).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (row.bytes, row.sha256)
+        assert run.task("get", index).rendered_map_index.startswith(uid)
+        assert run.stored("get", "progress", index)["done"] == number
+    assert len(held_files(tmp_path)) == 72
+    assert set(pacs.sent.values()) == {1}
+    assert pacs.peak_associations == 1
+
+    database = database_text()
+    assert all(patient)
+    for word in patient:
+        assert word not in run.log
+        assert word not in database
+        assert word.encode().hex() not in database.lower()
+
+
+def test_what_a_task_says_of_retries_and_pools(run_dag, pacs, archive, tmp_path):
+    with DAG("advice") as dag:
+        get(study=archive.private, destination=str(tmp_path))
+    log = run_dag(dag).log
+    assert log.count("retries is 0") == 1
+    assert log.count("runs in default_pool") == 1
+
+
+# --- what can be asked for -------------------------------------------------------------------------
+
+
+def test_a_list_of_items_is_one_task_with_one_manifest(run_dag, pacs, archive, tmp_path):
+    with DAG("listed") as dag:
+        series = DicomFindOperator(
+            task_id="find", query={"StudyInstanceUID": archive.many}, level="SERIES", dicom_conn_id="pacs"
+        )
+
+        @task
+        def choose(items):
+            return [make_item(archive.private), make_item(archive.many, series=items[0]["series_instance_uids"][:2])]
+
+        get(study=choose(series.output), destination=str(tmp_path))
+    run = run_dag(dag)
+    assert run.state == "success"
+    summary = run.xcom("get", "summary")
+    assert (summary["studies"], summary["series"], summary["completed"]) == (2, 5, 52)
+    assert len(run.xcom("get")) == 52
+    manifests = list((tmp_path / "_manifests").rglob("*.parquet"))
+    assert [path.name for path in manifests] == ["-1-1.parquet"]
+    assert summary["manifest_uri"] == manifests[0].as_uri()
+    assert len(held_files(tmp_path)) == 52
+
+
+def test_a_query_finds_its_studies_and_its_identifying_keys_are_nowhere_shown(
+    run_dag, pacs, archive, tmp_path, patient
+):
+    with DAG("query", params={"patient": "unset"}) as dag:
+        get(query={"PatientID": "{{ params.patient }}", "StudyDate": STUDY_DATE}, destination=str(tmp_path))
+    run = run_dag(dag, run_conf={"patient": patient[1]})
+    assert run.state == "success"
+    assert run.xcom("get", "summary")["studies"] == 2
+    assert run.rendered("get")["query"] == {"PatientID": "***", "StudyDate": STUDY_DATE}
+    assert not any(word in run.log for word in patient)
+
+
+def test_a_manifest_is_completed_and_shown_by_its_size(run_dag, pacs, archive, tmp_path, first_uid):
+    pacs.fail = {first_uid}
+    with DAG("again") as dag:
+        first = get(study=archive.many, destination=str(tmp_path), accept=("complete", "partial"), **AT_ONCE)
+
+        @task
+        def mend():
+            pacs.fail = set()
+
+        second = get(task_id="second", manifest=first.output, destination=str(tmp_path))
+        first >> mend() >> second
+    run = run_dag(dag)
+    assert run.state == "success"
+    summary, frame = run.xcom("get", "summary"), run.xcom("get")
+    assert (summary["verdict"], summary["completed"], summary["failed"]) == ("partial", 59, 1)
+    assert frame.loc[frame["sop_instance_uid"] == first_uid, ["state", "reason"]].values.tolist() == [
+        ["missing", "sub_operation_failed"]
+    ]
+    assert run.rendered("second")["manifest"] == "manifest of 60 rows"
+    assert run.xcom("second", "summary")["verdict"] == "complete"
+    assert pacs.sent[first_uid] == 1
+    assert len(held_files(tmp_path)) == 60
+
+
+# --- the outcome -----------------------------------------------------------------------------------
+
+
+def test_another_try_fetches_only_what_is_missing(run_dag, pacs, archive, tmp_path, first_uid):
+    left = {}
+
+    def between_tries(context):
+        ti = context["ti"]
+        left["summary"] = ti.xcom_pull(task_ids="get", key="summary")
+        left["frame"] = ti.xcom_pull(task_ids="get")
+        left["file"] = load_manifest(left["summary"]["manifest_uri"])
+        pacs.fail = set()
+
+    pacs.fail = {first_uid}
+    with DAG("resumed") as dag:
+        get(study=archive.many, destination=str(tmp_path), on_retry_callback=between_tries, **AT_ONCE)
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert run.task("get").try_number == 2
+    assert "IncompleteRetrieval" in run.log
+    # The first try had left all it knew before it raised.
+    assert (left["summary"]["verdict"], left["summary"]["failed"]) == ("partial", 1)
+    assert left["summary"]["errors"][0]["count"] == 1
+    assert len(left["frame"]) == len(left["file"]) == 60
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["skipped"], summary["try_number"]) == ("complete", 59, 2)
+    assert set(pacs.sent.values()) == {1}
+    assert sorted(path.name for path in (tmp_path / "_manifests").rglob("*.parquet")) == [
+        "-1-1.parquet",
+        "-1-2.parquet",
+    ]
+
+
+def test_a_pacs_that_is_down_is_tried_again_and_one_without_the_study_is_not(run_dag, pacs, archive, tmp_path):
+    pacs.stop()
+    tries = []
+
+    def up_again(context):
+        tries.append(context["ti"].xcom_pull(task_ids="get", key="summary"))
+        pacs.start()
+
+    with DAG("down", default_args=AT_ONCE) as dag:
+        get(study=archive.private, destination=str(tmp_path), on_retry_callback=up_again) >> get(
+            task_id="unknown", study="1.2.3.4", destination=str(tmp_path)
+        )
+    run = run_dag(dag)
+    assert run.state == "failed"
+    assert (run.task("get").state, run.task("get").try_number) == ("success", 2)
+    assert [summary["verdict"] for summary in tries] == ["failed"]
+    assert (run.task("unknown").state, run.task("unknown").try_number) == ("failed", 1)
+    assert run.xcom("unknown", "summary")["verdict"] == "empty"
+    assert len(run.xcom("unknown")) == 0
+
+
+BAD = {
+    "nothing": {"study": None},
+    "both": {"query": {"StudyDate": STUDY_DATE}},
+    "blank_study": {"study": "{{ '' }}"},
+    "bad_study": {"study": "1.2.x"},
+    "bad_in_list": {"study": ["1.2.3", "x"]},
+    "wildcard": {"study": None, "query": {"PatientID": "DEMO*"}},
+    "no_key": {"study": None, "query": {"PatientName": ""}},
+    "no_query": {"study": None, "query": {}},
+    "no_manifest": {"study": None, "manifest": "/nowhere/m.parquet"},
+    "relative": {"destination": "data"},
+    "home": {"destination": "~/data"},
+    "blank_destination": {"destination": "{{ '' }}"},
+    "bucket": {"destination": "s3://bucket/x"},
+    "relative_root": {"manifest_root": "x"},
+    "accept": {"accept": ("all",)},
+    "window": {"outside_window": "wait"},
+    "associations": {"associations": 9},
+    "model": {"query_model": "Worklist"},
+    "verify": {"verify_held": "size", "ack": "never"},
+    "no_connection": {"dicom_conn_id": "nowhere"},
+}
+
+
+def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, archive, tmp_path):
+    with DAG("bad", default_args=AT_ONCE) as dag:
+        for name, options in BAD.items():
+            get(**{"task_id": name, "study": archive.private, "destination": str(tmp_path), **options})
+    run = run_dag(dag)
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
+        BAD, ("failed", 1)
+    )
+    assert pacs.total_associations == 0
+    assert list(tmp_path.iterdir()) == []
+    for word in (
+        "study, query, manifest:",
+        "rendered to nothing",
+        "accept:",
+        "associations:",
+        "nowhere",
+        "S3 as destination",
+    ):
+        assert word in run.log
+
+
+def test_a_get_that_is_mapped_over_fails_before_its_work(run_dag, pacs, archive, tmp_path):
+    with DAG("unmapped", default_args=AT_ONCE) as dag:
+        first = get(study=archive.private, destination=str(tmp_path))
+        DicomGetOperator.partial(task_id="then", destination=str(tmp_path), dicom_conn_id="pacs").expand(
+            manifest=first.output
+        )
+    run = run_dag(dag)
+    assert (run.task("get").state, run.task("get").try_number) == ("failed", 1)
+    assert "DicomGetOperator.partial" in run.log
+    assert pacs.total_associations == 0
+
+
+def test_a_pool_can_be_required(run_dag, pacs, archive, tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__REQUIRE_POOL", "True")
+    with DAG("pooled") as dag:
+        get(study=archive.private, destination=str(tmp_path))
+    run = run_dag(dag)
+    assert run.task("get").state == "failed"
+    assert "require_pool" in run.log
+    assert pacs.total_associations == 0
+
+
+# --- the manifest in XCom --------------------------------------------------------------------------
+
+
+def test_a_large_manifest_is_returned_as_a_reference(run_dag, pacs, archive, tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_XCOM_MAX_BYTES", "10000")
+    with DAG("referenced") as dag:
+        first = get(study=archive.private, destination=str(tmp_path))
+        asked = get(task_id="asked", study=archive.private, destination=str(tmp_path), manifest_xcom="reference")
+
+        @task
+        def rows(*manifests):
+            return [len(load_manifest(manifest)) for manifest in manifests]
+
+        first >> asked
+        rows(first.output, asked.output)
+    run = run_dag(dag)
+    assert run.state == "success"
+    for name in ("get", "asked"):
+        value, summary = run.xcom(name), run.xcom(name, "summary")
+        assert set(value) == {"kind", "schema", "manifest_uri", "rows", "bytes", "sha256", "verdict"}
+        assert (value["kind"], value["rows"], value["verdict"]) == ("dicom-manifest", 12, "complete")
+        assert summary["manifest_kind"] == "reference"
+        assert (summary["manifest_uri"], summary["manifest_sha256"]) == (value["manifest_uri"], value["sha256"])
+    assert run.xcom("rows") == [12, 12]
+
+
+def test_a_manifest_over_the_hard_limit_is_said_to_be_and_not_tried_again(
+    run_dag, pacs, archive, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_XCOM_HARD_MAX_BYTES", "10000")
+    with DAG("full", default_args=AT_ONCE) as dag:
+        get(study=archive.private, destination=str(tmp_path), manifest_xcom="full")
+    run = run_dag(dag)
+    assert (run.task("get").state, run.task("get").try_number) == ("failed", 1)
+    assert "manifest_xcom_hard_max_bytes is 10000" in run.log
+    assert run.xcom("get", "summary")["verdict"] == "complete"
+    assert run.xcom("get")["kind"] == "dicom-manifest"
+
+
+# --- a long task -----------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_the_task_soon_and_the_next_try_resumes(run_dag, pacs, archive, tmp_path):
+    times = {}
+
+    def kill(uid):
+        time.sleep(0.02)
+        if sum(pacs.sent.values()) == 20 and "killed" not in times:
+            times["killed"] = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def between_tries(context):
+        times["ended"] = time.monotonic()
+        times["summary"] = context["ti"].xcom_pull(task_ids="get", key="summary")
+
+    pacs.before_send = kill
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with DAG("killed") as dag:
+            get(study=archive.many, destination=str(tmp_path), on_retry_callback=between_tries, **AT_ONCE)
+        run = run_dag(dag)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run.state == "success"
+    assert times["ended"] - times["killed"] < 2
+    assert times["summary"]["verdict"] == "cancelled"
+    assert 15 <= times["summary"]["completed"] < 60
+    assert run.xcom("get", "summary")["skipped"] >= times["summary"]["completed"]
+    assert sum(pacs.sent.values()) <= 61
+    assert len(held_files(tmp_path)) == 60
+
+
+def test_the_execution_timeout_leaves_a_verdict_and_a_manifest(run_dag, pacs, archive, tmp_path):
+    first = {}
+
+    def between_tries(context):
+        first.update(context["ti"].xcom_pull(task_ids="get", key="summary"))
+        pacs.before_send = None
+
+    pacs.before_send = lambda uid: time.sleep(0.1)
+    with DAG("timeout") as dag:
+        get(
+            study=archive.many,
+            destination=str(tmp_path),
+            execution_timeout=timedelta(seconds=5),
+            on_retry_callback=between_tries,
+            **AT_ONCE,
+        )
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert (first["verdict"], first["reason"]) == ("partial", "deadline")
+    assert first["manifest_rows"] == 60
+    assert 5 < first["completed"] < 40
+    assert run.xcom("get", "summary")["skipped"] == first["completed"]
+    assert sum(pacs.sent.values()) <= 61
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """Let the connection have hours, which the test sets to the second."""
+    spans = []
+    monkeypatch.setattr(Window, "_around", lambda self, moment, zone: spans)
+    monkeypatch.setenv("AIRFLOW_CONN_PACS", os.environ["AIRFLOW_CONN_PACS"] + "/?window=22%3A00-06%3A00")
+    return spans
+
+
+def test_outside_the_hours_the_task_defers_and_goes_on_within(run_dag, pacs, archive, tmp_path, hours):
+    now = datetime.now(UTC)
+    opens = now + timedelta(seconds=6)
+    hours += [(opens, now + timedelta(hours=1))]
+    with DAG("waits") as dag:
+        get(study=archive.private, destination=str(tmp_path))
+    pacs_before = pacs.total_associations
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert "Pausing task as DEFERRED" in run.log
+    assert "DateTimeTrigger" in run.log
+    assert pacs_before == 0
+    assert run.stored("get", "window") == {"resume_at": opens.isoformat()}
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["try_number"], summary["completed"]) == ("complete", 1, 12)
+    assert datetime.now(UTC) >= opens
+
+
+def test_hours_that_end_in_the_middle_are_kept(run_dag, pacs, archive, tmp_path, hours):
+    now = datetime.now(UTC)
+    closes, opens = now + timedelta(seconds=3), now + timedelta(seconds=6)
+    hours += [(now - timedelta(hours=1), closes), (opens, now + timedelta(hours=1))]
+    sent_at = []
+
+    def slowly(uid):
+        sent_at.append(datetime.now(UTC))
+        time.sleep(0.1 if sent_at[-1] < opens else 0)
+
+    pacs.before_send = slowly
+    with DAG("evening") as dag:
+        get(study=archive.many, destination=str(tmp_path))
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert run.log.count("Pausing task as DEFERRED") == 1
+    assert not [at for at in sent_at if closes + timedelta(seconds=1) < at < opens]
+    assert run.xcom("get", "summary")["verdict"] == "complete"
+    assert sum(pacs.sent.values()) <= 61
+
+
+def test_waiting_for_the_hours_can_be_refused_or_the_hours_ignored(run_dag, pacs, archive, tmp_path, hours):
+    later = datetime.now(UTC) + timedelta(hours=1)
+    hours += [(later, later + timedelta(hours=1))]
+    with DAG("hours", default_args=AT_ONCE) as dag:
+        get(task_id="fails", study=archive.private, destination=str(tmp_path / "a"), outside_window="fail")
+        get(task_id="ignores", study=archive.private, destination=str(tmp_path / "b"), outside_window="ignore")
+    run = run_dag(dag)
+    assert (run.task("fails").state, run.task("fails").try_number) == ("failed", 1)
+    assert run.xcom("fails", "summary")["reason"] == "window"
+    assert run.task("ignores").state == "success"

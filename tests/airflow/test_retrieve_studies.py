@@ -1,0 +1,71 @@
+"""The DAG of the repository, as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "dags" / "retrieve_studies.py"
+
+
+@pytest.fixture
+def dag():
+    from airflow.dag_processing.dagbag import DagBag
+
+    began = time.monotonic()
+    bag = DagBag(dag_folder=FILE, bundle_name="dags-folder")
+    assert bag.import_errors == {}
+    assert time.monotonic() - began < 0.5
+    return bag.dags["retrieve_studies"]
+
+
+@pytest.fixture
+def default_connection(pacs, monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}")
+
+
+def test_parsing_imports_nothing_heavy():
+    heavy = "{'pandas', 'pyarrow', 'numpy', 'pydicom', 'pynetdicom', 'boto3'}"
+    code = f"import runpy, sys; runpy.run_path({str(FILE)!r}); sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.usefixtures("default_connection")
+def test_a_day_is_retrieved_and_reported(run_dag, dag, archive, tmp_path):
+    run = run_dag(dag, run_conf={"destination": str(tmp_path)})
+    assert run.state == "success"
+    report = run.xcom("report")
+    assert (report["verdicts"], report["studies"], report["series"], report["instances"]) == ({"complete": 2}, 2, 6, 72)
+    assert len(report["manifests"]) == 2
+    assert sum(1 for _ in tmp_path.glob("[0-9]*/*/*.dcm")) == 72
+
+
+@pytest.mark.usefixtures("default_connection")
+def test_an_empty_day_is_a_success_without_a_report(run_dag, dag, tmp_path):
+    run = run_dag(dag, run_conf={"destination": str(tmp_path), "study_date": "19991231"})
+    assert run.state == "success"
+    assert run.xcom("find") == []
+    assert run.task("report").state == "skipped"
+
+
+@pytest.mark.usefixtures("default_connection")
+def test_a_run_with_a_study_that_is_not_whole_fails_and_says_so(run_dag, dag, pacs, archive, tmp_path):
+    for name in ("get", "find"):
+        dag.task_dict[name].retries = 0
+    pacs.fail = set(_uids(archive.folder / "many")[:5])
+    run = run_dag(dag, run_conf={"destination": str(tmp_path)})
+    assert run.state == "failed"
+    assert sorted(run.task("get", index).state for index in range(2)) == ["failed", "success"]
+    assert run.task("report").state == "failed"
+    assert "Not all is held: {'sub_operation_failed': 5}" in run.log
+
+
+def _uids(folder: Path) -> list[str]:
+    from pydicom import dcmread
+
+    return [str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in sorted(folder.iterdir())]
