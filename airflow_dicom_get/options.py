@@ -11,6 +11,7 @@ table of the documentation (:func:`markdown_table`).
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,7 @@ from airflow_dicom_get.checks import (
     invalid,
     setting,
     shown,
+    shown_path,
 )
 from airflow_dicom_get.destination import (
     Destination,
@@ -524,6 +526,10 @@ def _contradictions(options: Options, spelling: Spelling) -> None:
         for name in ("strict_forward", "trust_destination"):
             if getattr(options, name):
                 raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
+    for part in ("ca", "cert", "key") if options.tls is not None else ():
+        path = getattr(options.tls, part)
+        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            raise invalid(spelling(f"tls.{part}"), f"{shown_path(path)} is no file that can be read", "Check the path.")
     if isinstance(options.manifest_root, S3Destination):
         raise _unavailable(spelling("manifest_root"), "S3")
     if options.manifest_root is not None:

@@ -182,10 +182,9 @@ class Result:
         """
         if self.verdict in accept:
             return
-        transient = self.transient and self.verdict in (PARTIAL, FAILED, CANCELLED)
         raise IncompleteRetrieval(
             f"{self.summary()}.",
-            hint=self._hint(transient),
+            hint=self.hint(),
             verdict=self.verdict,
             reason=self.reason,
             expected=self.expected,
@@ -197,17 +196,21 @@ class Result:
             manifest_uri=self.manifest_uri,
             node=self.node,
             resume_at=self.resume_at,
-            transient=transient,
+            transient=self._may_pass(),
         )
 
-    def _hint(self, transient: bool) -> str:
+    def _may_pass(self) -> bool:
+        return self.transient and self.verdict in (PARTIAL, FAILED, CANCELLED)
+
+    def hint(self) -> str:
+        """What to do about a verdict that is not ``complete``."""
         if self.resume_at is not None:
             return f"It may go on at {_iso(self.resume_at)}."
         if self.verdict == EMPTY:
             return "Check the query, and whether the study is at this node."
         if self.verdict == UNVERIFIED:
             return "All that was sent is held; compare with the source by other means."
-        if transient:
+        if self._may_pass():
             return "Run it again: what is held is not fetched again."
         hints = [str(error["hint"]) for error in self.errors if error.get("hint")]
         return hints[0] if hints else "The manifest says per instance why."

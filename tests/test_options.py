@@ -203,10 +203,12 @@ class TestAgreement:
 
 class TestShell:
     def test_text_becomes_the_values(self, tmp_path: Path) -> None:
+        (tmp_path / "ca.pem").write_text("")
+        ca = str(tmp_path / "ca.pem")
         flat = typed(
             "--to", str(tmp_path), "--rate", "20M", "--calling-ae", "ME", "--no-resume", "--no-file-meta",
             "--idle-timeout", "7.5", "--deadline", "60", "--window", "22:00-06:00", "--timezone", "Europe/Berlin",
-            "--tags", "StudyDate", "--tags", "PatientAge,00080060", "--checksum", "none", "--tls", "--tls-ca", "ca.pem",
+            "--tags", "StudyDate", "--tags", "PatientAge,00080060", "--checksum", "none", "--tls", "--tls-ca", ca,
             "--tls-no-check-hostname", "--min-rate", "0", "--max-associations", "8", "--associations", "8",
             "--sop-classes", "CTImageStorage",
         )  # fmt: skip
@@ -220,7 +222,7 @@ class TestShell:
         assert made.window == Window(time(22), time(6))
         assert made.timezone == ZoneInfo("Europe/Berlin")
         assert made.tags == ("StudyDate", "PatientAge", "Modality")
-        assert made.tls == Tls(ca="ca.pem", check_hostname=False)
+        assert made.tls == Tls(ca=ca, check_hostname=False)
         assert made.associations == 8
         assert made.sop_classes == ("1.2.840.10008.5.1.4.1.1.2",)
 
@@ -299,6 +301,7 @@ BAD = [
     ("manifest_root", "s3://bucket/x"),
     ("transfer_syntaxes", []), ("transfer_syntaxes", ["1..2"]), ("sop_classes", ["CTImage"]), ("sop_classes", 5),
     ("tls", {"min_version": "1.0"}), ("tls", {"key": "k"}), ("tls", True), ("tls", {"ca": ""}),
+    ("tls", {"ca": "/nowhere"}), ("tls", {"ca": "/"}),
     ("user_identity", {}), ("user_identity", {"password": "p"}), ("user_identity", {"username": "u", "token": "t"}),
     ("user_identity", {"token": "t"}),
     ("deadlines", {"idle": 0}), ("deadlines", {"idle": float("nan")}), ("deadlines", {"connect": float("inf")}),

@@ -16,8 +16,8 @@ from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
 from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.options import (
+    OPTIONS,
     Options,
-    QueryOptions,
     check_options,
     field_name,
     nested,
@@ -25,7 +25,7 @@ from airflow_dicom_get.options import (
     shell_name,
 )
 from airflow_dicom_get.query import parse_query
-from airflow_dicom_get.result import EMPTY, worst
+from airflow_dicom_get.result import COMPLETE, EMPTY, worst
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -42,8 +42,8 @@ class _Source:
         shell = options_from_shell(typed)
         spelling = _spelling(node, shell)
         values = nested({**node.options, **shell}, spelling)
-        model = values.pop("query_model", None)
-        self.query_model = QueryOptions(**({} if model is None else {"query_model": model})).query_model
+        model = OPTIONS["query_model"]
+        self.query_model: str = model.check(spelling(model.name), values.pop(model.name, model.default))
         self.values = {"addr": node.addr, **values}
         self.checked: Options = check_options(spelling=spelling, **self.values)
         level = logging.DEBUG if self.checked.verbose else logging.WARNING
@@ -162,7 +162,7 @@ def get(typed: Namespace) -> int:
         result.verdict = worst((result.verdict, EMPTY))
         result.reason = result.reason or "not_found"
         result.errors.append({"error": "accession numbers without a study.", "count": unknown, "hint": ""})
-    for line in output.result_notes(result):
+    for line in output.result_notes(result) or ([] if result.verdict == COMPLETE else [result.hint()]):
         output.note(line)
     if typed.json:
         output.emit_json(result.to_json())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from airflow_dicom_get import __version__
 from airflow_dicom_get.checks import AETitle
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
-from airflow_dicom_get.options import add_shell_options
+from airflow_dicom_get.options import add_shell_options, shell_name
 
 EXIT_USAGE = 2
 
@@ -161,7 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(getattr(commands, typed.verb)(typed))
     except (InvalidOption, InvalidQuery, ManifestError) as error:
-        output.note(f"error: {error}")
+        text = str(error)
+        for name in ("max_studies", "query_model"):  # what a query may be refused for
+            text = text.replace(name, shell_name(name))
+        output.note(f"error: {text}")
         return EXIT_USAGE
     except DicomGetError as error:
         output.note(f"error: {error}")
