@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,17 @@ class TestEnds:
             done = run("get", node_of(server), "-k", "StudyDate=19000101/", "--to", "out", "--max-studies", "2")
         assert (done.returncode, done.stdout) == (2, "")
         assert "--max-studies is 2" in done.stderr
+
+    def test_closed_window(self, run: Callable[..., Run], listener: Listener) -> None:
+        hour = (datetime.now(UTC).hour + 12) % 24
+        done = run(
+            "get", listener.node, "--study", "1.2", "--to", "out", "--window", f"{hour:02}:00-{hour:02}:30", "--json"
+        )
+        value = json.loads(done.stdout)
+        assert (done.returncode, value["verdict"], value["reason"]) == (3, "partial", "window")
+        assert datetime.fromisoformat(value["resume_at"]).hour == hour
+        assert "may go on at" in done.stderr
+        assert listener.nobody_came()
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     @pytest.mark.parametrize("mode", ["slow_objects", "silent"])
