@@ -253,6 +253,17 @@ def test_hook_runs_before_each_sub_operation(embedded: Embedded, private: Holdin
     assert sorted(seen) == sorted(private.entries)
 
 
+def test_hook_that_raises_aborts(embedded: Embedded, private: Holding) -> None:
+    def fail(sop: str) -> None:
+        if pacs.sent:
+            raise RuntimeError("as the test wants it")
+
+    pacs = embedded(private.folder, before_send=fail)
+    result = get(pacs, "STUDY", {"StudyInstanceUID": private.study}, pairs_of(private))
+    assert len(result.datasets) == 1
+    assert "Status" not in result.final
+
+
 # --- C-FIND ------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty
@@ -110,6 +110,7 @@ class EmbeddedPacs:
         The status of every final C-GET response, whatever happened.
     before_send : callable, optional
         Called with the SOP Instance UID before each sub-operation, in the thread of its association.
+        An exception aborts the association.
 
     Attributes
     ----------
@@ -132,8 +133,8 @@ class EmbeddedPacs:
         max_associations: int = 10,
         dimse_timeout: float = 60.0,
         ssl_context: ssl.SSLContext | None = None,
-        hide: Any = (),
-        fail: Any = (),
+        hide: Iterable[str] = (),
+        fail: Iterable[str] = (),
         omit_classes: bool = False,
         omit_syntaxes: bool = False,
         omit_counts: bool = False,
