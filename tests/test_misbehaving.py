@@ -316,8 +316,13 @@ def test_called_ae_title_is_checked_if_one_is_given(peer: Callable[..., Misbehav
 def test_only_loopback_and_known_modes() -> None:
     with pytest.raises(ValueError, match="loopback"):
         MisbehavingPacs(host="0.0.0.0")
-    with pytest.raises(ValueError, match="no mode 'nonsense'"):
-        MisbehavingPacs("nonsense")
+    with pytest.raises(ValueError, match="no mode 'stal_mid', but stall_mid"):
+        MisbehavingPacs("stal_mid")
+
+
+def test_serve_lists_the_modes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert misbehave.serve("list") == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(MODES)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -644,6 +649,26 @@ def test_stall_at_a_byte(peer: Callable[..., MisbehavingPacs]) -> None:
         raw.sock.settimeout(0.2)
         with pytest.raises(TimeoutError):
             raw.sock.recv(1)
+
+
+def test_mutations_follow_their_seed(peer: Callable[..., MisbehavingPacs]) -> None:
+    def answer(mode: str | None) -> bytes:
+        with Raw(peer(mode, series=1, instances=1, size=1000, max_seconds=1.0)) as raw:
+            raw.pdu()
+            raw.sock.settimeout(0.2)
+            raw.ask()
+            got = b""
+            try:
+                while chunk := raw.sock.recv(1 << 16):
+                    got += chunk
+            except TimeoutError:
+                pass
+            return got
+
+    good = answer(None)
+    answers = [answer(f"mutate:{seed}") for seed in range(6)]
+    assert answers[3] == answer("mutate:3")
+    assert len({*answers, good}) > 2
 
 
 def test_release_collision_and_silence(peer: Callable[..., MisbehavingPacs]) -> None:

@@ -16,6 +16,7 @@ rule, and only that one::
 from __future__ import annotations
 
 import contextlib
+import difflib
 import ipaddress
 import signal
 import socket
@@ -125,7 +126,8 @@ class MisbehavingPacs:
             raise ValueError(f"{host!r} is not a loopback address; a misbehaving PACS serves on loopback only")
         name, _, tail = (mode or "").partition(":")
         if name and name not in MODE_CLASSES:
-            raise ValueError(f"no mode {name!r}; there are {', '.join(sorted(MODES))}")
+            near = ", ".join(difflib.get_close_matches(name, MODES, n=3)) or "nothing like it"
+            raise ValueError(f"there is no mode {name!r}, but {near}; 'list' shows all {len(MODES)}")
         self.mode = name or None
         self.host = host
         self._ill_class: type[Behaviour] | None = MODE_CLASSES.get(name)
@@ -315,13 +317,18 @@ def serve(mode: str | None, host: str = "127.0.0.1", port: int = 11112, **option
     Parameters
     ----------
     mode : str or None
-        As for :class:`MisbehavingPacs`, whose other parameters are taken too.
+        As for :class:`MisbehavingPacs`, whose other parameters are taken too; ``list`` prints what
+        modes there are, and serves nothing.
 
     Returns
     -------
     int
         0.
     """
+    if mode == "list":
+        for name, sentence in sorted(MODES.items()):
+            print(f"{name:26} {sentence}")
+        return 0
     ended = threading.Event()
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import select
 import socket
 import struct
@@ -47,6 +48,7 @@ class Link:
         self._fault_at: int | None = None
         self._fault = ""
         self._message_id = 0
+        self._noise: random.Random | None = None
 
     # --- bounds ------------------------------------------------------------------------------
 
@@ -58,6 +60,10 @@ class Link:
     def fault_at(self, offset: int, fault: str) -> None:
         """After ``offset`` further bytes ``stall``, ``close`` or ``reset`` the connection."""
         self._fault_at, self._fault = self.bytes_sent + offset, fault
+
+    def mutate(self, seed: str) -> None:
+        """From now on change a few random bytes of what is sent, the same ones for the same seed."""
+        self._noise = random.Random(seed)
 
     def _remaining(self) -> float:
         if self._closing.is_set():
@@ -95,6 +101,8 @@ class Link:
         self._write(b"".join(parts) if len(parts) != 1 else parts[0])
 
     def _write(self, data: bytes | memoryview) -> None:
+        if self._noise is not None:
+            data = _mutated(bytes(data), self._noise)
         self.sock.settimeout(self._remaining())
         try:
             self.sock.sendall(data)
@@ -211,3 +219,20 @@ class Link:
                 message = Message(context, fields, bytes(parts[0]))
                 if not flags & wire.COMMAND_BIT or message.number(wire.DATA_SET_TYPE) == wire.NO_DATA_SET:
                     return message
+
+
+def _mutated(data: bytes, noise: random.Random) -> bytes:
+    """One write in twenty-five is changed: near its start, where the headers are, or anywhere."""
+    if not data or noise.random() > 0.04:
+        return data
+    at = noise.randrange(min(len(data), noise.choice((12, 200, 1 << 20))))
+    some = noise.randrange(1, 9)
+    changes = (
+        data[:at] + bytes((data[at] ^ 1 << noise.randrange(8),)) + data[at + 1 :],
+        data[:at] + noise.choice((b"\0", b"\xff")) * some + data[at + some :],
+        data[:at] + data[at + some :],
+        data[:at] + noise.randbytes(some) + data[at:],
+        data[: at + some] + data[at:],
+        data[:at],
+    )
+    return noise.choice(changes)

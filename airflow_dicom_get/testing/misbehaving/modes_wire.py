@@ -9,7 +9,7 @@ from itertools import islice
 
 from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance
-from airflow_dicom_get.testing.misbehaving.behaviour import GET, Behaviour, Retrieval, Spoiler, mode
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, Behaviour, Retrieval, Spoiler, mode
 from airflow_dicom_get.testing.misbehaving.wire import GoneError, Message
 
 _ZEROS = bytes(1 << 16)
@@ -457,3 +457,18 @@ class ResetAt(_AtByte):
     """Resets the connection after byte ``param`` (0) of its answer to the C-GET-RQ."""
 
     fault = "reset"
+
+
+@mode("mutate")
+class Mutate(Behaviour):
+    """Changes, drops or adds a few random bytes in its answers to C-FIND and C-GET; ``param`` (0) is the seed."""
+
+    stages = frozenset({FIND, GET})
+
+    def find(self, message: Message) -> None:
+        self.link.mutate(f"{self.param} {self.link.number}")
+        super().find(message)
+
+    def get(self, message: Message) -> None:
+        self.link.mutate(f"{self.param} {self.link.number}")
+        super().get(message)
