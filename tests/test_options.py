@@ -305,7 +305,7 @@ BAD = [
     ("user_identity", {}), ("user_identity", {"password": "p"}), ("user_identity", {"username": "u", "token": "t"}),
     ("user_identity", {"token": "t"}),
     ("deadlines", {"idle": 0}), ("deadlines", {"idle": float("nan")}), ("deadlines", {"connect": float("inf")}),
-    ("deadlines", {"operation": -1}), ("deadlines", {"idel": 1}), ("deadlines", 30), ("deadlines", None),
+    ("deadlines", {"operation": -1}), ("deadlines", {"idle_": 1}), ("deadlines", 30), ("deadlines", None),
     ("no_such_option", 1),
     ("adopt", True), ("strict_forward", True), ("trust_destination", True),
 ]  # fmt: skip
