@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.errors import InvalidQuery, OperationFailed
 from airflow_dicom_get.operators._items import Item, count, first, make_item, modalities_of, values
 from airflow_dicom_get.query import parse_query
@@ -14,7 +16,7 @@ from airflow_dicom_get.query import parse_query
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-Find = Callable[[Mapping[str, Any], str], Iterable[Any]]
+Find = Callable[[Mapping[str, Any], str, Sequence[str]], Iterable[Any]]
 
 ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
 """Row counts at which a PACS that cuts its answer without a word does so."""
@@ -73,10 +75,17 @@ class _Part:
         ]
 
 
+def _keyword(key: str) -> str:
+    try:
+        return find_attribute(str(key)).keyword
+    except UnknownAttributeError as error:
+        raise invalid("return_keys", f"{shown(key)} {error.what}", error.hint) from None
+
+
 class Search:
     """One search: its queries, and whether the answer may be short.
 
-    :param find: sends a C-FIND at a level, and gives the rows
+    :param find: sends a C-FIND at a level, asks for further keys, and gives the rows
     :param level: ``STUDY`` or ``SERIES``
     :param model: the information model, for checks of the query
     :param modalities: of which a study, or a series at that level, has at least one
@@ -100,7 +109,7 @@ class Search:
         self._level = level
         self._model = model
         self._modalities = list(modalities)
-        self._return_keys = list(return_keys)
+        self._return_keys = [_keyword(key) for key in return_keys]
         self._split = split
         self._timezone = timezone
         self.queries = 0
@@ -135,12 +144,11 @@ class Search:
 
     def _by_level(self, query: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keys for studies and those for series. ``today`` becomes a date, once for all queries."""
-        wanted = {key: "" for key in self._return_keys if key not in query}
         asked: dict[str, Any] = dict(query)
         if self._modalities:
             asked["ModalitiesInStudy"] = self._modalities[0]
         # The lowest level whose unique key is given: not taken from ``self._level``, which is about the Items.
-        parsed = parse_query({**wanted, **asked}, query_model=self._model, timezone=self._timezone)
+        parsed = parse_query(asked, query_model=self._model, timezone=self._timezone)
         by_level: dict[str, dict[str, Any]] = {"STUDY": {}, "SERIES": {}, "IMAGE": {}}
         for item in parsed.filters:
             by_level[item.level][item.keyword] = item.value
@@ -157,7 +165,7 @@ class Search:
 
     def _ask(self, query: Mapping[str, Any], level: str) -> list[Any]:
         self.queries += 1
-        return list(self._find({key: value for key, value in query.items() if value is not None}, level))
+        return list(self._find(query, level, self._return_keys if level == "STUDY" else ()))
 
     def _collect(self, query: Mapping[str, Any], into: dict[str, Any]) -> None:
         """Ask, and by halves where the answer seems to be cut, down to a minute of a day."""

@@ -135,8 +135,8 @@ class DicomFindOperator(DicomOperator):
         self._scu = scu = hook.get_scu()
         model = self.query_model or hook.query_model
 
-        def find(query: Mapping[str, Any], level: str) -> Iterable[Any]:
-            return scu.find(query, level=level, query_model=model)
+        def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Iterable[Any]:
+            return scu.find(query, level=level, query_model=model, return_keys=return_keys)
 
         return Search(
             find,

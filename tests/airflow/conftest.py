@@ -159,12 +159,35 @@ def pacs(archive, monkeypatch):
 
 
 @pytest.fixture
-def database_text():
-    """Everything in Airflow's database, as text."""
+def database_rows():
+    """Every row of Airflow's database that a run left, as text."""
     import sqlite3
 
-    def dump() -> str:
+    def rows(run: Run) -> str:
         with sqlite3.connect(f"{_home.name}/airflow.db") as connection:
-            return "\n".join(connection.iterdump())
+            found = [line for line in connection.iterdump() if run.run_id in line]
+        assert found
+        return "\n".join(found)
 
-    return dump
+    return rows
+
+
+@pytest.fixture
+def first_instance(archive):
+    """One instance of the study of sixty."""
+    from pydicom import dcmread
+
+    return dcmread(archive.folder / "many" / "000001.dcm", stop_before_pixels=True)
+
+
+@pytest.fixture
+def first_uid(first_instance):
+    return str(first_instance.SOPInstanceUID)
+
+
+@pytest.fixture
+def patient(first_instance):
+    """What the studies say of their patient: name, ID, birth date."""
+    values = [str(first_instance[name].value) for name in ("PatientName", "PatientID", "PatientBirthDate")]
+    assert all(values)
+    return values

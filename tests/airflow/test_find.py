@@ -23,7 +23,7 @@ def uids(items: list[dict]) -> list[str]:
     return [item["study_instance_uid"] for item in items]
 
 
-def test_what_is_found(run_dag, pacs, archive):
+def test_what_is_found(run_dag, pacs, archive, patient):
     with DAG("find", params={"day": STUDY_DATE}) as dag:
         find("range", study_date="2024-01-01/2024-01-31")
         find("templated", study_date="{{ params.day }}")
@@ -33,7 +33,7 @@ def test_what_is_found(run_dag, pacs, archive):
         find("series", level="SERIES", modalities=["SR"])
         find("by_series_key", query={"Modality": "SR"})
         find("one", study_date=None, query={"StudyInstanceUID": archive.many})
-        find("keys", study_date=None, query={"PatientID": "DEMO-1"}, return_keys=["AccessionNumber"])
+        find("keys", study_date=None, query={"PatientID": patient[1]}, return_keys=["AccessionNumber", "(0020,1206)"])
         find("patient_root", query_model="PatientRoot")
     run = run_dag(dag)
     assert run.state == "success"
@@ -48,9 +48,11 @@ def test_what_is_found(run_dag, pacs, archive):
         (item,) = run.xcom(name)
         assert (len(item["series_instance_uids"]), item["expected_instances"], item["modalities"]) == (1, 1, ["SR"])
         assert item["label"].endswith("SR (1 series)")
-    assert [item["keys"] for item in run.xcom("keys")] == [{"AccessionNumber": f"A{uid[-8:]}"} for uid in both]
+    assert [item["keys"] for item in run.xcom("keys")] == [
+        {"AccessionNumber": f"A{uid[-8:]}", "NumberOfStudyRelatedSeries": "3"} for uid in both
+    ]
     assert run.rendered("keys")["query"] == {"PatientID": "***"}
-    assert "DEMO-1" not in run.log
+    assert not any(word in run.log for word in patient)
 
 
 def test_a_pacs_that_gives_no_counts_and_no_modalities(run_dag, pacs, archive):

@@ -73,8 +73,11 @@ def test_numbers_and_texts_mean_the_same(connect, write):
     assert not options.tls.check_hostname
 
 
-def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect):
-    extra = {"use_tls": True, "tls_cert_file": "/c.pem", "tls_key_file": "/k.pem"}
+def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect, tmp_path):
+    extra = {"use_tls": True}
+    for field in ("tls_cert_file", "tls_key_file"):
+        extra[field] = str(tmp_path / field)
+        (tmp_path / field).touch()
     hook = connect({**PLAIN, "password": "hush-hush", "extra": extra})
     assert hook.options().tls.key_password == "hush-hush"
     assert "hush-hush" not in repr(hook.options())

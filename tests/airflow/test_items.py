@@ -58,7 +58,7 @@ class Archive:
         self.studies, self.cap, self.refuses = studies, cap, refuses
         self.asked: list[dict] = []
 
-    def __call__(self, query, level):
+    def __call__(self, query, level, return_keys):
         self.asked.append(dict(query))
         rows = [
             SimpleNamespace(StudyInstanceUID=uid, StudyDate=date, StudyTime=time, NumberOfStudyRelatedInstances="7")
