@@ -102,7 +102,7 @@ class Link:
 
     def _write(self, data: bytes | memoryview) -> None:
         if self._noise is not None:
-            data = _mutated(bytes(data), self._noise)
+            data = mutated(bytes(data), self._noise)
         self.sock.settimeout(self._remaining())
         try:
             self.sock.sendall(data)
@@ -221,7 +221,7 @@ class Link:
                     return message
 
 
-def _mutated(data: bytes, noise: random.Random) -> bytes:
+def mutated(data: bytes, noise: random.Random) -> bytes:
     """One write in twenty-five is changed: near its start, where the headers are, or anywhere."""
     if not data or noise.random() > 0.04:
         return data
