@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -26,9 +27,11 @@ from urllib.parse import unquote
 import pytest
 
 from airflow_dicom_get.testing.misbehave import MODES, MisbehavingPacs, many_pairs
-from airflow_dicom_get.testing.misbehaving.archive import CT
-from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, IMPLICIT_LE, JPEG_2000
+from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving.archive import CT, build
+from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
 
+STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 DEADLINES = {
     "connect": 2.0,
     "acse": 0.8,
@@ -44,7 +47,7 @@ DEADLINES = {
 }
 CANCEL_AFTER = 0.5
 PARALLEL = 8
-MAX_GROWTH = 64 << 20
+MAX_GROWTH = 80 << 20
 """Bytes by which the memory of all cases together, their peers included, may exceed that of a good one."""
 ALL = 8
 """Instances of the default study: two series of four."""
@@ -265,6 +268,25 @@ def _growing(record: dict[str, Any]) -> None:
     assert record["result"]["reason"] == "still_growing", record["result"]
 
 
+def _borders(size: int, count: int) -> list[int]:
+    """Where the PDUs of the first ``count`` instances end in the answer to a C-GET-RQ of a study."""
+    uid = build(series=1, instances=1, size=size, pairs=[(CT, EXPLICIT_LE)])[0].sop
+    store = {
+        wire.CLASS: CT,
+        wire.FIELD: 1,
+        wire.MESSAGE_ID: 1,
+        wire.PRIORITY: 0,
+        wire.DATA_SET_TYPE: 1,
+        wire.INSTANCE: uid,
+    }
+    counters = dict.fromkeys((wire.REMAINING, wire.COMPLETED, wire.FAILED, wire.WARNING), 0)
+    answer = {wire.CLASS: STUDY_ROOT_GET, wire.FIELD: 1, wire.RESPONDED_ID: 1, wire.DATA_SET_TYPE: 1, wire.STATUS: 1}
+    room = 131072 - 6
+    data = [min(room, size - at) + 12 for at in range(0, size, room)]
+    one = [len(wire.command(store)) + 12, *data, len(wire.command(answer | counters)) + 12]
+    return list(accumulate(one * count))
+
+
 def _more_cases() -> Iterator[tuple[str, Case]]:
     """Further cases, beside the one of each mode."""
     for mode in (
@@ -295,6 +317,11 @@ def _more_cases() -> Iterator[tuple[str, Case]]:
             yield f"close_at:{number}", Case("close_at", COMPLETE, (2, 2), peer)
         else:  # hung up on the request itself, which looks as if we were not allowed to ask: not tried again
             yield "close_at:0", Case("close_at", FAILED, (0, 0), peer, errors="AE title")
+    size = 300_000
+    for border in _borders(size, 2):
+        for number in (border - 1, border, border + 1):
+            peer = {"param": number, "heal_after": 1, "size": size, "series": 1}
+            yield f"reset_at:{number}", Case("reset_at", COMPLETE, (4, 4), peer, check=_twice_at_most(1))
     for seed in range(1, 25):
         yield f"mutate:{seed}", Case("mutate", ANY, (0, ALL), {"param": seed}, seconds=15.0)
     for mode, peer in (
