@@ -205,7 +205,8 @@ class DicomHook(BaseHook):
         try:
             scu = self._test_scu()
         except (DicomGetError, AirflowNotFoundException) as error:
-            return False, str(error)
+            # The Test button tries the connection under a name of its own, which says nothing to anyone.
+            return False, str(error).removeprefix(f"Connection {self.dicom_conn_id}: ")
         except Exception as error:
             # The text of a foreign error could hold a secret of the connection.
             return False, f"The connection cannot be read: {type(error).__name__}."

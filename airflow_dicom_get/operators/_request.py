@@ -11,6 +11,9 @@ from airflow_dicom_get.errors import InvalidOption
 
 Query = dict[str, Any]
 
+_NOT_THERE = ("withdrawn", "unexpected")
+"""States of instances that the source did not list, and so will not list now."""
+
 
 def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[Query]:
     """One query for all studies that are wanted whole, and one for each of which some series are.
@@ -82,3 +85,32 @@ def _uid(value: Any) -> str:
             hint = "It looks like a list in a text: set render_template_as_native_obj=True on the DAG, or use .output."
         raise invalid("study", f"{shown(value)} is no Study Instance UID", hint)
     return text
+
+
+def manifest_queries(manifest: Any) -> list[Query]:
+    """One query for each study of a manifest, with the instances that it lists.
+
+    All of them, held or not: what this destination holds is found there, and an earlier retrieval may have had
+    another one.
+
+    :param manifest: of any shape, or several
+    :raises ManifestError: it cannot be read, or is not what its reference says
+    """
+    from airflow_dicom_get.manifest import load_tables
+
+    studies: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
+    for table in load_tables(manifest):
+        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
+            if state not in _NOT_THERE:
+                of_series, of_instances = studies.setdefault(study, ({}, {}))
+                of_series[series] = of_instances[sop] = None
+    return [
+        {
+            "QueryRetrieveLevel": "IMAGE",
+            "StudyInstanceUID": study,
+            "SeriesInstanceUID": list(series),
+            "SOPInstanceUID": list(instances),
+        }
+        for study, (series, instances) in studies.items()
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
@@ -44,6 +44,7 @@ class DicomFindOperator(DicomOperator):
     """
 
     template_fields: Sequence[str] = ("query", "study_date", "modalities", "dicom_conn_id")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"query": "json"}
 
     def __init__(
         self,

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.manifest import load_manifest
 from airflow_dicom_get.operators import _config
 from airflow_dicom_get.operators._base import DicomOperator, final_errors
 from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._manifests import MODES, Manifest, check_place, part_name, root_of, run_name
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._request import study_queries
+from airflow_dicom_get.operators._request import Query, manifest_queries, study_queries
 from airflow_dicom_get.query import parse_query
 from airflow_dicom_get.result import CANCELLED, Result
 
@@ -39,8 +38,7 @@ class _Request:
 
     hook: DicomHook
     model: str
-    wanted: Sequence[Mapping[str, Any]]
-    """``query`` or ``manifest`` of each call of the engine."""
+    queries: Sequence[Query]
     destination: str
     root: str | None
     """Where manifests and ledger go; None: below the destination."""
@@ -64,7 +62,7 @@ class DicomGetOperator(DicomOperator):
 
     :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
     :param query: DICOM keywords or tags, and values, which may match several studies (templated)
-    :param manifest: manifest of an earlier retrieval, whose instances are retrieved (templated)
+    :param manifest: manifest of an earlier retrieval, or several: the instances that they list (templated)
     :param destination: an absolute path or ``file://…`` (templated)
     :param s3_conn_id: connection of a bucket as destination (templated)
     :param associations: associations that the task uses at a time; give as many ``pool_slots``
@@ -98,6 +96,7 @@ class DicomGetOperator(DicomOperator):
         "s3_conn_id",
         "manifest_root",
     )
+    template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
 
     def __init__(
         self,
@@ -190,12 +189,11 @@ class DicomGetOperator(DicomOperator):
         self._check_dependants(context)
         destination = check_place(self.destination, "destination")
         root = root_of(destination, self.manifest_root, _config.text("manifest_root"))
-        wanted = self._wanted()
+        queries = self._queries()
         hook = self.hook
         model = self.query_model or hook.query_model
-        for one in wanted:
-            if "query" in one:
-                parse_query(one["query"], query_model=model, timezone=hook.timezone)
+        for query in queries:
+            parse_query(query, query_model=model, timezone=hook.timezone)
         self.warn_of_limits(context, associations=self.associations, require_pool=_config.boolean("require_pool"))
         ti = context["ti"]
         name = run_name(
@@ -205,7 +203,7 @@ class DicomGetOperator(DicomOperator):
             map_index=-1 if ti.map_index is None else ti.map_index,
             try_number=ti.try_number,
         )
-        return _Request(hook, model, wanted, destination, root, name, started + self._seconds())
+        return _Request(hook, model, queries, destination, root, name, started + self._seconds())
 
     def _seconds(self) -> float:
         """How long the engine may run: a little less than the task, to end with a verdict and a manifest."""
@@ -225,29 +223,28 @@ class DicomGetOperator(DicomOperator):
         """Refuse what Airflow would fail only after the work: to map over what one task returns."""
         if getattr(context["ti"], "is_mapped", False):
             return
-        dependant = next(self.iter_mapped_dependants(), None)
-        if dependant is not None:
+        consumer = next(self.iter_mapped_dependants(), None)
+        if consumer is not None:
             raise AirflowFailException(
-                f"{dependant.node_id} is mapped over the output of {self.task_id}, which is one manifest and no list. "
+                f"{consumer.node_id} is mapped over the output of {self.task_id}, which is one manifest and no list. "
                 f"Map {self.task_id} itself: DicomGetOperator.partial(…).expand(study=[…]); or give its output as it "
                 f"is: manifest={self.task_id}.output without expand."
             )
 
-    def _wanted(self) -> list[dict[str, Any]]:
-        """What to retrieve: ``query`` or ``manifest`` for one call of the engine, or several."""
+    def _queries(self) -> list[Query]:
+        """What to retrieve, as queries for one call of the engine each."""
         given = [name for name in ("study", "query", "manifest") if self.given(name) is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none of them is given"
             raise invalid("study, query, manifest", what, "Give one of the three. Did a template render to nothing?")
         value = self.given(given[0])
         if given == ["study"]:
-            skip = self._left_out if self.on_bad_study == "skip" else None
-            return [{"query": query} for query in study_queries(value, skip=skip)]
+            return study_queries(value, skip=self._left_out if self.on_bad_study == "skip" else None)
         if given == ["manifest"]:
-            return [{"manifest": load_manifest(value)}]
+            return manifest_queries(value)
         if not isinstance(value, Mapping) or not value:
             raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
-        return [{"query": dict(value)}]
+        return [dict(value)]
 
     def _left_out(self, error: DicomGetError) -> None:
         self.log.warning("Left out: %s", error)
@@ -257,25 +254,25 @@ class DicomGetOperator(DicomOperator):
     def _run(self, request: _Request, progress: Progress) -> list[Result]:
         """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
         results: list[Result] = []
-        for number, wanted in enumerate(request.wanted):
-            self._scu = scu = self._make_scu(request, wanted)
+        for number, query in enumerate(request.queries):
+            self._scu = scu = self._make_scu(request, query)
             if self._killed:
                 results.append(Result(verdict=CANCELLED))
                 break
             result = scu.get_study(
-                **wanted,
+                query,
                 query_model=request.model,
                 on_sub_operation=progress.on_sub_operation,
                 on_completed=progress.on_completed,
-                manifest_name=part_name(request.name, number, len(request.wanted)),
+                manifest_name=part_name(request.name, number, len(request.queries)),
             )
             results.append(result)
             if result.verdict == CANCELLED or result.resume_at is not None:
                 break
         return results
 
-    def _make_scu(self, request: _Request, wanted: Mapping[str, Any]) -> GetScu:
-        studies = wanted.get("query", {}).get("StudyInstanceUID")
+    def _make_scu(self, request: _Request, query: Query) -> GetScu:
+        studies = query.get("StudyInstanceUID")
         options: dict[str, Any] = {
             "destination": request.destination,
             "associations": self.associations,

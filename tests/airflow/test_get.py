@@ -149,9 +149,31 @@ def test_a_manifest_is_completed_and_shown_by_its_size(run_dag, pacs, archive, t
         ["missing", "sub_operation_failed"]
     ]
     assert run.rendered("second")["manifest"] == "manifest of 60 rows"
-    assert run.xcom("second", "summary")["verdict"] == "complete"
+    summary = run.xcom("second", "summary")
+    assert (summary["verdict"], summary["completed"], summary["skipped"]) == ("complete", 60, 59)
     assert pacs.sent[first_uid] == 1
     assert len(held_files(tmp_path)) == 60
+
+
+def test_manifests_are_mapped_over_into_another_folder(run_dag, pacs, archive, tmp_path):
+    with DAG("chain") as dag:
+        first = DicomGetOperator.partial(task_id="get", destination=str(tmp_path / "a"), dicom_conn_id="pacs").expand(
+            study=[archive.many, archive.private]
+        )
+        DicomGetOperator.partial(task_id="copy", destination=str(tmp_path / "b"), dicom_conn_id="pacs").expand(
+            manifest=first.output
+        )
+        get(task_id="all", manifest=first.output, destination=str(tmp_path / "b"))
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert [run.rendered("copy", index)["manifest"] for index in range(2)] == [
+        "manifest of 60 rows",
+        "manifest of 12 rows",
+    ]
+    assert [run.xcom("copy", "summary", index)["completed"] for index in range(2)] == [60, 12]
+    assert run.rendered("all")["manifest"] == ["manifest of 60 rows", "manifest of 12 rows"]
+    assert run.xcom("all", "summary")["completed"] == 72
+    assert len(held_files(tmp_path / "a")) == len(held_files(tmp_path / "b")) == 72
 
 
 # --- the outcome -----------------------------------------------------------------------------------
@@ -382,6 +404,9 @@ def test_the_timeout_of_airflow_itself_leaves_nothing_behind(run_dag, pacs, arch
 
     def between_tries(context):
         left["parts"] = list(tmp_path.rglob("*.part"))
+        until = time.monotonic() + 2
+        while pacs.associations and time.monotonic() < until:
+            time.sleep(0.05)
         left["open"] = pacs.associations
         pacs.before_send = None
 

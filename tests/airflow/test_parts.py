@@ -171,7 +171,7 @@ def test_an_accepted_verdict_is_a_success():
     raise_for(Result("partial", transient=True), ("complete", "partial"))
 
 
-@pytest.mark.parametrize("accept", [["cancelled"], ["done"], "complet"])
+@pytest.mark.parametrize("accept", [["cancelled"], ["done"], "all"])
 def test_only_verdicts_can_be_accepted(accept):
     with pytest.raises(InvalidOption, match="accept"):
         check_accept(accept)
