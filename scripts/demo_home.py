@@ -82,6 +82,7 @@ def airflow_environment(extra: Mapping[str, str] | None = None) -> dict[str, str
     environment |= {
         "AIRFLOW_HOME": str(AIRFLOW_HOME),
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__FERNET_KEY": kept["fernet"],
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -197,10 +198,13 @@ def pacs() -> Iterator[tuple[str, str]]:
 
 
 def end_by_signals() -> None:
-    """Turn SIGTERM and SIGHUP into the KeyboardInterrupt of Ctrl-C, so that all of them clean up alike."""
+    """Turn SIGTERM and SIGHUP into the KeyboardInterrupt of Ctrl-C, so that all of them clean up alike.
+
+    SIGINT too: a shell starts background jobs with it ignored.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
