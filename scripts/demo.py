@@ -91,13 +91,11 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
         f"\nExactness {', '.join(f'{count} {word}' for word, count in exactness.items())}"
         f"\nSyntaxes  {names(whole, 'transfer_syntax_uid')}\n"
     )
-    studies = Table("verdict", "proof", "study", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
+    studies = Table("verdict", "proof", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
     for table, its_verdict in zip(tables, verdicts, strict=True):
-        # The end of a UID tells it from others.
-        study = f"…{table['study_instance_uid'][0].as_py()[-8:]}" if table.num_rows else ""
         what = names(table, "sop_class_uid")
         evidence = metadata_of(table)["evidence"]
-        studies.add_row(its_verdict, evidence, study, what, held(table), f"{size(table) / 1e3:.0f}")
+        studies.add_row(its_verdict, evidence, what, held(table), f"{size(table) / 1e3:.0f}")
     console.print(studies)
 
     path, largest = max(found, key=lambda item: item[1].num_rows)
