@@ -122,6 +122,16 @@ class PeerProtocolError(PeerError):
     transient = True
 
 
+class TooMuch(PeerProtocolError):
+    """The peer sent more objects or rows than the plan allows for; asking again would bring them again."""
+
+    transient = False
+
+
+class ListTooLong(TooMuch):
+    """The answer to a C-FIND has no end."""
+
+
 class OperationFailed(PeerError):
     """A DIMSE operation ended with a failure status, kept in ``status`` (int)."""
 

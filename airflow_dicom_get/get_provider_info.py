@@ -10,7 +10,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
     return {
         "package-name": "airflow-dicom-get",
         "name": "DICOM C-GET",
-        "description": "Retrieves DICOM studies from a PACS by C-GET, with a verdict and a manifest for each retrieval.",
+        "description": "Retrieves DICOM studies from a PACS by C-GET, with a verdict and a manifest for each.",
         "integrations": [
             {
                 "integration-name": "DICOM",
@@ -126,7 +126,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "tls_key_file": {
                         "label": "TLS: our key",
-                        "description": "PEM file on the workers; its passphrase stands in the field of that name above.",
+                        "description": "PEM file on the workers; its passphrase stands in the field of that name.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "tls_server_name": {

@@ -219,6 +219,8 @@ class GetScu:
                     sink.close()
                     self._source = None
             result = self._result(source, events, runs, ends, error, resume_at)
+            if listed == []:  # a manifest in which nothing is missing
+                result.verdict = "complete"
             self._write_manifest(result, ends, folder, root, run, manifest_name)
         events.completed(
             Completed(
@@ -600,13 +602,17 @@ class GetScu:
         from airflow_dicom_get.manifest import manifest_rows, manifest_table, manifest_uri, write_manifest
 
         rows: list[Instance] = [x for end in ends for x in end.rows]
-        described = {"source": str(self.options.addr), "destination": folder.as_uri(), "tags": self.options.tags}
+        described: dict[str, Any] = {
+            "source": str(self.options.addr),
+            "destination": folder.as_uri(),
+            "tags": self.options.tags,
+        }
         path = root / f"{name or run}.parquet"
         try:
             write_manifest(
                 manifest_rows(rows, **described),
                 path,
-                verdict=result.verdict,  # type: ignore[arg-type]
+                verdict=result.verdict,
                 evidence=result.evidence,
                 run=run,
             )
@@ -623,7 +629,7 @@ class GetScu:
             )
             if result.verdict == "complete":
                 result.verdict, result.reason = "partial", "disk_full"
-        result.rows = lambda: manifest_table(rows, **described)  # type: ignore[arg-type]
+        result.rows = lambda: manifest_table(rows, **described)
 
 
 class _Reporting:

@@ -51,7 +51,8 @@ class Node:
 
         def bad(what: str) -> InvalidOption:
             return InvalidOption(
-                f"{option}: {address[:80]!a} {what}.", hint="Write [AE@]host:port, for example PACS@10.0.0.5:104.",
+                f"{option}: {address[:80]!a} {what}.",
+                hint="Write [AE@]host:port, for example PACS@10.0.0.5:104.",
                 option=option,
             )
 

@@ -13,18 +13,19 @@ Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
 
 REASONS = frozenset(
     {
-        "not_sent",            # listed, asked for, never sent
-        "refused_by_source",   # the source refuses this UID even when asked for alone
-        "class_refused",       # no presentation context was accepted for its SOP class
-        "syntax_refused",      # none of the offered transfer syntaxes would do
+        "not_sent",  # listed, asked for, never sent
+        "refused_by_source",  # the source refuses this UID even when asked for alone
+        "class_refused",  # no presentation context was accepted for its SOP class
+        "syntax_refused",  # none of the offered transfer syntaxes would do
         "sub_operation_failed",  # the source reported a failed sub-operation
-        "uid_mismatch",        # command, context and data set disagree
-        "foreign_study",       # belongs to a study that was not asked for
-        "unparsable",          # the data set header cannot be read
+        "uid_mismatch",  # command, context and data set disagree
+        "not_asked",  # sent, and outside the query
+        "foreign_study",  # belongs to a study that was not asked for
+        "unparsable",  # the data set header cannot be read
         "empty_dataset",
-        "bad_uid",             # a UID that cannot be a path component
-        "size_changed",        # the stored object no longer has the recorded size or digest
-        "different_content",   # another data set is already stored under this UID
+        "bad_uid",  # a UID that cannot be a path component
+        "size_changed",  # the stored object no longer has the recorded size or digest
+        "different_content",  # another data set is already stored under this UID
         "destination_refused",
         "destination_full",
         "destination_error",
@@ -33,8 +34,8 @@ REASONS = frozenset(
         "window",
         "cancelled",
         "strict_forward",
-        "gone_from_list",      # was listed, is no longer
-        "not_listed",          # was sent, is not listed
+        "gone_from_list",  # was listed, is no longer
+        "not_listed",  # was sent, is not listed
     }
 )
 """The closed vocabulary of the manifest column ``reason``."""
@@ -48,11 +49,33 @@ class Instance:
     """
 
     __slots__ = (
-        "study", "series", "sop", "sop_class", "listed_syntax", "syntax", "modality",
-        "series_number", "instance_number", "state", "reason", "exactness", "dimse_status",
-        "error", "uri", "bytes", "sha256", "dataset_offset", "dataset_bytes",
-        "forwarded_to", "forward_status", "forward_error", "attempt", "association",
-        "received_at", "duration_ms", "tags",
+        "association",
+        "attempt",
+        "bytes",
+        "dataset_bytes",
+        "dataset_offset",
+        "dimse_status",
+        "duration_ms",
+        "error",
+        "exactness",
+        "forward_error",
+        "forward_status",
+        "forwarded_to",
+        "instance_number",
+        "listed_syntax",
+        "modality",
+        "reason",
+        "received_at",
+        "series",
+        "series_number",
+        "sha256",
+        "sop",
+        "sop_class",
+        "state",
+        "study",
+        "syntax",
+        "tags",
+        "uri",
     )
 
     study: str
@@ -70,8 +93,8 @@ class Instance:
     dimse_status: int | None
     error: str | None
     uri: str | None
-    bytes: int | None
     sha256: bytes | None
+    bytes: int | None
     dataset_offset: int | None
     dataset_bytes: int | None
     forwarded_to: str | None

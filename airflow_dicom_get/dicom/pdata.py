@@ -118,7 +118,7 @@ class Deframer:
                     header.clear()
                 if length < 2 or length + 4 > self._pdu_left:
                     raise PeerProtocolError(
-                        f"The peer sent a PDV of {length} bytes where {self._pdu_left - 4} were left in the P-DATA-TF PDU."
+                        f"The peer sent a PDV of {length} bytes; its P-DATA-TF PDU had {self._pdu_left - 4} left."
                     )
                 self._pdu_left -= length + 4
                 self._pdv_left = length - 2
@@ -146,7 +146,7 @@ class Deframer:
         if pdu_type == P_DATA_TF:
             if length > self.max_pdu_length:
                 raise PeerProtocolError(
-                    f"The peer sent a P-DATA-TF PDU of {length} bytes; {self.max_pdu_length} were announced as the maximum."
+                    f"The peer sent a P-DATA-TF PDU of {length} bytes; at most {self.max_pdu_length} were announced."
                 )
             if length < _OVERHEAD:
                 raise PeerProtocolError(f"The peer sent a P-DATA-TF PDU of {length} bytes, which holds no PDV.")

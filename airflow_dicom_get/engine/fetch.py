@@ -22,6 +22,7 @@ from airflow_dicom_get.errors import (
     AssociationAborted,
     AssociationRejected,
     Cancelled,
+    DeadlineExceeded,
     DicomGetError,
     GetNotOffered,
     NotAuthorised,
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 MAX_LIST = 500
 """UIDs in one C-GET: one bad UID costs the whole list on some sources."""
 _UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
+_CUTS = 2
 _WHOLE = frozenset({s.SUCCESS, s.SUB_OPERATIONS_WARNING, 0xA702})
 """Final statuses after which the source has tried all that was asked for."""
 
@@ -54,6 +56,8 @@ class Request:
     level: str
     series: str | None
     targets: list[Instance] = field(default_factory=list)
+    cuts: int = 0
+    """How often the association was lost over it without any of it arriving."""
 
     def keys(self, run: StudyRun) -> dict[int, str | list[str]]:
         """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3)."""
@@ -121,24 +125,25 @@ class Pass:
 
     def _work(self) -> None:
         failures = 0
+        run = self._run
         while self._queue and self._error is None:
-            if self._run.source.cancel.reason is not None:
-                return self._fail(Cancelled(f"Stopped: {self._run.source.cancel.reason}."))
-            before = self._run.events.taken
+            before = run.progress
             try:
+                run.source.check_stopped()
                 self._serve()
                 return
             except DicomGetError as error:
                 cause = self._judged(error)
-                failures = 1 if self._run.events.taken > before else failures + 1
-                if isinstance(cause, Cancelled) or not cause.transient or failures > self._run.retries:
+                failures = 1 if run.progress > before else failures + 1
+                over = isinstance(cause, Cancelled) or cause.facts.get("phase") == "operation"
+                if over or not cause.transient or failures > run.retries:
                     self._fail(cause)
                     return
                 if self._full(cause) and self._others():
-                    log.info("%s allows fewer associations; going on with those that are open", self._run.source.node)
+                    log.info("%s allows fewer associations; going on with those that are open", run.source.node)
                     return
-                self._run.remark(cause)
-                self._run.source.back_off(failures, cause)
+                run.remark(cause)
+                run.source.back_off(failures, cause)
             except BaseException as error:
                 self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
                 raise
@@ -150,7 +155,7 @@ class Pass:
 
     def _judged(self, error: DicomGetError) -> DicomGetError:
         """A hang-up on a request means 'not authorised' only from a source that has never sent anything."""
-        if isinstance(error, NotAuthorised) and self._run.events.taken:
+        if isinstance(error, NotAuthorised) and self._run.progress:
             return AssociationAborted(error.message, node=str(self._run.source.node))
         return error
 
@@ -183,10 +188,11 @@ class Pass:
                 self._active += 1
             try:
                 while (request := self._next()) is not None:
+                    before = run.progress
                     try:
                         self._one(association, receiver, request)
-                    except BaseException:
-                        self._put_back(request)
+                    except DicomGetError as error:
+                        self._put_back(request, error, moved=run.progress > before)
                         raise
             finally:
                 with self._mutex:
@@ -196,17 +202,30 @@ class Pass:
         with self._mutex:
             return self._queue.popleft() if self._queue and self._error is None else None
 
-    def _put_back(self, request: Request) -> None:
-        """What is left of a request that was cut off goes to the front, as a list."""
+    def _put_back(self, request: Request, error: DicomGetError, *, moved: bool) -> None:
+        """What is left of a request that was cut off goes to the front, as a list.
+
+        One instance may be what kills the association: after a second cut without anything arriving,
+        the first of the list is asked for last and alone, and then given up.
+        """
         left = [target for target in request.targets if not self._run.is_done(target)]
+        cuts = 0 if moved else request.cuts + 1
+        front: list[Request] = []
         if not request.targets:
-            back = [request]
-        elif request.level == "IMAGE" or len(left) < len(request.targets):
-            back = lists_of(left)
-        else:
-            back = [request]
+            front = [request]
+        elif cuts >= _CUTS and len(left) == 1 and request.level == "IMAGE":
+            deadline = isinstance(error, DeadlineExceeded)
+            self._run.failed(left[0], "deadline" if deadline else "association_lost", error.message)
+        elif cuts >= _CUTS and left:
+            front = lists_of(left[1:])
+            with self._mutex:
+                self._queue.append(Request("IMAGE", left[0].series, left[:1], cuts - 1))
+        elif left:
+            whole = request.level != "IMAGE" and len(left) == len(request.targets)
+            front = [request] if whole else lists_of(left)
+            front[0].cuts = cuts
         with self._mutex:
-            self._queue.extendleft(reversed(back))
+            self._queue.extendleft(reversed(front))
 
     # --- one request -------------------------------------------------------------------------
 
@@ -228,15 +247,16 @@ class Pass:
             i.encode_identifier(request.keys(run), _UIDS),
             receiver,
             next_object=run.source.deadlines.next_object,
-            max_objects=run.max_objects(len(request.targets)),
+            max_objects=run.max_objects(),
         )
         with self._mutex:
             self.outcomes.append(outcome)
         log.debug("%s: %s, %d objects", association.node, s.describe(outcome.status), outcome.objects)
-        if run.source.cancel.reason is not None:
-            raise Cancelled(f"Stopped: {run.source.cancel.reason}.", node=str(association.node))
+        run.source.check_stopped()
         if request.targets:
             self._follow_up(request, outcome)
+        if request.level == "SERIES" and outcome.status in _WHOLE:
+            run.whole_series.add(str(request.series))
 
     def _servable(self, association: Association, targets: Sequence[Instance]) -> tuple[list[Instance], bool]:
         """Those still to fetch whose class has an accepted context, and whether others had none."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dictionary import find_attribute
+from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, MAX_ROWS, Finder
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.errors import peer_text
+from airflow_dicom_get.errors import InvalidOption, peer_text
 from airflow_dicom_get.net.find import c_find
 from airflow_dicom_get.query import Query
 
@@ -55,9 +55,11 @@ _UIDS = frozenset({h.SOP_CLASS_UID, h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.
 
 def find_rows(source: Source, query: Query, level: str, return_keys: Sequence[str]) -> list[Dataset]:
     """Rows of one C-FIND at ``level``; keys of lower levels are asked for as they are (relational)."""
-    keys: dict[int, str | Iterable[str]] = {
-        int(find_attribute(keyword).tag): "" for keyword in (*_RETURNED[level], *return_keys)
-    }
+    try:
+        asked = [int(find_attribute(keyword).tag) for keyword in (*_RETURNED[level], *return_keys)]
+    except UnknownAttributeError as error:
+        raise InvalidOption(f"return_keys: {error}", option="return_keys") from None
+    keys: dict[int, str | Iterable[str]] = dict.fromkeys(asked, "")
     keys.update({f.tag: f.value for f in query.filters})
     for tag, uids in (
         (h.STUDY_INSTANCE_UID, query.studies),

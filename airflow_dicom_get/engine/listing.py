@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.resolve import Finder, Scope, matches
+from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, matches
+from airflow_dicom_get.errors import ListTooLong
 from airflow_dicom_get.records import Instance
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
 """Row counts at which some servers cut their answers without a word."""
 
+_SLACK = 10_000
+"""Rows that a source may send beyond what is known."""
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER, i.AVAILABLE_TRANSFER_SYNTAX)
 
@@ -43,18 +47,29 @@ class Listing:
     related_instances: int | None = None
     """Of the whole study; set only where the scope is the whole study."""
     at: float = 0.0
+    unreadable: int = 0
+    """Rows that could not be read."""
 
     def counts_contradict(self) -> bool:
-        """Whether a related-instance count is above the list (the list was cut)."""
-        by_series: dict[str, int] = {}
-        for instance in self.instances.values():
-            by_series[instance.series] = by_series.get(instance.series, 0) + 1
+        """Whether a related-instance count is above the list, or rows of it could not be read."""
+        if self.unreadable:
+            return True
         if self.related_instances is not None and self.related_instances > len(self.instances):
             return True
-        return any(
-            s.related_instances is not None and s.related_instances > by_series.get(s.uid, 0)
+        sizes = self._sizes()
+        return any((s.related_instances or 0) > sizes[s.uid] for s in self.series.values())
+
+    def perhaps_cut(self) -> set[str]:
+        """Series whose list is shorter than their count, or, without a count, as long as a server might cut it."""
+        sizes = self._sizes()
+        return {
+            s.uid
             for s in self.series.values()
-        )
+            if (s.related_instances > sizes[s.uid] if s.related_instances is not None else s.rows in ROUND_CAPS)
+        }
+
+    def _sizes(self) -> Counter[str]:
+        return Counter(instance.series for instance in self.instances.values())
 
     def has_counts(self) -> bool:
         """Whether the source gave counts that the list could be held against."""
@@ -72,9 +87,13 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
 
     Raises
     ------
-    NotNegotiated, OperationFailed, InvalidQuery, and whatever ends an association
+    NotNegotiated, OperationFailed, ListTooLong, InvalidQuery, and whatever ends an association
     """
-    listing = Listing(at=time.time(), related_instances=scope.related_instances if scope.whole_study else None)
+    listing = Listing(at=time.time())
+    if scope.whole_study:
+        for row in finder.rows("STUDY", {h.STUDY_INSTANCE_UID: scope.study}, (i.STUDY_RELATED_INSTANCES,)):
+            if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (scope.study, None):
+                listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
     series_filters = [f for f in scope.filters if f.level == "SERIES"]
     image_filters = [f for f in scope.filters if f.level == "IMAGE"]
     keys = {h.STUDY_INSTANCE_UID: scope.study, **{f.tag: f.value for f in series_filters}}
@@ -97,10 +116,19 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
             h.SERIES_INSTANCE_UID: series.uid,
             **{f.tag: f.value for f in image_filters},
         }
-        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS)):
+        limit = _most_rows(series)
+        before = len(listing.instances)
+        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS), limit):
             series.rows += 1
             _take_row(listing, scope, series, row, image_filters, known)
+            if series.rows > 10 * (len(listing.instances) - before) + _SLACK:
+                raise ListTooLong(f"The source repeats the same rows without end for series {series.uid}.")
+    listing.unreadable = finder.unreadable
     return listing
+
+
+def _most_rows(series: SeriesInfo) -> int:
+    return MAX_ROWS if series.related_instances is None else 2 * series.related_instances + _SLACK
 
 
 def _take_row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import status as s
@@ -54,8 +54,9 @@ class Receiver:
         elif request.sop_class != request.context_class:
             self._refuse(s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names another SOP class than its context.")
 
-    def _refuse(self, status: int, reason: str, error: str) -> None:
+    def _refuse(self, status: int, reason: str, error: str) -> Literal[False]:
         self._refusal = Taken(status, reason, error)
+        return False
 
     def data(self, view: memoryview, last: bool) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -65,20 +66,8 @@ class Receiver:
         try:
             if self._writer is not None:
                 self._writer.write(view)
-                return
-            assert self._scan is not None
-            self._scan.feed(view, last=last)
-            if not self._scan.done:
-                self._head += view
-                return
-            self._identify()
-            if self._refusal is None:
-                self._start()
-                assert self._writer is not None
-                if self._head:
-                    self._writer.write(memoryview(self._head))
-                    self._head = bytearray()
-                self._writer.write(view)
+            else:
+                self._begin_writing(view, last)
         except h.HeaderError as error:
             empty = self._size == 0
             self._refuse(
@@ -89,6 +78,20 @@ class Receiver:
         except SinkError as error:
             self._sink_failed(error)
 
+    def _begin_writing(self, view: memoryview, last: bool) -> None:
+        """Collect the header; once it is there and in order, give the sink what has come so far."""
+        assert self._scan is not None
+        self._scan.feed(view, last=last)
+        if not self._scan.done:
+            self._head += view
+        elif self._identify():
+            assert self._instance is not None
+            self._writer = self._run.sink.begin(self._instance)
+            if self._head:
+                self._writer.write(memoryview(self._head))
+                self._head = bytearray()
+            self._writer.write(view)
+
     def _sink_failed(self, error: SinkError) -> None:
         if self._writer is not None:
             self._writer.abort()
@@ -96,10 +99,11 @@ class Receiver:
         full = isinstance(error, DestinationFull)
         self._refuse(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(error))
 
-    def _identify(self) -> None:
-        """Hold the header against command, context and plan, and find the instance's record."""
+    def _identify(self) -> bool:
+        """Hold the header against command, context and plan, and find the instance's record; whether it may be kept."""
         request, scan = self._request, self._scan
-        assert request is not None and scan is not None
+        assert request is not None
+        assert scan is not None
         values = scan.values
         self._scan = None
         sop = uid_value(values[h.SOP_INSTANCE_UID])
@@ -118,6 +122,8 @@ class Receiver:
         instance = self._run.instance(sop)
         if instance is not None and instance.series != series:
             return self._refuse(s.MISMATCH, "uid_mismatch", "The instance is listed in another series.")
+        if instance is None and not self._run.in_scope(series, sop):
+            return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside what was asked for.")
         if instance is None:
             instance = self._run.unlisted(sys.intern(series), sop, request.sop_class)
         elif instance.state is not None and instance.state not in ("failed", "missing"):
@@ -135,9 +141,10 @@ class Receiver:
             instance.tags = self._run.decode_tags(values, request.syntax)
         self._instance = instance
         if self._run.require_exact and instance.exactness in ("peer_choice", "converted"):
-            self._refuse(
+            return self._refuse(
                 s.MISMATCH, "syntax_refused", "Its encoding may not be the stored one, and require_exact is set."
             )
+        return True
 
     def _exactness(self, instance: Instance, values: dict[int, bytes]) -> Exactness:
         """What is known of a conversion by the source."""
@@ -150,10 +157,6 @@ class Receiver:
         if values.get(h.LOSSY_IMAGE_COMPRESSION, b"").strip(b"\0 ") == b"01" and syntax not in LOSSY:
             return "converted"
         return "peer_choice"
-
-    def _start(self) -> None:
-        assert self._instance is not None
-        self._writer = self._run.sink.begin(self._instance)
 
     def finish(self) -> int:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -187,3 +190,11 @@ class Receiver:
             self._writer.abort()
             self._writer = None
         self._head = bytearray()
+
+    def refused(self, sop_instance: str, status: int) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        if status == s.CANNOT_UNDERSTAND:
+            taken = Taken(status, "empty_dataset", "The C-STORE-RQ came without a data set.")
+        else:
+            taken = Taken(status, "class_refused", "The C-STORE-RQ came on a context that is not for storage.")
+        self._run.taken(sop_instance, None, taken, 0)

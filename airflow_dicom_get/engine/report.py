@@ -24,6 +24,7 @@ _HINTS = {
 }
 _STRAYS = {
     "foreign_study": "an object of another study was sent and refused",
+    "not_asked": "an object outside what was asked for was sent and refused",
     "bad_uid": "an object with an invalid UID was sent and refused",
     "uid_mismatch": "an object was sent whose data set contradicts its command, and refused",
     "unparsable": "an object was sent whose data set cannot be read, and refused",

@@ -20,7 +20,8 @@ from airflow_dicom_get.query import Filter, Query
 log = logging.getLogger(__name__)
 
 FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
-MAX_ROWS = 2_000_000
+MAX_ROWS = 200_000
+"""Rows of one C-FIND, where nothing tells how many there should be."""
 _UIDS = frozenset({h.SOP_CLASS_UID, h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
 _STUDY_KEYS = (
     i.SOP_CLASSES_IN_STUDY,
@@ -51,6 +52,11 @@ class Scope:
     """Whether the study was found by C-FIND."""
 
     @property
+    def whole_series(self) -> bool:
+        """Whether whole series are in scope, so that counts of series apply."""
+        return self.instances is None and not any(f.level == "IMAGE" for f in self.filters)
+
+    @property
     def whole_study(self) -> bool:
         """Whether the scope is the study, so that counts of the study apply."""
         return self.series is None and self.instances is None and not self.filters
@@ -63,6 +69,8 @@ class Finder:
         offered = {proposal.abstract_syntax for proposal in association.accepted.contexts.values()}
         self._association = association
         self._model = next((m for m in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if m in offered), None)
+        self.unreadable = 0
+        """Rows that could not be read, or had no identifier."""
 
     @property
     def offered(self) -> bool:
@@ -79,7 +87,9 @@ class Finder:
             )
         return self._model
 
-    def rows(self, level: str, keys: Mapping[int, str | Iterable[str]], returned: Iterable[int]) -> Iterator[Row]:
+    def rows(
+        self, level: str, keys: Mapping[int, str | Iterable[str]], returned: Iterable[int], max_rows: int = MAX_ROWS
+    ) -> Iterator[Row]:
         """The wanted elements of each row of one C-FIND."""
         model = self.require_model()
         elements: dict[int, str | Iterable[str]] = dict.fromkeys(returned, "")
@@ -92,12 +102,17 @@ class Finder:
             model,
             identifier,
             row_seconds=self._association.deadlines.find_response,
-            max_rows=MAX_ROWS,
+            max_rows=max_rows,
         ):
             try:
-                yield i.decode_identifier(raw, wanted)
+                row = i.decode_identifier(raw, wanted)
             except h.HeaderError as error:
                 log.warning("%s sent a C-FIND row that cannot be read: %s", self._association.node, peer_text(error))
+                row = {}
+            if row:
+                yield row
+            else:
+                self.unreadable += 1
 
 
 def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
@@ -129,8 +144,14 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
             scope.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
             classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
             scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
-            if len(found) > max_studies:
-                raise _too_many(max_studies, finder, query, study_filters)
+    if len(found) > max_studies:
+        raise _too_many(len(found), max_studies)
+    if not found and finder.unreadable:
+        raise OperationFailed(
+            f"The source answered the C-FIND with {finder.unreadable} rows that cannot be read.",
+            hint="Ask the PACS admin what its log says of the query.",
+            status=0,
+        )
     return list(found.values())
 
 
@@ -157,12 +178,11 @@ def _study_rows(finder: Finder, studies: Sequence[str], filters: Sequence[Filter
             yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: study}, _STUDY_KEYS)
 
 
-def _too_many(limit: int, finder: Finder, query: Query, filters: Sequence[Filter]) -> InvalidQuery:
-    uids = {i.text_value(row.get(h.STUDY_INSTANCE_UID)) for row in _study_rows(finder, query.studies, filters)}
+def _too_many(count: int, limit: int) -> InvalidQuery:
     return InvalidQuery(
-        f"The query matches {len(uids)} studies; max_studies is {limit}. Nothing was fetched.",
+        f"The query matches {count} studies; max_studies is {limit}. Nothing was fetched.",
         hint="Narrow the query, or raise max_studies.",
-        count=len(uids),
+        count=count,
         max_studies=limit,
     )
 
@@ -186,12 +206,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         if uid and is_uid(uid):
             studies.setdefault(uid)
     if len(studies) > max_studies:
-        raise InvalidQuery(
-            f"The query matches {len(studies)} studies; max_studies is {max_studies}. Nothing was fetched.",
-            hint="Narrow the query, or raise max_studies.",
-            count=len(studies),
-            max_studies=max_studies,
-        )
+        raise _too_many(len(studies), max_studies)
     return [_scope(query, study, query.patient_id, filters) for study in studies]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, peer_text
+from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DicomGetError, InvalidOption, peer_text
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.node import Node
@@ -112,6 +112,25 @@ class Source:
                 with self._mutex:
                     self.bytes_received += association.bytes_received
 
+    def check_stopped(self) -> None:
+        """Raise where the run was cancelled, or its time is over: nothing new is begun then.
+
+        Raises
+        ------
+        Cancelled, DeadlineExceeded
+        """
+        if self.cancel.reason is not None:
+            raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
+        if time.monotonic() >= self.operation_limit:
+            raise DeadlineExceeded(
+                f"The retrieval from {self.node} took longer than the deadline 'operation' "
+                f"({self.deadlines.operation:g} s).",
+                hint="Run again: what is held is not fetched again.",
+                node=str(self.node),
+                phase="operation",
+                seconds=self.deadlines.operation,
+            )
+
     def back_off(self, failures: int, cause: DicomGetError) -> None:
         """Wait before the next try, exponentially and with jitter; a cancel or the operation's end cuts it short."""
         wait = min(_BACKOFF * 2 ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
@@ -130,13 +149,13 @@ class Source:
         """
         failures = 0
         while True:
+            self.check_stopped()
             try:
                 with self.association(proposals) as association:
                     return work(association)
             except DicomGetError as error:
                 failures += 1
-                if isinstance(error, Cancelled) or not error.transient or failures > retries:
+                over = isinstance(error, Cancelled) or error.facts.get("phase") == "operation"
+                if over or not error.transient or failures > retries:
                     raise
                 self.back_off(failures, error)
-                if self.cancel.reason is not None:
-                    raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None

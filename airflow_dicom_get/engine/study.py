@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates
-from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, other_classes, pack, pairs_of
+from airflow_dicom_get.dicom.syntaxes import all_storage_classes
+from airflow_dicom_get.engine.contexts import PeerKnowledge, pack
 from airflow_dicom_get.engine.events import Events
-from airflow_dicom_get.engine.fetch import MAX_LIST, Pass, Request, lists_of
+from airflow_dicom_get.engine.fetch import Pass, Request, lists_of
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, NotNegotiated, OperationFailed
-from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.engine.ways import WAYS, contexts_for
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Held, Sink, Taken
 
 log = logging.getLogger(__name__)
 
+_UNPLANNED = 200_000
+"""Objects that one C-GET may bring where there is no plan."""
 MAX_ROUNDS = 8
 """Rounds of list and get before a study counts as still growing."""
-_ASK_SINGLY = 200
-"""Missing instances up to which each is asked for alone."""
 _LOCAL = frozenset(
     {
         "uid_mismatch",
@@ -80,7 +80,12 @@ class StudyRun:
         self.remarks: Counter[str] = Counter()
         self.stop_reason: str | None = None
         self._mutex = threading.Lock()
-        self._tried_classes: set[str] = set()
+        self.tried_classes: set[str] = set()
+        """Classes that were proposed for instances whose class is not known."""
+        self.whole_series: set[str] = set()
+        """Series that were asked for at SERIES level to the end."""
+        self.progress = 0
+        """Listed instances that were taken, and others where there is no list: what reconnects are allowed for."""
         self._moving = False
 
     # --- called by receivers and passes --------------------------------------------------------
@@ -88,6 +93,15 @@ class StudyRun:
     def instance(self, sop: str) -> Instance | None:
         """The record of an instance."""
         return self.instances.get(sop)
+
+    def in_scope(self, series: str, sop: str) -> bool:
+        """Whether an instance that no list names may still be meant by the query."""
+        scope = self.scope
+        if scope.instances is not None:
+            return sop in scope.instances
+        if scope.series is not None:
+            return series in scope.series
+        return not scope.filters or (self.listing is not None and series in self.listing.series)
 
     def unlisted(self, series: str, sop: str, sop_class: str) -> Instance:
         """A record for an instance that was sent and is not listed."""
@@ -113,19 +127,22 @@ class StudyRun:
         instance.state, instance.reason, instance.error = "missing", reason, error
         instance.attempt = self.rounds
 
-    def max_objects(self, targets: int) -> int:
+    def max_objects(self) -> int:
         """Objects that one C-GET may bring: twice the plan and a hundred."""
-        return 2 * max(targets, len(self.instances)) + 100 if self.listing is not None else 1_000_000
+        return 2 * len(self.listing.instances) + 100 if self.listing is not None else _UNPLANNED
 
     def taken(self, uid: str, instance: Instance | None, taken: Taken, size: int) -> None:
         """An object was answered."""
         record = self.instances.get(uid)
         if taken.status == s.SUCCESS:
-            assert instance is not None and record is not None
+            assert instance is not None
+            assert record is not None
             new = instance is record
             if new:
                 record.state, record.reason, record.error = "stored", None, None
                 record.attempt = self.rounds
+                with self._mutex:
+                    self.progress += uid not in self.unlisted_uids or self.listing is None
             self.events.arrived(record, uid, None, size, new=new)
             return
         if record is None:
@@ -189,34 +206,77 @@ class StudyRun:
     def _with_list(self) -> None:
         while True:
             missing = self.missing()
-            before = self.events.taken
+            before = self.progress
             if missing:
                 self._fetch(missing)
-                self._confirm(wait=True)
             else:
                 self.rounds = max(self.rounds, 1)
-            new = self._list_anew()
-            if new is None:
+            self._probe()
+            self._confirm(wait=True)
+            changed = self._list_again()
+            if changed is None:
                 return
-            assert self.listing is not None
-            same = new.instances.keys() == self.listing.instances.keys()
-            self.lists_agree = same
-            self.listing = new
-            self._adopt_inventory()
             left = self.missing()
-            progress = self.events.taken > before
-            if same and (not left or not progress):
+            if not changed and (not left or self.progress == before):
                 return
             if self.rounds >= MAX_ROUNDS:
-                self._moving = not same
+                self._moving = changed
                 return
-            if left:
-                log.info(
-                    "%d instances are missing after round %d%s",
-                    len(left),
-                    self.rounds,
-                    "" if same else "; the list has changed",
-                )
+            log.info(
+                "%d instances are missing after round %d%s",
+                len(left),
+                self.rounds,
+                "; the list has changed" if changed else "",
+            )
+
+    def _list_again(self) -> bool | None:
+        """List again; whether the list has changed, None if it is not to be had any more."""
+        new = self._list_anew()
+        if new is None:
+            return None
+        assert self.listing is not None
+        changed = new.instances.keys() != self.listing.instances.keys()
+        self.lists_agree = not changed
+        self.listing = new
+        self._adopt_inventory()
+        return changed
+
+    def _fetch(self, missing: Sequence[Instance]) -> None:
+        """Ask for these in one way after the other, each only for what is then still missing."""
+        for number, (name, way) in enumerate(WAYS):
+            left = [x for x in missing if not self.is_done(x) and x.reason not in _LOCAL]
+            if number == 1 and any(x.reason == "not_sent" for x in left):
+                # The source left them out and called it well: are they still there?
+                self._confirm(wait=True)
+                if self._list_again() is None:
+                    return
+                assert self.listing is not None
+                left = [x for x in left if x.sop in self.listing.instances]
+            if not left:
+                return
+            started = False
+            for proposals, requests in way(self, left):
+                if not requests or not proposals:
+                    continue
+                if not started:
+                    started = True
+                    self.rounds += 1
+                    log.info("round %d (%s): %d instances of study %s", self.rounds, name, len(left), self.scope.study)
+                Pass(self, proposals, requests).execute(self.settings.associations)
+
+    def _probe(self) -> None:
+        """Where a list may be cut, one SERIES-level get tells: it brings what the list leaves out."""
+        assert self.listing is not None
+        if not self.scope.whole_series or self.settings.sop_classes is not None:
+            return
+        suspects = self.listing.perhaps_cut() - self.whole_series
+        if not suspects:
+            return
+        log.info("%d series of study %s may be listed in part; asking for them whole", len(suspects), self.scope.study)
+        members = [x for x in self.listing.instances.values() if x.series in suspects]
+        for proposals, part in contexts_for(self, members):
+            series = {x.series for x in part}
+            Pass(self, proposals, [Request("SERIES", uid) for uid in series]).execute(self.settings.associations)
 
     def still_growing(self) -> bool:
         """Whether the rounds were spent while the list still changed."""
@@ -230,7 +290,7 @@ class StudyRun:
     def _list(self, finder: Finder) -> Listing | None:
         try:
             listing = list_study(finder, self.scope, self.instances)
-        except (NotNegotiated, OperationFailed) as error:
+        except (NotNegotiated, OperationFailed, ListTooLong) as error:
             log.warning("study %s cannot be listed: %s", self.scope.study, error)
             self.remark(error)
             return None
@@ -263,17 +323,8 @@ class StudyRun:
             held = self._inventory.get(uid)
             if held is None or instance.state is not None or held.series != instance.series:
                 continue
-            instance.state, instance.attempt = "held", 0
-            instance.sop_class = held.sop_class or instance.sop_class
-            instance.syntax, instance.uri, instance.bytes, instance.sha256 = (
-                held.syntax,
-                held.uri,
-                held.bytes,
-                held.sha256,
-            )
-            instance.dataset_offset = held.dataset_offset
-            instance.dataset_bytes = held.bytes - held.dataset_offset
-            instance.modality = instance.modality or held.modality
+            _fill(instance, held)
+            instance.state = "held"
             if instance.listed_syntax:
                 instance.exactness = "as_listed" if held.syntax == instance.listed_syntax else "converted"
 
@@ -283,166 +334,9 @@ class StudyRun:
             return
         for uid, held in self._inventory.items():
             if uid not in self.listing.instances and uid not in self.instances:
-                instance = Instance(self.scope.study, held.series, uid, held.sop_class)
-                instance.syntax, instance.uri, instance.bytes, instance.sha256 = (
-                    held.syntax,
-                    held.uri,
-                    held.bytes,
-                    held.sha256,
-                )
-                instance.dataset_offset, instance.dataset_bytes = held.dataset_offset, held.bytes - held.dataset_offset
-                instance.modality, instance.attempt = held.modality, 0
+                instance = Instance(self.scope.study, held.series, uid)
+                _fill(instance, held)
                 yield instance
-
-    # --- the passes ----------------------------------------------------------------------------
-
-    def _fetch(self, missing: Sequence[Instance]) -> None:
-        """Ask for these in one way after the other, each only for what is then still missing."""
-        for name, ways in (
-            ("as planned", self._as_planned),
-            ("one compressed syntax at a time", self._ladder),
-            ("other SOP classes", self._other_classes),
-            ("one by one", self._singly),
-            ("by series", self._by_series),
-            ("whole study", self._by_study),
-        ):
-            left = [x for x in missing if not self.is_done(x) and x.reason not in _LOCAL]
-            if not left:
-                return
-            started = False
-            for proposals, requests in ways(left):
-                if not requests or not proposals:
-                    continue
-                if not started:
-                    started = True
-                    self.rounds += 1
-                    log.info("round %d (%s): %d instances of study %s", self.rounds, name, len(left), self.scope.study)
-                Pass(self, proposals, requests).execute(self.settings.associations)
-
-    def _requests(self, targets: Sequence[Instance], *, split: bool = False) -> list[Request]:
-        """A SERIES request where all of a series is wanted, UID lists where not, or where ``split`` asks."""
-        assert self.listing is not None
-        sizes: Counter[str] = Counter(x.series for x in self.listing.instances.values())
-        by_series: dict[str, list[Instance]] = {}
-        for target in targets:
-            by_series.setdefault(target.series, []).append(target)
-        share = len(targets) // (2 * self.settings.associations) if self.settings.associations > 1 else len(targets)
-        requests: list[Request] = []
-        for series, part in by_series.items():
-            info = self.listing.series.get(series)
-            whole = len(part) == sizes[series] and (info is None or info.related_instances in (None, len(part)))
-            scoped = self.scope.instances is not None or any(f.level == "IMAGE" for f in self.scope.filters)
-            filtered = scoped or self.settings.sop_classes is not None
-            if whole and not filtered and not split and len(part) <= max(share, 50):
-                requests.append(Request("SERIES", series, part))
-            else:
-                size = min(MAX_LIST, max(share, 50)) if self.settings.associations > 1 else MAX_LIST
-                requests += lists_of(part, size if self.peer.takes_lists else 1)
-        return requests
-
-    def _as_planned(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        known = [x for x in left if x.sop_class is not None]
-        unknown = [x for x in left if x.sop_class is None]
-        bins = pack(pairs_of(known, self.peer))
-        for proposals in bins:
-            classes = {p.abstract_syntax for p in proposals}
-            mine = [x for x in known if x.sop_class in classes]
-            yield proposals, self._requests(mine, split=len(bins) > 1 or bool(unknown))
-        for target in known:
-            if not self.is_done(target) and self.peer.refuses_class(str(target.sop_class)) and target.state is None:
-                self.failed(target, "class_refused", "The source accepted no context for its SOP class.")
-        yield from self._guessed(unknown)
-
-    def _guessed(self, unknown: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        """Instances whose class the source does not tell: the likely classes of each series."""
-        groups: dict[tuple[str, ...], list[Instance]] = {}
-        for x in unknown:
-            groups.setdefault(likely_classes(x.modality, self.scope.sop_classes), []).append(x)
-        merged = tuple(dict.fromkeys(uid for classes in groups if classes for uid in classes))
-        if merged and len(groups) > 1 and len(pack({c: self.peer.syntaxes(c) for c in merged})) == 1:
-            groups = {merged: [x for classes, part in groups.items() if classes for x in part], (): groups.get((), [])}
-        for classes, part in groups.items():
-            classes = classes or all_storage_classes()[:15]
-            self._tried_classes.update(classes)
-            for proposals in pack({c: self.peer.syntaxes(c) for c in classes}):
-                todo = [x for x in part if not self.is_done(x)]
-                if todo:
-                    yield proposals, self._requests(todo)
-
-    def _ladder(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        """One compressed syntax at a time: some sources take the first context of a class and then fail."""
-        targets = [x for x in left if x.listed_syntax is None and x.reason != "class_refused"]
-        classes: dict[str, None] = {}
-        for x in targets:
-            guesses = (x.sop_class,) if x.sop_class else likely_classes(x.modality, self.scope.sop_classes)
-            classes.update(dict.fromkeys(guesses or tuple(self._tried_classes)))
-        syntaxes = dict.fromkeys(
-            syntax
-            for c in classes
-            for syntax in candidates(c)
-            if syntax not in UNCOMPRESSED and self.peer.accepts(c, syntax)
-        )
-        for syntax in syntaxes:
-            todo = [x for x in targets if not self.is_done(x)]
-            if not todo:
-                return
-            proposals = [Proposal(c, syntax) for c in classes if self.peer.accepts(c, syntax)]
-            yield proposals[:127], lists_of(todo, MAX_LIST if self.peer.takes_lists else 1)
-
-    def _other_classes(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        """Instances of unknown class that no likely class has brought: every class there is."""
-        targets = [x for x in left if x.sop_class is None]
-        if not targets:
-            return
-        for proposals in pack({c: self.peer.syntaxes(c) for c in other_classes(self._tried_classes)}):
-            todo = [x for x in targets if not self.is_done(x)]
-            if not todo:
-                return
-            self._tried_classes.update(p.abstract_syntax for p in proposals)
-            yield proposals, lists_of(todo, MAX_LIST if self.peer.takes_lists else 1)
-
-    def _last_contexts(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Instance]]]:
-        known = [x for x in left if x.sop_class is not None]
-        pairs = pairs_of(known, self.peer)
-        for x in left:
-            if x.sop_class is None:
-                for c in likely_classes(x.modality, self.scope.sop_classes):
-                    pairs.setdefault(c, self.peer.syntaxes(c))
-        for proposals in pack(pairs):
-            classes = {p.abstract_syntax for p in proposals}
-            yield (
-                proposals,
-                [x for x in left if not self.is_done(x) and (x.sop_class in classes or x.sop_class is None)],
-            )
-
-    def _singly(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        targets = [x for x in left if x.reason not in ("class_refused", "refused_by_source")]
-        if len(targets) <= _ASK_SINGLY:
-            for proposals, part in self._last_contexts(targets):
-                yield proposals, lists_of(part, 1)
-
-    def _by_series(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        """Series of which nothing came: asked for whole, in case the source takes no IMAGE level."""
-        assert self.listing is not None
-        came = {x.series for x in self.listing.instances.values() if self.is_done(x)}
-        targets = [x for x in left if x.series not in came and x.reason != "class_refused"]
-        if self.scope.instances is not None:
-            return
-        for proposals, part in self._last_contexts(targets):
-            by_series: dict[str, list[Instance]] = {}
-            for x in part:
-                by_series.setdefault(x.series, []).append(x)
-            yield proposals, [Request("SERIES", series, xs) for series, xs in by_series.items()]
-
-    def _by_study(self, left: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Request]]]:
-        """A study of which nothing came: asked for whole."""
-        assert self.listing is not None
-        if not self.scope.whole_study or any(self.is_done(x) for x in self.listing.instances.values()):
-            return
-        targets = [x for x in left if x.reason != "class_refused"]
-        for proposals, part in self._last_contexts(targets):
-            if part:
-                yield proposals, [Request("STUDY", None, part)]
 
     # --- without a list ------------------------------------------------------------------------
 
@@ -473,3 +367,13 @@ class StudyRun:
             work.execute(self.settings.associations)
             if all(o.status == s.SUCCESS and not o.failed and not o.remaining for o in work.outcomes):
                 return
+
+
+def _fill(instance: Instance, held: Held) -> None:
+    """What the destination knows of an instance that was there before."""
+    instance.attempt = 0
+    instance.sop_class = held.sop_class or instance.sop_class
+    instance.modality = instance.modality or held.modality
+    instance.syntax, instance.uri = held.syntax, held.uri
+    instance.bytes, instance.sha256 = held.bytes, held.sha256
+    instance.dataset_offset, instance.dataset_bytes = held.dataset_offset, held.bytes - held.dataset_offset

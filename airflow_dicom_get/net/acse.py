@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from pynetdicom import pdu
 from pynetdicom.pdu_items import (
-    ImplementationVersionNameSubItem,
     MaximumLengthSubItem,
     PresentationContextItemAC,
     SCP_SCU_RoleSelectionSubItem,
@@ -24,11 +23,14 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.presentation import PresentationContext
 
 from airflow_dicom_get.dicom.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
-from airflow_dicom_get.errors import PeerProtocolError
+from airflow_dicom_get.errors import PeerProtocolError, peer_text
 from airflow_dicom_get.settings import UserIdentity
 
 MAX_CONTEXTS = 128
 _APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
+_FIXED = 74  # bytes of the PDU before its items
+_USER_INFORMATION, _VERSION_NAME = 0x50, 0x55
+_USER_ITEMS = frozenset({0x51, 0x54})  # maximum length, role selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def encode_request(
     if not 0 < len(proposals) <= MAX_CONTEXTS:
         raise ValueError(f"{len(proposals)} presentation contexts; 1 to {MAX_CONTEXTS} are possible")
     primitive = A_ASSOCIATE()
-    primitive.application_context_name = _APPLICATION_CONTEXT  # type: ignore[assignment]
+    primitive.application_context_name = _APPLICATION_CONTEXT
     primitive.calling_ae_title = calling
     primitive.called_ae_title = called
     contexts = []
@@ -86,13 +88,13 @@ def encode_request(
     length = MaximumLengthNotification()
     length.maximum_length_received = max_pdu_length
     class_uid = ImplementationClassUIDNotification()
-    class_uid.implementation_class_uid = IMPLEMENTATION_CLASS_UID  # type: ignore[assignment]
+    class_uid.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     version = ImplementationVersionNameNotification()
     version.implementation_version_name = IMPLEMENTATION_VERSION
     items: list[object] = [length, class_uid, version]
     for sop_class in dict.fromkeys(storage_classes):
         role = SCP_SCU_RoleSelectionNegotiation()
-        role.sop_class_uid = sop_class  # type: ignore[assignment]
+        role.sop_class_uid = sop_class
         role.scu_role, role.scp_role = False, True
         items.append(role)
     if user_identity is not None:
@@ -124,12 +126,11 @@ def decode_accept(data: bytes, proposals: Sequence[Proposal]) -> Accepted:
     PeerProtocolError
         The PDU cannot be decoded.
     """
+    out = Accepted()
     accept = pdu.A_ASSOCIATE_AC()
     try:
-        accept.decode(data)
-        items = list(accept.variable_items)
-        out = Accepted()
-        for item in items:
+        accept.decode(_plain(data, out))
+        for item in accept.variable_items:
             if isinstance(item, PresentationContextItemAC):
                 _take_context(out, item, proposals)
             elif isinstance(item, UserInformationItem):
@@ -139,6 +140,31 @@ def decode_accept(data: bytes, proposals: Sequence[Proposal]) -> Accepted:
             "The peer's A-ASSOCIATE-AC cannot be decoded.", hint="Is it a DICOM node? Try dicom-get echo."
         ) from error
     return out
+
+
+def _plain(data: bytes, out: Accepted) -> bytes:
+    """The PDU with only those user items that count: decoration from a peer may not break the decoder."""
+    kept = bytearray(data[:_FIXED])
+    pos = _FIXED
+    while pos + 4 <= len(data):
+        end = pos + 4 + int.from_bytes(data[pos + 2 : pos + 4], "big")
+        item = data[pos:end]
+        if data[pos] == _USER_INFORMATION and end <= len(data):
+            body = bytearray()
+            sub = 4
+            while sub + 4 <= len(item):
+                stop = sub + 4 + int.from_bytes(item[sub + 2 : sub + 4], "big")
+                if item[sub] in _USER_ITEMS:
+                    body += item[sub:stop]
+                elif item[sub] == _VERSION_NAME:
+                    out.implementation = peer_text(item[sub + 4 : stop].decode("ascii", "replace").strip("\0 "), 16)
+                sub = stop
+            item = item[:2] + len(body).to_bytes(2, "big") + bytes(body)
+        kept += item
+        pos = end
+    kept += data[pos:]
+    kept[2:6] = (len(kept) - 6).to_bytes(4, "big")
+    return bytes(kept)
 
 
 def _take_context(out: Accepted, item: PresentationContextItemAC, proposals: Sequence[Proposal]) -> None:
@@ -161,9 +187,6 @@ def _take_user_information(out: Accepted, item: UserInformationItem) -> None:
     for sub in item.user_data:
         if isinstance(sub, MaximumLengthSubItem):
             out.max_pdu_length = sub.maximum_length_received or 0
-        elif isinstance(sub, ImplementationVersionNameSubItem):
-            name = sub.implementation_version_name
-            out.implementation = name.decode("ascii", "replace") if isinstance(name, bytes) else str(name or "")
         elif isinstance(sub, SCP_SCU_RoleSelectionSubItem):
             sop_class = str(sub.sop_class_uid or "")
             out.answered_roles.add(sop_class)

@@ -114,6 +114,8 @@ class Association:
         self.bytes_received = 0
         self.throttle: Callable[[int], None] | None = None
         """Called with the size of each read; may sleep to hold a rate."""
+        self.in_message = False
+        """Whether a message is half read: then ``idle`` and ``min_rate`` hold, whatever the PDUs are."""
         self.operation_limit = float("inf")
         """``time.monotonic()`` value at which the whole operation is over."""
         sock.settimeout(_SLICE)
@@ -208,7 +210,7 @@ class Association:
 
     def _read(self, limit: float, phase: str) -> None:
         sock = self._sock
-        inside = self._deframer.mid_pdu
+        inside = self.in_message or self._deframer.mid_pdu
         began = time.monotonic()
         if self.operation_limit < limit:
             limit, phase = self.operation_limit, "operation"
@@ -226,9 +228,9 @@ class Association:
             except (TimeoutError, ssl.SSLWantReadError):
                 now = time.monotonic()
                 if now >= limit:
-                    raise self._late(phase, limit - began) from None
+                    raise self._late(phase) from None
                 if now >= idle_limit:
-                    raise self._late("idle", self.deadlines.idle) from None
+                    raise self._late("idle") from None
                 if self.cancel.reason is not None and phase == "next_object":
                     raise CancelSeenError from None
                 continue
@@ -240,7 +242,7 @@ class Association:
         self.bytes_received += size
         now = time.monotonic()
         if now >= limit:
-            raise self._late(phase, limit - began)
+            raise self._late(phase)
         if inside:
             self._watch_rate(now - began, size)
         if self.throttle is not None:
@@ -257,14 +259,16 @@ class Association:
         self._waited_bytes += size
         if self._waited >= self.deadlines.min_rate_window:
             if self._waited_bytes < self.deadlines.min_rate * self._waited:
-                raise self._late("min_rate", self.deadlines.min_rate_window)
+                raise self._late("min_rate")
             self._waited = 0.0
             self._waited_bytes = 0
 
-    def _late(self, phase: str, seconds: float) -> DeadlineExceeded:
+    def _late(self, phase: str) -> DeadlineExceeded:
         self.abort()
+        name = "min_rate_window" if phase == "min_rate" else phase
+        seconds = float(getattr(self.deadlines, name))
         return DeadlineExceeded(
-            f"{self.node} did not keep the deadline {phase!r}; the association was aborted after {seconds:.0f} s.",
+            f"{self.node} did not keep the deadline {phase!r} ({seconds:g} s); the association was aborted.",
             hint=f"If the PACS needs longer, raise the deadline {phase!r}.",
             node=str(self.node),
             phase=phase,
@@ -335,7 +339,7 @@ class Association:
                     view = view[self._sock.send(view) :]
                 except (TimeoutError, ssl.SSLWantWriteError):
                     if time.monotonic() >= limit:
-                        raise self._late(phase, seconds) from None
+                        raise self._late(phase) from None
                     if self.cancel.hard:
                         raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
         except OSError as error:

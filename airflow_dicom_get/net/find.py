@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom.identifier import MAX_IDENTIFIER
 from airflow_dicom_get.dicom.status import describe, is_pending
-from airflow_dicom_get.errors import NotNegotiated, OperationFailed, PeerProtocolError
+from airflow_dicom_get.errors import ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
 
@@ -35,6 +35,8 @@ def c_find(
         The peer accepted no context for the model.
     OperationFailed
         The final status is no success.
+    ListTooLong
+        More than ``max_rows`` rows came.
     """
     context_id = context_for(association, model)
     if context_id is None:
@@ -63,11 +65,10 @@ def c_find(
             rows += 1
             if rows > max_rows:
                 association.abort()
-                raise PeerProtocolError(
+                raise ListTooLong(
                     f"{association.node} sent more than {max_rows} rows to one C-FIND.", node=str(association.node)
                 )
-            if row is not None:
-                yield row
+            yield row if row is not None else bytearray()
             continue
         if status == 0:
             return

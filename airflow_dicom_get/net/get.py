@@ -21,6 +21,7 @@ from airflow_dicom_get.errors import (
     GetNotOffered,
     NotAuthorised,
     PeerProtocolError,
+    TooMuch,
 )
 from airflow_dicom_get.net.association import Association, CancelSeenError
 from airflow_dicom_get.net.messages import context_for
@@ -59,6 +60,9 @@ class ObjectReceiver(Protocol):
 
     def abandon(self) -> None:
         """It will never be whole."""
+
+    def refused(self, sop_instance: str, status: int) -> None:
+        """A C-STORE-RQ was answered with ``status`` without its object: no context, or no data set."""
 
 
 @dataclass(slots=True)
@@ -113,15 +117,17 @@ class _Get:
             while True:
                 if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
                     self._send_cancel()
+                association.in_message = self._in_message()
+                limit = self.limit if self.cancel_sent or not association.in_message else float("inf")
                 try:
-                    fragment = association.fragment(self.limit, "next_object")
+                    fragment = association.fragment(limit, "next_object")
                 except CancelSeenError:
-                    if self.cancel_sent:
-                        continue
-                    self._send_cancel()
+                    if not self.cancel_sent:
+                        self._send_cancel()
                     continue
                 except DeadlineExceeded as late:
                     if self.cancel_sent and late.facts.get("phase") == "next_object":
+                        self._abandon()
                         return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True)
                     raise
                 self.heard = True
@@ -144,10 +150,19 @@ class _Get:
                     if outcome is not None:
                         return outcome
         except BaseException:
-            if self.store is not None and self.refusal is None:
-                receiver.abandon()
+            self._abandon()
             association.abort()
             raise
+        finally:
+            association.in_message = False
+
+    def _in_message(self) -> bool:
+        return bool(self.command) or any(part is not None for part in (self.store, self.final, self.drain))
+
+    def _abandon(self) -> None:
+        if self.store is not None and self.refusal is None:
+            self.receiver.abandon()
+        self.store = None
 
     def _command(self, fragment: Fragment) -> GetOutcome | None:
         if self.store is not None or self.final is not None or self.drain is not None:
@@ -182,7 +197,12 @@ class _Get:
     def _store_request(self, command: Command, context_id: int) -> None:
         self.objects += 1
         if self.objects > self.max_objects:
-            raise self._broken(f"sent more than {self.max_objects} objects to one C-GET")
+            self.association.abort(2)
+            raise TooMuch(
+                f"{self.association.node} sent more than {self.max_objects} objects to one C-GET; "
+                "the association was aborted.",
+                node=str(self.association.node),
+            )
         if command.message_id is None:
             raise self._broken("sent a C-STORE-RQ without message id")
         self.store, self.store_context, self.refusal = command, context_id, None
@@ -205,7 +225,8 @@ class _Get:
 
     def _stored(self) -> None:
         store = self.store
-        assert store is not None and store.message_id is not None
+        assert store is not None
+        assert store.message_id is not None
         status = self.receiver.finish() if self.refusal is None else self.refusal
         self.store = None
         response = c.c_store_rsp(
@@ -214,6 +235,8 @@ class _Get:
         self.association.send_message(self.store_context, response)
         if self.refusal is None:
             self.receiver.answered()
+        else:
+            self.receiver.refused(store.text(c.AFFECTED_SOP_INSTANCE), self.refusal)
         self._progress()
 
     def _refuse_operation(self, command: Command, context_id: int) -> None:
@@ -251,8 +274,8 @@ class _Get:
             raise self._broken("sent a C-GET-RSP without status")
         if s.is_pending(command.status):
             remaining = command.us(c.REMAINING)
-            if remaining is not None and remaining != self.remaining:
-                self.remaining = remaining
+            if remaining is not None and (self.remaining is None or remaining < self.remaining):
+                self.remaining = remaining  # the lowest so far: one that goes up and down is no progress
                 self._progress()
             if command.has_dataset:  # not allowed, and harmless
                 self.drain, self.store_context = command, context_id
@@ -344,6 +367,8 @@ def c_get(
         No context was accepted for the model.
     NotAuthorised
         The peer hung up on the request itself.
+    TooMuch
+        It sent more than ``max_objects``.
     AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled
     """
     context_id = context_for(association, model)

@@ -29,7 +29,9 @@ def read_response(
     raw = bytearray()
     dataset = bytearray()
     while True:
+        association.in_message = bool(raw) or command is not None
         fragment = association.fragment(limit, phase)
+        association.in_message = False
         if fragment.context_id != context_id:
             raise broken(f"answered on presentation context {fragment.context_id} instead of {context_id}")
         if fragment.is_command:

@@ -45,17 +45,17 @@ def read_instance(path: Path, study: str, series: str, sop: str) -> Held | None:
         digest = hashlib.file_digest(file, "sha256").digest()
         size = file.tell()
     return Held(
-        series,
-        sop,
-        meta.sop_class,
-        meta.syntax,
-        str(path),
-        size,
-        digest,
-        meta.dataset_offset,
-        text_value(scan.values.get(MODALITY)),
-        int_value(scan.values.get(SERIES_NUMBER)),
-        int_value(scan.values.get(INSTANCE_NUMBER)),
+        series=series,
+        sop=sop,
+        sop_class=meta.sop_class,
+        syntax=meta.syntax,
+        uri=str(path),
+        sha256=digest,
+        bytes=size,
+        dataset_offset=meta.dataset_offset,
+        modality=text_value(scan.values.get(MODALITY)),
+        series_number=int_value(scan.values.get(SERIES_NUMBER)),
+        instance_number=int_value(scan.values.get(INSTANCE_NUMBER)),
     )
 
 

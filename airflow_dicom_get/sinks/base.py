@@ -37,8 +37,8 @@ class Held:
     sop_class: str | None
     syntax: str | None
     uri: str
-    bytes: int
     sha256: bytes | None
+    bytes: int
     dataset_offset: int
     modality: str | None = None
     series_number: int | None = None

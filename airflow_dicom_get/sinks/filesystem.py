@@ -119,13 +119,12 @@ class FilesystemSink:
         records = read_ledgers(self.ledger_root, study)
         held: dict[str, Held] = {}
         for series, sop, entry in self._files(study):
-            record = records.get(sop)
-            if record is None or record.series != series:
-                found = self._adopted(study, series, sop, entry) if self.adopt else None
-            else:
-                found = self._verified(study, record, entry)
-                if found is None:
-                    self.replaceable.add(sop)
+            candidates = [record for record in records.get(sop, ()) if record.series == series]
+            found = next((h for record in candidates if (h := self._verified(study, record, entry))), None)
+            if found is None and candidates:
+                self.replaceable.add(sop)
+            elif found is None and self.adopt:
+                found = self._adopted(study, series, sop, entry)
             if found is not None:
                 held[sop] = found
         return held
@@ -160,17 +159,17 @@ class FilesystemSink:
             self._study(study).ledger.taken(_as_instance(study, record))
             self._study(study).ledger.durable([record.sop])
         return Held(
-            record.series,
-            record.sop,
-            record.sop_class,
-            record.syntax,
-            entry.path,
-            record.size,
-            record.sha256,
-            record.dataset_offset,
-            record.modality,
-            record.series_number,
-            record.instance_number,
+            series=record.series,
+            sop=record.sop,
+            sop_class=record.sop_class,
+            syntax=record.syntax,
+            uri=entry.path,
+            sha256=record.sha256,
+            bytes=record.size,
+            dataset_offset=record.dataset_offset,
+            modality=record.modality,
+            series_number=record.series_number,
+            instance_number=record.instance_number,
         )
 
     def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Held | None:
@@ -370,7 +369,8 @@ class _FileWriter:
         self._fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=folder)
         head = b""
         if sink.file_meta:
-            assert instance.sop_class is not None and instance.syntax is not None
+            assert instance.sop_class is not None
+            assert instance.syntax is not None
             head = file_header(
                 instance.sop_class, instance.sop, instance.syntax, calling=sink.calling, called=sink.called
             )
@@ -431,27 +431,36 @@ class _FileWriter:
 
     def _place(self) -> Taken:
         instance, folder = self._instance, self._folder
-        self._study.ledger.taken(instance)
         final = f"{instance.sop}.dcm"
-        if instance.sop in self._sink.replaceable:
+        replace = instance.sop in self._sink.replaceable
+        if not replace and self._exists(final):
+            return self._meet_first(final)
+        self._study.ledger.taken(instance)
+        if replace:
             os.replace(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
             self._sink.replaceable.discard(instance.sop)
         else:
             try:
                 os.link(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
-            except FileExistsError:
+            except FileExistsError:  # another run was quicker by a moment
+                self._study.ledger.dropped(instance.sop)
                 return self._meet_first(final)
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                     raise
-                if os.path.exists(f"{self._study.path}/{instance.series}/{final}"):  # no hard links here
-                    return self._meet_first(final)
-                os.rename(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+                os.rename(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)  # no hard links here
             else:
                 os.unlink(self._name, dir_fd=folder)
         fd, self._fd = self._fd, -1
         self._sink.taken(_Pending(instance, self._study, fd, folder, self._size))
         return Taken(s.SUCCESS)
+
+    def _exists(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _meet_first(self, final: str) -> Taken:
         """A file of this UID is there: the first stays, and counts only if its data set is the same."""

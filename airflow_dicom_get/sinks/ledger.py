@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance
@@ -79,6 +80,10 @@ class LedgerWriter:
         """Record that these are kept for good, in one write."""
         self._append("".join(f'{{"state": "durable", "uid": "{uid}"}}\n' for uid in uids))
 
+    def dropped(self, uid: str) -> None:
+        """Take back a ``taken``: the file did not get its final name."""
+        self._append(f'{{"state": "dropped", "uid": "{uid}"}}\n')
+
     def sync(self) -> None:
         """Make the ledger itself durable."""
         os.fsync(self._fd)
@@ -90,10 +95,11 @@ class LedgerWriter:
             self.path.unlink(missing_ok=True)
 
 
-def read_ledgers(root: Path, study: str) -> dict[str, Record]:
-    """The union of all runs' records for a study, by SOP Instance UID.
+def read_ledgers(root: Path, study: str) -> dict[str, list[Record]]:
+    """What all runs recorded of a study, by SOP Instance UID: the likeliest record first.
 
-    A torn last line is ignored.
+    Durable ones come before those that were only taken, newer ones before older ones. A torn last
+    line is ignored.
 
     Raises
     ------
@@ -101,18 +107,59 @@ def read_ledgers(root: Path, study: str) -> dict[str, Record]:
         A file is of a newer schema, or broken before its last line; it is left as it is.
     """
     folder = root / ".ledger" / study
-    records: dict[str, Record] = {}
+    records: dict[str, list[Record]] = {}
     try:
-        paths = sorted(folder.glob("*.jsonl"))
+        paths = sorted(folder.glob("*.jsonl"), reverse=True)
     except OSError as error:
         raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
     for path in paths:
-        for entry in _entries(path, study):
-            _merge(records, entry, path, study)
+        for uid, record in _read_one(path, study).items():
+            records.setdefault(uid, []).append(record)
+    for candidates in records.values():
+        candidates.sort(key=lambda record: not record.durable)
     return records
 
 
-def _entries(path: Path, study: str) -> Iterator[dict[str, object]]:
+def _read_one(path: Path, study: str) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for entry in _entries(path, study):
+        try:
+            uid = str(entry["uid"])
+            match entry["state"]:
+                case "taken":
+                    records[uid] = _record(uid, entry)
+                case "durable" if uid in records:
+                    records[uid].durable = True
+                case "dropped":
+                    records.pop(uid, None)
+        except (KeyError, TypeError, ValueError):
+            raise LedgerError(
+                f"The ledger {path} holds a record that cannot be read.",
+                hint="It was left as it is. Move it away to have its instances fetched again.",
+                study=study,
+                path=str(path),
+            ) from None
+    return records
+
+
+def _record(uid: str, entry: Mapping[str, Any]) -> Record:
+    digest = entry["sha256"]
+    return Record(
+        series=str(entry["series"]),
+        sop=uid,
+        sop_class=entry["class"],
+        syntax=entry["syntax"],
+        size=int(entry["size"]),
+        dataset_offset=int(entry["dataset_offset"]),
+        sha256=bytes.fromhex(digest) if digest else None,
+        durable=False,
+        modality=entry.get("modality"),
+        series_number=entry.get("series_number"),
+        instance_number=entry.get("instance_number"),
+    )
+
+
+def _entries(path: Path, study: str) -> Iterator[dict[str, Any]]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -143,36 +190,3 @@ def _entries(path: Path, study: str) -> Iterator[dict[str, object]]:
                 study=study,
                 path=str(path),
             )
-
-
-def _merge(records: dict[str, Record], entry: dict[str, object], path: Path, study: str) -> None:
-    try:
-        uid = str(entry["uid"])
-        if entry["state"] == "durable":
-            if uid in records:
-                records[uid].durable = True
-            return
-        if entry["state"] != "taken":
-            return
-        digest = entry["sha256"]
-        known = records.get(uid)
-        records[uid] = Record(
-            str(entry["series"]),
-            uid,
-            entry["class"],
-            entry["syntax"],
-            int(entry["size"]),  # type: ignore[arg-type, call-overload]
-            int(entry["dataset_offset"]),
-            bytes.fromhex(str(digest)) if digest else None,  # type: ignore[call-overload]
-            bool(known and known.durable and known.sha256 and digest and known.sha256.hex() == digest),
-            entry.get("modality"),
-            entry.get("series_number"),
-            entry.get("instance_number"),  # type: ignore[arg-type]
-        )
-    except (KeyError, TypeError, ValueError):
-        raise LedgerError(
-            f"The ledger {path} holds a record that cannot be read.",
-            hint="It was left as it is. Move it away to have its instances fetched again.",
-            study=study,
-            path=str(path),
-        ) from None
