@@ -27,7 +27,7 @@ test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k
 	@$(PY) -m pytest $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own
-	@$(VENV)-engine/bin/python -m pytest -m "not airflow" $(ARGS)
+	@$(VENV)-engine/bin/python -m pytest --ignore=tests/airflow -m "not airflow" $(ARGS)
 
 lint: setup ## Check style, types and spelling
 	@$(PY) -m ruff check .
