@@ -42,6 +42,7 @@ MAX_LIST = 500
 """UIDs in one C-GET: one bad UID costs the whole list on some sources."""
 _UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
 _CUTS = 2
+_MOST_SINGLED_OUT = 20
 _WHOLE = frozenset({s.SUCCESS, s.SUB_OPERATIONS_WARNING, 0xA702})
 """Final statuses after which the source has tried all that was asked for."""
 
@@ -99,6 +100,8 @@ class Pass:
         self._mutex = threading.Lock()
         self._error: DicomGetError | None = None
         self._active = 0
+        self._singled_out = 0
+        """How often an instance was set apart or given up because associations died of it."""
         self.outcomes: list[GetOutcome] = []
 
     def execute(self, associations: int) -> None:
@@ -127,14 +130,14 @@ class Pass:
         failures = 0
         run = self._run
         while self._queue and self._error is None:
-            before = run.progress
+            before = self._moves()
             try:
                 run.source.check_stopped()
                 self._serve()
                 return
             except DicomGetError as error:
                 cause = self._judged(error)
-                failures = 1 if run.progress > before else failures + 1
+                failures = 1 if self._moves() > before else failures + 1
                 over = isinstance(cause, Cancelled) or cause.facts.get("phase") == "operation"
                 if over or not cause.transient or failures > run.retries:
                     self._fail(cause)
@@ -147,6 +150,10 @@ class Pass:
             except BaseException as error:
                 self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
                 raise
+
+    def _moves(self) -> int:
+        """Grows with whatever brings the pass nearer to its end; a source that kills everything does so in vain."""
+        return self._run.progress + min(self._singled_out, _MOST_SINGLED_OUT)
 
     def _fail(self, error: DicomGetError) -> None:
         with self._mutex:
@@ -214,9 +221,11 @@ class Pass:
         if not request.targets:
             front = [request]
         elif cuts >= _CUTS and len(left) == 1 and request.level == "IMAGE":
+            self._singled_out += 1
             deadline = isinstance(error, DeadlineExceeded)
             self._run.failed(left[0], "deadline" if deadline else "association_lost", error.message)
         elif cuts >= _CUTS and left:
+            self._singled_out += 1
             front = lists_of(left[1:])
             with self._mutex:
                 self._queue.append(Request("IMAGE", left[0].series, left[:1], cuts - 1))
