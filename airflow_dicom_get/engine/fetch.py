@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MAX_LIST = 500
 """UIDs in one C-GET: one bad UID costs the whole list on some sources."""
 _UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
-_CUTS = 2
+_LAST_CUTS = 2
 _MOST_SINGLED_OUT = 20
 _WHOLE = frozenset({s.SUCCESS, s.SUB_OPERATIONS_WARNING, 0xA702})
 """Final statuses after which the source has tried all that was asked for."""
@@ -212,25 +212,25 @@ class Pass:
     def _put_back(self, request: Request, error: DicomGetError, *, moved: bool) -> None:
         """What is left of a request that was cut off goes to the front, as a list.
 
-        One instance may be what kills the association: after a second cut without anything arriving,
-        the first of the list is asked for last and alone, and then given up.
+        One instance may be what kills the association: after a cut without anything arriving the first
+        of the list is asked for last and alone, and given up when that fails twice.
         """
         left = [target for target in request.targets if not self._run.is_done(target)]
         cuts = 0 if moved else request.cuts + 1
         front: list[Request] = []
         if not request.targets:
             front = [request]
-        elif cuts >= _CUTS and len(left) == 1 and request.level == "IMAGE":
+        elif cuts >= _LAST_CUTS and len(left) == 1 and request.level == "IMAGE":
             self._singled_out += 1
             deadline = isinstance(error, DeadlineExceeded)
             self._run.failed(left[0], "deadline" if deadline else "association_lost", error.message)
-        elif cuts >= _CUTS and left:
+        elif cuts and len(left) > 1 and request.level == "IMAGE":
             self._singled_out += 1
             front = lists_of(left[1:])
             with self._mutex:
-                self._queue.append(Request("IMAGE", left[0].series, left[:1], cuts - 1))
+                self._queue.append(Request("IMAGE", left[0].series, left[:1]))
         elif left:
-            whole = request.level != "IMAGE" and len(left) == len(request.targets)
+            whole = request.level != "IMAGE" and len(left) == len(request.targets) and cuts < _LAST_CUTS
             front = [request] if whole else lists_of(left)
             front[0].cuts = cuts
         with self._mutex:

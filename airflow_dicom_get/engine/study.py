@@ -40,6 +40,8 @@ _LOCAL = frozenset(
     }
 )
 """Reasons that asking in another way does not mend."""
+_KILLERS = frozenset({"association_lost", "deadline"})
+"""Reasons of an instance that was asked for alone and took the association with it."""
 
 
 @dataclass(slots=True)
@@ -244,7 +246,8 @@ class StudyRun:
     def _fetch(self, missing: Sequence[Instance]) -> None:
         """Ask for these in one way after the other, each only for what is then still missing."""
         for number, (name, way) in enumerate(WAYS):
-            left = [x for x in missing if not self.is_done(x) and x.reason not in _LOCAL]
+            settled = _LOCAL if number == 0 else _LOCAL | _KILLERS
+            left = [x for x in missing if not self.is_done(x) and x.reason not in settled]
             if number == 1 and any(x.reason == "not_sent" for x in left):
                 # The source left them out and called it well: are they still there?
                 self._confirm(wait=True)
