@@ -132,16 +132,19 @@ class Association:
         return self.items.pop(0)
 
     def negotiate(self, request: bytes) -> None:
-        """Accept every context in its first transfer syntax; grant the roles that were asked for."""
+        """Accept every context, images in explicit VR and queries in implicit VR; grant the roles asked for."""
         results, roles, pos = b"", b"", 68
         while pos < len(request):
             kind, length = struct.unpack_from(">BxH", request, pos)
             body = request[pos + 4 : pos + 4 + length]
             pos += 4 + length
             if kind == 0x20:
-                items = dict(_subitems(body, 4))
-                syntax, abstract = items[0x40], items[0x30].decode()
-                if abstract == CT and syntax == _EXPLICIT.encode():
+                items = list(_subitems(body, 4))
+                abstract = next(value for sub, value in items if sub == 0x30).decode()
+                offered = [value for sub, value in items if sub == 0x40]
+                wanted = (_EXPLICIT if abstract == CT else _IMPLICIT).encode()
+                syntax = wanted if wanted in offered else offered[0]
+                if abstract == CT and syntax == wanted:
                     self.storage_context = body[0]
                 item = bytes((body[0], 0, 0, 0)) + struct.pack(">BBH", 0x40, 0, len(syntax)) + syntax
                 results += struct.pack(">BBH", 0x21, 0, len(item)) + item
