@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from airflow_dicom_get.errors import (
     Cancelled,
+    DestinationFull,
     DicomGetError,
     InvalidOption,
     InvalidQuery,
+    SinkError,
 )
 from airflow_dicom_get.node import Node
-from airflow_dicom_get.options import FilesystemDestination, Options, check_options
+from airflow_dicom_get.options import Options, check_options
 from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient, worst
 from airflow_dicom_get.settings import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
@@ -29,17 +30,13 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.engine.resolve import Scope
     from airflow_dicom_get.engine.source import Source
-    from airflow_dicom_get.engine.study import StudyRun
+    from airflow_dicom_get.engine.study import Settings, StudyRun
     from airflow_dicom_get.engine.verdict import StudyEnd
+    from airflow_dicom_get.places import Place, Places
     from airflow_dicom_get.query import Query
-    from airflow_dicom_get.sinks.filesystem import FilesystemSink
+    from airflow_dicom_get.sinks.base import Sink
 
 log = logging.getLogger(__name__)
-
-_RESERVE = 64 << 20
-"""Bytes that must be free at the destination before anything is fetched."""
-_LEAST_INSTANCE = 4096
-"""Bytes that an instance takes at least."""
 
 
 class GetScu:
@@ -192,9 +189,9 @@ class GetScu:
         """
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest import run_name
+        from airflow_dicom_get.places import open_places
 
-        folder = self._folder()
-        root = self._manifest_root(folder)
+        places = open_places(self.options)
         parsed = self._parse(query, query_model) if manifest is None else None
         listed = self._scopes_of(manifest) if manifest is not None else None
         if manifest is not None and query is not None:
@@ -208,20 +205,18 @@ class GetScu:
             runs: list[StudyRun] = []
             error: DicomGetError | None = None
             if resume_at is None:
-                sink = self._sink(folder, root, run)
                 try:
-                    runs, ends = self._run(source, sink, events, parsed, listed, query_model)
+                    runs, ends = self._run(source, places, run, events, parsed, listed, query_model)
                 except (InvalidQuery, InvalidOption):
                     raise
                 except DicomGetError as caught:
                     error = caught
                 finally:
-                    sink.close()
                     self._source = None
             result = self._result(source, events, runs, ends, error, resume_at)
             if listed == []:  # a manifest in which nothing is missing
                 result.verdict = "complete"
-            self._write_manifest(result, ends, folder, root, run, manifest_name)
+            self._write_manifest(result, ends, places, run, manifest_name)
         events.completed(
             Completed(
                 total=result.total,
@@ -247,9 +242,10 @@ class GetScu:
         from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
         from airflow_dicom_get.engine.listing import list_study
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+        from airflow_dicom_get.places import open_places
 
         parsed = self._parse(query, query_model)
-        folder = self._folder() if self.options.destination is not None else None
+        places = open_places(self.options) if self.options.destination is not None else None
         source = self._open_source()
         try:
             with source.association(FIND_PROPOSALS) as association:
@@ -260,10 +256,10 @@ class GetScu:
             self._source = None
         rows = [x for listing in listings for x in listing.instances.values()]
         held = 0
-        if folder is not None:
+        if places is not None:
             from airflow_dicom_get.manifest import run_name
 
-            sink = self._sink(folder, self._manifest_root(folder), run_name(), read_only=True)
+            sink = places.sink(run_name(), read_only=True)
             try:
                 for scope, listing in zip(scopes, listings, strict=True):
                     inventory = sink.inventory(scope.study)
@@ -294,7 +290,7 @@ class GetScu:
             associations=len(bins),
             evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
             plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=time.time()), UTC),
-            destination=str(folder) if folder is not None else None,
+            destination=str(places.place) if places is not None else None,
             rows=rows,
         )
 
@@ -373,37 +369,6 @@ class GetScu:
 
         return scopes_of(manifest)
 
-    def _folder(self) -> Path:
-        place = self.options.destination
-        if not isinstance(place, FilesystemDestination):
-            raise InvalidOption(
-                "destination: is missing.", hint="Give destination or out_dir: a folder.", option="destination"
-            )
-        folder = place.path
-        at = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        if not at.is_dir():
-            raise InvalidOption(
-                f"destination: {at} is a file.",
-                hint="Give a folder, or a path where one can be made.",
-                option="destination",
-            )
-        if not os.access(at, os.W_OK | os.X_OK):
-            raise InvalidOption(
-                f"destination: {at} is not writable for us.",
-                hint="Give us the right, or another folder.",
-                option="destination",
-            )
-        return folder.absolute()
-
-    def _manifest_root(self, folder: Path) -> Path:
-        root = self.options.manifest_root
-        if root is None:
-            return folder / "_manifests"
-        assert isinstance(root, FilesystemDestination)
-        if root.path.exists() and not root.path.is_dir():
-            raise InvalidOption(f"manifest_root: {root.path} is a file.", hint="Give a folder.", option="manifest_root")
-        return root.path.absolute()
-
     def _closed_until(self) -> datetime | None:
         """When the source's window opens, if it is closed now."""
         window = self.options.window
@@ -440,38 +405,19 @@ class GetScu:
             source.cancel.cancel(self._cancelled)
         return source
 
-    def _sink(self, folder: Path, root: Path, run: str, *, read_only: bool = False) -> FilesystemSink:
-        from airflow_dicom_get.sinks.filesystem import FilesystemSink
-
-        o = self.options
-        return FilesystemSink(
-            folder,
-            root,
-            run,
-            calling=o.calling_ae_title,
-            called=o.called,
-            file_meta=o.store_with_file_meta,
-            checksum=o.checksum is not None,
-            durable=o.durable,
-            verify_held=o.verify_held,
-            adopt=o.adopt and not read_only,
-            read_only=read_only,
-        )
-
     def _run(
         self,
         source: Source,
-        sink: FilesystemSink,
+        places: Places,
+        name: str,
         events: Events,
         parsed: Query | None,
         listed: list[Scope] | None,
         query_model: str,
     ) -> tuple[list[StudyRun], list[StudyEnd]]:
-        from airflow_dicom_get.engine.contexts import PeerKnowledge
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
-        from airflow_dicom_get.engine.study import StudyRun
-        from airflow_dicom_get.engine.verdict import judge
 
+        places.place.prepare()
         if listed is not None:
             scopes = listed
         else:
@@ -481,12 +427,30 @@ class GetScu:
                 FIND_PROPOSALS,
                 lambda association: resolve(Finder(association), parsed, self.options.max_studies),
             )
+        sink = places.sink(name)
+        try:
+            return self._run_studies(scopes, source, places.place, sink, events, self._settings(query_model))
+        finally:
+            sink.close()
+
+    def _run_studies(
+        self,
+        scopes: Sequence[Scope],
+        source: Source,
+        place: Place,
+        sink: Sink,
+        events: Events,
+        settings: Settings,
+    ) -> tuple[list[StudyRun], list[StudyEnd]]:
+        from airflow_dicom_get.engine.contexts import PeerKnowledge
+        from airflow_dicom_get.engine.study import StudyRun
+        from airflow_dicom_get.engine.verdict import judge
+
         peer = PeerKnowledge(self.options.transfer_syntaxes)
-        settings = self._settings(query_model)
         runs: list[StudyRun] = []
         ends: list[StudyEnd] = []
         for scope in scopes:
-            self._check_room(sink.root)
+            place.check_room()
             run = StudyRun(scope, source, sink, peer, events, settings)
             runs.append(run)
             run.execute()
@@ -502,7 +466,7 @@ class GetScu:
             ends.append(judge(run))
         return runs, ends
 
-    def _settings(self, query_model: str) -> Any:
+    def _settings(self, query_model: str) -> Settings:
         from airflow_dicom_get.engine.study import Settings
         from airflow_dicom_get.engine.tags import TagDecoder
 
@@ -524,18 +488,6 @@ class GetScu:
             decode_tags=decoder.decode if decoder else None,
             before_object=stop,
         )
-
-    def _check_room(self, folder: Path) -> None:
-        from airflow_dicom_get.errors import DestinationFull
-
-        at = next(p for p in (folder, *folder.parents) if p.exists())
-        free = os.statvfs(at)
-        if free.f_bavail * free.f_frsize < _RESERVE:
-            raise DestinationFull(
-                f"The destination {folder} has {free.f_bavail * free.f_frsize >> 20} MiB free; "
-                f"{_RESERVE >> 20} MiB are the least to begin with.",
-                hint="Make room and run again.",
-            )
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -596,39 +548,30 @@ class GetScu:
         window = self.options.window
         return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
 
-    def _write_manifest(
-        self, result: Result, ends: list[StudyEnd], folder: Path, root: Path, run: str, name: str | None
-    ) -> None:
-        from airflow_dicom_get.manifest import manifest_rows, manifest_table, manifest_uri, write_manifest
+    def _write_manifest(self, result: Result, ends: list[StudyEnd], places: Places, run: str, name: str | None) -> None:
+        from airflow_dicom_get.manifest import manifest_rows, manifest_table
 
         rows: list[Instance] = [x for end in ends for x in end.rows]
         described: dict[str, Any] = {
             "source": str(self.options.addr),
-            "destination": folder.as_uri(),
+            "destination": places.place.uri,
             "tags": self.options.tags,
         }
-        path = root / f"{name or run}.parquet"
         try:
-            write_manifest(
+            result.manifest_uri = places.root.write_manifest(
                 manifest_rows(rows, **described),
-                path,
+                name or run,
                 verdict=result.verdict,
                 evidence=result.evidence,
                 run=run,
             )
-            result.manifest_uri = manifest_uri(path)
-        except OSError as error:
-            log.error("The manifest %s cannot be written: %s", path, error.strerror or error)
-            result.errors.insert(
-                0,
-                {
-                    "error": f"The manifest {path} cannot be written: {error.strerror or error}.",
-                    "count": 1,
-                    "hint": "Make room or give another manifest_root.",
-                },
-            )
+        except SinkError as error:
+            log.error("%s", error)
+            hint = error.hint or "Make room or give another manifest_root."
+            result.errors.insert(0, {"error": error.message, "count": 1, "hint": hint})
             if result.verdict == "complete":
-                result.verdict, result.reason = "partial", "disk_full"
+                full = isinstance(error, DestinationFull)
+                result.verdict, result.reason = "partial", "disk_full" if full else "destination_error"
         result.rows = lambda: manifest_table(rows, **described)
 
 

@@ -24,7 +24,7 @@ from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_me
 from airflow_dicom_get.errors import DestinationFull, SinkError
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
-from airflow_dicom_get.sinks.ledger import LedgerWriter, Record, read_ledgers
+from airflow_dicom_get.sinks.ledger import Ledgers, Record
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class FilesystemSink:
     ----------
     root : Path
         The destination folder; made if absent.
-    ledger_root : Path
-        Folder of manifests and ledgers.
+    ledgers : Ledgers
+        Where runs record what they took and kept.
     run : str
         Name of this run, unique.
     calling, called : str
@@ -82,7 +82,7 @@ class FilesystemSink:
     def __init__(
         self,
         root: Path,
-        ledger_root: Path,
+        ledgers: Ledgers,
         run: str,
         *,
         calling: str,
@@ -95,7 +95,7 @@ class FilesystemSink:
         read_only: bool = False,
     ) -> None:
         self.root = root
-        self.ledger_root = ledger_root
+        self.ledgers = ledgers
         self.run = run
         self.calling, self.called = calling, called
         self.file_meta, self.checksum, self.durable = file_meta, checksum, durable
@@ -116,7 +116,7 @@ class FilesystemSink:
 
     def inventory(self, study: str) -> dict[str, Held]:
         """See :meth:`sinks.base.Sink.inventory`."""
-        records = read_ledgers(self.ledger_root, study)
+        records = self.ledgers.read(study)
         held: dict[str, Held] = {}
         for series, sop, entry in self._files(study):
             candidates = [record for record in records.get(sop, ()) if record.series == series]
@@ -211,7 +211,7 @@ class FilesystemSink:
             study = self._studies.get(uid)
             if study is None:
                 try:
-                    study = self._studies[uid] = _Study(self.root / uid, self.ledger_root, uid, self.run)
+                    study = self._studies[uid] = _Study(self.root / uid, self.ledgers, uid, self.run)
                 except OSError as error:
                     raise sink_error(error, f"The destination cannot begin study {uid}") from error
             return study
@@ -302,7 +302,7 @@ class _Pending:
 class _Study:
     """The folder of a study with this run's lock, ledger and open series folders."""
 
-    def __init__(self, path: Path, ledger_root: Path, uid: str, run: str) -> None:
+    def __init__(self, path: Path, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock_path = path / f".{run}.lock"
@@ -311,7 +311,7 @@ class _Study:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             log.info("%s: no file locks here; leftovers of other runs are kept for a day", path)
-        self.ledger = LedgerWriter(ledger_root, uid, run)
+        self.ledger = ledgers.open(uid, run)
         self._folders: dict[str, int] = {}
         self._mutex = threading.Lock()
         _clean_dead_runs(path, run)

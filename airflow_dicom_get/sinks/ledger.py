@@ -6,12 +6,14 @@ whole by one ``write``, so a killed process loses nothing that was written befor
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance
@@ -36,6 +38,50 @@ class Record:
     instance_number: int | None = None
 
 
+class Ledger(Protocol):
+    """The records of one run for one study. What cannot be recorded raises ``OSError``."""
+
+    def taken(self, instance: Instance) -> None:
+        """Record that the whole instance is there, before it gets its final name."""
+
+    def durable(self, uids: Iterable[str]) -> None:
+        """Record that these are kept for good."""
+
+    def dropped(self, uid: str) -> None:
+        """Take back a ``taken``: the object did not get its final name."""
+
+    def sync(self) -> None:
+        """Make the ledger itself durable."""
+
+    def close(self) -> None:
+        """Close; a ledger that recorded nothing leaves nothing behind."""
+
+
+class Ledgers(Protocol):
+    """The ledgers of all runs, wherever they lie."""
+
+    def open(self, study: str, run: str) -> Ledger:
+        """Begin the ledger of a run for a study. Raises ``OSError``."""
+
+    def read(self, study: str) -> dict[str, list[Record]]:
+        """What all runs recorded of a study, as :func:`read_ledgers` gives it. Raises :class:`LedgerError`."""
+
+
+class FolderLedgers:
+    """The ledgers below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, study: str, run: str) -> Ledger:
+        """See :meth:`Ledgers.open`."""
+        return LedgerWriter(self.root, study, run)
+
+    def read(self, study: str) -> dict[str, list[Record]]:
+        """See :meth:`Ledgers.read`."""
+        return read_ledgers(self.root, study)
+
+
 class LedgerWriter:
     """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
 
@@ -44,16 +90,18 @@ class LedgerWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{run}.jsonl"
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._empty = True
+        self._mutex = threading.Lock()
+        self._size = 0
 
     def _append(self, lines: str) -> None:
-        if self._empty:
-            self._empty = False
-            lines = json.dumps({"ledger": SCHEMA}) + "\n" + lines
-        data = lines.encode("ascii")
-        written = os.write(self._fd, data)
-        if written != len(data):
-            raise OSError(28, os.strerror(28))
+        with self._mutex:
+            if not self._size:
+                lines = json.dumps({"ledger": SCHEMA}) + "\n" + lines
+            data = lines.encode("ascii")
+            if os.write(self._fd, data) != len(data):
+                os.ftruncate(self._fd, self._size)  # part of a line would break what is appended once there is room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(data)
 
     def taken(self, instance: Instance) -> None:
         """Record that the whole instance is there, before it gets its final name."""
@@ -91,7 +139,7 @@ class LedgerWriter:
     def close(self) -> None:
         """Close; a ledger that recorded nothing is removed."""
         os.close(self._fd)
-        if self._empty:
+        if not self._size:
             self.path.unlink(missing_ok=True)
 
 

@@ -1,0 +1,171 @@
+"""Where a retrieval puts things: the place of its instances, and the root of its manifests and ledgers.
+
+:func:`open_places` makes both for every kind of destination. ``GetScu`` knows no more of a
+destination than these two protocols.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from airflow_dicom_get.errors import DestinationFull, InvalidOption
+from airflow_dicom_get.options import FilesystemDestination, Options
+from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.sinks.base import Sink
+
+_RESERVE = 64 << 20
+"""Bytes that must be free at the destination before anything is fetched."""
+
+
+class Root(Protocol):
+    """Where manifests and ledgers lie."""
+
+    def ledgers(self) -> Ledgers:
+        """The ledgers of all runs."""
+
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
+        """Write ``<root>/<name>.parquet`` whole or not at all, and give its URI. Raises :class:`SinkError`."""
+
+
+class Place(Protocol):
+    """Where instances go."""
+
+    uri: str
+    """As the column ``destination`` of the manifest has it."""
+
+    def prepare(self) -> None:
+        """Find out before any traffic to the source what would make every instance fail. Raises :class:`SinkError`."""
+
+    def check_room(self) -> None:
+        """Refuse to begin a study without room for it. Raises :class:`DestinationFull`."""
+
+    def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
+        """The sink of one run; a ``read_only`` one only takes inventory and leaves no trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Both places of a retrieval."""
+
+    place: Place
+    root: Root
+
+    def sink(self, run: str, *, read_only: bool = False) -> Sink:
+        """The sink of one run, with its ledgers under the root."""
+        return self.place.sink(self.root.ledgers(), run, read_only=read_only)
+
+
+def open_places(options: Options) -> Places:
+    """The places that the options name, as far as they can be looked at without writing.
+
+    Raises
+    ------
+    InvalidOption
+        There is none, or one cannot be what it is named as.
+    """
+    destination = options.destination
+    if isinstance(destination, FilesystemDestination):
+        folder = FolderPlace(destination.path, options)
+        return Places(folder, _root(options) or FolderRoot(folder.path / "_manifests"))
+    raise InvalidOption("destination: is missing.", hint="Give destination or out_dir: a folder.", option="destination")
+
+
+def _root(options: Options) -> Root | None:
+    """The root that ``manifest_root`` names."""
+    root = options.manifest_root
+    return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+class FolderPlace:
+    """A folder: see :class:`Place`."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        at = _nearest(path.absolute())
+        if not at.is_dir():
+            raise InvalidOption(
+                f"destination: {at} is a file.",
+                hint="Give a folder, or a path where one can be made.",
+                option="destination",
+            )
+        if not os.access(at, os.W_OK | os.X_OK):
+            raise InvalidOption(
+                f"destination: {at} is not writable for us.",
+                hint="Give us the right, or another folder.",
+                option="destination",
+            )
+        self.path = path.absolute()
+        self.uri = self.path.as_uri()
+        self._options = options
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def prepare(self) -> None:
+        """See :meth:`Place.prepare`: the options were checked against the folder already."""
+
+    def check_room(self) -> None:
+        """See :meth:`Place.check_room`."""
+        free = os.statvfs(_nearest(self.path))
+        if free.f_bavail * free.f_frsize < _RESERVE:
+            raise DestinationFull(
+                f"The destination {self.path} has {free.f_bavail * free.f_frsize >> 20} MiB free; "
+                f"{_RESERVE >> 20} MiB are the least to begin with.",
+                hint="Make room and run again.",
+            )
+
+    def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
+        """See :meth:`Place.sink`."""
+        from airflow_dicom_get.sinks.filesystem import FilesystemSink
+
+        o = self._options
+        return FilesystemSink(
+            self.path,
+            ledgers,
+            run,
+            calling=o.calling_ae_title,
+            called=o.called,
+            file_meta=o.store_with_file_meta,
+            checksum=o.checksum is not None,
+            durable=o.durable,
+            verify_held=o.verify_held,
+            adopt=o.adopt and not read_only,
+            read_only=read_only,
+        )
+
+
+class FolderRoot:
+    """Manifests and ledgers in a folder: see :class:`Root`."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
+        self.path = path
+
+    def ledgers(self) -> Ledgers:
+        """See :meth:`Root.ledgers`."""
+        return FolderLedgers(self.path)
+
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
+        """See :meth:`Root.write_manifest`."""
+        from airflow_dicom_get.manifest import manifest_uri, write_manifest
+        from airflow_dicom_get.sinks.filesystem import sink_error
+
+        path = self.path / f"{name}.parquet"
+        try:
+            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run)
+        except OSError as error:
+            raise sink_error(error, f"The manifest {path} cannot be written") from error
+        return manifest_uri(path)
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the folder nearest to it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
