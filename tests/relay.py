@@ -64,6 +64,8 @@ class Relay:
         Connections accepted.
     largest_pdu : int
         The longest P-DATA that the PACS sent, by its length field.
+    borders : list of list of int
+        For each connection, after how many bytes from the PACS a PDU had ended.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class Relay:
         self.sent: list[Sent] = []
         self.commands: list[tuple[str, int, dict[int, bytes]]] = []
         self.down = self.up = self.connections = self.largest_pdu = 0
+        self.borders: list[list[int]] = []
         self._lines: list[_Line] = []
         self._closing = threading.Event()
+        self._mutex = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
 
@@ -138,7 +142,10 @@ class _Line:
         self.relay, self.client, self.server = relay, client, server
         self.cut, self.stall = cut, stall
         self.passed = 0
+        self.pumps = 2
         self.syntaxes: dict[int, str] = {}
+        self.borders: list[int] = []
+        relay.borders.append(self.borders)
         for sock in (client, server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for direction in ("up", "down"):
@@ -173,8 +180,18 @@ class _Line:
                 delayed.finish()
             with suppress(OSError):
                 target.shutdown(socket.SHUT_WR)
+            self._ended()
         except OSError:
             self.reset()
+
+    def _ended(self) -> None:
+        """One direction has ended; after the second the sockets are closed, or many connections would use up all."""
+        with self.relay._mutex:
+            self.pumps -= 1
+            over = not self.pumps
+        if over:
+            self.client.close()
+            self.server.close()
 
     def _pass_down(self, data: bytes, reader: _Reader, send: object) -> bool:
         assert callable(send)
@@ -247,6 +264,7 @@ class _Reader:
         self.command = bytearray()
         self.store: dict[int, bytes] | None = None
         self.pieces: list[bytes] = []
+        self.read = 0
 
     def feed(self, data: bytes) -> None:
         self.buffer += data
@@ -264,6 +282,9 @@ class _Reader:
                 self._fragments(body)
             body.release()
             at += 6 + length
+            self.read += 6 + length
+            if self.direction == "down":
+                self.line.borders.append(self.read)
         del self.buffer[:at]
 
     def _accepted(self, body: bytes) -> None:
