@@ -155,6 +155,21 @@ class DestinationFull(SinkError):
     """The destination has no room left."""
 
 
+class DestinationLost(SinkError):
+    """The node to forward to cannot be reached, went away, or did not take an instance in time.
+
+    The source is not answered then: its association is given up, and what is missing asked for anew.
+    """
+
+    @property
+    def transient(self) -> bool:  # type: ignore[override]
+        return bool(self.facts.get("may_pass", True))
+
+
+class DestinationLate(DestinationLost):
+    """The node to forward to has an instance whole and has not answered yet; what it answers still counts."""
+
+
 class LedgerError(DicomGetError):
     """A ledger file is broken or of a newer schema. It is left as it is."""
 

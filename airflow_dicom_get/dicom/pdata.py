@@ -28,6 +28,8 @@ _PDU_HEADER = struct.Struct(">BxL")
 _PDV_HEADER = struct.Struct(">LBB")
 _BOTH_HEADERS = struct.Struct(">BBLLBB")
 _OVERHEAD = 6  # a PDV item's own header, which counts into the PDU length
+P_DATA_HEADER_LENGTH = 12
+"""Bytes before the value of a P-DATA-TF PDU with one PDV."""
 
 
 class Fragment(NamedTuple):
@@ -194,6 +196,11 @@ def frame_message(context_id: int, command: bytes, dataset: bytes | None, peer_m
             out += _BOTH_HEADERS.pack(P_DATA_TF, 0, len(part) + _OVERHEAD, len(part) + 2, context_id, control)
             out += part
     return bytes(out)
+
+
+def put_p_data_header(buffer: memoryview, pos: int, size: int, context_id: int, *, last: bool) -> None:
+    """Write the header of a P-DATA-TF PDU with one fragment of a data set, ``size`` bytes, that follows it."""
+    _BOTH_HEADERS.pack_into(buffer, pos, P_DATA_TF, 0, size + _OVERHEAD, size + 2, context_id, 2 if last else 0)
 
 
 RELEASE_RQ = struct.pack(">BBLL", A_RELEASE_RQ, 0, 4, 0)

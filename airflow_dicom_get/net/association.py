@@ -6,6 +6,7 @@ One thread uses an association; any thread may set its :class:`CancelToken`.
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import ssl
 import time
@@ -309,6 +310,30 @@ class Association:
             f"{self.node} sent a PDU of type {item.pdu_type:02X}H where none is allowed.", node=str(self.node)
         )
 
+    def wait_for_data(self, limit: float) -> bool:
+        """Whether the peer has sent something that is not read yet, or does so before ``limit``. Reads nothing.
+
+        Raises
+        ------
+        Cancelled
+            By a second, hard cancel.
+        """
+        sock = self._sock
+        if self._items or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            return True
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        while True:
+            if _QUICKACK is not None:  # the answer may come in two pieces, the second held back for our ACK
+                sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+            left = limit - time.monotonic()
+            if poll.poll(max(min(left, _SLICE), 0) * 1000):
+                return True
+            if left <= 0:
+                return False
+            if self.cancel.hard:
+                raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
+
     def fragment(self, limit: float, phase: str) -> Fragment:
         """The next P-DATA fragment; anything else raises."""
         item = self.next_item(limit, phase)
@@ -331,8 +356,16 @@ class Association:
         )
 
     def _send(self, data: bytes, phase: str, seconds: float) -> None:
-        limit = time.monotonic() + seconds
-        view = memoryview(data)
+        self.send(memoryview(data), time.monotonic() + seconds, phase)
+
+    def send(self, view: memoryview, limit: float, phase: str) -> None:
+        """Send bytes as they are.
+
+        Parameters
+        ----------
+        limit : float
+            ``time.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
+        """
         try:
             while view:
                 try:

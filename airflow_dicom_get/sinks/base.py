@@ -10,22 +10,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, State
 
 
 class Taken(NamedTuple):
-    """The sink's answer for a whole instance: the DIMSE status for the source, and why if it is no success."""
+    """The sink's answer for a whole instance: the DIMSE status for the source, and why if it was not taken.
+
+    It was taken where ``reason`` is None, also with the status of a warning; ``state`` is what it is then.
+    """
 
     status: int
     reason: str | None = None
     error: str | None = None
+    state: State = "stored"
 
 
 class Confirmation(NamedTuple):
-    """An instance that was taken is now kept for good, or (``error``) could not be."""
+    """An instance is now kept for good, or (``error``) could not be.
+
+    It was taken before, or its :meth:`Writer.take` raised :class:`~airflow_dicom_get.errors.DestinationLate`.
+    """
 
     instance: Instance
     error: str | None = None
+    reason: str = "destination_error"
 
 
 @dataclass(slots=True)
@@ -36,23 +44,39 @@ class Held:
     sop: str
     sop_class: str | None
     syntax: str | None
-    uri: str
+    uri: str | None
     sha256: bytes | None
-    bytes: int
+    bytes: int | None
     dataset_offset: int
     modality: str | None = None
     series_number: int | None = None
     instance_number: int | None = None
+    forwarded_to: str | None = None
 
 
 class Writer(Protocol):
     """Takes the data set of one instance as it comes."""
 
     def write(self, view: memoryview) -> None:
-        """Take the next bytes; the view is void afterwards. Raises :class:`SinkError`."""
+        """Take the next bytes; the view is void afterwards.
+
+        Raises
+        ------
+        DestinationLost
+            The source cannot be answered in time: give its association up.
+        SinkError
+            The instance is lost; the next one may not be.
+        """
 
     def take(self) -> Taken:
-        """The data set is whole. Fills size, digest and URI of the instance."""
+        """The data set is whole. Fills size, digest and URI of the instance.
+
+        Raises
+        ------
+        DestinationLost
+            The source cannot be answered in time: give its association up. After :class:`DestinationLate`
+            a confirmation of the instance will still come.
+        """
 
     def abort(self) -> None:
         """The data set will never be whole; leave nothing behind."""
@@ -71,7 +95,7 @@ class Sink(Protocol):
         """
 
     def begin(self, instance: Instance) -> Writer:
-        """Begin an instance whose study, series, sop, sop_class and syntax are known. Raises :class:`SinkError`."""
+        """Begin an instance whose study, series, sop, sop_class and syntax are known. Raises as :meth:`Writer.write`."""
 
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """Those that came since the last call; with ``wait`` all that are still due."""

@@ -36,6 +36,7 @@ class Record:
     modality: str | None = None
     series_number: int | None = None
     instance_number: int | None = None
+    forwarded_to: str | None = None
 
 
 class Ledger(Protocol):
@@ -63,7 +64,7 @@ class Ledgers(Protocol):
     def open(self, study: str, run: str) -> Ledger:
         """Begin the ledger of a run for a study. Raises ``OSError``."""
 
-    def read(self, study: str) -> dict[str, list[Record]]:
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
         """What all runs recorded of a study, as :func:`read_ledgers` gives it. Raises :class:`LedgerError`."""
 
 
@@ -77,9 +78,9 @@ class FolderLedgers:
         """See :meth:`Ledgers.open`."""
         return LedgerWriter(self.root, study, run)
 
-    def read(self, study: str) -> dict[str, list[Record]]:
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
         """See :meth:`Ledgers.read`."""
-        return read_ledgers(self.root, study)
+        return read_ledgers(self.root, study, forwarded_to)
 
 
 class LedgerWriter:
@@ -105,24 +106,22 @@ class LedgerWriter:
 
     def taken(self, instance: Instance) -> None:
         """Record that the whole instance is there, before it gets its final name."""
-        self._append(
-            json.dumps(
-                {
-                    "state": "taken",
-                    "uid": instance.sop,
-                    "series": instance.series,
-                    "class": instance.sop_class,
-                    "syntax": instance.syntax,
-                    "size": instance.bytes,
-                    "dataset_offset": instance.dataset_offset,
-                    "sha256": instance.sha256.hex() if instance.sha256 else None,
-                    "modality": instance.modality,
-                    "series_number": instance.series_number,
-                    "instance_number": instance.instance_number,
-                }
-            )
-            + "\n"
-        )
+        entry = {
+            "state": "taken",
+            "uid": instance.sop,
+            "series": instance.series,
+            "class": instance.sop_class,
+            "syntax": instance.syntax,
+            "size": instance.bytes,
+            "dataset_offset": instance.dataset_offset,
+            "sha256": instance.sha256.hex() if instance.sha256 else None,
+            "modality": instance.modality,
+            "series_number": instance.series_number,
+            "instance_number": instance.instance_number,
+        }
+        if instance.forwarded_to is not None:
+            entry["forwarded_to"] = instance.forwarded_to
+        self._append(json.dumps(entry) + "\n")
 
     def durable(self, uids: Iterable[str]) -> None:
         """Record that these are kept for good, in one write."""
@@ -143,10 +142,11 @@ class LedgerWriter:
             self.path.unlink(missing_ok=True)
 
 
-def read_ledgers(root: Path, study: str) -> dict[str, list[Record]]:
+def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
     """What all runs recorded of a study, by SOP Instance UID: the likeliest record first.
 
-    Durable ones come before those that were only taken, newer ones before older ones. A torn last
+    One root may serve several destinations: of forwards only those to ``forwarded_to`` are read, and
+    without it none. Durable ones come before those that were only taken, newer ones before older ones. A torn last
     line is ignored.
 
     Raises
@@ -162,7 +162,8 @@ def read_ledgers(root: Path, study: str) -> dict[str, list[Record]]:
         raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
     for path in paths:
         for uid, record in _read_one(path, study).items():
-            records.setdefault(uid, []).append(record)
+            if record.forwarded_to == forwarded_to:
+                records.setdefault(uid, []).append(record)
     for candidates in records.values():
         candidates.sort(key=lambda record: not record.durable)
     return records
@@ -204,6 +205,7 @@ def _record(uid: str, entry: Mapping[str, Any]) -> Record:
         modality=entry.get("modality"),
         series_number=entry.get("series_number"),
         instance_number=entry.get("instance_number"),
+        forwarded_to=entry.get("forwarded_to"),
     )
 
 

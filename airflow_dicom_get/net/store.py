@@ -1,0 +1,141 @@
+"""C-STORE (PS3.4 B) as SCU: the command, then the data set as it comes, then the response.
+
+The data set is not held: full P-DATA-TF PDUs go out as soon as more follows, and the last one waits
+in the one buffer until the caller says that it is the last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from airflow_dicom_get.dicom import command as c
+from airflow_dicom_get.dicom.pdata import P_DATA_HEADER_LENGTH, frame_message, put_p_data_header
+from airflow_dicom_get.errors import PeerProtocolError
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.messages import read_response
+
+MAX_PDU_LENGTH = 131072
+"""The largest P-DATA-TF that is sent, whatever the peer allows: larger ones measured slower."""
+_COMMAND_ROOM = 4096
+_EAGER = 1 << 16
+"""Bytes that are sent in one write, where the peer's PDUs are smaller."""
+
+
+class StoreResponse(NamedTuple):
+    """A C-STORE-RSP. The comment is the peer's text: escape it, and show it at DEBUG only."""
+
+    status: int
+    comment: str
+
+
+class StoreChannel:
+    """Stores instances over one association, one after the other.
+
+    Memory: one buffer of at most 128 KiB + 64 KiB + 4 KiB.
+
+    Parameters
+    ----------
+    association : Association
+        With accepted contexts for storage.
+    max_pdu_length : int
+        The largest PDU to send; the peer's own maximum holds besides.
+    """
+
+    def __init__(self, association: Association, max_pdu_length: int = MAX_PDU_LENGTH) -> None:
+        peer = association.accepted.max_pdu_length or max_pdu_length
+        room = min(peer, max_pdu_length) - 6  # a PDV's own header counts into the length of its PDU
+        self._room = max(room - room % 2, 2)  # fragments stay even (PS3.8 E.1)
+        self._peer_length = self._room + 6
+        self._association = association
+        self._buffer = memoryview(bytearray(_COMMAND_ROOM + _EAGER + P_DATA_HEADER_LENGTH + self._room))
+        self._context_id = 0
+        self._message_id = 0
+        self._start = 0
+        """Where the PDU at hand begins; the PDUs before it are whole."""
+        self._end = 0
+
+    def begin(self, context_id: int, sop_class: str, sop_instance: str) -> None:
+        """Begin an instance. Nothing is sent before its first bytes are there."""
+        self._context_id = context_id
+        self._message_id = self._association.next_message_id()
+        command = frame_message(
+            context_id,
+            c.encode(
+                {
+                    c.AFFECTED_SOP_CLASS: sop_class,
+                    c.COMMAND_FIELD: c.C_STORE_RQ,
+                    c.MESSAGE_ID: self._message_id,
+                    c.PRIORITY: 0,
+                    c.DATASET_TYPE: c.DATASET_FOLLOWS,
+                    c.AFFECTED_SOP_INSTANCE: sop_instance,
+                }
+            ),
+            None,
+            self._peer_length,
+        )
+        self._start = len(command)
+        self._buffer[: self._start] = command
+        self._end = self._start + P_DATA_HEADER_LENGTH
+
+    def write(self, view: memoryview, limit: float) -> None:
+        """Take the next bytes of the data set; ``limit`` is the ``time.monotonic()`` value by which they must go.
+
+        Raises
+        ------
+        AssociationAborted, DeadlineExceeded (phase ``stall``), Cancelled
+        """
+        pos, size = 0, len(view)
+        buffer = self._buffer
+        while pos < size:
+            full = self._start + P_DATA_HEADER_LENGTH + self._room
+            if self._end == full:
+                self._seal(last=False)
+                if self._start >= _EAGER:
+                    self._flush(limit, "stall")
+                self._end = self._start + P_DATA_HEADER_LENGTH
+                full = self._end + self._room
+            take = min(full - self._end, size - pos)
+            buffer[self._end : self._end + take] = view[pos : pos + take]
+            self._end += take
+            pos += take
+
+    def finish(self, limit: float) -> None:
+        """The data set is whole: send what is left of it.
+
+        Raises
+        ------
+        AssociationAborted, DeadlineExceeded (phase ``sub_operation``), Cancelled
+        """
+        self._seal(last=True)
+        self._flush(limit, "sub_operation")
+
+    def _seal(self, *, last: bool) -> None:
+        size = self._end - self._start - P_DATA_HEADER_LENGTH
+        put_p_data_header(self._buffer, self._start, size, self._context_id, last=last)
+        self._start = self._end
+
+    def _flush(self, limit: float, phase: str) -> None:
+        self._association.send(self._buffer[: self._start], limit, phase)
+        self._start = 0
+
+    def response(self, limit: float) -> StoreResponse:
+        """Wait for the C-STORE-RSP.
+
+        Raises
+        ------
+        AssociationAborted, DeadlineExceeded (phase ``sub_operation``), PeerProtocolError, Cancelled
+        """
+        association = self._association
+        answer, _ = read_response(
+            association, self._context_id, self._message_id, c.C_STORE_RSP, limit, "sub_operation", 0
+        )
+        if answer.status is None:
+            association.abort(2)
+            raise PeerProtocolError(
+                f"{association.node} sent a C-STORE-RSP without status.", node=str(association.node)
+            )
+        return StoreResponse(answer.status, answer.text(c.ERROR_COMMENT))
+
+    def wait_for_response(self, limit: float) -> bool:
+        """Whether the response begins to arrive before ``limit``. Raises :class:`Cancelled`."""
+        return self._association.wait_for_data(limit)
