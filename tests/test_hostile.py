@@ -31,6 +31,8 @@ from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, build
 from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
 
+pytestmark = pytest.mark.slow
+
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 DEADLINES = {
     "connect": 2.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count, islice, repeat
+from itertools import chain, count, islice
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
@@ -158,9 +158,23 @@ class FindRepeats(_AtFind):
 
     param = 0.0
 
-    def rows(self, level: str, query: Row) -> Iterator[Row]:
-        for row in repeat(next(iter(super().rows(level, query)), {})):
-            yield row
+    def find(self, message: Message) -> None:
+        syntax = self.syntax_of(message.context)
+        query = archive.parse_identifier(message.data, syntax)
+        row = next(iter(self.rows(query.get(0x00080052, ""), query)), {})
+        fields: dict[int, wire.Value] = {
+            wire.CLASS: message.elements.get(wire.CLASS, b""),
+            wire.FIELD: wire.C_FIND | wire.RESPONSE,
+            wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
+            wire.DATA_SET_TYPE: wire.WITH_DATA_SET,
+            wire.STATUS: _PENDING,
+        }
+        answer = wire.p_data(message.context, wire.COMMAND_BIT | wire.LAST_BIT, wire.command(fields))
+        answer += wire.p_data(message.context, wire.LAST_BIT, archive.encode_identifier(row, syntax))
+        if not self.number:
+            self.link.flood(answer * 64)
+        while True:
+            self.link.send(answer)
             self.link.wait(self.number)
 
 
