@@ -1,8 +1,7 @@
 """The filesystem sink: ``<root>/<study>/<series>/<sop>.dcm``, whole or not there.
 
-An instance is written under a temporary name, recorded as taken, given its final name by a hard
-link (which never replaces anything), then synced by a few threads behind the receiver and recorded
-as durable.
+An instance is written under a temporary name, recorded as taken, given its final name without ever
+replacing another, then synced with others by a thread behind the receiver and recorded as durable.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import queue
 import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,16 @@ from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_me
 from airflow_dicom_get.errors import DestinationFull, SinkError
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+from airflow_dicom_get.sinks.files import (
+    Follower,
+    digest_of,
+    digest_of_path,
+    exists,
+    fsync_path,
+    rename_new,
+    same_content,
+    start_write_back,
+)
 from airflow_dicom_get.sinks.ledger import Ledgers, Record
 
 log = logging.getLogger(__name__)
@@ -31,11 +41,8 @@ log = logging.getLogger(__name__)
 MAX_UNCONFIRMED = 64 << 20
 """Bytes that may be taken and not yet confirmed; one instance may be larger than that alone."""
 _MAX_QUEUED = 128  # open files behind the receiver
-_SYNC_THREADS = 3
-_BATCH = 32
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
-_FOLLOW_CHUNK = 1 << 20
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)\.part")
 
@@ -110,7 +117,7 @@ class FilesystemSink:
         self._due = 0
         self._done: list[Confirmation] = []
         self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
 
     # --- what is held ------------------------------------------------------------------------
 
@@ -152,7 +159,7 @@ class FilesystemSink:
         if self.verify_held != "none" or not record.durable:
             if entry.stat(follow_symlinks=False).st_size != record.size:
                 return None
-            if need_digest and (not checkable or _digest(entry.path) != record.sha256):
+            if need_digest and (not checkable or digest_of_path(entry.path) != record.sha256):
                 return None
         if not record.durable and not self._read_only:
             self._sync_now(entry.path)
@@ -189,8 +196,8 @@ class FilesystemSink:
 
     def _sync_now(self, path: str) -> None:
         if self.durable:
-            _fsync_path(path)
-            _fsync_path(os.path.dirname(path))
+            fsync_path(path)
+            fsync_path(os.path.dirname(path))
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -221,10 +228,9 @@ class FilesystemSink:
         with self._mutex:
             self._unconfirmed += pending.size
             self._due += 1
-            if len(self._threads) < _SYNC_THREADS:
-                thread = threading.Thread(target=self._sync_loop, name="dicom-get-sync", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._sync_loop, name="dicom-get-sync", daemon=True)
+                self._thread.start()
         self._queue.put(pending)
 
     def _sync_loop(self) -> None:
@@ -233,21 +239,30 @@ class FilesystemSink:
             if first is None:
                 return
             batch = [first]
-            while len(batch) < _BATCH:
+            last = False
+            while len(batch) < _MAX_QUEUED and not last:
                 try:
                     item = self._queue.get_nowait()
                 except queue.Empty:
                     break
                 if item is None:
-                    self._queue.put(None)
-                    break
-                batch.append(item)
+                    last = True
+                else:
+                    batch.append(item)
             self._confirm(batch)
+            if last:
+                return
 
     def _confirm(self, batch: list[_Pending]) -> None:
-        """Sync a batch of files, then each of their folders once, then say so in the ledgers."""
+        """Sync a batch of files, then each of their folders once, then say so in the ledgers.
+
+        All are pushed out before the first is waited for: so they share a commit of the journal.
+        """
         results: list[Confirmation] = []
         good: list[_Pending] = []
+        if self.durable and len(batch) > 1:
+            for item in batch:
+                start_write_back(item.fd)
         for item in batch:
             try:
                 if self.durable:
@@ -258,9 +273,12 @@ class FilesystemSink:
             finally:
                 os.close(item.fd)
         try:
-            if self.durable:
-                for folder in {item.folder for item in good}:
-                    os.fsync(folder)
+            for item in {item.folder: item for item in good}.values():
+                if self.durable:
+                    os.fsync(item.folder)
+                where = os.stat(item.study.path / item.instance.series)
+                if not os.path.samestat(where, os.fstat(item.folder)):  # moved away, or another disk lies over it
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             for study in {item.study for item in good}:
                 study.ledger.durable([item.instance.sop for item in good if item.study is study])
             results += [Confirmation(item.instance) for item in good]
@@ -282,10 +300,9 @@ class FilesystemSink:
 
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
-        for _ in self._threads:
+        if self._thread is not None:
             self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+            self._thread.join()
         for study in self._studies.values():
             study.close(self.durable)
 
@@ -331,7 +348,7 @@ class _Study:
         try:
             if durable:
                 self.ledger.sync()
-                _fsync_path(str(self.path))
+                fsync_path(str(self.path))
         except OSError as error:
             log.warning("%s: %s", self.path, error.strerror)
         self.ledger.close()
@@ -378,7 +395,7 @@ class _FileWriter:
         self._offset = len(head)
         self._hash: Any = hashlib.sha256() if sink.checksum else None
         self._size = 0
-        self._follower: _Follower | None = None
+        self._follower: Follower | None = None
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
@@ -400,7 +417,7 @@ class _FileWriter:
         elif self._hash is not None:
             self._hash.update(view)
             if self._size >= _FOLLOW_FROM:
-                self._follower = _Follower(self._fd, self._hash, self._size)
+                self._follower = Follower(self._fd, self._hash, self._size)
 
     def _write_all(self, written: int, view: memoryview, head: bytes = b"") -> None:
         """Finish a short write (a full disk, a signal)."""
@@ -433,7 +450,7 @@ class _FileWriter:
         instance, folder = self._instance, self._folder
         final = f"{instance.sop}.dcm"
         replace = instance.sop in self._sink.replaceable
-        if not replace and self._exists(final):
+        if not replace and exists(final, folder):
             return self._meet_first(final)
         self._study.ledger.taken(instance)
         if replace:
@@ -441,26 +458,13 @@ class _FileWriter:
             self._sink.replaceable.discard(instance.sop)
         else:
             try:
-                os.link(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+                rename_new(self._name, final, folder)
             except FileExistsError:  # another run was quicker by a moment
                 self._study.ledger.dropped(instance.sop)
                 return self._meet_first(final)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                    raise
-                os.rename(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)  # no hard links here
-            else:
-                os.unlink(self._name, dir_fd=folder)
         fd, self._fd = self._fd, -1
         self._sink.taken(_Pending(instance, self._study, fd, folder, self._size))
         return Taken(s.SUCCESS)
-
-    def _exists(self, name: str) -> bool:
-        try:
-            os.stat(name, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
 
     def _meet_first(self, final: str) -> Taken:
         """A file of this UID is there: the first stays, and counts only if its data set is the same."""
@@ -469,10 +473,10 @@ class _FileWriter:
         meta = read_file_meta(os.pread(fd, META_LIMIT, 0))
         offset = meta.dataset_offset if meta else 0
         size = os.fstat(fd).st_size
-        if size - offset == instance.dataset_bytes and _same(fd, offset, self._fd, self._offset):
+        if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
             instance.bytes, instance.dataset_offset = size, offset
             if self._hash is not None and self._sink.checksum:
-                instance.sha256 = _digest_fd(fd)
+                instance.sha256 = digest_of(fd)
             self._study.ledger.taken(instance)
             self._drop()
             self._sink.taken(_Pending(instance, self._study, fd, self._folder, size))
@@ -496,60 +500,10 @@ class _FileWriter:
     def abort(self) -> None:
         """See :meth:`sinks.base.Writer.abort`."""
         if self._follower is not None:
-            self._follower.finish()
+            with suppress(OSError):
+                self._follower.finish()
         if self._fd >= 0:
             self._drop()
-
-
-class _Follower:
-    """Digests a growing file behind its writer, out of the page cache, and starts its write-back."""
-
-    def __init__(self, fd: int, digest: Any, done: int) -> None:
-        self._fd, self._digest, self._done = fd, digest, done
-        self._target = self._latest = done
-        self._ended = False
-        self._wake = threading.Condition()
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="dicom-get-digest", daemon=True)
-        self._thread.start()
-
-    def grown(self, size: int) -> None:
-        """The file holds ``size`` bytes now."""
-        if size - self._target >= _FOLLOW_CHUNK:
-            with self._wake:
-                self._target = size
-                self._wake.notify()
-        self._latest = size
-
-    def finish(self) -> None:
-        """Wait for the digest of all that was written."""
-        with self._wake:
-            self._target = self._latest
-            self._ended = True
-            self._wake.notify()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        buffer = bytearray(_FOLLOW_CHUNK)
-        view = memoryview(buffer)
-        try:
-            while True:
-                with self._wake:
-                    while self._done >= self._target and not self._ended:
-                        self._wake.wait()
-                    target = self._target
-                    if self._done >= target and self._ended:
-                        return
-                while self._done < target:
-                    size = os.preadv(self._fd, [view[: min(target - self._done, _FOLLOW_CHUNK)]], self._done)
-                    if not size:
-                        raise OSError(errno.EIO, os.strerror(errno.EIO))
-                    self._digest.update(view[:size])
-                    self._done += size
-        except OSError as error:
-            self._error = error
 
 
 def _clean_dead_runs(folder: Path, own: str) -> None:
@@ -586,40 +540,6 @@ def _is_dead(lock: Path, part: Path) -> bool:
         return time.time() - part.stat().st_mtime > _STALE_SECONDS
     finally:
         os.close(fd)
-
-
-def _fsync_path(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _digest_fd(fd: int) -> bytes:
-    digest = hashlib.sha256()
-    pos = 0
-    while chunk := os.pread(fd, _FOLLOW_CHUNK, pos):
-        digest.update(chunk)
-        pos += len(chunk)
-    return digest.digest()
-
-
-def _same(one: int, one_pos: int, other: int, other_pos: int) -> bool:
-    while True:
-        a = os.pread(one, _FOLLOW_CHUNK, one_pos)
-        b = os.pread(other, _FOLLOW_CHUNK, other_pos)
-        if a != b:
-            return False
-        if not a:
-            return True
-        one_pos += len(a)
-        other_pos += len(b)
 
 
 def _as_instance(study: str, record: Record) -> Instance:
