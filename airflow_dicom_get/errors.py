@@ -155,7 +155,7 @@ class DestinationFull(SinkError):
     """The destination has no room left."""
 
 
-class DestinationLost(SinkError):
+class ForwardLost(SinkError):
     """The node to forward to cannot be reached, went away, or did not take an instance in time.
 
     The source is not answered then: its association is given up, and what is missing asked for anew.
@@ -166,8 +166,16 @@ class DestinationLost(SinkError):
         return bool(self.facts.get("may_pass", True))
 
 
-class DestinationLate(DestinationLost):
+class ForwardLate(ForwardLost):
     """The node to forward to has an instance whole and has not answered yet; what it answers still counts."""
+
+
+class S3Error(SinkError):
+    """An S3 request failed: ``bucket``, ``key``, ``operation``, ``code`` and ``status`` say which, and how."""
+
+    @property
+    def transient(self) -> bool:  # type: ignore[override]
+        return bool(self.facts.get("passing", True))
 
 
 class LedgerError(DicomGetError):

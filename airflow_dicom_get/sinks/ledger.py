@@ -37,6 +37,42 @@ class Record:
     series_number: int | None = None
     instance_number: int | None = None
     forwarded_to: str | None = None
+    etag: str | None = None
+
+
+def header_line() -> str:
+    """The first line of a ledger."""
+    return json.dumps({"ledger": SCHEMA}) + "\n"
+
+
+def taken_line(instance: Instance) -> str:
+    """The line that says that an instance is there whole."""
+    entry = {
+        "state": "taken",
+        "uid": instance.sop,
+        "series": instance.series,
+        "class": instance.sop_class,
+        "syntax": instance.syntax,
+        "size": instance.bytes,
+        "dataset_offset": instance.dataset_offset,
+        "sha256": instance.sha256.hex() if instance.sha256 else None,
+        "modality": instance.modality,
+        "series_number": instance.series_number,
+        "instance_number": instance.instance_number,
+    }
+    if instance.forwarded_to is not None:
+        entry["forwarded_to"] = instance.forwarded_to
+    return json.dumps(entry) + "\n"
+
+
+def durable_line(uid: str, etag: str | None = None) -> str:
+    """The line that says that an instance is kept for good."""
+    return json.dumps({"state": "durable", "uid": uid} | ({"etag": etag} if etag else {})) + "\n"
+
+
+def dropped_line(uid: str) -> str:
+    """The line that takes a ``taken`` back."""
+    return json.dumps({"state": "dropped", "uid": uid}) + "\n"
 
 
 class Ledger(Protocol):
@@ -45,8 +81,8 @@ class Ledger(Protocol):
     def taken(self, instance: Instance) -> None:
         """Record that the whole instance is there, before it gets its final name."""
 
-    def durable(self, uids: Iterable[str]) -> None:
-        """Record that these are kept for good."""
+    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
+        """Record that these are kept for good; ``etag`` is the store's own mark of the content."""
 
     def dropped(self, uid: str) -> None:
         """Take back a ``taken``: the object did not get its final name."""
@@ -97,7 +133,7 @@ class LedgerWriter:
     def _append(self, lines: str) -> None:
         with self._mutex:
             if not self._size:
-                lines = json.dumps({"ledger": SCHEMA}) + "\n" + lines
+                lines = header_line() + lines
             data = lines.encode("ascii")
             if os.write(self._fd, data) != len(data):
                 os.ftruncate(self._fd, self._size)  # part of a line would break what is appended once there is room
@@ -105,31 +141,16 @@ class LedgerWriter:
             self._size += len(data)
 
     def taken(self, instance: Instance) -> None:
-        """Record that the whole instance is there, before it gets its final name."""
-        entry = {
-            "state": "taken",
-            "uid": instance.sop,
-            "series": instance.series,
-            "class": instance.sop_class,
-            "syntax": instance.syntax,
-            "size": instance.bytes,
-            "dataset_offset": instance.dataset_offset,
-            "sha256": instance.sha256.hex() if instance.sha256 else None,
-            "modality": instance.modality,
-            "series_number": instance.series_number,
-            "instance_number": instance.instance_number,
-        }
-        if instance.forwarded_to is not None:
-            entry["forwarded_to"] = instance.forwarded_to
-        self._append(json.dumps(entry) + "\n")
+        """See :meth:`Ledger.taken`."""
+        self._append(taken_line(instance))
 
-    def durable(self, uids: Iterable[str]) -> None:
-        """Record that these are kept for good, in one write."""
-        self._append("".join(f'{{"state": "durable", "uid": "{uid}"}}\n' for uid in uids))
+    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
+        """See :meth:`Ledger.durable`; one write."""
+        self._append("".join(durable_line(uid, etag) for uid in uids))
 
     def dropped(self, uid: str) -> None:
-        """Take back a ``taken``: the file did not get its final name."""
-        self._append(f'{{"state": "dropped", "uid": "{uid}"}}\n')
+        """See :meth:`Ledger.dropped`."""
+        self._append(dropped_line(uid))
 
     def sync(self) -> None:
         """Make the ledger itself durable."""
@@ -155,13 +176,18 @@ def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dic
         A file is of a newer schema, or broken before its last line; it is left as it is.
     """
     folder = root / ".ledger" / study
-    records: dict[str, list[Record]] = {}
     try:
         paths = sorted(folder.glob("*.jsonl"), reverse=True)
     except OSError as error:
         raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
-    for path in paths:
-        for uid, record in _read_one(path, study).items():
+    return merge_records((parse_ledger([(str(path), _content(path, study))], study) for path in paths), forwarded_to)
+
+
+def merge_records(runs: Iterable[Mapping[str, Record]], forwarded_to: str | None = None) -> dict[str, list[Record]]:
+    """The union of what runs recorded, each given newest first, as :func:`read_ledgers` gives it."""
+    records: dict[str, list[Record]] = {}
+    for run in runs:
+        for uid, record in run.items():
             if record.forwarded_to == forwarded_to:
                 records.setdefault(uid, []).append(record)
     for candidates in records.values():
@@ -169,25 +195,43 @@ def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dic
     return records
 
 
-def _read_one(path: Path, study: str) -> dict[str, Record]:
+def _content(path: Path, study: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger {path} cannot be read: {error.strerror}.", study=study, path=str(path)
+        ) from error
+
+
+def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Record]:
+    """The records of one run, in one file or several: where each lies, and its content.
+
+    Raises
+    ------
+    LedgerError
+        A part is of a newer schema, or broken before its last line.
+    """
     records: dict[str, Record] = {}
-    for entry in _entries(path, study):
-        try:
-            uid = str(entry["uid"])
-            match entry["state"]:
-                case "taken":
-                    records[uid] = _record(uid, entry)
-                case "durable" if uid in records:
-                    records[uid].durable = True
-                case "dropped":
-                    records.pop(uid, None)
-        except (KeyError, TypeError, ValueError):
-            raise LedgerError(
-                f"The ledger {path} holds a record that cannot be read.",
-                hint="It was left as it is. Move it away to have its instances fetched again.",
-                study=study,
-                path=str(path),
-            ) from None
+    for path, data in parts:
+        for entry in _entries(path, data, study):
+            try:
+                uid = str(entry["uid"])
+                match entry["state"]:
+                    case "taken":
+                        records[uid] = _record(uid, entry)
+                    case "durable" if uid in records:
+                        records[uid].durable = True
+                        records[uid].etag = entry.get("etag")
+                    case "dropped":
+                        records.pop(uid, None)
+            except (KeyError, TypeError, ValueError):
+                raise LedgerError(
+                    f"The ledger {path} holds a record that cannot be read.",
+                    hint="It was left as it is. Move it away to have its instances fetched again.",
+                    study=study,
+                    path=path,
+                ) from None
     return records
 
 
@@ -209,13 +253,7 @@ def _record(uid: str, entry: Mapping[str, Any]) -> Record:
     )
 
 
-def _entries(path: Path, study: str) -> Iterator[dict[str, Any]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise LedgerError(
-            f"The ledger {path} cannot be read: {error.strerror}.", study=study, path=str(path)
-        ) from error
+def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
     lines = data.split(b"\n")
     lines.pop()  # empty after the last newline, or torn
     for number, line in enumerate(lines, 1):
@@ -228,7 +266,7 @@ def _entries(path: Path, study: str) -> Iterator[dict[str, Any]]:
                 f"The ledger {path} is broken in line {number}.",
                 hint="It was left as it is. Move it away to have its instances fetched again.",
                 study=study,
-                path=str(path),
+                path=path,
             ) from None
         version = entry.get("ledger")
         if version is None:
@@ -238,5 +276,5 @@ def _entries(path: Path, study: str) -> Iterator[dict[str, Any]]:
                 f"The ledger {path} has schema {version}; this version reads {SCHEMA}.",
                 hint="Use the version of airflow-dicom-get that wrote it, or a newer one.",
                 study=study,
-                path=str(path),
+                path=path,
             )

@@ -1,0 +1,246 @@
+"""A bucket: requests to an S3 service, and its failures as errors that say what to check."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from airflow_dicom_get.errors import S3Error, peer_text
+from airflow_dicom_get.settings import S3Config
+
+REQUESTS_PER_SLOT = 4
+"""Requests at a time per ``max_concurrency``: small objects wait for the answer rather than for the line."""
+CONNECT_TIMEOUT = 10
+READ_TIMEOUT = 20
+"""Seconds without a byte, after which a request is made again."""
+ATTEMPTS = 5
+_CHUNK = 1 << 20
+
+_CREDENTIALS = "Check the credentials: the access key, the secret key, and the session token if there is one."
+_CLOCK = "Check the clock of this machine."
+_REGION = "Check the region{expected}, and the endpoint."
+_POLICY = "Check the policy of bucket and user: PutObject, GetObject, ListBucket and AbortMultipartUpload are needed."
+_BUCKET = "Check the bucket's name, the endpoint and the region; the bucket is not made for you."
+_ENDPOINT = "Check the endpoint, the network, and that the service runs."
+_HINTS = {
+    "NoSuchBucket": _BUCKET,
+    "InvalidBucketName": _BUCKET,
+    "AccessDenied": _POLICY,
+    "AllAccessDisabled": _POLICY,
+    "Forbidden": f"{_CREDENTIALS} {_POLICY}",
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "SignatureDoesNotMatch": f"{_CREDENTIALS} {_CLOCK}",
+    "ExpiredToken": "The credentials have expired: get new ones.",
+    "ExpiredTokenException": "The credentials have expired: get new ones.",
+    "InvalidToken": _CREDENTIALS,
+    "InvalidTokenId": _CREDENTIALS,
+    "TokenRefreshRequired": "The credentials have expired: get new ones.",
+    "RequestTimeTooSkewed": _CLOCK,
+    "RequestExpired": _CLOCK,
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "NotImplemented": "The service does not know one of sse, kms_key_id and storage_class: leave it out.",
+    "InvalidStorageClass": "The service does not know this storage_class: leave it out.",
+    "InvalidEncryptionAlgorithmError": "Check sse.",
+    "NoCredentialsError": "Give access_key and secret_key or a profile, or set the usual AWS variables.",
+    "PartialCredentialsError": _CREDENTIALS,
+    "CredentialRetrievalError": _CREDENTIALS,
+    "UnauthorizedSSOTokenError": "Log in again: the session of the profile has expired.",
+    "SSOTokenLoadError": "Log in again: the session of the profile has expired.",
+    "ProfileNotFound": "Check the profile's name, and the files of the AWS configuration.",
+    "SSLError": "Check the endpoint's certificate; ca_bundle names the authorities to trust.",
+    "InvalidRegionError": _REGION,
+}
+_PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_FINAL_EXCEPTIONS = frozenset(name for name in _HINTS if name.endswith(("Error", "NotFound")))
+
+
+class Listed(NamedTuple):
+    """An object as a listing tells it; some services leave the ETag empty."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Bucket:
+    """One bucket of one service. Thread-safe; the client is made at the first request.
+
+    Parameters
+    ----------
+    name : str
+        The bucket.
+    config : S3Config, optional
+        How to reach it; the usual AWS places by default.
+    attempts : int
+        How often a request is made, by botocore's adaptive mode: it waits longer each time, and slows
+        down where the service asks for it.
+    """
+
+    def __init__(self, name: str, config: S3Config | None = None, *, attempts: int = ATTEMPTS) -> None:
+        self.name = name
+        self.config = config or S3Config()
+        self._attempts = attempts
+        self._mutex = threading.Lock()
+        self._made: Any = None
+
+    def uri(self, key: str) -> str:
+        """Address of an object, fit for :func:`~airflow_dicom_get.destination.parse_destination`."""
+        return f"s3://{self.name}/{quote(key)}"
+
+    def _client(self) -> Any:
+        with self._mutex:
+            if self._made is None:
+                self._made = _make_client(self.config, self._attempts)
+            return self._made
+
+    def call(self, operation: str, key: str | None = None, **parameters: Any) -> dict[str, Any]:
+        """Make a request: a method of boto3's client, with its parameters.
+
+        Raises
+        ------
+        S3Error
+            It failed, also when tried again.
+        """
+        if key is not None:
+            parameters["Key"] = key
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            answer: dict[str, Any] = getattr(self._client(), operation)(Bucket=self.name, **parameters)
+        except (ClientError, BotoCoreError, ValueError) as error:
+            raise self._error(error, operation, key or parameters.get("Prefix")) from error
+        return answer
+
+    def stored_as(self) -> dict[str, str]:
+        """What is said of every object that is made: encryption and storage class."""
+        config = self.config
+        wanted = {
+            "ServerSideEncryption": config.sse,
+            "SSEKMSKeyId": config.kms_key_id,
+            "StorageClass": config.storage_class,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def put(self, key: str, body: bytes | bytearray, **parameters: Any) -> str:
+        """Store an object whole, and give its ETag."""
+        answer = self.call("put_object", key, Body=body, **self.stored_as(), **parameters)
+        return str(answer.get("ETag", ""))
+
+    def get(self, key: str) -> bytes:
+        """Read an object whole."""
+        return b"".join(self.read(key))
+
+    def read(self, key: str) -> Iterator[bytes]:
+        """Read an object piece by piece."""
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        body = self.call("get_object", key)["Body"]
+        try:
+            yield from body.iter_chunks(_CHUNK)
+        except (BotoCoreError, HTTPError, OSError) as error:
+            raise self._error(error, "get_object", key) from error
+        finally:
+            body.close()
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """All objects whose keys begin so."""
+        more: dict[str, str] = {}
+        while True:
+            answer = self.call("list_objects_v2", Prefix=prefix, **more)
+            for item in answer.get("Contents", ()):
+                yield Listed(item["Key"], item["Size"], item.get("ETag", ""))
+            if not answer.get("IsTruncated") or not answer.get("NextContinuationToken"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def reach(self, prefix: str) -> None:
+        """Find out whether the bucket can be listed. Raises :class:`S3Error`."""
+        self.call("list_objects_v2", Prefix=prefix, MaxKeys=1)
+
+    def writes_conditionally(self, key: str) -> bool:
+        """Write a small object, and find out whether the service can be told not to replace one.
+
+        Raises
+        ------
+        S3Error
+            It cannot be written.
+        """
+        for _ in range(2):
+            try:
+                self.put(key, b"Says whether If-None-Match works here.\n", IfNoneMatch="*")
+            except S3Error as error:
+                if error.facts["status"] in (409, 412):
+                    return True
+                if error.facts["status"] == 501 and not self.stored_as():
+                    return False
+                raise
+        return False
+
+    def _error(self, error: Exception, operation: str, key: str | None) -> S3Error:
+        response = getattr(error, "response", None) or {}
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        told = response.get("Error", {})
+        code = str(told.get("Code") or type(error).__name__)
+        code = {"403": "Forbidden", "404": "NotFound", "301": "PermanentRedirect"}.get(code, code)
+        hint = _HINTS.get(code)
+        if hint is None and not response:
+            hint = _ENDPOINT
+        elif hint is None:
+            hint = "" if status >= 500 or status in (404, 412, *_PASSING_STATUSES) else f"{_CREDENTIALS} {_POLICY}"
+        if "{expected}" in hint:
+            found = told.get("Region") or _expected_region(str(told.get("Message", "")))
+            hint = hint.format(expected=f": the service expects {peer_text(found, 32)}" if found else "")
+        passing = status >= 500 or status in _PASSING_STATUSES or (not response and code not in _FINAL_EXCEPTIONS)
+        where = f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
+        return S3Error(
+            f"S3 {operation} on {where} failed: {peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
+            hint=hint,
+            bucket=self.name,
+            key=key,
+            operation=operation,
+            code=peer_text(code, 48),
+            status=status,
+            passing=passing and code != "NotImplemented",
+        )
+
+
+def _expected_region(message: str) -> str | None:
+    match = re.search(r"expecting '([a-z0-9-]+)'", message)
+    return match[1] if match else None
+
+
+def _make_client(config: S3Config, attempts: int) -> Any:
+    from boto3.session import Session
+    from botocore.config import Config
+
+    session = Session(
+        aws_access_key_id=config.access_key,
+        aws_secret_access_key=config.secret_key,
+        aws_session_token=config.session_token,
+        profile_name=config.profile,
+    )
+    own_path = config.path_style if config.path_style is not None else config.endpoint is not None
+    return session.client(
+        "s3",
+        region_name=config.region or session.region_name or "us-east-1",
+        endpoint_url=config.endpoint,
+        verify=config.ca_bundle,
+        config=Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
+            max_pool_connections=config.max_concurrency * REQUESTS_PER_SLOT,
+            retries={"mode": "adaptive", "total_max_attempts": attempts},
+            tcp_keepalive=True,
+            # The digest of each body is given here; what is signed is verified by services that ignore checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path" if own_path else "auto", "payload_signing_enabled": True},
+        ),
+    )

@@ -1,0 +1,136 @@
+"""Ledgers in a bucket: numbered objects ``<root>/.ledger/<study>/<run>.<number>.jsonl``.
+
+An object cannot be appended to, so records wait up to five seconds or for a thousand instances. What
+a killed run had not written yet, the objects say themselves, where the service keeps their metadata.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from airflow_dicom_get.errors import S3Error
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.ledger import (
+    Ledger,
+    Record,
+    dropped_line,
+    durable_line,
+    header_line,
+    merge_records,
+    parse_ledger,
+    taken_line,
+)
+from airflow_dicom_get.sinks.s3_client import Bucket
+
+log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 5.0
+_EVERY_INSTANCES = 1000
+_READERS = 8
+
+
+class BucketLedgers:
+    """The ledgers below a prefix."""
+
+    def __init__(self, bucket: Bucket, root: str) -> None:
+        self.bucket, self.root = bucket, root
+
+    def _folder(self, study: str) -> str:
+        return f"{self.root}/.ledger/{study}/"
+
+    def open(self, study: str, run: str) -> Ledger:
+        """See :meth:`sinks.ledger.Ledgers.open`."""
+        return BucketLedger(self.bucket, f"{self._folder(study)}{run}")
+
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
+        """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
+        keys = sorted(item.key for item in self.bucket.list(self._folder(study)) if item.key.endswith(".jsonl"))
+        with ThreadPoolExecutor(_READERS) as pool:
+            contents = list(pool.map(self.bucket.get, keys))
+        runs: dict[str, list[tuple[str, bytes]]] = {}
+        for key, content in zip(keys, contents, strict=True):
+            runs.setdefault(key.removesuffix(".jsonl").rpartition(".")[0], []).append((self.bucket.uri(key), content))
+        newest_first = sorted(runs.items(), reverse=True)
+        return merge_records((parse_ledger(parts, study) for _, parts in newest_first), forwarded_to)
+
+
+class BucketLedger:
+    """The records of one run for one study; see :class:`sinks.ledger.Ledger`. Thread-safe."""
+
+    def __init__(self, bucket: Bucket, name: str) -> None:
+        self._bucket, self._name = bucket, name
+        self._mutex = threading.Lock()
+        self._writing = threading.Lock()
+        self._lines: list[str] = []
+        self._kept = 0
+        self._number = 0
+        self._since = time.monotonic()
+
+    def taken(self, instance: Instance) -> None:
+        """See :meth:`sinks.ledger.Ledger.taken`."""
+        self._add([taken_line(instance)])
+
+    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
+        """See :meth:`sinks.ledger.Ledger.durable`."""
+        lines = [durable_line(uid, etag) for uid in uids]
+        self._add(lines, len(lines))
+
+    def dropped(self, uid: str) -> None:
+        """See :meth:`sinks.ledger.Ledger.dropped`."""
+        self._add([dropped_line(uid)])
+
+    def _add(self, lines: list[str], kept: int = 0) -> None:
+        with self._mutex:
+            if not self._lines:
+                self._since = time.monotonic()
+            self._lines += lines
+            self._kept += kept
+        self.tick()
+
+    def tick(self) -> None:
+        """Write what waits, if its time has come; what cannot be written waits on."""
+        due = self._kept >= _EVERY_INSTANCES or time.monotonic() - self._since >= _EVERY_SECONDS
+        if due and self._lines and self._writing.acquire(blocking=False):
+            try:
+                self._write()
+            except S3Error as error:
+                log.warning("%s", error)
+            finally:
+                self._writing.release()
+
+    def sync(self) -> None:
+        """See :meth:`sinks.ledger.Ledger.sync`: write what waits."""
+        with self._writing:
+            try:
+                self._write()
+            except S3Error as error:
+                raise OSError(errno.EIO, str(error)) from error
+
+    def _write(self) -> None:
+        with self._mutex:
+            lines, self._lines = self._lines, []
+            kept, self._kept = self._kept, 0
+            self._since = time.monotonic()
+        if not lines:
+            return
+        try:
+            body = (header_line() + "".join(lines)).encode("ascii")
+            self._bucket.put(f"{self._name}.{self._number + 1:06}.jsonl", body, ContentType="application/x-ndjson")
+            self._number += 1
+        except S3Error:
+            with self._mutex:
+                self._lines = lines + self._lines
+                self._kept += kept
+            raise
+
+    def close(self) -> None:
+        """See :meth:`sinks.ledger.Ledger.close`."""
+        try:
+            self.sync()
+        except OSError as error:
+            log.warning("the ledger %s lacks its last records: %s", self._name, error.strerror)
