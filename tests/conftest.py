@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from pynetdicom.transport import AssociationSocket
 
 # The helpers beside the tests (servers, relay) are plain modules.
@@ -27,6 +28,11 @@ from airflow_dicom_get.testing.sample_data import (
     private_study,
     usable_pydicom_files,
 )
+
+
+# Servers of other tests share the cores: how long one example takes says nothing.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 def _close(self: AssociationSocket) -> None:

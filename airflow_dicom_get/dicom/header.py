@@ -192,21 +192,21 @@ class HeaderScan:
             Not a data set in its transfer syntax, or a mandatory UID is not within :data:`MAX_HEADER`.
         """
         data: bytes | bytearray | memoryview = view
+        damaged = False
         if self._inflate is not None:
-            try:
-                self._plain += self._inflate.decompress(view, max(MAX_HEADER - len(self._plain), 1))
-            except zlib.error:
-                raise HeaderError("the deflated data set cannot be inflated") from None
+            damaged = not self._inflated(self._inflate, view)
             data = self._plain
         elif self._plain:
             self._plain += view[: MAX_HEADER - len(self._plain)]
             data = self._plain
         full = len(data) >= MAX_HEADER
-        if len(data) < self._next_try and not (last or full):
+        if len(data) < self._next_try and not (last or full or damaged):
             return
         if full:
             data = data[:MAX_HEADER]
-        self.values, self.done = self._scan(data, whole=last and not full)
+        self.values, self.done = self._scan(data, whole=last and not (full or damaged))
+        if damaged and not (self.done or full):
+            raise HeaderError("the deflated data set cannot be inflated")
         if last or full:
             self.done = True
         if self.done:
@@ -218,6 +218,24 @@ class HeaderScan:
         if data is view:
             self._plain += view
         self._next_try = 2 * len(self._plain)  # each try begins anew: keep their cost linear
+
+    def _inflated(self, inflate: zlib._Decompress, view: bytes | bytearray | memoryview) -> bool:
+        """Inflate the next bytes, to at most :data:`MAX_HEADER` in all; whether they are undamaged.
+
+        What stands before the damage counts: the header may be there, whatever the fragments are.
+        """
+        before = inflate.copy()
+        try:
+            self._plain += inflate.decompress(view, max(MAX_HEADER - len(self._plain), 1))
+            return True
+        except zlib.error:
+            pass
+        try:
+            for at in range(len(view)):
+                self._plain += before.decompress(view[at : at + 1], max(MAX_HEADER - len(self._plain), 1))
+        except zlib.error:
+            pass
+        return False
 
     def _scan(self, data: bytes | bytearray | memoryview, whole: bool) -> tuple[dict[int, bytes], bool]:
         try:
