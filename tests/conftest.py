@@ -29,7 +29,6 @@ from airflow_dicom_get.testing.sample_data import (
     usable_pydicom_files,
 )
 
-
 # Servers of other tests share the cores: how long one example takes says nothing.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
