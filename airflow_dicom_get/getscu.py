@@ -133,7 +133,7 @@ class GetScu:
         self._cancelled: str | None = None
         self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
         if self.options.tls is not None:
-            from airflow_dicom_get.engine.source import tls_context
+            from airflow_dicom_get.net.tls import tls_context
 
             tls_context(self.options.tls)  # files that cannot be used are refused before any traffic
 
@@ -416,7 +416,12 @@ class GetScu:
         query_model: str,
     ) -> tuple[list[StudyRun], list[StudyEnd]]:
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+        from airflow_dicom_get.places import ForwardPlace
 
+        settings = self._settings(query_model)
+        if isinstance(places.place, ForwardPlace):
+            places.place.attend(source.cancel)
+            settings.expect = places.place.expect
         places.place.prepare()
         if listed is not None:
             scopes = listed
@@ -429,7 +434,7 @@ class GetScu:
             )
         sink = places.sink(name)
         try:
-            return self._run_studies(scopes, source, places.place, sink, events, self._settings(query_model))
+            return self._run_studies(scopes, source, places.place, sink, events, settings)
         finally:
             sink.close()
 
@@ -484,6 +489,7 @@ class GetScu:
             resume=o.resume,
             require_exact=o.require_exact,
             sop_classes=frozenset(o.sop_classes) if o.sop_classes else None,
+            strict_forward=o.strict_forward,
             tag_numbers=decoder.numbers if decoder else frozenset(),
             decode_tags=decoder.decode if decoder else None,
             before_object=stop,

@@ -485,14 +485,28 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
             destination = out_dir
     if isinstance(destination, FilesystemDestination):
         check_folder(destination.path, spelling("destination" if out_dir is None else "out_dir"))
+    elif isinstance(destination, ForwardDestination):
+        _check_target(given, destination, spelling)
     elif destination is not None:
         raise _unavailable(spelling("destination" if given.get("destination") else "storage_backend"), kind)
     return destination
 
 
 def _unavailable(option: str, kind: str) -> InvalidOption:
-    what = {"S3": "S3", "Forward": "a DICOM node"}[kind]
-    return invalid(option, f"{what} as destination is not available in this version", "Give a folder.")
+    return invalid(option, f"{kind} as destination is not available in this version", "Give a folder.")
+
+
+def _check_target(given: Mapping[str, Any], destination: ForwardDestination, spelling: Spelling) -> None:
+    option = spelling("destination" if given.get("destination") else "forward_target")
+    if destination.node is None:
+        raise invalid(
+            option,
+            f"{destination} names a connection of Airflow",
+            "Write dicom://[AE@]host:port.",
+        )
+    source: Node = given["addr"]
+    if (source.host.lower(), source.port) == (destination.node.host.lower(), destination.node.port):
+        raise invalid(option, f"{destination} is the source itself", "Give another node.")
 
 
 def _contradictions(options: Options, spelling: Spelling) -> None:

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
-from airflow_dicom_get.options import FilesystemDestination, Options
+from airflow_dicom_get.options import FilesystemDestination, ForwardDestination, Options
+from airflow_dicom_get.settings import ForwardTarget
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
 
 _RESERVE = 64 << 20
@@ -72,6 +76,8 @@ def open_places(options: Options) -> Places:
     if isinstance(destination, FilesystemDestination):
         folder = FolderPlace(destination.path, options)
         return Places(folder, _root(options) or FolderRoot(folder.path / "_manifests"))
+    if isinstance(destination, ForwardDestination):
+        return Places(ForwardPlace(destination, options), _root(options) or FolderRoot(state_folder()))
     raise InvalidOption("destination: is missing.", hint="Give destination or out_dir: a folder.", option="destination")
 
 
@@ -164,6 +170,75 @@ class FolderRoot:
         except OSError as error:
             raise sink_error(error, f"The manifest {path} cannot be written") from error
         return manifest_uri(path)
+
+
+def state_folder() -> Path:
+    """Where the shell keeps manifests and ledgers of destinations that hold none themselves."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    return base / "dicom-get"
+
+
+# --- another node ----------------------------------------------------------------------------------
+
+
+class ForwardPlace:
+    """Another node, where instances go as they arrive: see :class:`Place`."""
+
+    def __init__(self, destination: ForwardDestination, options: Options) -> None:
+        from airflow_dicom_get.net.association import CancelToken
+        from airflow_dicom_get.net.tls import tls_context
+        from airflow_dicom_get.sinks.forward import Target
+
+        assert destination.node is not None
+        target = options.forward_target or ForwardTarget()
+        self.target = Target(
+            destination.node,
+            calling=target.calling_ae_title,
+            called=destination.node.ae_title or target.called_ae_title or "ANY-SCP",
+            max_pdu_length=target.max_pdu_length,
+            tls=tls_context(target.tls, "forward_target.tls") if target.tls else None,
+            server_name=target.tls.server_name if target.tls else None,
+        )
+        self.uri = f"dicom://{self.target}"
+        self._options = options
+        self._cancel = CancelToken()
+        self._classes: dict[str, None] = {}
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def attend(self, cancel: CancelToken) -> None:
+        """Let a hard cancel of the run end the waits for the destination too."""
+        self._cancel = cancel
+
+    def expect(self, sop_classes: Iterable[str]) -> None:
+        """SOP classes that are to come: proposed together with the first that does."""
+        self._classes.update(dict.fromkeys(sop_classes))
+
+    def prepare(self) -> None:
+        """See :meth:`Place.prepare`: the node is called when the first instance is there, and its context known."""
+
+    def check_room(self) -> None:
+        """See :meth:`Place.check_room`: another node does not tell."""
+
+    def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
+        """See :meth:`Place.sink`."""
+        from airflow_dicom_get.sinks.forward import ForwardSink
+
+        o = self._options
+        return ForwardSink(
+            self.target,
+            ledgers,
+            run,
+            deadlines=o.deadlines,
+            cancel=self._cancel,
+            classes=self._classes,
+            strict=o.strict_forward,
+            trust_destination=o.trust_destination,
+            verify_held=o.verify_held,
+            checksum=o.checksum is not None,
+        )
 
 
 def _nearest(path: Path) -> Path:

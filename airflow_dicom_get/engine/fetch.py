@@ -24,6 +24,8 @@ from airflow_dicom_get.errors import (
     Cancelled,
     DeadlineExceeded,
     DicomGetError,
+    ForwardLate,
+    ForwardLost,
     GetNotOffered,
     NotAuthorised,
     peer_text,
@@ -86,6 +88,12 @@ def lists_of(targets: Sequence[Instance], size: int = MAX_LIST) -> list[Request]
         for series, part in by_series.items()
         for start in range(0, len(part), size)
     ]
+
+
+def _why_given_up(error: DicomGetError) -> str:
+    if error.at_fault == "destination":
+        return "destination_error"
+    return "deadline" if isinstance(error, DeadlineExceeded) else "association_lost"
 
 
 class Pass:
@@ -168,7 +176,7 @@ class Pass:
 
     @staticmethod
     def _full(error: DicomGetError) -> bool:
-        return isinstance(error, AssociationRejected) and error.facts.get("source") == 3
+        return isinstance(error, AssociationRejected | ForwardLost) and error.facts.get("source") == 3
 
     def _others(self) -> bool:
         with self._mutex:
@@ -199,6 +207,8 @@ class Pass:
                     try:
                         self._one(association, receiver, request)
                     except DicomGetError as error:
+                        if isinstance(error, ForwardLate):
+                            run.settle()
                         self._put_back(request, error, moved=run.progress > before)
                         raise
             finally:
@@ -215,15 +225,16 @@ class Pass:
         One instance may be what kills the association: after a cut without anything arriving the first
         of the list is asked for last and alone, and given up when that fails twice.
         """
-        left = [target for target in request.targets if not self._run.is_done(target)]
-        cuts = 0 if moved else request.cuts + 1
+        run = self._run
+        left = [target for target in request.targets if not run.is_done(target) and not run.refused_here(target)]
+        # A destination that cannot even be reached says nothing about the instance that was to go there.
+        cuts = 0 if moved else request.cuts + (not error.facts.get("unreachable"))
         front: list[Request] = []
         if not request.targets:
             front = [request]
         elif cuts >= _LAST_CUTS and len(left) == 1 and request.level == "IMAGE":
             self._singled_out += 1
-            deadline = isinstance(error, DeadlineExceeded)
-            self._run.failed(left[0], "deadline" if deadline else "association_lost", error.message)
+            run.failed(left[0], _why_given_up(error), error.message)
         elif cuts and len(left) > 1 and request.level == "IMAGE":
             self._singled_out += 1
             front = lists_of(left[1:])

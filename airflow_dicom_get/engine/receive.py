@@ -12,7 +12,7 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DestinationFull, SinkError
+from airflow_dicom_get.errors import DestinationFull, ForwardLost, SinkError
 from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Exactness, Instance
 from airflow_dicom_get.sinks.base import Taken, Writer
@@ -75,6 +75,8 @@ class Receiver:
                 "empty_dataset" if empty else "unparsable",
                 f"The data set cannot be read: {error}.",
             )
+        except ForwardLost:
+            raise
         except SinkError as error:
             self._sink_failed(error)
 

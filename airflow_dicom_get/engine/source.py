@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DicomGetError, InvalidOption, peer_text
+from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.tls import tls_context
 from airflow_dicom_get.node import Node
 from airflow_dicom_get.settings import Deadlines, Tls, UserIdentity
 
@@ -21,29 +21,6 @@ log = logging.getLogger(__name__)
 
 _BACKOFF, _MAX_BACKOFF = 0.5, 30.0
 T = TypeVar("T")
-
-
-def tls_context(tls: Tls) -> ssl.SSLContext:
-    """A client context (PS3.15 B.12): TLS 1.2 or newer, the peer's certificate verified.
-
-    Raises
-    ------
-    InvalidOption
-        A file cannot be read, or the key does not fit.
-    """
-    try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3 if tls.min_version == "1.3" else ssl.TLSVersion.TLSv1_2
-        context.check_hostname = tls.check_hostname
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key, tls.key_password)
-    except (OSError, ValueError) as error:
-        raise InvalidOption(
-            f"tls: the files of ca, cert or key cannot be used: {peer_text(error, 160)}.",
-            hint="Give PEM files, and the passphrase if the key has one.",
-            option="tls",
-        ) from error
-    return context
 
 
 class Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import status as s
@@ -40,6 +40,8 @@ _LOCAL = frozenset(
     }
 )
 """Reasons that asking in another way does not mend."""
+_MOST_REFUSED = 10
+"""Instances in a row that the destination may fail to take before the source is left alone."""
 _KILLERS = frozenset({"association_lost", "deadline"})
 """Reasons of an instance that was asked for alone and took the association with it."""
 
@@ -54,10 +56,13 @@ class Settings:
     resume: bool = True
     require_exact: bool = False
     sop_classes: frozenset[str] | None = None
+    strict_forward: bool = False
     tag_numbers: frozenset[int] = frozenset()
     decode_tags: Callable[[dict[int, bytes], str], tuple[str | None, ...]] | None = None
     before_object: Callable[[], str | None] = field(default=lambda: None)
     """Asked after each object; a text stops the run for that reason."""
+    expect: Callable[[Iterable[str]], None] = field(default=lambda classes: None)
+    """Told the SOP classes that are to come."""
 
 
 class StudyRun:
@@ -89,6 +94,8 @@ class StudyRun:
         self.progress = 0
         """Listed instances that were taken, and others where there is no list: what reconnects are allowed for."""
         self._moving = False
+        self._inventory: dict[str, Held] = {}
+        self._refused_in_a_row = 0
 
     # --- called by receivers and passes --------------------------------------------------------
 
@@ -136,12 +143,13 @@ class StudyRun:
     def taken(self, uid: str, instance: Instance | None, taken: Taken, size: int) -> None:
         """An object was answered."""
         record = self.instances.get(uid)
-        if taken.status == s.SUCCESS:
+        if taken.reason is None:
             assert instance is not None
             assert record is not None
             new = instance is record
+            self._refused_in_a_row = 0
             if new:
-                record.state, record.reason, record.error = "stored", None, None
+                record.state, record.reason, record.error = taken.state, None, None
                 record.attempt = self.rounds
                 with self._mutex:
                     self.progress += uid not in self.unlisted_uids or self.listing is None
@@ -150,13 +158,19 @@ class StudyRun:
         if record is None:
             self.strays[taken.reason or "refused"] += 1
             record = Instance(self.scope.study, "", uid)
-        elif record.state not in ("stored", "held") or taken.reason == "different_content":
+        elif not self.is_done(record) or taken.reason == "different_content":
             record.state = "conflict" if taken.reason == "different_content" else "failed"
             record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
             record.attempt = self.rounds
         self.events.arrived(record, uid, taken.error or taken.reason, 0, new=False)
         if taken.reason == "destination_full":
             self.stop("disk_full")
+        elif self.settings.strict_forward and record.forward_status == "error":
+            self.stop("strict_forward")
+        elif taken.reason == "destination_error" and record.forward_status is None:
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row >= _MOST_REFUSED:
+                self.stop("destination_error")
 
     def answered(self) -> None:
         """After each answer: note confirmations, hold the limits."""
@@ -177,10 +191,29 @@ class StudyRun:
         log.info("%s", error.message)
 
     def _confirm(self, wait: bool) -> None:
-        for instance, error in self.sink.confirmations(wait=wait):
-            if error is not None:
-                instance.state, instance.reason = "failed", "destination_error"
-                instance.error = f"Taken, then not kept: {error}"
+        for instance, error, reason in self.sink.confirmations(wait=wait):
+            if error is None:
+                self._kept(instance)
+            else:
+                instance.state, instance.reason, instance.attempt = "failed", reason, self.rounds
+                instance.error = error if instance.forward_status == "error" else f"Taken, then not kept: {error}"
+                self._refused_in_a_row += 1
+                if self._refused_in_a_row >= _MOST_REFUSED:
+                    self.stop("destination_error")
+
+    def settle(self) -> None:
+        """Wait for the destination's late answers; what it has kept is not asked for again."""
+        self._confirm(wait=True)
+
+    def _kept(self, instance: Instance) -> None:
+        """The destination has kept an instance; it may have said so too late for its source to be answered."""
+        with self._mutex:
+            if self.is_done(instance) or self.instances.get(instance.sop) is not instance:
+                return
+            instance.state, instance.reason, instance.error = "forwarded", None, None
+            instance.attempt = self.rounds
+            self.progress += instance.sop not in self.unlisted_uids or self.listing is None
+        self.events.arrived(instance, instance.sop, None, instance.bytes or 0, new=True)
 
     # --- the rounds ----------------------------------------------------------------------------
 
@@ -314,10 +347,13 @@ class StudyRun:
     # --- what is held --------------------------------------------------------------------------
 
     def _take_inventory(self) -> None:
-        self._inventory: dict[str, Held] = self.sink.inventory(self.scope.study) if self.settings.resume else {}
+        if self.settings.resume:
+            self._inventory = self.sink.inventory(self.scope.study)
         if self.listing is not None:
             self._adopt_inventory()
-            self.events.planned(len(self.missing()))
+            missing = self.missing()
+            self.events.planned(len(missing))
+            self.settings.expect(dict.fromkeys(x.sop_class for x in missing if x.sop_class))
 
     def _adopt_inventory(self) -> None:
         """Mark what the list names and the destination holds."""
@@ -379,4 +415,6 @@ def _fill(instance: Instance, held: Held) -> None:
     instance.modality = instance.modality or held.modality
     instance.syntax, instance.uri = held.syntax, held.uri
     instance.bytes, instance.sha256 = held.bytes, held.sha256
-    instance.dataset_offset, instance.dataset_bytes = held.dataset_offset, held.bytes - held.dataset_offset
+    instance.dataset_offset = held.dataset_offset
+    instance.dataset_bytes = held.bytes - held.dataset_offset if held.bytes is not None else None
+    instance.forwarded_to = held.forwarded_to

@@ -28,7 +28,7 @@ class Taken(NamedTuple):
 class Confirmation(NamedTuple):
     """An instance is now kept for good, or (``error``) could not be.
 
-    It was taken before, or its :meth:`Writer.take` raised :class:`~airflow_dicom_get.errors.DestinationLate`.
+    It was taken before, or its :meth:`Writer.take` raised :class:`~airflow_dicom_get.errors.ForwardLate`.
     """
 
     instance: Instance
@@ -62,7 +62,7 @@ class Writer(Protocol):
 
         Raises
         ------
-        DestinationLost
+        ForwardLost
             The source cannot be answered in time: give its association up.
         SinkError
             The instance is lost; the next one may not be.
@@ -73,8 +73,8 @@ class Writer(Protocol):
 
         Raises
         ------
-        DestinationLost
-            The source cannot be answered in time: give its association up. After :class:`DestinationLate`
+        ForwardLost
+            The source cannot be answered in time: give its association up. After :class:`ForwardLate`
             a confirmation of the instance will still come.
         """
 
@@ -95,7 +95,10 @@ class Sink(Protocol):
         """
 
     def begin(self, instance: Instance) -> Writer:
-        """Begin an instance whose study, series, sop, sop_class and syntax are known. Raises as :meth:`Writer.write`."""
+        """Begin an instance whose study, series, sop, sop_class and syntax are known.
+
+        Raises as :meth:`Writer.write`.
+        """
 
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """Those that came since the last call; with ``wait`` all that are still due."""

@@ -1,0 +1,73 @@
+"""What a node lists of a study, by C-FIND: SOP Instance UIDs and their series, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.errors import NotNegotiated, PeerProtocolError
+from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+from airflow_dicom_get.net.messages import context_for
+
+FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
+_MAX_ROWS = 200_000
+_UIDS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID})
+
+
+def list_instances(association: Association, study: str, series: Collection[str] | None = None) -> dict[str, str]:
+    """The instances of a study that the node lists: Series by SOP Instance UID.
+
+    Parameters
+    ----------
+    series : collection of str, optional
+        Ask for these alone; all by default.
+
+    Raises
+    ------
+    NotNegotiated
+        The node does not offer C-FIND.
+    PeerProtocolError
+        A row cannot be read.
+    OperationFailed, ListTooLong, and whatever ends an association
+    """
+    model = next((m for m in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if context_for(association, m) is not None), None)
+    if model is None:
+        raise NotNegotiated(f"{association.node} does not offer C-FIND.", node=str(association.node))
+    wanted: Collection[str] = (
+        series
+        if series is not None
+        else {
+            uid
+            for row in _rows(association, model, "SERIES", {h.STUDY_INSTANCE_UID: study, h.SERIES_INSTANCE_UID: ""})
+            if (uid := i.text_value(row.get(h.SERIES_INSTANCE_UID)))
+        }
+    )
+    found: dict[str, str] = {}
+    for uid in sorted(wanted):
+        keys = {h.STUDY_INSTANCE_UID: study, h.SERIES_INSTANCE_UID: uid, h.SOP_INSTANCE_UID: ""}
+        for row in _rows(association, model, "IMAGE", keys):
+            sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
+            if sop and i.text_value(row.get(h.SERIES_INSTANCE_UID)) in (uid, None):
+                found[sop] = uid
+    return found
+
+
+def _rows(association: Association, model: str, level: str, keys: Mapping[int, str]) -> Iterator[dict[int, bytes]]:
+    identifier = i.encode_identifier({i.QUERY_RETRIEVE_LEVEL: level, **keys}, _UIDS)
+    study = keys[h.STUDY_INSTANCE_UID]
+    for raw in c_find(
+        association, model, identifier, row_seconds=association.deadlines.find_response, max_rows=_MAX_ROWS
+    ):
+        try:
+            row = i.decode_identifier(raw, _UIDS)
+        except h.HeaderError:
+            association.abort()
+            raise PeerProtocolError(
+                f"{association.node} sent a C-FIND row that cannot be read.", node=str(association.node)
+            ) from None
+        if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (study, None):
+            yield row

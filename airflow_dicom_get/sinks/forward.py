@@ -1,0 +1,522 @@
+"""The forward sink: every instance goes on to another node as it arrives, in the syntax in which it arrived.
+
+Nothing is kept here but one buffer an association. An instance is taken when the destination's
+C-STORE-RSP says so, and that response, in our ledger, is the proof on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.errors import (
+    Cancelled,
+    DicomGetError,
+    ForwardLate,
+    ForwardLost,
+    PeerError,
+    PeerProtocolError,
+    SinkError,
+    peer_text,
+)
+from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
+from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.store import MAX_PDU_LENGTH, StoreChannel, StoreResponse
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.settings import Deadlines
+from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
+from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
+
+log = logging.getLogger(__name__)
+
+_RELEASE, _CONNECT, _ACSE = 0.15, 0.35, 0.5
+"""Shares of ``stall`` that a change of associations may take, while the source is left unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A node to store at, and how to call it."""
+
+    node: Node
+    calling: str
+    called: str
+    max_pdu_length: int = MAX_PDU_LENGTH
+    tls: ssl.SSLContext | None = None
+    server_name: str | None = None
+
+    def __str__(self) -> str:
+        return str(dataclasses.replace(self.node, ae_title=self.called))
+
+    def open(self, proposals: list[Proposal], deadlines: Deadlines, cancel: CancelToken) -> Association:
+        """Open an association. Raises as :meth:`Association.open`."""
+        return Association.open(
+            self.node,
+            proposals,
+            calling=self.calling,
+            called=self.called,
+            deadlines=deadlines,
+            cancel=cancel,
+            max_pdu_length=self.max_pdu_length,
+            tls=self.tls,
+            server_name=self.server_name,
+        )
+
+
+class _Line:
+    """An association with the destination, and what it carries."""
+
+    __slots__ = ("association", "channel", "contexts")
+
+    def __init__(self, association: Association, max_pdu_length: int) -> None:
+        self.association = association
+        self.channel = StoreChannel(association, max_pdu_length)
+        self.contexts = {proposal: number for number, proposal in association.accepted.contexts.items()}
+
+    def hung_up(self) -> bool:
+        """Whether the destination has ended it while nothing was asked: whatever came is no response."""
+        return self.association.wait_for_data(0.0)
+
+
+class ForwardSink:
+    """Store instances at another node.
+
+    One association with the destination for each with the source: a line is taken for an instance
+    and given back after its response. Memory: a buffer of 200 KiB for each of them, and about 150
+    bytes for each instance that was forwarded.
+
+    Parameters
+    ----------
+    target : Target
+        The destination.
+    ledgers : Ledgers
+        Where our records lie.
+    run : str
+        Name of this run, unique.
+    deadlines : Deadlines
+        ``sub_operation`` and ``stall`` bound how long the source waits; ``next_object`` is how long a
+        late response of the destination is waited for after that.
+    cancel : CancelToken
+        The run's; a hard cancel ends waits here too.
+    classes : collection of str
+        SOP classes to come, as far as known: proposed in the syntaxes seen with each new association.
+    strict : bool
+        Take nothing more after the first instance that the destination does not take.
+    trust_destination : bool
+        Count as held what the destination lists, though we have not sent it.
+    verify_held : {"size", "digest", "none"}
+        Unless ``"none"``, what the destination does not list any more is not held.
+    checksum : bool
+        Compute sha256 of each data set on the way. Without, a duplicate is told by its size alone.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        ledgers: Ledgers,
+        run: str,
+        *,
+        deadlines: Deadlines,
+        cancel: CancelToken,
+        classes: Collection[str] = (),
+        strict: bool = False,
+        trust_destination: bool = False,
+        verify_held: str = "size",
+        checksum: bool = True,
+    ) -> None:
+        self.target = target
+        self.deadlines, self.cancel = deadlines, cancel
+        self.checksum = checksum
+        self.name = str(target)
+        self._quick = dataclasses.replace(
+            deadlines,
+            release=min(deadlines.release, deadlines.stall * _RELEASE),
+            connect=min(deadlines.connect, deadlines.stall * _CONNECT),
+            acse=min(deadlines.acse, deadlines.stall * _ACSE),
+        )
+        self._ledger_store, self._run = ledgers, run
+        self._strict, self._trust, self._verify = strict, trust_destination, verify_held != "none"
+        self._stopped = False
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
+        self._ledgers: dict[str, Ledger] = {}
+        self._idle: list[_Line] = []
+        self._classes = classes
+        self._pairs: dict[Proposal, None] = {}  # seen, the latest last
+        self._refused: set[Proposal] = set()
+        self._sent: dict[str, dict[str, tuple[bytes | None, int | None]]] = {}
+        self._late = 0
+        self._done: list[Confirmation] = []
+        self._closed = False
+
+    # --- what is held --------------------------------------------------------------------------
+
+    def inventory(self, study: str) -> dict[str, Held]:
+        """See :meth:`sinks.base.Sink.inventory`: what our ledgers say was stored, and the destination still lists."""
+        held: dict[str, Held] = {}
+        for uid, records in self._ledger_store.read(study, self.name).items():
+            record = records[0]
+            if record.durable:
+                held[uid] = Held(
+                    series=record.series,
+                    sop=uid,
+                    sop_class=record.sop_class,
+                    syntax=record.syntax,
+                    uri=None,
+                    sha256=record.sha256,
+                    bytes=record.size,
+                    dataset_offset=0,
+                    modality=record.modality,
+                    series_number=record.series_number,
+                    instance_number=record.instance_number,
+                    forwarded_to=self.name,
+                )
+        if self._trust or (held and self._verify):
+            self._hold_against_list(study, held)
+        with self._mutex:
+            self._sent[study] = {uid: (x.sha256, x.bytes) for uid, x in held.items() if x.bytes is not None}
+        return held
+
+    def _hold_against_list(self, study: str, held: dict[str, Held]) -> None:
+        from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
+
+        try:
+            association = self.target.open(list(FIND_PROPOSALS), self.deadlines, self.cancel)
+            try:
+                series = None if self._trust else {x.series for x in held.values()}
+                listed = list_instances(association, study, series)
+                association.release()
+            finally:
+                association.abort()
+        except PeerError as error:
+            log.info("what %s holds cannot be asked for; our records stand alone: %s", self.name, error.message)
+            return
+        for uid in [uid for uid, x in held.items() if listed.get(uid) != x.series]:
+            log.info("%s does not list an instance any more that was stored there", self.name)
+            del held[uid]
+        if self._trust:
+            for uid, where in listed.items():
+                if uid not in held:
+                    held[uid] = Held(where, uid, None, None, None, None, None, 0, forwarded_to=self.name)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def begin(self, instance: Instance) -> Writer:
+        """See :meth:`sinks.base.Sink.begin`."""
+        assert instance.sop_class is not None
+        assert instance.syntax is not None
+        if self._stopped:
+            return _Draining(Taken(s.OUT_OF_RESOURCES, "strict_forward", "An instance before it was not taken."))
+        known = self._sent.get(instance.study, {}).get(instance.sop)
+        if known is not None:
+            return _Comparing(self, instance, *known)
+        try:
+            self._ledger(instance.study)
+        except OSError as error:
+            raise SinkError(
+                f"The ledger of forwards cannot be written: {error.strerror or error}.",
+                hint="Give another manifest_root (--state), or make room there.",
+            ) from error
+        pair = Proposal(instance.sop_class, instance.syntax)
+        line = self._line(pair)
+        if line is None:
+            return _Draining(self._no_context(instance, pair))
+        line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop)
+        return _ForwardWriter(self, line, instance)
+
+    def _ledger(self, study: str) -> Ledger:
+        with self._mutex:
+            ledger = self._ledgers.get(study)
+            if ledger is None:
+                ledger = self._ledgers[study] = self._ledger_store.open(study, self._run)
+            return ledger
+
+    def _no_context(self, instance: Instance, pair: Proposal) -> Taken:
+        text = f"The destination accepted no context for SOP class {pair.abstract_syntax} in {pair.transfer_syntax}."
+        return self._refusal(instance, s.CLASS_NOT_SUPPORTED, "destination_refused", text)
+
+    def _refusal(self, instance: Instance, status: int, reason: str, text: str) -> Taken:
+        instance.forwarded_to, instance.forward_status, instance.forward_error = self.name, "error", text
+        self._stopped = self._stopped or self._strict
+        return Taken(status, reason, text)
+
+    # --- lines ---------------------------------------------------------------------------------
+
+    def _line(self, pair: Proposal) -> _Line | None:
+        """A line that carries the pair; None if the destination refuses it."""
+        with self._mutex:
+            self._pairs.pop(pair, None)
+            self._pairs[pair] = None
+            if pair in self._refused:
+                return None
+            line = next((x for x in self._idle if pair in x.contexts), self._idle[-1] if self._idle else None)
+            if line is not None:
+                self._idle.remove(line)
+        if line is not None:
+            if line.hung_up():
+                line.association.abort()
+            elif pair in line.contexts:
+                return line
+            else:
+                line.association.release()
+        return self._open(pair)
+
+    def _open(self, pair: Proposal) -> _Line | None:
+        proposals = self._proposals(pair)
+        try:
+            association = self.target.open(proposals, self._quick, self.cancel)
+        except PeerError as error:
+            # What answers, but not as a DICOM node does, will not do so the next time.
+            may_pass = error.transient and not isinstance(error, PeerProtocolError)
+            raise self.lost(error, may_pass=may_pass, unreachable=True) from error
+        line = _Line(association, self.target.max_pdu_length)
+        with self._mutex:
+            self._refused.update(proposal for proposal in proposals if proposal not in line.contexts)
+        if pair in line.contexts:
+            return line
+        self._give_back(line)
+        return None
+
+    def _proposals(self, pair: Proposal) -> list[Proposal]:
+        """The pair, those seen before, and the classes to come in the syntaxes seen, the latest first."""
+        with self._mutex:
+            seen = list(reversed(self._pairs))
+            syntaxes = dict.fromkeys(p.transfer_syntax for p in seen)
+            wanted = dict.fromkeys([pair, *seen])
+            wanted.update(dict.fromkeys(Proposal(c, syntax) for syntax in syntaxes for c in tuple(self._classes)))
+            return [proposal for proposal in wanted if proposal not in self._refused][:MAX_CONTEXTS]
+
+    def _give_back(self, line: _Line) -> None:
+        with self._mutex:
+            keep = not self._closed
+            if keep:
+                self._idle.append(line)
+        if not keep:
+            line.association.release()
+
+    def lost(self, error: PeerError, *, may_pass: bool = True, unreachable: bool = False) -> ForwardLost:
+        """An error of the destination's association, as the one that ends the source's."""
+        facts = {name: error.facts[name] for name in ("result", "source", "reason") if name in error.facts}
+        return ForwardLost(
+            f"Forwarding failed: {error.message}",
+            hint=error.hint,
+            node=self.name,
+            may_pass=may_pass,
+            unreachable=unreachable,
+            **facts,
+        )
+
+    # --- responses -----------------------------------------------------------------------------
+
+    def answered(self, line: _Line, instance: Instance, response: StoreResponse) -> Taken:
+        """What the destination's response means for the instance; the line is free again."""
+        self._give_back(line)
+        status = response.status
+        if response.comment:
+            log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
+        outcome = s.store_outcome(status)
+        if outcome in ("busy", "refused"):
+            reason = "destination_error" if outcome == "busy" else "destination_refused"
+            text = f"The destination answered {s.describe_store(status)}."
+            return self._refusal(instance, s.store_status_for_source(status), reason, text)
+        instance.forwarded_to, instance.forward_status, instance.forward_error = self.name, outcome, None
+        if outcome == "warning":
+            instance.forward_error = f"The destination answered {s.describe_store(status)}."
+        self.record(instance)
+        return Taken(s.store_status_for_source(status), state="forwarded")
+
+    def record(self, instance: Instance) -> None:
+        """Write down that the destination has it."""
+        with self._mutex:
+            self._sent.setdefault(instance.study, {})[instance.sop] = (instance.sha256, instance.bytes)
+        try:
+            ledger = self._ledger(instance.study)
+            ledger.taken(instance)
+            ledger.durable([instance.sop])
+        except OSError as error:  # it is there all the same; only a later run would send it again
+            log.warning("the ledger of forwards cannot be written: %s", error.strerror or error)
+
+    def late(self, line: _Line, instance: Instance) -> ForwardLate:
+        """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
+        with self._mutex:
+            self._late += 1
+        threading.Thread(target=self._wait_late, args=(line, instance), name="dicom-get-late", daemon=True).start()
+        return ForwardLate(
+            f"{self.name} did not answer within the deadline 'sub_operation' ({self.deadlines.sub_operation:g} s).",
+            hint="The source was not answered late; what the destination still answers counts.",
+            node=self.name,
+        )
+
+    def _wait_late(self, line: _Line, instance: Instance) -> None:
+        try:
+            confirmation = self._late_confirmation(line, instance)
+        except BaseException as error:
+            line.association.abort()
+            text = error.message if isinstance(error, DicomGetError) else f"unexpected {type(error).__name__}"
+            confirmation = Confirmation(instance, text)
+            if not isinstance(error, DicomGetError):
+                log.exception("waiting for a late response failed")
+        with self._changed:
+            self._late -= 1
+            self._done.append(confirmation)
+            self._changed.notify_all()
+
+    def _late_confirmation(self, line: _Line, instance: Instance) -> Confirmation:
+        seconds = self.deadlines.next_object
+        limit = time.monotonic() + seconds
+        while not line.channel.wait_for_response(min(limit, time.monotonic() + 0.2)):
+            if self.cancel.reason is not None:
+                raise Cancelled(f"Cancelled before {self.name} had answered.")
+            if time.monotonic() >= limit:
+                raise SinkError(f"{self.name} did not answer within another {seconds:g} s.")
+        response = line.channel.response(time.monotonic() + self.deadlines.idle)
+        taken = self.answered(line, instance, response)
+        instance.received_at = time.time()
+        instance.dimse_status = taken.status
+        return Confirmation(instance, taken.error, taken.reason or "destination_error")
+
+    def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
+        """See :meth:`sinks.base.Sink.confirmations`: the late ones; all others were in hand when they were taken."""
+        if not wait and not self._done:
+            return []
+        with self._changed:
+            while wait and self._late:
+                self._changed.wait(1.0)
+            done, self._done = self._done, []
+            return done
+
+    def close(self) -> None:
+        """See :meth:`sinks.base.Sink.close`."""
+        with self._changed:
+            self._closed = True
+            while self._late:
+                self._changed.wait(1.0)
+            lines, self._idle = self._idle, []
+        for line in lines:
+            if line.hung_up():
+                line.association.abort()
+            else:
+                line.association.release()
+        for ledger in self._ledgers.values():
+            try:
+                ledger.sync()
+            except OSError as error:
+                log.warning("the ledger of forwards cannot be synced: %s", error.strerror or error)
+            ledger.close()
+
+
+class _ForwardWriter:
+    """One instance on its way on."""
+
+    __slots__ = ("_hash", "_instance", "_line", "_seen", "_sink", "_size")
+
+    def __init__(self, sink: ForwardSink, line: _Line, instance: Instance) -> None:
+        self._sink, self._instance = sink, instance
+        self._line: _Line | None = line
+        self._hash: Any = hashlib.sha256() if sink.checksum else None
+        self._size = 0
+        self._seen = time.monotonic()
+        """When the source's latest bytes were at hand."""
+
+    def write(self, view: memoryview) -> None:
+        """See :meth:`sinks.base.Writer.write`."""
+        line = self._line
+        assert line is not None
+        self._seen = time.monotonic()
+        self._size += len(view)
+        try:
+            line.channel.write(view, self._seen + self._sink.deadlines.stall)
+        except PeerError as error:
+            raise self._lost(error) from error
+        if self._hash is not None:
+            self._hash.update(view)
+
+    def take(self) -> Taken:
+        """See :meth:`sinks.base.Writer.take`."""
+        line, instance, sink = self._line, self._instance, self._sink
+        assert line is not None
+        instance.bytes = instance.dataset_bytes = self._size
+        instance.sha256 = self._hash.digest() if self._hash is not None else None
+        instance.dataset_offset, instance.uri = 0, None
+        instance.forwarded_to = sink.name
+        limit = self._seen + sink.deadlines.sub_operation
+        try:
+            line.channel.finish(limit)
+            if not line.channel.wait_for_response(limit):
+                self._line = None
+                raise sink.late(line, instance)
+            response = line.channel.response(limit)
+        except PeerError as error:
+            raise self._lost(error) from error
+        self._line = None
+        return sink.answered(line, instance, response)
+
+    def _lost(self, error: PeerError) -> ForwardLost:
+        self.abort()
+        return self._sink.lost(error)
+
+    def abort(self) -> None:
+        """See :meth:`sinks.base.Writer.abort`: half an instance must not be taken for a whole one."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.association.abort()
+
+
+class _Draining:
+    """An instance that is not sent on: its data set is read, and the answer stands already."""
+
+    __slots__ = ("_taken",)
+
+    def __init__(self, taken: Taken) -> None:
+        self._taken = taken
+
+    def write(self, view: memoryview) -> None:
+        """See :meth:`sinks.base.Writer.write`."""
+
+    def take(self) -> Taken:
+        """See :meth:`sinks.base.Writer.take`."""
+        return self._taken
+
+    def abort(self) -> None:
+        """See :meth:`sinks.base.Writer.abort`."""
+
+
+class _Comparing:
+    """An instance whose UID was forwarded before: the first stays, and this one counts if it is the same."""
+
+    __slots__ = ("_digest", "_hash", "_instance", "_known_size", "_sink", "_size")
+
+    def __init__(self, sink: ForwardSink, instance: Instance, digest: bytes | None, size: int | None) -> None:
+        self._sink, self._instance, self._digest, self._known_size = sink, instance, digest, size
+        self._hash: Any = hashlib.sha256()
+        self._size = 0
+
+    def write(self, view: memoryview) -> None:
+        """See :meth:`sinks.base.Writer.write`."""
+        self._size += len(view)
+        self._hash.update(view)
+
+    def take(self) -> Taken:
+        """See :meth:`sinks.base.Writer.take`."""
+        instance = self._instance
+        if self._size != self._known_size or self._digest not in (None, self._hash.digest()):
+            return Taken(
+                s.DUPLICATE_OTHER_CONTENT,
+                "different_content",
+                "Another data set was forwarded under this UID; it was left as it is.",
+            )
+        instance.bytes = instance.dataset_bytes = self._size
+        instance.sha256, instance.dataset_offset, instance.uri = self._digest, 0, None
+        instance.forwarded_to, instance.forward_status, instance.forward_error = self._sink.name, "ok", None
+        return Taken(s.SUCCESS, state="forwarded")
+
+    def abort(self) -> None:
+        """See :meth:`sinks.base.Writer.abort`."""
