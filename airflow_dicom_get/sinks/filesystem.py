@@ -7,14 +7,11 @@ replacing another, then synced with others by a thread behind the receiver and r
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import queue
-import re
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +20,7 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.sinks.files import (
     Follower,
@@ -43,8 +41,6 @@ MAX_UNCONFIRMED = 64 << 20
 _MAX_QUEUED = 128  # open files behind the receiver
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
-_STALE_SECONDS = 24 * 3600
-_PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)\.part")
 
 VerifyHeld = Literal["size", "digest", "none"]
 
@@ -323,15 +319,11 @@ class _Study:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock_path = path / f".{run}.lock"
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.info("%s: no file locks here; leftovers of other runs are kept for a day", path)
+        self._lock = locks.hold(self._lock_path)
         self.ledger = ledgers.open(uid, run)
         self._folders: dict[str, int] = {}
         self._mutex = threading.Lock()
-        _clean_dead_runs(path, run)
+        locks.clean_dead_runs(path, run)
 
     def series(self, uid: str) -> int:
         """An open descriptor of the series folder, made if absent."""
@@ -504,42 +496,6 @@ class _FileWriter:
                 self._follower.finish()
         if self._fd >= 0:
             self._drop()
-
-
-def _clean_dead_runs(folder: Path, own: str) -> None:
-    """Remove temporary files of runs that hold no lock any more."""
-    dead: dict[str, bool] = {own: False}
-    for path in folder.glob("*/.*.part"):
-        match = _PART.fullmatch(path.name)
-        if match is None:
-            continue
-        run = match["run"]
-        if run not in dead:
-            dead[run] = _is_dead(folder / f".{run}.lock", path)
-        if dead[run]:
-            log.info("removing a leftover of run %s", run)
-            path.unlink(missing_ok=True)
-    for run, gone in dead.items():
-        if gone:
-            (folder / f".{run}.lock").unlink(missing_ok=True)
-
-
-def _is_dead(lock: Path, part: Path) -> bool:
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:  # no locks on this file system
-        return time.time() - part.stat().st_mtime > _STALE_SECONDS
-    finally:
-        os.close(fd)
 
 
 def _as_instance(study: str, record: Record) -> Instance:
