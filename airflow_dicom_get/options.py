@@ -207,7 +207,6 @@ class Options(Checked):
         Flag(),
         "End the retrieval at the first instance that the target refuses.",
         shell=("--strict-forward",),
-        hidden=True,
     )
     store_with_file_meta: bool = setting(
         True,
@@ -290,8 +289,8 @@ class Options(Checked):
     )
     manifest_root: FilesystemDestination | S3Destination | None = setting(
         None,
-        Parsed(_parse_root, "a folder", optional=True),
-        "Folder for manifests and ledger; _manifests in the destination by default.",
+        Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
+        "Folder or prefix for manifests and ledger; _manifests in the destination by default.",
         shell=("--state", "--manifest-root"),
         metavar="DIR",
     )
@@ -300,7 +299,6 @@ class Options(Checked):
         Flag(),
         "Take what the target lists as held, though we have not sent it.",
         shell=("--trust-destination",),
-        hidden=True,
     )
     transfer_syntaxes: tuple[str, ...] | None = setting(
         None,
@@ -456,14 +454,16 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
                 f"{backend} does not fit {spelling('destination')} {destination}",
                 "Give one of the two.",
             )
-        if (s3 is not None and s3.bucket is not None) or (target is not None and target.addr is not None):
+        named = s3 is not None and (s3.bucket is not None or s3.prefix is not None)
+        if named or (target is not None and target.addr is not None):
             group = "s3_config" if s3 is not None else "forward_target"
             raise invalid(spelling(group), f"names a place beside {spelling('destination')}", "Give one of the two.")
     else:
         kind = backend or "Filesystem"
+    reaches_root = isinstance(given.get("manifest_root"), S3Destination) and s3 is not None and s3.bucket is None
     for group, value, its_kind in (
         ("out_dir", out_dir, "Filesystem"),
-        ("s3_config", s3, "S3"),
+        ("s3_config", None if reaches_root else s3, "S3"),
         ("forward_target", target, "Forward"),
     ):
         if value is not None and its_kind != kind:
@@ -476,7 +476,7 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
         if kind == "S3":
             if s3 is None or s3.bucket is None:
                 raise invalid(spelling("s3_config"), "names no bucket", "Give s3_config={'bucket': …}.")
-            destination = S3Destination(s3.bucket, (s3.prefix or "").strip("/"))
+            destination = S3Destination(s3.bucket, s3.prefix or "")
         elif kind == "Forward":
             if target is None or target.addr is None:
                 raise invalid(spelling("forward_target"), "names no address", "Give forward_target={'addr': …}.")
@@ -487,13 +487,14 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
         check_folder(destination.path, spelling("destination" if out_dir is None else "out_dir"))
     elif isinstance(destination, ForwardDestination):
         _check_target(given, destination, spelling)
-    elif destination is not None:
-        raise _unavailable(spelling("destination" if given.get("destination") else "storage_backend"), kind)
+    elif isinstance(destination, S3Destination):
+        _check_bucket(destination, spelling("destination" if given.get("destination") else "s3_config"))
     return destination
 
 
-def _unavailable(option: str, kind: str) -> InvalidOption:
-    return invalid(option, f"{kind} as destination is not available in this version", "Give a folder.")
+def _check_bucket(place: S3Destination, option: str) -> None:
+    if place.conn_id is not None:
+        raise invalid(option, f"{place} names a connection of Airflow", "Write s3://bucket/prefix.")
 
 
 def _check_target(given: Mapping[str, Any], destination: ForwardDestination, spelling: Spelling) -> None:
@@ -505,8 +506,13 @@ def _check_target(given: Mapping[str, Any], destination: ForwardDestination, spe
             "Write dicom://[AE@]host:port.",
         )
     source: Node = given["addr"]
-    if (source.host.lower(), source.port) == (destination.node.host.lower(), destination.node.port):
+    if _endpoint(source) == _endpoint(destination.node):
         raise invalid(option, f"{destination} is the source itself", "Give another node.")
+
+
+def _endpoint(node: Node) -> tuple[str, int]:
+    host = node.host.lower()
+    return "localhost" if host in ("127.0.0.1", "::1") else host, node.port
 
 
 def _contradictions(options: Options, spelling: Spelling) -> None:
@@ -540,13 +546,22 @@ def _contradictions(options: Options, spelling: Spelling) -> None:
         for name in ("strict_forward", "trust_destination"):
             if getattr(options, name):
                 raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
+    else:
+        for name, given in (("adopt", options.adopt), ("store_with_file_meta", not options.store_with_file_meta)):
+            if given:
+                raise invalid(spelling(name), "says nothing for a DICOM node as destination", "Leave it out.")
     for part in ("ca", "cert", "key") if options.tls is not None else ():
         path = getattr(options.tls, part)
         if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             raise invalid(spelling(f"tls.{part}"), f"{shown_path(path)} is no file that can be read", "Check the path.")
+    bundle = options.s3_config.ca_bundle if options.s3_config is not None else None
+    if bundle is not None and not (os.path.isfile(bundle) and os.access(bundle, os.R_OK)):
+        raise invalid(
+            spelling("s3_config.ca_bundle"), f"{shown_path(bundle)} is no file that can be read", "Check the path."
+        )
     if isinstance(options.manifest_root, S3Destination):
-        raise _unavailable(spelling("manifest_root"), "S3")
-    if options.manifest_root is not None:
+        _check_bucket(options.manifest_root, spelling("manifest_root"))
+    elif options.manifest_root is not None:
         check_folder(options.manifest_root.path, spelling("manifest_root"))
 
 

@@ -30,6 +30,8 @@ from airflow_dicom_get.checks import (
 )
 from airflow_dicom_get.node import Node
 
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
 MAX_PDU_LENGTH = 131072
 """The largest P-DATA-TF we ask for; larger ones measured slower, and DCMTK sends no larger ones."""
 
@@ -216,37 +218,98 @@ class UserIdentity(Checked):
         return (self.password or "").encode()
 
 
+def is_bucket(name: str) -> bool:
+    """Whether a bucket may have this name."""
+    return bool(_BUCKET.fullmatch(name)) and ".." not in name and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name)
+
+
+def _parse_endpoint(option: str, value: Any) -> str:
+    """An address with its scheme, without a path: the bucket is named elsewhere."""
+    hint = "Write https://host or http://host:port."
+    if not isinstance(value, str) or not value.isprintable():
+        raise invalid(option, f"{shown(value)} is no address", hint)
+    scheme, mark, rest = value.strip().partition("://")
+    host, _, path = rest.rstrip("/").partition("/")
+    if not mark or scheme.lower() not in ("http", "https"):
+        raise invalid(option, f"{shown(value)} has no scheme", hint)
+    if "@" in host:
+        raise invalid(option, "holds a user name or a key", "Give access_key and secret_key.")
+    port = host.rpartition(":")[2] if ":" in host and not host.endswith("]") else "1"
+    if not host or path or "?" in host or "#" in host or any(c.isspace() for c in host) or not port.isdecimal():
+        raise invalid(option, f"{shown(value)} is no address of a service", hint)
+    return f"{scheme.lower()}://{host}"
+
+
+def _parse_prefix(option: str, value: Any) -> str:
+    """Parts of a key between single slashes, without the slashes at its ends."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise invalid(option, f"{shown(value)} is no prefix", "Write parts with slashes between them.")
+    prefix = value.removeprefix("/").removesuffix("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
+        raise invalid(option, f"{shown(value)} holds an empty or dotted part", "Write parts with slashes between them.")
+    return prefix
+
+
+def _parse_bucket(option: str, value: Any) -> str:
+    if not isinstance(value, str) or not is_bucket(value):
+        raise invalid(
+            option, f"{shown(value)} is no name of a bucket", "Give 3 to 63 lower-case letters, digits, dots and hyphens."
+        )
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class S3Config(Checked):
     """An S3 bucket and how to reach it."""
 
     group: ClassVar[str] = "s3_config."
 
-    bucket: str | None = setting(None, Text(optional=True), "Name of the bucket.")
+    bucket: str | None = setting(
+        None, Parsed(_parse_bucket, "the name of a bucket", optional=True), "Name of the bucket."
+    )
     access_key: str | None = setting(None, Secret(optional=True), "Access key; the usual AWS places by default.")
     secret_key: str | None = setting(None, Secret(optional=True), "Secret key.")
     endpoint: str | None = setting(
         None,
-        Text(optional=True),
+        Parsed(_parse_endpoint, "an address such as https://host:port", optional=True),
         "Address of the S3 service; AWS by default.",
         shell=("--s3-endpoint-url",),
         metavar="URL",
-        hidden=True,
     )
-    region: str | None = setting(None, Text(optional=True), "Region.", shell=("--s3-region",), hidden=True)
-    prefix: str | None = setting(None, Text(optional=True), "Start of every key.")
+    region: str | None = setting(
+        None, Text(optional=True), "Region; the profile's, else us-east-1 by default.", shell=("--s3-region",)
+    )
+    prefix: str | None = setting(
+        None, Parsed(_parse_prefix, "the start of a key", optional=True), "Start of every key."
+    )
     path_style: bool | None = setting(
         None, Flag(optional=True), "Bucket in the path; true with an endpoint of its own."
     )
     session_token: str | None = setting(None, Secret(optional=True), "Session token of temporary keys.")
     profile: str | None = setting(
-        None, Text(optional=True), "Profile of the AWS configuration.", shell=("--s3-profile",), hidden=True
+        None, Text(optional=True), "Profile of the AWS configuration.", shell=("--s3-profile",), metavar="NAME"
     )
-    sse: str | None = setting(None, Text(optional=True), "Encryption at rest, AES256 or aws:kms.")
-    kms_key_id: str | None = setting(None, Text(optional=True), "Key of aws:kms.")
+    sse: Literal["AES256", "aws:kms"] | None = setting(
+        None, Choice("AES256", "aws:kms", optional=True), "Encryption at rest."
+    )
+    kms_key_id: str | None = setting(None, Text(optional=True), "Key of aws:kms; the account's own by default.")
     storage_class: str | None = setting(None, Text(optional=True), "Storage class of the objects.")
     ca_bundle: str | None = setting(None, Text(optional=True), "File with the certificate authorities to trust.")
-    max_concurrency: int = setting(8, Integer(1, 64), "Parts sent at the same time.")
+    max_concurrency: int = setting(
+        8, Integer(1, 64), "Parts of 8 MiB that are under way at a time; it bounds bytes and requests."
+    )
+
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        if (self.access_key is None) != (self.secret_key is None):
+            missing = "secret_key" if self.secret_key is None else "access_key"
+            raise invalid(f"s3_config.{missing}", "is missing: the keys come as a pair", "Give both, or neither.")
+        if self.session_token is not None and self.access_key is None:
+            raise invalid("s3_config.session_token", "is given without its keys", "Give access_key and secret_key too.")
+        if self.profile is not None and self.access_key is not None:
+            raise invalid("s3_config.profile", "is given beside keys", "Give one of the two.")
+        if self.kms_key_id is not None and self.sse != "aws:kms":
+            raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' too.")
 
 
 def _parse_node(option: str, value: Any) -> Node:
@@ -274,7 +337,6 @@ class ForwardTarget(Checked):
         "Our AE title towards the target.",
         shell=("--forward-calling-ae",),
         metavar="AE",
-        hidden=True,
     )
     called_ae_title: str | None = setting(
         None, AETitle(optional=True), "AE title of the target, where its address holds none; ANY-SCP by default."

@@ -112,7 +112,7 @@ class TestHelp:
         assert text.startswith(f"usage: dicom-get {verb} ")
         # What is not available in this version is not offered.
         assert "--s3-" not in text
-        assert "--forward-" not in text
+        assert ("--forward-calling-ae" in text) == (verb == "get")
 
     def test_answers_fast(self, run: Callable[..., Run]) -> None:
         times = []
@@ -162,7 +162,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["get", "NODE", *WHAT, "--to", "a-file"], "is not a folder"),
     (["get", "NODE", *WHAT, "--to", "a-file/below"], "is not a folder"),
     (["get", "NODE", *WHAT, "--to", "s3://bucket/x"], "--to: S3 as destination is not available in this version"),
-    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1"], "--to: a DICOM node as destination is not available"),
+    (["get", "NODE", *WHAT, "--to", "dicom://PACS_B"], "--to: dicom://PACS_B names a connection of Airflow"),
+    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--adopt"], "--adopt: says nothing for a DICOM node"),
+    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--no-file-meta"], "--no-file-meta: says nothing for a DICOM"),
+    (["get", "X@h:1", *WHAT, "--to", "dicom://Y@h:1"], "--to: dicom://Y@h:1 is the source itself"),
     (["get", "NODE", *WHAT, "--to", "ftp://h/x"], "--to: the scheme 'ftp' is not known"),
     (["get", "NODE", *WHAT, "--to", "out", "--state", "a-file"], "--state: "),
     (["get", "NODE", *WHAT, "--to", "out", "--associations", "4"], "--associations: 4 is more than --max-associations"),
