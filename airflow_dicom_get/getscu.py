@@ -488,6 +488,7 @@ class GetScu:
             retries=o.retries,
             resume=o.resume,
             require_exact=o.require_exact,
+            ack_durable=o.ack == "durable",
             sop_classes=frozenset(o.sop_classes) if o.sop_classes else None,
             strict_forward=o.strict_forward,
             tag_numbers=decoder.numbers if decoder else frozenset(),

@@ -27,16 +27,14 @@ _ELEMENT = struct.Struct("<HHL")
 _IMPLICIT = encoding_of(IMPLICIT_LE)
 
 
-def encode_identifier(elements: Mapping[int, str | Iterable[str]], uid_tags: Collection[int] = ()) -> bytes:
-    """Encode keys in ascending order; several values are joined by a backslash.
+def encode_identifier(elements: Mapping[int, str | bytes | Iterable[str]], uid_tags: Collection[int] = ()) -> bytes:
+    """Encode keys in ascending order; several values are joined by a backslash, bytes go as they are.
 
-    Non-ASCII text is sent as UTF-8 with Specific Character Set ISO_IR 192. Values of ``uid_tags``
-    are padded with NUL, all others with a space (PS3.5 6.2).
+    Non-ASCII text is sent as UTF-8 with Specific Character Set ISO_IR 192, unless the set is given.
+    Values of ``uid_tags`` are padded with NUL, all others with a space (PS3.5 6.2).
     """
-    values = {
-        tag: (value if isinstance(value, str) else "\\".join(value)).encode("utf-8") for tag, value in elements.items()
-    }
-    if not all(value.isascii() for value in values.values()):
+    values = {tag: _raw(value) for tag, value in elements.items()}
+    if SPECIFIC_CHARACTER_SET not in values and not all(value.isascii() for value in values.values()):
         values[SPECIFIC_CHARACTER_SET] = b"ISO_IR 192"
     out = bytearray()
     for tag in sorted(values):
@@ -45,6 +43,12 @@ def encode_identifier(elements: Mapping[int, str | Iterable[str]], uid_tags: Col
             value += b"\0" if tag in uid_tags else b" "
         out += _ELEMENT.pack(tag >> 16, tag & 0xFFFF, len(value)) + value
     return bytes(out)
+
+
+def _raw(value: str | bytes | Iterable[str]) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else "\\".join(value)).encode("utf-8")
 
 
 def decode_identifier(data: bytes | bytearray, wanted: Collection[int]) -> dict[int, bytes]:

@@ -62,14 +62,16 @@ class Request:
     cuts: int = 0
     """How often the association was lost over it without any of it arriving."""
 
-    def keys(self, run: StudyRun) -> dict[int, str | list[str]]:
+    def keys(self, run: StudyRun) -> dict[int, str | bytes | list[str]]:
         """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3)."""
-        keys: dict[int, str | list[str]] = {
+        keys: dict[int, str | bytes | list[str]] = {
             i.QUERY_RETRIEVE_LEVEL: self.level,
             h.STUDY_INSTANCE_UID: run.scope.study,
         }
         if run.query_model == "PatientRoot" and run.scope.patient_id:
             keys[i.PATIENT_ID] = run.scope.patient_id
+            if not run.scope.patient_id.isascii():
+                keys[h.SPECIFIC_CHARACTER_SET] = run.scope.character_set
         if self.level != "STUDY":
             assert self.series is not None
             keys[h.SERIES_INSTANCE_UID] = self.series

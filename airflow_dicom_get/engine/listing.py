@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, matches
+from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, matches, note_patient
 from airflow_dicom_get.errors import ListTooLong
 from airflow_dicom_get.records import Instance
 
@@ -90,9 +90,11 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
     NotNegotiated, OperationFailed, ListTooLong, InvalidQuery, and whatever ends an association
     """
     listing = Listing(at=time.time())
-    if scope.whole_study:
-        for row in finder.rows("STUDY", {h.STUDY_INSTANCE_UID: scope.study}, (i.STUDY_RELATED_INSTANCES,)):
-            if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (scope.study, None):
+    keys = {h.STUDY_INSTANCE_UID: scope.study}
+    for row in finder.rows("STUDY", keys, (i.STUDY_RELATED_INSTANCES, i.PATIENT_ID)):
+        if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (scope.study, None):
+            note_patient(scope, row)
+            if scope.whole_study:
                 listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
     series_filters = [f for f in scope.filters if f.level == "SERIES"]
     image_filters = [f for f in scope.filters if f.level == "IMAGE"]

@@ -180,6 +180,8 @@ class Receiver:
             instance.dimse_status = taken.status
         assert self._request is not None
         self._run.taken(self._request.sop_instance, instance, taken, self._size)
+        if taken.status == s.SUCCESS and instance is not None and self._run.settings.ack_durable:
+            return s.OUT_OF_RESOURCES if self._run.keep(instance) else s.SUCCESS
         return taken.status
 
     def answered(self) -> None:

@@ -42,11 +42,13 @@ class Scope:
     """What a query means within one study. ``None`` for series or instances: all of them."""
 
     study: str
-    patient_id: str | None = None
+    patient_id: bytes | None = None
+    """As C-FIND returned it, encoded; the unique key above the study in Patient Root."""
+    character_set: bytes = b""
+    """Specific Character Set of the row that ``patient_id`` came from."""
     series: frozenset[str] | None = None
     instances: frozenset[str] | None = None
     filters: tuple[Filter, ...] = ()
-    related_instances: int | None = None
     sop_classes: tuple[str, ...] = ()
     listed: bool = True
     """Whether the study was found by C-FIND."""
@@ -95,7 +97,7 @@ class Finder:
         elements: dict[int, str | Iterable[str]] = dict.fromkeys(returned, "")
         elements.update(keys)
         elements[i.QUERY_RETRIEVE_LEVEL] = level
-        wanted = frozenset(elements)
+        wanted = frozenset(elements) | {h.SPECIFIC_CHARACTER_SET}
         identifier = i.encode_identifier(elements, _UIDS)
         for raw in c_find(
             self._association,
@@ -128,7 +130,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
     study_filters = [f for f in query.filters if f.level == "STUDY"]
     lower = tuple(f for f in query.filters if f.level != "STUDY" and f.value)
     if not finder.offered and query.studies and not any(f.value for f in query.filters if f.keyword != "PatientID"):
-        return [_scope(query, study, query.patient_id, lower, listed=False) for study in query.studies]
+        return [_scope(query, study, lower, listed=False) for study in query.studies]
     if not query.studies and not any(f.value for f in study_filters):
         return _from_below(finder, query, lower, max_studies)
     found: dict[str, Scope] = {}
@@ -139,9 +141,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
         if not matches(row, study_filters):
             continue
         if uid not in found:
-            patient_id = i.text_value(row.get(i.PATIENT_ID)) or query.patient_id
-            scope = found[uid] = _scope(query, uid, patient_id, lower)
-            scope.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+            scope = found[uid] = _scope(query, uid, lower)
+            note_patient(scope, row)
             classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
             scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
     if len(found) > max_studies:
@@ -155,10 +156,22 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
     return list(found.values())
 
 
-def _scope(query: Query, study: str, patient_id: str | None, filters: tuple[Filter, ...], listed: bool = True) -> Scope:
+def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool = True) -> Scope:
     return Scope(
-        study, patient_id, frozenset(query.series) or None, frozenset(query.instances) or None, filters, listed=listed
+        study,
+        query.patient_id.encode() if query.patient_id else None,
+        series=frozenset(query.series) or None,
+        instances=frozenset(query.instances) or None,
+        filters=filters,
+        listed=listed,
     )
+
+
+def note_patient(scope: Scope, row: Row) -> None:
+    """Keep the Patient ID of a row of the study, as it is."""
+    patient_id = row.get(i.PATIENT_ID, b"").strip(b"\0 ")
+    if patient_id:
+        scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
 
 
 def _study_rows(finder: Finder, studies: Sequence[str], filters: Sequence[Filter]) -> Iterator[Row]:
@@ -207,7 +220,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
             studies.setdefault(uid)
     if len(studies) > max_studies:
         raise _too_many(len(studies), max_studies)
-    return [_scope(query, study, query.patient_id, filters) for study in studies]
+    return [_scope(query, study, filters) for study in studies]
 
 
 def matches(row: Row, filters: Iterable[Filter]) -> bool:

@@ -55,6 +55,7 @@ class Settings:
     retries: int = 5
     resume: bool = True
     require_exact: bool = False
+    ack_durable: bool = False
     sop_classes: frozenset[str] | None = None
     strict_forward: bool = False
     tag_numbers: frozenset[int] = frozenset()
@@ -172,6 +173,11 @@ class StudyRun:
             if self._refused_in_a_row >= _MOST_REFUSED:
                 self.stop("destination_error")
 
+    def keep(self, instance: Instance) -> str | None:
+        """Wait until a taken instance is confirmed (``ack="durable"``); why it is not, if so."""
+        self._confirm(wait=True)
+        return instance.error if instance.state == "failed" else None
+
     def answered(self) -> None:
         """After each answer: note confirmations, hold the limits."""
         self._confirm(wait=False)
@@ -223,6 +229,12 @@ class StudyRun:
             if self.scope.listed:
                 self.listing = self._list_anew()
             self._take_inventory()
+            if self.query_model == "PatientRoot" and self.scope.patient_id is None:
+                raise InvalidQuery(
+                    f"Study {self.scope.study}: its Patient ID is not known, and PatientRoot needs it.",
+                    hint="Give PatientID in the query, or use StudyRoot.",
+                    study=self.scope.study,
+                )
             if self.listing is None:
                 self._without_list()
             else:

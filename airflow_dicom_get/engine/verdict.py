@@ -147,6 +147,8 @@ def _reason(run: StudyRun, scope: list[Instance]) -> str | None:
         return run.stop_reason
     if run.still_growing():
         return "still_growing"
+    if run.errors and not run.rounds:
+        return type(run.errors[0]).__name__
     reasons = Counter(x.reason for x in scope if x.state not in _HELD and x.reason)
     if reasons:
         most = reasons.most_common(1)[0][0]
