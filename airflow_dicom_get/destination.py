@@ -12,7 +12,9 @@ from airflow_dicom_get.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.node import Node
 
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+# Capitals and underscores: buckets of old, and of other services, have them.
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+_ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+")
 _CONN_ID = re.compile(r"[\w.-]{1,250}", re.ASCII)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _FORMS = "Give a path, file:///path, s3://bucket/prefix or dicom://[AE@]host:port."
@@ -97,12 +99,17 @@ def _folder(path: Path, option: str) -> Path:
     return path.expanduser() if str(path).startswith("~/") or str(path) == "~" else path
 
 
+def is_bucket(name: str) -> bool:
+    """Whether a bucket may have this name."""
+    return bool(_BUCKET.fullmatch(name)) and ".." not in name and not _ADDRESS.fullmatch(name)
+
+
 def _s3(value: str, rest: str, option: str) -> S3Destination:
     # The connection stands before the first slash: a prefix may hold an "@" of its own.
     authority, _, prefix = rest.partition("/")
     conn_id, at, bucket = (unquote(part) for part in authority.rpartition("@"))
-    prefix = unquote(prefix).strip("/")
-    if not _BUCKET.fullmatch(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
+    prefix = unquote(prefix).removesuffix("/")
+    if not is_bucket(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
         raise invalid(option, f"{shown_path(value)} names no valid bucket", "Write s3://bucket/prefix.")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
         raise invalid(option, f"{shown_path(value)} holds an empty or dotted part", "Write s3://bucket/prefix.")

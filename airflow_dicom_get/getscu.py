@@ -363,11 +363,11 @@ class GetScu:
             raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to go on from.")
         return parse_query(query, query_model=query_model, timezone=self.options.timezone)
 
-    @staticmethod
-    def _scopes_of(manifest: Any) -> list[Scope]:
+    def _scopes_of(self, manifest: Any) -> list[Scope]:
         from airflow_dicom_get.engine.retry import scopes_of
 
-        return scopes_of(manifest)
+        config = self.options.s3_config
+        return scopes_of(manifest, config.reach() if config is not None else {})
 
     def _closed_until(self) -> datetime | None:
         """When the source's window opens, if it is closed now."""
@@ -422,7 +422,7 @@ class GetScu:
         if isinstance(places.place, ForwardPlace):
             places.place.attend(source.cancel)
             settings.expect = places.place.expect
-        places.place.prepare()
+        places.prepare()
         if listed is not None:
             scopes = listed
         else:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from airflow_dicom_get.checks import shown, shown_path
-from airflow_dicom_get.destination import FilesystemDestination, parse_destination
-from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.destination import FilesystemDestination, ForwardDestination, S3Destination, parse_destination
+from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.result import UNVERIFIED, Verdict, worst
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from airflow_dicom_get.records import Instance
+    from airflow_dicom_get.sinks.s3_client import Bucket
 
 __all__ = [
     "COLUMNS",
@@ -231,19 +232,12 @@ def write_manifest(
     OSError
         The file cannot be written. Nothing is left under ``path`` that was not there before.
     """
-    import pyarrow.parquet as pq
-
-    facts = {"schema": str(SCHEMA_VERSION), "verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
-    schema = rows.schema.with_metadata({_KEY + key: str(value) for key, value in facts.items()})
-    batches = rows.to_batches(_BATCH) if hasattr(rows, "to_batches") else rows
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         with part.open("xb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                for batch in batches:
-                    writer.write_batch(batch.cast(schema))
+            _write(rows, file, {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})})
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
@@ -258,31 +252,94 @@ def write_manifest(
         os.close(folder)
 
 
-def read_table(uri: Any) -> pa.Table:
+def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str, str]) -> None:
+    import pyarrow.parquet as pq
+
+    said = {"schema": str(SCHEMA_VERSION), **facts}
+    schema = rows.schema.with_metadata({_KEY + key: str(value) for key, value in said.items()})
+    batches = rows.to_batches(_BATCH) if hasattr(rows, "to_batches") else rows
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(batch.cast(schema))
+
+
+def manifest_content(rows: pa.Table | pa.RecordBatchReader, *, verdict: str, evidence: str, run: str) -> bytes:
+    """What :func:`write_manifest` would write: for a place that takes it whole."""
+    buffer = BytesIO()
+    _write(rows, buffer, {"verdict": verdict, "evidence": evidence, "run": run})
+    return buffer.getvalue()
+
+
+def read_table(uri: Any, **s3: Any) -> pa.Table:
     """Read the file of a manifest, without pandas.
+
+    Parameters
+    ----------
+    uri : str or Path
+        A path, ``file://…`` or ``s3://…``.
+    **s3
+        How to reach the bucket, as in ``s3_config``.
 
     Raises
     ------
     ManifestError
         There is no such file, it is broken, or it is of another schema. It is left as it is.
     """
-    path = _path_of(uri)
-    return _table(path, str(path))
+    place = _place_of(uri)
+    if isinstance(place, FilesystemDestination):
+        return _table(place.path, str(place.path))
+    return _table(_fetch(place, s3), str(uri))
 
 
-def _path_of(uri: Any) -> Path:
+def _place_of(uri: Any) -> FilesystemDestination | S3Destination:
     if not isinstance(uri, str | os.PathLike) or not str(uri):
         raise ManifestError("There is no manifest to read.", hint="Give the path or URI of a manifest.", uri=None)
     try:
         place = parse_destination(os.fspath(uri), "manifest")
     except InvalidOption as error:
         raise ManifestError(error.message, hint=error.hint, uri=str(uri)) from None
-    if not isinstance(place, FilesystemDestination):
+    if isinstance(place, ForwardDestination):
         raise ManifestError(
-            f"The manifest {shown_path(uri)} is not in a folder, and other places are not available in this version.",
-            hint="Copy it to a folder and give its path.", uri=str(uri),
-        )  # fmt: skip
-    return place.path
+            f"{shown_path(uri)} is a DICOM node, which holds no manifests.",
+            hint="Give the path or URI of a manifest.",
+            uri=str(uri),
+        )
+    return place
+
+
+def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
+    from airflow_dicom_get.settings import S3Config
+    from airflow_dicom_get.sinks.s3_client import Bucket
+
+    if place.conn_id is not None:
+        raise ManifestError(f"{place} names a connection of Airflow.", hint="Write s3://bucket/prefix.", uri=str(place))
+    try:
+        return Bucket(place.bucket, S3Config(**s3))
+    except TypeError:
+        raise ManifestError(
+            f"The arguments {', '.join(map(shown, s3))} are not all known.",
+            hint="Give those of s3_config.",
+            uri=str(place),
+        ) from None
+
+
+def _content(place: FilesystemDestination | S3Destination, s3: Mapping[str, Any]) -> bytes:
+    if isinstance(place, S3Destination):
+        return _fetch(place, s3)
+    try:
+        return place.path.read_bytes()
+    except OSError as error:
+        raise _unreadable(place.path, error) from None
+
+
+def _fetch(place: S3Destination, s3: Mapping[str, Any]) -> bytes:
+    """The content of an object. Raises :class:`ManifestError`."""
+    try:
+        return _bucket_of(place, s3).get(place.prefix)
+    except S3Error as error:
+        raise ManifestError(
+            f"The manifest {shown_path(place)} cannot be read. {error.message}", hint=error.hint, uri=str(place)
+        ) from error
 
 
 def _unreadable(path: Path, error: OSError) -> ManifestError:
@@ -412,39 +469,41 @@ def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
     return pa.table(flat, schema=schema).replace_schema_metadata(facts)
 
 
-def read_manifest(uri: Any) -> DataFrame:
+def read_manifest(uri: Any, **s3: Any) -> DataFrame:
     """Read the file of a manifest.
 
     Parameters
     ----------
     uri : str or Path
-        A path, or ``file://…``.
+        A path, ``file://…`` or ``s3://…``.
+    **s3
+        How to reach the bucket, as in ``s3_config``; the usual AWS places by default.
 
     Raises
     ------
     ManifestError
         There is no such file, it is broken, or it is of another schema. It is left as it is.
     """
-    return frame_of(read_table(uri))
+    return frame_of(read_table(uri, **s3))
 
 
-def load_manifest(manifest: Any) -> DataFrame:
-    """Load a manifest of any shape: DataFrame, reference, or URI.
+def load_manifest(manifest: Any, **s3: Any) -> DataFrame:
+    """Load a manifest of any shape: DataFrame, reference, or URI; ``s3`` as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
         It cannot be read, or is not what its reference says.
     """
-    return frame_of(load_table(manifest))
+    return frame_of(load_table(manifest, **s3))
 
 
-def load_table(manifest: Any) -> pa.Table:
+def load_table(manifest: Any, **s3: Any) -> pa.Table:
     """As :func:`load_manifest`, as a table; pandas is imported only for a DataFrame."""
     if isinstance(manifest, Mapping):
-        return _referenced(manifest)
+        return _referenced(manifest, s3)
     if isinstance(manifest, str | os.PathLike):
-        return read_table(manifest)
+        return read_table(manifest, **s3)
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(
@@ -452,7 +511,7 @@ def load_table(manifest: Any) -> pa.Table:
     )
 
 
-def _referenced(ref: Mapping[str, Any]) -> pa.Table:
+def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
     from hashlib import sha256
 
     if ref.get("kind") != REFERENCE_KIND:
@@ -463,11 +522,7 @@ def _referenced(ref: Mapping[str, Any]) -> pa.Table:
             hint="Read it with the version that wrote it, or a newer one.",
         )
     uri = ref.get("manifest_uri")
-    path = _path_of(uri)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    content = _content(_place_of(uri), s3)
     digest = sha256(content).hexdigest()
     if digest != ref.get("sha256"):
         raise ManifestError(
@@ -496,20 +551,20 @@ def _listed(manifests: Any) -> list[Any]:
     return list(manifests)
 
 
-def load_tables(manifests: Any) -> list[pa.Table]:
+def load_tables(manifests: Any, **s3: Any) -> list[pa.Table]:
     """Load one manifest, or several, each of any shape. None stands for a task that was skipped."""
-    return [load_table(item) for item in _listed(manifests) if item is not None]
+    return [load_table(item, **s3) for item in _listed(manifests) if item is not None]
 
 
-def load_manifests(manifests: Any) -> DataFrame:
-    """Load one manifest, or several of any shapes, as one DataFrame.
+def load_manifests(manifests: Any, **s3: Any) -> DataFrame:
+    """Load one manifest, or several of any shapes, as one DataFrame; ``s3`` as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
         One of them cannot be read, or is not what its reference says.
     """
-    return frame_of(_concat(load_tables(manifests)))
+    return frame_of(_concat(load_tables(manifests, **s3)))
 
 
 def _concat(tables: list[pa.Table]) -> pa.Table:
@@ -523,7 +578,7 @@ def _concat(tables: list[pa.Table]) -> pa.Table:
     return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
 
 
-def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None) -> dict[str, Any]:
+def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None, **s3: Any) -> dict[str, Any]:
     """Write several manifests as one, and give its reference.
 
     The verdict is the worst of theirs, the evidence the weakest.
@@ -533,21 +588,31 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None)
     manifests : iterable
         Of any shapes; None is passed over.
     to : str or Path
-        The file to write, or a folder that gets a file with the name of a new run.
+        The file to write, or a folder or prefix that gets a file with the name of a new run.
+    **s3
+        How to reach the bucket of any of them, as in ``s3_config``.
 
     Raises
     ------
     ManifestError
         One of them cannot be read, or is not what its reference says. Nothing is written then.
     """
-    tables = load_tables(manifests)
+    tables = load_tables(manifests, **s3)
     facts = [metadata_of(table) for table in tables]
     # A DataFrame may have lost its metadata on the way: nothing is proven then.
     verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
     strength = ("none", "list", "list+counts")
     evidence = min((fact.get("evidence", "none") for fact in facts), key=strength.index, default="none")
     name = run or run_name()
-    path = _path_of(to)
+    place = _place_of(to)
+    if isinstance(place, S3Destination):
+        key = place.prefix
+        if not key.endswith(".parquet"):
+            key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
+        bucket = _bucket_of(place, s3)
+        bucket.put(key, manifest_content(_concat(tables), verdict=verdict, evidence=evidence, run=name))
+        return reference(bucket.uri(key), **s3)
+    path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
     write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
@@ -559,7 +624,7 @@ def manifest_uri(path: str | Path) -> str:
     return "file://" + quote(str(Path(path).absolute()))
 
 
-def reference(path: str | Path) -> dict[str, Any]:
+def reference(uri: str | Path, **s3: Any) -> dict[str, Any]:
     """The reference to a manifest file: what stands for it where it is too large to be handed on.
 
     Raises
@@ -567,21 +632,20 @@ def reference(path: str | Path) -> dict[str, Any]:
     ManifestError
         The file cannot be read.
     """
-    from hashlib import file_digest
+    from hashlib import sha256
 
-    place = _path_of(path)
-    table = _open(place, str(place)).metadata
-    with place.open("rb") as file:
-        digest = file_digest(file, "sha256").hexdigest()
+    place = _place_of(uri)
+    content = _content(place, s3)
+    table = _open(content, str(uri)).metadata
     metadata = table.metadata or {}
     verdict = metadata.get(f"{_KEY}verdict".encode())
     return {
         "kind": REFERENCE_KIND,
         "schema": SCHEMA_VERSION,
-        "manifest_uri": manifest_uri(place),
+        "manifest_uri": str(uri) if isinstance(place, S3Destination) else manifest_uri(place.path),
         "rows": table.num_rows,
-        "bytes": place.stat().st_size,
-        "sha256": digest,
+        "bytes": len(content),
+        "sha256": sha256(content).hexdigest(),
         "verdict": verdict.decode("utf-8", "replace") if verdict else None,
     }
 

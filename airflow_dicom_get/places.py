@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
-from airflow_dicom_get.options import FilesystemDestination, ForwardDestination, Options
+from airflow_dicom_get.options import FilesystemDestination, ForwardDestination, Options, S3Destination
 from airflow_dicom_get.settings import ForwardTarget
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 
@@ -28,6 +28,9 @@ _RESERVE = 64 << 20
 
 class Root(Protocol):
     """Where manifests and ledgers lie."""
+
+    def prepare(self) -> None:
+        """Find out before any traffic to the source whether it can be used. Raises :class:`SinkError`."""
 
     def ledgers(self) -> Ledgers:
         """The ledgers of all runs."""
@@ -59,6 +62,11 @@ class Places:
     place: Place
     root: Root
 
+    def prepare(self) -> None:
+        """Find out before any traffic to the source what would make all of it vain. Raises :class:`SinkError`."""
+        self.root.prepare()
+        self.place.prepare()
+
     def sink(self, run: str, *, read_only: bool = False) -> Sink:
         """The sink of one run, with its ledgers under the root."""
         return self.place.sink(self.root.ledgers(), run, read_only=read_only)
@@ -76,14 +84,28 @@ def open_places(options: Options) -> Places:
     if isinstance(destination, FilesystemDestination):
         folder = FolderPlace(destination.path, options)
         return Places(folder, _root(options) or FolderRoot(folder.path / "_manifests"))
+    if isinstance(destination, S3Destination):
+        from airflow_dicom_get.s3_places import BucketPlace, BucketRoot, root_of
+
+        bucket = BucketPlace(destination, options)
+        return Places(bucket, _root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
     if isinstance(destination, ForwardDestination):
         return Places(ForwardPlace(destination, options), _root(options) or FolderRoot(state_folder()))
-    raise InvalidOption("destination: is missing.", hint="Give destination or out_dir: a folder.", option="destination")
+    raise InvalidOption(
+        "destination: is missing.",
+        hint="Give destination: a folder, s3://bucket/prefix or dicom://[AE@]host:port.",
+        option="destination",
+    )
 
 
 def _root(options: Options) -> Root | None:
     """The root that ``manifest_root`` names."""
     root = options.manifest_root
+    if isinstance(root, S3Destination):
+        from airflow_dicom_get.s3_places import BucketRoot
+        from airflow_dicom_get.sinks.s3_client import Bucket
+
+        return BucketRoot(Bucket(root.bucket, options.s3_config), root.prefix)
     return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
 
 
@@ -154,6 +176,9 @@ class FolderRoot:
         if path.exists() and not path.is_dir():
             raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
         self.path = path
+
+    def prepare(self) -> None:
+        """See :meth:`Root.prepare`: the options were checked against the folder already."""
 
     def ledgers(self) -> Ledgers:
         """See :meth:`Root.ledgers`."""

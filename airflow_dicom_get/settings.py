@@ -6,6 +6,7 @@ A leaf module: ``net``, ``sinks`` and ``engine`` take these objects as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta, tzinfo
@@ -28,9 +29,8 @@ from airflow_dicom_get.checks import (
     setting,
     shown,
 )
+from airflow_dicom_get.destination import is_bucket
 from airflow_dicom_get.node import Node
-
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 MAX_PDU_LENGTH = 131072
 """The largest P-DATA-TF we ask for; larger ones measured slower, and DCMTK sends no larger ones."""
@@ -218,11 +218,6 @@ class UserIdentity(Checked):
         return (self.password or "").encode()
 
 
-def is_bucket(name: str) -> bool:
-    """Whether a bucket may have this name."""
-    return bool(_BUCKET.fullmatch(name)) and ".." not in name and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name)
-
-
 def _parse_endpoint(option: str, value: Any) -> str:
     """An address with its scheme, without a path: the bucket is named elsewhere."""
     hint = "Write https://host or http://host:port."
@@ -253,7 +248,7 @@ def _parse_prefix(option: str, value: Any) -> str:
 def _parse_bucket(option: str, value: Any) -> str:
     if not isinstance(value, str) or not is_bucket(value):
         raise invalid(
-            option, f"{shown(value)} is no name of a bucket", "Give 3 to 63 lower-case letters, digits, dots and hyphens."
+            option, f"{shown(value)} is no name of a bucket", "Give 3 to 63 letters, digits, dots and hyphens."
         )
     return value
 
@@ -310,6 +305,11 @@ class S3Config(Checked):
             raise invalid("s3_config.profile", "is given beside keys", "Give one of the two.")
         if self.kms_key_id is not None and self.sse != "aws:kms":
             raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' too.")
+
+    def reach(self) -> dict[str, Any]:
+        """How to reach the service, without the place in it: arguments of ``read_manifest``."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None and name not in ("bucket", "prefix")}
 
 
 def _parse_node(option: str, value: Any) -> Node:

@@ -144,7 +144,8 @@ def get(typed: Namespace) -> int:
     if typed.manifest is not None:
         from airflow_dicom_get.manifest import load_table
 
-        table = load_table(typed.manifest)
+        config = source.checked.s3_config
+        table = load_table(typed.manifest, **(config.reach() if config is not None else {}))
         scu, query, unknown = source.scu(), None, 0
     else:
         table = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from airflow_dicom_get.engine.resolve import Scope
@@ -10,13 +11,15 @@ from airflow_dicom_get.errors import InvalidQuery
 _DONE = ("stored", "held", "forwarded", "withdrawn", "unexpected")
 
 
-def scopes_of(manifest: Any) -> list[Scope]:
+def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
     """The rows that are not held, by study; nothing to fetch gives an empty list.
 
     Parameters
     ----------
     manifest : pyarrow.Table, DataFrame, reference or URI
         Any shape that :func:`~airflow_dicom_get.manifest.load_manifest` takes.
+    s3 : mapping
+        How to reach the bucket that a URI names.
 
     Raises
     ------
@@ -28,7 +31,7 @@ def scopes_of(manifest: Any) -> list[Scope]:
     from airflow_dicom_get.dicom.uids import is_uid
     from airflow_dicom_get.manifest import load_table
 
-    table = manifest if hasattr(manifest, "column_names") else load_table(manifest)
+    table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **s3)
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
     studies: dict[str, tuple[set[str], set[str]]] = {}
     for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):

@@ -52,6 +52,8 @@ _HINTS = {
     "UnauthorizedSSOTokenError": "Log in again: the session of the profile has expired.",
     "SSOTokenLoadError": "Log in again: the session of the profile has expired.",
     "ProfileNotFound": "Check the profile's name, and the files of the AWS configuration.",
+    "ParamValidationError": "Check bucket, prefix and options.",
+    "ValueError": _ENDPOINT,
     "SSLError": "Check the endpoint's certificate; ca_bundle names the authorities to trust.",
     "InvalidRegionError": _REGION,
 }

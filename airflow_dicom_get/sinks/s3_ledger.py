@@ -38,10 +38,11 @@ class BucketLedgers:
     """The ledgers below a prefix."""
 
     def __init__(self, bucket: Bucket, root: str) -> None:
-        self.bucket, self.root = bucket, root
+        self.bucket = bucket
+        self._root = f"{root}/" if root else ""
 
     def _folder(self, study: str) -> str:
-        return f"{self.root}/.ledger/{study}/"
+        return f"{self._root}.ledger/{study}/"
 
     def open(self, study: str, run: str) -> Ledger:
         """See :meth:`sinks.ledger.Ledgers.open`."""

@@ -1,0 +1,89 @@
+"""The two places in a bucket: of instances, and of manifests and ledgers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow_dicom_get.options import Options, S3Destination
+from airflow_dicom_get.sinks.s3_client import Bucket
+from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.sinks.base import Sink
+    from airflow_dicom_get.sinks.ledger import Ledgers
+
+_PROBE = "conditional-writes"
+_SHARE = 0.8
+"""Of the time that the source waits for us, what may pass until a bucket has room."""
+
+
+class BucketPlace:
+    """A prefix of a bucket: see :class:`~airflow_dicom_get.places.Place`."""
+
+    def __init__(self, destination: S3Destination, options: Options) -> None:
+        self._destination, self._options = destination, options
+        self.bucket = Bucket(destination.bucket, options.s3_config)
+        self.uri = self.bucket.uri(destination.prefix).rstrip("/")
+        self._conditional = False
+
+    def __str__(self) -> str:
+        return str(self._destination)
+
+    def prepare(self) -> None:
+        """See :meth:`~airflow_dicom_get.places.Place.prepare`: list the prefix and write a small object."""
+        prefix = self._destination.prefix
+        self.bucket.reach(f"{prefix}/" if prefix else "")
+        self._conditional = self.bucket.writes_conditionally(f"{root_of(prefix)}/.ledger/{_PROBE}")
+
+    def check_room(self) -> None:
+        """See :meth:`~airflow_dicom_get.places.Place.check_room`: a bucket tells nothing of it."""
+
+    def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
+        """See :meth:`~airflow_dicom_get.places.Place.sink`."""
+        from airflow_dicom_get.sinks.s3 import S3Sink
+
+        o = self._options
+        return S3Sink(
+            self.bucket,
+            self._destination.prefix,
+            ledgers,
+            run,
+            calling=o.calling_ae_title,
+            called=o.called,
+            file_meta=o.store_with_file_meta,
+            checksum=o.checksum is not None,
+            verify_held=o.verify_held,
+            adopt=o.adopt and not read_only,
+            read_only=read_only,
+            conditional=self._conditional,
+            patience=_SHARE * min(o.deadlines.stall, o.deadlines.sub_operation),
+        )
+
+
+def root_of(prefix: str) -> str:
+    """Where manifests and ledgers lie, if nothing else is said."""
+    return f"{prefix}/_manifests" if prefix else "_manifests"
+
+
+class BucketRoot:
+    """Manifests and ledgers below a prefix: see :class:`~airflow_dicom_get.places.Root`."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix
+
+    def prepare(self) -> None:
+        """See :meth:`~airflow_dicom_get.places.Root.prepare`."""
+        self.bucket.reach(f"{self.prefix}/" if self.prefix else "")
+
+    def ledgers(self) -> Ledgers:
+        """See :meth:`~airflow_dicom_get.places.Root.ledgers`."""
+        return BucketLedgers(self.bucket, self.prefix)
+
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
+        """See :meth:`~airflow_dicom_get.places.Root.write_manifest`: one PUT."""
+        from airflow_dicom_get.manifest import manifest_content
+
+        key = f"{self.prefix}/{name}.parquet" if self.prefix else f"{name}.parquet"
+        content = manifest_content(rows, verdict=verdict, evidence=evidence, run=run)
+        self.bucket.put(key, content, ContentType="application/vnd.apache.parquet")
+        return self.bucket.uri(key)

@@ -1,0 +1,482 @@
+"""The S3 sink: ``<prefix>/<study>/<series>/<sop>.dcm`` in a bucket, whole or not there.
+
+An instance up to the part size goes in one PUT, with its sha256 as the checksum that the service
+verifies and in its metadata; a larger one goes in parts as it arrives. An object is never replaced by
+another content: where the service takes conditional writes it watches over that itself, elsewhere the
+listing made at the study's beginning does.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Literal
+
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.part10 import file_header
+from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
+from airflow_dicom_get.sinks.s3_client import Bucket, Listed
+from airflow_dicom_get.sinks.s3_inventory import Inventory
+from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, compare, metadata_of
+from airflow_dicom_get.sinks.s3_uploads import PART_SIZE, Uploads
+
+log = logging.getLogger(__name__)
+
+_MOST_PARTS = 10_000
+_STALE = timedelta(hours=24)
+_OTHER = "Another data set is stored under this UID; it was left as it is."
+
+VerifyHeld = Literal["size", "digest", "none"]
+
+
+class S3Sink:
+    """Write instances into a bucket.
+
+    Memory and requests are bounded as :class:`~airflow_dicom_get.sinks.s3_uploads.Uploads` says.
+
+    Parameters
+    ----------
+    bucket : Bucket
+        Where the objects go.
+    prefix : str
+        Start of every key, without slashes at its ends; may be empty.
+    ledgers : Ledgers
+        Where runs record what they took and kept.
+    run : str
+        Name of this run, unique.
+    calling, called : str
+        AE titles for the file meta information.
+    file_meta : bool
+        Write Part 10 files; else the bare data set, whose transfer syntax only manifest and metadata know.
+    checksum : bool
+        Give sha256 to the manifest; the service is given it in any case.
+    verify_held : {"size", "digest", "none"}
+        How a recorded instance is checked in :meth:`inventory`.
+    adopt : bool
+        Count objects that no ledger knows, if they are whole Part 10 files of their UIDs.
+    read_only : bool
+        Only :meth:`inventory` will be called, and it shall leave no trace.
+    conditional : bool
+        The service takes ``If-None-Match`` on writes. Where it does not, two runs at the same time that bring
+        different data sets under one UID are not told apart: the later one stays.
+    patience : float
+        Seconds that a writer may wait for room.
+    outage : float
+        Seconds for which an upload is tried again while the service fails.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        prefix: str,
+        ledgers: Ledgers,
+        run: str,
+        *,
+        calling: str,
+        called: str,
+        file_meta: bool = True,
+        checksum: bool = True,
+        verify_held: VerifyHeld = "size",
+        adopt: bool = False,
+        read_only: bool = False,
+        conditional: bool = False,
+        patience: float = 20.0,
+        outage: float = 45.0,
+    ) -> None:
+        self.bucket, self.ledgers, self.run = bucket, ledgers, run
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.calling, self.called = calling, called
+        self.file_meta, self.checksum = file_meta, checksum
+        self.verify_held, self.adopt = verify_held, adopt
+        self.conditional = conditional
+        self._read_only = read_only
+        self.uploads = Uploads(bucket.config.max_concurrency, patience=patience, outage=outage)
+        self.replaceable: set[str] = set()
+        """UIDs whose object is no longer what the ledger says: it may be replaced."""
+        self._room = threading.Condition()
+        self._studies: dict[str, _Study] = {}
+        self._due = 0
+        self._done: list[Confirmation] = []
+        self._parted: set[_Parts] = set()
+
+    # --- what is held ------------------------------------------------------------------------
+
+    def inventory(self, study: str) -> dict[str, Held]:
+        """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
+        listing = self._list(study)
+        found = Inventory(self.bucket, study, verify_held=self.verify_held, adopt=self.adopt)
+        held = found.take(listing.values(), self.ledgers.read(study), f"{self.prefix}{study}/")
+        self.replaceable |= found.replaceable
+        if self._read_only:
+            return held
+        opened = self._study(study, listing)
+        for instance, etag in found.to_record:
+            opened.ledger.taken(instance)
+            opened.ledger.durable([instance.sop], etag)
+        return held
+
+    def _list(self, study: str) -> dict[str, Listed]:
+        return {item.key: item for item in self.bucket.list(f"{self.prefix}{study}/")}
+
+    # --- writing -----------------------------------------------------------------------------
+
+    def begin(self, instance: Instance) -> _ObjectWriter:
+        """See :meth:`sinks.base.Sink.begin`."""
+        self.uploads.wait_for_room()
+        return _ObjectWriter(self, self._study(instance.study), instance)
+
+    def _study(self, uid: str, listing: dict[str, Listed] | None = None) -> _Study:
+        with self._room:
+            study = self._studies.get(uid)
+            if study is None:
+                try:
+                    ledger = self.ledgers.open(uid, self.run)
+                except OSError as error:
+                    raise SinkError(f"The ledger of study {uid} cannot be begun: {error.strerror}.") from error
+                study = _Study(ledger, self._list(uid) if listing is None else listing)
+                self._studies[uid] = study
+                self.uploads.submit(lambda: self._abort_stale(f"{self.prefix}{uid}/"))
+            elif listing is not None:
+                study.existing = listing
+            return study
+
+    def _abort_stale(self, prefix: str) -> None:
+        """Abort multipart uploads that runs left behind, a day after they began.
+
+        MinIO lists them by their whole key alone, and aborts them by itself after a day.
+        """
+        try:
+            for upload in self.bucket.call("list_multipart_uploads", Prefix=prefix).get("Uploads", ()):
+                if upload["Initiated"] < datetime.now(UTC) - _STALE:
+                    log.info("aborting a multipart upload that was left behind: %s", upload["Key"])
+                    self.bucket.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
+        except S3Error as error:  # some may not list them, and nothing hangs on it
+            log.info("%s", error)
+
+    def take(self, study: _Study, upload: _Upload) -> Taken:
+        """Take a whole instance; what was taken in this run under its UID stays."""
+        instance = upload.instance
+        with self._room:
+            first = study.taken.get(instance.sop)
+            if first is None:
+                study.taken[instance.sop] = _Entry(upload.sha256)
+                self._due += 1
+            elif first.sha256 == upload.sha256:
+                if first.kept:
+                    self._done.append(Confirmation(instance))
+                else:
+                    first.waiting.append(instance)
+                    self._due += 1
+        if first is not None:
+            upload.abort()
+            if first.sha256 != upload.sha256:
+                return Taken(s.DUPLICATE_OTHER_CONTENT, "different_content", _OTHER)
+        elif upload.parts is None:
+            self.uploads.hand_over(upload.size, lambda: self._keep(study, upload))
+        else:
+            self.uploads.submit(lambda: self._keep(study, upload))
+        return Taken(s.SUCCESS)
+
+    def _keep(self, study: _Study, upload: _Upload) -> None:
+        """Store a whole instance, record it, confirm it. Runs in the pool and raises nothing."""
+        error, reason = None, "destination_error"
+        try:
+            etag = self._store(study, upload)
+            if etag is None:
+                error, reason = _OTHER, "different_content"
+                upload.abort()
+            else:
+                study.ledger.taken(upload.instance)
+                study.ledger.durable([upload.instance.sop], etag)
+        except (SinkError, OSError) as failure:
+            upload.abort()
+            error = str(failure)
+        except BaseException as failure:
+            error = f"Unexpected {type(failure).__name__}."
+            log.exception("an upload failed")
+            upload.abort()
+        if error is not None and upload.parts is not None:
+            self._take_back(study, upload.instance.sop)
+        upload.forget()
+        with self._room:
+            entry = study.taken[upload.instance.sop]
+            waiting, entry.waiting = entry.waiting, []
+            entry.kept = error is None
+            if error is not None:
+                del study.taken[upload.instance.sop]
+            self._done += [Confirmation(x, error, reason) for x in (upload.instance, *waiting)]
+            self._due -= 1 + len(waiting)
+            self._room.notify_all()
+
+    def _store(self, study: _Study, upload: _Upload) -> str | None:
+        """Store an instance unless its key holds something; the ETag, or None where that is another data set."""
+        replace = upload.instance.sop in self.replaceable
+        there = upload.key in study.existing and not replace
+        if upload.parts is not None:
+            upload.parts.wait()
+        for _ in range(2):
+            if there:
+                existing = self.uploads.persist(lambda: compare(self.bucket, upload.key, upload.sha256, upload.head))
+                if existing is not None:
+                    if existing.same:
+                        self._is(upload.instance, existing)
+                        upload.abort()
+                    return existing.etag if existing.same else None
+            condition = {} if replace or not self.conditional else {"IfNoneMatch": "*"}
+            try:
+                if upload.parts is not None:
+                    study.ledger.taken(upload.instance)
+                    study.ledger.sync()  # metadata cannot be set at the end: the digest must stand in the ledger before
+                return self.uploads.persist(partial(upload.store, condition))
+            except S3Error as error:
+                # 412: it exists. 404: the parts are gone, as where an answer got lost and the request was made again.
+                if error.facts["status"] not in (404, 412):
+                    raise
+                there, lost = True, error
+        raise lost
+
+    @staticmethod
+    def _take_back(study: _Study, uid: str) -> None:
+        try:
+            study.ledger.dropped(uid)
+        except OSError as error:  # a record of something taken proves nothing by itself
+            log.info("the ledger: %s", error)
+
+    def _is(self, instance: Instance, existing: Existing) -> None:
+        """The object that was there first is the instance's; its file meta information may be another run's."""
+        instance.bytes, instance.dataset_offset = existing.size, existing.dataset_offset
+        if self.checksum:
+            instance.sha256 = existing.sha256
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
+        """See :meth:`sinks.base.Sink.confirmations`."""
+        with self._room:
+            while wait and self._due:
+                self._room.wait(1.0)
+            done, self._done = self._done, []
+            return done
+
+    def close(self) -> None:
+        """See :meth:`sinks.base.Sink.close`."""
+        self.uploads.close()
+        for parts in list(self._parted):
+            parts.abort()
+        for study in self._studies.values():
+            study.ledger.close()
+
+    def opened(self, parts: _Parts) -> None:
+        """A multipart upload was begun: it is to be completed or aborted."""
+        self._parted.add(parts)
+
+    def settled(self, parts: _Parts) -> None:
+        """A multipart upload is over."""
+        self._parted.discard(parts)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An instance that this run took."""
+
+    sha256: bytes
+    kept: bool = False
+    waiting: list[Instance] = field(default_factory=list)
+
+
+class _Study:
+    """What lies under a study's prefix, and what this run did there."""
+
+    def __init__(self, ledger: Ledger, existing: dict[str, Listed]) -> None:
+        self.ledger, self.existing = ledger, existing
+        self.taken: dict[str, _Entry] = {}
+
+
+class _Upload:
+    """A whole instance on its way into the bucket."""
+
+    __slots__ = ("_sink", "body", "head", "instance", "key", "parts", "sha256", "size")
+
+    def __init__(
+        self,
+        sink: S3Sink,
+        instance: Instance,
+        key: str,
+        head: bytes,
+        body: bytearray,
+        sha256: bytes,
+        parts: _Parts | None,
+    ) -> None:
+        self._sink, self.instance, self.key, self.head = sink, instance, key, head
+        self.body, self.sha256, self.parts = body, sha256, parts
+        self.size = len(body)
+
+    def store(self, condition: dict[str, str]) -> str:
+        """Store it, or make one object of its parts; the ETag."""
+        if self.parts is not None:
+            return self.parts.complete(condition)
+        return self._sink.bucket.put(
+            self.key,
+            self.body,
+            ContentType=CONTENT_TYPE,
+            Metadata=metadata_of(self.instance, self.sha256),
+            ChecksumSHA256=base64.b64encode(self.sha256).decode(),
+            **condition,
+        )
+
+    def abort(self) -> None:
+        """It is not to be stored, or failed to be."""
+        if self.parts is not None:
+            self.parts.abort_later()
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self.body = bytearray()
+
+
+class _Parts:
+    """A multipart upload."""
+
+    def __init__(self, sink: S3Sink, instance: Instance, key: str) -> None:
+        self._sink, self._key = sink, key
+        self._begun: Future[dict[str, Any]] = sink.uploads.hand_over(
+            0,
+            lambda: sink.bucket.call(
+                "create_multipart_upload",
+                key,
+                ContentType=CONTENT_TYPE,
+                ChecksumAlgorithm="SHA256",
+                Metadata=metadata_of(instance, None),
+                **sink.bucket.stored_as(),
+            ),
+        )
+        self._parts: list[Future[dict[str, Any]]] = []
+        self._over = threading.Event()
+        sink.opened(self)
+
+    def add(self, body: bytearray) -> None:
+        """Send the next part. Raises :class:`SinkError` where an earlier one failed."""
+        if len(self._parts) >= _MOST_PARTS:
+            raise SinkError(f"The instance is larger than {_MOST_PARTS} parts of {PART_SIZE >> 20} MiB, S3's bound.")
+        for part in self._parts[-2:]:
+            if part.done():
+                part.result()
+        number = len(self._parts) + 1
+
+        def send() -> dict[str, Any]:
+            checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
+            upload = self._begun.result()["UploadId"]
+            answer = self._sink.bucket.call(
+                "upload_part", self._key, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=checksum
+            )
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+
+        self._parts.append(self._sink.uploads.hand_over(len(body), send))
+
+    def wait(self) -> None:
+        """Wait until all parts are stored. Raises what one of them failed by."""
+        for part in self._parts:
+            part.result()
+
+    def complete(self, condition: dict[str, str]) -> str:
+        """Make one object of the parts; its ETag."""
+        answer = self._sink.bucket.call(
+            "complete_multipart_upload",
+            self._key,
+            UploadId=self._begun.result()["UploadId"],
+            MultipartUpload={"Parts": [part.result() for part in self._parts]},
+            **condition,
+        )
+        self._over.set()
+        self._sink.settled(self)
+        return str(answer.get("ETag", ""))
+
+    def abort_later(self) -> None:
+        """Abort once the parts that are under way have arrived: later ones would stay behind."""
+        self._sink.uploads.submit(self.abort)
+
+    def abort(self) -> None:
+        """Abort, unless it is over."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._sink.settled(self)
+        try:
+            for part in (self._begun, *self._parts):
+                part.exception()
+            self._sink.bucket.call("abort_multipart_upload", self._key, UploadId=self._begun.result()["UploadId"])
+        except S3Error as error:
+            if error.facts.get("status") != 404:
+                log.warning("a multipart upload stays behind, and is aborted by a run after a day: %s", error)
+
+
+class _ObjectWriter:
+    """One instance on its way into memory, and in parts from there."""
+
+    __slots__ = ("_body", "_hash", "_head", "_instance", "_key", "_offset", "_parts", "_sink", "_size", "_study")
+
+    def __init__(self, sink: S3Sink, study: _Study, instance: Instance) -> None:
+        self._sink, self._study, self._instance = sink, study, instance
+        self._key = f"{sink.prefix}{instance.study}/{instance.series}/{instance.sop}.dcm"
+        self._head = b""
+        if sink.file_meta:
+            assert instance.sop_class is not None
+            assert instance.syntax is not None
+            self._head = file_header(
+                instance.sop_class, instance.sop, instance.syntax, calling=sink.calling, called=sink.called
+            )
+        self._body = bytearray(self._head)
+        self._hash = hashlib.sha256(self._head)
+        self._size = self._offset = len(self._head)
+        instance.dataset_offset = self._offset
+        self._parts: _Parts | None = None
+
+    def write(self, view: memoryview) -> None:
+        """See :meth:`sinks.base.Writer.write`."""
+        self._body += view
+        self._hash.update(view)
+        self._size += len(view)
+        if len(self._body) >= PART_SIZE:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._sink.uploads.wait_for_room()
+        if self._parts is None:
+            self._parts = _Parts(self._sink, self._instance, self._key)
+        self._parts.add(self._body)
+        self._body = bytearray()
+
+    def take(self) -> Taken:
+        """See :meth:`sinks.base.Writer.take`."""
+        instance = self._instance
+        try:
+            if self._parts is not None and self._body:
+                self._parts.add(self._body)
+                self._body = bytearray()
+            self._sink.uploads.check()
+        except SinkError as error:
+            self.abort()
+            return Taken(s.OUT_OF_RESOURCES, "destination_error", str(error))
+        digest = self._hash.digest()
+        instance.bytes, instance.dataset_bytes = self._size, self._size - self._offset
+        instance.sha256 = digest if self._sink.checksum else None
+        instance.dataset_offset = self._offset
+        instance.uri = self._sink.bucket.uri(self._key)
+        upload = _Upload(self._sink, instance, self._key, self._head, self._body, digest, self._parts)
+        self._body = bytearray()
+        return self._sink.take(self._study, upload)
+
+    def abort(self) -> None:
+        """See :meth:`sinks.base.Writer.abort`."""
+        self._body = bytearray()
+        if self._parts is not None:
+            self._parts.abort_later()

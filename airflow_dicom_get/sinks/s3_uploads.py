@@ -1,0 +1,141 @@
+"""Uploads side by side, bounded by bytes and by requests, that outlast a short outage of the service."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.sinks.s3_client import REQUESTS_PER_SLOT
+
+log = logging.getLogger(__name__)
+
+PART_SIZE = 8 << 20
+"""Bytes of a part; an instance up to this size goes in one request."""
+_LEAST_COST = 32 << 10
+"""Bytes that a request counts as at least: so many small ones that wait take memory too."""
+_LONGEST_PAUSE = 5.0
+_BUCKET_GONE = "NoSuchBucket"
+
+T = TypeVar("T")
+
+
+class Uploads:
+    """A pool of requests.
+
+    Bytes that were handed over and not yet stored: at most ``max_concurrency`` parts of 8 MiB, so 64 MiB by
+    default, and one part more for each association that writes at the time. In memory are these, and the part
+    that each association is filling: ``(max_concurrency + 2 x associations) x 8 MiB``. Requests at a time:
+    four for each of ``max_concurrency``, since small objects wait for the service's answer.
+
+    Parameters
+    ----------
+    concurrency : int
+        ``max_concurrency``.
+    patience : float
+        Seconds that a writer may wait for room: less than the source waits for us.
+    outage : float
+        Seconds for which a request is made again while the service fails.
+    """
+
+    def __init__(self, concurrency: int, *, patience: float, outage: float) -> None:
+        self.most = concurrency * PART_SIZE
+        self._patience, self._outage = patience, outage
+        self._pool = ThreadPoolExecutor(concurrency * REQUESTS_PER_SLOT, thread_name_prefix="dicom-get-s3")
+        self._room = threading.Condition()
+        self._bytes = 0
+        self._stored_at = 0.0
+        self._lost: S3Error | None = None
+
+    def check(self) -> None:
+        """Raise what has made every further request vain."""
+        if self._lost is not None:
+            raise S3Error(self._lost.message, hint=self._lost.hint, **self._lost.facts)
+
+    def wait_for_room(self) -> None:
+        """Wait until bytes may be handed over.
+
+        Raises
+        ------
+        SinkError
+            The service is lost, or took nothing for longer than the source may wait.
+        """
+        deadline = time.monotonic() + self._patience
+        with self._room:
+            while True:
+                self.check()
+                if self._bytes < self.most:
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise SinkError(
+                        f"The bucket has been taking nothing for {self._patience:g} s, and what waits is at its bound.",
+                        hint="Check the service and the line to it; what is missing is asked for again.",
+                    )
+                self._room.wait(min(left, 1.0))
+
+    def hand_over(self, size: int, request: Callable[[], T]) -> Future[T]:
+        """Make a request for ``size`` bytes that are held in memory until it is done."""
+        cost = max(size, _LEAST_COST)
+        with self._room:
+            self._bytes += cost
+
+        def run() -> T:
+            try:
+                return self.persist(request)
+            finally:
+                with self._room:
+                    self._bytes -= cost
+                    self._room.notify_all()
+
+        return self._pool.submit(run)
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Do something after what was handed over before it was begun."""
+        self._pool.submit(work)
+
+    def persist(self, request: Callable[[], T]) -> T:
+        """Make a request, again and again through an outage.
+
+        A failure that nothing outlasts, while nothing else was stored either, loses the service for good.
+        """
+        began = time.monotonic()
+        pause, until = 0.5, None
+        while True:
+            self.check()
+            try:
+                found = request()
+            except S3Error as error:
+                now = time.monotonic()
+                until = until or now + self._outage
+                if error.transient and now + pause < until:
+                    time.sleep(pause * random.uniform(0.5, 1.0))
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    continue
+                if (
+                    not error.transient
+                    and error.facts.get("status") in (404, 412)
+                    and error.facts["code"] != _BUCKET_GONE
+                ):
+                    raise
+                if not error.transient or self._stored_at < began:
+                    self._lose(error)
+                raise
+            self._stored_at = time.monotonic()
+            return found
+
+    def _lose(self, error: S3Error) -> None:
+        with self._room:
+            if self._lost is None:
+                log.error("%s", error)
+                self._lost = error
+            self._room.notify_all()
+
+    def close(self) -> None:
+        """Wait for all that was handed over."""
+        self._pool.shutdown()
