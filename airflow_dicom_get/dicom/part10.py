@@ -76,7 +76,7 @@ def read_file_meta(head: bytes) -> FileMeta | None:
         if group << 16 | element in wanted:
             values[group << 16 | element] = head[pos : pos + length]
         pos += length
-    if values.keys() != wanted:
+    if values.keys() != wanted or pos != offset:
         return None
     text = [values[tag].rstrip(b"\0 ").decode("ascii", "replace") for tag in sorted(wanted)]
     return FileMeta(text[0], text[1], text[2], offset)
