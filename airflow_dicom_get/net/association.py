@@ -196,6 +196,11 @@ class Association:
 
     # --- receiving ---------------------------------------------------------------------------
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something is there already: the next fragment needs no wait."""
+        return bool(self._items)
+
     def next_item(self, limit: float, phase: str) -> Fragment | Pdu:
         """The next fragment or PDU; views in fragments last until the next call that has to read.
 

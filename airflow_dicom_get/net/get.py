@@ -28,6 +28,7 @@ from airflow_dicom_get.net.messages import context_for
 
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
+_NEVER = float("inf")
 _CANCEL_GRACE = 1.0
 """Seconds that a source has to end after a C-CANCEL before the association is aborted."""
 
@@ -113,6 +114,7 @@ class _Get:
     def run(self) -> GetOutcome:
         association = self.association
         receiver = self.receiver
+        limit = self.limit
         try:
             while True:
                 if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
@@ -157,7 +159,7 @@ class _Get:
             association.in_message = False
 
     def _in_message(self) -> bool:
-        return bool(self.command) or any(part is not None for part in (self.store, self.final, self.drain))
+        return self.store is not None or self.final is not None or self.drain is not None or len(self.command) > 0
 
     def _abandon(self) -> None:
         if self.store is not None and self.refusal is None:
