@@ -142,6 +142,7 @@ class Pass:
         while self._queue and self._error is None:
             before = self._moves()
             try:
+                run.hold_limits()
                 run.source.check_stopped()
                 self._serve()
                 return

@@ -6,7 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 
-_LONGEST_SLEEP = 1.0
+_SLICE = 0.05
+"""Seconds that one read may cost at the rate: short, so that each association is read often."""
+_CREDIT = 0.1
+"""Seconds that may be caught up after a wait for the source, or a sleep that took too long."""
+_LEAST_READ = 256
+_LONGEST_SLEEP = 10.0
+"""Well below the deadline ``stall``: a source that is not read gives up."""
 
 
 class RateLimit:
@@ -18,6 +24,11 @@ class RateLimit:
         The rate over all who share this object.
     clock, sleep : callable
         Injected by tests.
+
+    Attributes
+    ----------
+    most : int
+        Bytes that one read should take at most.
     """
 
     def __init__(
@@ -26,6 +37,7 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self.most = max(int(bytes_per_second * _SLICE), _LEAST_READ)
         self._rate = bytes_per_second
         self._clock, self._sleep = clock, sleep
         self._mutex = threading.Lock()
@@ -35,7 +47,7 @@ class RateLimit:
         """Account for ``size`` bytes that were read, and wait as long as the rate asks."""
         with self._mutex:
             now = self._clock()
-            self._free_at = max(self._free_at, now) + size / self._rate
+            self._free_at = max(self._free_at, now - _CREDIT) + size / self._rate
             wait = self._free_at - now
         if wait > 0:
             self._sleep(min(wait, _LONGEST_SLEEP))

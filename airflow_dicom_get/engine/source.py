@@ -12,14 +12,15 @@ from typing import TypeVar
 
 from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.association import Association, CancelToken, Throttle
 from airflow_dicom_get.net.tls import tls_context
 from airflow_dicom_get.node import Node
 from airflow_dicom_get.settings import Deadlines, Tls, UserIdentity
 
 log = logging.getLogger(__name__)
 
-_BACKOFF, _MAX_BACKOFF = 0.5, 30.0
+_BACKOFF, _GROWTH, _MAX_BACKOFF = 0.5, 3, 30.0
+"""The five retries of the default outlast a source that is away for half a minute."""
 T = TypeVar("T")
 
 
@@ -41,7 +42,7 @@ class Source:
         max_associations: int,
         tls: Tls | None = None,
         user_identity: UserIdentity | None = None,
-        throttle: Callable[[int], None] | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.node = node
         self.calling, self.called = calling, called
@@ -110,7 +111,7 @@ class Source:
 
     def back_off(self, failures: int, cause: DicomGetError) -> None:
         """Wait before the next try, exponentially and with jitter; a cancel or the operation's end cuts it short."""
-        wait = min(_BACKOFF * 2 ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
+        wait = min(_BACKOFF * _GROWTH ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.75, 1.25)
         log.warning("%s Trying again in %.1f s.", cause.message, wait)
         limit = min(time.monotonic() + wait, self.operation_limit)
         while time.monotonic() < limit and self.cancel.reason is None:

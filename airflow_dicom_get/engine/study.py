@@ -61,7 +61,7 @@ class Settings:
     tag_numbers: frozenset[int] = frozenset()
     decode_tags: Callable[[dict[int, bytes], str], tuple[str | None, ...]] | None = None
     before_object: Callable[[], str | None] = field(default=lambda: None)
-    """Asked after each object; a text stops the run for that reason."""
+    """Asked after each object and before each association; a text stops the run for that reason."""
     expect: Callable[[Iterable[str]], None] = field(default=lambda classes: None)
     """Told the SOP classes that are to come."""
 
@@ -181,6 +181,10 @@ class StudyRun:
     def answered(self) -> None:
         """After each answer: note confirmations, hold the limits."""
         self._confirm(wait=False)
+        self.hold_limits()
+
+    def hold_limits(self) -> None:
+        """Stop the run where the source may not be used any more."""
         reason = self.settings.before_object()
         if reason is not None:
             self.stop(reason)
@@ -354,6 +358,7 @@ class StudyRun:
 
     def _list_anew(self) -> Listing | None:
         """List over an association of its own."""
+        self.hold_limits()
         return self.source.with_retries(self.retries, FIND_PROPOSALS, lambda a: self._list(Finder(a)))
 
     # --- what is held --------------------------------------------------------------------------

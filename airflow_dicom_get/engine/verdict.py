@@ -126,6 +126,8 @@ def _verdict(run: StudyRun, scope: list[Instance], held: int, total: int, confli
     if any(isinstance(error, Cancelled) for error in run.errors):
         return CANCELLED, run.source.cancel.reason
     if total == 0:
+        if run.stop_reason == "window":
+            return PARTIAL, "window"
         if run.listing is not None and not run.errors:
             return (UNVERIFIED, "list_contradicted") if contradicted(run) or run.unlisted_uids else (EMPTY, None)
         return FAILED, _reason(run, scope)

@@ -11,8 +11,8 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from airflow_dicom_get.dicom.pdata import (
     A_ABORT,
@@ -68,6 +68,16 @@ _REJECT_HINT = {
 }
 
 
+class Throttle(Protocol):
+    """Holds a rate over several associations."""
+
+    most: int
+    """Bytes to take in one read."""
+
+    def __call__(self, size: int) -> None:
+        """So many bytes were read; may sleep."""
+
+
 class CancelToken:
     """Set from any thread or a signal handler, seen by the association at its next wait."""
 
@@ -113,7 +123,7 @@ class Association:
         self.cancel = cancel
         self.accepted = Accepted()
         self.bytes_received = 0
-        self.throttle: Callable[[int], None] | None = None
+        self.throttle: Throttle | None = None
         """Called with the size of each read; may sleep to hold a rate."""
         self.in_message = False
         """Whether a message is half read: then ``idle`` and ``min_rate`` hold, whatever the PDUs are."""
@@ -216,6 +226,7 @@ class Association:
 
     def _read(self, limit: float, phase: str) -> None:
         sock = self._sock
+        view = self._view if self.throttle is None else self._view[: self.throttle.most]
         inside = self.in_message or self._deframer.mid_pdu
         began = time.monotonic()
         if self.operation_limit < limit:
@@ -230,7 +241,7 @@ class Association:
                 except OSError:
                     pass
             try:
-                size = sock.recv_into(self._view)
+                size = sock.recv_into(view)
             except (TimeoutError, ssl.SSLWantReadError):
                 now = time.monotonic()
                 if now >= limit:
