@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 
+_QUERY = "1.2.840.10008.5.1.4.1.2."  # it stores, and no more
+
+
 class DieError(Exception):
     """Drop the connection."""
 
@@ -143,10 +146,12 @@ class OddDestination:
         if kind != 1:
             return "no association"
         with self._mutex:
-            number = len(self.proposed) + 1
             contexts = _proposed(body)
-            self.proposed.append([pair for _, pair in contexts])
-        refusal = self.reject(number)
+            asked = [pair for _, pair in contexts if not pair[0].startswith(_QUERY)]
+            if asked:
+                self.proposed.append(asked)
+            number = len(self.proposed)
+        refusal = self.reject(number) if asked else None
         if refusal is not None:
             sock.sendall(struct.pack(">BBLBBBB", 3, 0, 4, 0, *refusal))
             return "rejected"
@@ -219,7 +224,9 @@ class OddDestination:
         items = _item(0x10, b"1.2.840.10008.3.1.1.1")
         for number, pair in contexts:
             syntax = _item(0x40, pair[1].encode())
-            items += _item(0x21, bytes((number, 0, self.accept(*pair), 0)) + syntax)
+            items += _item(
+                0x21, bytes((number, 0, 3 if pair[0].startswith(_QUERY) else self.accept(*pair), 0)) + syntax
+            )
         items += _item(0x50, _item(0x51, struct.pack(">L", self.max_pdu)) + _item(0x52, b"1.2.3"))
         body = request[:68] + items
         return struct.pack(">BBL", 2, 0, len(body)) + body

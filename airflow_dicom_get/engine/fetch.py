@@ -157,7 +157,8 @@ class Pass:
                     log.info("%s allows fewer associations; going on with those that are open", run.source.node)
                     return
                 run.remark(cause)
-                run.source.back_off(failures, cause)
+                if not (isinstance(cause, ForwardLate) and failures == 1):  # it has answered by now
+                    run.source.back_off(failures, cause)
             except BaseException as error:
                 self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
                 raise
