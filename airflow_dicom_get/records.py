@@ -14,7 +14,7 @@ Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
 REASONS = frozenset(
     {
         "not_sent",  # listed, asked for, never sent
-        "refused_by_source",  # the source refuses this UID even when asked for alone
+        "refused_by_source",  # the source refuses this UID even when asked for alone, or C-GET altogether
         "class_refused",  # no presentation context was accepted for its SOP class
         "syntax_refused",  # none of the offered transfer syntaxes would do
         "sub_operation_failed",  # the source reported a failed sub-operation

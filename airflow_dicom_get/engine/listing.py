@@ -6,14 +6,14 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, matches, note_patient
-from airflow_dicom_get.errors import ListTooLong
+from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Row, Scope, matches, note_patient
+from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.records import Instance
 
 log = logging.getLogger(__name__)
@@ -120,13 +120,25 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
         }
         limit = _most_rows(series)
         before = len(listing.instances)
-        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS), limit):
+        for row in _image_rows(finder, keys, limit):
             series.rows += 1
             _take_row(listing, scope, series, row, image_filters, known)
             if series.rows > 10 * (len(listing.instances) - before) + _SLACK:
                 raise ListTooLong(f"The source repeats the same rows without end for series {series.uid}.")
     listing.unreadable = finder.unreadable
     return listing
+
+
+def _image_rows(finder: Finder, keys: Mapping[int, str], limit: int) -> Iterator[Row]:
+    """The rows of a series: with the UIDs alone where the source fails at the other keys.
+
+    One looks those up in its files, and fails as a whole where a single file is lost.
+    """
+    try:
+        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS), limit)
+    except OperationFailed as error:
+        log.info("%s Asking for the UIDs alone.", error.message)
+        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit)
 
 
 def _most_rows(series: SeriesInfo) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DestinationFull
+from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DestinationFull, NotAuthorised, NotNegotiated
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import (
     CANCELLED,
@@ -98,6 +98,8 @@ def _why_untried(run: StudyRun) -> str:
             return "destination_full"
         if isinstance(error, DeadlineExceeded):
             return "deadline"
+        if isinstance(error, NotAuthorised | NotNegotiated):
+            return "refused_by_source"
         if error.at_fault == "peer":
             return "association_lost"
         if error.at_fault == "destination":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom.identifier import MAX_IDENTIFIER
 from airflow_dicom_get.dicom.status import describe, is_pending
-from airflow_dicom_get.errors import ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
 
@@ -57,9 +57,24 @@ def c_find(
     )
     rows = 0
     while True:
-        answer, row = read_response(
-            association, context_id, message_id, c.C_FIND_RSP, deadline(row_seconds), "find_response", MAX_IDENTIFIER
-        )
+        try:
+            answer, row = read_response(
+                association,
+                context_id,
+                message_id,
+                c.C_FIND_RSP,
+                deadline(row_seconds),
+                "find_response",
+                MAX_IDENTIFIER,
+            )
+        except AssociationAborted as error:
+            if rows:
+                raise
+            raise AssociationAborted(
+                f"{association.node} accepted the association and ended it when the C-FIND was asked for.",
+                hint="If it always does so, our AE title is probably not allowed to query there: ask the PACS admin.",
+                node=str(association.node),
+            ) from error
         status = answer.status
         if status is not None and is_pending(status):
             rows += 1
