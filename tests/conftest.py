@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from holdings import Holding, hold
 from relay import Relay
+from s3_servers import Juicefs, Moto
 from servers import Dcmqrscp, Orthanc, Storescp, find_binary
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -166,4 +167,18 @@ def storescp(tmp_path: Path) -> Iterator[Storescp]:
 def storescp_all(tmp_path: Path) -> Iterator[Storescp]:
     """storescp that accepts every transfer syntax that it knows."""
     with Storescp(tmp_path / "storescp-all", accept_all=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def juicefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Juicefs]:
+    """juicefs' gateway with an empty bucket; each test takes a prefix of its own."""
+    with Juicefs(tmp_path_factory.mktemp("juicefs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moto]:
+    """moto's S3 service with an empty bucket; each test takes a prefix of its own."""
+    with Moto(tmp_path_factory.mktemp("moto")) as server:
         yield server
