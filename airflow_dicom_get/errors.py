@@ -84,6 +84,12 @@ class ConnectFailed(PeerError):
     transient = True
 
 
+class TlsFailed(ConnectFailed):
+    """A certificate or a TLS version is not what one side asks for; ``tls_reason`` has OpenSSL's name for it."""
+
+    transient = False
+
+
 class AssociationRejected(PeerError):
     """A-ASSOCIATE-RJ (PS3.8 9.3.4), with ``result``, ``source`` and ``reason`` as received."""
 

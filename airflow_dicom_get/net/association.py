@@ -38,6 +38,7 @@ from airflow_dicom_get.errors import (
     peer_text,
 )
 from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept, encode_request
+from airflow_dicom_get.net.tls import tls_error
 
 if TYPE_CHECKING:
     from airflow_dicom_get.node import Node
@@ -176,6 +177,12 @@ class Association:
         try:
             self._send(request, "acse", deadlines.acse)
             self.accepted = self._await_accept(proposals, calling, called)
+        except AssociationAborted as lost:
+            self.abort()
+            if tls is None or "source" in lost.facts:
+                raise
+            # In TLS 1.3 a peer looks at our certificate only after our side of the handshake has ended.
+            raise tls_error(node, lost.__cause__ if isinstance(lost.__cause__, OSError) else EOFError()) from lost
         except BaseException:
             self.abort()
             raise
@@ -483,8 +490,4 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
         ) from None
     except OSError as error:
         sock.close()
-        raise ConnectFailed(
-            f"No TLS session with {node}: {peer_text(error, 200)}.",
-            hint="Check the CA, the server name, our certificate, and that the port speaks TLS.",
-            node=str(node),
-        ) from error
+        raise tls_error(node, error) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 
-from airflow_dicom_get.errors import InvalidOption, peer_text
+from airflow_dicom_get.errors import ConnectFailed, InvalidOption, TlsFailed, peer_text
 from airflow_dicom_get.settings import Tls
 
 
@@ -29,3 +29,61 @@ def tls_context(tls: Tls, option: str = "tls") -> ssl.SSLContext:
             option=option,
         ) from error
     return context
+
+
+_OURS = "Ask the PACS admin which client certificates it takes; give ours with tls.cert and tls.key."
+_VERIFICATION = {
+    9: ("is not valid yet", "Check the clocks here and at the PACS."),
+    10: ("has expired", "Ask the PACS admin for a new certificate, and check our clock."),
+    18: ("is signed by itself and not trusted here", "Give the PACS's certificate, or its CA's, with tls.ca."),
+    19: ("is signed by a CA that is not trusted here", "Give the CA of the PACS with tls.ca."),
+    20: ("is signed by a CA that is not trusted here", "Give the CA of the PACS with tls.ca."),
+    21: ("is signed by a CA that is not trusted here", "Give the CA of the PACS, and those between, with tls.ca."),
+    23: ("was revoked", "Ask the PACS admin for a new certificate."),
+    62: ("carries another name", "Give the name in it with tls.server_name, or connect to the host that it names."),
+    64: ("carries another address", "Give the name in it with tls.server_name, or connect to the host that it names."),
+}
+"""What is wrong with the certificate of the peer, by OpenSSL's code (X509_V_ERR)."""
+_REASONS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("asks for a client certificate, and none was given", _OURS),
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": ("refused the handshake: no cipher in common, or no client certificate", _OURS),
+    "SSLV3_ALERT_BAD_CERTIFICATE": ("refused our client certificate", _OURS),
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("refused the kind of our client certificate", _OURS),
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": ("says that our client certificate was revoked", _OURS),
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": ("says that our client certificate has expired", _OURS),
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": ("refused our client certificate", _OURS),
+    "TLSV1_ALERT_UNKNOWN_CA": ("does not trust the CA of our client certificate", _OURS),
+    "TLSV1_ALERT_ACCESS_DENIED": ("refused our client certificate", _OURS),
+    **dict.fromkeys(
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "WRONG_SSL_VERSION", "VERSION_TOO_LOW"),
+        (
+            "speaks no TLS version that is allowed here",
+            "Ask the PACS admin to enable TLS 1.2 or 1.3; older versions are not secure.",
+        ),
+    ),
+    **dict.fromkeys(
+        ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"),
+        ("does not speak TLS on this port", "Give the TLS port of the PACS, or leave TLS out."),
+    ),
+}
+"""What went wrong, by OpenSSL's name for it."""
+
+
+def tls_error(node: object, error: Exception) -> ConnectFailed:
+    """The error of a TLS session that did not come about, in words."""
+    facts = {"node": str(node), "tls_reason": getattr(error, "reason", None) or type(error).__name__}
+    if isinstance(error, ssl.SSLCertVerificationError):
+        what, hint = _VERIFICATION.get(
+            error.verify_code, (f"cannot be verified: {peer_text(error.verify_message)}", "Check tls.ca.")
+        )
+        return TlsFailed(f"No TLS session with {node}: the certificate of the peer {what}.", hint=hint, **facts)
+    known = _REASONS.get(facts["tls_reason"])
+    if known is not None:
+        return TlsFailed(f"No TLS session with {node}: the peer {known[0]}.", hint=known[1], **facts)
+    hung_up = not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    what = "the peer hung up" if hung_up else peer_text(error, 120)
+    return ConnectFailed(
+        f"No TLS session with {node}: {what}.",
+        hint="Does this port speak TLS? Does the PACS ask for a client certificate?",
+        **facts,
+    )
