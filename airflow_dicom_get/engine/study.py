@@ -16,6 +16,7 @@ from airflow_dicom_get.engine.fetch import Pass, Request, lists_of
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
 from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.engine.tags import tags_of
 from airflow_dicom_get.engine.ways import WAYS, contexts_for
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.records import Instance
@@ -381,6 +382,8 @@ class StudyRun:
                 continue
             _fill(instance, held)
             instance.state = "held"
+            if self.tag_numbers:
+                instance.tags = tags_of(held, self.sink, self.tag_numbers, self.decode_tags)
             if instance.listed_syntax:
                 instance.exactness = "as_listed" if held.syntax == instance.listed_syntax else "converted"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
+from airflow_dicom_get.dicom.header import MANDATORY, MAX_HEADER, SPECIFIC_CHARACTER_SET, HeaderError, HeaderScan
 from airflow_dicom_get.dicom.syntaxes import EXPLICIT_BE
+from airflow_dicom_get.sinks.base import Held, Sink
 
 
 class TagDecoder:
@@ -49,3 +50,21 @@ class TagDecoder:
                 text = raw.decode("ascii", "replace")
             out.append(text.strip("\0 ") or None)
         return tuple(out)
+
+
+def tags_of(
+    held: Held,
+    sink: Sink,
+    numbers: frozenset[int],
+    decode: Callable[[dict[int, bytes], str], tuple[str | None, ...]],
+) -> tuple[str | None, ...] | None:
+    """The values of an instance that was there before, read back from its header; None where that cannot be done."""
+    data = sink.head(held, MAX_HEADER)[held.dataset_offset :]
+    if not data or held.syntax is None:
+        return None
+    scan = HeaderScan(held.syntax, numbers | MANDATORY | {SPECIFIC_CHARACTER_SET}, max(numbers))
+    try:
+        scan.feed(data, last=True)
+    except HeaderError:
+        return None
+    return decode(scan.values, held.syntax)

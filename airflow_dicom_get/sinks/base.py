@@ -94,6 +94,9 @@ class Sink(Protocol):
             A ledger file is of a newer schema or broken beyond its last line.
         """
 
+    def head(self, held: Held, size: int) -> bytes:
+        """The first bytes of what is held, at most ``size``; empty where it cannot be read back."""
+
     def begin(self, instance: Instance) -> Writer:
         """Begin an instance whose study, series, sop, sop_class and syntax are known.
 

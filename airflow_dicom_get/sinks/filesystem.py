@@ -195,6 +195,14 @@ class FilesystemSink:
             fsync_path(path)
             fsync_path(os.path.dirname(path))
 
+    def head(self, held: Held, size: int) -> bytes:
+        """See :meth:`sinks.base.Sink.head`."""
+        try:
+            with Path(held.uri or "").open("rb") as file:
+                return file.read(size)
+        except OSError:
+            return b""
+
     # --- writing -----------------------------------------------------------------------------
 
     def begin(self, instance: Instance) -> _FileWriter:

@@ -209,6 +209,10 @@ class ForwardSink:
 
     # --- writing -------------------------------------------------------------------------------
 
+    def head(self, held: Held, size: int) -> bytes:
+        """Nothing: what was forwarded lies with the destination."""
+        return b""
+
     def begin(self, instance: Instance) -> Writer:
         """See :meth:`sinks.base.Sink.begin`."""
         assert instance.sop_class is not None

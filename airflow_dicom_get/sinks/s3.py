@@ -129,6 +129,14 @@ class S3Sink:
 
     # --- writing -----------------------------------------------------------------------------
 
+    def head(self, held: Held, size: int) -> bytes:
+        """See :meth:`sinks.base.Sink.head`."""
+        key = (held.uri or "").removeprefix(self.bucket.uri(""))
+        try:
+            return bytes(self.bucket.call("get_object", key, Range=f"bytes=0-{size - 1}")["Body"].read())
+        except SinkError:
+            return b""
+
     def begin(self, instance: Instance) -> _ObjectWriter:
         """See :meth:`sinks.base.Sink.begin`."""
         self.uploads.wait_for_room()
