@@ -399,7 +399,19 @@ class Association:
                     if self.cancel.hard:
                         raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
         except OSError as error:
-            raise self._lost(error) from error
+            cause = self._alert() or error
+            raise self._lost(cause) from cause
+
+    def _alert(self) -> ssl.SSLError | None:
+        """What a TLS peer said before it hung up on what we sent."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            try:
+                self._sock.recv(1)
+            except ssl.SSLError as alert:
+                return alert
+            except OSError:
+                pass
+        return None
 
     # --- ending ------------------------------------------------------------------------------
 
