@@ -344,11 +344,12 @@ class _Study:
             return fd
 
     def close(self, durable: bool) -> None:
-        """Sync the study folder and the ledger, give back the lock."""
+        """Sync the ledger and the folders above the series, give back the lock."""
         try:
             if durable:
                 self.ledger.sync()
                 fsync_path(str(self.path))
+                fsync_path(str(self.path.parent))
         except OSError as error:
             log.warning("%s: %s", self.path, error.strerror)
         self.ledger.close()
