@@ -12,7 +12,7 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DestinationFull, ForwardLost, SinkError
+from airflow_dicom_get.errors import DestinationFull, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Exactness, Instance
 from airflow_dicom_get.sinks.base import Taken, Writer
@@ -168,7 +168,11 @@ class Receiver:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:
             assert self._writer is not None
-            taken = self._writer.take()
+            try:
+                taken = self._writer.take()
+            except ForwardLate:
+                self._run.late(self._instance)
+                raise
         elif self._writer is not None:
             self._writer.abort()
         self._writer = None

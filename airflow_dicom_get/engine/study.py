@@ -98,6 +98,7 @@ class StudyRun:
         self._moving = False
         self._inventory: dict[str, Held] = {}
         self._refused_in_a_row = 0
+        self._late: set[str] = set()
 
     # --- called by receivers and passes --------------------------------------------------------
 
@@ -216,11 +217,17 @@ class StudyRun:
         """Wait for the destination's late answers; what it has kept is not asked for again."""
         self._confirm(wait=True)
 
+    def late(self, instance: Instance | None) -> None:
+        """An instance was left to the destination: whether it is taken, a confirmation will say."""
+        if instance is not None:
+            self._late.add(instance.sop)
+
     def _kept(self, instance: Instance) -> None:
-        """The destination has kept an instance; it may have said so too late for its source to be answered."""
+        """The destination has kept an instance; if it said so too late for the source, it is taken only now."""
         with self._mutex:
-            if self.is_done(instance) or self.instances.get(instance.sop) is not instance:
+            if instance.sop not in self._late or self.instances.get(instance.sop) is not instance:
                 return
+            self._late.discard(instance.sop)
             instance.state, instance.reason, instance.error = "forwarded", None, None
             instance.attempt = self.rounds
             self.progress += instance.sop not in self.unlisted_uids or self.listing is None

@@ -334,10 +334,15 @@ class ForwardSink:
         instance.forwarded_to, instance.forward_status, instance.forward_error = self.name, outcome, None
         if outcome == "warning":
             instance.forward_error = f"The destination answered {s.describe_store(status)}."
-        self.record(instance)
+        self._record(instance)
         return Taken(s.store_status_for_source(status), state="forwarded")
 
-    def record(self, instance: Instance) -> None:
+    def confirm(self, instance: Instance) -> None:
+        """What is taken is kept already: the response is in hand."""
+        with self._mutex:
+            self._done.append(Confirmation(instance))
+
+    def _record(self, instance: Instance) -> None:
         """Write down that the destination has it."""
         with self._mutex:
             self._sent.setdefault(instance.study, {})[instance.sop] = (instance.sha256, instance.bytes)
@@ -388,7 +393,7 @@ class ForwardSink:
         return Confirmation(instance, taken.error, taken.reason or "destination_error")
 
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
-        """See :meth:`sinks.base.Sink.confirmations`: the late ones; all others were in hand when they were taken."""
+        """See :meth:`sinks.base.Sink.confirmations`: only late answers are waited for."""
         if not wait and not self._done:
             return []
         with self._changed:
@@ -461,7 +466,10 @@ class _ForwardWriter:
         except PeerError as error:
             raise self._lost(error) from error
         self._line = None
-        return sink.answered(line, instance, response)
+        taken = sink.answered(line, instance, response)
+        if taken.reason is None:
+            sink.confirm(instance)
+        return taken
 
     def _lost(self, error: PeerError) -> ForwardLost:
         self.abort()
@@ -520,6 +528,7 @@ class _Comparing:
         instance.bytes = instance.dataset_bytes = self._size
         instance.sha256, instance.dataset_offset, instance.uri = self._digest, 0, None
         instance.forwarded_to, instance.forward_status, instance.forward_error = self._sink.name, "ok", None
+        self._sink.confirm(instance)
         return Taken(s.SUCCESS, state="forwarded")
 
     def abort(self) -> None:
