@@ -162,8 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(getattr(commands, typed.verb)(typed))
     except (InvalidOption, InvalidQuery, ManifestError) as error:
         text = str(error)
-        for name in ("max_studies", "query_model"):  # what a query may be refused for
-            text = text.replace(name, shell_name(name))
+        if isinstance(error, InvalidQuery):  # an option is named as it was given, on the line or in the file
+            for name in ("max_studies", "query_model"):  # what a query may be refused for
+                text = text.replace(name, shell_name(name))
         output.note(f"error: {text}")
         return EXIT_USAGE
     except DicomGetError as error:
