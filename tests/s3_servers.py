@@ -243,6 +243,9 @@ class FaultProxy:
                     if isinstance(fault, int | float):
                         time.sleep(fault)
                     length = int(_header(head, b"content-length") or 0)
+                    if _header(head, b"expect"):
+                        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                        head = [line for line in head if not line.lower().startswith(b"expect:")]
                     if isinstance(fault, tuple):
                         _discard(reader, length)
                         client.sendall(_answer(method, *fault))
