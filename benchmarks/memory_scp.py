@@ -3,8 +3,8 @@
     python benchmarks/memory_scp.py --port 11500 --instances 1000 --size 524288
 
 The instances of its one study (``STUDY``) differ in their UIDs only: one data set is patched and
-framed once, and each object leaves in one write. Every association is served by a process of its
-own. Each C-STORE-RQ waits for the response to the one before.
+framed before the first client comes, and each object leaves in one write. Every association is served
+by a process of its own. Each C-STORE-RQ waits for the response to the one before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom import header as h
@@ -33,6 +34,8 @@ from airflow_dicom_get.dicom.pdata import (
 ROOT = "1.2.826.0.1.3680043.10.1511"
 STUDY = f"{ROOT}.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
+MAX_PDU = 131072
+"""What most clients ask for; other sizes are framed anew in each association."""
 _EXPLICIT, _IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 _KEYS = frozenset({
     i.QUERY_RETRIEVE_LEVEL, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID, h.SOP_CLASS_UID,
@@ -46,12 +49,37 @@ def sop_uid(number: int) -> str:
     return f"{STUDY}.9.{100000000 + number}"
 
 
+class Framed(NamedTuple):
+    """A framed C-STORE-RQ, and where in it the UIDs stand that make it another instance."""
+
+    message: bytearray
+    instance: tuple[int, int]
+    series: int
+
+
 class Study:
     """The one study: its instances by number, series by turns."""
 
     def __init__(self, instances: int, size: int, series: int) -> None:
         self.instances, self.series = instances, series
         self.dataset = self._dataset(size)
+        self._framed: dict[int, Framed] = {}
+
+    def frame(self, peer_max: int) -> Framed:
+        """The C-STORE-RQ of an instance in PDUs of a size; framed once, as 128 MiB take half a second."""
+        if peer_max not in self._framed:
+            elements: dict[int, int | str] = {
+                c.AFFECTED_SOP_CLASS: CT, c.COMMAND_FIELD: c.C_STORE_RQ, c.MESSAGE_ID: 1, c.PRIORITY: 0,
+                c.DATASET_TYPE: c.DATASET_FOLLOWS, c.AFFECTED_SOP_INSTANCE: sop_uid(0),
+            }  # fmt: skip
+            framed = bytearray(frame_message(1, c.encode(elements), self.dataset, peer_max))
+            uid = sop_uid(0).encode()
+            in_command = framed.index(uid)
+            in_dataset = framed.index(uid, in_command + 1)
+            self._framed[peer_max] = Framed(
+                framed, (in_command, in_dataset), framed.index(self.series_uid(0).encode(), in_dataset)
+            )
+        return self._framed[peer_max]
 
     def series_uid(self, number: int) -> str:
         """Series Instance UID of an instance."""
@@ -229,16 +257,11 @@ class Association:
     def get(self, context: int, command: c.Command, keys: dict[int, bytes]) -> None:
         """Send what is asked for, one object at a time."""
         numbers = self.study.select(keys)
-        elements: dict[int, int | str] = {
-            c.AFFECTED_SOP_CLASS: CT, c.COMMAND_FIELD: c.C_STORE_RQ, c.MESSAGE_ID: 1, c.PRIORITY: 0,
-            c.DATASET_TYPE: c.DATASET_FOLLOWS, c.AFFECTED_SOP_INSTANCE: sop_uid(0),
-        }  # fmt: skip
-        framed = bytearray(frame_message(self.storage_context, c.encode(elements), self.study.dataset, self.peer_max))
-        old = sop_uid(0).encode()
-        first = framed.index(old)
-        places = (first, framed.index(old, first + 1))
-        series = self.study.series_uid(0).encode()
-        series_place = framed.index(series, places[1])
+        framed, places, series_place = self.study.frame(self.peer_max)
+        pos = 0
+        while pos < len(framed):  # a header of 6 bytes, then the length and the context of its one fragment
+            framed[pos + 10] = self.storage_context
+            pos += 6 + struct.unpack_from(">L", framed, pos + 2)[0]
         pending = b""
         for done, number in enumerate(numbers):
             uid = sop_uid(number).encode()
@@ -282,6 +305,7 @@ def main() -> None:
     parser.add_argument("--pending-every", type=int, default=1, help="objects between two Pending responses; 0: none")
     args = parser.parse_args()
     study = Study(args.instances, args.size, args.series)
+    study.frame(MAX_PDU)
     listener = socket.create_server(("127.0.0.1", args.port), backlog=64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
