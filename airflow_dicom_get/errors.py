@@ -161,6 +161,10 @@ class DestinationFull(SinkError):
     """The destination has no room left."""
 
 
+class DestinationSlow(SinkError):
+    """The destination took longer than the source may wait: it was not answered late, its association was given up."""
+
+
 class ForwardLost(SinkError):
     """The node to forward to cannot be reached, went away, or did not take an instance in time.
 

@@ -12,7 +12,7 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DestinationFull, ForwardLate, ForwardLost, SinkError
+from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Exactness, Instance
 from airflow_dicom_get.sinks.base import Taken, Writer
@@ -33,7 +33,7 @@ class Receiver:
         self._association = association
         self._wanted = frozenset(_WANTED | run.tag_numbers | ({h.SPECIFIC_CHARACTER_SET} if run.tag_numbers else set()))
         self._last_tag = max(self._wanted)
-        self._began = 0.0
+        self._began = self._came_at = 0.0
         self._request: StoreRequest | None = None
         self._scan: h.HeaderScan | None = None
         self._head = bytearray()
@@ -61,8 +61,26 @@ class Receiver:
     def data(self, view: memoryview, last: bool) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._size += len(view)
+        self._came_at = time.monotonic()
         if self._refusal is not None:
             return
+        self._keep(view, last)
+        if not last:
+            self._hold("stall", "left its sender unread for")
+
+    def _hold(self, deadline: str, what: str) -> None:
+        """Give the association up where the destination has kept it waiting too long; never answer late."""
+        waited = time.monotonic() - self._came_at
+        limit: float = getattr(self._run.source.deadlines, deadline)
+        if waited > limit:
+            raise DestinationSlow(
+                f"The destination {what} {waited:.1f} s; the deadline {deadline!r} is {limit:g} s. "
+                "The association was given up.",
+                hint="Is the destination overloaded? What it keeps counts, and is not asked for again.",
+                phase=deadline,
+            )
+
+    def _keep(self, view: memoryview, last: bool) -> None:
         try:
             if self._writer is not None:
                 self._writer.write(view)
@@ -184,9 +202,11 @@ class Receiver:
             instance.dimse_status = taken.status
         assert self._request is not None
         self._run.taken(self._request.sop_instance, instance, taken, self._size)
-        if taken.status == s.SUCCESS and instance is not None and self._run.settings.ack_durable:
-            return s.OUT_OF_RESOURCES if self._run.keep(instance) else s.SUCCESS
-        return taken.status
+        status = taken.status
+        if status == s.SUCCESS and instance is not None and self._run.settings.ack_durable:
+            status = s.OUT_OF_RESOURCES if self._run.keep(instance) else s.SUCCESS
+        self._hold("sub_operation", "took an instance in")
+        return status
 
     def answered(self) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
