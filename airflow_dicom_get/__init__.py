@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
     "GetScu": "getscu",
+    "StoreScu": "store",
     "Node": "node",
     "Deadlines": "options",
     "Result": "result",

@@ -90,12 +90,17 @@ def open_places(options: Options) -> Places:
         bucket = BucketPlace(destination, options)
         return Places(bucket, _root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
     if isinstance(destination, ForwardDestination):
-        return Places(ForwardPlace(destination, options), _root(options) or FolderRoot(state_folder()))
+        return Places(ForwardPlace(destination, options), root_for(options))
     raise InvalidOption(
         "destination: is missing.",
         hint="Give destination: a folder, s3://bucket/prefix or dicom://[AE@]host:port.",
         option="destination",
     )
+
+
+def root_for(options: Options) -> Root:
+    """Where manifests and ledgers lie for a node to store at."""
+    return _root(options) or FolderRoot(state_folder())
 
 
 def _root(options: Options) -> Root | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.checks import invalid, shown
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 class _Source:
     """The options of the source, from the config file and, above them, from what was typed; all checked."""
 
-    def __init__(self, typed: Namespace) -> None:
+    def __init__(self, typed: Namespace, apart: Collection[str] = ()) -> None:
+        """Look up and check; ``apart`` names options that mean something else to this verb, and checks itself."""
         node = find_node(typed.node)
         shell = options_from_shell(typed)
         spelling = _spelling(node, shell)
@@ -45,7 +47,8 @@ class _Source:
         model = OPTIONS["query_model"]
         self.query_model: str = model.check(spelling(model.name), values.pop(model.name, model.default))
         self.values = {"addr": node.addr, **values}
-        self.checked: Options = check_options(spelling=spelling, **self.values)
+        checkable = {name: value for name, value in self.values.items() if name not in apart}
+        self.checked: Options = check_options(spelling=spelling, **checkable)
         level = logging.DEBUG if self.checked.verbose else logging.WARNING
         logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         # They log each message of their own, and parts of identifiers with it.
@@ -201,6 +204,33 @@ def _nothing(unknown: int) -> int:
     output.note(f"none of {unknown} accession numbers has a study")
     output.emit(["empty: no study was found"])
     return 5
+
+
+def store(typed: Namespace) -> int:
+    source = _Source(typed, apart=("strict_forward", "trust_destination", "s3_config"))
+    from airflow_dicom_get.store import StoreScu
+
+    scu = StoreScu(**_known(source.values, StoreScu))
+    with cancelling(scu.cancel), progress_bar(not source.checked.verbose) as show:
+        result = scu.store(
+            typed.paths or None,
+            manifest=typed.manifest,
+            on_sub_operation=show,
+            on_unusable=lambda name, why: output.note(f"left out: {output.printable(name)} {why}"),
+        )
+    for line in output.result_notes(result):
+        output.note(line)
+    if typed.json:
+        output.emit_json(result.to_json())
+    else:
+        output.emit(output.result_lines(result))
+    return result.exit_code
+
+
+def _known(values: Mapping[str, Any], call: Callable[..., Any]) -> dict[str, Any]:
+    """Of what the config file and the shell say, what ``call`` takes: a node's limits as a source are not its own."""
+    known = signature(call).parameters
+    return {name: value for name, value in values.items() if name in known}
 
 
 def pacs(typed: Namespace) -> int:

@@ -24,6 +24,15 @@ exit codes:
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
+_STORE_EXIT_CODES = """\
+exit codes:
+  0 complete    all instances are at the node, by its own answers
+  1 failed      none of them is, or the node cannot be reached
+  2             bad usage or input; nothing was sent
+  3 partial     some are not, or files were left out that are no instances
+  130, 143      cancelled by SIGINT, SIGTERM
+"""
+
 _KEYS = "--study UID | -k KEY=VALUE ..."
 _NODE = ("max_pdu_length", "calling_ae_title", "called_ae_title", "verbose", "tls", "deadlines")
 _LIMITS = ("max_associations", "bytes_per_second", "window")
@@ -31,6 +40,10 @@ _HELD = ("resume", "verify_held", "adopt", "manifest_root")
 _GET = (
     "associations", "retries", "store_with_file_meta", "checksum", "durable", "ack", "require_exact", "tags",
     "transfer_syntaxes", "sop_classes", "s3_config", "forward_target", "strict_forward", "trust_destination",
+)  # fmt: skip
+_STORE = (
+    "resume", "verify_held", "manifest_root", "retries", "checksum", "strict_forward", "trust_destination",
+    "s3_config",
 )  # fmt: skip
 
 
@@ -87,6 +100,17 @@ def build_parser() -> ArgumentParser:
     _add(get, "limits of the source", _LIMITS)
     _add(get, "retrieval", _GET)
     _add(get, "connection", _NODE)
+
+    store = verb(
+        "store", "NODE (PATH ... | s3://BUCKET/PREFIX | --manifest URI)",
+        "Store files, or what a manifest holds, at a node, and prove that they are there.", epilog=_STORE_EXIT_CODES,
+    )  # fmt: skip
+    _node(store)
+    store.add_argument("paths", nargs="*", metavar="PATH", help="Files, folders, and prefixes as s3://bucket/prefix.")
+    store.add_argument("--manifest", metavar="URI", help="Store the objects that a manifest holds.")
+    _add(store, "storing", _STORE)
+    _add(store, "limits of the node", ("associations", "max_associations"))
+    _add(store, "connection", _NODE)
 
     pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for trials and tests.")
     pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
@@ -152,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{given[1]} is given beside {given[0]}. Give one of the two.")
     if typed.verb in ("find", "plan", "get") and not given:
         parser.error("nothing says what to ask for. Give --study UID or -k KEY=VALUE.")
+    if typed.verb == "store" and bool(typed.paths) == bool(typed.manifest):
+        parser.error("give files to store, or --manifest URI: one of the two.")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Texts of a peer may hold characters that the locale does not have.

@@ -32,7 +32,7 @@ from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.store import MAX_PDU_LENGTH, StoreChannel, StoreResponse
 from airflow_dicom_get.node import Node
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import Deadlines
+from airflow_dicom_get.settings import Deadlines, UserIdentity
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 
@@ -52,6 +52,7 @@ class Target:
     max_pdu_length: int = MAX_PDU_LENGTH
     tls: ssl.SSLContext | None = None
     server_name: str | None = None
+    user_identity: UserIdentity | None = None
 
     def __str__(self) -> str:
         return str(dataclasses.replace(self.node, ae_title=self.called))
@@ -68,6 +69,7 @@ class Target:
             max_pdu_length=self.max_pdu_length,
             tls=self.tls,
             server_name=self.server_name,
+            user_identity=self.user_identity,
         )
 
 
@@ -144,6 +146,8 @@ class ForwardSink:
         )
         self._ledger_store, self._run = ledgers, run
         self._strict, self._trust, self._verify = strict, trust_destination, verify_held != "none"
+        self.opened = 0
+        """Associations for storage so far."""
         self._stopped = False
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
@@ -283,6 +287,7 @@ class ForwardSink:
             raise self.lost(error, may_pass=may_pass, unreachable=True) from error
         line = _Line(association, self.target.max_pdu_length)
         with self._mutex:
+            self.opened += 1
             self._refused.update(proposal for proposal in proposals if proposal not in line.contexts)
         if pair in line.contexts:
             return line
@@ -391,6 +396,11 @@ class ForwardSink:
         instance.received_at = time.time()
         instance.dimse_status = taken.status
         return Confirmation(instance, taken.error, taken.reason or "destination_error")
+
+    @staticmethod
+    def taken_late(instance: Instance) -> Taken:
+        """The answer to an instance whose late response was a good one."""
+        return Taken(instance.dimse_status or s.SUCCESS, state="forwarded")
 
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """See :meth:`sinks.base.Sink.confirmations`: only late answers are waited for."""

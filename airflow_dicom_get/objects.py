@@ -1,0 +1,259 @@
+"""Objects that lie in folders, in a bucket, or where a manifest says, read piece by piece in one pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from airflow_dicom_get.checks import invalid, shown_path
+from airflow_dicom_get.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom.identifier import int_value, text_value
+from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
+from airflow_dicom_get.dicom.uids import is_uid, uid_value
+from airflow_dicom_get.errors import DicomGetError, ManifestError
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.settings import S3Config
+
+_CHUNK = 1 << 18
+_WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
+_OURS = frozenset({"_manifests", ".ledger"})
+_HELD = ("stored", "held", "unexpected")
+
+
+class UnusableError(Exception):
+    """An object is no DICOM instance that could be stored; the text says why."""
+
+
+class UnreadableError(Exception):
+    """An object cannot be read; the text says why."""
+
+
+@dataclass(slots=True)
+class StoredObject:
+    """An object, and what a manifest says of it."""
+
+    name: str
+    """Where it lies, for people and for the manifest."""
+    path: Path | None = None
+    bucket: Any = None
+    key: str = ""
+    row: Instance | None = None
+
+    def size(self) -> int:
+        """Its size. Raises :class:`UnreadableError`."""
+        try:
+            if self.path is not None:
+                return self.path.stat().st_size
+            return int(self.bucket.call("head_object", self.key)["ContentLength"])
+        except OSError as error:
+            raise UnreadableError(error.strerror or str(error)) from error
+        except DicomGetError as error:
+            raise UnreadableError(error.message) from error
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes; each view is void when the next one is asked for. Raises :class:`UnreadableError`."""
+        try:
+            if self.path is None:
+                for chunk in self.bucket.read(self.key):
+                    yield memoryview(chunk)
+                return
+            view = memoryview(bytearray(_CHUNK))
+            with self.path.open("rb", buffering=0) as file:
+                while size := file.readinto(view):
+                    yield view[:size]
+        except OSError as error:
+            raise UnreadableError(error.strerror or str(error)) from error
+        except DicomGetError as error:
+            raise UnreadableError(error.message) from error
+
+
+@dataclass(slots=True)
+class Opened:
+    """An object whose header is read."""
+
+    instance: Instance
+    dataset_offset: int
+    head: list[bytes] = field(default_factory=list)
+    """What was read so far, from the first byte on."""
+    rest: Iterator[memoryview] = field(default_factory=lambda: iter(()))
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The whole object, once."""
+        for piece in self.head:
+            yield memoryview(piece)
+        self.head.clear()
+        yield from self.rest
+
+
+def open_object(item: StoredObject) -> Opened:
+    """Read the header of an object: which instance it is, and where its data set begins.
+
+    A bare data set is told by its manifest row alone.
+
+    Raises
+    ------
+    UnusableError, UnreadableError
+    """
+    rest = item.chunks()
+    head = [bytes(chunk) for chunk in _at_least(rest, META_LIMIT)]
+    start = b"".join(head)
+    meta = read_file_meta(start[:META_LIMIT])
+    row = item.row
+    if meta is not None:
+        offset, syntax, sop_class = meta.dataset_offset, meta.syntax, meta.sop_class
+    elif row is not None and row.dataset_offset == 0 and row.syntax and row.sop_class:
+        offset, syntax, sop_class = 0, row.syntax, row.sop_class
+    else:
+        raise UnusableError("is no DICOM file with file meta information")
+    scan = h.HeaderScan(syntax, frozenset(_WANTED), max(_WANTED))
+    try:
+        piece: bytes | memoryview = start[offset:]
+        while not scan.done:
+            nxt = next(rest, None)
+            scan.feed(piece, last=nxt is None)
+            if nxt is not None:
+                piece = bytes(nxt)
+                head.append(piece)
+    except h.HeaderError as error:
+        raise UnusableError(f"is no instance that can be stored: {error}") from None
+    values = scan.values
+    study, series, sop = (
+        uid_value(values[tag]) for tag in (h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID)
+    )
+    # Where file meta information and data set disagree, it is the data set that is stored.
+    sop_class = uid_value(values.get(h.SOP_CLASS_UID, b"")) or sop_class
+    if study is None or series is None or sop is None or not is_uid(sop_class):
+        raise UnusableError("holds a UID that is none")
+    instance = Instance(study, series, sop, sop_class)
+    instance.syntax = syntax
+    instance.modality = text_value(values.get(h.MODALITY))
+    instance.series_number = int_value(values.get(h.SERIES_NUMBER))
+    instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER))
+    return Opened(instance, offset, head, rest)
+
+
+def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    for chunk in chunks:
+        yield chunk
+        size -= len(chunk)
+        if size <= 0:
+            return
+
+
+# --- what there is ---------------------------------------------------------------------------------
+
+
+def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = None) -> list[StoredObject]:
+    """The files below some paths, and the objects below some prefixes. Hidden ones and our own are left out.
+
+    Raises
+    ------
+    InvalidOption
+        A path does not exist, or a source is neither a path nor a prefix.
+    S3Error
+        A prefix cannot be listed.
+    """
+    found: list[StoredObject] = []
+    for source in sources:
+        place = parse_destination(os.fspath(source), "source")
+        if isinstance(place, FilesystemDestination):
+            found += [StoredObject(str(path), path) for path in _files(place.path, source)]
+        elif isinstance(place, S3Destination):
+            from airflow_dicom_get.sinks.s3_client import Bucket
+
+            bucket = Bucket(place.bucket, s3)
+            prefix = f"{place.prefix}/" if place.prefix else ""
+            found += [
+                StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
+                for item in bucket.list(prefix)
+                if not _OURS.intersection(item.key.split("/")) and not item.key.rpartition("/")[2].startswith(".")
+            ]
+        else:
+            raise invalid("source", f"{shown_path(source)} is no place of files", "Give paths or s3://bucket/prefix.")
+    return found
+
+
+def _files(path: Path, source: object) -> Iterable[Path]:
+    if not path.exists():
+        raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
+    if not path.is_dir():
+        return [path]
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if name not in _OURS and not name.startswith("."))
+        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredObject], list[Instance]]:
+    """The objects that a manifest says are there, and its rows that have none.
+
+    Parameters
+    ----------
+    manifest : pyarrow.Table, DataFrame, reference or URI
+        Any shape that :func:`~airflow_dicom_get.manifest.load_manifest` takes.
+
+    Raises
+    ------
+    ManifestError
+        It cannot be read.
+    """
+    objects: list[StoredObject] = []
+    others: list[Instance] = []
+    buckets: dict[str, Any] = {}
+    for row in rows_of(manifest, s3):
+        if row.state in _HELD and row.uri:
+            objects.append(object_at(row.uri, s3, buckets, row))
+        else:
+            others.append(row)
+    return objects, others
+
+
+def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Instance | None = None) -> StoredObject:
+    """The object under an address; ``buckets`` keeps those that were opened, by name.
+
+    Raises
+    ------
+    ManifestError
+        It is no address of an object.
+    """
+    place = parse_destination(uri, "uri")
+    if isinstance(place, FilesystemDestination):
+        return StoredObject(str(place.path), place.path, row=row)
+    if isinstance(place, S3Destination):
+        from airflow_dicom_get.sinks.s3_client import Bucket
+
+        bucket = buckets.setdefault(place.bucket, Bucket(place.bucket, s3))
+        return StoredObject(uri, bucket=bucket, key=place.prefix, row=row)
+    raise ManifestError(f"{shown_path(uri)} is no address of an object.", hint="Was the manifest written by us?")
+
+
+_COLUMNS: Mapping[str, str] = {
+    "sop_class": "sop_class_uid", "syntax": "transfer_syntax_uid", "modality": "modality",
+    "series_number": "series_number", "instance_number": "instance_number", "state": "state", "reason": "reason",
+    "exactness": "exactness", "error": "error", "uri": "uri", "bytes": "bytes", "sha256": "sha256",
+    "dataset_offset": "dataset_offset", "dataset_bytes": "dataset_bytes", "forwarded_to": "forwarded_to",
+    "forward_status": "forward_status", "forward_error": "forward_error",
+}  # fmt: skip
+
+
+def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
+    """The rows of a manifest of any shape. Raises :class:`ManifestError`."""
+    from airflow_dicom_get.manifest import load_table
+
+    how = {} if s3 is None else {part.name: getattr(s3, part.name) for part in fields(s3)}
+    table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **how)
+    names = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", *_COLUMNS.values()]
+    rows: list[Instance] = []
+    for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        if not (isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)):
+            raise ManifestError("A row of the manifest has no UIDs.", hint="Was it written by this program?")
+        row = Instance(study, series, sop)
+        for attribute, value in zip(_COLUMNS, values, strict=True):
+            setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
+        rows.append(row)
+    return rows

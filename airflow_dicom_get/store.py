@@ -1,0 +1,539 @@
+"""The verb ``store``: files, a prefix of a bucket, or what a manifest holds, to a node by C-STORE."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.errors import Cancelled, DicomGetError, ForwardLate, ForwardLost, SinkError
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.objects import (
+    Opened,
+    StoredObject,
+    UnreadableError,
+    UnusableError,
+    objects_in,
+    objects_of,
+    open_object,
+)
+from airflow_dicom_get.options import OPTIONS, Options, check_options
+from airflow_dicom_get.records import Completed, Instance, SubOperation
+from airflow_dicom_get.result import CANCELLED, COMPLETE, FAILED, PARTIAL, Result, Verdict, any_transient
+from airflow_dicom_get.settings import Deadlines, S3Config, Tls, UserIdentity
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.sinks.base import Held, Taken
+    from airflow_dicom_get.sinks.forward import ForwardSink, Target
+
+log = logging.getLogger(__name__)
+
+_BACKOFF, _MAX_BACKOFF = 0.5, 30.0
+_BUSY_TRIES = 3
+"""How often an instance is sent to a destination that says it is out of resources."""
+_MOST_ERRORS = 10
+_HELD = ("forwarded", "held")
+
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class StoreScu:
+    """Store instances at a node, provably so: retrieve first, forward later.
+
+    Parameters
+    ----------
+    addr : str or Node
+        Address of the node to store at, ``[AE@]host:port``.
+    **options
+        Those of :class:`~airflow_dicom_get.GetScu` that make sense here; all are keyword-only.
+
+    Raises
+    ------
+    InvalidOption
+        An option is malformed or contradicts another one.
+    """
+
+    def __init__(
+        self,
+        addr: str | Node,
+        *,
+        calling_ae_title: str = "GET-SCU",
+        called_ae_title: str = "ANY-SCP",
+        max_pdu_length: int = 131072,
+        verbose: bool = False,
+        s3_config: S3Config | Mapping[str, Any] | None = None,
+        strict_forward: bool = False,
+        associations: int = 1,
+        max_associations: int = 2,
+        resume: bool = True,
+        verify_held: Literal["size", "digest", "none"] = "size",
+        retries: int = 5,
+        checksum: Literal["sha256"] | None = "sha256",
+        manifest_root: str | Path | None = None,
+        trust_destination: bool = False,
+        tls: Tls | Mapping[str, Any] | None = None,
+        user_identity: UserIdentity | Mapping[str, Any] | None = None,
+        deadlines: Deadlines | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options: Options = check_options(
+            addr,
+            calling_ae_title=calling_ae_title,
+            called_ae_title=called_ae_title,
+            max_pdu_length=max_pdu_length,
+            verbose=verbose,
+            associations=associations,
+            max_associations=max_associations,
+            resume=resume,
+            verify_held=verify_held,
+            retries=retries,
+            checksum=checksum,
+            manifest_root=manifest_root,
+            tls=tls,
+            user_identity=user_identity,
+            deadlines=deadlines if deadlines is not None else Deadlines(),
+        )
+        self.s3_config: S3Config | None = OPTIONS["s3_config"].check("s3_config", s3_config)
+        self.strict_forward: bool = OPTIONS["strict_forward"].check("strict_forward", strict_forward)
+        self.trust_destination: bool = OPTIONS["trust_destination"].check("trust_destination", trust_destination)
+        self._target = self._make_target()
+        self._run: _Run | None = None
+        self._cancelled: str | None = None
+
+    def _make_target(self) -> Target:
+        from airflow_dicom_get.net.tls import tls_context
+        from airflow_dicom_get.sinks.forward import Target
+
+        o = self.options
+        return Target(
+            o.addr,
+            calling=o.calling_ae_title,
+            called=o.called,
+            max_pdu_length=min(o.max_pdu_length, 131072),
+            tls=tls_context(o.tls) if o.tls else None,
+            server_name=o.tls.server_name if o.tls else None,
+            user_identity=o.user_identity,
+        )
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """End a running call after the instance at hand; a second call aborts at once."""
+        run = self._run
+        self._cancelled = self._cancelled or reason
+        if run is not None:
+            run.cancel.cancel(reason)
+
+    def store(
+        self,
+        source: Source | None = None,
+        *,
+        manifest: Any = None,
+        on_sub_operation: Callable[[SubOperation], object] | None = None,
+        on_completed: Callable[[Completed], object] | None = None,
+        on_unusable: Callable[[str, str], object] | None = None,
+        manifest_name: str | None = None,
+    ) -> Result:
+        """Store what a source holds, and say of each instance what became of it.
+
+        Parameters
+        ----------
+        source : path, URI, or sequence of these
+            Files, folders, and prefixes as ``s3://bucket/prefix``.
+        manifest : manifest, reference or URI
+            In place of a source: store the objects that it holds.
+        on_sub_operation, on_completed : callable
+            As in :meth:`GetScu.get_study`; ``file`` is the object that was stored.
+        on_unusable : callable
+            Called with name and reason of each object that is no instance that can be stored.
+        manifest_name : str
+            Path of the new manifest below the manifest root, without its ending.
+
+        Returns
+        -------
+        Result
+            ``complete`` where everything there is, and every object of it, is confirmed at the node.
+
+        Raises
+        ------
+        InvalidOption, ManifestError, S3Error
+            Bad input; nothing was stored.
+        """
+        from airflow_dicom_get.engine.events import Events
+        from airflow_dicom_get.manifest import run_name
+        from airflow_dicom_get.places import root_for
+
+        if (source is None) == (manifest is None):
+            raise invalid("source", "or manifest: just one of the two is to be given", "Name files, or a manifest.")
+        others: list[Instance] = []
+        if manifest is not None:
+            objects, others = objects_of(manifest, self.s3_config)
+            shown_source = str(manifest) if isinstance(manifest, str | os.PathLike) else "manifest"
+        else:
+            assert source is not None
+            sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+            objects = objects_in(sources, self.s3_config)
+            shown_source = " ".join(map(str, sources))
+            if not objects:
+                raise invalid("source", "holds no files", "Name files, or folders that hold some.")
+        root = root_for(self.options)
+        name = run_name()
+        events = Events(on_sub_operation, on_completed)
+        run = self._run = _Run(self, self._target, root.ledgers(), name, events, on_unusable)
+        if self._cancelled is not None:
+            run.cancel.cancel(self._cancelled)
+        try:
+            run.execute(objects, others)
+        finally:
+            self._run = None
+        result = run.result(str(self._target))
+        self._write_manifest(run, result, root, name, manifest_name or name, shown_source)
+        events.completed(
+            Completed(
+                total=result.total,
+                completed=result.completed,
+                failed=result.failed,
+                warning=result.warning,
+                duration_seconds=result.duration_seconds,
+                verdict=result.verdict,
+                error=str(result.errors[0]["error"]) if result.errors else None,
+                bytes=result.bytes,
+                skipped=result.skipped,
+            )
+        )
+        return result
+
+    def _write_manifest(self, run: _Run, result: Result, root: Any, name: str, path: str, source: str) -> None:
+        from airflow_dicom_get.manifest import manifest_rows, manifest_table
+
+        described = {"source": source, "destination": f"dicom://{self._target}"}
+        try:
+            result.manifest_uri = root.write_manifest(
+                manifest_rows(run.rows.values(), **described),
+                path,
+                verdict=result.verdict,
+                evidence=result.evidence,
+                run=name,
+            )
+        except SinkError as error:
+            log.error("%s", error)
+            result.errors.insert(0, {"error": error.message, "count": 1, "hint": error.hint})
+            if result.verdict == COMPLETE:
+                result.verdict, result.reason = PARTIAL, "destination_error"
+        result.rows = lambda: manifest_table(run.rows.values(), **described)
+
+
+class _Run:
+    """One call of :meth:`StoreScu.store`."""
+
+    def __init__(
+        self,
+        scu: StoreScu,
+        target: Target,
+        ledgers: Any,
+        name: str,
+        events: Events,
+        on_unusable: Callable[[str, str], object] | None,
+    ) -> None:
+        from airflow_dicom_get.net.association import CancelToken
+        from airflow_dicom_get.sinks.forward import ForwardSink
+
+        o = scu.options
+        self.cancel = CancelToken()
+        self.rows: dict[str, Instance] = {}
+        self.unusable: list[tuple[str, str]] = []
+        self.strict = scu.strict_forward
+        self._options, self._events, self._on_unusable = o, events, on_unusable
+        # Nobody waits for us here: a slow destination has the time that a slow source would have.
+        patient = dataclasses.replace(o.deadlines, sub_operation=o.deadlines.next_object, stall=o.deadlines.idle)
+        self._sink: ForwardSink = ForwardSink(
+            target,
+            ledgers,
+            name,
+            deadlines=patient,
+            cancel=self.cancel,
+            strict=scu.strict_forward,
+            trust_destination=scu.trust_destination,
+            verify_held=o.verify_held,
+            checksum=o.checksum is not None,
+        )
+        self._mutex = threading.Lock()
+        self._held: dict[str, dict[str, Held]] = {}
+        self._error: DicomGetError | None = None
+        self._stopped = False
+
+    # --- the work ------------------------------------------------------------------------------
+
+    def execute(self, objects: Sequence[StoredObject], others: Sequence[Instance]) -> None:
+        """Store all of them; what cannot be ends up in the rows."""
+        for row in others:
+            self._not_there(row)
+        for item in objects:
+            if item.row is not None:  # the manifest names them: each gets its row, also where the run ends early
+                self.rows.setdefault(item.row.sop, _blank(item.row))
+        self._events.planned(len(objects))
+        queue = iter(objects)
+        workers = min(self._options.associations, max(len(objects), 1))
+        threads = [
+            threading.Thread(target=self._work, args=(queue,), name=f"dicom-get-store-{n}", daemon=True)
+            for n in range(1, workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._work(queue)
+            for thread in threads:
+                thread.join()
+        finally:
+            self._sink.close()
+        for row in self.rows.values():
+            if row.state is None:
+                row.state, row.reason = "missing", self._why_untried()
+
+    def _not_there(self, row: Instance) -> None:
+        """A row of the manifest that has no object of its own is listed, and is not stored."""
+        if row.state == "withdrawn":
+            return
+        listed = self.rows.setdefault(row.sop, _blank(row))
+        listed.state, listed.reason = "missing", row.reason or "not_sent"
+        listed.error = "The manifest names no object of it that could be read."
+
+    def _why_untried(self) -> str:
+        if self.cancel.reason is not None:
+            return "cancelled"
+        return "strict_forward" if self._stopped else "destination_error"
+
+    def _work(self, queue: Iterator[StoredObject]) -> None:
+        while True:
+            with self._mutex:
+                over = self._error is not None or self._stopped or self.cancel.reason is not None
+                item = None if over else next(queue, None)
+            if item is None:
+                return
+            try:
+                self._one(item)
+            except DicomGetError as error:
+                with self._mutex:
+                    self._error = self._error or error
+                return
+
+    def _one(self, item: StoredObject) -> None:
+        try:
+            opened = self._open(item)
+        except UnusableError as error:
+            self._unusable(item, str(error))
+            return
+        except UnreadableError as error:
+            self._unusable(item, f"cannot be read: {error}")
+            return
+        if opened is None:
+            return
+        instance = opened.instance
+        with self._mutex:
+            record = self.rows.setdefault(instance.sop, instance)
+        if record.state in (*_HELD, "conflict"):
+            record = instance  # a second object of the same instance: judged by the sink, beside the first one's row
+        else:
+            _fill(record, instance)
+        held = self._inventory(instance.study).get(instance.sop)
+        if (
+            held is not None
+            and held.series == instance.series
+            and held.bytes in (None, self._dataset_size(item, opened))
+        ):
+            _hold(record, held)
+            return
+        self._store(item, opened, record)
+
+    def _open(self, item: StoredObject) -> Opened | None:
+        """The object with its header read; None if it is not what its manifest says, which its row then tells."""
+        row = item.row
+        try:
+            if row is not None and row.bytes is not None and item.size() != row.bytes:
+                raise UnreadableError("its size is not the recorded one")
+            opened = open_object(item)
+            if row is not None and (opened.instance.sop, opened.instance.series) != (row.sop, row.series):
+                raise UnreadableError("it is another instance than the manifest says")
+        except (UnreadableError, UnusableError) as error:
+            if row is None:
+                raise
+            self._changed(self.rows[row.sop], f"{item.name}: {error}")
+            return None
+        return opened
+
+    def _changed(self, record: Instance, text: str) -> None:
+        record.state, record.reason, record.error = "failed", "size_changed", text
+        self._events.arrived(record, record.sop, text, 0, new=False)
+
+    def _unusable(self, item: StoredObject, why: str) -> None:
+        with self._mutex:
+            self.unusable.append((item.name, why))
+        if self._on_unusable is not None:
+            self._on_unusable(item.name, why)
+
+    def _dataset_size(self, item: StoredObject, opened: Opened) -> int | None:
+        try:
+            return item.size() - opened.dataset_offset
+        except UnreadableError:
+            return None
+
+    def _inventory(self, study: str) -> dict[str, Held]:
+        if not self._options.resume:
+            return {}
+        with self._mutex:
+            held = self._held.get(study)
+            if held is None:
+                held = self._held[study] = self._sink.inventory(study)
+            return held
+
+    def _store(self, item: StoredObject, opened: Opened, record: Instance) -> None:
+        """Send one instance, also again where its destination went away or has no room for the moment."""
+        failures = busy = 0
+        began = time.monotonic()
+        while True:
+            try:
+                taken = self._send(item, opened, record)
+            except ForwardLost as error:
+                failures += 1
+                if not error.transient or failures > self._options.retries or self.cancel.reason is not None:
+                    raise
+                self._back_off(failures, error.message)
+            except UnreadableError as error:
+                self._changed(record, f"{item.name}: {error}")
+                return
+            else:
+                busy += taken.reason == "destination_error"
+                if taken.reason != "destination_error" or self.strict or busy >= _BUSY_TRIES:
+                    break
+                self._back_off(busy, taken.error or "")
+            if self.cancel.reason is not None:
+                return
+            opened = open_object(item)
+        record.received_at = time.time()
+        record.duration_ms = int((time.monotonic() - began) * 1000)
+        self._settle(record, taken)
+
+    def _send(self, item: StoredObject, opened: Opened, record: Instance) -> Taken:
+        recorded = item.row.sha256 if item.row is not None else None
+        digest = hashlib.sha256() if recorded else None
+        skip = opened.dataset_offset
+        writer = self._sink.begin(record)
+        try:
+            for view in opened.chunks():
+                if digest is not None:
+                    digest.update(view)
+                if skip:
+                    view, skip = view[skip:], max(skip - len(view), 0)
+                if view:
+                    writer.write(view)
+            if digest is not None and digest.digest() != recorded:
+                raise UnreadableError("its digest is not the recorded one")
+            return writer.take()
+        except ForwardLate:
+            for instance, error, _ in self._sink.confirmations(wait=True):
+                if instance is record and error is None:
+                    return self._sink.taken_late(record)
+            raise
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _back_off(self, failures: int, why: str) -> None:
+        wait = min(_BACKOFF * 2 ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
+        log.warning("%s Trying again in %.1f s.", why, wait)
+        limit = time.monotonic() + wait
+        while time.monotonic() < limit and self.cancel.reason is None:
+            time.sleep(0.05)
+
+    def _settle(self, record: Instance, taken: Taken) -> None:
+        first = self.rows[record.sop]
+        record.dimse_status, record.attempt = taken.status, 1
+        if taken.reason is None:
+            record.state, record.reason, record.error = taken.state, None, None
+            self._events.arrived(record, record.sop, None, record.bytes or 0, new=record is first)
+            return
+        record.state = "conflict" if taken.reason == "different_content" else "failed"
+        record.reason, record.error = taken.reason, taken.error
+        if record is not first and record.state == "conflict":
+            first.state, first.reason, first.error = record.state, record.reason, record.error
+        self._events.arrived(record, record.sop, taken.error or taken.reason, 0, new=False)
+        if self.strict:
+            self._stopped = True
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def result(self, node: str) -> Result:
+        """The numbers, and the verdict that they make."""
+        rows = list(self.rows.values())
+        held = [x for x in rows if x.state in _HELD]
+        seconds = self._events.elapsed()
+        verdict, reason = self._verdict(rows, len(held))
+        return Result(
+            verdict=verdict,
+            reason=reason,
+            expected=len(rows),
+            total=len(rows),
+            completed=len(held),
+            skipped=sum(x.state == "held" for x in held),
+            warning=sum(x.forward_status == "warning" for x in held),
+            failed=len(rows) - len(held),
+            conflicts=sum(x.state == "conflict" for x in rows),
+            bytes=self._events.bytes,
+            duration_seconds=seconds,
+            bytes_per_second=self._events.bytes / seconds if seconds > 0 else 0.0,
+            associations=self._sink.opened,
+            rounds=1,
+            evidence="list",
+            errors=self._errors(rows),
+            node=node,
+            destination=f"dicom://{node}",
+            transient=any_transient(rows) or (self._error is not None and self._error.transient),
+        )
+
+    def _verdict(self, rows: list[Instance], held: int) -> tuple[Verdict, str | None]:
+        if self.cancel.reason is not None or isinstance(self._error, Cancelled):
+            return CANCELLED, self.cancel.reason
+        if held == len(rows) and self._error is None:
+            return (PARTIAL, "unusable_files") if self.unusable else (COMPLETE, None)
+        reasons = Counter(x.reason for x in rows if x.state not in _HELD and x.reason)
+        reason = "strict_forward" if self._stopped else reasons.most_common(1)[0][0] if reasons else None
+        return (PARTIAL if held else FAILED), reason or type(self._error).__name__
+
+    def _errors(self, rows: list[Instance]) -> list[dict[str, Any]]:
+        out: list[dict[str, Any]] = []
+        if self._error is not None:
+            out.append({"error": self._error.message, "count": 1, "hint": self._error.hint})
+        if self.unusable:
+            hint = "For example: " + "; ".join(f"{name} {why}" for name, why in self.unusable[:3])
+            out.append({"error": "not an instance that can be stored", "count": len(self.unusable), "hint": hint})
+        failed = Counter((x.reason, x.error) for x in rows if x.state not in _HELD and x.error)
+        for (reason, text), count in failed.most_common(_MOST_ERRORS):
+            out.append({"error": f"{reason}: {text}", "count": count, "hint": ""})
+        return out[:_MOST_ERRORS]
+
+
+def _blank(row: Instance) -> Instance:
+    """A row of ours for one of another manifest."""
+    instance = Instance(row.study, row.series, row.sop, row.sop_class)
+    instance.modality = row.modality
+    instance.series_number, instance.instance_number = row.series_number, row.instance_number
+    instance.syntax = row.syntax
+    return instance
+
+
+def _fill(record: Instance, found: Instance) -> None:
+    for name in ("sop_class", "syntax", "modality", "series_number", "instance_number"):
+        setattr(record, name, getattr(found, name) if getattr(found, name) is not None else getattr(record, name))
+
+
+def _hold(record: Instance, held: Held) -> None:
+    record.state, record.attempt = "held", 0
+    record.bytes = record.dataset_bytes = held.bytes
+    record.sha256, record.dataset_offset, record.forwarded_to = held.sha256, held.dataset_offset, held.forwarded_to
