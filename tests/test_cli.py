@@ -110,8 +110,7 @@ class TestHelp:
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: dicom-get {verb} ")
-        # What is not available in this version is not offered.
-        assert "--s3-" not in text
+        assert ("--s3-endpoint-url" in text) == (verb in ("get", "store"))
         assert ("--forward-calling-ae" in text) == (verb == "get")
 
     def test_answers_fast(self, run: Callable[..., Run]) -> None:
@@ -161,7 +160,14 @@ REFUSED: list[tuple[list[str], str]] = [
     (["get", "NODE", "--from-file", "nothing.csv", "--to", "out"], "nothing.csv' cannot be read"),
     (["get", "NODE", *WHAT, "--to", "a-file"], "is not a folder"),
     (["get", "NODE", *WHAT, "--to", "a-file/below"], "is not a folder"),
-    (["get", "NODE", *WHAT, "--to", "s3://bucket/x"], "--to: S3 as destination is not available in this version"),
+    (["get", "NODE", *WHAT, "--to", "s3://b"], "--to: 's3://b' names no valid bucket"),
+    (["get", "NODE", *WHAT, "--to", "s3://bucket/a//b"], "holds an empty or dotted part"),
+    (["get", "NODE", *WHAT, "--to", "s3://minio@bucket/b"], "names a connection of Airflow"),
+    (
+        ["get", "NODE", *WHAT, "--to", "s3://bucket", "--s3-endpoint-url", "h:1"],
+        "--s3-endpoint-url: 'h:1' has no scheme",
+    ),
+    (["get", "NODE", *WHAT, "--to", "out", "--s3-region", "x"], "does not fit a destination of the kind Filesystem"),
     (["get", "NODE", *WHAT, "--to", "dicom://PACS_B"], "--to: dicom://PACS_B names a connection of Airflow"),
     (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--adopt"], "--adopt: says nothing for a DICOM node"),
     (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--no-file-meta"], "--no-file-meta: says nothing for a DICOM"),

@@ -298,7 +298,18 @@ BAD = [
     ("max_studies", 0), ("verify_held", "md5"), ("verify_held", None), ("retries", -1), ("checksum", "md5"),
     ("ack", "never"), ("tags", ["PatientNam"]), ("tags", ["PixelData"]), ("tags", [7]), ("tags", {"a": 1}),
     ("tags", ["TransferSyntaxUID"]), ("manifest_root", "dicom://h:1"), ("manifest_root", "/dev/null/x"),
-    ("manifest_root", "s3://bucket/x"),
+    ("manifest_root", "s3://minio@bucket/x"), ("manifest_root", "s3://b"),
+    ("destination", "s3://b"), ("destination", "s3://bucket//x"), ("destination", "s3://bucket/a/../x"),
+    ("destination", "s3://bucket/x//"), ("destination", "s3://bu..cket/x"), ("destination", "s3://10.0.0.1/x"),
+    ("destination", "s3://minio@bucket/x"), ("destination", "s3://bucket name/x"),
+    *(("s3_config", {"bucket": "bucket", **bad}) for bad in (
+        {"bucket": "b"}, {"bucket": "a/b"}, {"prefix": "a//b"}, {"prefix": "../b"}, {"prefix": "a/./b"},
+        {"endpoint": "host:9000"}, {"endpoint": "ftp://host"}, {"endpoint": "https://"}, {"endpoint": "https://h/path"},
+        {"endpoint": "https://key:secret@h"}, {"endpoint": "http://h:port"}, {"access_key": "AKIA"},
+        {"secret_key": "x"}, {"session_token": "x"}, {"profile": "p", "access_key": "k", "secret_key": "s"},
+        {"sse": "AES"}, {"kms_key_id": "k"}, {"sse": "AES256", "kms_key_id": "k"}, {"max_concurrency": 0},
+        {"path_style": "perhaps"}, {"region": ""},
+    )),
     ("transfer_syntaxes", []), ("transfer_syntaxes", ["1..2"]), ("sop_classes", ["CTImage"]), ("sop_classes", 5),
     ("tls", {"min_version": "1.0"}), ("tls", {"key": "k"}), ("tls", True), ("tls", {"ca": ""}),
     ("tls", {"ca": "/nowhere"}), ("tls", {"ca": "/"}),
@@ -329,19 +340,19 @@ class TestRefusals:
         ("values", "start"),
         [
             ({"destination": "a", "out_dir": "b"}, "out_dir: is given beside destination"),
-            ({"storage_backend": "Filesystem", "s3_config": {"bucket": "b"}}, "s3_config: does not fit"),
-            ({"storage_backend": "S3", "out_dir": "a", "s3_config": {"bucket": "b"}}, "out_dir: does not fit"),
+            ({"storage_backend": "Filesystem", "s3_config": {"bucket": "bucket"}}, "s3_config: does not fit"),
+            ({"storage_backend": "S3", "out_dir": "a", "s3_config": {"bucket": "bucket"}}, "out_dir: does not fit"),
             ({"storage_backend": "S3", "destination": "a"}, "storage_backend: S3 does not fit"),
             ({"storage_backend": "S3"}, "s3_config: names no bucket"),
             ({"storage_backend": "Forward"}, "forward_target: names no address"),
-            ({"destination": "s3://bucket", "s3_config": {"bucket": "b"}}, "s3_config: names a place beside"),
+            ({"destination": "s3://bucket", "s3_config": {"bucket": "bucket"}}, "s3_config: names a place beside"),
             ({"destination": "dicom://h:1", "s3_config": {"region": "x"}}, "s3_config: does not fit"),
             ({"destination": "a", "forward_target": {"addr": "h:1"}}, "forward_target: names a place"),
-            (
-                {"storage_backend": "S3", "s3_config": {"bucket": "b"}},
-                "storage_backend: S3 as destination is not avail",
-            ),
-            ({"destination": "s3://bucket/x"}, "destination: S3 as destination is not available in this version"),
+            ({"destination": "s3://bucket", "s3_config": {"prefix": "x"}}, "s3_config: names a place beside"),
+            ({"destination": "a", "s3_config": {"region": "x"}}, "s3_config: does not fit"),
+            ({"destination": "s3://bucket", "forward_target": {}}, "forward_target: does not fit"),
+            ({"destination": "s3://bucket", "strict_forward": True}, "strict_forward: needs a DICOM node"),
+            ({"destination": "s3://bucket", "s3_config": {"ca_bundle": "/nowhere"}}, "s3_config.ca_bundle: '/nowhere'"),
             ({"destination": "dicom://PACS_B"}, "destination: dicom://PACS_B names a connection"),
             ({"destination": "dicom://X@H:104"}, "destination: dicom://X@H:104 is the source itself"),
             (
@@ -368,7 +379,7 @@ class TestRefusals:
 
     def test_secrets_are_not_shown(self) -> None:
         made = [
-            S3Config(bucket="b", access_key="AKIA1", secret_key="hush1", session_token="hush2"),
+            S3Config(bucket="bucket", access_key="AKIA1", secret_key="hush1", session_token="hush2"),
             Tls(cert="c", key="k", key_password="hush3"),
             UserIdentity(username="u", password="hush4"),
         ]
