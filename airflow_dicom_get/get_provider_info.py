@@ -196,6 +196,13 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "example": None,
                         "default": "False",
                     },
+                    "page_days": {
+                        "description": "Days that the page of retrievals looks back, unless it is asked for others.",
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": None,
+                        "default": "30",
+                    },
                 },
             }
         },

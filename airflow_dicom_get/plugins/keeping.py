@@ -1,0 +1,217 @@
+"""What Airflow keeps of our tasks: task instances, their summaries in XCom, their progress.
+
+Read from the database, as the API server does itself: by its REST interface, a page of retrievals would cost a
+request for each. Everything that is internal to Airflow and could change is imported here or in ``web``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from airflow.models.dag import DagModel
+from airflow.models.task_state_store import TaskStateStoreModel
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.xcom import XComModel
+from airflow.utils.session import create_session
+from sqlalchemy import and_, func, or_, select
+
+from airflow_dicom_get.plugins.outcomes import NEVER_RAN_STATES, outcome_of
+
+OPERATORS = ("DicomGetOperator", "DicomStoreOperator", "DicomVerifyOperator")
+"""Those whose summary holds a verdict."""
+
+MAX_RETRIEVALS = 50_000
+"""The newest so many are looked at: what a list needs grows with them, in time and memory."""
+
+_TASK = TaskInstance.__table__.c
+_VALUE = XComModel.value
+_MOMENT = func.coalesce(_TASK.start_date, _TASK.queued_dttm, _TASK.scheduled_dttm, _TASK.updated_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """One retrieval, as far as counting, choosing and sorting need it."""
+
+    id: UUID
+    dag_id: str
+    outcome: str
+    moment: datetime
+    """When it began; where it has not, when it came to wait."""
+    source: str | None
+    instances: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task instance with all that is shown of it."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int
+    label: str | None
+    operator: str | None
+    state: str | None
+    try_number: int
+    max_tries: int
+    started: datetime | None
+    ended: datetime | None
+    summary: dict[str, Any] | None
+
+    @property
+    def outcome(self) -> str:
+        """What it has come to, in one word."""
+        return outcome_of(self.state, self.verdict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The verdict of the last try that ended with one."""
+        return (self.summary or {}).get("verdict")
+
+
+def _summaries() -> Any:
+    return and_(
+        XComModel.dag_id == _TASK.dag_id,
+        XComModel.run_id == _TASK.run_id,
+        XComModel.task_id == _TASK.task_id,
+        XComModel.map_index == _TASK.map_index,
+        XComModel.key == "summary",
+    )
+
+
+def dags_with_retrievals(since: datetime, until: datetime) -> list[str]:
+    """The DAGs that had retrievals in a span of time, whoever may see them."""
+    with create_session(scoped=False) as session:
+        return sorted(session.scalars(select(_TASK.dag_id).where(*_retrievals_of(since, until)).distinct()))
+
+
+def teams_of(dag_ids: Collection[str]) -> dict[str, str | None]:
+    """The team of each DAG, where Airflow runs with teams."""
+    with create_session(scoped=False) as session:
+        found = DagModel.get_dag_id_to_team_name_mapping(list(dag_ids), session=session)
+    return {dag_id: found.get(dag_id) for dag_id in dag_ids}
+
+
+def _retrievals_of(since: datetime, until: datetime) -> tuple[Any, ...]:
+    return (
+        _TASK.operator.in_(OPERATORS),
+        _TASK.state.is_not(None),
+        _TASK.state.not_in(NEVER_RAN_STATES),
+        since <= _MOMENT,
+        until > _MOMENT,
+    )
+
+
+def retrievals(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Retrieval]:
+    """All retrievals of some DAGs in a span of time, newest first: killed and running ones too."""
+    if not dag_ids:
+        return []
+    statement = (
+        select(
+            _TASK.id,
+            _TASK.dag_id,
+            _TASK.state,
+            _VALUE["verdict"].as_string(),
+            _MOMENT,
+            _VALUE["source"].as_string(),
+            _VALUE["completed"].as_integer(),
+            _VALUE["bytes"].as_integer(),
+            _VALUE["duration_seconds"].as_float(),
+        )
+        .select_from(TaskInstance.__table__)
+        .outerjoin(XComModel, _summaries())
+        .where(*_retrievals_of(since, until), _TASK.dag_id.in_(dag_ids))
+        .order_by(_MOMENT.desc())
+        .limit(MAX_RETRIEVALS)
+    )
+    with create_session(scoped=False) as session:
+        return [
+            Retrieval(key, dag_id, outcome_of(state, verdict), moment, source, held or 0, size or 0, seconds or 0.0)
+            for key, dag_id, state, verdict, moment, source, held, size, seconds in session.execute(statement)
+        ]
+
+
+def _tasks(*conditions: Any) -> Any:
+    return (
+        select(
+            _TASK.id,
+            _TASK.dag_id,
+            _TASK.run_id,
+            _TASK.task_id,
+            _TASK.map_index,
+            _TASK.rendered_map_index,
+            _TASK.operator,
+            _TASK.state,
+            _TASK.try_number,
+            _TASK.max_tries,
+            _TASK.start_date,
+            _TASK.end_date,
+            _VALUE,
+        )
+        .select_from(TaskInstance.__table__)
+        .outerjoin(XComModel, _summaries())
+        .where(*conditions)
+    )
+
+
+def _task(row: Any) -> Task:
+    summary = row[-1]
+    # An XCom backend may have put it elsewhere, and left its address.
+    return Task(*row[1:-1], summary if isinstance(summary, dict) else None)  # type: ignore[call-arg]
+
+
+def tasks(keys: Iterable[UUID]) -> list[Task]:
+    """The task instances of some retrievals, in their order."""
+    wanted = list(keys)
+    with create_session(scoped=False) as session:
+        found = {row[0]: _task(row) for row in session.execute(_tasks(_TASK.id.in_(wanted)))}
+    return [found[key] for key in wanted if key in found]
+
+
+def task(dag_id: str, run_id: str, task_id: str, map_index: int) -> Task | None:
+    """One task instance of any operator."""
+    place = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "map_index": map_index}
+    with create_session(scoped=False) as session:
+        row = session.execute(_tasks(*(_TASK[name] == value for name, value in place.items()))).first()
+    return None if row is None else _task(row)
+
+
+def returned(of: Task) -> Any:
+    """What the task returned, as XCom holds it."""
+    with create_session(scoped=False) as session:
+        return session.scalar(select(_VALUE).where(*_place(XComModel, of), XComModel.key == "return_value"))
+
+
+def shown_while_running(of: Task) -> dict[str, Any]:
+    """What the task has put into its state store: ``progress`` and ``window``."""
+    statement = select(TaskStateStoreModel.key, TaskStateStoreModel.value).where(
+        *_place(TaskStateStoreModel, of),
+        or_(TaskStateStoreModel.key == "progress", TaskStateStoreModel.key == "window"),
+    )
+    with create_session(scoped=False) as session:
+        rows = session.execute(statement).all()
+    shown = {}
+    for key, text in rows:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            shown[key] = value
+    return shown
+
+
+def _place(model: Any, of: Task) -> tuple[Any, ...]:
+    return (
+        model.dag_id == of.dag_id,
+        model.run_id == of.run_id,
+        model.task_id == of.task_id,
+        model.map_index == of.map_index,
+    )

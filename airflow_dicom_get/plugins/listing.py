@@ -1,0 +1,149 @@
+"""The list of retrievals: what is asked for, chosen, counted and put in order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
+from statistics import median
+from urllib.parse import urlencode
+
+from airflow_dicom_get.operators import _config
+from airflow_dicom_get.plugins import keeping
+from airflow_dicom_get.plugins.chart import Chart, chart_of
+from airflow_dicom_get.plugins.keeping import Retrieval, Task
+from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, INCOMPLETE, LIVE, OUTCOMES
+from airflow_dicom_get.result import COMPLETE, EMPTY
+
+PAGE_ROWS = 50
+CHOICES = (INCOMPLETE, *OUTCOMES)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the address asks for."""
+
+    begin: datetime
+    end: datetime
+    dag_id: str = ""
+    verdict: str = ""
+    source: str = ""
+    since: str = ""
+    until: str = ""
+    page: int = 1
+    days: int = 30
+    complaint: str = ""
+
+    @classmethod
+    def of(cls, *, dag_id: str, verdict: str, source: str, since: str, until: str, page: str) -> Choice:
+        """Read the address. What makes no sense is left out, and said."""
+        days = max(1, _config.integer("page_days"))
+        complaints = []
+        dates: dict[str, date | None] = {}
+        for name, text in (("since", since), ("until", until)):
+            try:
+                dates[name] = date.fromisoformat(text.strip()) if text.strip() else None
+            except ValueError:
+                dates[name] = None
+                complaints.append(f"{name} is no date: write it as 2026-01-31.")
+        if verdict and verdict not in CHOICES:
+            complaints.append("There is no such verdict.")
+            verdict = ""
+        # A day more than now: clocks of workers and database differ.
+        end = _midnight(dates["until"], 1) if dates["until"] else datetime.now(UTC) + timedelta(days=1)
+        begin = _midnight(dates["since"], 0) if dates["since"] else end - timedelta(days=days + 1)
+        return cls(
+            begin=begin,
+            end=end,
+            dag_id=dag_id.strip(),
+            verdict=verdict,
+            source=source.strip(),
+            since=dates["since"].isoformat() if dates["since"] else "",
+            until=dates["until"].isoformat() if dates["until"] else "",
+            page=int(page) if page.isascii() and page.isdigit() and len(page) < 7 else 1,
+            days=days,
+            complaint=" ".join(complaints),
+        )
+
+    def address(self, **changes: str | int) -> str:
+        """The part of an address after the question mark, with changes."""
+        names = ("dag_id", "verdict", "source", "since", "until")
+        values = {name: getattr(self, name) for name in names} | {"page": 1} | changes
+        return urlencode({name: value for name, value in values.items() if value and (name, value) != ("page", 1)})
+
+    @property
+    def filtered(self) -> bool:
+        """Whether anything is asked for."""
+        return any((self.dag_id, self.verdict, self.source, self.since, self.until))
+
+
+def _midnight(day: date, days: int) -> datetime:
+    try:
+        return datetime.combine(day + timedelta(days=days), time(), UTC)
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page of the list shows."""
+
+    choice: Choice
+    dag_ids: Sequence[str]
+    sources: Sequence[str]
+    counts: Counter[str]
+    total: int
+    incomplete: int
+    live: int
+    complete: int
+    instances: int
+    bytes: int
+    speed: float | None
+    chart: Chart | None
+    tasks: Sequence[Task]
+    pages: int
+    verdicts: Sequence[str] = CHOICES
+    cut: int = 0
+
+
+def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
+    """Collect the list for a user who may see these DAGs."""
+    asked = [dag_id for dag_id in dag_ids if not choice.dag_id or dag_id == choice.dag_id]
+    everything = keeping.retrievals(asked, choice.begin, choice.end)
+    chosen = [one for one in everything if not choice.source or one.source == choice.source]
+    counts = Counter(one.outcome for one in chosen)
+    # The tiles count all verdicts, so that each can be chosen by them; chart and table show the chosen one.
+    shown = [one for one in chosen if _has(one, choice.verdict)]
+    pages = max(1, -(-len(shown) // PAGE_ROWS))
+    choice = replace(choice, page=min(max(choice.page, 1), pages))
+    # Newest first already, and sorting keeps that order.
+    ordered = sorted(shown, key=_urgency)[(choice.page - 1) * PAGE_ROWS : choice.page * PAGE_ROWS]
+    speeds = [one.bytes / one.seconds for one in shown if one.bytes and one.seconds]
+    return View(
+        choice=choice,
+        dag_ids=dag_ids,
+        sources=sorted({one.source for one in everything if one.source}),
+        counts=counts,
+        total=len(shown),
+        incomplete=sum(counts[name] for name in ENDED_BADLY),
+        live=sum(counts[name] for name in LIVE),
+        complete=counts[COMPLETE] + counts[EMPTY],
+        instances=sum(one.instances for one in shown),
+        bytes=sum(one.bytes for one in shown),
+        speed=median(speeds) if speeds else None,
+        chart=chart_of(shown),
+        tasks=keeping.tasks(one.id for one in ordered),
+        pages=pages,
+        cut=keeping.MAX_RETRIEVALS if len(everything) == keeping.MAX_RETRIEVALS else 0,
+    )
+
+
+def _has(one: Retrieval, verdict: str) -> bool:
+    return not verdict or one.outcome == verdict or (verdict == INCOMPLETE and one.outcome in ENDED_BADLY)
+
+
+def _urgency(one: Retrieval) -> int:
+    if one.outcome in ENDED_BADLY:
+        return 0
+    return 1 if one.outcome in LIVE else 2

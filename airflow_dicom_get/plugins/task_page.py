@@ -1,0 +1,103 @@
+"""One task instance: its result, its manifest, and where it stands while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.plugins import contents, keeping, texts
+from airflow_dicom_get.plugins.contents import Contents
+from airflow_dicom_get.plugins.keeping import OPERATORS, Task
+from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, LIVE, OUTCOMES
+
+_COUNTS = ("done", "total", "failed", "bytes", "bytes_per_second", "associations")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page of a task shows."""
+
+    task: Task
+    kind: str
+    """``retrieval``, ``find`` or ``other``."""
+    meaning: str = ""
+    live: bool = False
+    bad: bool = False
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    contents: Contents | None = None
+    complaint: str = ""
+
+
+def view_of(task: Task) -> View:
+    """Collect what is known of a task."""
+    summary = task.summary or {}
+    if "matched" in summary:
+        return View(task, "find", summary=summary)
+    if task.operator not in OPERATORS and "verdict" not in summary:
+        return View(task, "other")
+    live = task.outcome in LIVE
+    found, complaint = _contents(task) if summary else (None, "")
+    return View(
+        task,
+        "retrieval",
+        meaning=OUTCOMES[task.outcome],
+        live=live,
+        bad=task.outcome in ENDED_BADLY,
+        progress=progress_of(task) if live else {},
+        summary=summary,
+        contents=found,
+        complaint=complaint,
+    )
+
+
+def manifest_uri_of(task: Task) -> str | None:
+    """Where the summary says that the manifest is."""
+    uri = (task.summary or {}).get("manifest_uri")
+    return uri if isinstance(uri, str) else None
+
+
+def _contents(task: Task) -> tuple[Contents | None, str]:
+    try:
+        return contents.contents_of(contents.table_of(keeping.returned(task), manifest_uri_of(task))), ""
+    except ManifestError as error:
+        return None, f"{error} (Read by the API server.)"
+
+
+def progress_of(task: Task) -> dict[str, Any]:
+    """Where a task stands, for the page that shows it live."""
+    live = task.outcome in LIVE
+    shown = keeping.shown_while_running(task) if live else {}
+    stored = shown.get("progress", {})
+    counts = {name: stored[name] for name in _COUNTS if isinstance(stored.get(name), int | float)}
+    resume_at = shown.get("window", {}).get("resume_at") if task.state == "deferred" else None
+    return {
+        "outcome": task.outcome,
+        "state": task.state,
+        "live": live,
+        "try_number": task.try_number,
+        "progress": counts or None,
+        "updated_at": str(stored.get("updated_at") or "") or None,
+        "resume_at": resume_at if isinstance(resume_at, str) else None,
+        "text": _sentence(task, counts, resume_at),
+    }
+
+
+def _sentence(task: Task, counts: Mapping[str, Any], resume_at: Any) -> str:
+    if task.outcome not in LIVE:
+        return f"The task has ended: {texts.label(task.outcome)}."
+    if resume_at:
+        return f"Waits for the hours of the PACS, and goes on at {texts.moment(resume_at)} UTC."
+    if task.state == "deferred":
+        return "Waits."
+    if task.state not in ("running", "restarting"):
+        return "Waits for its turn."
+    if not counts.get("total"):
+        return "Runs. Numbers follow after a few seconds."
+    parts = [f"{texts.number(counts.get('done', 0))} of {texts.number(counts['total'])} instances"]
+    if counts.get("failed"):
+        parts.append(f"{texts.number(counts['failed'])} failed")
+    parts += [texts.size(counts.get("bytes", 0)), texts.speed(counts.get("bytes_per_second"))]
+    return ", ".join(parts)

@@ -1,0 +1,70 @@
+"""What Airflow is told of the page: an entry under Browse, and a tab on each task instance."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+from airflow.plugins_manager import AirflowPlugin
+
+log = logging.getLogger(__name__)
+
+URL_PREFIX = "/dicom-get"
+
+
+class DicomPlugin(AirflowPlugin):
+    """The page, where this Airflow has what it is built on.
+
+    The page stands on parts of the API server that Airflow does not promise to keep. Should one be gone, there is no
+    page, and all else works. They are looked for when the API server asks for its apps: every other component loads
+    this class too, and has no need of them.
+    """
+
+    name = "airflow_dicom_get"
+
+    @cached_property
+    def _app(self) -> Any:
+        try:
+            from airflow_dicom_get.plugins.web import app
+        except Exception:
+            log.warning("There is no page of DICOM retrievals: it does not fit this Airflow.", exc_info=True)
+            return None
+        return app
+
+    @cached_property
+    def fastapi_apps(self) -> list[Any]:  # type: ignore[override]
+        """The app below ``/dicom-get``."""
+        if self._app is None:
+            return []
+        return [{"app": self._app, "url_prefix": URL_PREFIX, "name": "DICOM retrievals"}]
+
+    @cached_property
+    def external_views(self) -> list[Any]:  # type: ignore[override]
+        """Where the web interface shows it."""
+        if self._app is None:
+            return []
+        root = _base_path() + URL_PREFIX
+        return [
+            {
+                "name": "DICOM retrievals",
+                "href": f"{root}/",
+                "destination": "nav",
+                "category": "browse",
+                "url_route": "dicom-get",
+            },
+            {
+                "name": "DICOM manifest",
+                "href": f"{root}/dags/{{DAG_ID}}/runs/{{RUN_ID}}/tasks/{{TASK_ID}}/{{MAP_INDEX}}",
+                "destination": "task_instance",
+                "url_route": "dicom-manifest",
+            },
+        ]
+
+
+def _base_path() -> str:
+    """The path in ``[api] base_url``, which an address in the web interface has to begin with."""
+    from airflow.configuration import conf
+
+    return urlsplit(conf.get("api", "base_url", fallback="") or "").path.rstrip("/")
