@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_role, evt
+from pynetdicom.dimse_primitives import C_STORE
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -20,6 +21,7 @@ STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 
 def keep(event: evt.Event, folder: str) -> int:
     """Write an instance as it came, with its file meta information."""
+    assert isinstance(event.request, C_STORE)
     with open(f"{folder}/{event.request.AffectedSOPInstanceUID}", "wb", buffering=0) as file:
         file.write(event.encoded_dataset())
     return 0

@@ -1,0 +1,192 @@
+"""The clients that are measured, each by one call: ``run(source)`` into a new folder, checked afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from sources import Source
+
+_HERE = Path(__file__).parent
+_PATIENCE = 900
+DICOM_GET = str(Path(sys.executable).parent / "dicom-get")
+BARE = {"checksum": None, "durable": False}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one retrieval took."""
+
+    wall: float
+    user: float
+    system: float
+    rss: int | None = None
+    """Peak resident bytes of the process, where it had one of its own."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client by its name, and how often it is run against a source."""
+
+    key: str
+    title: str
+    run: Callable[[Source], Run]
+    runs: int
+
+
+class Bench:
+    """The folder and the worker that all runs share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._out = folder / "out"
+        self._logs = folder / "client"
+        (folder / "config").mkdir()
+        # No node, and no limit, of the user's own.
+        self._environment = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
+        self._environment.pop("TCP_NODELAY", None)
+        self._worker: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        self._worker = subprocess.Popen(
+            [sys.executable, str(_HERE / "worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.communicate(timeout=60)
+
+    # --- runs ----------------------------------------------------------------------------------
+
+    def fresh(self) -> Path:
+        """An empty folder, with nothing left to be written to the disk by what was before."""
+        shutil.rmtree(self._out, ignore_errors=True)
+        self._out.mkdir()
+        os.sync()
+        return self._out
+
+    def check(self, source: Source, who: str) -> None:
+        """See that every instance is there in full."""
+        files = [path for path in self._out.rglob("*") if path.is_file() and "_manifests" not in path.parts]
+        short = [path for path in files if path.stat().st_size < source.size]
+        if len(files) != source.instances or short:
+            raise RuntimeError(
+                f"{who} from {source.title}: {len(files)} files, {len(short)} of them short, not {source.instances}"
+            )
+        shutil.rmtree(self._out)
+
+    def command(self, command: list[str], environment: Mapping[str, str] | None = None) -> Run:
+        """Run a command to its end by the launcher."""
+        stdout, stderr = f"{self._logs}.out", f"{self._logs}.err"
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_HERE / "launch.py"), stdout, stderr, *command],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**self._environment, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            answer, _ = process.communicate(timeout=_PATIENCE)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        used = json.loads(answer)
+        if used["exit"] != 0:
+            said = Path(stderr).read_text(errors="replace")[-1000:]
+            raise RuntimeError(f"{' '.join(command)} ended with {used['exit']}: {said}")
+        return Run(used["wall"], used["user"], used["system"], used["rss"])
+
+    def job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Have the worker do something."""
+        assert self._worker is not None
+        assert self._worker.stdin is not None
+        assert self._worker.stdout is not None
+        self._worker.stdin.write(json.dumps(job) + "\n")
+        self._worker.stdin.flush()
+        line = self._worker.stdout.readline()
+        if not line:
+            raise RuntimeError("the worker ended")
+        answer: dict[str, Any] = json.loads(line)
+        if answer["verdict"] != "complete":
+            raise RuntimeError(f"{job}: {answer['verdict']}")
+        return answer
+
+    # --- clients -------------------------------------------------------------------------------
+
+    def warm(self, source: Source, options: Mapping[str, Any] | None = None) -> Run:
+        """``GetScu`` in the worker."""
+        answer = self.job(self._retrieval(source, options or {}))
+        self.check(source, "GetScu")
+        return Run(answer["wall"], answer["user"], answer["system"])
+
+    def bare(self, source: Source) -> Run:
+        """The same without digest and sync."""
+        return self.warm(source, BARE)
+
+    def profile(self, source: Source) -> list[dict[str, Any]]:
+        """Where the time of a full retrieval goes."""
+        answer = self.job({**self._retrieval(source, {}), "profile": True})
+        self.check(source, "GetScu")
+        lines: list[dict[str, Any]] = answer["profile"]
+        return lines
+
+    def floor(self, source: Source) -> Run:
+        """Hash, write and sync as much, without network."""
+        size = {"instances": source.instances, "size": source.size}
+        answer = self.job({"floor": size, "folder": str(self.fresh())})
+        self.check(source, "the control")
+        return Run(answer["wall"], answer["user"], answer["system"])
+
+    def process(self, source: Source) -> Run:
+        """``dicom-get get`` as a process."""
+        command = [DICOM_GET, "get", source.node, "--study", source.study, "--to", str(self.fresh()), "--json"]
+        run = self.command(command)
+        result = json.loads(Path(f"{self._logs}.out").read_text())
+        if (result["verdict"], result["completed"]) != ("complete", source.instances):
+            raise RuntimeError(f"dicom-get from {source.title}: {result['verdict']}, {result['completed']} instances")
+        self.check(source, "dicom-get")
+        return run
+
+    def tuned_getscu(self, source: Source) -> Run:
+        """``getscu`` with the options and the environment that make it fast."""
+        return self._getscu(source, ["+B", "-pdu", str(131072)], {"TCP_NODELAY": "1"})
+
+    def shipped_getscu(self, source: Source) -> Run:
+        """``getscu`` as Debian ships it."""
+        return self._getscu(source, [], {})
+
+    def pynetdicom(self, source: Source) -> Run:
+        """pynetdicom with the cheapest handler."""
+        script = str(_HERE / "peer_pynetdicom.py")
+        where = [source.host, str(source.port), source.ae_title, source.study, str(self.fresh())]
+        run = self.command([sys.executable, script, *where])
+        self.check(source, "pynetdicom")
+        return run
+
+    def help(self) -> Run:
+        """``dicom-get --help``."""
+        return self.command([DICOM_GET, "--help"])
+
+    def _retrieval(self, source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"node": source.node, "study": source.study, "folder": str(self.fresh()), "options": dict(options)}
+
+    def _getscu(self, source: Source, options: list[str], environment: Mapping[str, str]) -> Run:
+        command = ["getscu", *options, "-S", "-od", str(self.fresh()), "-aec", source.ae_title]
+        command += ["-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={source.study}"]
+        run = self.command([*command, source.host, str(source.port)], environment)
+        self.check(source, "getscu")
+        return run

@@ -1,0 +1,183 @@
+"""The report: ``performance.md`` and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import matplotlib as mpl
+from aims import aims, growth
+from clients import Run
+from results import CLIENTS, SINGLE, Results, Series
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+_NOTES = "<!-- Written by hand from here on; make bench leaves it as it is. -->"
+_OURS, _OTHERS, _CONTROL = "#0072b2", "#d55e00", "#767676"
+_COLOURS = {"warm": _OURS, "bare": _OURS, "process": _OURS, "floor": _CONTROL}
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write the data, the plot and the page; notes at the end of an older page stay."""
+    page = folder / "performance.md"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    results.save(folder / "performance.json")
+    draw(results, folder / "images" / "performance.png")
+    old = page.read_text() if page.exists() else ""
+    notes = old.partition(_NOTES)[2]
+    page.write_text("\n".join([*_page(results), _NOTES, *([f"\n{notes.strip()}"] if notes.strip() else [])]) + "\n")
+    return page
+
+
+def _page(results: Results) -> Iterator[str]:
+    yield "# How fast it is\n"
+    yield "Written by `make bench`, which measures this package and its peers in the same run, by turns.\n"
+    if results.quick:
+        yield "**A quick look on small samples (`--quick`): it shows that the script works, not how fast it is.**\n"
+    yield from (f"- {name}: {value}" for name, value in results.about.items())
+    if results.skipped:
+        yield from (f"- not measured: {what}" for what in results.skipped)
+    yield "\n![Wall time of each client from each source](images/performance.png)\n"
+    if not results.quick:
+        yield from _aims(results)
+    yield "\n## Retrievals\n"
+    yield "Wall time in seconds, min / median / max; CPU is user and system time of the client, median.\n"
+    for key, series in results.series.items():
+        if key not in SINGLE:
+            yield from _table(series)
+    yield "## Memory and small things\n"
+    yield "| what | runs | wall s | CPU s | peak RSS MB |\n| --- | --- | --- | --- | --- |"
+    for key, title in SINGLE.items():
+        if (one := results.series.get(key)) is not None:
+            runs = one.runs["process"]
+            words = "" if key in ("help", "small") else f" ({one.words})"
+            yield f"| {title}{words} | {len(runs)} | {_spread(runs)} | {_cpu(runs):.2f} | {_peak(runs)} |"
+    if (more := growth(results)) is not None:
+        yield f"\nEach further instance takes {more:.2f} KB."
+    yield from _profiles(results)
+    yield _METHOD
+
+
+def _aims(results: Results) -> Iterator[str]:
+    found = list(aims(results))
+    reached = sum(aim.measured is not None and aim.reached for aim in found)
+    measured = sum(aim.measured is not None for aim in found)
+    yield f"## Aims\n\n{reached} of {measured} reached. Times are medians; memory is the highest of all runs.\n"
+    yield "| aim | limit | measured | |\n| --- | --- | --- | --- |"
+    yield from (aim.row for aim in found)
+
+
+def _table(series: Series) -> Iterator[str]:
+    yield f"### From {series.title}\n"
+    yield "| client | runs | wall s | MB/s | instances/s | CPU s | peak RSS MB | × tuned getscu |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for client, title in CLIENTS.items():
+        if runs := series.runs.get(client):
+            wall = median(run.wall for run in runs)
+            ratio = series.ratio(client, "tuned")
+            yield (
+                f"| {title} | {len(runs)} | {_spread(runs)} | {series.instances * series.size / wall / 1e6:.0f}"
+                f" | {series.instances / wall:.0f} | {_cpu(runs):.2f} | {_peak(runs)}"
+                f" | {'–' if ratio is None else f'{ratio:.2f}'} |"
+            )
+    yield ""
+
+
+def _profiles(results: Results) -> Iterator[str]:
+    if not results.profiles:
+        return
+    yield "\n## Where the time goes\n"
+    yield (
+        "One more retrieval each by `GetScu` with digest, sync, ledger and manifest, not in the tables above, in which"
+        " all threads are looked at every few milliseconds: in which line of the package each of them is, waiting"
+        " included. Shares are of the wall time; threads run side by side, so they add up to more than 100 %.\n"
+    )
+    for key, lines in results.profiles.items():
+        yield f"### From {results.series[key].title}\n"
+        yield "| share | thread | where | line |\n| --- | --- | --- | --- |"
+        for line in lines:
+            text = str(line["line"]).replace("|", "\\|")
+            yield f"| {line['share']:.0%} | {line['thread']} | {line['where']} | `{text}` |"
+        yield ""
+
+
+def _spread(runs: list[Run]) -> str:
+    walls = [run.wall for run in runs]
+    if len(walls) == 1:
+        return f"{walls[0]:.2f}"
+    return f"{min(walls):.2f} / {median(walls):.2f} / {max(walls):.2f}"
+
+
+def _cpu(runs: list[Run]) -> float:
+    return median(run.user + run.system for run in runs)
+
+
+def _peak(runs: list[Run]) -> str:
+    peaks = [run.rss for run in runs if run.rss is not None]
+    return f"{max(peaks) / 1e6:.0f}" if peaks else "–"
+
+
+# --- the plot --------------------------------------------------------------------------------------
+
+
+def draw(results: Results, path: Path) -> None:
+    """One panel a source, one row a client: median, and the range of the runs, on a common logarithmic axis."""
+    series = [one for key, one in results.series.items() if key not in SINGLE]
+    heights = [len(one.runs) + 1.2 for one in series]
+    figure, panels = plt.subplots(
+        len(series), 1, sharex=True, squeeze=False, height_ratios=heights, figsize=(9, 0.27 * sum(heights) + 1)
+    )
+    for panel, one in zip(panels[:, 0], series, strict=True):
+        _draw_panel(panel, one)
+    bottom = panels[-1, 0]
+    bottom.set_xlabel("wall time, s (logarithmic; dot: median, line: min to max)")
+    low, high = bottom.get_xlim()
+    bottom.set_xlim(low, high * 1.8)  # room for the last labels
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_panel(panel: Axes, one: Series) -> None:
+    clients = [client for client in CLIENTS if client in one.runs]
+    for place, client in enumerate(clients):
+        walls = [run.wall for run in one.runs[client]]
+        colour = _COLOURS.get(client, _OTHERS)
+        panel.plot([min(walls), max(walls)], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
+        panel.plot(median(walls), place, "o", color=colour, markersize=6)
+        label = f"{median(walls):.2f}" if median(walls) < 10 else f"{median(walls):.1f}"
+        panel.annotate(
+            label, (max(walls), place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5,
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.set_yticks(range(len(clients)), [CLIENTS[client] for client in clients], fontsize=8.5)
+    panel.set_ylim(len(clients) - 0.4, -0.6)
+    panel.set_title(f"From {one.title}", fontsize=10, loc="left", fontweight="bold")
+    panel.grid(axis="x", which="major", color="#dddddd", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+_METHOD = """
+## How it was measured
+
+- *GetScu, warm process*: a process that has imported everything and retrieved once; the time of the call. Digest,
+  sync, ledger and manifest as by default; *no digest, no sync* is `checksum=None, durable=False`.
+- *Whole process* and all peers: from before the process is made until it has ended, by a launcher that itself takes
+  next to no memory (`benchmarks/launch.py`), so what an interpreter takes to start is in it.
+- *Control*: what this machine needs to hash, write and sync as many files of that size, one after the other in groups
+  of 64, with nothing received. A client that proves what it holds cannot be much faster, unless it does two of these at
+  a time.
+- Each run goes into a new, empty folder. Before it all dirty pages are written (`sync`), after it exit status, verdict,
+  number and size of the files are checked. Clients take turns, in another order each round.
+- *From memory*: `benchmarks/memory_scp.py`, which sends objects framed beforehand, one write each, and waits for each
+  response. All its data sets are labelled CT, the small ones too. *Orthanc* and *dcmqrscp*: Debian's packages,
+  `TCP_NODELAY` not set, one generated CT study of four series, loaded by REST and by `dcmqridx`.
+- Server and client share the machine and talk over loopback, where a round trip takes next to no time.
+- *getscu* and *pynetdicom* hash, sync and prove nothing. *getscu as shipped* is run once and *pynetdicom* twice, since
+  they take long; *as shipped*, 5000 instances would take four minutes.
+"""
