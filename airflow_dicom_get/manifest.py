@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from airflow_dicom_get.records import Instance
+    from airflow_dicom_get.settings import S3Config
     from airflow_dicom_get.sinks.s3_client import Bucket
 
 __all__ = [
@@ -311,16 +313,51 @@ def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
     from airflow_dicom_get.settings import S3Config
     from airflow_dicom_get.sinks.s3_client import Bucket
 
-    if place.conn_id is not None:
-        raise ManifestError(f"{place} names a connection of Airflow.", hint="Write s3://bucket/prefix.", uri=str(place))
-    try:
-        return Bucket(place.bucket, S3Config(**s3))
-    except TypeError:
+    how: S3Config | None = s3.get("s3_config")
+    if not s3:
+        how = _config_in_airflow(place)
+    elif how is None:
+        try:
+            how = S3Config(**s3)
+        except TypeError:
+            raise ManifestError(
+                f"The arguments {', '.join(map(shown, s3))} are not all known.",
+                hint="Give those of s3_config.",
+                uri=str(place),
+            ) from None
+    return Bucket(place.bucket, how)
+
+
+def _config_in_airflow(place: S3Destination) -> S3Config | None:
+    """What the connection that an address names says; None for the usual AWS places, which no task falls back to."""
+    if place.conn_id is None:
+        if not _in_task():
+            return None
         raise ManifestError(
-            f"The arguments {', '.join(map(shown, s3))} are not all known.",
-            hint="Give those of s3_config.",
+            f"{shown_path(place)} names no connection, and a task uses no other credentials.",
+            hint=f"Write s3://CONN_ID@{place.bucket}/…, or give s3_config.",
+            uri=str(place),
+        )
+    try:
+        from airflow_dicom_get.hooks.s3 import S3StorageHook
+    except ImportError:
+        raise ManifestError(
+            f"{shown_path(place)} names a connection of Airflow, and here is none.",
+            hint="Say how to reach the bucket, with the arguments of s3_config.",
             uri=str(place),
         ) from None
+    return S3StorageHook(place.conn_id).config
+
+
+def _in_task() -> bool:
+    sdk = sys.modules.get("airflow.sdk")  # not imported for this: whoever runs in a task has it
+    if sdk is None:
+        return False
+    try:
+        sdk.get_current_context()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _content(place: FilesystemDestination | S3Destination, s3: Mapping[str, Any]) -> bytes:
@@ -477,7 +514,8 @@ def read_manifest(uri: Any, **s3: Any) -> DataFrame:
     uri : str or Path
         A path, ``file://…`` or ``s3://…``.
     **s3
-        How to reach the bucket, as in ``s3_config``; the usual AWS places by default.
+        How to reach the bucket, as in ``s3_config``, or ``s3_config`` itself. By default the connection that
+        ``s3://CONN_ID@bucket/…`` names in Airflow, else the usual AWS places.
 
     Raises
     ------
@@ -611,12 +649,17 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None,
             key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
         bucket = _bucket_of(place, s3)
         bucket.put(key, manifest_content(_concat(tables), verdict=verdict, evidence=evidence, run=name))
-        return reference(bucket.uri(key), **s3)
+        return reference(with_connection(bucket.uri(key), place.conn_id), **s3)
     path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
     write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
     return reference(path)
+
+
+def with_connection(uri: str, conn_id: str | None) -> str:
+    """The address of an object, with the Airflow connection by which it is reached."""
+    return uri.replace("s3://", f"s3://{quote(conn_id, safe='')}@", 1) if conn_id else uri
 
 
 def manifest_uri(path: str | Path) -> str:

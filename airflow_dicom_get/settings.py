@@ -306,6 +306,17 @@ class S3Config(Checked):
         if self.kms_key_id is not None and self.sse != "aws:kms":
             raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' too.")
 
+    def session(self) -> Any:
+        """A boto3 session with these credentials, or with those of the usual AWS places."""
+        from boto3.session import Session
+
+        return Session(
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            aws_session_token=self.session_token,
+            profile_name=self.profile,
+        )
+
     def reach(self) -> dict[str, Any]:
         """How to reach the service, without the place in it: arguments of ``read_manifest``."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

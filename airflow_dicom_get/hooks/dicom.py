@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
-from airflow.sdk.exceptions import AirflowNotFoundException
 
 from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.hooks._connection import (
+    TEST_SECONDS,
+    extras_of,
+    find_connection,
+    of_connection,
+    unreadable,
+    within_limit,
+)
+from airflow_dicom_get.hooks._places import Places, both_windows, resolve_places
 from airflow_dicom_get.node import Node, check_ae_title
 from airflow_dicom_get.options import OPTIONS, check_options, field_name, nested, options_from_fields
 
@@ -23,9 +30,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.options import Options
     from airflow_dicom_get.result import EchoReport, Plan, Result
-
-TEST_SECONDS = 10.0
-"""The longest a connection test takes: it holds a thread of the API server."""
+    from airflow_dicom_get.store import StoreScu
 
 
 class DicomHook(BaseHook):
@@ -59,18 +64,18 @@ class DicomHook(BaseHook):
         :raises InvalidOption: a field is missing or malformed; the message names connection and field
         """
         if self._settings is None:
-            conn = self.get_connection(self.dicom_conn_id)
+            conn = find_connection(self.dicom_conn_id, self.hook_name)
             try:
                 self._settings = self._parse(conn)
             except InvalidOption as error:
-                raise self._of_connection(error) from None
+                raise of_connection(error, self.dicom_conn_id) from None
         return self._settings
 
     def _parse(self, conn: Connection) -> tuple[Node, dict[str, Any]]:
         if (conn.conn_type or "").lower() != self.conn_type:
             raise invalid("type", f"{shown(conn.conn_type)} is not dicom", "Name a connection of type DICOM.")
         node = self._node(conn)
-        flat, unknown = options_from_fields(self._extras(conn))
+        flat, unknown = options_from_fields(extras_of(conn, '{"calling_ae_title": "AIRFLOW"}'))
         for key in unknown:
             self.log.warning("Connection %s: the extra field %s is not known and changes nothing.",
                              self.dicom_conn_id, shown(key))  # fmt: skip
@@ -103,24 +108,6 @@ class DicomHook(BaseHook):
         node = Node.parse(address, "host, port")
         return Node(node.host, node.port, title)
 
-    def _extras(self, conn: Connection) -> Mapping[str, Any]:
-        if not conn.extra:
-            return {}
-        try:
-            extras = conn.extra_dejson
-        except Exception:
-            extras = None
-        if not isinstance(extras, dict) or (not extras and str(conn.extra).strip() not in ("", "{}")):
-            raise invalid("extra", "is no JSON object", 'Write {"calling_ae_title": "AIRFLOW"}, for example.')
-        return extras
-
-    def _of_connection(self, error: InvalidOption) -> InvalidOption:
-        return InvalidOption(
-            f"Connection {self.dicom_conn_id}: {error.message}",
-            hint=error.hint,
-            **{**error.facts, "conn_id": self.dicom_conn_id},
-        )
-
     @property
     def node(self) -> Node:
         """The address of the node."""
@@ -136,27 +123,56 @@ class DicomHook(BaseHook):
         """The time zone of the connection, for ``today``."""
         return str(self.settings()[1].get("timezone", OPTIONS["timezone"].default))
 
-    def options(self, *, seconds: float = math.inf, **overrides: Any) -> Options:
+    def options(
+        self,
+        *,
+        seconds: float = math.inf,
+        places: Places | None = None,
+        s3_conn_id: str | None = None,
+        **overrides: Any,
+    ) -> Options:
         """Return the options of a client, all checked.
 
         ``max_associations`` and ``bytes_per_second`` of the connection hold for all tasks together, and the tasks
         do not know of each other. So one of them gets what belongs to its ``associations``; a pool with as many
-        slots as the PACS admits associations does the rest.
+        slots as the PACS admits associations does the rest. The limits of a connection to forward to hold too.
 
         :param seconds: the longest that a retrieval may take, where the connection does not say less
+        :param places: destination and manifest root, where they were looked up already
+        :param s3_conn_id: the connection of a destination or root ``s3://…`` that names none
         :param overrides: options of ``GetScu`` that win over the connection's
         """
         node, settings = self.settings()
         values = {name: value for name, value in settings.items() if name != "query_model"} | overrides
+        if places is None and "destination" in values and "s3_config" not in values:
+            root = values.pop("manifest_root", None)
+            places = resolve_places(values["destination"], manifest_root=root, s3_conn_id=s3_conn_id)
+        if places is not None:
+            values |= places.options
         options = check_options(node, **values)
         changes: dict[str, Any] = {"max_associations": options.associations}
         if options.bytes_per_second is not None and "bytes_per_second" not in overrides:
-            share = options.bytes_per_second * options.associations // options.max_associations
-            changes["bytes_per_second"] = max(share, 1000)
+            changes["bytes_per_second"] = share(options)
         if seconds != math.inf:
             allowed = min(max(seconds, 0.001), options.deadlines.operation or math.inf)
             changes["deadlines"] = replace(options.deadlines, operation=allowed)
+        if places is not None and places.destination.target is not None:
+            changes |= places.destination.target._as_target(replace(options, **changes), overrides)
         return replace(options, **changes)
+
+    def _as_target(self, options: Options, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes to the options of a source for the limits of this connection, where it is forwarded to."""
+        own = check_options(self.node, **{k: v for k, v in self.settings()[1].items() if k != "query_model"})
+        check_admitted(options.associations, own.max_associations, self.dicom_conn_id)
+        changes: dict[str, Any] = {}
+        if own.bytes_per_second is not None and "bytes_per_second" not in overrides:
+            most = share(replace(own, associations=options.associations))
+            changes["bytes_per_second"] = min(most, options.bytes_per_second or most)
+        if "window" not in overrides:
+            changes["window"], changes["timezone"] = both_windows(
+                options.window, options.timezone, own.window, own.timezone, self.dicom_conn_id
+            )
+        return changes
 
     def get_scu(self, **overrides: Any) -> GetScu:
         """Make a :class:`~airflow_dicom_get.GetScu` from the connection; see :meth:`options`."""
@@ -165,6 +181,19 @@ class DicomHook(BaseHook):
         options = self.options(**overrides)
         values = {item.name: getattr(options, item.name) for item in fields(options)}
         return GetScu(values.pop("addr"), **values)
+
+    def get_store_scu(self, *, associations: int = 1, seconds: float = math.inf, **overrides: Any) -> StoreScu:
+        """Make a :class:`~airflow_dicom_get.store.StoreScu` that stores at the node of the connection.
+
+        :param associations: how many it uses, of those that the connection admits
+        :param seconds: the longest that it may take, where the connection does not say less
+        :param overrides: options of ``StoreScu`` that win over the connection's
+        """
+        from airflow_dicom_get.store import StoreScu
+
+        options = self.options(associations=associations, seconds=seconds)
+        taken = ("calling_ae_title", "max_pdu_length", "associations", "max_associations", "tls", "deadlines")
+        return StoreScu(options.addr, **{name: getattr(options, name) for name in taken} | overrides)
 
     def get_conn(self) -> GetScu:
         """Return a client of the node; nothing is opened yet."""
@@ -188,15 +217,25 @@ class DicomHook(BaseHook):
         """List what a retrieval would fetch."""
         return self.get_conn().plan(query, **{"query_model": self.query_model, **kwargs})
 
-    def get_study(self, query: Mapping[str, Any], destination: str, **overrides: Any) -> Result:
+    def get_study(
+        self, query: Mapping[str, Any], destination: str, *, s3_conn_id: str | None = None, **overrides: Any
+    ) -> Result:
         """Retrieve what the query names. Look at ``verdict``, or call ``raise_for_verdict()``.
 
         :param query: DICOM keywords and values
-        :param destination: an absolute path
+        :param destination: an absolute path, ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or
+            ``dicom://[AE@]host:port``
+        :param s3_conn_id: the connection of a bucket whose address names none
         :param overrides: options of ``GetScu`` that win over the connection's
         """
-        scu = self.get_scu(destination=destination, **overrides)
-        return scu.get_study(query, query_model=self.query_model)
+        from airflow_dicom_get.manifest import with_connection
+
+        root = overrides.pop("manifest_root", None)
+        places = resolve_places(destination, manifest_root=root, s3_conn_id=s3_conn_id)
+        result = self.get_scu(places=places, **overrides).get_study(query, query_model=self.query_model)
+        if result.manifest_uri is not None:
+            result.manifest_uri = with_connection(result.manifest_uri, places.manifest_conn_id)
+        return result
 
     # --- the Test button ---------------------------------------------------------------------------
 
@@ -204,18 +243,11 @@ class DicomHook(BaseHook):
         """Send a C-ECHO; say what the node offers, or what to mend. Never raises, takes at most ten seconds."""
         try:
             scu = self._test_scu()
-        except (DicomGetError, AirflowNotFoundException) as error:
-            # The Test button tries the connection under a name of its own, which says nothing to anyone.
-            return False, str(error).removeprefix(f"Connection {self.dicom_conn_id}: ")
         except Exception as error:
-            # The text of a foreign error could hold a secret of the connection.
-            return False, f"The connection cannot be read: {type(error).__name__}."
-        answer: list[tuple[bool, str]] = []
-        thread = threading.Thread(target=lambda: answer.append(self._test(scu)), daemon=True, name="dicom-test")
-        thread.start()
-        thread.join(TEST_SECONDS)
-        if answer:
-            return answer[0]
+            return unreadable(error, self.dicom_conn_id)
+        answer = within_limit(lambda: self._test(scu), "dicom-test")
+        if answer is not None:
+            return answer
         scu.cancel("the connection test took too long")
         return False, f"{self.node}: no answer within {TEST_SECONDS:g} s. Is the address right, and open on the way?"
 
@@ -251,3 +283,19 @@ class DicomHook(BaseHook):
                 f"{offers}. Without C-FIND no retrieval can be proven complete, and only UIDs can be asked for.",
             )
         return True, f"{offers}. (Tried from the process that shows this; workers need the same way to the PACS.)"
+
+
+def share(options: Options) -> int:
+    """What of a connection's ``bytes_per_second`` belongs to the associations of one task."""
+    assert options.bytes_per_second is not None
+    return max(options.bytes_per_second * options.associations // options.max_associations, 1000)
+
+
+def check_admitted(associations: int, admitted: int, conn_id: str) -> None:
+    """Refuse more associations than the node to forward to admits."""
+    if associations > admitted:
+        raise invalid(
+            "associations",
+            f"{associations} is more than max_associations of the connection {conn_id}, which is {admitted}",
+            "Lower it, or raise that if the node allows more.",
+        )

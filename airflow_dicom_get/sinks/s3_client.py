@@ -97,7 +97,7 @@ class Bucket:
     def _client(self) -> Any:
         with self._mutex:
             if self._made is None:
-                self._made = _make_client(self.config, self._attempts)
+                self._made = make_client(self.config, self._attempts)
             return self._made
 
     def call(self, operation: str, key: str | None = None, **parameters: Any) -> dict[str, Any]:
@@ -217,16 +217,11 @@ def _expected_region(message: str) -> str | None:
     return match[1] if match else None
 
 
-def _make_client(config: S3Config, attempts: int) -> Any:
-    from boto3.session import Session
+def make_client(config: S3Config, attempts: int = ATTEMPTS) -> Any:
+    """A boto3 client of a service, set up for many uploads at a time."""
     from botocore.config import Config
 
-    session = Session(
-        aws_access_key_id=config.access_key,
-        aws_secret_access_key=config.secret_key,
-        aws_session_token=config.session_token,
-        profile_name=config.profile,
-    )
+    session = config.session()
     own_path = config.path_style if config.path_style is not None else config.endpoint is not None
     return session.client(
         "s3",

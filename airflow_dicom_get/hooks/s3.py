@@ -1,0 +1,329 @@
+"""The hook of an S3 service: ``dicom_s3`` connections, and stock ``aws`` ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseHook
+
+from airflow_dicom_get.checks import Choice, Flag, Parsed, invalid, setting, shown
+from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.hooks._connection import (
+    TEST_SECONDS,
+    Answer,
+    extras_of,
+    find_connection,
+    of_connection,
+    unreadable,
+    within_limit,
+)
+from airflow_dicom_get.settings import S3Config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow.sdk import Connection
+
+    from airflow_dicom_get.sinks.s3_client import Bucket
+
+FIELDS: Mapping[str, str] = {
+    "region": "region",
+    "path_style": "path_style",
+    "session_token": "session_token",
+    "profile": "profile",
+    "ca_file": "ca_bundle",
+    "sse": "sse",
+    "kms_key_id": "kms_key_id",
+    "storage_class": "storage_class",
+    "max_concurrency": "max_concurrency",
+}
+"""Extra fields of a ``dicom_s3`` connection that are settings of :class:`~airflow_dicom_get.settings.S3Config`."""
+
+_OWN = ("scheme", "bucket")
+_SCHEME = Choice("https", "http")
+_AWS_NAMES = {
+    "endpoint": "endpoint_url",
+    "region": "region_name",
+    "session_token": "aws_session_token",
+    "profile": "profile_name",
+    "ca_bundle": "verify",
+}
+_AWS_TYPE = "aws"
+_PROVIDER = "apache-airflow-providers-amazon"
+_ROLE = ("role_arn", "assume_role_method", "assume_role_kwargs")
+_PROBE = ".connection-test"
+
+
+class S3StorageHook(BaseHook):
+    """Reach a bucket by a ``dicom_s3`` connection, or by a stock ``aws`` one.
+
+    In a ``@task`` function::
+
+        hook = S3StorageHook("archive")
+        manifest = load_manifest(uri, **hook.reach())
+
+    :param s3_conn_id: the connection: host and port = endpoint (blank: AWS), login and password = keys
+    """
+
+    conn_name_attr = "s3_conn_id"
+    default_conn_name = "dicom_s3_default"
+    conn_type = "dicom_s3"
+    hook_name = "DICOM storage (S3)"
+
+    def __init__(self, s3_conn_id: str = default_conn_name, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.s3_conn_id = s3_conn_id
+        self._read: tuple[S3Config, str | None] | None = None
+
+    # --- the connection ----------------------------------------------------------------------------
+
+    @property
+    def config(self) -> S3Config:
+        """How to reach the service, all checked; it names no bucket.
+
+        :raises InvalidOption: a field is missing or malformed; the message names connection and field
+        """
+        return self._settings()[0]
+
+    @property
+    def bucket(self) -> str | None:
+        """The bucket that the connection names; the Test button tries it, and nothing else uses it."""
+        return self._settings()[1]
+
+    def reach(self) -> dict[str, Any]:
+        """Arguments of ``load_manifest``, ``read_manifest`` and ``combine_manifests`` for this service."""
+        return {"s3_config": self.config}
+
+    def get_bucket(self, name: str) -> Bucket:
+        """A bucket of the service; nothing is opened yet."""
+        from airflow_dicom_get.sinks.s3_client import Bucket
+
+        return Bucket(name, self.config)
+
+    def get_conn(self) -> Any:
+        """A boto3 client of the service."""
+        from airflow_dicom_get.sinks.s3_client import make_client
+
+        return make_client(self.config)
+
+    def _settings(self) -> tuple[S3Config, str | None]:
+        if self._read is None:
+            conn = find_connection(self.s3_conn_id, self.hook_name)
+            try:
+                self._read = self._parse(conn)
+            except InvalidOption as error:
+                raise of_connection(error, self.s3_conn_id) from None
+        return self._read
+
+    def _parse(self, conn: Connection) -> tuple[S3Config, str | None]:
+        kind = (conn.conn_type or "").lower()
+        extras = {
+            key: value
+            for key, value in extras_of(conn, '{"region": "eu-central-1"}').items()
+            if value is not None and not (isinstance(value, str) and not value.strip())
+        }
+        if kind == self.conn_type:
+            return self._parse_own(conn, extras)
+        if kind == _AWS_TYPE:
+            return self._parse_aws(conn, extras)
+        raise invalid("type", f"{shown(conn.conn_type)} is neither dicom_s3 nor aws", f"Make it a {self.hook_name}.")
+
+    def _parse_own(self, conn: Connection, extras: Mapping[str, Any]) -> tuple[S3Config, str | None]:
+        for key in sorted(set(extras) - set(FIELDS) - set(_OWN)):
+            self.log.warning("Connection %s: the extra field %s is not known and changes nothing.",
+                             self.s3_conn_id, shown(key))  # fmt: skip
+        values = {FIELDS[key]: value for key, value in extras.items() if key in FIELDS}
+        scheme = _SCHEME("scheme", extras.get("scheme", "https"))
+        values["endpoint"] = self._endpoint(conn, scheme)
+        values["access_key"], values["secret_key"] = _blank(conn.login), _blank(conn.password)
+        names = {
+            "access_key": "login (access key)",
+            "secret_key": "password (secret key)",
+            "endpoint": "host",
+            **{field: key for key, field in FIELDS.items()},
+        }
+        return self._checked(S3Config, {**values, "bucket": extras.get("bucket")}, names)
+
+    def _endpoint(self, conn: Connection, scheme: str) -> str | None:
+        host = (conn.host or "").strip().rstrip("/")
+        if not host:
+            return None
+        if "://" in host:
+            raise invalid("host", f"{shown(host)} holds a scheme", "Give the name alone, and http or https as scheme.")
+        if not conn.port:
+            self.log.warning(
+                "Connection %s: the port is blank, so that of %s is taken; the Test button needs one that is saved.",
+                self.s3_conn_id,
+                scheme,
+            )
+        if ":" in host and not host.startswith("["):
+            if host.count(":") == 1:
+                raise invalid("host", f"{shown(host)} holds a port", "Give it in the field of that name.")
+            host = f"[{host}]"
+        return f"{scheme}://{host}:{conn.port}" if conn.port else f"{scheme}://{host}"
+
+    def _parse_aws(self, conn: Connection, extras: Mapping[str, Any]) -> tuple[S3Config, str | None]:
+        service = _mapping(_mapping(extras, "service_config"), "s3")
+        session = _mapping(extras, "session_kwargs")
+        # The service's own endpoint wins, as in the amazon provider.
+        values = {
+            "endpoint": service.get("endpoint_url", extras.get("endpoint_url")),
+            "region": extras.get("region_name", session.get("region_name")),
+            "ca_bundle": _verify(service.get("verify", extras.get("verify"))),
+        }
+        bucket = service.get("bucket_name")
+        if any(key in extras for key in _ROLE):
+            return self._checked(
+                _RoleConfig, {**values, "bucket": bucket, "provider_session": self._role()}, _AWS_NAMES
+            )
+        names = dict(_AWS_NAMES)
+        if _blank(conn.login) or _blank(conn.password):
+            keys = _blank(conn.login), _blank(conn.password)
+            names |= {"access_key": "login (access key)", "secret_key": "password (secret key)"}
+        else:
+            found = extras if "aws_access_key_id" in extras or "aws_secret_access_key" in extras else session
+            keys = found.get("aws_access_key_id"), found.get("aws_secret_access_key")
+            names |= {"access_key": "aws_access_key_id", "secret_key": "aws_secret_access_key"}
+        values["access_key"], values["secret_key"] = keys
+        values["session_token"] = extras.get("aws_session_token", session.get("aws_session_token"))
+        values["profile"] = extras.get("profile_name", session.get("profile_name"))
+        return self._checked(S3Config, {**values, "bucket": bucket}, names)
+
+    def _role(self) -> Any:
+        """The session of the amazon provider, which takes roles and renews what it was lent."""
+        try:
+            from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
+        except ImportError:
+            raise invalid(
+                "role_arn",
+                "needs the amazon provider",
+                f"Install {_PROVIDER} where the tasks run, or give keys in place of the role.",
+            ) from None
+        return AwsBaseHook(aws_conn_id=self.s3_conn_id, client_type="s3").get_session()
+
+    def _checked(
+        self, kind: type[S3Config], values: dict[str, Any], names: Mapping[str, str]
+    ) -> tuple[S3Config, str | None]:
+        """Check as the table of options does, with the names that the connection has for the settings."""
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            config = kind(**given)
+        except InvalidOption as error:
+            raise _renamed(error, names) from None
+        if config.ca_bundle is not None:
+            _check_file(names["ca_bundle"], config.ca_bundle)
+        if kind is S3Config and config.access_key is None and config.profile is None:
+            self.log.warning(
+                "Connection %s names neither keys nor a profile nor a role: the credentials are those that boto3 finds "
+                "on this machine.",
+                self.s3_conn_id,
+            )
+        bucket, config = config.bucket, dataclasses.replace(config, bucket=None)
+        return config, bucket
+
+    # --- the Test button ---------------------------------------------------------------------------
+
+    def test_connection(self) -> Answer:
+        """Write a small object, read it, and list it. Never raises, takes at most ten seconds."""
+        try:
+            config, bucket = self._settings()
+            if bucket is None:
+                raise invalid("bucket", "is blank, so there is nothing to try", "Name a bucket to test with.")
+        except Exception as error:
+            return unreadable(error, self.s3_conn_id)
+        answer = within_limit(lambda: _try(config, bucket), "dicom-s3-test")
+        return answer or (
+            False,
+            f"{_where(config, bucket)}: no answer within {TEST_SECONDS:g} s. Is the address right, and reachable?",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _RoleConfig(S3Config):
+    """A bucket whose credentials are lent, and renewed, by the amazon provider."""
+
+    provider_session: Any = setting(  # noqa: RUF009 - it makes a dataclass field
+        None, Parsed(lambda _, value: value, "a session"), "The provider's boto3 session."
+    )
+
+    def session(self) -> Any:
+        """The provider's session."""
+        return self.provider_session
+
+    def reach(self) -> dict[str, Any]:
+        """Itself: its credentials change."""
+        return {"s3_config": self}
+
+
+def _blank(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _mapping(extras: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = extras.get(key) or {}
+    if not isinstance(value, dict):
+        raise invalid(key, "is no JSON object", "See the documentation of the amazon provider.")
+    return value
+
+
+def _verify(value: Any) -> str | None:
+    """The file of trusted authorities, if ``verify`` names one."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip().lower() not in ("true", "false"):
+        return value
+    if Flag().check("verify", value):
+        return None
+    raise invalid("verify", "is false: any certificate would be taken", "Give the file of the authorities to trust.")
+
+
+def _check_file(name: str, path: str) -> None:
+    from pathlib import Path
+
+    if not Path(path).is_absolute():
+        raise invalid(name, f"{shown(path)} is no absolute path", "Write it from the root.")
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError:
+        raise invalid(name, f"{shown(path)} is no file that can be read", "Check the path.") from None
+
+
+def _renamed(error: InvalidOption, names: Mapping[str, str]) -> InvalidOption:
+    def rename(text: str) -> str:
+        return re.sub(r"\bs3_config\.(\w+)", lambda match: names.get(match[1], match[1]), text)
+
+    return InvalidOption(rename(error.message), hint=rename(error.hint), option=rename(error.facts["option"]))
+
+
+def _where(config: S3Config, bucket: str) -> str:
+    return f"The bucket {bucket} at {config.endpoint or 'AWS'}"
+
+
+def _try(config: S3Config, name: str) -> Answer:
+    """One round trip: what a retrieval needs of a bucket, and no more."""
+    from airflow_dicom_get.sinks.s3_client import Bucket
+
+    where = _where(config, name)
+    bucket, content = Bucket(name, config, attempts=1), b"Written by the connection test of airflow-dicom-get.\n"
+    try:
+        bucket.put(_PROBE, content)
+        if bucket.get(_PROBE) != content:
+            return False, f"{where} gives back other bytes than were written."
+        if not any(item.key == _PROBE for item in bucket.list(_PROBE)):
+            return False, f"{where} does not list what was written."
+    except DicomGetError as error:
+        return False, str(error)
+    except Exception as error:
+        return False, f"{where}: the test failed with {type(error).__name__}."
+    stays = ""
+    try:
+        bucket.call("delete_object", _PROBE)
+    except DicomGetError:  # retrievals delete nothing, and their user may lack the right
+        stays = f" The object {_PROBE} stays there: it may not be deleted."
+    return (
+        True,
+        f"{where} takes objects, gives them back and lists them.{stays} (Tried from the process that shows this.)",
+    )
