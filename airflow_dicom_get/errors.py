@@ -9,6 +9,7 @@ UIDs and AE titles may stand in messages; nothing that names a patient may.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 Fault = Literal["input", "us", "peer", "source", "destination"]
@@ -48,6 +49,13 @@ class DicomGetError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.hint, self.facts))
+
+
+def reason_of(error: DicomGetError) -> str:
+    """One word for an error, as ``Result.reason`` has it: ``connect_failed``, ``association_rejected``, ``deadline``."""
+    if isinstance(error, DeadlineExceeded):
+        return "deadline"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 def _rebuild(cls: type[DicomGetError], message: str, hint: str, facts: dict[str, Any]) -> DicomGetError:

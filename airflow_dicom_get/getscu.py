@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from airflow_dicom_get.errors import (
     InvalidOption,
     InvalidQuery,
     SinkError,
+    reason_of,
 )
 from airflow_dicom_get.node import Node
 from airflow_dicom_get.options import Options, check_options
@@ -191,7 +193,7 @@ class GetScu:
         from airflow_dicom_get.manifest import run_name
         from airflow_dicom_get.places import open_places
 
-        places = open_places(self.options)
+        places = open_places(self._options_for(manifest))
         parsed = self._parse(query, query_model) if manifest is None else None
         listed = self._scopes_of(manifest) if manifest is not None else None
         if manifest is not None and query is not None:
@@ -369,6 +371,17 @@ class GetScu:
         config = self.options.s3_config
         return scopes_of(manifest, config.reach() if config is not None else {})
 
+    def _options_for(self, manifest: Any) -> Options:
+        """The options, with digests compared where the manifest names objects that were changed."""
+        from airflow_dicom_get.engine.retry import names_changes
+
+        o = self.options
+        if manifest is None or o.checksum is None or o.verify_held == "digest":
+            return o
+        config = o.s3_config
+        changed = names_changes(manifest, config.reach() if config is not None else {})
+        return replace(o, verify_held="digest") if changed else o
+
     def _closed_until(self) -> datetime | None:
         """When the source's window opens, if it is closed now."""
         window = self.options.window
@@ -469,7 +482,13 @@ class GetScu:
                 run.errors.append(Cancelled(f"Cancelled: {source.cancel.reason}."))
             runs.append(run)
             ends.append(judge(run))
-        return runs, ends
+        # A filter on series or instances may leave nothing of a study: then the query does not mean it.
+        meant = [
+            (run, end)
+            for run, end in zip(runs, ends, strict=True)
+            if not (run.scope.filters and end.numbers.verdict == "empty" and not end.rows)
+        ]
+        return ([run for run, _ in meant], [end for _, end in meant]) if meant else (runs, ends)
 
     def _settings(self, query_model: str) -> Settings:
         from airflow_dicom_get.engine.study import Settings
@@ -543,7 +562,7 @@ class GetScu:
         if error is not None:
             cancelled = isinstance(error, Cancelled)
             result.verdict = "cancelled" if cancelled else "failed"
-            result.reason = source.cancel.reason if cancelled else type(error).__name__
+            result.reason = source.cancel.reason if cancelled else reason_of(error)
             result.transient = error.transient
         if resume_at is not None or result.reason == "window":
             result.verdict, result.reason = "partial", "window"

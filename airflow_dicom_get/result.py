@@ -218,6 +218,8 @@ class Result:
     def summary(self) -> str:
         """One line for people: the verdict, its reason and the numbers that matter."""
         reason = f" ({self.reason})" if self.reason else ""
+        if not self.total and self.verdict != EMPTY:
+            return f"{self.verdict}{reason}: nothing was retrieved"
         if self.verdict == EMPTY:
             return f"empty{reason}: the query matched nothing"
         listed = "listed" if self.expected is not None else "sent"

@@ -245,7 +245,7 @@ class TestNoFind:
         with Orthanc(tmp_path / "server", DicomAlwaysAllowFind=False) as server:
             ended = get(server.node, "1.2.3", *NO_RETRY)
         text = "ended it when the C-FIND was asked for. If it always does so, our AE title is probably not allowed"
-        assert_end(ended, 1, "failed (AssociationAborted)", "0 of 0", text)
+        assert_end(ended, 1, "failed (association_aborted)", "nothing was retrieved", text)
 
 
 class TestUnknownStudy:
@@ -271,22 +271,22 @@ class TestWrongTitle:
     def test_orthanc(self, get: Get, tmp_path: Path) -> None:
         with Orthanc(tmp_path / "server", DicomCheckCalledAet=True) as server:
             ended = get(f"OTHER@127.0.0.1:{server.port}", "1.2.3")
-        assert_end(ended, 1, "failed (AssociationRejected)", "0 of 0", self.NOTE)
+        assert_end(ended, 1, "failed (association_rejected)", "nothing was retrieved", self.NOTE)
 
     @pytest.mark.dcmtk
     def test_dcmqrscp(self, get: Get, dcmqrscp: Dcmqrscp) -> None:
         ended = get(f"OTHER@127.0.0.1:{dcmqrscp.port}", "1.2.3")
-        assert_end(ended, 1, "failed (AssociationRejected)", "0 of 0", self.NOTE)
+        assert_end(ended, 1, "failed (association_rejected)", "nothing was retrieved", self.NOTE)
 
     def test_scripted(self, get: Get, peer: Any) -> None:
         ended = get(f"OTHER@127.0.0.1:{peer('wrong_called_ae').port}", "1.2.3")
-        assert_end(ended, 1, "failed (AssociationRejected)", "0 of 0", self.NOTE)
+        assert_end(ended, 1, "failed (association_rejected)", "nothing was retrieved", self.NOTE)
 
 
 def test_port_closed(get: Get) -> None:
     ended = get(f"PACS@127.0.0.1:{free_port()}", "1.2.3", *NO_RETRY)
     text = "Connection refused. Check host and port, and that the PACS is up"
-    assert_end(ended, 1, "failed (ConnectFailed)", "0 of 0", text)
+    assert_end(ended, 1, "failed (connect_failed)", "nothing was retrieved", text)
 
 
 class TestGetNotOffered:

@@ -11,6 +11,23 @@ from airflow_dicom_get.errors import InvalidQuery
 _DONE = ("stored", "held", "forwarded", "withdrawn", "unexpected")
 
 
+def names_changes(manifest: Any, s3: Mapping[str, Any]) -> bool:
+    """Whether it names objects that were changed: then sizes alone do not tell what is held.
+
+    Raises
+    ------
+    ManifestError
+        It cannot be read.
+    """
+    return "size_changed" in _table(manifest, s3).column("reason").to_pylist()
+
+
+def _table(manifest: Any, s3: Mapping[str, Any]) -> Any:
+    from airflow_dicom_get.manifest import load_table
+
+    return manifest if hasattr(manifest, "column_names") else load_table(manifest, **s3)
+
+
 def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
     """The rows that are not held, by study; nothing to fetch gives an empty list.
 
@@ -29,9 +46,8 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
         A row has no valid UIDs.
     """
     from airflow_dicom_get.dicom.uids import is_uid
-    from airflow_dicom_get.manifest import load_table
 
-    table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **s3)
+    table = _table(manifest, s3)
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
     studies: dict[str, tuple[set[str], set[str]]] = {}
     for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):

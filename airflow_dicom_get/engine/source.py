@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DicomGetError
+from airflow_dicom_get.errors import Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken, Throttle
 from airflow_dicom_get.net.tls import tls_context
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _BACKOFF, _GROWTH, _MAX_BACKOFF = 0.5, 3, 30.0
 """The five retries of the default outlast a source that is away for half a minute."""
+_UNHEARD = 2
+"""Tries again with a node that no connection was ever made to."""
 T = TypeVar("T")
 
 
@@ -109,6 +111,11 @@ class Source:
                 seconds=self.deadlines.operation,
             )
 
+    def patience(self, error: DicomGetError) -> float:
+        """Tries that a failure is worth: few where this node has never answered, and may not be there at all."""
+        unheard = self.opened == 0 and (isinstance(error, ConnectFailed) or error.facts.get("phase") == "connect")
+        return _UNHEARD if unheard else float("inf")
+
     def back_off(self, failures: int, cause: DicomGetError) -> None:
         """Wait before the next try, exponentially and with jitter; a cancel or the operation's end cuts it short."""
         wait = min(_BACKOFF * _GROWTH ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.75, 1.25)
@@ -134,6 +141,6 @@ class Source:
             except DicomGetError as error:
                 failures += 1
                 over = isinstance(error, Cancelled) or error.facts.get("phase") == "operation"
-                if over or not error.transient or failures > retries:
+                if over or not error.transient or failures > min(retries, self.patience(error)):
                     raise
                 self.back_off(failures, error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DestinationFull, NotAuthorised, NotNegotiated
+from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DestinationFull, reason_of, NotAuthorised, NotNegotiated
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import (
     CANCELLED,
@@ -152,9 +152,9 @@ def _reason(run: StudyRun, scope: list[Instance]) -> str | None:
     if run.still_growing():
         return "still_growing"
     if run.errors and not run.rounds:
-        return type(run.errors[0]).__name__
+        return reason_of(run.errors[0])
     reasons = Counter(x.reason for x in scope if x.state not in _HELD and x.reason)
     if reasons:
         most = reasons.most_common(1)[0][0]
         return {"not_sent": "missing", "destination_full": "disk_full"}.get(most, most)
-    return type(run.errors[0]).__name__ if run.errors else "missing"
+    return reason_of(run.errors[0]) if run.errors else "missing"
