@@ -10,7 +10,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-engine lint format bench lock setup setup-engine peers clean
+.PHONY: help demo ui test test-engine test-kills lint format bench lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -28,6 +28,9 @@ test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own
 	@$(VENV)-engine/bin/python -m pytest --ignore=tests/airflow -m "not airflow" $(ARGS)
+
+test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS; takes minutes
+	@KILLS=20 $(PY) -m pytest tests/test_kill.py -k random_moments -s --timeout 900 $(ARGS)
 
 lint: setup ## Check style, types and spelling
 	@$(PY) -m ruff check .

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+_STALE_SECONDS = 24 * 3600
 REFERENCE_KIND = "dicom-manifest"
 _KEY = "dicom_get."
 _BATCH = 16384
@@ -252,6 +254,15 @@ def write_manifest(
         os.fsync(folder)
     finally:
         os.close(folder)
+    with contextlib.suppress(OSError):
+        _remove_stale(target.parent)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what runs that were killed here left half-written a day ago or longer."""
+    for part in folder.glob(".*.parquet.*.part"):
+        if time.time() - part.stat().st_mtime > _STALE_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str, str]) -> None:

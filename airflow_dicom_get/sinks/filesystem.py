@@ -119,6 +119,11 @@ class FilesystemSink:
 
     def inventory(self, study: str) -> dict[str, Held]:
         """See :meth:`sinks.base.Sink.inventory`."""
+        if not self._read_only:  # here, too: of a study that is held whole no writer is ever begun
+            try:
+                locks.clean_dead_runs(self.root / study, self.run)
+            except OSError as error:
+                raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study)
         held: dict[str, Held] = {}
         for series, sop, entry in self._files(study):
