@@ -17,6 +17,7 @@ _PUBLIC = {
     "EchoReport": "result",
     "SubOperation": "records",
     "Completed": "records",
+    "Verification": "verify",
     "load_manifest": "manifest",
     "load_manifests": "manifest",
     "combine_manifests": "manifest",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ class UnreadableError(Exception):
     """An object cannot be read; the text says why."""
 
 
+class MissingError(UnreadableError):
+    """There is no such object."""
+
+
 @dataclass(slots=True)
 class StoredObject:
     """An object, and what a manifest says of it."""
@@ -44,15 +48,18 @@ class StoredObject:
     row: Instance | None = None
 
     def size(self) -> int:
-        """Its size. Raises :class:`UnreadableError`."""
+        """Its size. Raises :class:`MissingError`, :class:`UnreadableError`."""
         try:
             if self.path is not None:
                 return self.path.stat().st_size
             return int(self.bucket.call("head_object", self.key)["ContentLength"])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingError("it is not there") from error
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
-            raise UnreadableError(error.message) from error
+            kind = MissingError if error.facts.get("status") == 404 else UnreadableError
+            raise kind(error.message) from error
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes; each view is void when the next one is asked for. Raises :class:`UnreadableError`."""
@@ -245,7 +252,7 @@ def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
     """The rows of a manifest of any shape. Raises :class:`ManifestError`."""
     from airflow_dicom_get.manifest import load_table
 
-    how = {} if s3 is None else {part.name: getattr(s3, part.name) for part in fields(s3)}
+    how = {} if s3 is None else s3.reach()
     table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **how)
     names = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", *_COLUMNS.values()]
     rows: list[Instance] = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
 from airflow_dicom_get.options import FilesystemDestination, ForwardDestination, Options, S3Destination
-from airflow_dicom_get.settings import ForwardTarget
+from airflow_dicom_get.settings import ForwardTarget, S3Config
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 
 if TYPE_CHECKING:
@@ -104,13 +104,17 @@ def root_for(options: Options) -> Root:
 
 
 def _root(options: Options) -> Root | None:
+    return named_root(options, options.s3_config)
+
+
+def named_root(options: Options, s3: S3Config | None) -> Root | None:
     """The root that ``manifest_root`` names."""
     root = options.manifest_root
     if isinstance(root, S3Destination):
         from airflow_dicom_get.s3_places import BucketRoot
         from airflow_dicom_get.sinks.s3_client import Bucket
 
-        return BucketRoot(Bucket(root.bucket, options.s3_config), root.prefix)
+        return BucketRoot(Bucket(root.bucket, s3), root.prefix)
     return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
 
 

@@ -101,16 +101,16 @@ class TestHelp:
         assert done.returncode == 0
         assert done.stderr == ""
         listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
-        assert listed == ["echo", "find", "plan", "get", "pacs"]
+        assert listed == ["echo", "find", "plan", "get", "store", "verify", "pacs"]
 
-    @pytest.mark.parametrize("verb", ["echo", "find", "plan", "get", "pacs"])
+    @pytest.mark.parametrize("verb", ["echo", "find", "plan", "get", "store", "verify", "pacs"])
     def test_of_each_verb(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             cli.main([verb, "--help"])
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: dicom-get {verb} ")
-        assert ("--s3-endpoint-url" in text) == (verb in ("get", "store"))
+        assert ("--s3-endpoint-url" in text) == (verb in ("get", "store", "verify"))
         assert ("--forward-calling-ae" in text) == (verb == "get")
 
     def test_answers_fast(self, run: Callable[..., Run]) -> None:
@@ -203,7 +203,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["pacs", "--dir", ".", "--port", "x"], "'x' is no port"),
     (["pacs", "--misbehave", "nicely"], "no mode 'nicely'"),
     ([], "VERB"),
-    (["store"], "invalid choice: 'store'"),
+    (["move"], "invalid choice: 'move'"),
 ]
 
 

@@ -233,6 +233,38 @@ def _known(values: Mapping[str, Any], call: Callable[..., Any]) -> dict[str, Any
     return {name: value for name, value in values.items() if name in known}
 
 
+_COMPARING = frozenset(
+    {
+        *("manifest_root", "s3_config", "query_model", "destination", "tls", "deadlines"),
+        *("calling_ae_title", "called_ae_title", "max_pdu_length"),
+    }
+)
+"""The options that matter where nothing is fetched."""
+
+
+def verify(typed: Namespace) -> int:
+    from airflow_dicom_get.verify import verify as compare
+
+    node = find_node(typed.node) if typed.node is not None else NamedNode("")
+    values = nested({**node.options, **options_from_shell(typed)}, _spelling(node, options_from_shell(typed)))
+    found = compare(
+        typed.manifest,
+        study=typed.study or None,
+        addr=node.addr or None,
+        quick=typed.quick,
+        on_difference=None if typed.json else lambda difference: output.emit([str(difference)]),
+        **{name: value for name, value in values.items() if name in _COMPARING},
+    )
+    for error in found.errors:
+        output.note(f"{output.printable(error['error'])} {output.printable(error['hint'])}".rstrip())
+    if typed.json:
+        output.emit_json(found.to_json())
+    output.note(found.summary())
+    if found.manifest_uri:
+        output.note(f"manifest: {found.manifest_uri}")
+    return found.exit_code
+
+
 def pacs(typed: Namespace) -> int:
     try:
         if typed.misbehave is not None:

@@ -33,6 +33,20 @@ exit codes:
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
+_VERIFY_EPILOG = """\
+marks:
+  + listed, not there     - there, not listed     * there, with other content
+  ! there, not readable
+The manifest that it writes can be given to `dicom-get get --manifest`: that fetches what is missing or differs.
+
+exit codes:
+  0 the same
+  1 a place cannot be looked at
+  2 bad usage or input
+  3 differences
+  4 no difference found, and a PACS could not be compared
+"""
+
 _KEYS = "--study UID | -k KEY=VALUE ..."
 _NODE = ("max_pdu_length", "calling_ae_title", "called_ae_title", "verbose", "tls", "deadlines")
 _LIMITS = ("max_associations", "bytes_per_second", "window")
@@ -112,6 +126,19 @@ def build_parser() -> ArgumentParser:
     _add(store, "limits of the node", ("associations", "max_associations"))
     _add(store, "connection", _NODE)
 
+    verify = verb(
+        "verify", "[NODE] (--manifest URI | --study UID ... --to DEST)",
+        "Compare what is listed with what is there.",
+        epilog=_VERIFY_EPILOG,
+    )  # fmt: skip
+    verify.add_argument("node", nargs="?", metavar="NODE", help="A PACS to compare with: [AE@]host:port, or a name.")
+    verify.add_argument("--manifest", metavar="URI", help="What a run wrote.")
+    verify.add_argument("--study", action="append", default=[], metavar="UID", help="Study; repeatable.")
+    verify.add_argument("--quick", action="store_true", help="Compare sizes, and read nothing.")
+    verify.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
+    _add(verify, "place", ("destination", "manifest_root", "s3_config"))
+    _add(verify, "connection", (*_NODE, "query_model"))
+
     pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for trials and tests.")
     pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
     pacs.add_argument("--host", default="127.0.0.1", help="Address to listen on. [%(default)s]")
@@ -172,10 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if value
     ]
-    if len(given) > 1:
+    if len(given) > 1 and typed.verb != "verify":
         parser.error(f"{given[1]} is given beside {given[0]}. Give one of the two.")
     if typed.verb in ("find", "plan", "get") and not given:
         parser.error("nothing says what to ask for. Give --study UID or -k KEY=VALUE.")
+    if typed.verb == "verify" and not (typed.manifest or typed.study):
+        parser.error("nothing says what to verify. Give --manifest URI, or --study UID --to DEST.")
     if typed.verb == "store" and bool(typed.paths) == bool(typed.manifest):
         parser.error("give files to store, or --manifest URI: one of the two.")
     for stream in (sys.stdout, sys.stderr):

@@ -1,0 +1,564 @@
+"""The verb ``verify``: what is listed, what is there, and what the PACS says, held against each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.destination import (
+    Destination,
+    FilesystemDestination,
+    ForwardDestination,
+    S3Destination,
+    parse_destination,
+)
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
+from airflow_dicom_get.node import Node
+from airflow_dicom_get.objects import (
+    MissingError,
+    StoredObject,
+    UnreadableError,
+    UnusableError,
+    object_at,
+    objects_in,
+    open_object,
+    rows_of,
+)
+from airflow_dicom_get.options import OPTIONS, Options, check_options
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.settings import S3Config
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from airflow_dicom_get.sinks.ledger import Record
+
+SAME: Final = "="
+NOT_THERE: Final = "+"
+NOT_LISTED: Final = "-"
+DIFFERENT: Final = "*"
+UNREADABLE: Final = "!"
+Symbol = Literal["=", "+", "-", "*", "!"]
+
+_CLAIMED = ("stored", "held", "forwarded", "unexpected")
+_READERS = 4
+_NOBODY = Node("localhost", 1)
+"""Stands for the source in options where none is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One instance, as rclone's ``check`` would mark it.
+
+    ``+`` is listed and not there, ``-`` there and not listed, ``*`` there with other content, ``!``
+    there and not to be read or asked for, ``=`` the same.
+    """
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uid: str
+    symbol: Symbol
+    what: str
+
+    def __str__(self) -> str:
+        path = f"{self.study_instance_uid}/{self.series_instance_uid}/{self.sop_instance_uid}"
+        return f"{self.symbol} {path} {self.what}"
+
+
+@dataclass(slots=True)
+class Verification:
+    """What a :func:`verify` found.
+
+    Attributes
+    ----------
+    differences : list of Difference
+        Everything that is not the same.
+    counts : Counter
+        Instances by symbol, ``=`` among them.
+    uncompared : str or None
+        Why a PACS could not be compared.
+    manifest_uri : str or None
+        Where the manifest lies: the input of a get that fetches what is missing or differs.
+    rows : list of Instance
+        Its rows.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    uncompared: str | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    manifest_uri: str | None = None
+    plan_at: datetime | None = None
+    rows: list[Instance] = field(default_factory=list, repr=False)
+
+    @property
+    def same(self) -> bool:
+        """Whether everything that was to be compared is the same."""
+        return not self.differences and self.uncompared is None
+
+    @property
+    def exit_code(self) -> int:
+        """0 the same, 3 differences, 4 no difference found, and a PACS could not be compared."""
+        return 3 if self.differences else 0 if self.uncompared is None else 4
+
+    @property
+    def manifest(self) -> DataFrame:
+        """The manifest as a DataFrame."""
+        from airflow_dicom_get.manifest import frame_of, manifest_table
+
+        return frame_of(manifest_table(self.rows, source="", destination=""))
+
+    def frame(self) -> DataFrame:
+        """The differences as a DataFrame of text columns."""
+        import pandas as pd
+
+        names = list(Difference.__slots__)
+        found = {name: [getattr(x, name) for x in self.differences] for name in names}
+        return pd.DataFrame(found, columns=names, dtype="string")
+
+    def summary(self) -> str:
+        """One line for people."""
+        total = sum(self.counts.values())
+        names = {NOT_THERE: "not there", NOT_LISTED: "not listed", DIFFERENT: "different", UNREADABLE: "not readable"}
+        parts = [f"{self.counts[SAME]} of {total} instances are the same"]
+        parts += [f"{self.counts[symbol]} {name}" for symbol, name in names.items() if self.counts[symbol]]
+        word = "differences" if self.differences else "same" if self.uncompared is None else "not compared"
+        return f"{word}: {', '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "same": self.same,
+            "counts": {symbol: self.counts[symbol] for symbol in (SAME, NOT_THERE, NOT_LISTED, DIFFERENT, UNREADABLE)},
+            "uncompared": self.uncompared,
+            "differences": [{name: getattr(x, name) for name in Difference.__slots__} for x in self.differences],
+            "errors": self.errors,
+            "manifest": self.manifest_uri,
+            "plan_at": self.plan_at.isoformat() if self.plan_at is not None else None,
+        }
+
+
+def verify(
+    manifest: Any = None,
+    *,
+    study: str | Iterable[str] | None = None,
+    addr: str | Node | None = None,
+    destination: str | Path | None = None,
+    quick: bool = False,
+    manifest_root: str | Path | None = None,
+    s3_config: S3Config | Mapping[str, Any] | None = None,
+    query_model: str = "StudyRoot",
+    on_difference: Callable[[Difference], object] | None = None,
+    manifest_name: str | None = None,
+    **connection: Any,
+) -> Verification:
+    """Compare what is listed with what is there, and with what a PACS lists now.
+
+    Listed is what the manifest has; without a manifest what the PACS lists; without either what our
+    own records at the destination say. There is what lies at the destination, or where the manifest says.
+
+    Parameters
+    ----------
+    manifest : manifest, reference or URI
+        What a run wrote.
+    study : str or iterable of str
+        Study Instance UIDs; those of the manifest by default.
+    addr : str or Node
+        A PACS to compare with.
+    destination : str or Path
+        Where to look, if not where the manifest says: a path, ``s3://bucket/prefix`` or ``dicom://[AE@]host:port``.
+    quick : bool
+        Compare sizes, and read nothing.
+    manifest_root, s3_config, query_model
+        As for :class:`~airflow_dicom_get.GetScu`.
+    on_difference : callable
+        Called with each :class:`Difference` as it is found.
+    manifest_name : str
+        Path of the new manifest below its root, without its ending.
+    **connection
+        Options of the connection to the PACS, as for :class:`~airflow_dicom_get.GetScu`.
+
+    Raises
+    ------
+    InvalidOption, ManifestError, S3Error
+        Bad input, or a place that cannot be looked at.
+    """
+    studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
+    for uid in studies:
+        if not is_uid(uid):
+            raise invalid("study", f"{uid[:70]!a} is no UID", "Give a Study Instance UID.")
+    if manifest is None and not studies:
+        raise invalid("manifest", "or study: nothing says what to verify", "Give a manifest, or a study.")
+    if manifest is None and destination is None:
+        raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
+    s3: S3Config | None = OPTIONS["s3_config"].check("s3_config", s3_config)
+    options = check_options(addr if addr is not None else _NOBODY, manifest_root=manifest_root, **connection)
+    place = parse_destination(destination) if destination is not None else None
+    if isinstance(place, ForwardDestination) and place.node is None:
+        raise invalid("destination", f"{place} names a connection of Airflow", "Write dicom://[AE@]host:port.")
+    work = _Verify(options, s3, place, quick, on_difference)
+    work.read_manifest(manifest, studies)
+    if addr is not None:
+        work.ask_source(query_model)
+    work.look()
+    found = work.compare()
+    work.write(found, manifest, manifest_name)
+    return found
+
+
+@dataclass(slots=True)
+class _Item:
+    """What is known of one instance."""
+
+    row: Instance
+    in_manifest: bool = False
+    in_records: bool = False
+    at_source: bool = False
+    there: bool = False
+    item: StoredObject | None = None
+    size: int | None = None
+    sha256: bytes | None = None
+    trouble: str | None = None
+
+
+class _Verify:
+    def __init__(
+        self,
+        options: Options,
+        s3: S3Config | None,
+        place: Destination | None,
+        quick: bool,
+        on_difference: Callable[[Difference], object] | None,
+    ) -> None:
+        self.options, self.s3, self.place, self.quick = options, s3, place, quick
+        self.on_difference = on_difference
+        self.items: dict[tuple[str, str], _Item] = {}
+        self.studies: tuple[str, ...] = ()
+        self.has_manifest = self.has_source = False
+        self.found = Verification()
+        self._buckets: dict[str, Any] = {}
+
+    def _item(self, row: Instance) -> _Item:
+        return self.items.setdefault((row.study, row.sop), _Item(row))
+
+    # --- what is listed ------------------------------------------------------------------------
+
+    def read_manifest(self, manifest: Any, studies: tuple[str, ...]) -> None:
+        """Take the rows of the manifest, of these studies if some are given."""
+        self.studies = studies
+        if manifest is None:
+            return
+        self.has_manifest = True
+        for row in rows_of(manifest, self.s3):
+            if studies and row.study not in studies:
+                continue
+            if row.state == "withdrawn":
+                continue
+            item = self._item(row)
+            item.in_manifest = True
+            if row.state in _CLAIMED:
+                item.size, item.sha256 = row.bytes, row.sha256
+                if row.uri and self.place is None:
+                    item.item = object_at(row.uri, self.s3, self._buckets)
+        self.studies = studies or tuple(dict.fromkeys(study for study, _ in self.items))
+
+    def ask_source(self, query_model: str) -> None:
+        """List the studies at the PACS."""
+        from airflow_dicom_get.getscu import GetScu
+
+        o = self.options
+        scu = GetScu(
+            o.addr,
+            calling_ae_title=o.calling_ae_title,
+            called_ae_title=o.called_ae_title,
+            max_pdu_length=o.max_pdu_length,
+            tls=o.tls,
+            user_identity=o.user_identity,
+            deadlines=o.deadlines,
+            max_studies=max(len(self.studies), 1),
+        )
+        try:
+            plan = scu.plan({"StudyInstanceUID": list(self.studies)}, query_model=query_model)
+        except PeerError as error:
+            self._uncompared(error)
+            return
+        self.has_source = True
+        self.found.plan_at = plan.plan_at
+        for listed in plan.rows:
+            item = self._item(listed)
+            item.at_source = True
+            for name in ("sop_class", "modality", "series_number", "instance_number"):
+                if getattr(item.row, name) is None:
+                    setattr(item.row, name, getattr(listed, name))
+
+    def _uncompared(self, error: DicomGetError) -> None:
+        self.found.uncompared = self.found.uncompared or error.message
+        self.found.errors.append({"error": error.message, "count": 1, "hint": error.hint})
+
+    # --- what is there -------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Find out what lies at the destination, or where the manifest says."""
+        if isinstance(self.place, ForwardDestination):
+            assert self.place.node is not None
+            self._ask(self.place.node, list(self.studies), None)
+        elif self.place is not None:
+            self._read_records()
+            for study in self.studies:
+                self._look_into(self.place, study)
+        else:
+            for item in self.items.values():
+                item.there = item.item is not None
+            self._ask_where_forwarded()
+
+    def _read_records(self) -> None:
+        """Our own ledgers at the destination: sizes and digests, where no manifest tells them."""
+        if self.has_manifest:
+            return
+        ledgers = self._root().ledgers()
+        for study in self.studies:
+            for records in ledgers.read(study).values():
+                record = records[0]
+                if record.durable:
+                    item = self._item(_instance(study, record))
+                    item.in_records = True
+                    item.size, item.sha256 = record.size, record.sha256
+
+    def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
+        for item in _instances_in(place, study, self.s3):
+            series, sop = _names(item)
+            found = self._item(Instance(study, series, sop))
+            if found.row.series == series:
+                found.there, found.item = True, item
+
+    def _ask_where_forwarded(self) -> None:
+        forwarded: dict[str, list[Instance]] = {}
+        for item in self.items.values():
+            if item.item is None and item.row.forwarded_to and item.row.state in _CLAIMED:
+                forwarded.setdefault(item.row.forwarded_to, []).append(item.row)
+        for node, rows in forwarded.items():
+            self._ask(Node.parse(node, "forwarded_to"), list(dict.fromkeys(row.study for row in rows)), rows)
+
+    def _ask(self, node: Node, studies: list[str], rows: list[Instance] | None) -> None:
+        """What another node lists; of ``rows`` alone if given."""
+        from airflow_dicom_get.net.association import CancelToken
+        from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
+        from airflow_dicom_get.sinks.forward import Target
+
+        o = self.options
+        target = Target(node, o.calling_ae_title, node.ae_title or "ANY-SCP")
+        try:
+            association = target.open(list(FIND_PROPOSALS), o.deadlines, CancelToken())
+            try:
+                listed = {study: list_instances(association, study) for study in studies}
+                association.release()
+            finally:
+                association.abort()
+        except PeerError as error:
+            self._uncompared(error)
+            for item in [self._item(row) for row in rows] if rows is not None else self.items.values():
+                item.trouble = f"{node} cannot be asked"
+            return
+        if rows is not None:
+            for row in rows:
+                self._item(row).there = listed[row.study].get(row.sop) == row.series
+            return
+        for study, instances in listed.items():
+            for sop, series in instances.items():
+                item = self._item(Instance(study, series, sop))
+                item.there = item.row.series == series
+                item.row.forwarded_to = str(target)
+
+    # --- the comparison ------------------------------------------------------------------------
+
+    def compare(self) -> Verification:
+        """Hold the three against each other, and settle the row of each instance."""
+        gone = [
+            key
+            for key, item in self.items.items()
+            if self.has_source and not (item.there or item.at_source or item.in_manifest)
+        ]
+        for key in gone:  # recorded once, and gone everywhere
+            del self.items[key]
+        order = sorted(self.items.values(), key=lambda item: (item.row.study, item.row.series, item.row.sop))
+        with ThreadPoolExecutor(_READERS) as pool:
+            for item, (symbol, what) in zip(order, pool.map(self._judge, order), strict=True):
+                self.found.counts[symbol] += 1
+                self.found.rows.append(_settled(item, symbol, what))
+                if symbol == SAME or (symbol == UNREADABLE and item.trouble is not None and item.item is None):
+                    continue
+                row = item.row
+                difference = Difference(row.study, row.series, row.sop, symbol, what)
+                self.found.differences.append(difference)
+                if self.on_difference is not None:
+                    self.on_difference(difference)
+        return self.found
+
+    def _judge(self, item: _Item) -> tuple[Symbol, str]:
+        if item.trouble is not None:
+            return UNREADABLE, item.trouble
+        listed, where = self._listed(item)
+        if not item.there:
+            return NOT_THERE, f"{where}, not there" if listed else "neither there nor listed any more"
+        symbol, what = self._content(item)
+        if symbol != SAME:
+            return symbol, what
+        return (SAME, what) if listed else (NOT_LISTED, where)
+
+    def _listed(self, item: _Item) -> tuple[bool, str]:
+        """Whether it is listed by all that list, and by whom, or by whom not."""
+        if self.has_source and not item.at_source:
+            return False, "there, and the PACS does not list it"
+        if self.has_manifest and not item.in_manifest:
+            return (
+                (True, "listed by the PACS and not in the manifest")
+                if item.at_source
+                else (
+                    False,
+                    "there, and not in the manifest",
+                )
+            )
+        if self.has_source:
+            return True, "listed by the PACS"
+        if self.has_manifest:
+            return True, "listed in the manifest"
+        return (True, "recorded") if item.in_records else (False, "there, and in no record")
+
+    def _content(self, item: _Item) -> tuple[Symbol, str]:
+        """Whether the object is what is recorded; where nothing is, whether it is a whole instance of its name."""
+        stored = item.item
+        if stored is None:
+            return SAME, "listed by its destination"
+        try:
+            size = stored.size()
+            if item.size is not None and size != item.size:
+                return DIFFERENT, f"{size} bytes, and {item.size} are recorded"
+            if self.quick:
+                return SAME, "of the same size" if item.size is not None else "there"
+            if item.sha256 is not None:
+                digest = hashlib.sha256()
+                for view in stored.chunks():
+                    digest.update(view)
+                same = digest.digest() == item.sha256
+                return (SAME, "of the same digest") if same else (DIFFERENT, "another digest than the recorded one")
+            opened = open_object(stored)
+            read = sum(len(view) for view in opened.chunks())
+        except MissingError:
+            return NOT_THERE, f"{self._listed(item)[1]}, not there"
+        except UnreadableError as error:
+            return UNREADABLE, f"cannot be read: {error}"
+        except UnusableError as error:
+            return DIFFERENT, str(error)
+        found, row = opened.instance, item.row
+        if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
+            return DIFFERENT, "another instance than its name says"
+        return (SAME, "whole, without a recorded digest") if read == size else (UNREADABLE, "grows while it is read")
+
+    # --- the manifest --------------------------------------------------------------------------
+
+    def _root(self, manifest: Any = None) -> Any:
+        """Where the manifest goes, and where ledgers lie: as for a get to the same place; else beside the manifest."""
+        from airflow_dicom_get.places import FolderRoot, named_root, root_for
+
+        named = named_root(self.options, self.s3)
+        if named is not None:
+            return named
+        if isinstance(self.place, FilesystemDestination):
+            return FolderRoot(self.place.path.absolute() / "_manifests")
+        if isinstance(self.place, S3Destination):
+            from airflow_dicom_get.s3_places import BucketRoot, root_of
+            from airflow_dicom_get.sinks.s3_client import Bucket
+
+            return BucketRoot(Bucket(self.place.bucket, self.s3), root_of(self.place.prefix))
+        if isinstance(manifest, str | os.PathLike):
+            at = parse_destination(os.fspath(manifest), "manifest")
+            if isinstance(at, FilesystemDestination):
+                return FolderRoot(at.path.absolute().parent)
+        return root_for(self.options)
+
+    def write(self, found: Verification, manifest: Any, name: str | None) -> None:
+        """Write the manifest of what was found."""
+        from airflow_dicom_get.manifest import manifest_rows, run_name
+
+        run = run_name()
+        described = {
+            "source": str(self.options.addr) if self.options.addr != _NOBODY else "",
+            "destination": str(self.place) if self.place is not None else "",
+        }
+        verdict = "complete" if found.same else "partial" if found.differences else "unverified"
+        try:
+            found.manifest_uri = self._root(manifest).write_manifest(
+                manifest_rows(found.rows, **described),
+                name or f"verify-{run}",
+                verdict=verdict,
+                evidence="list" if self.has_source else "none",
+                run=run,
+            )
+        except (SinkError, InvalidOption) as error:
+            found.errors.append({"error": error.message, "count": 1, "hint": error.hint})
+
+
+def _instance(study: str, record: Record) -> Instance:
+    row = Instance(study, record.series, record.sop, record.sop_class)
+    row.syntax, row.modality, row.dataset_offset = record.syntax, record.modality, record.dataset_offset
+    row.series_number, row.instance_number = record.series_number, record.instance_number
+    return row
+
+
+def _instances_in(
+    place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None
+) -> Iterator[StoredObject]:
+    """The objects under final names of a study at a destination. Raises :class:`S3Error`."""
+    if isinstance(place, FilesystemDestination):
+        folder = place.path / study
+        found = objects_in([str(folder.absolute())], s3) if folder.is_dir() else []
+    else:
+        prefix = f"{place.prefix}/{study}" if place.prefix else study
+        found = objects_in([f"s3://{place.bucket}/{prefix}"], s3)
+    for item in found:
+        series, sop = _names(item)
+        if is_uid(series) and is_uid(sop):
+            yield item
+
+
+def _names(item: StoredObject) -> tuple[str, str]:
+    """Series and SOP Instance UID as the path has them."""
+    parts = item.path.parts if item.path is not None else tuple(item.key.split("/"))
+    if len(parts) < 2 or not parts[-1].endswith(".dcm"):
+        return "", ""
+    return parts[-2], parts[-1].removesuffix(".dcm")
+
+
+def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
+    """The row of the new manifest."""
+    row = item.row
+    row.error = row.reason = None
+    row.attempt = 0
+    if item.item is not None:
+        row.uri = item.item.name
+    match symbol:
+        case "=":
+            row.state = "held"
+            row.bytes, row.sha256 = item.size, item.sha256
+        case "-":
+            row.state = "withdrawn" if item.in_manifest or item.in_records else "unexpected"
+            row.reason = "gone_from_list" if row.state == "withdrawn" else "not_listed"
+            row.bytes, row.sha256 = item.size, item.sha256
+        case "+":
+            row.state, row.reason, row.error, row.uri = "missing", "not_sent", what, None
+            row.forwarded_to = None
+        case "*":
+            row.state, row.reason, row.error = "failed", "size_changed", what
+        case _:
+            row.state, row.reason, row.error = "failed", "destination_error", what
+    row.received_at = datetime.now(UTC).timestamp()
+    return row
