@@ -70,12 +70,36 @@ def aims(results: Results) -> Iterator[Aim]:
         ):
             for client, ours in (("warm", "`GetScu`"), ("process", "whole process")):
                 yield Aim(f"from {one.title}: {name} over {ours}", factor, one.ratio(peer, client), "×", at_least=True)
+    yield from _deliveries(results)
     for key, one in series.items():
         if key not in ("help", "small", "tiny") and (peak := one.rss("process")) is not None:
             yield Aim(f"peak memory of `dicom-get get`, {one.title}", 160, peak / MB, "MB")
     yield Aim("memory for each further instance of the plan", 1.0, growth(results), "KB")
     for key, what, limit in (("small", "10 instances, end to end", 0.8), ("help", "`dicom-get --help`", 0.25)):
         yield Aim(what, limit, series[key].wall("process") if key in series else None, "s")
+
+
+def _deliveries(results: Results) -> Iterator[Aim]:
+    series = results.series
+    if (one := series.get("forward")) is not None:
+        yield Aim(
+            f"from {one.title}: tuned getscu to disk over `GetScu`", 1.0, one.ratio("tuned", "forward"), "×", True
+        )
+        what = f"from {one.title}: `GetScu` over tuned getscu, then tuned storescu"
+        yield Aim(what, 0.1, one.ratio("forward", "two_steps"), "×")
+        peak = one.rss("forward_process")
+        yield Aim(f"peak memory of `dicom-get get`, {one.title}", 160, peak and peak / MB, "MB")
+    if (one := series.get("s3")) is not None:
+        for peer, number in (("boto3_8", 8), ("boto3", 32)):
+            what = f"from {one.title}: boto3 alone, {number} at a time, over `GetScu`"
+            yield Aim(what, 0.8, one.ratio(peer, "s3"), "×", True)
+        peak = one.rss("s3_process")
+        what = f"peak memory of `dicom-get get`, {one.title} (160 MB and ten parts of 8 MiB)"
+        yield Aim(what, 160 + 10 * (8 << 20) / MB, peak and peak / MB, "MB")
+    if (one := series.get("s3far")) is not None:
+        yield Aim(f"from {one.title}: storing one by one over `GetScu`", 10, one.ratio("one_by_one", "s3"), "×", True)
+        what = f"from {one.title}: tuned getscu, then s3transfer, over `GetScu`"
+        yield Aim(what, 1.0, one.ratio("s3transfer", "s3"), "×", True)
 
 
 def growth(results: Results) -> float | None:

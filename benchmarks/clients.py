@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,22 +32,12 @@ class Run:
     """Peak resident bytes of the process, where it had one of its own."""
 
 
-@dataclass(frozen=True)
-class Client:
-    """A client by its name, and how often it is run against a source."""
-
-    key: str
-    title: str
-    run: Callable[[Source], Run]
-    runs: int
-
-
 class Bench:
     """The folder and the worker that all runs share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._out = folder / "out"
+        self.out = folder / "out"
         self._logs = folder / "client"
         (folder / "config").mkdir()
         # No node, and no limit, of the user's own.
@@ -73,20 +63,30 @@ class Bench:
 
     def fresh(self) -> Path:
         """An empty folder, with nothing left to be written to the disk by what was before."""
-        shutil.rmtree(self._out, ignore_errors=True)
-        self._out.mkdir()
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
         os.sync()
-        return self._out
+        return self.out
 
     def check(self, source: Source, who: str) -> None:
-        """See that every instance is there in full."""
-        files = [path for path in self._out.rglob("*") if path.is_file() and "_manifests" not in path.parts]
+        """See that every instance is there in full, and remove it."""
+        self.check_files(source, self.out, who)
+        shutil.rmtree(self.out)
+
+    def check_files(self, source: Source, folder: Path, who: str) -> None:
+        """See that every instance is in the folder, in full."""
+        files = [path for path in folder.rglob("*") if path.is_file() and "_manifests" not in path.parts]
         short = [path for path in files if path.stat().st_size < source.size]
         if len(files) != source.instances or short:
             raise RuntimeError(
                 f"{who} from {source.title}: {len(files)} files, {len(short)} of them short, not {source.instances}"
             )
-        shutil.rmtree(self._out)
+
+    def check_result(self, source: Source) -> None:
+        """See what the last ``dicom-get --json`` said."""
+        result = json.loads(Path(f"{self._logs}.out").read_text())
+        if (result["verdict"], result["completed"]) != ("complete", source.instances):
+            raise RuntimeError(f"dicom-get from {source.title}: {result['verdict']}, {result['completed']} instances")
 
     def command(self, command: list[str], environment: Mapping[str, str] | None = None) -> Run:
         """Run a command to its end by the launcher."""
@@ -129,8 +129,14 @@ class Bench:
 
     def warm(self, source: Source, options: Mapping[str, Any] | None = None) -> Run:
         """``GetScu`` in the worker."""
-        answer = self.job(self._retrieval(source, options or {}))
+        run = self.retrieve(source, str(self.fresh()), options or {})
         self.check(source, "GetScu")
+        return run
+
+    def retrieve(self, source: Source, destination: str, options: Mapping[str, Any]) -> Run:
+        """``GetScu`` in the worker, to anywhere; what came of it is for the caller to check."""
+        job = {"node": source.node, "study": source.study, "destination": destination, "options": dict(options)}
+        answer = self.job(job)
         return Run(answer["wall"], answer["user"], answer["system"])
 
     def bare(self, source: Source) -> Run:
@@ -139,7 +145,8 @@ class Bench:
 
     def profile(self, source: Source) -> list[dict[str, Any]]:
         """Where the time of a full retrieval goes."""
-        answer = self.job({**self._retrieval(source, {}), "profile": True})
+        job = {"node": source.node, "study": source.study, "destination": str(self.fresh()), "profile": True}
+        answer = self.job(job)
         self.check(source, "GetScu")
         lines: list[dict[str, Any]] = answer["profile"]
         return lines
@@ -155,15 +162,13 @@ class Bench:
         """``dicom-get get`` as a process."""
         command = [DICOM_GET, "get", source.node, "--study", source.study, "--to", str(self.fresh()), "--json"]
         run = self.command(command)
-        result = json.loads(Path(f"{self._logs}.out").read_text())
-        if (result["verdict"], result["completed"]) != ("complete", source.instances):
-            raise RuntimeError(f"dicom-get from {source.title}: {result['verdict']}, {result['completed']} instances")
+        self.check_result(source)
         self.check(source, "dicom-get")
         return run
 
-    def tuned_getscu(self, source: Source) -> Run:
-        """``getscu`` with the options and the environment that make it fast."""
-        return self._getscu(source, ["+B", "-pdu", str(131072)], {"TCP_NODELAY": "1"})
+    def tuned_getscu(self, source: Source, *, keep: bool = False) -> Run:
+        """``getscu`` with the options and the environment that make it fast; ``keep`` leaves the files."""
+        return self._getscu(source, ["+B", "-pdu", str(131072)], {"TCP_NODELAY": "1"}, keep=keep)
 
     def shipped_getscu(self, source: Source) -> Run:
         """``getscu`` as Debian ships it."""
@@ -181,12 +186,11 @@ class Bench:
         """``dicom-get --help``."""
         return self.command([DICOM_GET, "--help"])
 
-    def _retrieval(self, source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"node": source.node, "study": source.study, "folder": str(self.fresh()), "options": dict(options)}
-
-    def _getscu(self, source: Source, options: list[str], environment: Mapping[str, str]) -> Run:
+    def _getscu(self, source: Source, options: list[str], environment: Mapping[str, str], *, keep: bool = False) -> Run:
         command = ["getscu", *options, "-S", "-od", str(self.fresh()), "-aec", source.ae_title]
         command += ["-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={source.study}"]
         run = self.command([*command, source.host, str(source.port)], environment)
-        self.check(source, "getscu")
+        self.check_files(source, self.out, "getscu")
+        if not keep:
+            shutil.rmtree(self.out)
         return run

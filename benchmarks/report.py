@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 
 _NOTES = "<!-- Written by hand from here on; make bench leaves it as it is. -->"
 _OURS, _OTHERS, _CONTROL = "#0072b2", "#d55e00", "#767676"
-_COLOURS = {"warm": _OURS, "bare": _OURS, "process": _OURS, "floor": _CONTROL}
+_COLOURS = dict.fromkeys(("warm", "bare", "process", "forward", "forward_process", "s3", "s3_process"), _OURS) | {
+    "floor": _CONTROL
+}
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -178,6 +180,10 @@ _METHOD = """
   response. All its data sets are labelled CT, the small ones too. *Orthanc* and *dcmqrscp*: Debian's packages,
   `TCP_NODELAY` not set, one generated CT study of four series, loaded by REST and by `dcmqridx`.
 - Server and client share the machine and talk over loopback, where a round trip takes next to no time.
+- *To storescp*: from that dcmqrscp to storescp as Debian ships it, started with `+xa +B`. *To S3*: juicefs' gateway,
+  which is MinIO's, on a folder of the same disk; with a delay, a proxy in Python waits before it passes a request on,
+  and what that takes all clients bear. We have up to 32 requests under way (`max_concurrency=8`). *boto3 alone* uploads
+  files that are there already: the time to retrieve them is not in its figure.
 - *getscu* and *pynetdicom* hash, sync and prove nothing. *getscu as shipped* is run once and *pynetdicom* twice, since
   they take long; *as shipped*, 5000 instances would take four minutes.
 """

@@ -19,6 +19,15 @@ CLIENTS = {
     "shipped": "getscu as shipped",
     "pynetdicom": "pynetdicom, cheapest handler",
     "floor": "control: hash, write, sync; no network",
+    "forward": "GetScu to storescp, warm process",
+    "forward_process": "dicom-get get to storescp, whole process",
+    "two_steps": "getscu, then storescu, both tuned",
+    "s3": "GetScu to S3, warm process",
+    "s3_process": "dicom-get get to S3, whole process",
+    "boto3_8": "boto3 alone from disk, 8 at a time",
+    "boto3": "boto3 alone from disk, 32 at a time",
+    "s3transfer": "tuned getscu, then s3transfer, 32 at a time",
+    "one_by_one": "boto3 alone from disk, one by one",
 }
 """Titles of the clients by their keys, in the order of tables and plot."""
 SINGLE = {

@@ -17,23 +17,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from clients import Bench, Client, Run
+from clients import Bench, Run
+from deliveries import DELAY, Forward, Runs, buckets, missing
 from report import write_report
 from results import CLIENTS, SINGLE, Results, Series
-from servers import find_binary
+from servers import Storescp, find_binary
 from sources import KIB, MIB, Source, memory_source, pacs_sources
 
 ROOT = Path(__file__).parent.parent
 MEMORY = {"ct": (1000, 512 * KIB), "mr": (5000, 7440), "big": (8, 128 * MIB)}
 QUICK_MEMORY = {"ct": (20, 512 * KIB), "mr": (50, 7440), "big": (2, 4 * MIB)}
 PACS = {"orthanc": "Orthanc", "dcmqrscp": "dcmqrscp"}
-PARTS = (*MEMORY, *PACS, *SINGLE)
+PARTS = (*MEMORY, *PACS, "forward", "s3", "s3far", *SINGLE)
+SELDOM = {"shipped": 1, "two_steps": 1, "one_by_one": 1, "pynetdicom": 2}
+"""How often slow clients are run."""
 _HUGE_NEEDS = 9 << 30
 
 
@@ -56,12 +59,12 @@ class Session:
                     # As shipped, 5000 instances would take four minutes, and pynetdicom one.
                     slow = {"ct": ["shipped", "pynetdicom"], "big": ["pynetdicom"]}.get(key, [])
                     fast = ["warm", "process", "tuned"] if self.quick else ["warm", "bare", "process", "tuned", "floor"]
-                    self.compare(source, [*fast, *slow])
+                    self.compare(key, source, self.to_disk([*fast, *slow]))
                     self.results.profiles[key] = self.bench.profile(source)
 
     def pacs(self, folder: Path) -> None:
         """Retrievals from real PACS."""
-        names = [name for name in PACS if name in self.parts]
+        names = [name for name in PACS if name in self.parts or (name == "dcmqrscp" and "forward" in self.parts)]
         for name in [name for name in names if find_binary(PACS[name]) is None]:
             self.skip(f"{PACS[name]} (not installed)")
             names.remove(name)
@@ -71,7 +74,32 @@ class Session:
             with pacs_sources(folder, names, instances, size) as sources:
                 slow = ["pynetdicom"] if self.quick else ["bare", "process", "shipped", "pynetdicom"]
                 for source in sources:
-                    self.compare(source, ["warm", "tuned", *slow])
+                    if source.key in self.parts:
+                        self.compare(source.key, source, self.to_disk(["warm", "tuned", *slow]))
+                    if source.key == "dcmqrscp" and "forward" in self.parts:
+                        self.forward(folder, source)
+
+    def forward(self, folder: Path, source: Source) -> None:
+        """Deliveries from one node to another."""
+        with Storescp(folder / "storescp", accept_all=True) as target:
+            runs = Forward(self.bench, target).runs
+            self.compare("forward", source, runs, f"{source.title}, to storescp")
+
+    def buckets(self, folder: Path) -> None:
+        """Deliveries to S3."""
+        if not {"s3", "s3far"} & set(self.parts):
+            return
+        if absent := missing(["juicefs", "getscu"]):
+            self.skip(f"S3 ({absent} is not installed)")
+            return
+        instances, size = QUICK_MEMORY["ct"] if self.quick else MEMORY["ct"]
+        with memory_source("s3", instances, size) as source, buckets(self.bench, folder / "juicefs") as (near, far):
+            with near.files(source):
+                if "s3" in self.parts:
+                    self.compare("s3", source, near.near(), f"{source.title}, to S3")
+            with far.files(source):
+                if "s3far" in self.parts:
+                    self.compare("s3far", source, far.far(), f"{source.title}, to S3, {DELAY * 1000:.0f} ms a request")
 
     def singles(self) -> None:
         """One command each: a small study, the help, and what takes memory."""
@@ -91,35 +119,36 @@ class Session:
             self.results.series[key] = Series(source.title, instances, size, {"process": runs})
             say(f"{source.title}: dicom-get {runs[0].wall:.2f} s")
 
-    def compare(self, source: Source, keys: list[str]) -> None:
+    def to_disk(self, keys: list[str]) -> Runs:
+        """Clients that retrieve to disk, by their keys."""
+        bench = self.bench
+        runs: Runs = {
+            "warm": bench.warm,
+            "bare": bench.bare,
+            "process": bench.process,
+            "tuned": bench.tuned_getscu,
+            "shipped": bench.shipped_getscu,
+            "pynetdicom": bench.pynetdicom,
+            "floor": bench.floor,
+        }
+        return {key: runs[key] for key in keys}
+
+    def compare(self, key: str, source: Source, clients: Runs, title: str | None = None) -> None:
         """Run clients by turns; each round begins with another one."""
+        title = title or source.title
         if find_binary("getscu") is None:
             self.skip("getscu (not installed)", once=True)
-            keys = [key for key in keys if key not in ("tuned", "shipped")]
-        clients = [self.client(key) for key in keys]
-        taken: dict[str, list[Run]] = {key: [] for key in keys}
-        for number in self.rounds():
-            turn = number % len(clients)
-            for client in [*clients[turn:], *clients[:turn]]:
-                if number < client.runs:
-                    run = client.run(source)
-                    taken[client.key].append(run)
-                    say(f"{source.title}: {client.title} {run.wall:.2f} s")
-        self.results.series[source.key] = Series(source.title, source.instances, source.size, taken)
-
-    def client(self, key: str) -> Client:
-        """A client by its key."""
-        runs: dict[str, Callable[[Source], Run]] = {
-            "warm": self.bench.warm,
-            "bare": self.bench.bare,
-            "process": self.bench.process,
-            "tuned": self.bench.tuned_getscu,
-            "shipped": self.bench.shipped_getscu,
-            "pynetdicom": self.bench.pynetdicom,
-            "floor": self.bench.floor,
-        }
-        often = {"shipped": 1, "pynetdicom": 2}
-        return Client(key, CLIENTS[key], runs[key], min(often.get(key, self.runs), self.runs))
+            clients = {name: run for name, run in clients.items() if name not in ("tuned", "shipped", "two_steps")}
+        names = list(clients)
+        taken: dict[str, list[Run]] = {name: [] for name in names}
+        for number in range(self.runs):
+            turn = number % len(names)
+            for name in [*names[turn:], *names[:turn]]:
+                if number < SELDOM.get(name, self.runs):
+                    run = clients[name](source)
+                    taken[name].append(run)
+                    say(f"{title}: {CLIENTS[name]} {run.wall:.2f} s")
+        self.results.series[key] = Series(title, source.instances, source.size, taken)
 
     def rounds(self) -> range:
         return range(self.runs)
@@ -193,7 +222,8 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[Session, Path]]:
             with memory_source("warm-up", 20, 64 * KIB) as source:
                 bench.warm(source)
                 bench.bare(source)
-                bench.process(source)
+                if not args.quick:
+                    bench.process(source)
             yield Session(bench, results, args.only, args.runs), folder
 
 
@@ -226,6 +256,7 @@ def main() -> None:
         with prepared(args) as (session, folder):
             session.memory()
             session.pacs(folder)
+            session.buckets(folder)
             session.singles()
             results = session.results
         results.about["took"] = f"{time.monotonic() - start:.0f} s"

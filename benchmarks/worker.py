@@ -1,7 +1,8 @@
 """A process that has imported everything and retrieves on demand: one JSON job a line in, one result a line out.
 
-A job: ``{"node", "study", "folder", "options": {...}, "profile": false}``, or ``{"floor": {"instances", "size"},
-"folder"}`` for what the machine needs to hash, write and sync as much without any network.
+A job: ``{"node", "study", "destination", "options": {...}, "profile": false}`` to retrieve; ``{"floor": {"instances",
+"size"}, "folder"}`` for what the machine needs to hash, write and sync as much without any network; ``{"upload": {...},
+"folder"}`` for boto3 alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import boto3
+from botocore.config import Config
+from s3transfer.manager import TransferConfig, TransferManager  # type: ignore[import-untyped]
 from sampler import Sampler
 
 from airflow_dicom_get import GetScu
@@ -23,7 +29,7 @@ from airflow_dicom_get import GetScu
 
 def retrieve(job: dict[str, Any]) -> str:
     """Retrieve a study; returns the verdict."""
-    result = GetScu(job["node"], out_dir=job["folder"], **job.get("options", {})).get_study(
+    result = GetScu(job["node"], destination=job["destination"], **job.get("options", {})).get_study(
         {"StudyInstanceUID": job["study"]}
     )
     return str(result.verdict)
@@ -46,6 +52,34 @@ def floor(job: dict[str, Any]) -> str:
     folder = os.open(job["folder"], os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+    return "complete"
+
+
+def upload(job: dict[str, Any]) -> str:
+    """Put the files of a folder: ``at_a_time`` by plain requests, or where that is 0 all by s3transfer."""
+    how = job["upload"]
+    config = how["config"]
+    client = boto3.client(
+        "s3",
+        endpoint_url=config["endpoint"],
+        aws_access_key_id=config["access_key"],
+        aws_secret_access_key=config["secret_key"],
+        region_name=config["region"],
+        config=Config(s3={"addressing_style": "path"}, max_pool_connections=how["threads"]),
+    )
+    paths = sorted(Path(job["folder"]).iterdir())
+    if how["at_a_time"] == 0:
+        settings = TransferConfig(max_request_concurrency=how["threads"])
+        with TransferManager(client, settings) as manager:
+            for future in [manager.upload(str(path), how["bucket"], f"run/{path.name}") for path in paths]:
+                future.result()
+        return "complete"
+
+    def put(path: Path) -> None:
+        client.put_object(Bucket=how["bucket"], Key=f"run/{path.name}", Body=path.read_bytes())
+
+    with ThreadPoolExecutor(how["at_a_time"]) as pool:
+        list(pool.map(put, paths))
     return "complete"
 
 
@@ -76,7 +110,7 @@ def main() -> None:
     """Serve jobs until the end of the input."""
     for line in sys.stdin:
         job = json.loads(line)
-        call = floor if "floor" in job else retrieve
+        call = floor if "floor" in job else upload if "upload" in job else retrieve
         if job.get("profile"):
             with Sampler() as sampler:
                 answer = measure(call, job)
