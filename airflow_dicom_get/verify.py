@@ -35,7 +35,7 @@ from airflow_dicom_get.objects import (
 )
 from airflow_dicom_get.options import OPTIONS, Options, check_options
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import S3Config
+from airflow_dicom_get.settings import ForwardTarget, S3Config
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -156,6 +156,7 @@ def verify(
     quick: bool = False,
     manifest_root: str | Path | None = None,
     s3_config: S3Config | Mapping[str, Any] | None = None,
+    forward_target: ForwardTarget | Mapping[str, Any] | None = None,
     query_model: str = "StudyRoot",
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
@@ -178,8 +179,8 @@ def verify(
         Where to look, if not where the manifest says: a path, ``s3://bucket/prefix`` or ``dicom://[AE@]host:port``.
     quick : bool
         Compare sizes, and read nothing.
-    manifest_root, s3_config, query_model
-        As for :class:`~airflow_dicom_get.GetScu`.
+    manifest_root, s3_config, forward_target, query_model
+        As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
     on_difference : callable
         Called with each :class:`Difference` as it is found.
     manifest_name : str
@@ -205,7 +206,8 @@ def verify(
     place = parse_destination(destination) if destination is not None else None
     if isinstance(place, ForwardDestination) and place.node is None:
         raise invalid("destination", f"{place} names a connection of Airflow", "Write dicom://[AE@]host:port.")
-    work = _Verify(options, s3, place, quick, on_difference)
+    target: ForwardTarget | None = OPTIONS["forward_target"].check("forward_target", forward_target)
+    work = _Verify(options, s3, place, target, quick, on_difference)
     work.read_manifest(manifest, studies)
     if addr is not None:
         work.ask_source(query_model)
@@ -236,10 +238,11 @@ class _Verify:
         options: Options,
         s3: S3Config | None,
         place: Destination | None,
+        target: ForwardTarget | None,
         quick: bool,
         on_difference: Callable[[Difference], object] | None,
     ) -> None:
-        self.options, self.s3, self.place, self.quick = options, s3, place, quick
+        self.options, self.s3, self.place, self.target, self.quick = options, s3, place, target, quick
         self.on_difference = on_difference
         self.items: dict[tuple[str, str], _Item] = {}
         self.studies: tuple[str, ...] = ()
@@ -352,10 +355,18 @@ class _Verify:
         """What another node lists; of ``rows`` alone if given."""
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
+        from airflow_dicom_get.net.tls import tls_context
         from airflow_dicom_get.sinks.forward import Target
 
         o = self.options
-        target = Target(node, o.calling_ae_title, node.ae_title or "ANY-SCP")
+        how = self.target or ForwardTarget(calling_ae_title=o.calling_ae_title)
+        target = Target(
+            node,
+            how.calling_ae_title,
+            node.ae_title or how.called_ae_title or "ANY-SCP",
+            tls=tls_context(how.tls, "forward_target.tls") if how.tls else None,
+            server_name=how.tls.server_name if how.tls else None,
+        )
         try:
             association = target.open(list(FIND_PROPOSALS), o.deadlines, CancelToken())
             try:
@@ -475,15 +486,20 @@ class _Verify:
         if isinstance(self.place, FilesystemDestination):
             return FolderRoot(self.place.path.absolute() / "_manifests")
         if isinstance(self.place, S3Destination):
-            from airflow_dicom_get.s3_places import BucketRoot, root_of
-            from airflow_dicom_get.sinks.s3_client import Bucket
-
-            return BucketRoot(Bucket(self.place.bucket, self.s3), root_of(self.place.prefix))
+            return self._bucket_root(self.place.bucket, self.place.prefix, whole=True)
         if isinstance(manifest, str | os.PathLike):
             at = parse_destination(os.fspath(manifest), "manifest")
             if isinstance(at, FilesystemDestination):
                 return FolderRoot(at.path.absolute().parent)
+            if isinstance(at, S3Destination):
+                return self._bucket_root(at.bucket, at.prefix.rpartition("/")[0])
         return root_for(self.options)
+
+    def _bucket_root(self, bucket: str, prefix: str, *, whole: bool = False) -> Any:
+        from airflow_dicom_get.s3_places import BucketRoot, root_of
+        from airflow_dicom_get.sinks.s3_client import Bucket
+
+        return BucketRoot(Bucket(bucket, self.s3), root_of(prefix) if whole else prefix)
 
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""

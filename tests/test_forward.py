@@ -489,8 +489,8 @@ class TestSourceLost:
         with MisbehavingPacs() as well, OddDestination() as destination:
             assert forward(well, destination, tmp_path / "well", well.study_uid).verdict == "complete"
             wanted = destination.held()
-        with MisbehavingPacs(mode) as source, OddDestination() as destination:
-            result = forward(source, destination, tmp_path, source.study_uid, retries=2)
+        with MisbehavingPacs(mode, victim=2) as source, OddDestination() as destination:
+            result = forward(source, destination, tmp_path, source.study_uid, retries=1)
             held = destination.held()
             assert held.items() <= wanted.items(), "nothing half-stored"
             assert len(held) == result.completed

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from holdings import Holding
 from odd_destination import DieError, OddDestination, at
+from s3_servers import BUCKET, Moto
 from servers import Orthanc, Storescp
 from test_forward import datasets, sent_by, states
 
 from airflow_dicom_get import GetScu
-from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.settings import Deadlines
 from airflow_dicom_get.store import StoreScu
@@ -248,6 +249,31 @@ class TestManifest:
             assert (result.verdict, result.total, result.completed, result.failed) == ("partial", 40, 38, 2)
             missing = result.manifest[result.manifest["state"] == "missing"]
             assert set(missing["sop_instance_uid"]) == set(hidden)
+
+
+class TestBucket:
+    def test_retrieve_to_a_bucket_and_forward_later(
+        self, embedded: Embedded, moto: Moto, ct: Holding, tmp_path: Path
+    ) -> None:
+        place = f"s3://{BUCKET}/store-verb"
+        source = embedded(ct.folder)
+        scu = GetScu(f"PACS@127.0.0.1:{source.port}", destination=place, s3_config=moto.config)
+        got = scu.get_study({"StudyInstanceUID": ct.study})
+        assert got.verdict == "complete"
+        wanted = {sop: data for sop, (_, data) in sent_by(ct).items()}
+        with OddDestination() as destination:
+            by_manifest = store(destination, tmp_path / "a", manifest=got.manifest_uri, s3_config=moto.config)
+            assert (by_manifest.verdict, by_manifest.completed) == ("complete", 40)
+            assert destination.held() == wanted
+        with OddDestination() as destination:
+            by_prefix = store(destination, tmp_path / "b", place, s3_config=moto.config, associations=2)
+            assert (by_prefix.verdict, by_prefix.completed, by_prefix.errors) == ("complete", 40, [])
+            assert destination.held() == wanted
+            assert destination.peak <= 2
+
+    def test_bucket_that_is_not_there(self, moto: Moto, tmp_path: Path) -> None:
+        with pytest.raises(S3Error, match="no-such-bucket"):
+            store(type("X", (), {"ae_title": "X", "port": 1}), tmp_path, "s3://no-such-bucket/x", s3_config=moto.config)
 
 
 class TestBadInput:

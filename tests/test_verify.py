@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from holdings import Holding
 from odd_destination import OddDestination
+from s3_servers import BUCKET, Moto
 from servers import Dcmqrscp, Storescp
 from test_forward import forward
 
@@ -178,6 +179,39 @@ class TestFolder:
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
         found = verify(study=got.study, destination=tmp_path / "copy", addr=got.node)
         assert found.same
+
+
+class TestBucket:
+    def test_differences(self, embedded: Embedded, moto: Moto, ct: Holding) -> None:
+        place = f"s3://{BUCKET}/verify-verb"
+        node = f"PACS@127.0.0.1:{embedded(ct.folder).port}"
+        scu = GetScu(node, destination=place, s3_config=moto.config)
+        result = scu.get_study({"StudyInstanceUID": ct.study})
+        assert result.verdict == "complete"
+        ways = (
+            {"manifest": result.manifest_uri, "addr": node},
+            {"study": ct.study, "destination": place},
+            {"study": ct.study, "destination": place, "addr": node},
+        )
+        for way in ways:
+            found = verify(**way, s3_config=moto.config)
+            assert (found.same, found.counts) == (True, {"=": 40}), way
+        frame = result.manifest
+        keys = {
+            sop: uri.removeprefix(f"s3://{BUCKET}/")
+            for sop, uri in zip(frame["sop_instance_uid"], frame["uri"], strict=True)
+        }
+        gone, cut, other = sorted(keys)[:3]
+        client = moto.client()
+        client.delete_object(Bucket=BUCKET, Key=keys[gone])
+        client.put_object(Bucket=BUCKET, Key=keys[cut], Body=moto.read(keys[cut])[:-2])
+        client.put_object(Bucket=BUCKET, Key=keys[other], Body=moto.read(keys[other])[:-2] + b"zz")
+        for way in ways:
+            found = verify(**way, s3_config=moto.config)
+            assert marks(found) == {gone: "+", cut: "*", other: "*"}, way
+        again = scu.get_study(manifest=found.manifest_uri)
+        assert (again.verdict, again.completed) == ("complete", 3)
+        assert verify(**ways[0], s3_config=moto.config).same
 
 
 class TestForwards:
