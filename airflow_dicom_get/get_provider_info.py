@@ -18,11 +18,21 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                 "tags": ["protocol"],
             }
         ],
-        "hooks": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.hooks.dicom"]}],
+        "hooks": [
+            {
+                "integration-name": "DICOM",
+                "python-modules": ["airflow_dicom_get.hooks.dicom", "airflow_dicom_get.hooks.s3"],
+            }
+        ],
         "operators": [
             {
                 "integration-name": "DICOM",
-                "python-modules": ["airflow_dicom_get.operators.find", "airflow_dicom_get.operators.get"],
+                "python-modules": [
+                    "airflow_dicom_get.operators.find",
+                    "airflow_dicom_get.operators.get",
+                    "airflow_dicom_get.operators.store",
+                    "airflow_dicom_get.operators.verify",
+                ],
             }
         ],
         "connection-types": [
@@ -143,7 +153,77 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "schema": {"type": ["string", "null"], "enum": ["1.2", "1.3"], "default": "1.2"},
                     },
                 },
-            }
+            },
+            {
+                "connection-type": "dicom_s3",
+                "hook-class-name": "airflow_dicom_get.hooks.s3.S3StorageHook",
+                "hook-name": "DICOM storage (S3)",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema"],
+                    "relabeling": {
+                        "host": "Endpoint host (blank: AWS)",
+                        # Always to be filled: a connection saved without a port cannot be tested from the UI.
+                        "port": "Endpoint port (always give one)",
+                        "login": "Access key",
+                        "password": "Secret key",
+                    },
+                    "placeholders": {"host": "minio.hospital.example", "port": "443"},
+                },
+                "conn-fields": {
+                    "scheme": {
+                        "label": "Scheme",
+                        "description": "How the endpoint is spoken to; http is not encrypted.",
+                        "schema": {"type": ["string", "null"], "enum": ["https", "http"], "default": "https"},
+                    },
+                    "region": {
+                        "label": "Region",
+                        "schema": {"type": ["string", "null"], "default": "us-east-1"},
+                    },
+                    "bucket": {
+                        "label": "Bucket for the test",
+                        "description": "The Test button writes a small object here. Tasks name their own bucket.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "path_style": {
+                        "label": "Bucket in the path",
+                        "description": "Blank: yes where an endpoint host is given.",
+                        "schema": {"type": ["boolean", "null"]},
+                    },
+                    "session_token": {
+                        "label": "Session token",
+                        "description": "Of temporary keys.",
+                        "schema": {"type": ["string", "null"], "format": "password"},
+                    },
+                    "profile": {
+                        "label": "Profile",
+                        "description": "Of the AWS configuration on the workers, in place of keys.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "ca_file": {
+                        "label": "CA file",
+                        "description": "PEM file on the workers. Blank: the certificates that boto3 trusts.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "sse": {
+                        "label": "Encryption at rest",
+                        "schema": {"type": ["string", "null"], "enum": ["AES256", "aws:kms"]},
+                    },
+                    "kms_key_id": {
+                        "label": "Key of aws:kms",
+                        "description": "Blank: the account's own.",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "storage_class": {
+                        "label": "Storage class",
+                        "schema": {"type": ["string", "null"]},
+                    },
+                    "max_concurrency": {
+                        "label": "Parts of 8 MiB at once",
+                        "description": "Bounds memory and requests of one task.",
+                        "schema": {"type": ["integer", "null"], "default": 8},
+                    },
+                },
+            },
         ],
         "config": {
             "dicom_get": {

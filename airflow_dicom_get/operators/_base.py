@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
@@ -15,10 +16,18 @@ from airflow_dicom_get.hooks.dicom import DicomHook
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.getscu import GetScu
-
 DEFAULT_POOL = "default_pool"
 LABEL_KEY = "dicom_label"
+GRACE = 1.5
+"""Seconds from the word that ends a task to the abort: Airflow kills the process after five."""
+_LOOK = 0.2
+
+
+class Cancellable(Protocol):
+    """What an operator runs, and ends from a signal handler."""
+
+    def cancel(self, reason: str) -> None:
+        """Ask for an orderly end; a second call asks for an abort. No locks."""
 
 
 @contextmanager
@@ -27,7 +36,7 @@ def final_errors() -> Iterator[None]:
     try:
         yield
     except AirflowNotFoundException as error:
-        raise AirflowFailException(f"{error} Make it under Admin, Connections, as type DICOM.") from error
+        raise AirflowFailException(str(error)) from error
     except DicomGetError as error:
         if error.transient:
             raise
@@ -54,7 +63,7 @@ class DicomOperator(BaseOperator):
         self.dicom_conn_id = dicom_conn_id
         self.query_model = query_model
         self._given: dict[str, Any] = {}
-        self._scu: GetScu | None = None
+        self._scu: Cancellable | None = None
         self._killed = False
 
     @classmethod
@@ -76,6 +85,26 @@ class DicomOperator(BaseOperator):
         self._killed = True
         if self._scu is not None:
             self._scu.cancel("the task was ended")
+
+    @contextmanager
+    def ending_soon(self) -> Iterator[None]:
+        """While this lasts, abort what goes on a moment after :meth:`on_kill` asked for its end."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_LOOK):
+                if self._killed:
+                    if not over.wait(GRACE) and self._scu is not None:
+                        self._scu.cancel("the task was ended")
+                    return
+
+        # The handler itself may take no locks, and starting a thread does.
+        thread = threading.Thread(target=watch, daemon=True, name="dicom-get-end")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def given(self, name: str) -> Any:
         """The rendered value of a field, where the field itself holds only what may be shown."""

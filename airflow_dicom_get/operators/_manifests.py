@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.destination import FilesystemDestination, ForwardDestination, parse_destination
+from airflow_dicom_get.checks import invalid, shown_path
+from airflow_dicom_get.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.hooks._places import Place, resolve_place
 from airflow_dicom_get.manifest import (
     combine_manifests,
     frame_of,
     load_table,
+    load_tables,
     manifest_table,
     reference,
     safe_name,
+    with_connection,
 )
 from airflow_dicom_get.operators import _config
 
@@ -30,30 +35,20 @@ def run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try_numb
     return "/".join([*(safe_name(part) for part in (dag_id, run_id, task_id)), f"{map_index}-{try_number}"])
 
 
+def run_name_of(ti: Any) -> str:
+    """The name of the manifest of a task instance."""
+    return run_name(
+        dag_id=ti.dag_id,
+        run_id=ti.run_id,
+        task_id=ti.task_id,
+        map_index=-1 if ti.map_index is None else ti.map_index,
+        try_number=ti.try_number,
+    )
+
+
 def part_name(name: str, number: int, parts: int) -> str:
     """The name of one of several manifests of a task, which become one in the end."""
     return name if parts == 1 else f"{name}.part{number}"
-
-
-def check_place(value: Any, option: str) -> str:
-    """Refuse a relative path: tasks run in a folder that nobody chose, on any worker."""
-    text = str(value).strip() if value is not None else ""
-    if not text or text == "None":
-        raise invalid(option, "is empty, or its template rendered to nothing", "Give an absolute path.")
-    place = parse_destination(text, option)
-    relative = isinstance(place, FilesystemDestination) and not place.path.is_absolute()
-    if relative or text.startswith("~"):
-        raise invalid(option, f"{shown(text)} is no absolute path", "Write it from the root, as in /data/dicom.")
-    return text
-
-
-def root_of(destination: str, given: str | None, configured: str) -> str | None:
-    """The folder of the manifests where the task or the configuration names one; None: below the destination."""
-    if given is not None:
-        return check_place(given, "manifest_root")
-    if configured and isinstance(parse_destination(destination), ForwardDestination):
-        return check_place(configured, "[dicom_get] manifest_root")
-    return None
 
 
 def xcom_bytes(frame: Any) -> int:
@@ -72,10 +67,13 @@ class Manifest:
     :param results: of the calls of the engine; where they are several, their manifests become one
     :param name: of the file below its root
     :param mode: ``auto``, ``full`` or ``reference``
+    :param conn_id: the connection by which its bucket is reached; it stands in the address that is handed on
     """
 
-    def __init__(self, results: Sequence[Result], name: str, *, mode: str, log: Any) -> None:
-        self._reference = _one_file(results, name)
+    def __init__(
+        self, results: Sequence[Result], name: str, *, mode: str, log: Any, conn_id: str | None = None
+    ) -> None:
+        self._reference = _one_file(results, name, conn_id)
         self._table = load_table(self._reference) if self._reference else _rows(results)
         self._frame: Any = None
         self.problem: str | None = None
@@ -125,24 +123,109 @@ class Manifest:
         }
 
 
-def _one_file(results: Sequence[Result], name: str) -> dict[str, Any] | None:
+def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict[str, Any] | None:
     """The reference to the one manifest of a task; None if there is no file."""
-    uris = [result.manifest_uri for result in results if result.manifest_uri]
+    uris = [with_connection(result.manifest_uri, conn_id) for result in results if result.manifest_uri]
     if not uris or len(uris) < len(results):
         return None
     if len(uris) == 1:
         return reference(uris[0])
-    parts = [_path(uri) for uri in uris]
-    whole = combine_manifests(uris, parts[0].with_name(f"{name.rpartition('/')[2]}.parquet"))
-    for part in parts:
-        part.unlink(missing_ok=True)
+    folder = uris[0].rpartition("/")[0]
+    whole = combine_manifests(uris, f"{folder}/{name.rpartition('/')[2]}.parquet")
+    for uri in uris:
+        _remove(uri)
     return whole
 
 
-def _path(uri: str) -> Path:
+def _remove(uri: str) -> None:
+    """Remove a part that now stands in the whole, if that is allowed."""
     place = parse_destination(uri, "manifest")
-    assert isinstance(place, FilesystemDestination)
-    return place.path
+    if isinstance(place, FilesystemDestination):
+        place.path.unlink(missing_ok=True)
+    elif isinstance(place, S3Destination):
+        from airflow_dicom_get.hooks.s3 import S3StorageHook
+
+        assert place.conn_id is not None
+        with contextlib.suppress(DicomGetError):
+            S3StorageHook(place.conn_id).get_bucket(place.bucket).call("delete_object", place.prefix)
+
+
+# --- what is given ---------------------------------------------------------------------------------
+
+
+def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
+    """Load the manifests that a task was given, as tables.
+
+    :param manifest: of any shape, or several
+    :param s3_conn_id: the connection of those in a bucket whose address names none
+    :raises ManifestError: one cannot be read, or is not what its reference says
+    :raises InvalidOption: there is none
+    """
+    several = not (isinstance(manifest, str | Mapping) or hasattr(manifest, "columns"))
+    tables = []
+    for one in manifest if several else [manifest]:
+        uri = uri_of(one)
+        how: dict[str, Any] = {}
+        if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
+            from airflow_dicom_get.hooks.s3 import S3StorageHook
+
+            how = S3StorageHook(s3_conn_id).reach()
+        elif uri is not None:
+            _check_manifest_place(uri)
+        tables += load_tables([one], **how)
+    if not tables:
+        raise invalid("manifest", "names none", "Give a manifest, a reference, or an address. Were all tasks skipped?")
+    return tables
+
+
+def one_table(tables: Sequence[Any]) -> Any:
+    """Several manifests as one."""
+    import pyarrow as pa
+
+    plain = [table.replace_schema_metadata(None) for table in tables]
+    return plain[0] if len(plain) == 1 else pa.concat_tables(plain, promote_options="default")
+
+
+def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> Place | None:
+    """The bucket that the rows of some manifests name, if they name one.
+
+    :param conn_id: the connection by which it is reached
+    """
+    for table in tables:
+        uri = next((uri for uri in table["uri"].to_pylist() if uri and uri.startswith("s3://")), None)
+        if uri is not None:
+            return resolve_place(uri, "manifest (the objects that it lists)", conn_id)
+    return None
+
+
+def connection_of(manifest: Any) -> str | None:
+    """The connection that the address of a manifest names, the first of several."""
+    several = not (isinstance(manifest, str | Mapping) or hasattr(manifest, "columns"))
+    found = (uri_of(one) for one in (manifest if several else [manifest]))
+    return next((conn_id for uri in found if uri is not None and (conn_id := _conn_id_of(uri))), None)
+
+
+def uri_of(manifest: Any) -> str | None:
+    """The address of a manifest that is no frame."""
+    uri = manifest.get("manifest_uri") if isinstance(manifest, Mapping) else manifest
+    return uri if isinstance(uri, str) else None
+
+
+def _conn_id_of(uri: str) -> str | None:
+    """The connection in an address; blank if it names a bucket and none, None if it names no bucket."""
+    if not uri.startswith("s3://"):
+        return None
+    place = parse_destination(uri, "manifest")
+    return (place.conn_id or "") if isinstance(place, S3Destination) else None
+
+
+def _check_manifest_place(uri: str) -> None:
+    place = parse_destination(uri, "manifest")
+    if isinstance(place, FilesystemDestination) and not place.path.is_absolute():
+        raise invalid("manifest", f"{shown_path(uri)} is no absolute path", "Write it from the root.")
+
+
+# --- rows without a file ---------------------------------------------------------------------------
 
 
 def _rows(results: Sequence[Result]) -> Any:

@@ -29,12 +29,14 @@ class Progress:
         store: Any,
         interval: float,
         associations: int,
+        phase: str = "get",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._store = store
         self._interval = max(float(interval), 1.0)
         self._associations = associations
+        self._phase = phase
         self._clock = clock
         self._started = self._logged = clock()
         self._stored = float("-inf")
@@ -50,7 +52,7 @@ class Progress:
             "failed": event.failed,
             "bytes": self._running["bytes"] + event.bytes,
         }
-        self._show("get")
+        self._show()
 
     def on_completed(self, event: Completed) -> None:
         """Take the end of one retrieval."""
@@ -62,7 +64,7 @@ class Progress:
         }
         self._ended = {name: self._ended[name] + value for name, value in ended.items()}
         self._running = dict.fromkeys(self._ended, 0)
-        self._show("get")
+        self._show()
 
     def finish(self, phase: str) -> None:
         """Show the last state, if the state store may be written again."""
@@ -75,7 +77,7 @@ class Progress:
     def _counts(self) -> dict[str, int]:
         return {name: value + self._running[name] for name, value in self._ended.items()}
 
-    def _show(self, phase: str) -> None:
+    def _show(self) -> None:
         now = self._clock()
         if now - self._logged >= self._interval:
             self._logged = now
@@ -89,7 +91,7 @@ class Progress:
                 counts["bytes"] / 1e6 / max(now - self._started, 0.001),
             )
         if now - self._started >= STORE_SECONDS:
-            self._store_if_due(phase, now)
+            self._store_if_due(self._phase, now)
 
     def _store_if_due(self, phase: str, now: float) -> None:
         if now - self._stored < max(STORE_SECONDS, self._interval):

@@ -44,6 +44,11 @@ def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = 
     return queries + [_query(uid, series) for uid, series in parts.items() if uid not in whole]
 
 
+def study_uids(study: Any) -> list[str]:
+    """The studies of a UID, an Item, or a list of either, whole."""
+    return list(dict.fromkeys(_study_and_series(one)[0] for one in (study if _is_list(study) else [study])))
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
@@ -87,20 +92,17 @@ def _uid(value: Any) -> str:
     return text
 
 
-def manifest_queries(manifest: Any) -> list[Query]:
-    """One query for each study of a manifest, with the instances that it lists.
+def manifest_queries(tables: Sequence[Any]) -> list[Query]:
+    """One query for each study of some manifests, with the instances that they list.
 
     All of them, held or not: what this destination holds is found there, and an earlier retrieval may have had
     another one.
 
-    :param manifest: of any shape, or several
-    :raises ManifestError: it cannot be read, or is not what its reference says
+    :param tables: the manifests, loaded
     """
-    from airflow_dicom_get.manifest import load_tables
-
     studies: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
-    for table in load_tables(manifest):
+    for table in tables:
         for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
             if state not in _NOT_THERE:
                 of_series, of_instances = studies.setdefault(study, ({}, {}))

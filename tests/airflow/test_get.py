@@ -273,7 +273,7 @@ def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, archive, 
         "accept:",
         "associations:",
         "nowhere",
-        "S3 as destination",
+        "names no connection",
     ):
         assert word in run.log
 

@@ -10,9 +10,10 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
+from airflow_dicom_get.hooks._places import check_place, resolve_places
 from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._items import make_item
-from airflow_dicom_get.operators._manifests import check_place, root_of, run_name
+from airflow_dicom_get.operators._manifests import run_name
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._request import study_queries
@@ -135,11 +136,12 @@ def test_whole_places_are_taken(place):
     assert check_place(place, "destination") == place
 
 
-def test_the_configured_root_is_for_transfers_to_a_node():
-    assert root_of("/data", None, "/manifests") is None
-    assert root_of("/data", "/own", "/manifests") == "/own"
-    assert root_of("dicom://B@host:104", None, "/manifests") == "/manifests"
-    assert root_of("dicom://B@host:104", None, "") is None
+def test_the_configured_root_is_for_transfers_to_a_node(monkeypatch):
+    assert resolve_places("dicom://B@host:104").root is None
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_ROOT", "/manifests")
+    assert resolve_places("/data").root is None
+    assert str(resolve_places("/data", manifest_root="/own").root.destination) == "/own"
+    assert str(resolve_places("dicom://B@host:104").root.destination) == "/manifests"
 
 
 # --- outcome ---------------------------------------------------------------------------------------

@@ -1,0 +1,199 @@
+"""What the operators have in common that move instances: their outcome, their manifest, their end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.operators import _config
+from airflow_dicom_get.operators._base import DicomOperator, final_errors
+from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
+from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
+from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.result import CANCELLED, Result
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+OUTSIDE_WINDOW = ("defer", "fail", "ignore")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One transfer, all of it checked and nothing of it begun."""
+
+    run: Callable[[Progress], list[Result]]
+    name: str
+    """Of the manifest, below its root."""
+    conn_id: str | None = None
+    """The connection by which manifests are read back."""
+    scratch: TemporaryDirectory[str] | None = None
+    """Holds ledger and manifest of a transfer that has no root: gone with the task."""
+
+
+class TransferOperator(DicomOperator):
+    """Base of the operators that end with a verdict and a manifest."""
+
+    phase = "get"
+
+    def __init__(
+        self,
+        *,
+        manifest: Any = None,
+        s3_conn_id: str | None = None,
+        associations: int = 1,
+        accept: Sequence[str] = ("complete",),
+        strict_forward: bool = False,
+        resume: bool = True,
+        manifest_root: str | None = None,
+        manifest_xcom: str = "auto",
+        outside_window: str = "defer",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.manifest = manifest
+        self.s3_conn_id = s3_conn_id
+        self.associations = associations
+        self.accept = accept
+        self.strict_forward = strict_forward
+        self.resume = resume
+        self.manifest_root = manifest_root
+        self.manifest_xcom = manifest_xcom
+        self.outside_window = outside_window
+
+    def execute(self, context: Context) -> Any:
+        """Do the transfer, and return the manifest or a reference to it."""
+        return self._transfer(context)
+
+    def execute_after_window(self, context: Context, event: Any = None) -> Any:
+        """Go on when the hours of the connection have begun."""
+        self.log.info("The transfer goes on.")
+        return self._transfer(context)
+
+    def prepare(self, context: Context, name: str, ends: float) -> Transfer:
+        """Check all that can be checked before any traffic.
+
+        :param name: of the manifest, below its root
+        :param ends: ``time.monotonic()`` value at which the engine is to have ended
+        """
+        raise NotImplementedError
+
+    def _transfer(self, context: Context) -> Any:
+        with final_errors():
+            ends = time.monotonic() + self._seconds()
+            self._check_choices()
+            self._check_dependants(context)
+            transfer = self.prepare(context, run_name_of(context["ti"]), ends)
+            self.warn_of_limits(context, associations=self.associations, require_pool=_config.boolean("require_pool"))
+            progress = Progress(
+                log=self.log,
+                store=context.get("task_state_store"),
+                interval=_config.integer("progress_interval"),
+                associations=self.associations,
+                phase=self.phase,
+            )
+            with self.ending_soon():
+                results = transfer.run(progress)
+            result = merge(results)
+            self.log.info("%s.", result.summary())
+            for error in result.errors:
+                self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
+            if transfer.scratch is not None:
+                for one in results:
+                    one.manifest_uri = None
+            manifest = Manifest(results, transfer.name, mode=self.manifest_xcom, log=self.log, conn_id=transfer.conn_id)
+            if transfer.scratch is not None:
+                transfer.scratch.cleanup()
+        progress.finish("done")
+        return self._end(context, result, manifest, progress)
+
+    # --- before traffic ----------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        """How long the engine may run: a little less than the task, to end with a verdict and a manifest."""
+        if self.execution_timeout is None:
+            return float("inf")
+        seconds = self.execution_timeout.total_seconds()
+        return seconds - min(10.0, 0.2 * seconds)
+
+    def choices(self) -> dict[str, Sequence[str]]:
+        """What each parameter that is a choice may be."""
+        return {"manifest_xcom": MODES, "outside_window": OUTSIDE_WINDOW}
+
+    def _check_choices(self) -> None:
+        for name, allowed in self.choices().items():
+            if getattr(self, name) not in allowed:
+                raise invalid(name, f"{shown(getattr(self, name))} is not allowed", f"Give {' or '.join(allowed)}.")
+        check_accept(self.accept)
+
+    def _check_dependants(self, context: Context) -> None:
+        """Refuse what Airflow would fail only after the work: to map over what one task returns."""
+        if getattr(context["ti"], "is_mapped", False):
+            return
+        consumer = next(self.iter_mapped_dependants(), None)
+        if consumer is not None:
+            raise AirflowFailException(
+                f"{consumer.node_id} is mapped over the output of {self.task_id}, which is one manifest and no list. "
+                f"Map {self.task_id} itself: {type(self).__name__}.partial(…).expand(…=[…]); or give its output as it "
+                f"is: manifest={self.task_id}.output without expand."
+            )
+
+    def one_of(self, *names: str) -> tuple[str, Any]:
+        """The one field of these that is given, and its value."""
+        given = [name for name in names if self.given(name) is not None]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given" if given else "none of them is given"
+            raise invalid(", ".join(names), what, "Give one of them. Did a template render to nothing?")
+        return given[0], self.given(given[0])
+
+    def scratch(self) -> TemporaryDirectory[str]:
+        """A folder for what has no root; with a word on what that means."""
+        self.log.warning(
+            "There is no manifest_root, so what was sent is forgotten when the task ends: another try sends all of it "
+            "again. Give manifest_root, or set [dicom_get] manifest_root."
+        )
+        return TemporaryDirectory(prefix="dicom-get-")
+
+    # --- after it ----------------------------------------------------------------------------------
+
+    def _end(self, context: Context, result: Result, manifest: Manifest, progress: Progress) -> Any:
+        """Leave summary and manifest in XCom, whatever the verdict; then succeed, raise or defer."""
+        ti = context["ti"]
+        self._push(ti, "summary", summary(result, **manifest.counts(), try_number=ti.try_number), result)
+        value = manifest.value
+        waits = result.resume_at is not None and self.outside_window == "defer"
+        if result.verdict in check_accept(self.accept) and not waits and manifest.problem is None:
+            return value
+        if self.do_xcom_push:
+            self._push(ti, "return_value", value, result)
+        if manifest.problem is not None:
+            raise AirflowFailException(manifest.problem)
+        if waits:
+            self._defer(result, progress)
+        if result.resume_at is not None and result.verdict != CANCELLED:
+            raise AirflowFailException(f"{result.summary()}. outside_window is 'fail'.")
+        raise_for(result, self.accept)
+        return value
+
+    def _push(self, ti: Any, key: str, value: Any, result: Result) -> None:
+        try:
+            ti.xcom_push(key, value)
+        except Exception as error:
+            # A task that was ended from outside may write no more; its own error is the one to see.
+            if result.verdict != CANCELLED:
+                raise
+            self.log.warning("XCom %s could not be written: %s", key, type(error).__name__)
+
+    def _defer(self, result: Result, progress: Progress) -> None:
+        from airflow.providers.standard.triggers.temporal import DateTimeTrigger
+
+        assert result.resume_at is not None
+        progress.window(result.resume_at)
+        self.log.info("The hours of the PACS are over; the task goes on at %s.", result.resume_at.isoformat())
+        self.defer(trigger=DateTimeTrigger(moment=result.resume_at), method_name="execute_after_window")
