@@ -41,6 +41,11 @@ REASONS = frozenset(
 """The closed vocabulary of the manifest column ``reason``."""
 
 
+def object_uri(where: str | None, series: str, sop: str) -> str | None:
+    """Where an object lies: ``where`` itself or, if that ends with a slash, its name below that study's place."""
+    return f"{where}{series}/{sop}.dcm" if where and where.endswith("/") else where
+
+
 class Instance:
     """One SOP instance: what the source lists, what became of it. One manifest row.
 
@@ -75,7 +80,7 @@ class Instance:
         "study",
         "syntax",
         "tags",
-        "uri",
+        "where",
     )
 
     study: str
@@ -92,7 +97,7 @@ class Instance:
     exactness: Exactness | None
     dimse_status: int | None
     error: str | None
-    uri: str | None
+    where: str | None
     sha256: bytes | None
     bytes: int | None
     dataset_offset: int | None
@@ -110,6 +115,15 @@ class Instance:
         for name in self.__slots__:
             setattr(self, name, None)
         self.study, self.series, self.sop, self.sop_class = study, series, sop, sop_class
+
+    @property
+    def uri(self) -> str | None:
+        """Where the object lies. Set with a slash at its end it is the study's place, one string for all of them."""
+        return object_uri(self.where, self.series, self.sop)
+
+    @uri.setter
+    def uri(self, where: str | None) -> None:
+        self.where = where
 
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"

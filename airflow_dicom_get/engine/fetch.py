@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MAX_LIST = 500
 """UIDs in one C-GET: one bad UID costs the whole list on some sources."""
+_LEAST_PIECE = 8
+"""Instances below which a list is not divided among associations: each request costs a round trip."""
 _UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
 _LAST_CUTS = 2
 _MOST_SINGLED_OUT = 20
@@ -92,6 +94,11 @@ def lists_of(targets: Sequence[Instance], size: int = MAX_LIST) -> list[Request]
     ]
 
 
+def _pieces(request: Request) -> int:
+    """How many workers a request may keep busy."""
+    return -(-len(request.targets) // _LEAST_PIECE) if request.level == "IMAGE" else 1
+
+
 def _why_given_up(error: DicomGetError) -> str:
     if error.at_fault == "destination":
         return "destination_error"
@@ -110,6 +117,7 @@ class Pass:
         self._mutex = threading.Lock()
         self._error: DicomGetError | None = None
         self._active = 0
+        self._workers = 1
         self._singled_out = 0
         """How often an instance was set apart or given up because associations died of it."""
         self.outcomes: list[GetOutcome] = []
@@ -122,7 +130,7 @@ class Pass:
         DicomGetError
             The first error that ended the pass; what arrived before is kept.
         """
-        workers = min(associations, len(self._queue))
+        workers = self._workers = min(associations, sum(map(_pieces, self._queue)))
         threads = [
             threading.Thread(target=self._work, name=f"dicom-get-{number}", daemon=True) for number in range(1, workers)
         ]
@@ -220,8 +228,19 @@ class Pass:
                     self._active -= 1
 
     def _next(self) -> Request | None:
+        """The next request. Lists are handed out in pieces that grow smaller, so that all workers end together."""
         with self._mutex:
-            return self._queue.popleft() if self._queue and self._error is None else None
+            if not self._queue or self._error is not None:
+                return None
+            request = self._queue.popleft()
+            if self._workers > 1 and _pieces(request) > 1:
+                left = len(request.targets) + sum(len(other.targets) for other in self._queue)
+                size = max(left // (2 * self._workers), _LEAST_PIECE)
+                if len(request.targets) > size:
+                    rest = Request("IMAGE", request.series, request.targets[size:], request.cuts)
+                    self._queue.appendleft(rest)
+                    request = Request("IMAGE", request.series, request.targets[:size], request.cuts)
+            return request
 
     def _put_back(self, request: Request, error: DicomGetError, *, moved: bool) -> None:
         """What is left of a request that was cut off goes to the front, as a list.

@@ -177,4 +177,4 @@ def _take_row(
     instance.modality = instance.modality or series.modality
     instance.series_number = series.number
     instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
-    listing.instances.setdefault(sop, instance)
+    listing.instances.setdefault(instance.sop, instance)  # one string for all tables

@@ -387,6 +387,7 @@ class StudyRun:
             held = self._inventory.get(uid)
             if held is None or instance.state is not None or held.series != instance.series:
                 continue
+            del self._inventory[uid]
             _fill(instance, held)
             instance.state = "held"
             if self.tag_numbers:

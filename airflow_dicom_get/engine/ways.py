@@ -25,7 +25,7 @@ _COMMON = 15
 """Classes to try where nothing at all is known of a series."""
 _ASK_SINGLY = 200
 """Missing instances up to which each is asked for alone."""
-_LEAST_SHARE = 50
+_LEAST_SHARE = 16
 """Instances below which a series is not cut for several associations."""
 
 
@@ -51,13 +51,14 @@ def _requests(run: StudyRun, targets: Sequence[Instance], *, split: bool = False
     partial = run.scope.instances is not None or run.settings.sop_classes is not None
     partial = partial or any(f.level == "IMAGE" for f in run.scope.filters)
     several = run.settings.associations > 1
-    share = max(len(targets) // (2 * run.settings.associations), _LEAST_SHARE) if several else len(targets)
+    # A series that is asked for whole cannot be divided later: it should be a small part of the work.
+    share = max(len(targets) // (4 * run.settings.associations), _LEAST_SHARE) if several else len(targets)
     requests: list[Request] = []
     for series, part in by_series(targets).items():
         if len(part) == sizes[series] and not partial and not split and len(part) <= share:
             requests.append(Request("SERIES", series, part))
         else:
-            requests += _lists(run, part, min(MAX_LIST, share))
+            requests += _lists(run, part)
     return requests
 
 

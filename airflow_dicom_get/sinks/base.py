@@ -45,6 +45,7 @@ class Held:
     sop_class: str | None
     syntax: str | None
     uri: str | None
+    """Its own, or with a slash at its end the place of its study: see :func:`~airflow_dicom_get.records.object_uri`."""
     sha256: bytes | None
     bytes: int | None
     dataset_offset: int

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, object_uri
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.sinks.files import (
@@ -126,9 +127,10 @@ class FilesystemSink:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study)
         held: dict[str, Held] = {}
+        place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
-            candidates = [record for record in records.get(sop, ()) if record.series == series]
-            found = next((h for record in candidates if (h := self._verified(study, record, entry))), None)
+            candidates = [record for record in records.pop(sop, ()) if record.series == series]
+            found = next((h for record in candidates if (h := self._verified(study, record, entry, place))), None)
             if found is None and candidates:
                 self.replaceable.add(sop)
             elif found is None and self.adopt:
@@ -137,23 +139,19 @@ class FilesystemSink:
                 held[sop] = found
         return held
 
-    def _files(self, study: str) -> list[tuple[str, str, os.DirEntry[str]]]:
-        found = []
+    def _files(self, study: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
         try:
             for series in os.scandir(self.root / study):
                 if series.is_dir(follow_symlinks=False):
-                    found += [
-                        (series.name, entry.name[:-4], entry)
-                        for entry in os.scandir(series.path)
-                        if entry.name.endswith(".dcm") and not entry.name.startswith(".")
-                    ]
+                    for entry in os.scandir(series.path):
+                        if entry.name.endswith(".dcm") and not entry.name.startswith("."):
+                            yield series.name, entry.name[:-4], entry
         except FileNotFoundError:
             pass
         except OSError as error:
             raise sink_error(error, f"The destination cannot list study {study}") from error
-        return found
 
-    def _verified(self, study: str, record: Record, entry: os.DirEntry[str]) -> Held | None:
+    def _verified(self, study: str, record: Record, entry: os.DirEntry[str], place: str) -> Held | None:
         """The record as held, if the file is still what it says."""
         checkable = record.sha256 is not None
         need_digest = self.verify_held == "digest" or not record.durable
@@ -171,7 +169,7 @@ class FilesystemSink:
             sop=record.sop,
             sop_class=record.sop_class,
             syntax=record.syntax,
-            uri=entry.path,
+            uri=place,
             sha256=record.sha256,
             bytes=record.size,
             dataset_offset=record.dataset_offset,
@@ -203,7 +201,7 @@ class FilesystemSink:
     def head(self, held: Held, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
         try:
-            with Path(held.uri or "").open("rb") as file:
+            with Path(object_uri(held.uri, held.series, held.sop) or "").open("rb") as file:
                 return file.read(size)
         except OSError:
             return b""
@@ -330,6 +328,7 @@ class _Study:
 
     def __init__(self, path: Path, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
+        self.place = f"{path}/"
         path.mkdir(parents=True, exist_ok=True)
         self._lock_path = path / f".{run}.lock"
         self._lock = locks.hold(self._lock_path)
@@ -444,7 +443,7 @@ class _FileWriter:
             instance.sha256 = self._hash.digest() if self._hash is not None else None
             instance.dataset_offset = self._offset
             instance.dataset_bytes = self._size - self._offset
-            instance.uri = f"{self._study.path}/{instance.series}/{instance.sop}.dcm"
+            instance.uri = self._study.place
             return self._place()
         except OSError as error:
             self.abort()

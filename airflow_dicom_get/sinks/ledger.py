@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -238,25 +240,29 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Re
 def _record(uid: str, entry: Mapping[str, Any]) -> Record:
     digest = entry["sha256"]
     return Record(
-        series=str(entry["series"]),
+        series=sys.intern(str(entry["series"])),
         sop=uid,
-        sop_class=entry["class"],
-        syntax=entry["syntax"],
+        sop_class=_interned(entry["class"]),
+        syntax=_interned(entry["syntax"]),
         size=int(entry["size"]),
         dataset_offset=int(entry["dataset_offset"]),
         sha256=bytes.fromhex(digest) if digest else None,
         durable=False,
-        modality=entry.get("modality"),
+        modality=_interned(entry.get("modality")),
         series_number=entry.get("series_number"),
         instance_number=entry.get("instance_number"),
         forwarded_to=entry.get("forwarded_to"),
     )
 
 
+def _interned(text: str | None) -> str | None:
+    return sys.intern(text) if text else text
+
+
 def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
-    lines = data.split(b"\n")
-    lines.pop()  # empty after the last newline, or torn
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(BytesIO(data), 1):  # not all lines at once: a ledger may be large
+        if not line.endswith(b"\n"):
+            return  # torn
         try:
             entry = json.loads(line)
             if not isinstance(entry, dict):
