@@ -52,7 +52,7 @@ class DicomGetError(Exception):
 
 
 def reason_of(error: DicomGetError) -> str:
-    """One word for an error, as ``Result.reason`` has it: ``connect_failed``, ``association_rejected``, ``deadline``."""
+    """One word for an error, as ``Result.reason`` has it: ``connect_failed``, ``deadline``."""
     if isinstance(error, DeadlineExceeded):
         return "deadline"
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()

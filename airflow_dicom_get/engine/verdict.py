@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, DestinationFull, reason_of, NotAuthorised, NotNegotiated
+from airflow_dicom_get.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DestinationFull,
+    NotAuthorised,
+    NotNegotiated,
+    reason_of,
+)
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import (
     CANCELLED,
