@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -246,20 +247,34 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def measure(args: argparse.Namespace) -> Results:
+    """Measure all parts. What is there when one of them fails is kept in a file."""
+    start = time.monotonic()
+    with prepared(args) as (session, folder):
+        try:
+            session.memory()
+            session.pacs(folder)
+            session.buckets(folder)
+            session.singles()
+        except BaseException:
+            handle, kept = tempfile.mkstemp(prefix="dicom-get-bench-", suffix=".json")
+            os.close(handle)
+            session.results.save(Path(kept))
+            say(f"ended early; what was measured is in {kept} (for --render)")
+            raise
+    session.results.about["took"] = f"{time.monotonic() - start:.0f} s"
+    return session.results
+
+
 def main() -> None:
     """Measure, and write the report."""
     args = parse()
     if args.render:
         results = Results.load(args.render)
     else:
-        start = time.monotonic()
-        with prepared(args) as (session, folder):
-            session.memory()
-            session.pacs(folder)
-            session.buckets(folder)
-            session.singles()
-            results = session.results
-        results.about["took"] = f"{time.monotonic() - start:.0f} s"
+        # Ended by a signal, it takes its servers with it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        results = measure(args)
     with tempfile.TemporaryDirectory() as nowhere:
         page = write_report(results, args.output or Path(nowhere))
         print(page.read_text() if args.output is None else f"written: {page}")
