@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def channel(destination: OddDestination, **deadlines: float) -> Iterator[tuple[A
         association.release()
 
 
+def write_much(store: StoreChannel, seconds: float) -> None:
+    for _ in range(100):
+        store.write(memoryview(bytes(1 << 20)), soon(seconds))
+
+
 def soon(seconds: float = 5.0) -> float:
     return time.monotonic() + seconds
 
@@ -62,6 +68,23 @@ def test_bytes_arrive_as_they_are(max_pdu: int, chunk: int) -> None:
         assert destination.odd_fragments == 0
         assert destination.largest_pdu <= (max_pdu or 131072)
         assert destination.largest_pdu <= 131072
+
+
+@pytest.mark.parametrize("max_pdu", [0, 4096, 16384, 50000, 65536, 131072])
+@pytest.mark.parametrize("size", [0, 2, 100_000, 786_000, 786_432, 900_000, 5_000_000])
+def test_the_digest_is_of_what_was_sent(max_pdu: int, size: int) -> None:
+    data = os.urandom(size)
+    with OddDestination(max_pdu=max_pdu) as destination, channel(destination) as (_, store):
+        for uid in ("1.2.3", "1.2.4"):
+            digest = hashlib.sha256()
+            store.begin(1, CT, uid, digest)
+            for pos in range(0, size, 99_999):
+                store.write(memoryview(data)[pos : pos + 99_999], soon())
+            store.finish(soon())
+            store.digest_sent()
+            assert store.response(soon()).status == 0
+            assert digest.digest() == hashlib.sha256(data).digest()
+        assert destination.held() == {"1.2.3": data, "1.2.4": data}
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 131066, 131067, 262132, 262133])
@@ -98,15 +121,16 @@ def test_response_that_does_not_come() -> None:
 
 
 def test_peer_that_reads_nothing() -> None:
-    with OddDestination(on_data=lambda number, size: time.sleep(1.5)) as destination:
-        with channel(destination, stall=0.3) as (_, store):
-            store.begin(1, CT, "1.2.3")
-            began = time.monotonic()
-            with pytest.raises(DeadlineExceeded) as caught:
-                for _ in range(100):
-                    store.write(memoryview(bytes(1 << 20)), soon(0.3))
-            assert caught.value.facts["phase"] == "stall"
-            assert time.monotonic() - began < 2
+    with (
+        OddDestination(on_data=lambda number, size: time.sleep(1.5)) as destination,
+        channel(destination, stall=0.3) as (_, store),
+    ):
+        store.begin(1, CT, "1.2.3")
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded) as caught:
+            write_much(store, 0.3)
+        assert caught.value.facts["phase"] == "stall"
+        assert time.monotonic() - began < 2
 
 
 def test_peer_that_dies() -> None:
@@ -116,8 +140,7 @@ def test_peer_that_dies() -> None:
     with OddDestination(on_data=die) as destination, channel(destination) as (_, store):
         store.begin(1, CT, "1.2.3")
         with pytest.raises(AssociationAborted):
-            for _ in range(50):
-                store.write(memoryview(bytes(1 << 20)), soon())
+            write_much(store, 5.0)
 
 
 def test_response_without_status() -> None:

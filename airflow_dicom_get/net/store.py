@@ -6,7 +6,7 @@ in the one buffer until the caller says that it is the last.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom.pdata import P_DATA_HEADER_LENGTH, frame_message, put_p_data_header
@@ -16,6 +16,8 @@ from airflow_dicom_get.net.messages import read_response
 
 MAX_PDU_LENGTH = 131072
 """The largest P-DATA-TF that is sent, whatever the peer allows: larger ones measured slower."""
+_BUFFER = 3 << 18
+"""Bytes of a data set that are kept until they are digested."""
 _COMMAND_ROOM = 4096
 _EAGER = 1 << 16
 """Bytes that are sent in one write, where the peer's PDUs are smaller."""
@@ -31,7 +33,8 @@ class StoreResponse(NamedTuple):
 class StoreChannel:
     """Stores instances over one association, one after the other.
 
-    Memory: one buffer of at most 128 KiB + 64 KiB + 4 KiB.
+    Bytes are digested only when they have gone: the end of a data set, or the whole of a small one,
+    while the peer is busy with it. Memory: one buffer of 1.1 MiB at most.
 
     Parameters
     ----------
@@ -47,15 +50,21 @@ class StoreChannel:
         self._room = max(room - room % 2, 2)  # fragments stay even (PS3.8 E.1)
         self._peer_length = self._room + 6
         self._association = association
-        self._buffer = memoryview(bytearray(_COMMAND_ROOM + _EAGER + P_DATA_HEADER_LENGTH + self._room))
+        self._buffer = memoryview(bytearray(_COMMAND_ROOM + _BUFFER + _EAGER + 2 * (P_DATA_HEADER_LENGTH + self._room)))
         self._context_id = 0
         self._message_id = 0
+        self._sent = 0
         self._start = 0
         """Where the PDU at hand begins; the PDUs before it are whole."""
         self._end = 0
+        self._digest: Any = None
+        self._undigested: list[tuple[int, int]] = []
 
-    def begin(self, context_id: int, sop_class: str, sop_instance: str) -> None:
-        """Begin an instance. Nothing is sent before its first bytes are there."""
+    def begin(self, context_id: int, sop_class: str, sop_instance: str, digest: Any = None) -> None:
+        """Begin an instance. Nothing is sent before its first bytes are there.
+
+        ``digest``, if given, is a hash object that is fed with the data set.
+        """
         self._context_id = context_id
         self._message_id = self._association.next_message_id()
         command = frame_message(
@@ -73,9 +82,11 @@ class StoreChannel:
             None,
             self._peer_length,
         )
-        self._start = len(command)
+        self._sent, self._start = 0, len(command)
         self._buffer[: self._start] = command
         self._end = self._start + P_DATA_HEADER_LENGTH
+        self._digest = digest
+        self._undigested.clear()
 
     def write(self, view: memoryview, limit: float) -> None:
         """Take the next bytes of the data set; ``limit`` is the ``time.monotonic()`` value by which they must go.
@@ -90,8 +101,11 @@ class StoreChannel:
             full = self._start + P_DATA_HEADER_LENGTH + self._room
             if self._end == full:
                 self._seal(last=False)
-                if self._start >= _EAGER:
+                if self._start - self._sent >= _EAGER:
                     self._flush(limit, "stall")
+                    if self._start >= _BUFFER:
+                        self.digest_sent()
+                        self._sent = self._start = 0
                 self._end = self._start + P_DATA_HEADER_LENGTH
                 full = self._end + self._room
             take = min(full - self._end, size - pos)
@@ -112,11 +126,19 @@ class StoreChannel:
     def _seal(self, *, last: bool) -> None:
         size = self._end - self._start - P_DATA_HEADER_LENGTH
         put_p_data_header(self._buffer, self._start, size, self._context_id, last=last)
+        if self._digest is not None:
+            self._undigested.append((self._start + P_DATA_HEADER_LENGTH, self._end))
         self._start = self._end
 
     def _flush(self, limit: float, phase: str) -> None:
-        self._association.send(self._buffer[: self._start], limit, phase)
-        self._start = 0
+        self._association.send(self._buffer[self._sent : self._start], limit, phase)
+        self._sent = self._start
+
+    def digest_sent(self) -> None:
+        """Feed the digest with what has gone since the last time; after :meth:`finish`, with all the rest."""
+        for start, end in self._undigested:
+            self._digest.update(self._buffer[start:end])
+        self._undigested.clear()
 
     def response(self, limit: float) -> StoreResponse:
         """Wait for the C-STORE-RSP.

@@ -92,7 +92,7 @@ class ForwardSink:
     """Store instances at another node.
 
     One association with the destination for each with the source: a line is taken for an instance
-    and given back after its response. Memory: a buffer of 200 KiB for each of them, and about 150
+    and given back after its response. Memory: a buffer of 1 MiB for each of them, and about 150
     bytes for each instance that was forwarded.
 
     Parameters
@@ -237,8 +237,9 @@ class ForwardSink:
         line = self._line(pair)
         if line is None:
             return _Draining(self._no_context(instance, pair))
-        line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop)
-        return _ForwardWriter(self, line, instance)
+        digest = hashlib.sha256() if self.checksum else None
+        line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
+        return _ForwardWriter(self, line, instance, digest)
 
     def _ledger(self, study: str) -> Ledger:
         with self._mutex:
@@ -437,10 +438,10 @@ class _ForwardWriter:
 
     __slots__ = ("_hash", "_instance", "_line", "_seen", "_sink", "_size")
 
-    def __init__(self, sink: ForwardSink, line: _Line, instance: Instance) -> None:
+    def __init__(self, sink: ForwardSink, line: _Line, instance: Instance, digest: Any) -> None:
         self._sink, self._instance = sink, instance
         self._line: _Line | None = line
-        self._hash: Any = hashlib.sha256() if sink.checksum else None
+        self._hash = digest
         self._size = 0
         self._seen = time.monotonic()
         """When the source's latest bytes were at hand."""
@@ -455,20 +456,19 @@ class _ForwardWriter:
             line.channel.write(view, self._seen + self._sink.deadlines.stall)
         except PeerError as error:
             raise self._lost(error) from error
-        if self._hash is not None:
-            self._hash.update(view)
 
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""
         line, instance, sink = self._line, self._instance, self._sink
         assert line is not None
         instance.bytes = instance.dataset_bytes = self._size
-        instance.sha256 = self._hash.digest() if self._hash is not None else None
         instance.dataset_offset, instance.uri = 0, None
         instance.forwarded_to = sink.name
         limit = self._seen + sink.deadlines.sub_operation
         try:
             line.channel.finish(limit)
+            line.channel.digest_sent()
+            instance.sha256 = self._hash.digest() if self._hash is not None else None
             if not line.channel.wait_for_response(limit):
                 self._line = None
                 raise sink.late(line, instance)
