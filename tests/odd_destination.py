@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-
 _QUERY = "1.2.840.10008.5.1.4.1.2."  # it stores, and no more
 
 

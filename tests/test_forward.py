@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -638,7 +639,7 @@ class TestResume:
             plain = forward(source, blank, tmp_path / "two", private.study, trust_destination=True)
             assert (plain.verdict, plain.skipped, len(blank.held())) == ("complete", 0, 12)
 
-    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "4"))))
     def test_kill(self, embedded: Embedded, ct: Holding, tmp_path: Path, seed: int) -> None:
         """kill -9 at a random moment: the resume completes, and at most one instance goes twice."""
         rng = random.Random(seed)
@@ -695,6 +696,31 @@ class TestSink:
             ).get_study({"StudyInstanceUID": private.study})
             assert result.verdict == "complete"
             assert result.manifest["forwarded_to"].iloc[0] == f"OTHER@127.0.0.1:{destination.port}"
+
+    def test_tls(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
+        certificates = pytest.importorskip("test_tls")
+        (tmp_path / "ca").mkdir()
+        (tmp_path / "dest").mkdir()
+        authority = certificates.Authority(tmp_path / "ca", "authority")
+        pair = authority.issue("destination")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(pair.cert, pair.key)
+        destination = embedded(tmp_path / "dest", ae_title="DEST", ssl_context=context)
+        source = embedded(private.folder)
+
+        def run(tls: dict[str, Any] | None) -> Result:
+            target = {"addr": f"DEST@127.0.0.1:{destination.port}", "tls": tls}
+            return GetScu(
+                f"127.0.0.1:{source.port}", storage_backend="Forward", forward_target=target,
+                manifest_root=tmp_path / "state", retries=0, deadlines=Deadlines(stall=4),
+            ).get_study({"StudyInstanceUID": private.study})  # fmt: skip
+
+        assert run({"ca": authority.ca}).verdict == "complete"
+        assert datasets(tmp_path / "dest") == sent_by(private)
+        (tmp_path / "state").rename(tmp_path / "before")
+        untrusted = run({})
+        assert (untrusted.verdict, untrusted.completed) == ("failed", 0)
+        assert "certificate" in untrusted.errors[0]["error"]
 
     def test_state_goes_to_the_users_state_folder(
         self, embedded: Embedded, private: Holding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
