@@ -32,6 +32,7 @@ _SHORT_VRS = frozenset(
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 32
+_INFLATE_CHUNK = 1 << 16
 
 
 class HeaderError(ValueError):
@@ -162,6 +163,32 @@ def _skip_undefined(data: bytes | bytearray | memoryview, pos: int, encoding: En
             if tag == _ITEM_END:
                 break
             pos = _skip_undefined(data, pos, items, depth + 1) if length == _UNDEFINED else pos + length
+
+
+def ends_whole(data: memoryview, syntax: str) -> bool:
+    """Whether no element of a data set runs past its end. One that was cut between two elements is not noticed."""
+    if syntax == DEFLATED_LE:
+        return _inflates_whole(data)
+    for encoding in (encoding_of(syntax), *(() if syntax in UNCOMPRESSED else (_IMPLICIT,))):
+        try:
+            scan_elements(data, encoding, (), 0xFFFFFFFF, whole=True)
+            return True
+        except HeaderError:
+            continue
+    return False
+
+
+def _inflates_whole(data: memoryview) -> bool:
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        for start in range(0, len(data), _INFLATE_CHUNK):
+            rest: bytes | memoryview = data[start : start + _INFLATE_CHUNK]
+            while rest and not inflate.eof:
+                inflate.decompress(rest, MAX_HEADER)
+                rest = inflate.unconsumed_tail
+    except zlib.error:
+        return False
+    return inflate.eof
 
 
 class HeaderScan:

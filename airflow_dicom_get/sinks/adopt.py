@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from pathlib import Path
+from typing import BinaryIO
 
 from airflow_dicom_get.dicom.header import (
     INSTANCE_NUMBER,
@@ -15,9 +17,10 @@ from airflow_dicom_get.dicom.header import (
     STUDY_INSTANCE_UID,
     HeaderError,
     HeaderScan,
+    ends_whole,
 )
 from airflow_dicom_get.dicom.identifier import int_value, text_value
-from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.dicom.uids import uid_value
 from airflow_dicom_get.sinks.base import Held
 
@@ -25,7 +28,7 @@ _WANTED = MANDATORY | {MODALITY, SERIES_NUMBER, INSTANCE_NUMBER}
 
 
 def read_instance(path: Path, study: str, series: str, sop: str) -> Held | None:
-    """The file as held, if it is a Part 10 file whose header names these three UIDs and that opens whole."""
+    """The file as held, if it is a Part 10 file whose header names these three UIDs and that is whole."""
     with path.open("rb") as file:
         meta = read_file_meta(file.read(META_LIMIT))
         if meta is None or meta.sop_instance != sop:
@@ -39,7 +42,7 @@ def read_instance(path: Path, study: str, series: str, sop: str) -> Held | None:
         except HeaderError:
             return None
         found = [uid_value(scan.values[tag]) for tag in (STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SOP_INSTANCE_UID)]
-        if found != [study, series, sop] or not _opens_whole(path):
+        if found != [study, series, sop] or not _ends_whole(file, meta):
             return None
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").digest()
@@ -59,16 +62,11 @@ def read_instance(path: Path, study: str, series: str, sop: str) -> Held | None:
     )
 
 
-def _opens_whole(path: Path) -> bool:
-    """Whether no element runs past the end of the file: a copy that was cut off is not adopted."""
-    import warnings
-
-    from pydicom import dcmread
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcmread(path, defer_size=1024)
-    except Exception:
-        return False
-    return True
+def _ends_whole(file: BinaryIO, meta: FileMeta) -> bool:
+    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
+    with (
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+        view[meta.dataset_offset :] as data,
+    ):
+        return ends_whole(data, meta.syntax)

@@ -227,7 +227,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Re
                         records[uid].etag = entry.get("etag")
                     case "dropped":
                         records.pop(uid, None)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, OverflowError, TypeError, ValueError):
                 raise LedgerError(
                     f"The ledger {path} holds a record that cannot be read.",
                     hint="It was left as it is. Move it away to have its instances fetched again.",
@@ -249,14 +249,20 @@ def _record(uid: str, entry: Mapping[str, Any]) -> Record:
         sha256=bytes.fromhex(digest) if digest else None,
         durable=False,
         modality=_interned(entry.get("modality")),
-        series_number=entry.get("series_number"),
-        instance_number=entry.get("instance_number"),
-        forwarded_to=entry.get("forwarded_to"),
+        series_number=_number(entry.get("series_number")),
+        instance_number=_number(entry.get("instance_number")),
+        forwarded_to=_interned(entry.get("forwarded_to")),
     )
 
 
 def _interned(text: str | None) -> str | None:
-    return sys.intern(text) if text else text
+    return sys.intern(text) if text is not None else None
+
+
+def _number(value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise TypeError
+    return value
 
 
 def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
@@ -267,7 +273,7 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
             entry = json.loads(line)
             if not isinstance(entry, dict):
                 raise ValueError
-        except ValueError:
+        except (RecursionError, ValueError):
             raise LedgerError(
                 f"The ledger {path} is broken in line {number}.",
                 hint="It was left as it is. Move it away to have its instances fetched again.",

@@ -225,6 +225,35 @@ def test_reads_no_further_than_it_must() -> None:
     assert scanner.done
 
 
+def test_real_files_end_whole_and_cut_ones_do_not() -> None:
+    """A cut in the last element is noticed, whatever the encoding; one between two elements cannot be."""
+    odd = []
+    for name, (syntax, data, _) in real_files().items():
+        if not h.ends_whole(memoryview(data), syntax):
+            odd.append(name)
+            continue
+        # A deflated one is whole without what stands behind the end of its stream.
+        for cut_off in (1, 2, 7) if syntax != DEFLATED_LE else (20, 100):
+            assert not h.ends_whole(memoryview(data[:-cut_off]), syntax), (name, cut_off)
+    assert len(odd) < 5, odd
+
+
+@given(st.sampled_from(SYNTAXES), st.binary(max_size=300))
+def test_any_bytes_end_whole_or_do_not(syntax: str, data: bytes) -> None:
+    assert h.ends_whole(memoryview(data), syntax) in (True, False)
+
+
+def test_a_deflate_bomb_is_not_unpacked_to_see_whether_it_is_whole() -> None:
+    squeeze = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    bomb = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(64)) + squeeze.flush()
+    tracemalloc.start()
+    try:
+        assert h.ends_whole(memoryview(bomb), DEFLATED_LE)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 # --- what it refuses ---------------------------------------------------------------------------------
 
 

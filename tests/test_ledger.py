@@ -1,0 +1,239 @@
+"""The ledger on a folder: what was written is read, what is broken is said, whatever its bytes are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from airflow_dicom_get.errors import LedgerError
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.ledger import (
+    SCHEMA,
+    LedgerWriter,
+    Record,
+    dropped_line,
+    durable_line,
+    header_line,
+    parse_ledger,
+    read_ledgers,
+    taken_line,
+)
+
+STUDY = "1.2.3"
+
+
+def instance(sop: str, size: int = 100, series: str = "1.2.3.4") -> Instance:
+    made = Instance(STUDY, series, sop, "1.2.840.10008.5.1.4.1.1.2")
+    made.syntax, made.bytes, made.dataset_offset = "1.2.840.10008.1.2.1", size, 50
+    made.sha256 = bytes(range(32))
+    made.modality, made.series_number, made.instance_number = "CT", 3, 7
+    return made
+
+
+def record_of(one: Instance, *, durable: bool) -> Record:
+    return Record(
+        one.series, one.sop, one.sop_class, one.syntax, one.bytes or 0, one.dataset_offset or 0, one.sha256, durable,
+        one.modality, one.series_number, one.instance_number, one.forwarded_to,
+    )  # fmt: skip
+
+
+def write(root: Path, run: str, taken: Sequence[Instance] = (), durable: Sequence[str] = ()) -> Path:
+    writer = LedgerWriter(root, STUDY, run)
+    for one in taken:
+        writer.taken(one)
+    if durable:
+        writer.durable(durable)
+    writer.sync()
+    writer.close()
+    return writer.path
+
+
+def parse(content: bytes) -> dict[str, Record]:
+    return parse_ledger([("ledger", content)], STUDY)
+
+
+# --- what is written ------------------------------------------------------------------------------------
+
+
+def test_a_record_before_the_rename_and_one_after_the_sync(tmp_path: Path) -> None:
+    one, two = instance("1.1"), instance("1.2")
+    path = write(tmp_path, "r", [one, two], ["1.1"])
+    assert path == tmp_path / ".ledger" / STUDY / "r.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert entries[0] == {"ledger": SCHEMA}
+    assert [(entry["state"], entry["uid"]) for entry in entries[1:]] == [
+        ("taken", "1.1"), ("taken", "1.2"), ("durable", "1.1"),
+    ]  # fmt: skip
+    assert entries[1]["sha256"] == one.sha256.hex() if one.sha256 else False
+    assert {"series", "class", "syntax", "size", "dataset_offset"} <= entries[1].keys()
+    assert read_ledgers(tmp_path, STUDY) == {
+        "1.1": [record_of(one, durable=True)],
+        "1.2": [record_of(two, durable=False)],
+    }
+
+
+def test_no_patient_data_can_get_in() -> None:
+    keys = json.loads(taken_line(instance("1.1"))).keys()
+    assert keys == {"state", "uid", "series", "class", "syntax", "size", "dataset_offset", "sha256", "modality",
+                    "series_number", "instance_number"}  # fmt: skip
+
+
+def test_each_line_is_written_by_one_write(tmp_path: Path) -> None:
+    """So that a kill leaves whole lines: here after every call, before the file is closed."""
+    writer = LedgerWriter(tmp_path, STUDY, "r")
+    for number in range(3):
+        writer.taken(instance(f"1.{number}"))
+        assert len(read_ledgers(tmp_path, STUDY)) == number + 1
+    writer.durable(["1.0", "1.2"])
+    assert [read_ledgers(tmp_path, STUDY)[f"1.{n}"][0].durable for n in range(3)] == [True, False, True]
+    writer.close()
+
+
+def test_a_run_that_recorded_nothing_leaves_no_ledger(tmp_path: Path) -> None:
+    assert not write(tmp_path, "r").exists()
+
+
+def test_what_was_taken_back_is_not_there(tmp_path: Path) -> None:
+    writer = LedgerWriter(tmp_path, STUDY, "r")
+    writer.taken(instance("1.1"))
+    writer.dropped("1.1")
+    writer.durable(["1.1"])
+    writer.close()
+    assert read_ledgers(tmp_path, STUDY) == {}
+
+
+# --- the union of all runs --------------------------------------------------------------------------------
+
+
+def test_newer_records_come_first_and_durable_ones_before_all(tmp_path: Path) -> None:
+    for run, size, durable in (("20260101", 1, True), ("20260102", 2, False), ("20260103", 3, True)):
+        write(tmp_path, run, [instance("1.1", size)], ["1.1"] if durable else [])
+    write(tmp_path, "20260104", [instance("1.1", 4)])
+    found = [(record.size, record.durable) for record in read_ledgers(tmp_path, STUDY)["1.1"]]
+    assert found == [(3, True), (1, True), (4, False), (2, False)]
+
+
+def test_a_durable_of_another_run_says_nothing_of_this_one(tmp_path: Path) -> None:
+    write(tmp_path, "a", [instance("1.1", 1)])
+    write(tmp_path, "b", [], ["1.1"])
+    assert [record.durable for record in read_ledgers(tmp_path, STUDY)["1.1"]] == [False]
+
+
+def test_other_studies_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "a", [instance("1.1")])
+    (tmp_path / ".ledger" / "9.9").mkdir()
+    (tmp_path / ".ledger" / "9.9" / "a.jsonl").write_bytes(b"broken\n")
+    assert read_ledgers(tmp_path, STUDY).keys() == {"1.1"}
+    assert read_ledgers(tmp_path, "7.7") == {}
+    with pytest.raises(LedgerError):
+        read_ledgers(tmp_path, "9.9")
+
+
+def test_forwards_are_read_by_their_destination(tmp_path: Path) -> None:
+    one = instance("1.1")
+    one.forwarded_to = "A@host:1"
+    write(tmp_path, "a", [one], ["1.1"])
+    assert read_ledgers(tmp_path, STUDY) == {}
+    assert read_ledgers(tmp_path, STUDY, "B@host:1") == {}
+    assert read_ledgers(tmp_path, STUDY, "A@host:1") == {"1.1": [record_of(one, durable=True)]}
+
+
+# --- any bytes ----------------------------------------------------------------------------------------------
+
+UIDS = st.sampled_from(("1.1", "1.2", "1.3"))
+LINES = st.one_of(UIDS.map(lambda uid: taken_line(instance(uid))), UIDS.map(durable_line), UIDS.map(dropped_line))
+LEDGERS = st.lists(LINES, max_size=12).map(lambda lines: (header_line() + "".join(lines)).encode())
+
+
+@given(LEDGERS, st.integers(0, 3000))
+def test_a_torn_last_line_is_ignored(content: bytes, cut: int) -> None:
+    """At whatever byte: what the whole lines say is read, and no more."""
+    torn = content[: min(cut, len(content))]
+    whole = torn[: torn.rfind(b"\n") + 1]
+    assert parse(torn) == parse(whole)
+
+
+@given(st.lists(st.tuples(st.sampled_from(("taken", "durable", "dropped")), UIDS), max_size=20))
+def test_the_last_word_counts(steps: list[tuple[str, str]]) -> None:
+    lines = {"taken": lambda uid: taken_line(instance(uid)), "durable": durable_line, "dropped": dropped_line}
+    expected: dict[str, bool] = {}
+    for state, uid in steps:
+        if state == "taken":
+            expected[uid] = False
+        elif state == "dropped":
+            expected.pop(uid, None)
+        elif uid in expected:
+            expected[uid] = True
+    found = parse("".join([header_line(), *(lines[state](uid) for state, uid in steps)]).encode())
+    assert {uid: record.durable for uid, record in found.items()} == expected
+
+
+SPOILED = st.tuples(LEDGERS, st.integers(0, 5000), st.binary(max_size=8)).map(
+    lambda x: x[0][: x[1] % len(x[0])] + x[2] + x[0][x[1] % len(x[0]) + 1 :]
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=5,
+)
+KEYS = sorted(json.loads(taken_line(instance("1.1"))))
+ODD = st.tuples(st.sampled_from(KEYS), JSON).map(
+    lambda x: (json.dumps({**json.loads(taken_line(instance("1.1"))), x[0]: x[1]}) + "\n").encode()
+)
+
+
+@given(st.one_of(st.binary(max_size=200), SPOILED, ODD, JSON.map(lambda x: (json.dumps(x) + "\n").encode())))
+def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
+    try:
+        found = parse(content)
+    except LedgerError:
+        return
+    for uid, record in found.items():
+        assert record.sop == uid
+        assert isinstance(record.size, int)
+        for text in (record.sop_class, record.syntax, record.modality):
+            assert text is None or isinstance(text, str)
+        for number in (record.series_number, record.instance_number):
+            assert number is None or type(number) is int
+
+
+TAKEN = taken_line(instance("1.1")).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"ledger": 2}\n', "has schema 2; this version reads 1"),
+        (b'{"ledger": "1"}\n', "has schema 1; this version reads 1"),
+        (b"{}\n", "holds a record that cannot be read"),
+        (b'{"state": "taken", "uid": "1.1"}\n', "holds a record that cannot be read"),
+        (b'{"state": "taken"\n', "is broken in line 2"),
+        (b"\n", "is broken in line 2"),
+        (b"[]\n", "is broken in line 2"),
+        (b"\xff\xfe\n", "is broken in line 2"),
+        (b"[" * 100_000 + b"\n", "is broken in line 2"),
+        (TAKEN.replace(b'"size": 100', b'"size": Infinity'), "holds a record that cannot be read"),
+        (TAKEN.replace(b'"modality": "CT"', b'"modality": 1'), "holds a record that cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_broken_is_said_and_left_as_it_is(tmp_path: Path, line: bytes, text: str) -> None:
+    path = write(tmp_path, "r", [instance("1.1")], ["1.1"])
+    content = header_line().encode() + line + path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=text) as caught:
+        read_ledgers(tmp_path, STUDY)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    assert not caught.value.transient
+    assert caught.value.study == STUDY  # type: ignore[attr-defined]
+    assert path.read_bytes() == content
+
+
+def test_records_of_a_state_to_come_are_passed_over() -> None:
+    content = header_line() + taken_line(instance("1.1")) + '{"state": "seen", "uid": "1.1"}\n'
+    assert parse(content.encode()).keys() == {"1.1"}
