@@ -1,0 +1,165 @@
+"""The sensor that waits for studies at a PACS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk import BaseSensorOperator, PokeReturnValue
+from airflow.sdk.configuration import conf
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.operators._base import DicomOperator, final_errors
+from airflow_dicom_get.operators._hiding import label_of, shown_query, shown_study
+from airflow_dicom_get.operators._request import study_queries
+from airflow_dicom_get.operators._settling import Seen, Watch, look
+from airflow_dicom_get.query import parse_query
+from airflow_dicom_get.triggers.study import DicomStudyTrigger
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from airflow_dicom_get.operators._items import Item
+
+
+class DicomStudySensor(DicomOperator, BaseSensorOperator):
+    """Wait until studies are at a PACS and no longer grow, and return one Item each: what ``DicomGetOperator`` takes.
+
+    A study has settled once its number of instances has been the same for ``settled_for``. All studies are asked for
+    together; the first look is the worker's, the further ones the triggerer's.
+
+    :param study: Study Instance UID, Item, or a list of either: all of them are to be there (templated)
+    :param query: DICOM keywords or tags, and values: at least one study is to match, and all that do are to have
+        settled (templated)
+    :param settled_for: how long the number of instances has to stay the same
+    :param min_instances: how many instances each study has to have
+    :param deferrable: wait in the triggerer rather than in a worker slot; Airflow's ``[operators]
+        default_deferrable`` by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
+    """
+
+    template_fields: Sequence[str] = ("study", "query", "dicom_conn_id")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
+
+    def __init__(
+        self,
+        *,
+        study: str | Item | Sequence[str | Item] | None = None,
+        query: Mapping[str, Any] | None = None,
+        settled_for: timedelta = timedelta(minutes=10),
+        min_instances: int = 1,
+        poke_interval: timedelta | float = 60,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(poke_interval=poke_interval, **kwargs)
+        self.study = study
+        self.query = query
+        self.settled_for = settled_for
+        self.min_instances = min_instances
+        self.deferrable = deferrable
+        self._seen: Seen = {}
+
+    def shown(self, name: str, value: Any) -> Any:
+        """Hide the values of identifying keys."""
+        hide = {"study": shown_study, "query": shown_query}.get(name)
+        return hide(value) if hide else value
+
+    def map_label(self) -> str:
+        """Name what is waited for, without patient data."""
+        return label_of(self.given("study"), self.given("query"), None)
+
+    def execute(self, context: Context) -> Any:
+        """Look; if that is not enough, leave the rest to the triggerer, or look again."""
+        with final_errors():
+            watch = self._watch()
+        if not self.deferrable:
+            return super().execute(context)
+        done = self.poke(context)
+        if done:
+            return done.xcom_value
+        self.defer(
+            trigger=DicomStudyTrigger(watch.to_json(), self._seen, self.poke_interval),
+            method_name="execute_complete",
+            timeout=timedelta(seconds=self.timeout),
+        )
+
+    def execute_complete(self, context: Context, event: Mapping[str, Any]) -> list[Item]:
+        """Return what the trigger found."""
+        if "error" in event:
+            raise AirflowFailException(str(event["error"]))
+        return list(event["items"])
+
+    def poke(self, context: Context) -> PokeReturnValue:
+        """Look once. A PACS that is down or busy is asked again."""
+        with final_errors():
+            watch = self._watch()
+            try:
+                found = look(watch, self.hook, self._seen, time.time(), self._take)
+            except DicomGetError as error:
+                if not error.transient or self._killed:
+                    raise
+                self.log.warning("The PACS could not be asked: %s", error)
+                return PokeReturnValue(False)
+        self._seen = found.seen
+        self.log.info("%s.", found.text)
+        return PokeReturnValue(found.done, found.items if found.done else None)
+
+    def _take(self, scu: Any) -> None:
+        self._scu = scu
+        if self._killed:
+            scu.cancel("the task was ended")
+
+    def _watch(self) -> Watch:
+        """What is waited for, checked before any traffic."""
+        settled: Any = self.settled_for
+        if not isinstance(settled, timedelta) or settled < timedelta(0):
+            raise invalid("settled_for", f"{shown(settled)} is not allowed", "Give a timedelta of at least 0.")
+        least: Any = self.min_instances
+        if not isinstance(least, int) or isinstance(least, bool) or least < 1:
+            raise invalid("min_instances", f"{shown(least)} is not allowed", "Give a whole number of at least 1.")
+        if self.reschedule and settled:
+            hint = "Give deferrable=True, which frees the worker slot too; or settled_for=timedelta(0)."
+            raise invalid("mode", "reschedule forgets between two looks what the first has seen", hint)
+        study, query = self.given("study"), self.given("query")
+        if (study is None) == (query is None):
+            what = "both are given" if study is not None else "neither is given"
+            raise invalid("study, query", what, "Give one of the two. Did a template render to nothing?")
+        if study is not None:
+            queries = study_queries(study)
+        elif isinstance(query, Mapping) and query:
+            queries = [dict(query)]
+        else:
+            raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
+        queries = [self._frozen(one) for one in queries]
+        named = [] if study is None else [uid for one in queries for uid in one["StudyInstanceUID"]]
+        if study is not None and not named:
+            raise invalid("study", "is an empty list", "Give at least one study.")
+        return Watch(
+            dicom_conn_id=self.dicom_conn_id,
+            queries=queries,
+            named=named,
+            query_model=self.query_model,
+            settled_seconds=settled.total_seconds(),
+            min_instances=least,
+        )
+
+    def _frozen(self, query: Mapping[str, Any]) -> dict[str, Any]:
+        """The query, checked, with ``today`` as the date of now: it may be asked still after midnight."""
+        hook = self.hook
+        parsed = parse_query(query, query_model=self.query_model or hook.query_model, timezone=hook.timezone)
+        keys: dict[str, Any] = {item.keyword: item.value for item in parsed.filters}
+        for name, uids in (
+            ("StudyInstanceUID", parsed.studies),
+            ("SeriesInstanceUID", parsed.series),
+            ("SOPInstanceUID", parsed.instances),
+        ):
+            if uids:
+                keys[name] = list(uids)
+        level = query.get("QueryRetrieveLevel")
+        return {"QueryRetrieveLevel": level, **keys} if level else keys
