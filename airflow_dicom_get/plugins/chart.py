@@ -12,8 +12,8 @@ from airflow_dicom_get.plugins.outcomes import ENDED_BADLY
 from airflow_dicom_get.result import COMPLETE, EMPTY
 
 WIDTH, LEFT, RIGHT = 960, 64, 8
-SPEED_TOP, SPEED_HEIGHT = 26, 104
-COUNT_TOP, COUNT_HEIGHT = 166, 56
+SPEED_TOP, SPEED_HEIGHT = 24, 84
+COUNT_TOP, COUNT_HEIGHT = 144, 42
 HEIGHT = COUNT_TOP + COUNT_HEIGHT + 22
 
 _MOST_BUCKETS = 60
@@ -160,9 +160,9 @@ def _y(part: float, top: int, height: int) -> float:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, … that is no smaller."""
+    """The next number that is no smaller, and half of which is short too."""
     power: float = 10.0 ** math.floor(math.log10(value))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= value * 0.999)
+    return next(power * factor for factor in (1, 1.6, 2, 3, 4, 5, 6, 8, 10) if power * factor >= value * 0.999)
 
 
 def _when(start: int, step: int) -> str:

@@ -57,6 +57,7 @@ class Contents:
     reasons: list[tuple[str | None, int]] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
     series_count: int = 0
+    studies: int = 0
     differences: list[dict[str, Any]] = field(default_factory=list)
     """Rows of a verification, which has a table of its own shape."""
     differences_count: int | None = None
@@ -112,6 +113,7 @@ def contents_of(table: pa.Table) -> Contents:
     contents.remarked_count, contents.remarked = odd.num_rows, _rows(odd)
     series = _series(table)
     contents.series_count, contents.series = len(series), series[:MAX_ROWS]
+    contents.studies = len({one.study for one in series})
     return contents
 
 
