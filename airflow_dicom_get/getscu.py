@@ -341,20 +341,47 @@ class GetScu:
             self._source = None
         return frame_of_rows(rows) if as_frame else rows
 
-    def echo(self) -> EchoReport:
+    def echo(self, *, probe: str | None = None) -> EchoReport:
         """Send a C-ECHO, and see which services the node accepts.
+
+        Parameters
+        ----------
+        probe : str
+            Study Instance UID of a study that the node holds. It is listed, and a few of its instances
+            are fetched and not kept, to find out whether the node converts, takes UID lists and tells
+            counts. The answers are written down for later runs, below the XDG state folder.
 
         Raises
         ------
+        InvalidQuery
+            The node does not hold the study to probe.
         ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
         """
         from airflow_dicom_get.engine.echo import echo
 
+        study = self._parse({"StudyInstanceUID": probe}, "StudyRoot").studies[0] if probe is not None else None
         source = self._open_source()
         try:
-            return echo(source)
+            report = echo(source)
+            if study is not None:
+                from airflow_dicom_get.engine.probe import probe as look
+                from airflow_dicom_get.engine.profile import write_profile
+
+                profile = look(source, study, self.options.max_associations)
+                report.profile = profile.to_json()
+                try:
+                    write_profile(self._profile_path(), profile)
+                except OSError as error:
+                    log.warning("the profile of %s cannot be written: %s", source.node, error.strerror or error)
+            return report
         finally:
             self._source = None
+
+    def _profile_path(self) -> Path:
+        from airflow_dicom_get.engine.profile import profile_path
+        from airflow_dicom_get.places import state_folder
+
+        return profile_path(state_folder(), self.options.addr, self.options.calling_ae_title)
 
     # --- before traffic ------------------------------------------------------------------------
 
@@ -461,10 +488,11 @@ class GetScu:
         settings: Settings,
     ) -> tuple[list[StudyRun], list[StudyEnd]]:
         from airflow_dicom_get.engine.contexts import PeerKnowledge
+        from airflow_dicom_get.engine.profile import read_profile
         from airflow_dicom_get.engine.study import StudyRun
         from airflow_dicom_get.engine.verdict import judge
 
-        peer = PeerKnowledge(self.options.transfer_syntaxes)
+        peer = PeerKnowledge(self.options.transfer_syntaxes, read_profile(self._profile_path()))
         runs: list[StudyRun] = []
         ends: list[StudyEnd] = []
         for scope in scopes:

@@ -340,6 +340,8 @@ class EchoReport:
         Whether the node accepts a service, by its name: ``C-ECHO``, ``C-FIND StudyRoot``, ``C-GET PatientRoot``, ….
     max_pdu_length : int
         Largest PDU that the node takes; 0 is no limit.
+    profile : dict
+        What a probe has found out; None without one.
     """
 
     node: str
@@ -349,6 +351,7 @@ class EchoReport:
     implementation_class_uid: str | None = None
     implementation_version: str | None = None
     max_pdu_length: int | None = None
+    profile: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:

@@ -75,7 +75,7 @@ def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]
 
 
 def echo(typed: Namespace) -> int:
-    report = _Source(typed).scu().echo()
+    report = _Source(typed).scu().echo(probe=typed.probe)
     if typed.json:
         output.emit_json(report.to_json())
     else:

@@ -80,6 +80,11 @@ def build_parser() -> ArgumentParser:
 
     echo = verb("echo", "NODE", "Ask a node whether it is there, and what it accepts.")
     _node(echo)
+    echo.add_argument(
+        "--probe", metavar="UID",
+        help="Look at this study to find out how the node behaves, and write it down for later runs.",
+    )  # fmt: skip
+    _add(echo, "limits of the source", ("max_associations",))
     _add(echo, "connection", _NODE)
 
     find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")

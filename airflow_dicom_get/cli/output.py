@@ -82,7 +82,20 @@ def echo_lines(report: EchoReport) -> list[str]:
         lines.append(f"implementation: {printable(implementation)}")
     if report.max_pdu_length is not None:
         lines.append(f"maximum PDU length: {report.max_pdu_length or 'no limit'}")
+    if report.profile is not None:
+        words = {True: "yes", False: "no", None: "unknown"}
+        lines += [f"{text}: {words[report.profile[name]]}" for name, text in _PROBED.items()]
+        lines.append(f"associations at a time: {report.profile['associations']} tried and allowed")
     return lines
+
+
+_PROBED = {
+    "converts": "converts uncompressed instances",
+    "takes_lists": "takes UID lists",
+    "counts": "tells numbers of instances",
+    "tells_classes": "tells SOP classes",
+    "tells_syntaxes": "tells transfer syntaxes",
+}
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]], *, aligned: bool) -> list[str]:

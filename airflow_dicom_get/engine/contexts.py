@@ -6,12 +6,16 @@ so does leaving a syntax out: some servers then convert.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes, candidates, classes_of_modality
+from airflow_dicom_get.engine.profile import Profile
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Accepted, Proposal
 from airflow_dicom_get.records import Instance
+
+log = logging.getLogger(__name__)
 
 ROOM = MAX_CONTEXTS - 1
 
@@ -19,17 +23,23 @@ ROOM = MAX_CONTEXTS - 1
 class PeerKnowledge:
     """What the associations of a run have taught about the source. Thread-safe."""
 
-    def __init__(self, transfer_syntaxes: Sequence[str] | None = None) -> None:
+    def __init__(self, transfer_syntaxes: Sequence[str] | None = None, profile: Profile | None = None) -> None:
+        self._profile = profile
         self._mutex = threading.Lock()
         self._allowed = frozenset(transfer_syntaxes) if transfer_syntaxes else None
         self._accepted: set[Proposal] = set()
         self._refused: set[Proposal] = set()
-        self.takes_lists = True
+        self.takes_lists = profile is None or profile.takes_lists is not False
         """Whether UID lists work; some sources take single UIDs only."""
+        self.converts = profile.converts if profile is not None else None
+        """Whether it converts between uncompressed encodings, as far as a probe could tell."""
 
     def learn(self, accepted: Accepted, proposals: Sequence[Proposal]) -> None:
         """Remember what an association accepted and refused; ``proposals`` as proposed, the C-GET's own first."""
         with self._mutex:
+            if self._profile is not None and accepted.implementation != self._profile.implementation:
+                log.info("the node is another implementation than the one that was probed; its profile is not used")
+                self._profile = self.converts = None
             for index, proposal in enumerate(proposals):
                 (self._accepted if 2 * index + 1 in accepted.contexts else self._refused).add(proposal)
 

@@ -176,7 +176,7 @@ class Receiver:
             return "as_received"
         if values.get(h.LOSSY_IMAGE_COMPRESSION, b"").strip(b"\0 ") == b"01" and syntax not in LOSSY:
             return "converted"
-        return "peer_choice"
+        return "as_received" if self._run.peer.converts is False else "peer_choice"
 
     def finish(self) -> int:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""

@@ -1,0 +1,151 @@
+"""`echo --probe`: what is found out about a PACS, and what later runs make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from holdings import Holding
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.cli.main import main
+from airflow_dicom_get.errors import InvalidQuery
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+
+Embedded = Callable[..., EmbeddedPacs]
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "dicom-get" / "nodes"
+
+
+def exactness(result: Any) -> dict[str, set[str]]:
+    """What is said of the instances, by transfer syntax."""
+    found: dict[str, set[str]] = {}
+    for row in result.manifest.to_dict("records"):
+        found.setdefault(row["transfer_syntax_uid"], set()).add(row["exactness"])
+    return found
+
+
+EXPLICIT, IMPLICIT, DEFLATED, RLE = (
+    "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5",
+)  # fmt: skip
+
+
+def probed(node: str, study: str, **options: Any) -> dict[str, Any]:
+    report = GetScu(node, **options).echo(probe=study)
+    assert report.profile is not None
+    return report.profile
+
+
+@pytest.mark.orthanc
+def test_orthanc_sends_what_it_holds(orthanc: Any, ct: Holding, tmp_path: Path, state: Path) -> None:
+    node = f"ORTHANC@127.0.0.1:{orthanc.port}"
+    scu = GetScu(node, destination=tmp_path / "before")
+    assert exactness(scu.get_study({"StudyInstanceUID": ct.study}))[EXPLICIT] == {"peer_choice"}
+    profile = probed(node, ct.study)
+    assert (profile["converts"], profile["takes_lists"]) == (False, True)
+    assert profile["associations"] == 2
+    (file,) = state.iterdir()
+    assert {**json.loads(file.read_text()), "profile": None} == {**profile, "profile": None}
+    scu = GetScu(node, destination=tmp_path / "after")
+    result = scu.get_study({"StudyInstanceUID": ct.study})
+    assert result.verdict == "complete"
+    assert set.union(*exactness(result).values()) == {"as_received"}
+    # Another AE title of ours, or another node, has a profile of its own.
+    other = GetScu(node, destination=tmp_path / "other", calling_ae_title="OTHER")
+    assert exactness(other.get_study({"StudyInstanceUID": ct.study}))[EXPLICIT] == {"peer_choice"}
+
+
+@pytest.mark.dcmtk
+def test_dcmqrscp_sends_what_is_proposed_first(dcmqrscp_all: Any, ct: Holding, tmp_path: Path) -> None:
+    node = f"QRALL@127.0.0.1:{dcmqrscp_all.port}"
+    profile = probed(node, ct.study)
+    assert (profile["converts"], profile["takes_lists"]) == (True, True)
+    result = GetScu(node, destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    assert "peer_choice" in set.union(*exactness(result).values())
+
+
+def test_the_embedded_pacs(embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+    pacs = embedded(ct.folder, omit_syntaxes=True, max_associations=3)
+    profile = probed(f"PACS@127.0.0.1:{pacs.port}", ct.study, max_associations=5)
+    assert profile["converts"] is False
+    assert profile["takes_lists"] is True
+    assert profile["counts"] is profile["tells_classes"] is True
+    assert profile["tells_syntaxes"] is False
+    assert profile["associations"] == 3
+    assert max(pacs.sent.values()) <= 3
+    assert len(pacs.sent) <= 5
+
+
+def test_what_a_source_does_not_tell(embedded: Embedded, ct: Holding) -> None:
+    pacs = embedded(ct.folder, omit_syntaxes=True, omit_classes=True, omit_counts=True)
+    profile = probed(f"PACS@127.0.0.1:{pacs.port}", ct.study)
+    assert not profile["counts"]
+    assert not profile["tells_classes"]
+    assert profile["converts"] is False
+
+
+def test_lists_are_not_tried_where_they_were_refused(tmp_path: Path) -> None:
+    with MisbehavingPacs("lists_refused", series=1, instances=12) as pacs:
+        node = f"PACS@127.0.0.1:{pacs.port}"
+        assert probed(node, pacs.study_uid)["takes_lists"] is False
+        before = pacs.finals
+        query = {"StudyInstanceUID": pacs.study_uid, "SOPInstanceUID": pacs.uids[:5],
+                 "SeriesInstanceUID": pacs.instances[0].series}  # fmt: skip
+        result = GetScu(node, destination=tmp_path / "to").get_study({"QueryRetrieveLevel": "IMAGE", **query})
+        assert (result.verdict, result.completed) == ("complete", 5)
+        assert pacs.finals[len(before) :] == [0] * 5  # one by one from the start, none refused
+
+
+def test_a_node_that_has_changed_is_not_judged_by_its_past(
+    embedded: Embedded, ct: Holding, tmp_path: Path, state: Path
+) -> None:
+    pacs = embedded(ct.folder, omit_syntaxes=True)
+    node = f"PACS@127.0.0.1:{pacs.port}"
+    probed(node, ct.study)
+    (file,) = state.iterdir()
+    file.write_text(file.read_text().replace('"implementation": "', '"implementation": "OLD-'))
+    result = GetScu(node, destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    assert exactness(result)[EXPLICIT] == {"peer_choice"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"profile": 2}', '{"profile": 1, "converts": false}', "\0" * 100])
+def test_a_broken_profile_harms_nothing(
+    embedded: Embedded, ct: Holding, tmp_path: Path, state: Path, content: str
+) -> None:
+    pacs = embedded(ct.folder, omit_syntaxes=True)
+    node = f"PACS@127.0.0.1:{pacs.port}"
+    probed(node, ct.study)
+    (file,) = state.iterdir()
+    file.write_text(content)
+    result = GetScu(node, destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    assert result.verdict == "complete"
+    assert exactness(result)[EXPLICIT] == {"peer_choice"}
+
+
+def test_a_study_that_is_not_there(embedded: Embedded, ct: Holding, state: Path) -> None:
+    pacs = embedded(ct.folder)
+    with pytest.raises(InvalidQuery, match=r"lists no instance of study 1\.2\.3"):
+        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(probe="1.2.3")
+    with pytest.raises(InvalidQuery):
+        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(probe="1.2.*")
+    assert not state.exists()
+
+
+def test_from_the_shell(embedded: Embedded, ct: Holding, capsys: Any) -> None:
+    pacs = embedded(ct.folder)
+    node = f"PACS@127.0.0.1:{pacs.port}"
+    assert main(["echo", node, "--probe", ct.study]) == 0
+    out = capsys.readouterr().out
+    assert "converts uncompressed instances: no" in out
+    assert "takes UID lists: yes" in out
+    assert main(["echo", node, "--probe", ct.study, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile"]["takes_lists"] is True
+    assert main(["echo", node, "--probe", "no UID"]) == 2
