@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _PROBE = "conditional-writes"
 _SHARE = 0.8
 """Of the time that the source waits for us, what may pass until a bucket has room."""
+_OUTAGE = 45.0
+"""Seconds for which an upload is tried again while the service fails."""
 
 
 class BucketPlace:
@@ -57,6 +59,7 @@ class BucketPlace:
             read_only=read_only,
             conditional=self._conditional,
             patience=_SHARE * min(o.deadlines.stall, o.deadlines.sub_operation),
+            outage=_OUTAGE,
         )
 
 

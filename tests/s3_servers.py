@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class S3Server:
-    """A service process on a port of its own, with one bucket. Stopping it and starting it again keeps what it holds."""
+    """A service process on a port of its own, with one bucket; it may be stopped and started again."""
 
     conditional: bool
     """Whether it takes If-None-Match on writes."""
@@ -183,8 +183,9 @@ class FaultProxy:
         answer, or seconds to wait before it is passed on.
     """
 
-    def __init__(self, server: S3Server, fault: Callable[[int, str, str], Any] = lambda number, method, path: None) -> None:
-        self.server, self.fault = server, fault
+    def __init__(self, server: S3Server, fault: Callable[[int, str, str], Any] | None = None) -> None:
+        self.server = server
+        self.fault: Callable[[int, str, str], Any] = fault or (lambda number, method, path: None)
         self.requests: list[tuple[str, str]] = []
         self._mutex = threading.Lock()
         self._closing = threading.Event()

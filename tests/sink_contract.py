@@ -326,7 +326,7 @@ class SinkContract:
             return found
 
         with ThreadPoolExecutor(3) as pool:
-            groups = list(pool.map(bring, [range(0, 10), range(10, 20), range(20, 30)]))
+            groups = list(pool.map(bring, [range(10), range(10, 20), range(20, 30)]))
         came += sink.confirmations(wait=True)
         assert Counter(id(c.instance) for c in came) == Counter(id(x) for group in groups for x in group)
         assert [c.error for c in came] == [None] * 30

@@ -201,19 +201,18 @@ class S3Sink:
             etag = self._store(study, upload)
             if etag is None:
                 error, reason = _OTHER, "different_content"
-                upload.abort()
             else:
                 study.ledger.taken(upload.instance)
                 study.ledger.durable([upload.instance.sop], etag)
         except (SinkError, OSError) as failure:
-            upload.abort()
             error = str(failure)
-        except BaseException as failure:
-            error = f"Unexpected {type(failure).__name__}."
+        except BaseException as failure:  # whatever it is, the instance must be confirmed one way or the other
             log.exception("an upload failed")
-            upload.abort()
-        if error is not None and upload.parts is not None:
-            self._take_back(study, upload.instance.sop)
+            error = f"Unexpected {type(failure).__name__}."
+        if upload.parts is not None:
+            upload.parts.abort()
+            if error is not None:
+                self._take_back(study, upload.instance.sop)
         upload.forget()
         with self._room:
             entry = study.taken[upload.instance.sop]
@@ -235,10 +234,10 @@ class S3Sink:
             if there:
                 existing = self.uploads.persist(lambda: compare(self.bucket, upload.key, upload.sha256, upload.head))
                 if existing is not None:
-                    if existing.same:
-                        self._is(upload.instance, existing)
-                        upload.abort()
-                    return existing.etag if existing.same else None
+                    if not existing.same:
+                        return None
+                    self._is(upload.instance, existing)
+                    return existing.etag
             condition = {} if replace or not self.conditional else {"IfNoneMatch": "*"}
             try:
                 if upload.parts is not None:
@@ -356,20 +355,21 @@ class _Parts:
 
     def __init__(self, sink: S3Sink, instance: Instance, key: str) -> None:
         self._sink, self._key = sink, key
-        self._begun: Future[dict[str, Any]] = sink.uploads.hand_over(
-            0,
-            lambda: sink.bucket.call(
-                "create_multipart_upload",
-                key,
-                ContentType=CONTENT_TYPE,
-                ChecksumAlgorithm="SHA256",
-                Metadata=metadata_of(instance, None),
-                **sink.bucket.stored_as(),
-            ),
-        )
+        self._begun = sink.uploads.hand_over(0, lambda: sink.uploads.persist(lambda: self._begin(instance)))
         self._parts: list[Future[dict[str, Any]]] = []
         self._over = threading.Event()
         sink.opened(self)
+
+    def _begin(self, instance: Instance) -> str:
+        answer = self._sink.bucket.call(
+            "create_multipart_upload",
+            self._key,
+            ContentType=CONTENT_TYPE,
+            ChecksumAlgorithm="SHA256",
+            Metadata=metadata_of(instance, None),
+            **self._sink.bucket.stored_as(),
+        )
+        return str(answer["UploadId"])
 
     def add(self, body: bytearray) -> None:
         """Send the next part. Raises :class:`SinkError` where an earlier one failed."""
@@ -379,16 +379,17 @@ class _Parts:
             if part.done():
                 part.result()
         number = len(self._parts) + 1
+        self._parts.append(self._sink.uploads.hand_over(len(body), lambda: self._send(number, body)))
 
-        def send() -> dict[str, Any]:
-            checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
-            upload = self._begun.result()["UploadId"]
-            answer = self._sink.bucket.call(
+    def _send(self, number: int, body: bytearray) -> dict[str, Any]:
+        checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
+        upload = self._begun.result()
+        answer = self._sink.uploads.persist(
+            lambda: self._sink.bucket.call(
                 "upload_part", self._key, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=checksum
             )
-            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
-
-        self._parts.append(self._sink.uploads.hand_over(len(body), send))
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
 
     def wait(self) -> None:
         """Wait until all parts are stored. Raises what one of them failed by."""
@@ -400,7 +401,7 @@ class _Parts:
         answer = self._sink.bucket.call(
             "complete_multipart_upload",
             self._key,
-            UploadId=self._begun.result()["UploadId"],
+            UploadId=self._begun.result(),
             MultipartUpload={"Parts": [part.result() for part in self._parts]},
             **condition,
         )
@@ -419,9 +420,10 @@ class _Parts:
         self._over.set()
         self._sink.settled(self)
         try:
-            for part in (self._begun, *self._parts):
-                part.exception()
-            self._sink.bucket.call("abort_multipart_upload", self._key, UploadId=self._begun.result()["UploadId"])
+            pending: list[Future[Any]] = [self._begun, *self._parts]
+            for request in pending:
+                request.exception()
+            self._sink.bucket.call("abort_multipart_upload", self._key, UploadId=self._begun.result())
         except S3Error as error:
             if error.facts.get("status") != 404:
                 log.warning("a multipart upload stays behind, and is aborted by a run after a day: %s", error)
@@ -450,18 +452,22 @@ class _ObjectWriter:
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
-        self._body += view
         self._hash.update(view)
         self._size += len(view)
-        if len(self._body) >= PART_SIZE:
+        # All parts but the last are of one size: some services take no others.
+        while len(self._body) + len(view) >= PART_SIZE:
+            room = PART_SIZE - len(self._body)
+            self._body += view[:room]
+            view = view[room:]
             self._hand_over()
+        self._body += view
 
     def _hand_over(self) -> None:
         self._sink.uploads.wait_for_room()
         if self._parts is None:
             self._parts = _Parts(self._sink, self._instance, self._key)
-        self._parts.add(self._body)
-        self._body = bytearray()
+        body, self._body = self._body, bytearray()
+        self._parts.add(body)
 
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""

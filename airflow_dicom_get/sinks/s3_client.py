@@ -78,15 +78,15 @@ class Bucket:
         The bucket.
     config : S3Config, optional
         How to reach it; the usual AWS places by default.
-    attempts : int
+    attempts : int, optional
         How often a request is made, by botocore's adaptive mode: it waits longer each time, and slows
         down where the service asks for it.
     """
 
-    def __init__(self, name: str, config: S3Config | None = None, *, attempts: int = ATTEMPTS) -> None:
+    def __init__(self, name: str, config: S3Config | None = None, *, attempts: int | None = None) -> None:
         self.name = name
         self.config = config or S3Config()
-        self._attempts = attempts
+        self._attempts = ATTEMPTS if attempts is None else attempts
         self._mutex = threading.Lock()
         self._made: Any = None
 

@@ -79,15 +79,15 @@ class Uploads:
                     )
                 self._room.wait(min(left, 1.0))
 
-    def hand_over(self, size: int, request: Callable[[], T]) -> Future[T]:
-        """Make a request for ``size`` bytes that are held in memory until it is done."""
+    def hand_over(self, size: int, work: Callable[[], T]) -> Future[T]:
+        """Do something with ``size`` bytes that are held in memory until it is done."""
         cost = max(size, _LEAST_COST)
         with self._room:
             self._bytes += cost
 
         def run() -> T:
             try:
-                return self.persist(request)
+                return work()
             finally:
                 with self._room:
                     self._bytes -= cost
