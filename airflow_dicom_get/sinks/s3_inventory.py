@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.adopt import read_instance
 from airflow_dicom_get.sinks.base import Held
@@ -69,7 +70,15 @@ class Inventory:
         return self._verify == "none" or (self._verify == "size" and _fits(record, item))
 
     def _ask(self, series: str, sop: str, item: Listed, candidates: list[Record]) -> Held | None:
-        """Look at the object itself."""
+        """Look at the object itself; None too where it is gone since it was listed."""
+        try:
+            return self._looked_at(series, sop, item, candidates)
+        except S3Error as error:
+            if error.facts["code"] in ("NotFound", "NoSuchKey"):
+                return None
+            raise
+
+    def _looked_at(self, series: str, sop: str, item: Listed, candidates: list[Record]) -> Held | None:
         for record in candidates:
             if _fits(record, item) and record.sha256 and digest_of(self._bucket, item.key) == record.sha256:
                 if not record.durable:
