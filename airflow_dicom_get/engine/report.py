@@ -20,7 +20,8 @@ _HINTS = {
     "sub_operation_failed": "Look into the PACS's log for the failed sub-operation.",
     "different_content": "Compare the two; move the stored file away to take the source's.",
     "destination_full": "Make room and run again: what is held is not fetched again.",
-    "destination_error": "Check the destination's permissions and mount.",
+    "destination_error": "Check the destination: room, permissions, and the log of a node.",
+    "destination_refused": "The node does not take it, and nothing is converted for it: ask its admin to accept it.",
 }
 _STRAYS = {
     "foreign_study": "an object of another study was sent and refused",
