@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +33,9 @@ from airflow_dicom_get.testing.sample_data import (
 
 # Servers of other tests share the cores: how long one example takes says nothing.
 settings.register_profile("shared", deadline=None)
-settings.load_profile("shared")
+# `make fuzz` looks far longer.
+settings.register_profile("fuzz", deadline=None, max_examples=20_000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared"))
 
 
 def _close(self: AssociationSocket) -> None:
