@@ -1,0 +1,586 @@
+"""Write the tables of the documentation that say what the code says.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` in a page under docs/; what is between is
+made here, from the code, and a test holds that it is up to date. Where the code has no words for people, as for what
+to do about an error, they stand here; a name without words fails.
+
+Usage: doc_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from airflow_dicom_get import errors, getscu, manifest, result  # noqa: E402
+from airflow_dicom_get.cli.main import build_parser  # noqa: E402
+from airflow_dicom_get.dicom import status, syntaxes  # noqa: E402
+from airflow_dicom_get.engine import find, listing, resolve  # noqa: E402
+from airflow_dicom_get.get_provider_info import get_provider_info  # noqa: E402
+from airflow_dicom_get.net import association  # noqa: E402
+from airflow_dicom_get.options import OPTIONS  # noqa: E402
+from airflow_dicom_get.records import REASONS  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def rows(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)]) + "\n"
+
+
+def code(text: object) -> str:
+    return f"`{text}`"
+
+
+# --- connections and configuration -----------------------------------------------------------------
+
+
+def connections() -> str:
+    """The extra fields of every connection type."""
+    parts = []
+    for kind in get_provider_info()["connection-types"]:
+        body = []
+        for key, field in kind["conn-fields"].items():
+            schema = field["schema"]
+            default = schema.get("default")
+            shown = "" if default is None else code(str(default).lower() if isinstance(default, bool) else default)
+            allowed = ", ".join(map(code, schema["enum"])) if schema.get("enum") else ""
+            types = schema["type"]
+            name = types if isinstance(types, str) else next(one for one in types if one != "null")
+            text = " ".join(filter(None, [field.get("description", ""), f"One of {allowed}." if allowed else ""]))
+            body.append((field["label"], code(key), name, shown, text))
+        parts.append(f"Extra fields of the type `{kind['connection-type']}`, *{kind['hook-name']}*:\n")
+        parts.append(rows(("in the form", "key in `extra`", "type", "default", ""), body))
+    return "\n".join(parts)
+
+
+def configuration() -> str:
+    """The ``[dicom_get]`` section."""
+    options = get_provider_info()["config"]["dicom_get"]["options"]
+    return rows(
+        ("option", "environment", "default", ""),
+        (
+            (
+                code(name),
+                code(f"AIRFLOW__DICOM_GET__{name.upper()}"),
+                code(one["default"]) if one["default"] else "",
+                one["description"].replace("``", "`"),
+            )
+            for name, one in options.items()
+        ),
+    )
+
+
+# --- the shell -------------------------------------------------------------------------------------
+
+
+def _verbs() -> dict[str, argparse.ArgumentParser]:
+    parser = build_parser()
+    (actions,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    return dict(actions.choices)
+
+
+def shell_options() -> str:
+    """Which verb takes which option."""
+    verbs = _verbs()
+    found: dict[str, tuple[str, set[str]]] = {}
+    for verb, parser in verbs.items():
+        for action in parser._actions:
+            if not action.option_strings or action.help == argparse.SUPPRESS or action.dest == "help":
+                continue
+            name = ", ".join(code(one) for one in action.option_strings)
+            text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+            found.setdefault(name, (text, set()))[1].add(verb)
+    head = ("option", *(code(verb) for verb in verbs), "")
+    return rows(head, ((name, *("×" if v in takers else "" for v in verbs), text)
+                       for name, (text, takers) in found.items()))  # fmt: skip
+
+
+# --- operators -------------------------------------------------------------------------------------
+
+
+def _classes() -> Iterator[tuple[ast.ClassDef, bool]]:
+    """The classes of operators and sensors, and whether their module is one for users."""
+    for folder in ("operators", "sensors"):
+        for path in sorted((ROOT / "airflow_dicom_get" / folder).glob("*.py")):
+            for node in ast.parse(path.read_text("utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    yield node, not path.name.startswith("_")
+
+
+def _lineage(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
+    """A class after those of ours that it is made from."""
+    bases = [classes[one.id] for one in node.bases if isinstance(one, ast.Name) and one.id in classes]
+    return [*(found for base in bases for found in _lineage(base, classes)), node]
+
+
+def _parameters(node: ast.ClassDef) -> dict[str, str]:
+    """The keyword-only parameters of a class, with their defaults as they are written."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            pairs = zip(item.args.kwonlyargs, item.args.kw_defaults, strict=True)
+            return {arg.arg: "" if default is None else ast.unparse(default) for arg, default in pairs}
+    return {}
+
+
+def _described(node: ast.ClassDef) -> dict[str, str]:
+    text = ast.get_docstring(node) or ""
+    found = re.findall(r"^:param (\w+): (.*?)(?=^:|\Z)", text, re.DOTALL | re.MULTILINE)
+    return {name: " ".join(doc.split()).replace("``", "`") for name, doc in found}
+
+
+def operators() -> str:
+    """The parameters of every operator and sensor, read from their source: no Airflow is needed for it."""
+    classes = {node.name: node for node, _ in _classes()}
+    written = {"DicomHook.default_conn_name": "'dicom_default'"}
+    parts = []
+    for node, public in _classes():
+        if not public or not node.name.endswith(("Operator", "Sensor")):
+            continue
+        parameters: dict[str, str] = {}
+        described: dict[str, str] = {}
+        for one in _lineage(node, classes):
+            parameters |= _parameters(one)
+            described |= _described(one)
+        body = []
+        for name, doc in described.items():
+            if name not in parameters:
+                continue
+            default = written.get(parameters[name], parameters[name])
+            text = doc.replace(" (templated)", "")
+            body.append((code(name), code(default) if default else "", "yes" if text != doc else "", text))
+        parts.append(f"### Parameters of {node.name}\n")
+        parts.append(rows(("parameter", "default", "templated", ""), body))
+    return "\n".join(parts)
+
+
+# --- what is proven --------------------------------------------------------------------------------
+
+_VERDICTS = {
+    "complete": "all that the PACS lists is held and verified, and two lists in a row agree",
+    "partial": "something of the scope is held, something is not; `reason` says why",
+    "unverified": "all that was sent is held, but there is no list, or the PACS contradicts its own list",
+    "empty": "the query matched nothing",
+    "failed": "nothing of the scope is held",
+    "cancelled": "ended by a signal or by `cancel()`",
+}
+
+
+def verdicts() -> str:
+    """Verdicts and exit statuses."""
+    return rows(
+        ("verdict", "means", "exit status"),
+        (
+            (code(name), _VERDICTS[name], f"{number}; 143 for SIGTERM" if name == "cancelled" else number)
+            for name, number in result.EXIT_CODES.items()
+        ),
+    )
+
+
+_COLUMNS = {
+    "study_instance_uid": "Study Instance UID",
+    "series_instance_uid": "Series Instance UID",
+    "sop_instance_uid": "SOP Instance UID; the three together are the key",
+    "sop_class_uid": "SOP Class UID, of the C-STORE request once the instance came",
+    "transfer_syntax_uid": "transfer syntax of the presentation context in which it came",
+    "modality": "Modality (0008,0060)",
+    "series_number": "Series Number",
+    "instance_number": "Instance Number",
+    "state": "`stored` or `forwarded` now, `held` before; `failed`, `missing`, `conflict`; `withdrawn`, `unexpected`",
+    "reason": "why it is not held, in one of the [words below](#reasons); null where all is well",
+    "exactness": "what is known of a conversion by the PACS, see [below](#exactness)",
+    "dimse_status": "the status with which its C-STORE request was answered",
+    "error": "the same as `reason` in a sentence, without patient data",
+    "uri": "where the object lies",
+    "bytes": "size of the object at `uri`",
+    "sha256": "digest of the object, as `sha256sum` prints it; of the data set as sent, for another node",
+    "dataset_offset": "where the data set begins in the object: the length of preamble and file meta information",
+    "dataset_bytes": "length of the data set",
+    "forwarded_to": "the node that it was stored at",
+    "forward_status": "`ok`, `warning` or `error`, by the status that node answered",
+    "forward_error": "that status in words",
+    "source": "the node that it came from",
+    "destination": "where the retrieval wrote to",
+    "attempt": "round of the retrieval in which it was settled; 0 where it was held before",
+    "association": "number of the association that it came over",
+    "received_at": "when it was whole, in UTC",
+    "duration_ms": "from its first byte to its last",
+}
+
+
+def manifest_columns() -> str:
+    """The columns of the manifest."""
+    return rows(("column", "type", ""), ((code(n), kind, _COLUMNS[n]) for n, _, kind in manifest._COLUMNS))
+
+
+# --- troubleshooting -------------------------------------------------------------------------------
+
+_REASONS = {
+    "not_sent": (
+        "It is listed, was asked for, and never came, though the PACS reported no failure.",
+        "Run again. If it stays so, ask the PACS admin whether the instance can be read there.",
+    ),
+    "refused_by_source": (
+        "The PACS refuses this UID even when it is asked for alone, or refuses C-GET altogether.",
+        "Ask the PACS admin; the file behind the entry is often gone or damaged.",
+    ),
+    "class_refused": (
+        "The PACS accepts no presentation context for its SOP class.",
+        "Ask the PACS admin to enable the SOP class, in the role of sender, for our AE title.",
+    ),
+    "syntax_refused": (
+        "None of the transfer syntaxes offered would do, or `require_exact` refused an encoding that the PACS chose.",
+        "Widen `transfer_syntaxes`, or leave `require_exact` out.",
+    ),
+    "sub_operation_failed": (
+        "The PACS reported a failed sub-operation for it.",
+        "Look into the log of the PACS. Often a compressed instance that it cannot send as it is.",
+    ),
+    "uid_mismatch": (
+        "Command, presentation context, data set and list name different instances or classes.",
+        "Ask the PACS admin: it may rewrite UIDs on the way, or its index may be wrong.",
+    ),
+    "not_asked": (
+        "It was sent, and lies outside what was asked for. It was not stored.",
+        "Nothing is missing for it. A PACS that does so ignores keys of the request.",
+    ),
+    "foreign_study": (
+        "It was sent, and belongs to another study. It was not stored.",
+        "Tell the PACS admin: its index mixes studies.",
+    ),
+    "unparsable": (
+        "The header of the data set cannot be read in the transfer syntax that it came in.",
+        "Ask the PACS admin to look at the file.",
+    ),
+    "empty_dataset": ("It came without a data set.", "Ask the PACS admin to look at the file."),
+    "bad_uid": (
+        "One of its UIDs is none, so that no file may be named by it.",
+        "Only the PACS can mend that; the instance has to be corrected there.",
+    ),
+    "size_changed": (
+        "What lies at the destination has no longer the size or digest that was recorded.",
+        "Run again: it is fetched anew. Find out what writes there.",
+    ),
+    "different_content": (
+        "Another data set lies under this UID already. It was left as it is.",
+        "Compare the two. Move the stored file away to take what the PACS sends.",
+    ),
+    "destination_refused": (
+        "The node it was to go on to refused it.",
+        "See `forward_error`: the node may not take the SOP class or transfer syntax, or not this data set.",
+    ),
+    "destination_full": ("The destination has no room left.", "Make room and run again."),
+    "destination_error": (
+        "The destination could not take or keep it.",
+        "See `error`; check permissions, mount, network and credentials of the destination.",
+    ),
+    "association_lost": (
+        "The association ended before it came, also when tried again.",
+        "Run again. If it is always the same instance, the PACS fails on it: ask its admin.",
+    ),
+    "deadline": (
+        "A deadline passed before it came; the error beside it names which.",
+        "Raise that deadline if the PACS needs longer, and run again.",
+    ),
+    "window": ("The hours in which the PACS may be used were over.", "Run again within them; `resume_at` says when."),
+    "cancelled": ("The retrieval was cancelled before it came.", "Run again."),
+    "strict_forward": (
+        "`strict_forward` ended the retrieval at an instance before it that the destination refused.",
+        "Mend what that one's `forward_error` says, and run again.",
+    ),
+    "gone_from_list": (
+        "The PACS listed it before, and does not any more. What is held of it stays.",
+        "Nothing. Studies are corrected, and instances rejected or moved, after they were sent.",
+    ),
+    "not_listed": (
+        "It came, and the PACS does not list it. It is stored.",
+        "Nothing, unless the verdict is `unverified`: then the list of the PACS may be cut.",
+    ),
+}
+
+
+def reasons() -> str:
+    """Every word of the column ``reason``."""
+    if missing := REASONS ^ _REASONS.keys():
+        raise KeyError(f"doc_tables.py does not say what to do about these reasons, or knows too many: {missing}")
+    return rows(
+        ("reason", "means", "another try", "what to do"),
+        (
+            (code(name), means, "helps" if name in result.TRANSIENT_REASONS else "", todo)
+            for name, (means, todo) in _REASONS.items()
+        ),
+    )
+
+
+_ERRORS = {
+    "InvalidOption": "Correct the option that the message names. Nothing was sent.",
+    "InvalidQuery": "Correct the key that the message names, or narrow the query. Nothing was fetched.",
+    "PeerError": "See the classes below it.",
+    "ConnectFailed": "Check host, port and firewall, and that the PACS runs. From the machine that runs the task.",
+    "TlsFailed": "The message says what is wrong with which certificate; see [TLS](deployment.md#tls).",
+    "AssociationRejected": "Have our AE title registered at the PACS, or correct the called AE title. "
+    "*Local limit exceeded*: use fewer associations, or wait.",
+    "AssociationAborted": "Look into the log of the PACS. Transient: another try goes on.",
+    "DeadlineExceeded": "If the PACS needs longer, raise the deadline that the message names.",
+    "NotNegotiated": "The PACS does not offer what was asked for; without C-FIND only UIDs can be retrieved.",
+    "GetNotOffered": "Have C-GET enabled, or see [where C-GET is not offered](pacs.md#where-c-get-is-not-offered).",
+    "NotAuthorised": "Ask the PACS admin to allow C-GET for our AE title.",
+    "PeerProtocolError": "The peer broke the protocol, or is no DICOM node. Look into its log; tell its vendor.",
+    "TooMuch": "The PACS sent far more than it lists. Tell its vendor, with the message.",
+    "ListTooLong": "The answer to a C-FIND has no end. Narrow the query; tell the vendor of the PACS.",
+    "OperationFailed": "The message has the status; see [statuses](conformance.md#c-get-responses).",
+    "SinkError": "Check permissions, mount and network of the destination.",
+    "DestinationFull": "Make room, and run again.",
+    "DestinationSlow": "Run again. If it happens often, the destination is too slow for this PACS: look at its load, "
+    "or get into a folder near by, and `store` from there.",
+    "ForwardLost": "The node to forward to is away or too slow. Check it, and run again.",
+    "ForwardLate": "As `ForwardLost`; what the node still answers counts.",
+    "S3Error": "The message says which request failed and what to check; see [buckets](deployment.md#buckets).",
+    "LedgerError": "A newer version wrote the ledger, or the file is damaged. Use that version, or move the file "
+    "away: what it recorded is then fetched again, unless `adopt` is set.",
+    "ManifestError": "Check the address; a manifest whose digest differs from its reference was changed since.",
+    "Cancelled": "Run again; what is held is not fetched again.",
+    "IncompleteRetrieval": "Raised by `raise_for_verdict()` and the operators; the manifest says per instance why.",
+}
+
+
+def error_classes() -> str:
+    """Every error, with what to do about it."""
+    found: list[type[Any]] = [
+        one
+        for one in vars(errors).values()
+        if inspect.isclass(one) and issubclass(one, errors.DicomGetError) and one is not errors.DicomGetError
+    ]
+    body = []
+    for one in found:
+        if one.__name__ not in _ERRORS:
+            raise KeyError(f"doc_tables.py does not say what to do about the error {one.__name__}")
+        doc = " ".join((inspect.getdoc(one) or "").split("\n\n")[0].split()).replace("``", "`")
+        doc = re.sub(r":\w+:`(?:~[\w.]+\.)?([^`]+)`", r"`\1`", doc)
+        again = "depends" if isinstance(vars(one).get("transient"), property) else "helps" if one.transient else ""
+        body.append((code(one.__name__), doc, again, _ERRORS[one.__name__]))
+    return rows(("error", "means", "another try", "what to do"), body)
+
+
+# --- the conformance statement ---------------------------------------------------------------------
+
+
+def _name(uid: str) -> str:
+    from pydicom.uid import UID
+
+    return str(UID(uid).name)
+
+
+_FAMILIES = {
+    "image": syntaxes._IMAGE_FAMILY,
+    "video": syntaxes._VIDEO_FAMILY,
+    "document": syntaxes._DOCUMENT_FAMILY,
+}
+
+
+def transfer_syntaxes() -> str:
+    """The transfer syntaxes that each family of SOP classes is proposed in, in the order of proposal."""
+    order = list(dict.fromkeys(uid for family in _FAMILIES.values() for uid in family))
+    order.sort(key=_FAMILIES["video"].index)
+    return rows(
+        ("transfer syntax", "UID", *_FAMILIES),
+        ((_name(uid), code(uid), *("×" if uid in family else "" for family in _FAMILIES.values())) for uid in order),
+    )
+
+
+def sop_classes() -> str:
+    """Every storage class of the dictionary with its family."""
+    by_family = {family: name for name, family in _FAMILIES.items()}
+    return rows(
+        ("SOP class", "UID", "family"),
+        (
+            (_name(uid), code(uid), by_family[syntaxes.candidates(uid)])
+            for uid in sorted(syntaxes.all_storage_classes(), key=lambda uid: [int(part) for part in uid.split(".")])
+        ),
+    )
+
+
+def modalities() -> str:
+    """The classes that are proposed where the PACS tells a modality and no class."""
+    return rows(
+        ("Modality", "SOP classes"),
+        (
+            (code(modality), "; ".join(_name(syntaxes._ROOT + tail).removesuffix(" Storage") for tail in tails) or "–")
+            for modality, tails in syntaxes._BY_MODALITY.items()
+        ),
+    )
+
+
+_SENT = {
+    status.SUCCESS: "the destination has taken the instance",
+    status.OUT_OF_RESOURCES: "the destination is full or fails, or a node that it is forwarded to is out of resources",
+    status.MISMATCH: "UIDs of command, context, data set and list disagree, a UID is none, or `require_exact` refused "
+    "the encoding",
+    status.CANNOT_UNDERSTAND: "the header of the data set cannot be read, or there is no data set",
+    status.DUPLICATE_OTHER_CONTENT: "another data set is stored under this UID",
+    status.CLASS_NOT_SUPPORTED: "the request came on a context that is not one of storage; when forwarding, also: the "
+    "destination does not take the SOP class in this transfer syntax",
+    status.NOT_AUTHORISED: "the instance belongs to another study, or lies outside what was asked for",
+}
+
+
+def store_statuses_sent() -> str:
+    """What a C-STORE sub-operation is answered."""
+    return rows(("status", "sent when"), ((f"{number:04X}H", text) for number, text in _SENT.items()))
+
+
+def store_statuses_received() -> str:
+    """What the response of a node that is forwarded to means, and what the source is then told."""
+    known = (0x0000, 0xB000, 0xB006, 0xB007, 0x0001, 0x0107, 0x0111, 0x0116, 0x0213, 0xA700,
+             0x0110, 0x0117, 0x0122, 0x0124, 0x0210, 0x0211, 0x0212, 0xA900, 0xC000)  # fmt: skip
+    means = {
+        "ok": "stored",
+        "warning": "stored, with a remark",
+        "busy": "not stored; tried again",
+        "refused": "not stored; not tried again",
+    }
+    ranges = {0xA700: "A7xxH", 0xA900: "A9xxH", 0xC000: "CxxxH"}
+    body = []
+    for number in known:
+        shown = status.describe_store(number)
+        if number in ranges:
+            shown = shown.replace(f"{number:04X}H", ranges[number])
+        told = f"{status.store_status_for_source(number):04X}H"
+        if number in (0xA900, 0xC000):
+            told = "the same"
+        body.append((shown, means[status.store_outcome(number)], told))
+    return rows(("C-STORE response of the destination", "means", "the source is told"), body)
+
+
+def get_statuses() -> str:
+    """The final statuses of a C-GET that have names."""
+    known = (0x0000, 0xB000, 0xA701, 0xA702, 0xA900, 0xC000, 0xFE00, 0x0122, 0x0124, 0x0210, 0x0211, 0x0212)
+    return rows(("status", ""), ((f"{n:04X}H", status.describe(n).partition(" (")[2].rstrip(")")) for n in known))
+
+
+def find_keys() -> str:
+    """The keys of each level that are asked for, beside what the query says."""
+    from pydicom.datadict import keyword_for_tag
+
+    listed = {
+        "STUDY": resolve._STUDY_KEYS,
+        "SERIES": listing._SERIES_KEYS,
+        "IMAGE": listing._IMAGE_KEYS,
+    }
+    return rows(
+        ("level", "for the list of a retrieval", "by the verb `find`"),
+        (
+            (
+                level,
+                ", ".join(code(keyword_for_tag(tag)) for tag in tags),
+                ", ".join(map(code, find._RETURNED[level])),
+            )
+            for level, tags in listed.items()
+        ),
+    )
+
+
+def rejections() -> str:
+    """The reasons of an A-ASSOCIATE-RJ."""
+    sources = {1: "service user", 2: "service provider (ACSE)", 3: "service provider (presentation)"}
+    return rows(
+        ("source", "reason", "means", "hint"),
+        (
+            (f"{source}: {sources[source]}", reason, text, association._REJECT_HINT.get((source, reason), ""))
+            for (source, reason), text in association._REJECTED.items()
+        ),
+    )
+
+
+_AE = ("calling_ae_title", "called_ae_title", "forward_target.calling_ae_title", "max_pdu_length",
+       "forward_target.max_pdu_length", "associations", "max_associations", "user_identity", "tls",
+       "tls.min_version")  # fmt: skip
+
+
+def ae_parameters() -> str:
+    """Configurable parameters of the application entities."""
+    names = (*_AE, *(name for name in OPTIONS if name.startswith("deadlines.")))
+    body = []
+    for name in names:
+        row = OPTIONS[name]
+        default = f"{row.default:g}" if isinstance(row.default, float) else row.default or "none"
+        unit = f" {row.setting.unit}" if row.setting.unit and row.default is not None else ""
+        body.append((code(name), f"{default}{unit}", row.setting.doc))
+    return rows(("parameter", "default", ""), body)
+
+
+# --- GetScu for those who come from elsewhere --------------------------------------------------------
+
+
+def getscu_parameters() -> str:
+    """The keyword parameters of ``GetScu`` and their defaults, in one block of code."""
+    signature = inspect.signature(getscu.GetScu.__init__)
+    body = [
+        f"    {name}={repr(parameter.default).replace(chr(39), chr(34))},"
+        for name, parameter in signature.parameters.items()
+        if name not in ("self", "addr")
+    ]
+    head = ["```python", "from airflow_dicom_get import GetScu", "", "GetScu("]
+    return "\n".join([*head, '    "PACS@10.0.0.5:104",', *body, ")", "```"]) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "connections": connections,
+    "configuration": configuration,
+    "shell-options": shell_options,
+    "operators": operators,
+    "verdicts": verdicts,
+    "manifest-columns": manifest_columns,
+    "reasons": reasons,
+    "errors": error_classes,
+    "transfer-syntaxes": transfer_syntaxes,
+    "sop-classes": sop_classes,
+    "modalities": modalities,
+    "store-statuses-sent": store_statuses_sent,
+    "store-statuses-received": store_statuses_received,
+    "get-statuses": get_statuses,
+    "find-keys": find_keys,
+    "rejections": rejections,
+    "ae-parameters": ae_parameters,
+    "getscu-parameters": getscu_parameters,
+}
+
+
+def page_with_tables(text: str) -> str:
+    """The page with every table in it made anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[4]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="Write nothing; fail if a page is not up to date.")
+    check = parser.parse_args().check
+    stale = []
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        old = path.read_text("utf-8")
+        new = page_with_tables(old)
+        if new != old:
+            stale.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'is not up to date' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
