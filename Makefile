@@ -10,7 +10,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-engine test-kills lint format bench lock setup setup-engine peers clean
+.PHONY: help demo ui test test-engine test-kills lint format bench docs lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -52,11 +52,16 @@ format: setup ## Put the code into the house's form
 bench: setup peers ## Measure against other clients on this machine; takes minutes
 	@$(PY) benchmarks/run.py $(ARGS)
 
+docs: setup ## Build the documentation as a website in site/, without network
+	@$(PY) scripts/doc_tables.py
+	@NO_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+	@echo "site/index.html; for its search too: $(PY) -m http.server --bind 127.0.0.1 --directory site 8000"
+
 lock: ## Resolve constraints.txt anew, with PYTHON (the oldest supported) and PYTHON_NEW
 	@$(PYTHON) scripts/lock.py $(PYTHON) $(or $(PYTHON_NEW),$(error name a newer interpreter: make lock PYTHON_NEW=/usr/bin/python3))
 
 clean: ## Remove what the targets made: environments, demo, caches
-	rm -rf $(VENV) $(VENV)-engine .venv-ci .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-engine .venv-ci .demo .cache site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not in the help: what the targets above call by themselves.
