@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import ssl
 import subprocess
@@ -684,6 +685,23 @@ class TestSink:
             assert result.verdict == "complete"
             assert destination.peak <= 2
             assert source.peak_associations <= 2
+
+    def test_questions_count_against_the_limit_of_the_destination(
+        self, embedded: Embedded, ct: Holding, private: Holding, tmp_path: Path
+    ) -> None:
+        both = tmp_path / "both"
+        shutil.copytree(ct.folder, both / "ct")
+        shutil.copytree(private.folder, both / "private")
+        source = embedded(both)
+        query = {"StudyInstanceUID": [ct.study, private.study]}
+        with OddDestination(status=lambda number: 0xC001 if number in (3, 45) else 0) as destination:
+            scu = GetScu(f"127.0.0.1:{source.port}", destination=f"dicom://{destination.node}", manifest_root=tmp_path)
+            first = scu.get_study(query)
+            assert (first.verdict, first.completed, len(first.studies)) == ("partial", 50, 2)
+            destination.status = lambda number: 0
+            second = scu.get_study(query)
+            assert (second.verdict, second.skipped) == ("complete", 50)
+            assert destination.peak == 1
 
     def test_seed_form(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
         with OddDestination(ae_title="OTHER") as destination:

@@ -192,6 +192,7 @@ class ForwardSink:
     def _hold_against_list(self, study: str, held: dict[str, Held]) -> None:
         from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
 
+        self._release_idle()  # the question counts against the destination's limit, too
         try:
             association = self.target.open(list(FIND_PROPOSALS), self.deadlines, self.cancel)
             try:
@@ -413,18 +414,22 @@ class ForwardSink:
             done, self._done = self._done, []
             return done
 
-    def close(self) -> None:
-        """See :meth:`sinks.base.Sink.close`."""
-        with self._changed:
-            self._closed = True
-            while self._late:
-                self._changed.wait(1.0)
+    def _release_idle(self) -> None:
+        with self._mutex:
             lines, self._idle = self._idle, []
         for line in lines:
             if line.hung_up():
                 line.association.abort()
             else:
                 line.association.release()
+
+    def close(self) -> None:
+        """See :meth:`sinks.base.Sink.close`."""
+        with self._changed:
+            self._closed = True
+            while self._late:
+                self._changed.wait(1.0)
+        self._release_idle()
         for ledger in self._ledgers.values():
             try:
                 ledger.sync()
