@@ -207,9 +207,12 @@ class StudyRun:
             if error is None:
                 self._kept(instance)
             else:
-                instance.state, instance.reason, instance.attempt = "failed", reason, self.rounds
-                instance.error = error if instance.forward_status == "error" else f"Taken, then not kept: {error}"
-                self._refused_in_a_row += 1
+                conflict = reason == "different_content"
+                instance.state = "conflict" if conflict else "failed"
+                instance.reason, instance.attempt = reason, self.rounds
+                told = conflict or instance.forward_status == "error"
+                instance.error = error if told else f"Taken, then not kept: {error}"
+                self._refused_in_a_row += not conflict and reason != "cancelled"
                 if self._refused_in_a_row >= _MOST_REFUSED:
                     self.stop("destination_error")
 

@@ -96,7 +96,7 @@ def _why_untried(run: StudyRun) -> str:
     """Why nothing became of a listed instance."""
     if run.stop_reason == "disk_full":
         return "destination_full"
-    if run.stop_reason in ("window", "strict_forward"):
+    if run.stop_reason in ("window", "strict_forward", "destination_error"):
         return run.stop_reason
     for error in run.errors:
         if isinstance(error, Cancelled):
