@@ -84,10 +84,10 @@ def _counted(item: Item, find: Callable[..., Any]) -> Item:
     """Count the instances of a study by listing them, where the PACS gives no numbers."""
     study, series = item["study_instance_uid"], item["series_instance_uids"]
     if series is None:
-        rows = find({"StudyInstanceUID": study, "SeriesInstanceUID": ""}, "SERIES", ())
+        rows = find({"StudyInstanceUID": study}, "SERIES", ())
         series = [uid for row in rows if (uid := str(getattr(row, "SeriesInstanceUID", "") or ""))]
     count = sum(
-        len(list(find({"StudyInstanceUID": study, "SeriesInstanceUID": uid, "SOPInstanceUID": ""}, "IMAGE", ())))
+        len(list(find({"StudyInstanceUID": study, "SeriesInstanceUID": uid}, "IMAGE", ())))
         for uid in series
     )
     return make_item(

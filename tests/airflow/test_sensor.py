@@ -1,0 +1,252 @@
+"""DicomStudySensor in DAG runs against the embedded PACS, in the worker and in the triggerer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import TaskDeferred
+
+from airflow_dicom_get.operators._settling import Watch
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.sensors.study import DicomStudySensor
+from airflow_dicom_get.testing.sample_data import STUDY_DATE
+from airflow_dicom_get.triggers import study as trigger_module
+from airflow_dicom_get.triggers.study import DicomStudyTrigger
+
+BOTH = pytest.mark.parametrize("deferrable", [False, True], ids=["worker", "triggerer"])
+
+
+def wait(task_id: str, **options) -> DicomStudySensor:
+    at_once = {"settled_for": timedelta(0), "poke_interval": 0.2, "timeout": 20}
+    return DicomStudySensor(task_id=task_id, dicom_conn_id="pacs", **{**at_once, **options})
+
+
+def finds(pacs) -> int:
+    return sum(kind == "C-FIND" for kind, _, _ in pacs.requests)
+
+
+def test_what_is_there_is_returned_at_once_and_mapped_over(run_dag, pacs, archive, tmp_path):
+    with DAG("sensor_there") as dag:
+        both = wait("both", study=[archive.many, archive.private], deferrable=True)
+        wait("query", query={"StudyDate": STUDY_DATE}, min_instances=12)
+        wait("series", query={"StudyDate": STUDY_DATE, "Modality": "SR"})
+        DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=both.output
+        )
+    run = run_dag(dag)
+    assert run.state == "success"
+    for name in ("both", "query"):
+        items = run.xcom(name)
+        assert [item["study_instance_uid"] for item in items] == sorted([archive.many, archive.private])
+        assert sorted(item["expected_instances"] for item in items) == [12, 60]
+        assert all(item["keys"] == {} for item in items)
+    (item,) = run.xcom("series")
+    assert (item["study_instance_uid"], item["expected_instances"]) == (archive.private, 1)
+    assert [run.xcom("get", "summary", index)["verdict"] for index in (0, 1)] == ["complete", "complete"]
+    assert "deferral" not in run.log.lower()
+
+
+@BOTH
+def test_a_study_that_grows_is_waited_for(run_dag, pacs, archive, deferrable, monkeypatch):
+    began = time.monotonic()
+    counts = {"looks": 0}
+    from airflow_dicom_get.operators import _settling
+
+    real = _settling._judge
+
+    def growing(watch, found, before, now):
+        counts["looks"] += 1
+        for item in found:
+            item["expected_instances"] -= max(0, 5 - counts["looks"])
+        return real(watch, found, before, now)
+
+    monkeypatch.setattr(_settling, "_judge", growing)
+    with DAG(f"sensor_grows_{deferrable}") as dag:
+        wait("wait", study=archive.many, settled_for=timedelta(seconds=1), deferrable=deferrable)
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert counts["looks"] >= 7
+    assert time.monotonic() - began > 1.8
+    assert run.state == "success", run.log[-3000:]
+    assert run.xcom("wait")[0]["expected_instances"] == 60
+
+
+def test_what_does_not_come_ends_with_the_timeout(run_dag, pacs, archive):
+    with DAG("sensor_never") as dag:
+        wait("missing", study=["1.2.3.4", archive.many], deferrable=False, timeout=1.5)
+        wait("few", study=archive.many, min_instances=61, deferrable=False, timeout=1.5, soft_fail=True)
+    run = run_dag(dag)
+    assert [run.task(name).state for name in ("missing", "few")] == ["failed", "skipped"]
+    assert finds(pacs) >= 4
+
+
+def test_the_scheduler_is_told_when_to_give_up(pacs, archive):
+    sensor = wait("never", study=archive.many, min_instances=61, deferrable=True, timeout=90)
+    with pytest.raises(TaskDeferred) as deferred:
+        sensor.execute({})
+    assert deferred.value.timeout == timedelta(seconds=90)
+    _, kwargs = deferred.value.trigger.serialize()
+    assert list(kwargs["seen"]) == [archive.many]
+    assert finds(pacs) == 1
+
+
+def test_a_pacs_without_numbers_is_counted(run_dag, pacs, archive):
+    pacs.omit_counts = True
+    with DAG("sensor_counts") as dag:
+        wait("wait", study=archive.many)
+    run = run_dag(dag)
+    assert run.state == "success", run.log[-3000:]
+    assert run.xcom("wait")[0]["expected_instances"] == 60
+
+
+@BOTH
+def test_a_pacs_that_is_down_is_asked_again(run_dag, pacs, archive, deferrable):
+    pacs.stop()
+    started = threading.Timer(1.5, pacs.start)
+    started.start()
+    with DAG(f"sensor_down_{deferrable}") as dag:
+        wait("wait", study=archive.many, deferrable=deferrable)
+    run = run_dag(dag)
+    started.join()
+    assert run.state == "success"
+    assert "could not be asked" in run.log
+
+
+BAD = {
+    "nothing": {},
+    "both": {"study": "1.2", "query": {"StudyDate": "today"}},
+    "blank": {"study": "{{ '' }}"},
+    "no_list": {"study": []},
+    "uid": {"study": ["1.2", "patient"]},
+    "query": {"query": {"PatientNam": "x"}},
+    "nothing_selected": {"query": {"StudyDate": ""}},
+    "settled": {"study": "1.2", "settled_for": timedelta(-1)},
+    "instances": {"study": "1.2", "min_instances": 0},
+    "reschedule": {"study": "1.2", "mode": "reschedule", "settled_for": timedelta(minutes=1)},
+    "connection": {"study": "1.2", "dicom_conn_id": "nowhere"},
+}
+
+
+@BOTH
+def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, deferrable):
+    with DAG(f"sensor_bad_{deferrable}", default_args={"retries": 2, "retry_delay": timedelta(0)}) as dag:
+        for name, options in BAD.items():
+            DicomStudySensor(
+                task_id=name, **{"dicom_conn_id": "pacs", "poke_interval": 0.1, "deferrable": deferrable, **options}
+            )
+    run = run_dag(dag)
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
+        BAD, ("failed", 1)
+    )
+    assert pacs.total_associations == 0
+
+
+def test_nothing_of_the_patient_is_shown(run_dag, pacs, archive, patient, database_rows):
+    with DAG("sensor_hidden") as dag:
+        wait(
+            "wait", query={"PatientID": patient[1]}, settled_for=timedelta(seconds=0.5), deferrable=True,
+        )  # fmt: skip
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert run.rendered("wait")["query"] == {"PatientID": "***"}
+    kept = database_rows(run)
+    for word in patient:
+        assert word not in kept
+        assert word not in run.log
+
+
+def make(pacs, archive, **options) -> DicomStudyTrigger:
+    watch = Watch("pacs", [{"StudyInstanceUID": archive.many}], [archive.many], settled_seconds=0.0)
+    return DicomStudyTrigger(watch.to_json(), {}, options.get("poke_interval", 0.0))
+
+
+async def first_event(trigger):
+    async for event in trigger.run():
+        return event.payload
+
+
+def test_the_trigger_is_made_again_from_json(pacs, archive):
+    path, kwargs = make(pacs, archive).serialize()
+    assert path == "airflow_dicom_get.triggers.study.DicomStudyTrigger"
+    again = DicomStudyTrigger(**json.loads(json.dumps(kwargs)))
+    assert again.serialize() == (path, kwargs)
+    event = asyncio.run(first_event(again))
+    assert event["items"][0]["study_instance_uid"] == archive.many
+    assert repr(again) == "<DicomStudyTrigger on pacs>"
+
+
+def test_the_loop_of_the_triggerer_is_never_held_up(pacs, archive, monkeypatch):
+    """A PACS that accepts and says nothing: other triggers run on, and the look is ended by its time-out."""
+    real = trigger_module.look
+    silent = threading.Event()
+    ended = threading.Event()
+
+    class Scu:
+        def cancel(self, reason):
+            silent.set()
+
+    def look(watch, hook, seen, now, on_scu):
+        if not ended.is_set():
+            on_scu(Scu())
+            silent.wait(20)
+            ended.set()
+            raise RuntimeError("cancelled")
+        return real(watch, hook, seen, now, on_scu)
+
+    monkeypatch.setattr(trigger_module, "look", look)
+    monkeypatch.setattr(trigger_module, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(trigger_module, "GRACE_SECONDS", 0.2)
+    gaps = []
+
+    async def other():
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - before)
+
+    async def both():
+        task = asyncio.create_task(other())
+        event = await first_event(make(pacs, archive, poke_interval=0.05))
+        task.cancel()
+        return event
+
+    event = asyncio.run(both())
+    assert event["items"]
+    assert silent.is_set()
+    assert len(gaps) > 20
+    assert max(gaps) < 0.5
+
+
+@pytest.mark.parametrize("end", ["cleanup", "on_kill"])
+def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, end, monkeypatch):
+    entered = threading.Event()
+    cancelled = threading.Event()
+
+    class Scu:
+        def cancel(self, reason):
+            cancelled.set()
+
+    def look(watch, hook, seen, now, on_scu):
+        on_scu(Scu())
+        entered.set()
+        cancelled.wait(10)
+        raise RuntimeError("cancelled")
+
+    monkeypatch.setattr(trigger_module, "look", look)
+
+    async def run():
+        trigger = make(pacs, archive)
+        task = asyncio.create_task(first_event(trigger))
+        await asyncio.to_thread(entered.wait, 5)
+        await getattr(trigger, end)()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert cancelled.is_set()
