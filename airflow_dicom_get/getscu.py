@@ -459,8 +459,8 @@ class GetScu:
         from airflow_dicom_get.places import ForwardPlace
 
         settings = self._settings(query_model)
+        places.place.attend(source.cancel)
         if isinstance(places.place, ForwardPlace):
-            places.place.attend(source.cancel)
             settings.expect = places.place.expect
         places.prepare()
         if listed is not None:

@@ -45,6 +45,9 @@ class Place(Protocol):
     uri: str
     """As the column ``destination`` of the manifest has it."""
 
+    def attend(self, cancel: CancelToken) -> None:
+        """Let a hard cancel of the run end the waits for the destination too."""
+
     def prepare(self) -> None:
         """Find out before any traffic to the source what would make every instance fail. Raises :class:`SinkError`."""
 
@@ -145,6 +148,9 @@ class FolderPlace:
     def __str__(self) -> str:
         return str(self.path)
 
+    def attend(self, cancel: CancelToken) -> None:
+        """See :meth:`Place.attend`: nobody waits for a folder."""
+
     def prepare(self) -> None:
         """See :meth:`Place.prepare`: the options were checked against the folder already."""
 
@@ -243,7 +249,7 @@ class ForwardPlace:
         return self.uri
 
     def attend(self, cancel: CancelToken) -> None:
-        """Let a hard cancel of the run end the waits for the destination too."""
+        """See :meth:`Place.attend`."""
         self._cancel = cancel
 
     def expect(self, sop_classes: Iterable[str]) -> None:

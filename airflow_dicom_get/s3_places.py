@@ -9,6 +9,7 @@ from airflow_dicom_get.sinks.s3_client import Bucket
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 
 if TYPE_CHECKING:
+    from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.ledger import Ledgers
 
@@ -27,9 +28,14 @@ class BucketPlace:
         self.bucket = Bucket(destination.bucket, options.s3_config)
         self.uri = self.bucket.uri(destination.prefix).rstrip("/")
         self._conditional = False
+        self._cancel: CancelToken | None = None
 
     def __str__(self) -> str:
         return str(self._destination)
+
+    def attend(self, cancel: CancelToken) -> None:
+        """See :meth:`~airflow_dicom_get.places.Place.attend`."""
+        self._cancel = cancel
 
     def prepare(self) -> None:
         """See :meth:`~airflow_dicom_get.places.Place.prepare`: list the prefix and write a small object."""
@@ -60,6 +66,7 @@ class BucketPlace:
             conditional=self._conditional,
             patience=_SHARE * min(o.deadlines.stall, o.deadlines.sub_operation),
             outage=_OUTAGE,
+            cancel=self._cancel,
         )
 
 

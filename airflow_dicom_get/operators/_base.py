@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_POOL = "default_pool"
 LABEL_KEY = "dicom_label"
-GRACE = 1.5
+GRACE = 1.0
 """Seconds from the word that ends a task to the abort: Airflow kills the process after five."""
 _LOOK = 0.2
 

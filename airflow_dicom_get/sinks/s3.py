@@ -21,13 +21,14 @@ from typing import Any, Literal
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 from airflow_dicom_get.sinks.s3_client import Bucket, Listed
 from airflow_dicom_get.sinks.s3_inventory import Inventory
 from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, compare, metadata_of
-from airflow_dicom_get.sinks.s3_uploads import PART_SIZE, Uploads
+from airflow_dicom_get.sinks.s3_uploads import LOOK, PART_SIZE, Uploads
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class S3Sink:
         Seconds that a writer may wait for room.
     outage : float
         Seconds for which an upload is tried again while the service fails.
+    cancel : CancelToken
+        The run's; after a hard cancel no upload is waited for, and what was not confirmed is not held.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class S3Sink:
         conditional: bool = False,
         patience: float = 20.0,
         outage: float = 45.0,
+        cancel: CancelToken | None = None,
     ) -> None:
         self.bucket, self.ledgers, self.run = bucket, ledgers, run
         self.prefix = f"{prefix}/" if prefix else ""
@@ -99,7 +103,7 @@ class S3Sink:
         self.verify_held, self.adopt = verify_held, adopt
         self.conditional = conditional
         self._read_only = read_only
-        self.uploads = Uploads(bucket.config.max_concurrency, patience=patience, outage=outage)
+        self.uploads = Uploads(bucket.config.max_concurrency, patience=patience, outage=outage, cancel=cancel)
         self.replaceable: set[str] = set()
         """UIDs whose object is no longer what the ledger says: it may be replaced."""
         self._room = threading.Condition()
@@ -176,7 +180,7 @@ class S3Sink:
         with self._room:
             first = study.taken.get(instance.sop)
             if first is None:
-                study.taken[instance.sop] = _Entry(upload.sha256)
+                study.taken[instance.sop] = _Entry(upload.sha256, waiting=[instance])
                 self._due += 1
             elif first.sha256 == upload.sha256:
                 if first.kept:
@@ -220,8 +224,8 @@ class S3Sink:
             entry.kept = error is None
             if error is not None:
                 del study.taken[upload.instance.sop]
-            self._done += [Confirmation(x, error, reason) for x in (upload.instance, *waiting)]
-            self._due -= 1 + len(waiting)
+            self._done += [Confirmation(x, error, reason) for x in waiting]
+            self._due -= len(waiting)
             self._room.notify_all()
 
     def _store(self, study: _Study, upload: _Upload) -> str | None:
@@ -269,15 +273,25 @@ class S3Sink:
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """See :meth:`sinks.base.Sink.confirmations`."""
         with self._room:
-            while wait and self._due:
-                self._room.wait(1.0)
+            while wait and self._due and not self.uploads.abandoned:
+                self._room.wait(LOOK)
+            if wait and self._due:
+                self._abandon()
             done, self._done = self._done, []
             return done
+
+    def _abandon(self) -> None:
+        """What is still under way may arrive or not: the next run will see, and this one does not count it."""
+        for study in self._studies.values():
+            for entry in study.taken.values():
+                waiting, entry.waiting = entry.waiting, []
+                self._done += [Confirmation(x, "The run was cancelled.", "cancelled") for x in waiting]
+                self._due -= len(waiting)
 
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
         self.uploads.close()
-        for parts in list(self._parted):
+        for parts in () if self.uploads.abandoned else list(self._parted):
             parts.abort()
         for study in self._studies.values():
             study.ledger.close()
@@ -298,6 +312,7 @@ class _Entry:
     sha256: bytes
     kept: bool = False
     waiting: list[Instance] = field(default_factory=list)
+    """Those that are to be confirmed when it is."""
 
 
 class _Study:
@@ -432,7 +447,19 @@ class _Parts:
 class _ObjectWriter:
     """One instance on its way into memory, and in parts from there."""
 
-    __slots__ = ("_body", "_hash", "_head", "_instance", "_key", "_offset", "_parts", "_sink", "_size", "_study")
+    __slots__ = (
+        "_body",
+        "_hash",
+        "_head",
+        "_instance",
+        "_key",
+        "_next",
+        "_offset",
+        "_parts",
+        "_sink",
+        "_size",
+        "_study",
+    )
 
     def __init__(self, sink: S3Sink, study: _Study, instance: Instance) -> None:
         self._sink, self._study, self._instance = sink, study, instance
@@ -449,32 +476,51 @@ class _ObjectWriter:
         self._size = self._offset = len(self._head)
         instance.dataset_offset = self._offset
         self._parts: _Parts | None = None
+        self._next = 0
+        """Bytes of the part that is being filled, once there are parts."""
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
         self._hash.update(view)
         self._size += len(view)
+        if self._parts is None and len(self._body) + len(view) < PART_SIZE:
+            self._body += view
+            return
         # All parts but the last are of one size: some services take no others.
-        while len(self._body) + len(view) >= PART_SIZE:
-            room = PART_SIZE - len(self._body)
-            self._body += view[:room]
-            view = view[room:]
+        while True:
+            piece = view[: PART_SIZE - self._filled()]
+            self._fill(piece)
+            view = view[len(piece) :]
+            if self._filled() < PART_SIZE:
+                return
             self._hand_over()
-        self._body += view
+
+    def _filled(self) -> int:
+        return len(self._body) if self._parts is None else self._next
+
+    def _fill(self, piece: memoryview) -> None:
+        if self._parts is None:
+            self._body += piece
+        else:
+            self._body[self._next : self._next + len(piece)] = piece
+            self._next += len(piece)
 
     def _hand_over(self) -> None:
         self._sink.uploads.wait_for_room()
         if self._parts is None:
             self._parts = _Parts(self._sink, self._instance, self._key)
-        body, self._body = self._body, bytearray()
-        self._parts.add(body)
+        self._parts.add(self._body)
+        # Made in its full size at once: one that grows leaves holes in memory.
+        self._body, self._next = bytearray(PART_SIZE), 0
 
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""
         instance = self._instance
         try:
-            if self._parts is not None and self._body:
-                self._parts.add(self._body)
+            if self._parts is not None:
+                del self._body[self._next :]
+                if self._body:
+                    self._parts.add(self._body)
                 self._body = bytearray()
             self._sink.uploads.check()
         except SinkError as error:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.sinks.s3_client import REQUESTS_PER_SLOT
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ PART_SIZE = 8 << 20
 _LEAST_COST = 32 << 10
 """Bytes that a request counts as at least: so many small ones that wait take memory too."""
 _LONGEST_PAUSE = 5.0
+LOOK = 0.2
+"""Seconds between two looks at whether the run is cancelled."""
 _BUCKET_GONE = "NoSuchBucket"
 
 T = TypeVar("T")
@@ -41,9 +44,11 @@ class Uploads:
         Seconds that a writer may wait for room: less than the source waits for us.
     outage : float
         Seconds for which a request is made again while the service fails.
+    cancel : CancelToken
+        The run's: once it is set nothing is tried again, and after a hard one nothing is begun or waited for.
     """
 
-    def __init__(self, concurrency: int, *, patience: float, outage: float) -> None:
+    def __init__(self, concurrency: int, *, patience: float, outage: float, cancel: CancelToken | None = None) -> None:
         self.most = concurrency * PART_SIZE
         self._patience, self._outage = patience, outage
         self._pool = ThreadPoolExecutor(concurrency * REQUESTS_PER_SLOT, thread_name_prefix="dicom-get-s3")
@@ -51,9 +56,17 @@ class Uploads:
         self._bytes = 0
         self._stored_at = 0.0
         self._lost: S3Error | None = None
+        self._cancel = cancel or CancelToken()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether what is under way is waited for no more."""
+        return self._cancel.hard
 
     def check(self) -> None:
         """Raise what has made every further request vain."""
+        if self._cancel.hard:
+            raise SinkError(f"Cancelled: {self._cancel.reason}.")
         if self._lost is not None:
             raise S3Error(self._lost.message, hint=self._lost.hint, **self._lost.facts)
 
@@ -77,7 +90,7 @@ class Uploads:
                         f"The bucket has been taking nothing for {self._patience:g} s, and what waits is at its bound.",
                         hint="Check the service and the line to it; what is missing is asked for again.",
                     )
-                self._room.wait(min(left, 1.0))
+                self._room.wait(min(left, LOOK))
 
     def hand_over(self, size: int, work: Callable[[], T]) -> Future[T]:
         """Do something with ``size`` bytes that are held in memory until it is done."""
@@ -113,8 +126,8 @@ class Uploads:
             except S3Error as error:
                 now = time.monotonic()
                 until = until or now + self._outage
-                if error.transient and now + pause < until:
-                    time.sleep(pause * random.uniform(0.5, 1.0))
+                if error.transient and now + pause < until and self._cancel.reason is None:
+                    self._sleep(pause * random.uniform(0.5, 1.0))
                     pause = min(2 * pause, _LONGEST_PAUSE)
                     continue
                 if (
@@ -123,11 +136,16 @@ class Uploads:
                     and error.facts["code"] != _BUCKET_GONE
                 ):
                     raise
-                if not error.transient or self._stored_at < began:
+                if not error.transient or (self._stored_at < began and self._cancel.reason is None):
                     self._lose(error)
                 raise
             self._stored_at = time.monotonic()
             return found
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._cancel.reason is None and time.monotonic() < until:
+            time.sleep(LOOK)
 
     def _lose(self, error: S3Error) -> None:
         with self._room:
@@ -137,5 +155,5 @@ class Uploads:
             self._room.notify_all()
 
     def close(self) -> None:
-        """Wait for all that was handed over."""
-        self._pool.shutdown()
+        """Wait for all that was handed over, unless it is abandoned."""
+        self._pool.shutdown(wait=not self.abandoned, cancel_futures=self.abandoned)

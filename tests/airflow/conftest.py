@@ -201,3 +201,47 @@ def patient(first_instance):
     values = [str(first_instance[name].value) for name in ("PatientName", "PatientID", "PatientBirthDate")]
     assert all(values)
     return values
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """Another PACS, empty, that is called by its name alone; and the connection ``archive`` to it."""
+    from airflow_dicom_get.testing.pacs import EmbeddedPacs
+
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    with EmbeddedPacs(folder, ae_title="ARCHIVE", require_called_ae=True) as server:
+        monkeypatch.setenv("AIRFLOW_CONN_ARCHIVE", f"dicom://ARCHIVE@127.0.0.1:{server.port}")
+        yield server
+
+
+@pytest.fixture
+def connect_bucket(monkeypatch):
+    """Make the connection ``store`` to an S3 service, as type ``dicom_s3`` or ``aws``."""
+    from s3_servers import ACCESS_KEY, SECRET_KEY
+
+    def make(server: Any, kind: str = "dicom_s3") -> None:
+        keys = {"conn_type": kind, "login": ACCESS_KEY, "password": SECRET_KEY}
+        if kind == "aws":
+            keys["extra"] = {"endpoint_url": f"http://127.0.0.1:{server.port}"}
+        else:
+            keys |= {"host": "127.0.0.1", "port": server.port, "extra": {"scheme": "http"}}
+        monkeypatch.setenv("AIRFLOW_CONN_STORE", json.dumps(keys))
+        # Whoever takes these has no connection.
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-machine")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-machine")
+
+    return make
+
+
+@pytest.fixture
+def bucket(moto, connect_bucket):
+    """A real S3 service, and the connection ``store`` to it."""
+    connect_bucket(moto)
+    return moto
+
+
+@pytest.fixture
+def prefix():
+    """A prefix in the bucket that no other test has."""
+    return f"t{os.urandom(6).hex()}"
