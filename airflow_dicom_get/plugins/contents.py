@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
         uri = returned.get("manifest_uri") or uri
     if not uri:
         raise ManifestError("There is no manifest.", hint="The task's log says why.", uri=None)
+    if not str(uri).startswith(("/", "file:")):
+        # The connection to that bucket is the task's, and without one boto would take whatever keys it finds here.
+        raise ManifestError(
+            f"The manifest is not in a folder: {shown_path(uri)}.",
+            hint="airflow_dicom_get.notebook.read_manifest() reads it.",
+            uri=str(uri),
+        )
     from airflow_dicom_get.manifest import read_table
 
     return read_table(uri)

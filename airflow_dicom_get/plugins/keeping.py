@@ -66,6 +66,11 @@ class Task:
     summary: dict[str, Any] | None
 
     @property
+    def name(self) -> str:
+        """What it is called: the study it retrieves, where Airflow keeps that; it drops it between two tries."""
+        return self.label or (self.task_id if self.map_index < 0 else f"{self.task_id} [{self.map_index}]")
+
+    @property
     def outcome(self) -> str:
         """What it has come to, in one word."""
         return outcome_of(self.state, self.verdict)

@@ -30,6 +30,13 @@ class View:
     contents: Contents | None = None
     complaint: str = ""
 
+    @property
+    def name(self) -> str:
+        """The study, where it is known."""
+        if self.task.label is None and self.contents is not None and self.contents.studies == 1:
+            return self.contents.series[0].study
+        return self.task.name
+
 
 def view_of(task: Task) -> View:
     """Collect what is known of a task."""

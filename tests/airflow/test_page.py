@@ -513,8 +513,9 @@ def test_runs_of_a_real_dag(page, run_dag, pacs, archive, first_uid, patient, tm
 def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     import pyarrow as pa
 
+    from airflow_dicom_get.errors import ManifestError
     from airflow_dicom_get.manifest import manifest_table
-    from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines
+    from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines, table_of
     from airflow_dicom_get.records import Instance
 
     def rows():
@@ -539,6 +540,8 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     text = "".join(csv_lines(table))
     assert text.count("\n") == 20_001
     assert ",'=1+1," in text
+    with pytest.raises(ManifestError, match="not in a folder"):
+        table_of({"kind": "dicom-manifest", "manifest_uri": "s3://bucket/m.parquet"}, None)
     differences = contents_of(pa.table({"sop_instance_uid": ["1.2"], "symbol": ["<"], "what": ["missing"]}))
     assert differences.differences_count == 1
 

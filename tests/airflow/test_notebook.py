@@ -1,0 +1,112 @@
+"""What a notebook loads from Airflow, over its REST interface and with a viewer's token."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+
+import pytest
+from airflow.sdk import DAG
+
+from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.notebook import load_manifests, overview, read_manifest
+from airflow_dicom_get.operators.get import DicomGetOperator
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory):
+    """Address of Airflow's API server, and the token of a viewer."""
+    import httpx
+    import uvicorn
+
+    passwords = tmp_path_factory.mktemp("auth") / "passwords.json"
+    passwords.write_text(json.dumps({"viewer": "secret"}))
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
+        patch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS", "viewer:viewer")
+        patch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE", str(passwords))
+        patch.setenv("AIRFLOW__API_AUTH__JWT_SECRET", "for the tests alone, long enough for a key" * 2)
+        from airflow.api_fastapi.app import create_app, purge_cached_app
+
+        purge_cached_app()
+        server = uvicorn.Server(uvicorn.Config(create_app("core"), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        until = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answer = httpx.post(f"{address}/auth/token", json={"username": "viewer", "password": "secret"}, timeout=10)
+        yield {"base_url": address, "token": answer.json()["access_token"]}
+        server.should_exit = True
+        thread.join(10)
+        purge_cached_app()
+
+
+def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path):
+    with DAG("notebook") as dag:
+        DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=[archive.many, archive.private]
+        )
+        DicomGetOperator(
+            task_id="referred",
+            dicom_conn_id="pacs",
+            study=archive.private,
+            destination=str(tmp_path / "other"),
+            manifest_xcom="reference",
+        )
+    run = run_dag(dag)
+    assert run.state == "success"
+    frame = load_manifests("notebook", **airflow)
+    assert len(frame) == 60 + 12 + 12
+    assert frame.groupby(["task_id", "map_index"]).size().to_dict() == {
+        ("get", 0): 60,
+        ("get", 1): 12,
+        ("referred", -1): 12,
+    }
+    assert str(frame.dtypes["bytes"]) == "Int64"
+    one = load_manifests("notebook", run_id=run.run_id, task_id="referred", **airflow)
+    assert set(one["study_instance_uid"]) == {archive.private}
+    uri = run.xcom("referred", "summary")["manifest_uri"]
+    assert len(read_manifest(uri)) == 12
+    for options, what in (
+        ({"run_id": "none"}, "does not have that|returned no manifest"),
+        ({"task_id": "none"}, "does not have that|returned no manifest"),
+        ({"token": "abc"}, "does not take the token|lets? you read"),
+        ({"base_url": "http://127.0.0.1:1"}, "does not answer"),
+    ):
+        with pytest.raises(ManifestError, match=what):
+            load_manifests("notebook", **{**airflow, **options})
+    for options in ({"base_url": "file:///etc"}, {"base_url": "ftp://h"}, {"token": "a\nb"}, {"token": ""}):
+        with pytest.raises(InvalidOption):
+            load_manifests("notebook", **{**airflow, **options})
+
+
+def test_an_overview_of_any_manifest(run_dag, pacs, archive, first_uid, tmp_path):
+    pacs.fail = {first_uid}
+    with DAG("overview") as dag:
+        DicomGetOperator(
+            task_id="get",
+            dicom_conn_id="pacs",
+            study=archive.many,
+            destination=str(tmp_path / "held"),
+            accept=("complete", "partial"),
+        )
+    run = run_dag(dag)
+    frame = run.xcom("get")
+    for manifest in (frame, run.xcom("get", "summary")["manifest_uri"], [frame, frame], frame[:0], frame[:1]):
+        figure = overview(manifest)
+        assert len(figure.axes) == 4
+    figure = overview(frame)
+    assert figure.get_suptitle().startswith("59 of 60 instances held, 1 studies")
+    figure.savefig(tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"airflow-dicom-get\[notebook\]"):
+        overview([])
