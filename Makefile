@@ -10,7 +10,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-engine test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
+.PHONY: help demo ui test test-engine test-browser test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -38,6 +38,9 @@ test-cuts: setup peers ## Cut the line at 200 places, kill 20 times, hold a rate
 fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's; takes an hour
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -o timeout=0 tests/unit $(ARGS)
 	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/test_fuzz.py $(ARGS)
+
+test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew
+	@$(PY) -m pytest tests/browser -m browser $(ARGS)
 
 lint: setup ## Check style, types and spelling
 	@$(PY) -m ruff check .
