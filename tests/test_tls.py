@@ -143,17 +143,19 @@ def trusting(made: Files, **more: Any) -> dict[str, Any]:
 
 
 class _Ready(Server):
-    """Ready when it takes a connection: the C-ECHO of the others speaks no TLS."""
+    """Ready when it takes connections: the C-ECHO of the others speaks no TLS."""
 
     def _wait_until_ready(self) -> bool:
         assert self.process is not None
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.process.poll() is None:
+        ports = [self.port, getattr(self, "http_port", self.port)]
+        while ports and time.monotonic() < deadline and self.process.poll() is None:
             with suppress(OSError):
-                socket.create_connection((HOST, self.port), timeout=1).close()
-                return True
+                socket.create_connection((HOST, ports[-1]), timeout=1).close()
+                ports.pop()
+                continue
             time.sleep(0.02)
-        return False
+        return not ports
 
 
 class TlsDcmqrscp(_Ready, Dcmqrscp):
