@@ -168,7 +168,7 @@ class StoreScu:
         """
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest import run_name
-        from airflow_dicom_get.places import root_for
+        from airflow_dicom_get.places import named_root, root_for
 
         if (source is None) == (manifest is None):
             raise invalid("source", "or manifest: just one of the two is to be given", "Name files, or a manifest.")
@@ -183,7 +183,7 @@ class StoreScu:
             shown_source = " ".join(map(str, sources))
             if not objects:
                 raise invalid("source", "holds no files", "Name files, or folders that hold some.")
-        root = root_for(self.options)
+        root = named_root(self.options, self.s3_config) or root_for(self.options)
         name = run_name()
         events = Events(on_sub_operation, on_completed)
         run = self._run = _Run(self, self._target, root.ledgers(), name, events, on_unusable)

@@ -18,7 +18,7 @@ from airflow_dicom_get.operators._hiding import shown_manifest
 from airflow_dicom_get.operators._manifests import connection_of, load_given, one_table, place_of_objects
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
-from airflow_dicom_get.result import CANCELLED, PARTIAL, Result
+from airflow_dicom_get.result import CANCELLED, FAILED, PARTIAL, Result
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.options import Options
     from airflow_dicom_get.store import StoreScu
 
-_WINDOW = "window"
+_WINDOW, _DEADLINE = "window", "deadline"
 
 
 class DicomStoreOperator(TransferOperator):
@@ -128,7 +128,7 @@ class DicomStoreOperator(TransferOperator):
         self._scu = scu
         if self._killed:
             return [Result(CANCELLED)]
-        with _until(closes, scu):
+        with _until(closes, ends, scu):
             result = scu.store(
                 **given,
                 on_sub_operation=progress.on_sub_operation,
@@ -136,9 +136,10 @@ class DicomStoreOperator(TransferOperator):
                 on_unusable=self._unusable,
                 manifest_name=name,
             )
-        if result.verdict == CANCELLED and result.reason == _WINDOW and window is not None:
-            result.verdict, result.transient = PARTIAL, True
-            result.resume_at = window.opens_at(datetime.now(UTC), hours.timezone)
+        if result.verdict == CANCELLED and not self._killed:
+            result.verdict, result.transient = PARTIAL if result.completed else FAILED, True
+            if result.reason == _WINDOW and window is not None:
+                result.verdict, result.resume_at = PARTIAL, window.opens_at(datetime.now(UTC), hours.timezone)
         return [result]
 
     def _unusable(self, name: str, why: str) -> None:
@@ -146,12 +147,15 @@ class DicomStoreOperator(TransferOperator):
 
 
 @contextmanager
-def _until(closes: datetime | None, scu: StoreScu) -> Iterator[None]:
-    """End the transfer when the hours do."""
-    if closes is None:
+def _until(closes: datetime | None, ends: float, scu: StoreScu) -> Iterator[None]:
+    """End the transfer when the hours do, or the time of the task."""
+    seconds, reason = ends - time.monotonic(), _DEADLINE
+    if closes is not None and (left := (closes - datetime.now(UTC)).total_seconds()) < seconds:
+        seconds, reason = left, _WINDOW
+    if seconds == float("inf"):
         yield
         return
-    timer = threading.Timer((closes - datetime.now(UTC)).total_seconds(), scu.cancel, [_WINDOW])
+    timer = threading.Timer(max(seconds, 0), scu.cancel, [reason])
     timer.daemon = True
     timer.start()
     try:
