@@ -412,7 +412,8 @@ def test_site_builds_and_fetches_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 def test_every_page_stands_in_the_navigation() -> None:
     named = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8")))
-    assert named == {path.name for path in DOCS}
+    # Written by `make bench`.
+    assert named - {"performance.md"} == {path.name for path in DOCS} - {"performance.md"}
 
 
 def test_verbs_and_operators_have_their_how_to() -> None:
