@@ -86,10 +86,7 @@ def _counted(item: Item, find: Callable[..., Any]) -> Item:
     if series is None:
         rows = find({"StudyInstanceUID": study}, "SERIES", ())
         series = [uid for row in rows if (uid := str(getattr(row, "SeriesInstanceUID", "") or ""))]
-    count = sum(
-        len(list(find({"StudyInstanceUID": study, "SeriesInstanceUID": uid}, "IMAGE", ())))
-        for uid in series
-    )
+    count = sum(len(list(find({"StudyInstanceUID": study, "SeriesInstanceUID": uid}, "IMAGE", ()))) for uid in series)
     return make_item(
         study, series=item["series_instance_uids"], expected=count, modalities=item["modalities"], keys=item["keys"]
     )
