@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -25,6 +26,12 @@ from s3transfer.manager import TransferConfig, TransferManager  # type: ignore[i
 from sampler import Sampler
 
 from airflow_dicom_get import GetScu
+
+
+def import_everything() -> None:
+    """What the package imports when it is first needed."""
+    for name in ("engine.report", "manifest", "places", "s3_places", "sinks.filesystem", "sinks.forward", "sinks.s3"):
+        importlib.import_module(f"airflow_dicom_get.{name}")
 
 
 def retrieve(job: dict[str, Any]) -> str:
@@ -108,6 +115,7 @@ def measure(call: Callable[[dict[str, Any]], str], job: dict[str, Any]) -> dict[
 
 def main() -> None:
     """Serve jobs until the end of the input."""
+    import_everything()
     for line in sys.stdin:
         job = json.loads(line)
         call = floor if "floor" in job else upload if "upload" in job else retrieve
