@@ -27,11 +27,17 @@ def write_report(results: Results, folder: Path) -> Path:
     page = folder / "performance.md"
     (folder / "images").mkdir(parents=True, exist_ok=True)
     results.save(folder / "performance.json")
-    draw(results, folder / "images" / "performance.png")
+    if _compared(results):
+        draw(results, folder / "images" / "performance.png")
     old = page.read_text() if page.exists() else ""
     notes = old.partition(_NOTES)[2]
     page.write_text("\n".join([*_page(results), _NOTES, *([f"\n{notes.strip()}"] if notes.strip() else [])]) + "\n")
     return page
+
+
+def _compared(results: Results) -> list[Series]:
+    """What several clients did."""
+    return [series for key, series in results.series.items() if key not in SINGLE]
 
 
 def _page(results: Results) -> Iterator[str]:
@@ -42,14 +48,13 @@ def _page(results: Results) -> Iterator[str]:
     yield from (f"- {name}: {value}" for name, value in results.about.items())
     if results.skipped:
         yield from (f"- not measured: {what}" for what in results.skipped)
-    yield "\n![Wall time of each client from each source](images/performance.png)\n"
+    yield "\n![Wall time of each client from each source](images/performance.png)\n" if _compared(results) else ""
     if not results.quick:
         yield from _aims(results)
     yield "\n## Retrievals\n"
     yield "Wall time in seconds, min / median / max; CPU is user and system time of the client, median.\n"
-    for key, series in results.series.items():
-        if key not in SINGLE:
-            yield from _table(series)
+    for series in _compared(results):
+        yield from _table(series)
     yield "## Memory and small things\n"
     yield "| what | runs | wall s | CPU s | peak RSS MB |\n| --- | --- | --- | --- | --- |"
     for key, title in SINGLE.items():
@@ -127,7 +132,7 @@ def _peak(runs: list[Run]) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """One panel a source, one row a client: median, and the range of the runs, on a common logarithmic axis."""
-    series = [one for key, one in results.series.items() if key not in SINGLE]
+    series = _compared(results)
     heights = [len(one.runs) + 1.2 for one in series]
     figure, panels = plt.subplots(
         len(series), 1, sharex=True, squeeze=False, height_ratios=heights, figsize=(9, 0.27 * sum(heights) + 1)
