@@ -164,11 +164,16 @@ def test_a_list_of_500_rows_is_not_believed(tmp_path: Path) -> None:
     assert {row["reason"] for row in rows_of(result).values() if row["state"] == "unexpected"} == {"not_listed"}
 
 
-def test_a_series_that_has_500_instances_is_complete(embedded: Embedded, tmp_path: Path) -> None:
-    study = big_study(tmp_path / "pacs", 500, 600, name="five hundred")
+@pytest.mark.parametrize("associations", [1, 2])
+def test_a_series_that_has_as_many_instances_as_servers_cut_at(
+    embedded: Embedded, tmp_path: Path, associations: int
+) -> None:
+    study = big_study(tmp_path / "pacs", 200, 600, name="round", series=2)
     pacs = embedded(tmp_path / "pacs", omit_counts=True)
-    result = GetScu(f"PACS@{HOST}:{pacs.port}", destination=tmp_path / "to").get_study({"StudyInstanceUID": study})
-    assert (result.verdict, result.total, result.evidence) == ("complete", 500, "list")
+    scu = GetScu(f"PACS@{HOST}:{pacs.port}", destination=tmp_path / "to", associations=associations)
+    result = scu.get_study({"StudyInstanceUID": study})
+    assert (result.verdict, result.total, result.evidence) == ("complete", 200, "list")
+    assert set(pacs.sent.values()) == {1}, "fetched again to see whether the list was cut"
 
 
 # --- pynetdicom's qrscp -----------------------------------------------------------------------------------

@@ -53,9 +53,11 @@ def _requests(run: StudyRun, targets: Sequence[Instance], *, split: bool = False
     several = run.settings.associations > 1
     # A series that is asked for whole cannot be divided later: it should be a small part of the work.
     share = max(len(targets) // (4 * run.settings.associations), _LEAST_SHARE) if several else len(targets)
+    suspects = run.listing.perhaps_cut()  # they would be asked for whole afterwards, and come twice
     requests: list[Request] = []
     for series, part in by_series(targets).items():
-        if len(part) == sizes[series] and not partial and not split and len(part) <= share:
+        whole = len(part) == sizes[series] and not partial and not split
+        if whole and (len(part) <= share or series in suspects):
             requests.append(Request("SERIES", series, part))
         else:
             requests += _lists(run, part)
