@@ -51,8 +51,8 @@ class _Source:
         self.checked: Options = check_options(spelling=spelling, **checkable)
         level = logging.DEBUG if self.checked.verbose else logging.WARNING
         logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        # They log each message of their own, and parts of identifiers with it.
-        for name in ("pynetdicom", "pydicom"):
+        # They log each message of their own: parts of identifiers, and the secrets of a bucket.
+        for name in ("pynetdicom", "pydicom", "botocore", "boto3", "s3transfer", "urllib3"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def scu(self, **more: Any) -> GetScu:
