@@ -64,7 +64,7 @@ SCHEMA_VERSION = 1
 _STALE_SECONDS = 24 * 3600
 REFERENCE_KIND = "dicom-manifest"
 _KEY = "dicom_get."
-_BATCH = 16384
+_BATCH = 4096
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     # column, attribute of the record, type
