@@ -55,6 +55,8 @@ def reason_of(error: DicomGetError) -> str:
     """One word for an error, as ``Result.reason`` has it: ``connect_failed``, ``deadline``."""
     if isinstance(error, DeadlineExceeded):
         return "deadline"
+    if isinstance(error, DestinationFull):
+        return "disk_full"
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
 
 
