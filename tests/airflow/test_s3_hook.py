@@ -106,8 +106,8 @@ def test_an_address_of_ip_version_6(connect):
 
 
 def test_an_unknown_extra_changes_nothing_and_is_named_in_a_warning(connect, capsys):
-    assert connect({**PLAIN, "extra": {"reegion": "x"}}).config == connect(PLAIN, "plain").config
-    assert "the extra field 'reegion' is not known" in capsys.readouterr().out
+    assert connect({**PLAIN, "extra": {"zone_of_s3": "x"}}).config == connect(PLAIN, "plain").config
+    assert "the extra field 'zone_of_s3' is not known" in capsys.readouterr().out
 
 
 def test_credentials_of_the_machine_are_never_taken_in_silence(connect, capsys):
