@@ -409,7 +409,7 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
         file = pq.ParquetFile(content if isinstance(content, Path) else BytesIO(content))
     except (FileNotFoundError, PermissionError) as error:
         raise _unreadable(Path(name), error) from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(name) from error
     version = (file.metadata.metadata or {}).get(f"{_KEY}schema".encode())
     if version is not None and version != str(SCHEMA_VERSION).encode():
@@ -444,7 +444,7 @@ def _table(content: bytes | Path, name: str) -> pa.Table:
     with _open(content, name) as file:
         try:
             return file.read()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(name) from error
 
 
