@@ -1,0 +1,91 @@
+"""Send the studies of a day from one PACS to another as they arrive: nothing of them is written anywhere in between.
+
+Each instance goes on in the syntax in which it comes, while it comes, and is acknowledged to the first PACS only when
+the second has taken it. For a network where nothing may be kept, and for moves of whole archives.
+
+What it reads:
+
+* connection `dicom_default`: the PACS to retrieve from, as type DICOM
+* connection `dicom_target`: the PACS to forward to, as type DICOM. The hours and limits of both hold: what is outside
+  of the hours of one waits for both, and the slower rate is the one.
+* param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
+* configuration `[dicom_get] manifest_root`: where the records of what was forwarded are kept, UIDs and sizes: an
+  absolute path that all workers share, or `s3://CONN_ID@bucket/prefix`. Without it another try sends all of a study
+  again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+from airflow.sdk import DAG, Param, task
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.verify import DicomVerifyOperator
+
+with DAG(
+    dag_id="relay_pacs_to_pacs",
+    schedule=None,
+    catchup=False,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "study_date": Param(
+            "20240115",
+            type="string",
+            minLength=1,
+            title="Study date",
+            description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
+        ),
+    },
+    default_args={
+        # A try after a cut line or a PACS out of resources sends only what the other has not acknowledged.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+    },
+) as dag:
+    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
+    find = DicomFindOperator(
+        task_id="find",
+        dicom_conn_id="dicom_default",
+        study_date="{{ params.study_date }}",
+        # A day without studies is a success: the tasks below are skipped.
+        on_empty="return",
+    )
+
+    # One task a study. "complete" means here: the other PACS has acknowledged every instance that the first one lists.
+    relay = DicomGetOperator.partial(
+        task_id="relay",
+        dicom_conn_id="dicom_default",
+        destination="dicom://dicom_target",
+        # An instance that the other PACS refuses is named in the manifest and does not keep the rest from going.
+        # True ends the study at the first refusal.
+        strict_forward=False,
+        # One association with each PACS a task; a pool holds the number over all DAGs.
+        max_active_tis_per_dag=2,
+    ).expand(study=find.output)
+
+    # An acknowledgement is a promise. This asks the other PACS what it lists, once it has had time to.
+    confirm = DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
+        manifest=relay.output
+    )
+
+    # What came of it. Each relay leaves its summary in XCom whatever the verdict, so this runs too where some studies
+    # failed, and fails then itself: the last task decides on the state of the whole run.
+    @task(trigger_rule="all_done_min_one_success", retries=0)
+    def report(summaries, manifests) -> dict:
+        from airflow_dicom_get import load_manifests
+
+        frame = load_manifests(manifests)
+        verdicts = Counter(summary["verdict"] for summary in summaries)
+        not_there = frame[~frame["state"].isin(["forwarded", "held"])]
+        print(f"{len(frame)} instances of {sum(verdicts.values())} studies: {dict(verdicts)}")
+        if set(verdicts) - {"complete"}:
+            # Why the other PACS refused them: its statuses, not its words.
+            raise AirflowFailException(f"Not all has arrived: {not_there['reason'].value_counts().to_dict()}")
+        return {"verdicts": dict(verdicts), "instances": len(frame), "bytes": int(frame["bytes"].sum())}
+
+    confirm >> report(relay.output["summary"], relay.output)

@@ -1,0 +1,130 @@
+"""Retrieve the studies of a day into a bucket, let a person approve, and forward them to another PACS.
+
+Retrieve first, forward later: between the two lies a copy that is proven complete, so neither PACS waits for the other,
+and nothing goes out that nobody has looked at.
+
+What it reads:
+
+* connection `dicom_default`: the PACS to retrieve from, as type DICOM
+* connection `dicom_target`: the PACS to forward to, as type DICOM; its AE titles, TLS, hours and limits hold
+* connection `dicom_s3_default`: the bucket's service, as type DICOM storage (S3), or a stock Amazon Web Services one
+* param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
+* param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
+
+The whole is safe to clear and to run again: what lies in the bucket is not fetched again, and what the other PACS has
+acknowledged is not sent again. A run asks for approval every time.
+
+To keep several DAGs together within what each PACS admits, make pools and give them to `get` and `store`:
+`airflow pools set pacs 2 ''`, `pool="pacs"`.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import DAG, Param, task
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.store import DicomStoreOperator
+from airflow_dicom_get.operators.verify import DicomVerifyOperator
+
+# The connection stands in the address, so that whoever reads a manifest later finds the way to it.
+PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
+
+with DAG(
+    dag_id="retrieve_then_forward",
+    schedule=None,
+    catchup=False,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "study_date": Param(
+            "20240115",
+            type="string",
+            minLength=1,
+            title="Study date",
+            description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
+        ),
+        "bucket": Param(
+            os.environ.get("DICOM_BUCKET", "dicom/studies"),
+            type="string",
+            pattern="^[^/@]+(/[^/@]+)*$",
+            title="Bucket and prefix",
+            description="Where the studies are kept, for example dicom/studies. The bucket must exist.",
+        ),
+    },
+    default_args={
+        # A try after a cut line, a restarted worker or a PACS out of resources does only what is still missing.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+    },
+) as dag:
+    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
+    find = DicomFindOperator(
+        task_id="find",
+        dicom_conn_id="dicom_default",
+        study_date="{{ params.study_date }}",
+        # A day without studies is a success: the tasks below are skipped.
+        on_empty="return",
+    )
+
+    # One task a study, which succeeds only if the study is held whole. No task keeps a study in memory or on its disk.
+    get = DicomGetOperator.partial(
+        task_id="get",
+        dicom_conn_id="dicom_default",
+        destination=PLACE,
+        max_active_tis_per_dag=2,
+        # The tasks below need where the instances lie, not a large table in XCom.
+        manifest_xcom="reference",
+    ).expand(study=find.output)
+
+    # Does the bucket hold, byte for byte, what was retrieved; and does the PACS still list the same? A study that has
+    # grown since then fails here, and is mended by clearing its `get`.
+    check = DicomVerifyOperator.partial(task_id="check", dicom_conn_id="dicom_default").expand(manifest=get.output)
+
+    # What a person is to decide on: numbers, and nothing of a patient.
+    @task
+    def describe(summaries) -> str:
+        summaries = list(summaries)
+        lines = [f"{len(summaries)} studies, {sum(summary['completed'] for summary in summaries)} instances:", ""]
+        lines += [
+            f"* {summary['completed']} instances in {summary['series']} series, as of {summary['plan_at']}"
+            for summary in summaries
+        ]
+        return "\n".join(lines)
+
+    what = describe(get.output["summary"])
+
+    # The run waits here, without a worker, until somebody answers under "Required Actions". Reject skips what follows.
+    approve = ApprovalOperator(
+        task_id="approve",
+        subject="Forward the studies of {{ params.study_date }} to dicom_target?",
+        body="{{ ti.xcom_pull('describe') }}",
+        # Nobody answered in three days: the answer is no.
+        response_timeout=timedelta(days=3),
+        defaults="Reject",
+        retries=0,
+    )
+
+    # Each instance as it lies in the bucket, and for each the other PACS's own answer. Ledger and manifest go into the
+    # bucket too, so that another worker knows what was sent.
+    store = DicomStoreOperator.partial(
+        task_id="store",
+        dicom_conn_id="dicom_target",
+        manifest_root=PLACE + "/_forwarded",
+        max_active_tis_per_dag=2,
+    ).expand(manifest=get.output)
+
+    # An answer is a promise. This asks the other PACS what it lists.
+    confirm = DicomVerifyOperator.partial(
+        task_id="confirm",
+        destination="dicom://dicom_target",
+        # A PACS may take minutes until it lists what it took.
+        retries=5,
+    ).expand(manifest=store.output)
+
+    check >> what >> approve >> store
+    get >> store
