@@ -180,7 +180,7 @@ def test_the_hours_of_the_node_are_kept(run_dag, archive, target, tmp_path, root
     from airflow_dicom_get.net.store import StoreChannel
 
     now = datetime.now(UTC)
-    closes, opens = now + timedelta(seconds=6), now + timedelta(seconds=10)
+    closes, opens = now + timedelta(seconds=3), now + timedelta(seconds=6)
     hours += [(now - timedelta(hours=1), closes), (opens, now + timedelta(hours=1))]
     begin, begun = StoreChannel.begin, []
 
