@@ -120,7 +120,7 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
         }
         limit = _most_rows(series)
         before = len(listing.instances)
-        for row in _image_rows(finder, keys, limit):
+        for row in _image_rows(finder, scope, keys, limit):
             series.rows += 1
             _take_row(listing, scope, series, row, image_filters, known)
             if series.rows > 10 * (len(listing.instances) - before) + _SLACK:
@@ -129,13 +129,20 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
     return listing
 
 
-def _image_rows(finder: Finder, keys: Mapping[int, str], limit: int) -> Iterator[Row]:
+def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: int) -> Iterator[Row]:
     """The rows of a series: with the UIDs alone where the source fails at the other keys.
 
     One looks those up in its files, and fails as a whole where a single file is lost.
     """
+    wanted = _IMAGE_KEYS if scope.tells_syntaxes else _IMAGE_KEYS[:-1]
+    rows = told = 0
     try:
-        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *_IMAGE_KEYS), limit)
+        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *wanted), limit):
+            rows += 1
+            told += bool(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
+            yield row
+        if rows and not told:
+            scope.tells_syntaxes = False
     except OperationFailed as error:
         log.info("%s Asking for the UIDs alone.", error.message)
         yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit)

@@ -50,6 +50,8 @@ class Scope:
     instances: frozenset[str] | None = None
     filters: tuple[Filter, ...] = ()
     sop_classes: tuple[str, ...] = ()
+    tells_syntaxes: bool = True
+    """Whether to ask for transfer syntaxes: one server reads every file for a key that it then leaves empty."""
     listed: bool = True
     """Whether the study was found by C-FIND."""
 
