@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Each test process starts servers of its own; more than four of them gain nothing.
+TESTS  ?= -n auto --maxprocesses 4 --dist loadfile
 
 PY := $(VENV)/bin/python
 # Orthanc is installed to /usr/sbin, which is not on everyone's path.
@@ -24,10 +26,10 @@ ui: setup ## Start Airflow's web interface and the embedded PACS on the demo's h
 	@$(PY) scripts/ui.py $(ARGS)
 
 test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(TESTS) $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own
-	@$(VENV)-engine/bin/python -m pytest --ignore=tests/airflow -m "not airflow" $(ARGS)
+	@$(VENV)-engine/bin/python -m pytest $(TESTS) --ignore=tests/airflow -m "not airflow" $(ARGS)
 
 test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS; takes minutes
 	@KILLS=20 $(PY) -m pytest tests/test_kill.py -k random_moments -s --timeout 900 $(ARGS)

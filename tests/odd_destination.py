@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -130,17 +131,23 @@ class OddDestination:
         with self._mutex:
             self.open += 1
             self.peak = max(self.peak, self.open)
+        left = ExitStack()
+        left.callback(self._leave)
         try:
             with sock:
-                self.ends[self._converse(sock)] += 1
+                self.ends[self._converse(sock, left)] += 1
         except (DieError, OSError, struct.error):
             self.ends["dropped"] += 1
         finally:
+            left.close()
             with self._mutex:
-                self.open -= 1
                 self._sockets.remove(sock)
 
-    def _converse(self, sock: socket.socket) -> str:
+    def _leave(self) -> None:
+        with self._mutex:
+            self.open -= 1
+
+    def _converse(self, sock: socket.socket, left: ExitStack) -> str:
         kind, body = _pdu(sock)
         if kind != 1:
             return "no association"
@@ -160,6 +167,7 @@ class OddDestination:
         while True:
             kind, body = _pdu(sock)
             if kind == 5:
+                left.close()  # before the answer: with it the other side may open the next one
                 sock.sendall(struct.pack(">BBLL", 6, 0, 4, 0))
                 return "released"
             if kind == 7:

@@ -68,6 +68,9 @@ _REJECT_HINT = {
     (3, 2): "Use fewer associations, or try again later.",
 }
 
+_ABORTED = 0.25
+"""Seconds that a peer has to hang up after our A-ABORT."""
+
 
 class Throttle(Protocol):
     """Holds a rate over several associations."""
@@ -437,12 +440,21 @@ class Association:
             self.close()
 
     def abort(self, source: int = 0) -> None:
-        """Send A-ABORT as far as the socket takes it, and close."""
+        """Send A-ABORT as far as the socket takes it, give the peer a moment to hang up (PS3.8 9.2, Sta13), and close.
+
+        A peer that is closed on while it still sends may never read the A-ABORT, and would count
+        the association as open when the next one asks for its place.
+        """
         if not self._open:
             return
+        limit = time.monotonic() + _ABORTED
         try:
             self._sock.settimeout(0.5)
             self._sock.send(abort_pdu(source, 6 if source == 2 else 0))
+            while (left := limit - time.monotonic()) > 0:
+                self._sock.settimeout(left)
+                if not self._sock.recv_into(self._view):
+                    break
         except OSError:
             pass
         self.close()

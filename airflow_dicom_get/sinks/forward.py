@@ -22,6 +22,7 @@ from airflow_dicom_get.errors import (
     DicomGetError,
     ForwardLate,
     ForwardLost,
+    NotNegotiated,
     PeerError,
     PeerProtocolError,
     SinkError,
@@ -198,9 +199,13 @@ class ForwardSink:
             try:
                 series = None if self._trust else {x.series for x in held.values()}
                 listed = list_instances(association, study, series)
+            except NotNegotiated:
                 association.release()
-            finally:
+                raise
+            except BaseException:
                 association.abort()
+                raise
+            association.release()
         except PeerError as error:
             log.info("what %s holds cannot be asked for; our records stand alone: %s", self.name, error.message)
             return
