@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from urllib.error import URLError
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"
@@ -24,6 +26,14 @@ RETRIEVED = FOLDER / "retrieved"
 LOGS = FOLDER / "logs"
 DAG_ID = "retrieve_studies"
 AE_TITLE = "DEMO"
+# The api-server comes first: the others report to it.
+COMPONENTS = {
+    "api-server": ["api-server"],
+    "scheduler": ["scheduler", "--skip-serve-logs"],
+    "dag-processor": ["dag-processor"],
+    # The log servers of scheduler and triggerer would listen on every interface.
+    "triggerer": ["triggerer", "--skip-serve-logs"],
+}
 
 
 class DemoError(Exception):
@@ -125,6 +135,16 @@ def _complaint(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     named = [line for line in lines if re.match(r"([a-z_]\w*\.)*[A-Z]\w+: ", line)]
     return "".join(f"\n    {line:.300}" for line in (named or lines)[-5:])
+
+
+def healthy(address: str) -> bool:
+    """Whether all four components report in."""
+    try:
+        with urlopen(f"{address}/api/v2/monitor/health", timeout=5) as answer:
+            states = json.load(answer)
+    except (URLError, OSError, ValueError):
+        return False
+    return all(states.get(name, {}).get("status") == "healthy" for name in ("scheduler", "dag_processor", "triggerer"))
 
 
 def launch(

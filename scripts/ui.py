@@ -13,20 +13,10 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import demo_home as home
 from rich.console import Console
 
-# The api-server comes first: the others report to it.
-COMPONENTS = {
-    "api-server": ["api-server"],
-    "scheduler": ["scheduler", "--skip-serve-logs"],
-    "dag-processor": ["dag-processor"],
-    # The log servers of scheduler and triggerer would listen on every interface.
-    "triggerer": ["triggerer", "--skip-serve-logs"],
-}
 CONNECTION = "dicom_default"
 PATIENCE = 120
 
@@ -42,16 +32,6 @@ def free_port(wanted: int) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise home.DemoError("No port is free on 127.0.0.1.")
-
-
-def healthy(address: str) -> bool:
-    """Whether all four components report in."""
-    try:
-        with urlopen(f"{address}/api/v2/monitor/health", timeout=5) as answer:
-            states = json.load(answer)
-    except (URLError, OSError, ValueError):
-        return False
-    return all(states.get(name, {}).get("status") == "healthy" for name in ("scheduler", "dag_processor", "triggerer"))
 
 
 def fail_if_ended(processes: dict[str, subprocess.Popen[str]]) -> None:
@@ -81,7 +61,7 @@ def run(console: Console, port: int) -> None:
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
         }
     )
-    for name in ("setup", "pacs", *COMPONENTS):
+    for name in ("setup", "pacs", *home.COMPONENTS):
         log_of(name).unlink(missing_ok=True)
     with ExitStack() as stack:
         uri, _ = stack.enter_context(home.pacs())
@@ -97,12 +77,12 @@ def run(console: Console, port: int) -> None:
         # One common end for all four, rather than one after the other.
         stack.callback(lambda: home.stop(list(processes.values())))
         stack.callback(lambda: console.print("\nStopping, up to 10 s …"))
-        for name, arguments in COMPONENTS.items():
+        for name, arguments in home.COMPONENTS.items():
             processes[name] = home.launch(
                 [sys.executable, "-m", "airflow", *arguments], environment=environment, log=log_of(name)
             )
         console.print("Airflow   starting its four components …")
-        while not healthy(address):
+        while not home.healthy(address):
             fail_if_ended(processes)
             if time.monotonic() - began > PATIENCE:
                 raise home.DemoError(f"Airflow is not ready after {PATIENCE} s; see {home.shown(home.LOGS)}/")

@@ -123,7 +123,7 @@ def patiently(page: Any, frame: Any, row: Any) -> None:
 
 def test_a_retrieval_is_watched_and_listed(site, signed_in, picture):
     page = signed_in
-    site.run(str(Path(__file__).with_name("history.py")))
+    site.airflow.run(str(Path(__file__).with_name("history.py")))
     site.pacs.before_send = lambda uid: time.sleep(0.3)
     trigger(page, site)
     frame = open_list(page)
@@ -195,7 +195,7 @@ def test_what_is_missing_is_seen_with_its_reason(site, signed_in, picture, many_
 def many_uids(site):
     from pydicom import dcmread
 
-    files = sorted((site.home.FOLDER / "pacs" / "many").glob("*.dcm"))
+    files = sorted((site.held / "many").glob("*.dcm"))
     return [str(dcmread(file, stop_before_pixels=True).SOPInstanceUID) for file in files]
 
 

@@ -1,0 +1,67 @@
+"""One Airflow for all tests here, and a PACS for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_airflow import LiveAirflow
+
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+
+HERE = Path(__file__).parent
+SLOTS = 2
+HAS_AIRFLOW = any(distributions(name="apache-airflow-core"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if "live" not in config.option.markexpr:
+        # All of them take minutes: they are for `make test-live`.
+        left_out = [item for item in items if HERE in item.path.parents]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.live)
+            item.add_marker(pytest.mark.airflow)
+            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
+            if not HAS_AIRFLOW:
+                item.add_marker(pytest.mark.skip(reason="not installed: the extra airflow"))
+
+
+@pytest.fixture(scope="session")
+def airflow(tmp_path_factory) -> Iterator[LiveAirflow]:
+    """Airflow with a pool ``pacs`` of two slots."""
+    with LiveAirflow(tmp_path_factory.mktemp("live"), dags=HERE / "dags") as live:
+        live.make_pool("pacs", SLOTS)
+        yield live
+
+
+@pytest.fixture
+def serve(airflow) -> Iterator[Callable[..., EmbeddedPacs]]:
+    """Serve a folder, and connect ``pacs`` to it: ``serve(folder, extra={…}, through=relay, **options)``."""
+    with ExitStack() as stack:
+
+        def start(folder: Path, *, extra: Any = None, through: Any = None, **options: Any) -> EmbeddedPacs:
+            pacs = stack.enter_context(EmbeddedPacs(folder, ae_title="PACS", require_called_ae=True, **options))
+            front = through(pacs) if through else pacs
+            airflow.connect(
+                "pacs", conn_type="dicom", host="127.0.0.1", port=front.port, login="PACS", extra=extra or {}
+            )
+            return pacs
+
+        yield start
+
+
+@pytest.fixture
+def record(request) -> Callable[..., None]:
+    """Print what was measured; ``pytest -s`` or a failure shows it."""
+
+    def say(**figures: Any) -> None:
+        print(f"\n{request.node.name}: {figures}")
+
+    return say
