@@ -84,10 +84,10 @@ def pacs_sources(folder: Path, names: list[str], instances: int, size: int) -> I
         for name in names:
             server: Orthanc | Dcmqrscp
             if name == "orthanc":
-                server = stack.enter_context(Orthanc(folder / name))
+                server = stack.enter_context(Orthanc(folder / name, MaximumPduLength=16384))
                 server.load(files)
             else:
-                server = Dcmqrscp(folder / name)
+                server = Dcmqrscp(folder / name, max_pdu=16384)
                 server.register(files)
                 stack.enter_context(server)
             title = f"{'Orthanc' if name == 'orthanc' else name}, {in_words(instances, size)}"
