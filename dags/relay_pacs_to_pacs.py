@@ -16,14 +16,13 @@ What it reads:
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import timedelta
 
-from airflow.sdk import DAG, Param, task
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk import DAG, Param
 
 from airflow_dicom_get.operators.find import DicomFindOperator
 from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.report import report
 from airflow_dicom_get.operators.verify import DicomVerifyOperator
 
 with DAG(
@@ -69,23 +68,10 @@ with DAG(
     ).expand(study=find.output)
 
     # An acknowledgement is a promise. This asks the other PACS what it lists, once it has had time to.
-    confirm = DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
+    DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
         manifest=relay.output
     )
 
     # What came of it. Each relay leaves its summary in XCom whatever the verdict, so this runs too where some studies
-    # failed, and fails then itself: the last task decides on the state of the whole run.
-    @task(trigger_rule="all_done_min_one_success", retries=0)
-    def report(summaries, manifests) -> dict:
-        from airflow_dicom_get import load_manifests
-
-        frame = load_manifests(manifests)
-        verdicts = Counter(summary["verdict"] for summary in summaries)
-        not_there = frame[~frame["state"].isin(["forwarded", "held"])]
-        print(f"{len(frame)} instances of {sum(verdicts.values())} studies: {dict(verdicts)}")
-        if set(verdicts) - {"complete"}:
-            # Why the other PACS refused them: its statuses, not its words.
-            raise AirflowFailException(f"Not all has arrived: {not_there['reason'].value_counts().to_dict()}")
-        return {"verdicts": dict(verdicts), "instances": len(frame), "bytes": int(frame["bytes"].sum())}
-
-    confirm >> report(relay.output["summary"], relay.output)
+    # failed, and fails then itself. The run succeeds if both this and every `confirm` do: no task comes after them.
+    report(find.output, relay.output["summary"], relay.output)

@@ -14,14 +14,13 @@ To keep several DAGs together within what the PACS admits, make a pool and give 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from datetime import timedelta
 
-from airflow.sdk import DAG, Param, task
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk import DAG, Param
 
 from airflow_dicom_get.operators.find import DicomFindOperator
 from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.report import report
 
 DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
     os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
@@ -75,24 +74,4 @@ with DAG(
 
     # What came of it. Each get leaves its summary and its manifest in XCom whatever the verdict, so this runs too
     # where some studies failed, and fails then itself: the last task decides on the state of the whole run.
-    @task(trigger_rule="all_done_min_one_success", retries=0)
-    def report(summaries, manifests) -> dict:
-        from airflow_dicom_get import load_manifests
-
-        # The manifests are frames if small, references to files if large; this takes either.
-        frame = load_manifests(manifests)
-        not_held = frame[~frame["state"].isin(["stored", "held"])]
-        verdicts = Counter(summary["verdict"] for summary in summaries)
-        print(f"{len(frame)} instances of {sum(verdicts.values())} studies: {dict(verdicts)}")
-        if set(verdicts) - {"complete"}:
-            raise AirflowFailException(f"Not all is held: {not_held['reason'].value_counts().to_dict()}")
-        return {
-            "verdicts": dict(verdicts),
-            "studies": frame["study_instance_uid"].nunique(),
-            "series": frame["series_instance_uid"].nunique(),
-            "instances": len(frame),
-            "bytes": int(frame["bytes"].sum()),
-            "manifests": [summary["manifest_uri"] for summary in summaries],
-        }
-
-    report(get.output["summary"], get.output)
+    report(find.output, get.output["summary"], get.output)

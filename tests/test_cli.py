@@ -321,8 +321,10 @@ class TestInputs:
         ("content", "message"),
         [
             (b"Study\n1.2\n", "has no column StudyInstanceUID or AccessionNumber"), (b"", "has no column"),
-            (b"StudyInstanceUID\n", "lists no studies"), (b"StudyInstanceUID\n1.2\nx\n", "line 3: 'x' is no UID"),
-            (b"AccessionNumber\nSECRET*\n", "line 2: no accession number"), (b"\xff\xfe\x00", "is not in UTF-8"),
+            (b"StudyInstanceUID\n", "lists no studies"), (b"\xff\xfe\x00", "is not in UTF-8"),
+            (b"StudyInstanceUID\n1.2\nx\n", "line 3, column StudyInstanceUID: 'x' is no UID"),
+            (b"AccessionNumber\nSECRET*\n", "line 2, column AccessionNumber: no accession number"),
+            (b"StudyInstanceUID\n1.2,SECRET\n", "line 2: more fields than the first line has"),
         ],
     )  # fmt: skip
     def test_bad_csv(self, tmp_path: Path, content: bytes, message: str) -> None:

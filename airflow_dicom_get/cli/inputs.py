@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from airflow_dicom_get.checks import invalid, shown, shown_path
-from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.study_list import ACCESSION, UID, read_study_list
 
 
 def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
@@ -44,54 +41,9 @@ class StudyList:
 
 
 def read_studies(name: str) -> StudyList:
-    """Read a CSV file with a column ``StudyInstanceUID`` or ``AccessionNumber``; commas, semicolons or tabs.
-
-    Raises
-    ------
-    InvalidOption
-        The file cannot be read, has neither column, or a value is malformed. Accession numbers are
-        not shown: the message names the line.
-    """
-    try:
-        text = Path(name).read_text("utf-8-sig")
-    except OSError as error:
-        raise _bad(f"{shown_path(name)} cannot be read: {error.strerror}", "Check the path.") from None
-    except UnicodeDecodeError:
-        raise _bad(f"{shown_path(name)} is not in UTF-8", "Save it as CSV in UTF-8.") from None
-    head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
-    columns = {column.strip(): column for column in reader.fieldnames or ()}
-    wanted = next((column for column in ("StudyInstanceUID", "AccessionNumber") if column in columns), None)
-    if wanted is None:
-        raise _bad(
-            f"{shown_path(name)} has no column StudyInstanceUID or AccessionNumber",
-            "Name it in the first line of the file.",
-        )
-    values: dict[str, int] = {}
-    try:
-        for row in reader:
-            value = row[columns[wanted]].strip()
-            if value:
-                values.setdefault(value, reader.line_num)
-    except csv.Error:
-        raise _bad(f"{shown_path(name)}, line {reader.line_num}: no CSV", "Check the quotes of this line.") from None
-    if not values:
-        raise _bad(f"{shown_path(name)} lists no studies", f"Fill the column {wanted}.")
-    if wanted == "StudyInstanceUID":
-        for uid, line in values.items():
-            if not is_uid(uid):
-                raise _bad(
-                    f"{shown_path(name)}, line {line}: {shown(uid)} is no UID", "Correct the line, or take it out."
-                )
-        return StudyList(uids=tuple(values))
-    for accession, line in values.items():
-        if not accession.isprintable() or any(character in accession for character in "*?\\"):
-            raise _bad(
-                f"{shown_path(name)}, line {line}: no accession number", "Wildcards and backslashes are refused."
-            )
-    return StudyList(accessions=tuple((line, accession) for accession, line in values.items()))
-
-
-def _bad(what: str, hint: str) -> InvalidOption:
-    return invalid("--from-file", what, hint)
+    """Read the file of ``--from-file``; see :func:`~airflow_dicom_get.study_list.read_study_list`."""
+    rows = read_study_list(name, option="--from-file")
+    return StudyList(
+        uids=tuple(row.value for row in rows if row.key == UID),
+        accessions=tuple((row.line, row.value) for row in rows if row.key == ACCESSION),
+    )

@@ -1,4 +1,4 @@
-"""What the operators have in common: the hook, cancelling, what is shown, which errors are final."""
+"""What the operators have in common: the hook, cancelling, what is shown."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
+from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks.dicom import DicomHook
 
 if TYPE_CHECKING:
@@ -28,19 +27,6 @@ class Cancellable(Protocol):
 
     def cancel(self, reason: str) -> None:
         """Ask for an orderly end; a second call asks for an abort. No locks."""
-
-
-@contextmanager
-def final_errors() -> Iterator[None]:
-    """Let an error that another try cannot mend fail the task at once, whatever its ``retries``."""
-    try:
-        yield
-    except AirflowNotFoundException as error:
-        raise AirflowFailException(str(error)) from error
-    except DicomGetError as error:
-        if error.transient:
-            raise
-        raise AirflowFailException(str(error)) from error
 
 
 class DicomOperator(BaseOperator):

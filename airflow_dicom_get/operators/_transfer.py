@@ -12,10 +12,11 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.operators import _config
-from airflow_dicom_get.operators._base import DicomOperator, final_errors
+from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import CANCELLED, Result
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.hooks._places import Place, forward_target, resolve_place, resolve_root
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators import _config
-from airflow_dicom_get.operators._base import DicomOperator, final_errors
+from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_study
 from airflow_dicom_get.operators._manifests import (
     connection_of,
@@ -26,6 +26,7 @@ from airflow_dicom_get.operators._manifests import (
 )
 from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._request import study_uids
+from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import COMPLETE, PARTIAL, UNVERIFIED, Result, Verdict
 
 if TYPE_CHECKING:

@@ -62,7 +62,8 @@ def test_a_run_with_a_study_that_is_not_whole_fails_and_says_so(run_dag, dag, pa
     assert run.state == "failed"
     assert sorted(run.task("get", index).state for index in range(2)) == ["failed", "success"]
     assert run.task("report").state == "failed"
-    assert "Not all is held: {'sub_operation_failed': 5}" in run.log
+    assert "67 of 72 instances of 2 studies are held (1 partial, 1 complete)." in run.log
+    assert "Why the others are not: 5 sub_operation_failed." in run.log
 
 
 def _uids(folder: Path) -> list[str]:

@@ -1,0 +1,34 @@
+"""Which errors are worth another try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
+
+from airflow_dicom_get.errors import DicomGetError
+
+
+@contextmanager
+def final_errors() -> Iterator[None]:
+    """Let an error that another try cannot mend fail the task at once, whatever its ``retries``.
+
+    The operators do so by themselves; this is for ``@task`` functions that call hooks or read manifests::
+
+        @task(retries=3)
+        def count(manifests):
+            with final_errors():
+                return len(load_manifests(manifests))
+
+    :raises AirflowFailException: in place of an error of this package that is not ``transient``, or of a connection
+        that is not there
+    """
+    try:
+        yield
+    except AirflowNotFoundException as error:
+        raise AirflowFailException(str(error)) from error
+    except DicomGetError as error:
+        if error.transient:
+            raise
+        raise AirflowFailException(str(error)) from error
