@@ -15,6 +15,11 @@ from airflow_dicom_get.testing.pacs import EmbeddedPacs
 
 HERE = Path(__file__).parent
 SLOTS = 2
+IMPATIENT = {
+    # By default, what a lost host had in hand waits for five minutes.
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "15",
+}
 HAS_AIRFLOW = any(distributions(name="apache-airflow-core"))
 
 
@@ -34,9 +39,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def here() -> Path:
+    """The folder of these tests."""
+    return HERE
+
+
+@pytest.fixture(scope="session")
 def airflow(tmp_path_factory) -> Iterator[LiveAirflow]:
     """Airflow with a pool ``pacs`` of two slots."""
-    with LiveAirflow(tmp_path_factory.mktemp("live"), dags=HERE / "dags") as live:
+    with LiveAirflow(tmp_path_factory.mktemp("live"), dags=HERE / "dags", environment=IMPATIENT) as live:
         live.make_pool("pacs", SLOTS)
         yield live
 
