@@ -47,6 +47,10 @@ class DicomGetError(Exception):
         for name, value in facts.items():
             setattr(self, name, value)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence alone. The stack says nothing that the sentence does not."""
+        return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.hint, self.facts))
 

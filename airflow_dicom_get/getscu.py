@@ -171,7 +171,7 @@ class GetScu:
         query_model : {"StudyRoot", "PatientRoot"}
             Information model of the C-GET.
         on_sub_operation : callable
-            Called with a :class:`SubOperation` for each instance that arrives.
+            Called with a :class:`SubOperation` for each instance that arrives. Without it, a notebook shows a bar.
         on_completed : callable
             Called once with a :class:`Completed`, on every end.
         manifest : manifest, reference or URI
@@ -190,6 +190,7 @@ class GetScu:
             Bad input; nothing was fetched.
         """
         from airflow_dicom_get.engine.events import Events
+        from airflow_dicom_get.jupyter import at_cell
         from airflow_dicom_get.manifest import run_name
         from airflow_dicom_get.places import open_places
 
@@ -199,10 +200,10 @@ class GetScu:
         if manifest is not None and query is not None:
             raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
         run = run_name()
-        events = Events(on_sub_operation, on_completed)
-        with _Reporting(self.options.verbose):
+        source = self._open_source()
+        with _Reporting(self.options.verbose), at_cell(source.cancel.cancel, on_sub_operation) as shown:
+            events = Events(shown, on_completed)
             resume_at = self._closed_until()
-            source = self._open_source()
             ends: list[StudyEnd] = []
             runs: list[StudyRun] = []
             error: DicomGetError | None = None

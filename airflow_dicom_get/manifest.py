@@ -15,6 +15,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from itertools import accumulate
@@ -57,10 +58,13 @@ __all__ = [
     "run_name",
     "safe_name",
     "table_of",
+    "tables_below",
     "write_manifest",
 ]
 
 SCHEMA_VERSION = 1
+MANIFESTS = "_manifests"
+"""The folder at a destination that manifests and ledger lie in."""
 _STALE_SECONDS = 24 * 3600
 REFERENCE_KIND = "dicom-manifest"
 _KEY = "dicom_get."
@@ -304,6 +308,68 @@ def read_table(uri: Any, **s3: Any) -> pa.Table:
     return _table(_fetch(place, s3), str(uri))
 
 
+def tables_below(where: Any, **s3: Any) -> Iterator[pa.Table]:
+    """Read all manifests at a place: a file, a folder of manifests, or a destination of retrievals.
+
+    Parameters
+    ----------
+    where : str or Path
+        A path, ``file://…`` or ``s3://…``. Of a destination those in ``_manifests`` are read.
+    **s3
+        How to reach the bucket, as in ``s3_config``.
+
+    Raises
+    ------
+    ManifestError
+        There is none, or one of them cannot be read.
+    """
+    place = _place_of(where)
+    found = False
+    if isinstance(place, S3Destination):
+        bucket = _bucket_of(place, s3)
+        for key in _keys_below(bucket, place):
+            found = True
+            yield _table(_fetch(replace(place, prefix=key), s3, bucket), bucket.uri(key))
+    else:
+        for path in _files_below(place.path):
+            found = True
+            yield _table(path, str(path))
+    if not found:
+        raise ManifestError(
+            f"There are no manifests at {shown_path(where)}.",
+            hint="Name the destination of a retrieval, its folder _manifests, or one file there.",
+            uri=str(where),
+        )
+
+
+def _files_below(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    root = path / MANIFESTS if (path / MANIFESTS).is_dir() else path
+    return sorted(file for file in root.rglob("*.parquet") if _visible(str(file.relative_to(root))))
+
+
+def _keys_below(bucket: Bucket, place: S3Destination) -> list[str]:
+    if place.prefix.endswith(".parquet"):
+        return [place.prefix]
+    prefix = f"{place.prefix}/" if place.prefix else ""
+    try:
+        for root in (f"{prefix}{MANIFESTS}/", prefix):
+            keys = [x.key for x in bucket.list(root) if x.key.endswith(".parquet") and _visible(x.key[len(root) :])]
+            if keys:
+                return sorted(keys)
+    except S3Error as error:
+        raise ManifestError(
+            f"The manifests at {shown_path(place)} cannot be listed. {error.message}", hint=error.hint, uri=str(place)
+        ) from error
+    return []
+
+
+def _visible(name: str) -> bool:
+    """Ledgers and what is half-written have names that begin with a dot."""
+    return not any(part.startswith(".") for part in name.split("/"))
+
+
 def _place_of(uri: Any) -> FilesystemDestination | S3Destination:
     if not isinstance(uri, str | os.PathLike) or not str(uri):
         raise ManifestError("There is no manifest to read.", hint="Give the path or URI of a manifest.", uri=None)
@@ -380,10 +446,10 @@ def _content(place: FilesystemDestination | S3Destination, s3: Mapping[str, Any]
         raise _unreadable(place.path, error) from None
 
 
-def _fetch(place: S3Destination, s3: Mapping[str, Any]) -> bytes:
+def _fetch(place: S3Destination, s3: Mapping[str, Any], bucket: Bucket | None = None) -> bytes:
     """The content of an object. Raises :class:`ManifestError`."""
     try:
-        return _bucket_of(place, s3).get(place.prefix)
+        return (bucket or _bucket_of(place, s3)).get(place.prefix)
     except S3Error as error:
         raise ManifestError(
             f"The manifest {shown_path(place)} cannot be read. {error.message}", hint=error.hint, uri=str(place)

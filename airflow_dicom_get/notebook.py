@@ -15,19 +15,24 @@ from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from airflow_dicom_get import manifest as _manifest
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import ManifestError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["load_manifests", "overview", "read_manifest"]
+__all__ = ["HELD", "NOT_HELD", "latest", "load_manifests", "overview", "read_manifest", "read_manifests"]
+
+HELD = ("stored", "forwarded", "held")
+"""States of the instances that are at the destination."""
+NOT_HELD = ("failed", "missing", "conflict")
+"""States of the instances that are listed and not at the destination."""
 
 _PAGE = 100
 _SECONDS = 60.0
-_HELD = ("stored", "forwarded", "held")
-_NOT_HELD = ("failed", "missing", "conflict")
+_NO_ROWS = "Their queries matched nothing, or nothing was retrieved: see the verdict of the runs, or name others."
 
 
 def read_manifest(uri: Any, **s3: Any) -> DataFrame:
@@ -46,6 +51,72 @@ def read_manifest(uri: Any, **s3: Any) -> DataFrame:
         There is no such file, it is broken, or it is of another schema.
     """
     return _manifest.read_manifest(uri, **s3)
+
+
+def read_manifests(where: Any, **s3: Any) -> DataFrame:
+    """Read all manifests at a place, as one DataFrame.
+
+    Parameters
+    ----------
+    where : str or Path
+        A destination of retrievals, a folder or prefix with manifests, or one file; on disk or ``s3://…``.
+    **s3
+        How to reach the bucket, as in ``s3_config`` of ``GetScu``; the usual AWS places by default.
+
+    Returns
+    -------
+    DataFrame
+        The rows of all, oldest run first, with the columns of a manifest and three more: ``run``, ``run_at`` (when it
+        began, UTC) and its ``verdict``. An instance has a row for every run that it was part of; see :func:`latest`.
+
+    Raises
+    ------
+    ManifestError
+        There are no manifests, one cannot be read, or none has any rows.
+    """
+    import pyarrow as pa
+
+    tables = []
+    for table in _manifest.tables_below(where, **s3):
+        facts = _manifest.metadata_of(table)
+        tables.append(_labelled(table, run=facts.get("run"), verdict=facts.get("verdict")))
+    frame = _manifest.frame_of(pa.concat_tables(tables, promote_options="default"))
+    return _ordered(frame.assign(run_at=_began(frame["run"])), f"The manifests at {shown_path(where)}")
+
+
+def latest(manifests: DataFrame) -> DataFrame:
+    """Keep the last row of each instance: what is known of it after all the runs.
+
+    Parameters
+    ----------
+    manifests : DataFrame
+        As :func:`read_manifests` or :func:`load_manifests` gives them.
+    """
+    rows: DataFrame = manifests.sort_values("run_at", kind="stable").drop_duplicates(
+        ["study_instance_uid", "series_instance_uid", "sop_instance_uid"], keep="last"
+    )
+    return rows.reset_index(drop=True)
+
+
+def _labelled(table: pa.Table, **facts: str | None) -> pa.Table:
+    import pyarrow as pa
+
+    for name, value in facts.items():
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table.replace_schema_metadata(None)
+
+
+def _began(runs: Any) -> Any:
+    """The time that the name of a run begins with."""
+    import pandas as pd
+
+    return pd.to_datetime(runs.str[:16], format="%Y%m%dT%H%M%SZ", utc=True, errors="coerce")
+
+
+def _ordered(frame: DataFrame, what: str) -> DataFrame:
+    if not len(frame):
+        raise ManifestError(f"{what} have no rows.", hint=_NO_ROWS, uri=None)
+    return frame.sort_values("run_at", kind="stable", ignore_index=True)
 
 
 def load_manifests(
@@ -80,30 +151,39 @@ def load_manifests(
     Returns
     -------
     DataFrame
-        The rows of all manifests, with ``task_id`` and ``map_index`` of the task that each is of.
+        The rows of all manifests, with ``task_id`` and ``map_index`` of the task that each is of, and ``run``,
+        ``run_at`` (when the task returned) and ``verdict`` as :func:`read_manifests` has them.
 
     Raises
     ------
     ManifestError
-        Airflow refuses, has no such run, or a manifest cannot be read.
+        Airflow refuses, has no such run, or a manifest cannot be read, or none has any rows.
     """
     import pandas as pd
 
     api = _Api(base_url, token, ca_file)
     run = api.latest_run(dag_id) if run_id is None else run_id
     frames = []
-    for entry in api.returned(dag_id, run, task_id):
+    for entry in api.entries(dag_id, run, task_id, "return_value"):
         frame = _frame(api.value(dag_id, run, entry), s3)
         if frame is None:
             continue
-        frames.append(frame.assign(task_id=entry["task_id"], map_index=entry["map_index"]))
+        task, index = entry["task_id"], entry["map_index"]
+        returned = pd.Timestamp(entry["timestamp"]).tz_convert("UTC")
+        frames.append(frame.assign(run=f"{run}/{task}/{index}", run_at=returned, task_id=task, map_index=index))
     if not frames:
         raise ManifestError(
             f"The run {shown(run)} of {shown(dag_id)} returned no manifest.",
             hint="Give run_id; or task_id, of a task that retrieves.",
             uri=None,
         )
-    return pd.concat(frames, ignore_index=True)
+    verdicts = {
+        f"{run}/{entry['task_id']}/{entry['map_index']}": api.value(dag_id, run, entry).get("verdict")
+        for entry in api.entries(dag_id, run, task_id, "summary")
+    }
+    frame = pd.concat(frames, ignore_index=True)
+    frame["verdict"] = frame["run"].map(verdicts).astype("string")
+    return _ordered(frame.astype({"run": "string"}), f"The manifests of the run {shown(run)}")
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -134,12 +214,12 @@ class _Api:
             raise ManifestError(f"The DAG {shown(dag_id)} has no run.", hint="Trigger it.", uri=None)
         return str(found[0]["dag_run_id"])
 
-    def returned(self, dag_id: str, run_id: str, task_id: str | None) -> Iterator[dict[str, Any]]:
-        """The entries of XCom that tasks returned, without their values."""
+    def entries(self, dag_id: str, run_id: str, task_id: str | None, key: str) -> Iterator[dict[str, Any]]:
+        """The entries of XCom under a key, without their values."""
         path = f"dags/{_part(dag_id)}/dagRuns/{_part(run_id)}/taskInstances/{_part(task_id or '~')}/xcomEntries"
         offset = 0
         while True:
-            page = self._get(path, xcom_key="return_value", limit=_PAGE, offset=offset)
+            page = self._get(path, xcom_key=key, limit=_PAGE, offset=offset)
             entries = page["xcom_entries"]
             yield from entries
             offset += len(entries)
@@ -147,10 +227,10 @@ class _Api:
                 return
 
     def value(self, dag_id: str, run_id: str, entry: Mapping[str, Any]) -> Any:
-        """What a task returned, as XCom holds it."""
+        """The value of an entry, as XCom holds it."""
         path = f"dags/{_part(dag_id)}/dagRuns/{_part(run_id)}/taskInstances/{_part(entry['task_id'])}"
         query = {"map_index": entry["map_index"], "deserialize": "false", "stringify": "false"}
-        return self._get(f"{path}/xcomEntries/return_value", **query)["value"]
+        return self._get(f"{path}/xcomEntries/{_part(entry['key'])}", **query)["value"]
 
     def _get(self, path: str, **query: Any) -> Any:
         address = f"{self._base}/api/v2/{path}?{urlencode(query)}"
@@ -202,12 +282,12 @@ def _frame(value: Any, s3: Mapping[str, Any]) -> DataFrame | None:
 
 
 def overview(manifest: Any) -> Figure:
-    """Draw a manifest: what is held and what is not, by study; why not; when it came, and how large it is.
+    """Draw a manifest: what came, by modality and by day; what of it is held, study by study; and why not.
 
     Parameters
     ----------
     manifest : DataFrame, dict, str or Path, or several of them
-        Manifests of any shape.
+        Manifests of any shape. Of an instance that several runs have tried the last row counts.
 
     Raises
     ------
@@ -215,49 +295,91 @@ def overview(manifest: Any) -> Figure:
         matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot
+        from matplotlib.patches import Patch
     except ImportError:
         raise ImportError(
             "overview() draws with matplotlib, which is not installed: pip install 'airflow-dicom-get[notebook]'."
         ) from None
-    frame = _manifest.load_manifests(manifest)
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    held = frame["state"].isin(_HELD)
-    bad = frame["state"].isin(_NOT_HELD)
-    studies = frame["study_instance_uid"].nunique()
+    runs = "run_at" in getattr(manifest, "columns", ())
+    frame = manifest if runs else _manifest.load_manifests(manifest)
+    now = latest(frame) if runs else frame
+    held, bad = now[now["state"].isin(HELD)], now[now["state"].isin(NOT_HELD)]
+    studies = now["study_instance_uid"].nunique()
+    # pyplot teaches the notebook to show figures; closed, this one is not shown a second time.
+    figure = pyplot.figure(figsize=(11, 6.5), layout="constrained", facecolor="white")
+    pyplot.close(figure)
     figure.suptitle(
-        f"{int(held.sum()):,} of {int((held | bad).sum()):,} instances held, {studies:,} studies, "
-        f"{int(frame.loc[held, 'bytes'].fillna(0).sum()) / 1e6:,.1f} MB"
+        f"{len(held):,} of {len(held) + len(bad):,} instances held, "
+        f"{studies:,} {'study' if studies == 1 else 'studies'}, {_megabytes(held):,.1f} MB"
     )
+    handles = [Patch(color=_GOOD, label="held"), Patch(color=_BAD, label="not held")]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     axes = figure.subplots(2, 2)
-    _draw_studies(axes[0, 0], frame, held, bad)
-    _draw_reasons(axes[0, 1], frame[bad])
-    _draw_arrival(axes[1, 0], frame[held])
-    _draw_modalities(axes[1, 1], frame[held])
+    _draw_modalities(axes[0, 0], held, bad)
+    _draw_arrival(axes[0, 1], frame)
+    _draw_studies(axes[1, 0], held, bad)
+    _draw_reasons(axes[1, 1], bad)
     return figure
 
 
-_GOOD, _BAD, _PLAIN = "#1d7f46", "#c02b2b", "#2568c4"
-_MOST = 12
+_GOOD, _BAD = "#2a6fbb", "#d1495b"
+_MOST = 10
 
 
-def _draw_studies(axes: Any, frame: DataFrame, held: Any, bad: Any) -> None:
+def _megabytes(rows: DataFrame) -> float:
+    return float(rows["bytes"].sum()) / 1e6
+
+
+def _draw_modalities(axes: Any, held: DataFrame, bad: DataFrame) -> None:
+    import pandas as pd
+
+    axes.set_title("Instances by modality, and size held")
+    names = {"held": held["modality"].fillna("unknown"), "not held": bad["modality"].fillna("unknown")}
+    counts = pd.DataFrame({what: modality.value_counts() for what, modality in names.items()}).fillna(0)
+    if not len(counts):
+        _say(axes, "Nothing was listed.")
+        return
+    counts = counts.sort_values("held")
+    sizes = held["bytes"].astype(float).groupby(names["held"]).sum().reindex(counts.index, fill_value=0)
+    bars = _stack(axes, counts, list(counts.index))
+    axes.bar_label(bars, [f"{size / 1e6:,.1f} MB" for size in sizes], padding=3, fontsize=8)
+
+
+def _draw_arrival(axes: Any, frame: DataFrame) -> None:
+    """By day, or within one where there is only one."""
+    came = frame.dropna(subset=["received_at"])
+    came = came[came["state"].isin(("stored", "forwarded")) & came["bytes"].notna()].sort_values("received_at")
+    axes.set_title("Received by day (UTC)")
+    if not len(came):
+        _say(axes, "Nothing came: it was there before, or is missing.")
+        return
+    when, size = came["received_at"].dt.tz_localize(None), came["bytes"].astype(float) / 1e6
+    days = size.groupby(when.dt.normalize()).sum()
+    if len(days) > 1:
+        axes.bar(days.index.to_numpy(), days.to_numpy(), color=_GOOD)
+    else:
+        axes.set_title(f"Received on {days.index[0]:%Y-%m-%d} (UTC), in total")
+        axes.step(when.to_numpy(), size.cumsum().to_numpy(), where="post", color=_GOOD)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("MB")
+    axes.tick_params(axis="x", labelrotation=30, labelsize=8)
+
+
+def _draw_studies(axes: Any, held: DataFrame, bad: DataFrame) -> None:
     """Those with something missing first, the largest ones of the rest."""
-    counted = (
-        frame.assign(held=held.astype(int), bad=bad.astype(int))
-        .groupby("study_instance_uid")[["held", "bad"]]
-        .sum()
-        .sort_values(["bad", "held"], ascending=False)
-    )
-    part = counted.head(_MOST)[::-1]
-    names = [f"…{uid[-14:]}" if len(uid) > 15 else uid for uid in part.index]
-    places = range(len(part))
-    axes.barh(places, part["held"], color=_GOOD, label="held")
-    axes.barh(places, part["bad"], left=part["held"], color=_BAD, label="not held")
-    axes.set_yticks(list(places), names, fontsize=8)
-    more = f" ({_MOST} of {len(counted)})" if len(counted) > _MOST else ""
+    import pandas as pd
+
+    studies = {"held": held["study_instance_uid"], "not held": bad["study_instance_uid"]}
+    counts = pd.DataFrame({what: uids.value_counts() for what, uids in studies.items()})
+    counts = counts.fillna(0).sort_values(["not held", "held"], ascending=False)
+    part = counts.head(_MOST)[::-1]
+    more = f", {len(part)} of {len(counts):,}" if len(counts) > len(part) else ""
     axes.set_title(f"Instances by study{more}")
-    axes.legend()
+    if not len(part):
+        _say(axes, "Nothing was listed.")
+        return
+    _stack(axes, part, [f"…{uid[-12:]}" if len(uid) > 13 else uid for uid in part.index])
 
 
 def _draw_reasons(axes: Any, bad: DataFrame) -> None:
@@ -268,36 +390,19 @@ def _draw_reasons(axes: Any, bad: DataFrame) -> None:
     counts = bad["reason"].fillna("without a reason").value_counts()[::-1]
     bars = axes.barh([str(reason) for reason in counts.index], counts.to_numpy(dtype=int), color=_BAD)
     axes.bar_label(bars, padding=3)
+    axes.set_xlabel("instances")
+    axes.margins(x=0.12)
 
 
-def _draw_arrival(axes: Any, held: DataFrame) -> None:
-    axes.set_title("Received over time (UTC)")
-    came = held.dropna(subset=["received_at"]).sort_values("received_at")
-    if not len(came):
-        _say(axes, "Nothing came: it was there before.")
-        return
-    axes.plot(
-        came["received_at"].dt.tz_localize(None).to_numpy(),
-        came["bytes"].fillna(0).astype(float).cumsum().to_numpy() / 1e6,
-        color=_PLAIN,
-    )
-    axes.set_ylabel("MB")
-    axes.tick_params(axis="x", labelrotation=30, labelsize=8)
-
-
-def _draw_modalities(axes: Any, held: DataFrame) -> None:
-    axes.set_title("Held, by modality")
-    if not len(held):
-        _say(axes, "Nothing is held.")
-        return
-    sizes = (
-        held.assign(modality=held["modality"].fillna("unknown"), bytes=held["bytes"].fillna(0).astype(float) / 1e6)
-        .groupby("modality")["bytes"]
-        .sum()
-        .sort_values()
-    )
-    axes.barh([str(name) for name in sizes.index], sizes.to_numpy(), color=_PLAIN)
-    axes.set_xlabel("MB")
+def _stack(axes: Any, counts: DataFrame, names: list[str]) -> Any:
+    """Bars of what is held and what is not, one behind the other; gives the outer ones."""
+    places, held, bad = range(len(counts)), counts["held"].to_numpy(), counts["not held"].to_numpy()
+    axes.barh(places, held, color=_GOOD)
+    bars = axes.barh(places, bad, left=held, color=_BAD)
+    axes.set_yticks(list(places), names, fontsize=8)
+    axes.set_xlabel("instances")
+    axes.set_xlim(0, 1.25 * max(held + bad))
+    return bars
 
 
 def _say(axes: Any, text: str) -> None:

@@ -254,9 +254,10 @@ class Result:
             ),
             ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
             ("manifest", self.manifest_uri),
-            *(("error", f"{error.get('count', 1)} × {error.get('error')}") for error in self.errors),
+            *(("error", f"{x.get('count', 1)} × {x.get('error')} {x.get('hint') or ''}") for x in self.errors),
+            ("what next", self.hint() if self.verdict != COMPLETE else None),
         ]
-        return _html(f"{self.verdict}{f' ({self.reason})' if self.reason else ''}", rows)
+        return html_table(f"{self.verdict}{f' ({self.reason})' if self.reason else ''}", rows)
 
 
 _JSON_FIELDS = tuple(item.name for item in fields(Result) if item.name not in ("transient", "rows", "_manifest"))
@@ -312,7 +313,7 @@ class Plan:
         return values
 
     def _repr_html_(self) -> str:
-        return _html(
+        return html_table(
             f"Plan: {self.missing} of {self.instances} instances to fetch",
             [
                 ("node", self.node),
@@ -363,7 +364,7 @@ class EchoReport:
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     def _repr_html_(self) -> str:
-        return _html(
+        return html_table(
             f"{self.node}: {'answers' if self.ok else f'status {self.status:04X}'} in {self.round_trip_ms:.1f} ms",
             [
                 *((name, "accepted" if yes else "refused") for name, yes in self.accepted.items()),
@@ -411,7 +412,8 @@ def _class_name(uid: str | None) -> str:
     return str(UID(uid).name)
 
 
-def _html(title: str, rows: Iterable[tuple[str, object]]) -> str:
+def html_table(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    """A table of names and values for a notebook; values that are None are left out."""
     body = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>"
         for name, value in rows

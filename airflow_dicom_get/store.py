@@ -33,6 +33,7 @@ from airflow_dicom_get.settings import Deadlines, S3Config, Tls, UserIdentity
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Held, Taken
     from airflow_dicom_get.sinks.forward import ForwardSink, Target
 
@@ -167,7 +168,9 @@ class StoreScu:
             Bad input; nothing was stored.
         """
         from airflow_dicom_get.engine.events import Events
+        from airflow_dicom_get.jupyter import at_cell
         from airflow_dicom_get.manifest import run_name
+        from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.places import named_root, root_for
 
         if (source is None) == (manifest is None):
@@ -185,16 +188,18 @@ class StoreScu:
                 raise invalid("source", "holds no files", "Name files, or folders that hold some.")
         root = named_root(self.options, self.s3_config) or root_for(self.options)
         name = run_name()
-        events = Events(on_sub_operation, on_completed)
-        run = self._run = _Run(self, self._target, root.ledgers(), name, events, on_unusable)
-        if self._cancelled is not None:
-            run.cancel.cancel(self._cancelled)
-        try:
-            run.execute(objects, others)
-        finally:
-            self._run = None
-        result = run.result(str(self._target))
-        self._write_manifest(run, result, root, name, manifest_name or name, shown_source)
+        cancel = CancelToken()
+        with at_cell(cancel.cancel, on_sub_operation) as shown:
+            events = Events(shown, on_completed)
+            run = self._run = _Run(self, self._target, root.ledgers(), name, events, on_unusable, cancel)
+            if self._cancelled is not None:
+                cancel.cancel(self._cancelled)
+            try:
+                run.execute(objects, others)
+            finally:
+                self._run = None
+            result = run.result(str(self._target))
+            self._write_manifest(run, result, root, name, manifest_name or name, shown_source)
         events.completed(
             Completed(
                 total=result.total,
@@ -241,12 +246,12 @@ class _Run:
         name: str,
         events: Events,
         on_unusable: Callable[[str, str], object] | None,
+        cancel: CancelToken,
     ) -> None:
-        from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.sinks.forward import ForwardSink
 
         o = scu.options
-        self.cancel = CancelToken()
+        self.cancel = cancel
         self.rows: dict[str, Instance] = {}
         self.unusable: list[tuple[str, str]] = []
         self.strict = scu.strict_forward

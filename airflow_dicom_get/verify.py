@@ -35,6 +35,7 @@ from airflow_dicom_get.objects import (
 )
 from airflow_dicom_get.options import OPTIONS, Options, check_options
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.result import html_table
 from airflow_dicom_get.settings import ForwardTarget, S3Config
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ Symbol = Literal["=", "+", "-", "*", "!"]
 
 _CLAIMED = ("stored", "held", "forwarded", "unexpected")
 _READERS = 4
+_SHOWN = 10
+"""Differences shown in a notebook; ``frame()`` has all."""
 _NOBODY = Node("localhost", 1)
 """Stands for the source in options where none is asked."""
 
@@ -145,6 +148,19 @@ class Verification:
             "manifest": self.manifest_uri,
             "plan_at": self.plan_at.isoformat() if self.plan_at is not None else None,
         }
+
+    def _repr_html_(self) -> str:
+        shown = [(x.symbol, f"{x.sop_instance_uid}: {x.what}") for x in self.differences[:_SHOWN]]
+        more = len(self.differences) - len(shown)
+        return html_table(
+            self.summary(),
+            [
+                ("not compared with the PACS", self.uncompared),
+                *shown,
+                ("…", f"{more} more, in frame()" if more else None),
+                ("manifest", self.manifest_uri),
+            ],
+        )
 
 
 def verify(

@@ -101,12 +101,12 @@ def test_an_overview_of_any_manifest(run_dag, pacs, archive, first_uid, tmp_path
         figure = overview(manifest)
         assert len(figure.axes) == 4
     figure = overview(frame)
-    assert figure.get_suptitle().startswith("59 of 60 instances held, 1 studies")
+    assert figure.get_suptitle().startswith("59 of 60 instances held, 1 study")
     figure.savefig(tmp_path / "overview.png")
     assert (tmp_path / "overview.png").stat().st_size > 10_000
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"airflow-dicom-get\[notebook\]"):
         overview([])
