@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from clients import DICOM_GET, Bench, Run
+from clients import DICOM_GET, Bench, Run, give_back
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs
 from servers import Storescp, find_binary
 from sources import Source
@@ -75,8 +74,7 @@ class Forward:
 
     def _checked(self, run: Run, source: Source) -> Run:
         self.bench.check_files(source, self.target.received, "forwarding")
-        for path in self.target.received.iterdir():
-            path.unlink()
+        give_back(self.target.received)
         return run
 
 
@@ -85,7 +83,7 @@ class Bucket:
 
     def __init__(self, bench: Bench, server: Juicefs, config: dict[str, Any]) -> None:
         self.bench, self.server, self.config = bench, server, config
-        self.folder = bench.folder / "objects"
+        self.folder = bench.folder  # of the files to upload, while there are any
 
     def near(self) -> Runs:
         """Clients that show the rate."""
@@ -99,9 +97,9 @@ class Bucket:
     def files(self, source: Source) -> Iterator[None]:
         """The source's files in a folder, for clients that only upload."""
         self.bench.tuned_getscu(source, keep=True)
-        self.bench.out.rename(self.folder)
+        self.folder = self.bench.out
         yield
-        shutil.rmtree(self.folder)
+        give_back(self.folder)
 
     def warm(self, source: Source) -> Run:
         """``GetScu`` in the worker."""
