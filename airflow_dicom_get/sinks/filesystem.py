@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 MAX_UNCONFIRMED = 64 << 20
 """Bytes that may be taken and not yet confirmed; one instance may be larger than that alone."""
 _MAX_QUEUED = 128  # open files behind the receiver
+_GATHER = 0.02
+"""Seconds in which more instances may join the first of a batch."""
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
 
@@ -115,6 +117,7 @@ class FilesystemSink:
         self._done: list[Confirmation] = []
         self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
 
     # --- what is held ------------------------------------------------------------------------
 
@@ -212,7 +215,9 @@ class FilesystemSink:
         """See :meth:`sinks.base.Sink.begin`."""
         with self._room:
             while self._due and (self._unconfirmed >= MAX_UNCONFIRMED or self._due >= _MAX_QUEUED):
+                self._hurry.set()
                 self._room.wait(1.0)
+            self._hurry.clear()
         try:
             study = self._study(instance.study)
             folder = study.series(instance.series)
@@ -245,6 +250,8 @@ class FilesystemSink:
             first = self._queue.get()
             if first is None:
                 return
+            # Each wake-up interrupts the receiver, and each batch costs a commit of the journal.
+            self._hurry.wait(_GATHER)
             batch = [first]
             last = False
             while len(batch) < _MAX_QUEUED and not last:
@@ -301,13 +308,16 @@ class FilesystemSink:
         """See :meth:`sinks.base.Sink.confirmations`."""
         with self._room:
             while wait and self._due:
+                self._hurry.set()
                 self._room.wait(1.0)
+            self._hurry.clear()
             done, self._done = self._done, []
             return done
 
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
         if self._thread is not None:
+            self._hurry.set()
             self._queue.put(None)
             self._thread.join()
         for study in self._studies.values():
