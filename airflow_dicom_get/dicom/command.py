@@ -74,22 +74,23 @@ class Command:
         raw: dict[int, bytes] = {}
         self.stray: dict[int, bytes] = {}
         """Elements outside group 0000 by tag: one source puts (0008,0058) into the command set."""
+        data = bytes(data)
         pos, end = 0, len(data)
+        unpack = _HEADER.unpack_from
         while pos < end:
             if end - pos < 8:
                 raise PeerProtocolError("The peer sent a command set that ends inside an element.")
-            group, element, length = _HEADER.unpack_from(data, pos)
-            pos += 8
-            if length > end - pos:
+            group, element, length = unpack(data, pos)
+            pos += 8 + length
+            if pos > end:
                 raise PeerProtocolError(
                     f"The peer sent a command set whose element ({group:04X},{element:04X}) runs past its end."
                 )
-            value = bytes(data[pos : pos + length])
+            value = data[pos - length : pos]
             if group == 0:
                 raw.setdefault(element, value)
             else:
                 self.stray.setdefault(group << 16 | element, value)
-            pos += length
         self._raw = raw
         field = self.us(COMMAND_FIELD)
         kind = self.us(DATASET_TYPE)
@@ -103,7 +104,7 @@ class Command:
     def us(self, element: int) -> int | None:
         """An unsigned short, or None where it is absent or has another length."""
         value = self._raw.get(element)
-        return _US.unpack(value)[0] if value is not None and len(value) == 2 else None
+        return int.from_bytes(value, "little") if value is not None and len(value) == 2 else None
 
     def raw(self, element: int) -> bytes:
         """The value as received, with its padding; empty if absent."""

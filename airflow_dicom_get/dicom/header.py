@@ -46,7 +46,7 @@ class _NeedMoreError(Exception):
 class Encoding:
     """How the elements of a transfer syntax are laid out."""
 
-    __slots__ = ("implicit", "implicit_header", "tag", "u16", "u32")
+    __slots__ = ("explicit_header", "implicit", "implicit_header", "tag", "u16", "u32")
 
     def __init__(self, implicit: bool, order: str) -> None:
         self.implicit = implicit
@@ -54,6 +54,8 @@ class Encoding:
         self.u16 = struct.Struct(order + "H")
         self.u32 = struct.Struct(order + "L")
         self.implicit_header = struct.Struct(order + "HHL")
+        self.explicit_header = struct.Struct(order + "HH2sH")
+        """Of an element with a short VR."""
 
 
 _IMPLICIT = Encoding(True, "<")
@@ -90,9 +92,18 @@ def scan_elements(
     """
     values: dict[int, bytes] = {}
     pos, end = 0, len(data)
+    implicit, unpack_short = encoding.implicit, encoding.explicit_header.unpack_from
     try:
         while pos < end:
-            tag, length, pos = _element_header(data, pos, encoding)
+            if implicit or end - pos < 8:
+                tag, length, pos = _element_header(data, pos, encoding)
+            else:  # nearly all elements are short ones: read them without a call each
+                group, element, vr, length = unpack_short(data, pos)
+                if vr in _SHORT_VRS and group != 0xFFFE:
+                    tag = group << 16 | element
+                    pos += 8
+                else:
+                    tag, length, pos = _element_header(data, pos, encoding)
             if tag < 0x00080000:
                 if tag < 0x00040000 or tag >> 16 == 0xFFFE:
                     raise HeaderError(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) does not belong into a data set")
