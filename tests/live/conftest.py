@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.metadata import distributions
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 from live_airflow import LiveAirflow
+from postgres import Postgres
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 
 HERE = Path(__file__).parent
+POSTGRESQL = os.environ.get("LIVE_DATABASE") == "postgresql"
 SLOTS = 2
 IMPATIENT = {
     # By default, what a lost host had in hand waits for five minutes.
@@ -46,8 +49,13 @@ def here() -> Path:
 
 @pytest.fixture(scope="session")
 def airflow(tmp_path_factory) -> Iterator[LiveAirflow]:
-    """Airflow with a pool ``pacs`` of two slots."""
-    with LiveAirflow(tmp_path_factory.mktemp("live"), dags=HERE / "dags", environment=IMPATIENT) as live:
+    """Airflow with a pool ``pacs`` of two slots, on SQLite or, with LIVE_DATABASE=postgresql, on that."""
+    with ExitStack() as stack:
+        environment = dict(IMPATIENT)
+        if POSTGRESQL:
+            environment |= stack.enter_context(Postgres()).environment
+        folder = tmp_path_factory.mktemp("live")
+        live = stack.enter_context(LiveAirflow(folder, dags=HERE / "dags", environment=environment))
         live.make_pool("pacs", SLOTS)
         yield live
 

@@ -22,8 +22,8 @@ def test_the_page_with_ten_thousand_retrievals(airflow, here, record):
         answers = [airflow.answer("GET", f"/dicom-get/{query}", user="viewer") for _ in range(7)]
         assert {answer.status_code for answer in answers} == {200}
         assert "nightly_archive" in answers[0].text
-        times = sorted(answer.elapsed.total_seconds() for answer in answers)
-        figures[name] = (round(median(times), 2), round(times[-1], 2))
+        times = [round(answer.elapsed.total_seconds(), 2) for answer in answers]
+        figures[name] = {"first": times[0], "median": median(times), "slowest": max(times)}
     everything = airflow.answer("GET", "/dicom-get/?dag_id=nightly_archive").text
-    assert f"{NIGHTS * A_NIGHT:,}".replace(",", "\u202f") in everything or f"{NIGHTS * A_NIGHT:,}" in everything
+    assert f"{NIGHTS * A_NIGHT:,} retrievals" in everything
     record(retrievals=NIGHTS * A_NIGHT, **figures)

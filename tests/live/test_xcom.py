@@ -30,6 +30,8 @@ def objects(tmp_path_factory):
 @pytest.fixture(scope="module", params=["database", "object storage"])
 def backend(request, airflow, objects, tmp_path_factory, here):
     """Airflow with one of the two backends; its name is ``backend.kind``."""
+    if "sqlite" not in airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"]:
+        pytest.skip("what stands in the database is looked up in SQLite")
     if request.param == "database":
         airflow.kind = request.param
         yield airflow
@@ -78,7 +80,7 @@ def test_a_manifest(backend, objects, tmp_path, record, rows, mode, kind):
         push = datetime.fromisoformat(task["end_date"]).timestamp() - run.xcom("get", "returned_at")
         figures |= {"push": round(push, 2), "pull": loaded["pull"], "load": loaded["load"]}
     if kind == "frame":
-        moved = backend.kind == "object storage" and rows > 1_000
+        moved = backend.kind == "object storage"
         assert bool(written) == moved
         assert ("pandas" in value) != moved
     else:
