@@ -18,6 +18,7 @@ import demo_home as home
 from rich.console import Console
 
 CONNECTION = "dicom_default"
+POOL = "pacs"
 PATIENCE = 120
 
 
@@ -54,6 +55,9 @@ def run(console: Console, port: int) -> None:
     environment = home.airflow_environment(
         {
             "DICOM_DESTINATION": str(home.RETRIEVED),
+            "DICOM_REPORTS": str(home.FOLDER / "reports"),
+            # Nobody waits ten minutes for a demonstration.
+            "DICOM_SETTLED_MINUTES": "0.5",
             "AIRFLOW__API__BASE_URL": address,
             "AIRFLOW__API__HOST": "127.0.0.1",
             "AIRFLOW__API__PORT": str(port),
@@ -72,6 +76,10 @@ def run(console: Console, port: int) -> None:
         connections.write_text(json.dumps({CONNECTION: uri}), encoding="utf-8")
         home.airflow(
             "connections", "import", "--overwrite", str(connections), environment=environment, log=log_of("setup")
+        )
+        # The nightly DAG names it; a task whose pool is missing waits for ever.
+        home.airflow(
+            "pools", "set", POOL, "2", "associations of the PACS", environment=environment, log=log_of("setup")
         )
         processes: dict[str, subprocess.Popen[str]] = {}
         # One common end for all four, rather than one after the other.

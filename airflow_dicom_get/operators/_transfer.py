@@ -174,7 +174,10 @@ class TransferOperator(DicomOperator):
         if self.do_xcom_push:
             self._push(ti, "return_value", value, result)
         if manifest.problem is not None:
-            raise AirflowFailException(manifest.problem)
+            # Where the transfer itself failed, that is the error to see: often the reason for this one too.
+            if result.verdict in check_accept(self.accept):
+                raise AirflowFailException(manifest.problem)
+            self.log.warning("%s", manifest.problem)
         if waits:
             self._defer(result, progress)
         if result.resume_at is not None and result.verdict != CANCELLED:

@@ -85,5 +85,6 @@ def _text(whole: Mapping[str, Any]) -> str:
     if whole["reasons"]:
         text += f" Why the others are not: {', '.join(f'{count} {word}' for word, count in whole['reasons'].items())}."
     if whole["silent"]:
-        text += f" Of {whole['silent']} tasks there is no summary, their logs say why."
+        tasks, logs = ("task", "its log says") if whole["silent"] == 1 else ("tasks", "their logs say")
+        text += f" Of {whole['silent']} {tasks} there is no summary, {logs} why."
     return text

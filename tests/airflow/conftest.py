@@ -139,6 +139,31 @@ def run_dag(capsys):
     return run
 
 
+DAGS = Path(__file__).parents[2] / "dags"
+
+
+@pytest.fixture
+def load_dag():
+    """Load a DAG of the repository."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    def load(name: str) -> Any:
+        bag = DagBag(dag_folder=DAGS / f"{name}.py", bundle_name="dags-folder")
+        assert bag.import_errors == {}
+        return bag.dags[name]
+
+    return load
+
+
+@pytest.fixture
+def dag_connections(pacs, target, connect_bucket, moto, monkeypatch):
+    """What the DAGs of the repository expect: both PACS, and the bucket's service."""
+    connect_bucket(moto)
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}")
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_TARGET", f"dicom://ARCHIVE@127.0.0.1:{target.port}")
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_S3_DEFAULT", os.environ["AIRFLOW_CONN_STORE"])
+
+
 @dataclass(frozen=True)
 class Archive:
     """What the PACS of the tests holds."""

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parents[2] / "dags" / "retrieve_studies.py"
-
 
 @pytest.fixture
-def dag():
-    from airflow.dag_processing.dagbag import DagBag
-
-    began = time.monotonic()
-    bag = DagBag(dag_folder=FILE, bundle_name="dags-folder")
-    assert bag.import_errors == {}
-    assert time.monotonic() - began < 0.5
-    return bag.dags["retrieve_studies"]
+def dag(load_dag):
+    return load_dag("retrieve_studies")
 
 
 @pytest.fixture
 def default_connection(pacs, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}")
-
-
-def test_parsing_imports_nothing_heavy():
-    heavy = "{'pandas', 'pyarrow', 'numpy', 'pydicom', 'pynetdicom', 'boto3'}"
-    code = f"import runpy, sys; runpy.run_path({str(FILE)!r}); sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.usefixtures("default_connection")

@@ -1,0 +1,164 @@
+"""After every night of `nightly_to_s3`: what came, in a report for people and a table for programs.
+
+Runs when the asset `dicom_night` has an event, and needs neither PACS nor pixels: all is in the manifest. If several
+nights came while it was paused, one run looks at all of them. Triggered by hand it takes the newest night, or the
+manifest that is named.
+
+What it reads:
+
+* the events of the asset `dicom_night`
+* the connection that the manifest's address names, `dicom_s3_default` by default
+* param `manifest`: the address of a manifest, in place of the event's
+* param `folder`: where the report goes; by default the environment variable `DICOM_REPORTS`, else the folder
+  `dicom-reports` in Airflow's home. All workers, and who is to read it, should see that folder.
+* params `report_format` and `table_format`
+
+Neither report, table nor XCom hold anything of a patient: columns that `tags` added to a manifest are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.sdk import DAG, Asset, Param, task
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.operators.retries import final_errors
+
+NIGHT = Asset("dicom_night")
+FOLDER = os.environ.get("DICOM_REPORTS") or os.path.expanduser(
+    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-reports")
+)
+
+with DAG(
+    dag_id="analyse_manifest",
+    schedule=[NIGHT],
+    catchup=False,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "manifest": Param(
+            None,
+            type=["null", "string"],
+            title="Manifest",
+            description="Blank for the newest night; else an absolute path, or s3://CONN_ID@bucket/….parquet.",
+        ),
+        "folder": Param(
+            FOLDER,
+            type="string",
+            pattern="^/",
+            title="Folder",
+            description="Absolute path, below which each run writes its files.",
+        ),
+        "report_format": Param(
+            "html",
+            type="string",
+            enum=["html", "markdown"],
+            values_display={"html": "A page (HTML)", "markdown": "Markdown"},
+            title="Report",
+        ),
+        "table_format": Param(
+            "parquet",
+            type="string",
+            enum=["parquet", "csv"],
+            values_display={"parquet": "Parquet", "csv": "CSV"},
+            title="Table",
+            description="One row a series.",
+        ),
+    },
+    default_args={"retries": 3, "retry_delay": timedelta(minutes=5)},
+) as dag:
+    # What to look at: references to manifests, or an address. Small, so that it may stand in XCom.
+    @task(inlets=[NIGHT])
+    def choose(params=None, triggering_asset_events=None, inlet_events=None) -> list:
+        if params["manifest"]:
+            return [params["manifest"]]
+        # A run by hand has no event of its own.
+        events = list(triggering_asset_events.get(NIGHT, ())) or list(inlet_events[NIGHT][-1:])
+        if not events:
+            raise AirflowFailException(
+                "The asset dicom_night has no event yet. Run nightly_to_s3 first, or name a manifest in the params."
+            )
+        return [event.extra for event in events]
+
+    # One row a series. No column of the manifest but those that a retrieval always writes.
+    @task(multiple_outputs=False)
+    def analyse(manifests: list, params=None, run_id=None) -> dict:
+        from pathlib import Path
+
+        from airflow_dicom_get import load_manifests
+        from airflow_dicom_get.manifest import safe_name
+
+        with final_errors():
+            frame = load_manifests(manifests)
+        # Of several nights the last word on an instance.
+        frame = frame.drop_duplicates("sop_instance_uid", keep="last")
+        frame["held"] = frame["state"].isin(["stored", "held", "forwarded"])
+        frame["missing"] = frame["state"].isin(["failed", "missing", "conflict"])
+        table = frame.groupby(["study_instance_uid", "series_instance_uid"], as_index=False).agg(
+            modality=("modality", "first"),
+            instances=("sop_instance_uid", "size"),
+            held=("held", "sum"),
+            missing=("missing", "sum"),
+            bytes=("bytes", "sum"),
+            syntaxes=("transfer_syntax_uid", lambda uids: " ".join(sorted(uids.dropna().unique()))),
+            received_at=("received_at", "max"),
+        )
+        by_modality = table.groupby(table["modality"].fillna("unknown")).agg(
+            studies=("study_instance_uid", "nunique"),
+            series=("series_instance_uid", "nunique"),
+            instances=("instances", "sum"),
+            missing=("missing", "sum"),
+            megabytes=("bytes", lambda sizes: round(float(sizes.sum()) / 1e6, 1)),
+        )
+        reasons = frame.loc[frame["missing"], "reason"].value_counts().rename("instances").to_frame()
+        summary = {
+            "manifests": len(manifests),
+            "studies": int(table["study_instance_uid"].nunique()),
+            "series": len(table),
+            "instances": len(frame),
+            "held": int(frame["held"].sum()),
+            "missing": int(frame["missing"].sum()),
+            "bytes": int(frame["bytes"].sum()),
+        }
+
+        # A run that is cleared writes over its own files, and no other's.
+        folder = Path(params["folder"]) / safe_name(run_id)
+        table_file = folder / f"series.{params['table_format']}"
+        report_file = folder / ("report.html" if params["report_format"] == "html" else "report.md")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if params["table_format"] == "parquet":
+                table.to_parquet(table_file, index=False)
+            else:
+                table.to_csv(table_file, index=False)
+            report_file.write_text(page(summary, by_modality, reasons, html=report_file.suffix == ".html"), "utf-8")
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            # A full disk, in contrast, may have room at the next try.
+            raise AirflowFailException(
+                f"{folder} cannot be written: {error.strerror}. Give another folder in the params, or let the user "
+                "that the workers run as write there."
+            ) from None
+        print(f"Report: {report_file}")
+        return {**summary, "report": str(report_file), "table": str(table_file)}
+
+    analyse(choose())
+
+
+def page(summary: dict, by_modality, reasons, *, html: bool) -> str:
+    """The report, as HTML or as Markdown. pandas escapes what stands in a table."""
+    first = f"{summary['held']} of {summary['instances']} instances are held, {summary['bytes'] / 1e6:.1f} MB"
+    parts = [("By modality", by_modality), ("Not held, by reason", reasons)]
+    if html:
+        tables = "".join(f"<h2>{title}</h2>{frame.to_html(border=0)}" for title, frame in parts if len(frame))
+        return f"<!doctype html><meta charset='utf-8'><title>{first}</title><h1>{first}</h1>{tables}"
+    tables = "".join(f"\n## {title}\n\n{markdown(frame)}" for title, frame in parts if len(frame))
+    return f"# {first}\n{tables}"
+
+
+def markdown(frame) -> str:
+    """A table in Markdown; pandas itself needs one more package for that."""
+    frame = frame.reset_index()
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)

@@ -1,0 +1,121 @@
+"""Retrieve the studies of a list, a CSV file, and keep what each is called in a study of yours.
+
+The file has a column `StudyInstanceUID` or `AccessionNumber`, and one with a pseudonym or the name of a cohort:
+
+    AccessionNumber,Cohort
+    20240115-0001,case
+    20240115-0002,control
+
+All of it is read before the PACS is asked; a bad row is named by its line and column. In the end there is one manifest,
+with a further column `cohort`. The files stay as they are in the PACS: nothing in them is made pseudonymous.
+
+What it reads:
+
+* connection `dicom_default`: the PACS, as type DICOM
+* param `csv`: the file, which every worker sees. Its accession numbers stay out of logs and XCom.
+* param `label`: the column with the labels. They go to XCom and manifest, so no names.
+* param `unknown`: what happens with rows that the PACS has no study for
+* param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
+  `dicom` in Airflow's home
+
+To keep several DAGs together within what the PACS admits, make a pool and give it to `get`:
+`airflow pools set pacs 2 ''`, `pool="pacs"`.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.sdk import DAG, Param, task
+from airflow.sdk.exceptions import AirflowSkipException
+
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.report import report
+from airflow_dicom_get.operators.retries import final_errors
+
+DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
+    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
+)
+
+with DAG(
+    dag_id="cohort_from_csv",
+    schedule=None,
+    catchup=False,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "csv": Param(
+            type="string",
+            pattern="^/",
+            title="CSV file",
+            description="Absolute path of a file with StudyInstanceUID or AccessionNumber, and a label, in each row.",
+        ),
+        "label": Param(
+            "Cohort",
+            type="string",
+            minLength=1,
+            title="Column of the labels",
+            description="Pseudonyms or cohorts. Every viewer of this DAG can read them.",
+        ),
+        "unknown": Param(
+            "fail",
+            type="string",
+            enum=["fail", "skip"],
+            values_display={"fail": "Retrieve nothing", "skip": "Go on without them"},
+            title="If the PACS has no study for a row",
+        ),
+        "destination": Param(
+            DESTINATION,
+            type="string",
+            pattern="^/",
+            title="Folder",
+            description="Absolute path, below which each study gets a folder named by its UID.",
+        ),
+    },
+    default_args={
+        # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+    },
+) as dag:
+    # Reads the file, then asks the PACS row by row, in one task: what stands between two tasks stands in XCom, and
+    # accession numbers should not. The output is a list of lists of Items, almost always of one each.
+    @task
+    def find(params=None) -> list:
+        from airflow_dicom_get.operators.cohort import find_cohort
+
+        return find_cohort(
+            params["csv"], label=params["label"], unknown=params["unknown"], dicom_conn_id="dicom_default"
+        )
+
+    found = find()
+
+    # The tasks are named by the labels.
+    get = DicomGetOperator.partial(
+        task_id="get",
+        dicom_conn_id="dicom_default",
+        destination="{{ params.destination }}",
+        # No more of these at once than the PACS admits associations. A pool holds that over all DAGs.
+        max_active_tis_per_dag=2,
+    ).expand(study=found)
+
+    # One manifest with the labels beside the instances. Written also where something is missing: its verdict says so.
+    @task(trigger_rule="all_done_min_one_success", multiple_outputs=False)
+    def label(parts: list, manifests, to: str) -> dict:
+        from airflow_dicom_get import combine_manifests, load_manifest
+
+        labels = {item["study_instance_uid"]: item["label"] for part in parts for item in part}
+        with final_errors():
+            # One by one: each keeps its own verdict, and the whole gets the worst of them.
+            frames = [load_manifest(manifest) for manifest in manifests]
+            if not frames:
+                raise AirflowSkipException("No study left a manifest: the log of `report` says why.")
+            return combine_manifests(
+                [frame.assign(cohort=frame["study_instance_uid"].map(labels)) for frame in frames], to
+            )
+
+    label(found, get.output, "{{ params.destination }}/_manifests/cohorts")
+
+    # The numbers, and the end: fails unless all is held. With `label` it decides on the whole run.
+    report(found, get.output["summary"], get.output)

@@ -1,0 +1,175 @@
+"""Every night, retrieve the studies of the day before into a bucket, within the hours and limits of the PACS.
+
+One C-FIND, shards of about 2000 instances, one mapped task a shard; then one manifest of the whole night, which is the
+one event of the asset `dicom_night` (the DAG `analyse_manifest` waits for it), and a last task that fails unless all is
+there. A mail goes out if the night ends with something missing, and another if it is not over by the morning.
+
+What it reads:
+
+* connection `dicom_default`: the PACS, as type DICOM. Its `window`, as in `22:00-06:00`, holds: outside of it no
+  instance is asked for, and a task that is not done by then goes on in the next night.
+* connection `dicom_s3_default`: the bucket's service, as type DICOM storage (S3), or a stock Amazon Web Services one
+* connection `smtp_default`: the mail server, as type SMTP, with `from_email`
+* pool `pacs`, with as many slots as the PACS admits associations: `airflow pools set pacs 2 'associations of the PACS'`
+* param `study_date`: blank for the day before the run, also if the run is cleared later or is one of a backfill
+* param `modalities`: blank for all
+* param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
+* environment variable `DICOM_MAIL_TO`: who gets the mails; `root@localhost` by default
+
+It is paused until somebody switches it on: nobody's PACS is asked by surprise.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import pendulum
+from airflow.providers.smtp.notifications.smtp import SmtpNotifier
+from airflow.sdk import DAG, Asset, AsyncCallback, DeadlineAlert, DeadlineReference, Param, task
+from airflow.sdk.exceptions import AirflowSkipException
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.report import report
+from airflow_dicom_get.operators.retries import final_errors
+
+# That of the PACS, so that the night is the same for both.
+TIMEZONE = "UTC"
+SCHEDULE = "0 1 * * *"
+NIGHT_ENDS_AFTER = timedelta(hours=5)
+
+POOL = "pacs"
+NIGHT = Asset("dicom_night")
+MAIL_TO = os.environ.get("DICOM_MAIL_TO", "root@localhost")
+
+# The connection stands in the address, so that whoever reads a manifest later finds the way to it.
+PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
+# Not "today-1": a run that is cleared on Friday still means its own day.
+DAY_BEFORE = "(dag_run.run_after.astimezone(dag.timezone) - macros.timedelta(days=1)).strftime('%Y%m%d')"
+
+
+def mail() -> SmtpNotifier:
+    """What came of the night; the error holds numbers and reasons, and nothing of a patient."""
+    return SmtpNotifier(
+        smtp_conn_id="smtp_default",
+        to=MAIL_TO,
+        subject="{{ dag.dag_id }}: {{ task.task_id }} failed",
+        html_content="<p>{{ exception | e }}</p><p>Run {{ dag_run.run_id }}, <a href='{{ ti.log_url }}'>log</a></p>",
+    )
+
+
+with DAG(
+    dag_id="nightly_to_s3",
+    schedule=SCHEDULE,
+    start_date=pendulum.datetime(2026, 1, 1, tz=TIMEZONE),
+    catchup=False,
+    # A night that is still at it is not joined by the next.
+    max_active_runs=1,
+    is_paused_upon_creation=True,
+    # Counted from when the run is queued, so a backfill does not raise alarms about nights long gone. The mail is sent
+    # by the triggerer, however busy the workers are.
+    deadline=DeadlineAlert(
+        name="The night is over",
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=NIGHT_ENDS_AFTER,
+        callback=AsyncCallback(
+            SmtpNotifier,
+            kwargs={
+                "smtp_conn_id": "smtp_default",
+                "to": MAIL_TO,
+                "subject": "{{ dag_run.dag_id }}: not over by the morning",
+                "html_content": "<p>{{ dag_run.dag_run_id }} is {{ dag_run.state }}. What is held stays held.</p>",
+            },
+        ),
+    ),
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "study_date": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="Study date",
+            description="Blank for the day before the run.",
+        ),
+        "modalities": Param(
+            [],
+            type=["null", "array"],
+            items={"type": "string", "pattern": "^[A-Z0-9_]{1,16}$"},
+            examples=["CR", "CT", "DX", "MG", "MR", "NM", "PT", "US", "XA"],
+            title="Modalities",
+            description="A study is taken that has at least one of them. None chosen: all studies.",
+        ),
+        "bucket": Param(
+            os.environ.get("DICOM_BUCKET", "dicom/studies"),
+            type="string",
+            pattern="^[^/@]+(/[^/@]+)*$",
+            title="Bucket and prefix",
+            description="Where the studies are kept, for example dicom/studies. The bucket must exist.",
+        ),
+    },
+    default_args={
+        # A try after a cut line, a restarted worker or a full bucket fetches only what is still missing.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+        "retry_exponential_backoff": True,
+        # Each task that talks to the PACS has one association, and so one slot.
+        "pool": POOL,
+    },
+) as dag:
+    # Shards, not studies: a large study is split by series, small ones go together, and however many there are, it is
+    # never more than Airflow maps over.
+    find = DicomFindOperator(
+        task_id="find",
+        dicom_conn_id="dicom_default",
+        study_date="{{ params.study_date or " + DAY_BEFORE + " }}",
+        modalities="{{ (params.modalities or []) | join(',') }}",
+        shard_instances=2000,
+        # A day without studies is a success: the tasks below are skipped, and there is no event.
+        on_empty="return",
+        on_failure_callback=mail(),
+    )
+
+    # Straight into the bucket, without a disk between.
+    get = DicomGetOperator.partial(
+        task_id="get",
+        dicom_conn_id="dicom_default",
+        destination=PLACE,
+        # Outside of the hours of the PACS the task waits without a worker and without a slot.
+        outside_window="defer",
+        # The tasks below need where the instances lie, not a large table in XCom.
+        manifest_xcom="reference",
+    ).expand(study=find.output)
+
+    # One manifest of the night, and one event. An outlet on `get` would make an event for each shard. It is published
+    # also where something is missing: the event says so, and who waits for it decides.
+    @task(
+        outlets=[NIGHT],
+        trigger_rule="all_done_min_one_success",
+        pool="default_pool",
+        multiple_outputs=False,
+        on_failure_callback=mail(),
+    )
+    def publish(shards, manifests, to, outlet_events=None) -> dict:
+        from airflow_dicom_get import combine_manifests, load_manifest
+
+        # None stands for a shard whose manifest could not be written.
+        manifests = [manifest for manifest in manifests if manifest is not None]
+        if not manifests:
+            raise AirflowSkipException(f"None of {len(shards)} shards left a manifest: the log of `report` says why.")
+        with final_errors():
+            reference = combine_manifests(manifests, to)
+            frame = load_manifest(reference)
+        outlet_events[NIGHT].extra = {
+            # Enough for load_manifest(), which then checks that the file is still this one.
+            **reference,
+            "studies": int(frame["study_instance_uid"].nunique()),
+            "instances": len(frame),
+        }
+        return reference
+
+    publish(find.output, get.output, PLACE + "/_nights")
+
+    # The numbers of the night, and its end: fails unless all is held. With `publish` it decides on the whole run.
+    report.override(pool="default_pool", on_failure_callback=mail())(find.output, get.output["summary"], get.output)

@@ -1,0 +1,86 @@
+"""Wait until a study is at the PACS and no longer grows, then retrieve it.
+
+To be triggered by what knows first that a study is coming: a RIS, an interface engine, a script, by Airflow's REST
+interface:
+
+    curl -X POST https://airflow.hospital.example/api/v2/dags/on_new_study/dagRuns -H "Authorization: Bearer $TOKEN" \\
+      -H 'Content-Type: application/json' -d '{"logical_date": null, "conf": {"study": "1.2.840.113619.2.1"}}'
+
+Modalities send for minutes, and some PACS list a study before its last series. So the study has to be the same for ten
+minutes before it is asked for. That waiting costs no worker: it is done in the triggerer, hundreds of studies at once.
+
+What it reads:
+
+* connection `dicom_default`: the PACS, as type DICOM
+* param `study`: its Study Instance UID
+* param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
+  `dicom` in Airflow's home
+* environment variable `DICOM_SETTLED_MINUTES`: how long the study has to be the same, 10 by default
+
+To keep several DAGs together within what the PACS admits, make a pool and give it to `get`:
+`airflow pools set pacs 2 ''`, `pool="pacs"`.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.sdk import DAG, Param
+
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.sensors.study import DicomStudySensor
+
+SETTLED_FOR = timedelta(minutes=float(os.environ.get("DICOM_SETTLED_MINUTES") or 10))
+DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
+    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
+)
+
+with DAG(
+    dag_id="on_new_study",
+    schedule=None,
+    catchup=False,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "study": Param(
+            type="string",
+            pattern=r"^[0-9]+(\.[0-9]+)*$",
+            maxLength=64,
+            title="Study Instance UID",
+            description="Of the study that is to come.",
+        ),
+        "destination": Param(
+            DESTINATION,
+            type="string",
+            pattern="^/",
+            title="Folder",
+            description="Absolute path, below which each study gets a folder named by its UID.",
+        ),
+    },
+    default_args={
+        # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+    },
+) as dag:
+    # Asks by C-FIND once a minute. A PACS that is down or busy is asked again.
+    arrived = DicomStudySensor(
+        task_id="arrived",
+        dicom_conn_id="dicom_default",
+        study="{{ params.study }}",
+        settled_for=SETTLED_FOR,
+        poke_interval=min(timedelta(minutes=1), SETTLED_FOR),
+        # What has not come by then does not come: the sensor fails, without another try.
+        timeout=timedelta(hours=12),
+        deferrable=True,
+    )
+
+    # Succeeds only if all is held that the PACS lists now.
+    DicomGetOperator(
+        task_id="get",
+        dicom_conn_id="dicom_default",
+        destination="{{ params.destination }}",
+        study=arrived.output,
+        max_active_tis_per_dag=2,
+    )

@@ -1,0 +1,83 @@
+"""All DAGs of the repository: that they load, and what the user reads of them before running one."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "dags"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+WITHOUT_RETRIES = {"approve"}  # a person's answer is not asked for again
+
+
+@pytest.fixture(scope="module")
+def bag():
+    from airflow.dag_processing.dagbag import DagBag
+
+    began = time.perf_counter()
+    bag = DagBag(dag_folder=FOLDER, bundle_name="dags-folder")
+    print(f"{len(bag.dags)} DAGs loaded in {time.perf_counter() - began:.2f} s")
+    return bag
+
+
+def test_all_load(bag):
+    assert bag.import_errors == {}
+    assert sorted(bag.dags) == NAMES
+
+
+def test_parsing_imports_nothing_heavy():
+    heavy = "{'pandas', 'pyarrow', 'numpy', 'pydicom', 'pynetdicom', 'boto3', 'botocore'}"
+    code = f"""
+import runpy, sys
+for name in {NAMES}:
+    runpy.run_path({str(FOLDER)!r} + '/' + name + '.py')
+sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_explains_itself(bag, name):
+    dag = bag.dags[name]
+    assert "What it reads:" in dag.doc_md
+    assert dag.tags == {"dicom"}
+    for key in dag.params:
+        assert f"`{key}`" in dag.doc_md, key
+        assert dag.params.get_param(key).schema["title"], key
+    for task in dag.tasks:
+        assert task.retries >= 3 or task.task_id in WITHOUT_RETRIES, task.task_id
+    # Whoever reads the text of a DAG may set what it names.
+    for line in dag.doc_md.splitlines():
+        if line.startswith("* connection `"):
+            assert line.split("`")[1] in Path(FOLDER / f"{name}.py").read_text().partition('"""')[2].partition('"""')[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_describes_each(bag, name):
+    page = (FOLDER.parent / "docs" / "example-dags.md").read_text("utf-8")
+    section = page.partition(f"## {name}\n")[2].partition("\n## ")[0]
+    assert section, name
+    for key in bag.dags[name].params:
+        assert f"`{key}`" in section, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_places_follow_the_environment_or_lie_in_the_home_of_airflow(name, tmp_path, monkeypatch):
+    def places():
+        params = runpy.run_path(str(FOLDER / f"{name}.py"))["dag"].params
+        return {key: params[key] for key in ("destination", "folder", "bucket") if key in params}
+
+    home = os.environ["AIRFLOW_HOME"]
+    usual = {"destination": f"{home}/dicom", "folder": f"{home}/dicom-reports", "bucket": "dicom/studies"}
+    found = places()
+    assert found.items() <= usual.items()
+    given = {"destination": str(tmp_path / "d"), "folder": str(tmp_path / "r"), "bucket": "b/p"}
+    for variable, place in zip(("DICOM_DESTINATION", "DICOM_REPORTS", "DICOM_BUCKET"), given.values(), strict=True):
+        monkeypatch.setenv(variable, place)
+    assert places() == {key: given[key] for key in found}

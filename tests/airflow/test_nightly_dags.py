@@ -1,0 +1,194 @@
+"""The DAG of the night and the one that looks at what came, as a user runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socketserver
+import threading
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes, policy
+
+import pandas as pd
+import pytest
+from s3_servers import BUCKET
+
+from airflow_dicom_get.settings import Window
+
+pytestmark = pytest.mark.usefixtures("dag_connections")
+
+
+class _Mail(socketserver.StreamRequestHandler):
+    """As much of SMTP as it takes to get a letter."""
+
+    def handle(self):
+        self.wfile.write(b"220 here\r\n")
+        while line := self.rfile.readline():
+            word = line.split()[0].upper() if line.split() else b""
+            if word == b"DATA":
+                self.wfile.write(b"354 go on\r\n")
+                lines = iter(self.rfile.readline, b".\r\n")
+                self.server.letters.append(message_from_bytes(b"".join(lines), policy=policy.default))
+            self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
+            if word == b"QUIT":
+                return
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """A mail server, the connection to it, and what it was given."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Mail) as server:
+        server.letters = []
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        extra = "disable_ssl=true&disable_tls=true&from_email=airflow@hospital.example"
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", f"smtp://127.0.0.1:{server.server_address[1]}/?{extra}")
+        yield server.letters
+        server.shutdown()
+
+
+def texts(letter) -> str:
+    return "".join(part.get_content() for part in letter.walk() if part.get_content_maintype() == "text")
+
+
+def events(name: str) -> list[dict]:
+    from airflow import settings
+    from airflow.models.asset import AssetEvent, AssetModel  # noqa: TID251
+
+    with settings.Session() as session:
+        found = session.query(AssetEvent).join(AssetModel, AssetModel.id == AssetEvent.asset_id)
+        return [event.extra for event in found.filter(AssetModel.name == name).order_by(AssetEvent.id)]
+
+
+@pytest.fixture
+def night(load_dag):
+    """The DAG without its deadline: in Airflow 3.3 `dag.test()` breaks off after a success that came in time."""
+    dag = load_dag("nightly_to_s3")
+    dag.deadline = None
+    return dag
+
+
+def conf(prefix: str, **more) -> dict:
+    return {"bucket": f"{BUCKET}/{prefix}", "study_date": "2024-01-15", **more}
+
+
+def test_a_night_is_one_manifest_and_one_event_and_a_report_of_it(
+    run_dag, load_dag, night, moto, prefix, tmp_path, patient
+):
+    before = len(events("dicom_night"))
+    night.task_dict["find"].shard_instances = 20
+    run = run_dag(night, run_conf=conf(prefix))
+    assert run.state == "success"
+    shards = len(run.xcom("find"))
+    assert shards > 2
+    assert run.xcom("report")["verdicts"] == {"complete": shards}
+    assert len([key for key in moto.objects(prefix) if key.endswith(".dcm")]) == 72
+    (event,) = events("dicom_night")[before:]
+    assert (event["verdict"], event["studies"], event["instances"]) == ("complete", 2, 72)
+    assert event["manifest_uri"].startswith(f"s3://dicom_s3_default@{BUCKET}/{prefix}/_nights/")
+
+    for report_format, table_format, read in (("html", "parquet", pd.read_parquet), ("markdown", "csv", pd.read_csv)):
+        params = {"folder": str(tmp_path), "report_format": report_format, "table_format": table_format}
+        looked = run_dag(load_dag("analyse_manifest"), run_conf=params)
+        assert looked.state == "success"
+        summary = looked.xcom("analyse")
+        assert (summary["studies"], summary["series"], summary["instances"], summary["held"]) == (2, 6, 72, 72)
+        table = read(summary["table"])
+        assert (len(table), table["held"].sum(), table["missing"].sum()) == (6, 72, 0)
+        report = (tmp_path / summary["report"]).read_text("utf-8")
+        assert "72 of 72 instances are held" in report
+        assert "By modality" in report
+        assert "Not held" not in report
+        assert not any(word in report + looked.log + run.log for word in patient)
+
+
+def test_a_night_with_something_missing_is_published_and_fails_and_tells(
+    run_dag, load_dag, pacs, prefix, tmp_path, first_uid, letters, patient
+):
+    pacs.fail = {first_uid}
+    night = load_dag("nightly_to_s3")
+    night.task_dict["get"].partial_kwargs["retries"] = 0
+    run = run_dag(night, run_conf=conf(prefix))
+    assert run.state == "failed"
+    assert [run.task(name).state for name in ("find", "publish", "report")] == ["success", "success", "failed"]
+    assert run.task("report").try_number == 1
+    assert events("dicom_night")[-1]["verdict"] == "partial"
+    (letter,) = letters
+    assert letter["subject"] == "nightly_to_s3: report failed"
+    assert "71 of 72 instances of 2 studies are held (1 partial)." in texts(letter)
+    assert "1 sub_operation_failed" in texts(letter)
+    assert not any(word in texts(letter) for word in patient)
+
+    manifest = run.xcom("publish")["manifest_uri"]
+    looked = run_dag(load_dag("analyse_manifest"), run_conf={"folder": str(tmp_path), "manifest": manifest})
+    assert looked.state == "success"
+    assert looked.xcom("analyse")["missing"] == 1
+    report = (tmp_path / looked.xcom("analyse")["report"]).read_text("utf-8")
+    assert "Not held, by reason" in report
+    assert "sub_operation_failed" in report
+
+
+def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, prefix, monkeypatch):
+    now = datetime.now(UTC)
+    # To the second, which the connection's own words are not.
+    opens = (now + timedelta(seconds=4), now + timedelta(hours=1))
+    monkeypatch.setattr(Window, "_around", lambda self, moment, zone: [opens])
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}/?window=22%3A00-06%3A00")
+    run = run_dag(night, run_conf=conf(prefix))
+    assert run.state == "success"
+    assert "The hours of the PACS are over; the task goes on at" in run.log
+    assert run.xcom("report")["verdicts"] == {"complete": 1}
+
+
+def test_a_day_without_studies_has_no_event(run_dag, night, prefix):
+    before = events("dicom_night")
+    run = run_dag(night, run_conf={"bucket": f"{BUCKET}/{prefix}"})
+    # The day before the run, written as DICOM has it.
+    assert run.rendered("find")["study_date"] == (datetime.now(UTC) - timedelta(days=1)).strftime("%Y%m%d")
+    assert run.state == "success"
+    assert [run.task(name).state for name in ("get", "publish", "report")] == ["skipped"] * 3
+    assert events("dicom_night") == before
+
+
+def test_modalities_are_asked_for(run_dag, night, prefix):
+    run = run_dag(night, run_conf=conf(prefix, modalities=["MR", "PT"]))
+    assert run.state == "success"
+    assert run.xcom("find") == []
+
+
+def test_a_night_that_is_late_tells(load_dag, letters):
+    """What the scheduler does as a run is queued and as its deadline is missed, and then the triggerer."""
+    from airflow import settings
+    from airflow.dag_processing.bundles.manager import DagBundlesManager
+    from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+    from airflow.models.deadline import Deadline  # noqa: TID251
+    from airflow.models.serialized_dag import SerializedDagModel  # noqa: TID251
+    from airflow.triggers.callback import CallbackTrigger
+    from airflow.utils.types import DagRunTriggeredByType, DagRunType
+
+    DagBundlesManager().sync_bundles_to_db()
+    bag = DagBag(dag_folder=os.devnull, bundle_name="dags-folder")
+    bag.bag_dag(load_dag("nightly_to_s3"))
+    sync_bag_to_db(bag, "dags-folder", None)
+    with settings.Session() as session:
+        run = SerializedDagModel.get_dag("nightly_to_s3", session=session).create_dagrun(
+            run_id="scheduled__late",
+            run_after=datetime.now(UTC),
+            run_type=DagRunType.SCHEDULED,
+            triggered_by=DagRunTriggeredByType.TEST,
+            state="queued",
+            session=session,
+        )
+        session.flush()
+        (deadline,) = session.query(Deadline).filter(Deadline.dagrun_id == run.id)
+        assert deadline.deadline_time - run.queued_at == timedelta(hours=5)
+        deadline.handle_miss(session)
+        trigger = CallbackTrigger(**deadline.callback.trigger.kwargs)
+        session.rollback()
+
+    async def ended():
+        return [event.payload async for event in trigger.run()]
+
+    assert asyncio.run(ended())[-1]["state"] == "success"
+    (letter,) = letters
+    assert letter["subject"] == "nightly_to_s3: not over by the morning"
+    assert "scheduled__late is queued" in texts(letter)
