@@ -243,7 +243,7 @@ _COLUMNS: Mapping[str, str] = {
     "sop_class": "sop_class_uid", "syntax": "transfer_syntax_uid", "modality": "modality",
     "series_number": "series_number", "instance_number": "instance_number", "state": "state", "reason": "reason",
     "exactness": "exactness", "error": "error", "uri": "uri", "bytes": "bytes", "sha256": "sha256",
-    "dataset_offset": "dataset_offset", "dataset_bytes": "dataset_bytes", "forwarded_to": "forwarded_to",
+    "dataset_offset": "dataset_offset", "forwarded_to": "forwarded_to",
     "forward_status": "forward_status", "forward_error": "forward_error",
 }  # fmt: skip
 

@@ -57,7 +57,6 @@ class Instance:
         "association",
         "attempt",
         "bytes",
-        "dataset_bytes",
         "dataset_offset",
         "dimse_status",
         "duration_ms",
@@ -101,7 +100,6 @@ class Instance:
     sha256: bytes | None
     bytes: int | None
     dataset_offset: int | None
-    dataset_bytes: int | None
     forwarded_to: str | None
     forward_status: str | None
     forward_error: str | None
@@ -124,6 +122,11 @@ class Instance:
     @uri.setter
     def uri(self, where: str | None) -> None:
         self.where = where
+
+    @property
+    def dataset_bytes(self) -> int | None:
+        """Size of the data set alone, without preamble and file meta information."""
+        return None if self.bytes is None else self.bytes - (self.dataset_offset or 0)
 
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"

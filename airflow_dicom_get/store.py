@@ -540,5 +540,5 @@ def _fill(record: Instance, found: Instance) -> None:
 
 def _hold(record: Instance, held: Held) -> None:
     record.state, record.attempt = "held", 0
-    record.bytes = record.dataset_bytes = held.bytes
+    record.bytes = held.bytes
     record.sha256, record.dataset_offset, record.forwarded_to = held.sha256, held.dataset_offset, held.forwarded_to

@@ -447,5 +447,4 @@ def _fill(instance: Instance, held: Held) -> None:
     instance.syntax, instance.uri = held.syntax, held.uri
     instance.bytes, instance.sha256 = held.bytes, held.sha256
     instance.dataset_offset = held.dataset_offset
-    instance.dataset_bytes = held.bytes - held.dataset_offset if held.bytes is not None else None
     instance.forwarded_to = held.forwarded_to

@@ -452,7 +452,6 @@ class _FileWriter:
             instance.bytes = self._size
             instance.sha256 = self._hash.digest() if self._hash is not None else None
             instance.dataset_offset = self._offset
-            instance.dataset_bytes = self._size - self._offset
             instance.uri = self._study.place
             return self._place()
         except OSError as error:

@@ -471,7 +471,7 @@ class _ForwardWriter:
         """See :meth:`sinks.base.Writer.take`."""
         line, instance, sink = self._line, self._instance, self._sink
         assert line is not None
-        instance.bytes = instance.dataset_bytes = self._size
+        instance.bytes = self._size
         instance.dataset_offset, instance.uri = 0, None
         instance.forwarded_to = sink.name
         limit = self._seen + sink.deadlines.sub_operation
@@ -545,7 +545,7 @@ class _Comparing:
                 "different_content",
                 "Another data set was forwarded under this UID; it was left as it is.",
             )
-        instance.bytes = instance.dataset_bytes = self._size
+        instance.bytes = self._size
         instance.sha256, instance.dataset_offset, instance.uri = self._digest, 0, None
         instance.forwarded_to, instance.forward_status, instance.forward_error = self._sink.name, "ok", None
         self._sink.confirm(instance)

@@ -527,7 +527,7 @@ class _ObjectWriter:
             self.abort()
             return Taken(s.OUT_OF_RESOURCES, "destination_error", str(error))
         digest = self._hash.digest()
-        instance.bytes, instance.dataset_bytes = self._size, self._size - self._offset
+        instance.bytes = self._size
         instance.sha256 = digest if self._sink.checksum else None
         instance.dataset_offset = self._offset
         instance.uri = self._sink.bucket.uri(self._key)
