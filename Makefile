@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-engine test-browser test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
+.PHONY: help demo ui notebooks test test-engine test-browser test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -24,6 +24,9 @@ demo: setup ## Retrieve studies from an embedded PACS through an Airflow DAG and
 
 ui: setup ## Start Airflow's web interface and the embedded PACS on the demo's home; Ctrl-C stops all
 	@$(PY) scripts/ui.py $(ARGS)
+
+notebooks: setup ## Execute the notebooks anew and keep their output; ARGS='01_first_look' for one
+	@$(PY) scripts/notebooks.py $(ARGS)
 
 test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'
 	@$(PY) -m pytest $(TESTS) $(ARGS)

@@ -42,7 +42,14 @@ def at_cell(cancel: Callable[[str], None], callback: OnSubOperation | None) -> I
         yield callback
         return
     with _interrupts(cancel):
-        yield callback if callback is not None else _Bar().show
+        if callback is not None:
+            yield callback
+            return
+        bar = _Bar()
+        try:
+            yield bar.show
+        finally:
+            bar.end()
 
 
 @contextmanager
@@ -75,6 +82,7 @@ class _Bar:
         self._handle: Any = DisplayHandle()  # type: ignore[no-untyped-call]
         self._shown_at: float | None = None
         self._received = 0
+        self._ended = False
         self._event: SubOperation | None = None
 
     def show(self, event: SubOperation) -> None:
@@ -84,11 +92,17 @@ class _Bar:
         now = time.monotonic()
         if self._shown_at is None:
             self._handle.display(self)
-        elif now - self._shown_at >= _INTERVAL or not event.remaining:
+        elif now - self._shown_at >= _INTERVAL:
             self._handle.update(self)
         else:
             return
         self._shown_at = now
+
+    def end(self) -> None:
+        """Draw the last numbers."""
+        self._ended = True
+        if self._event is not None:
+            self._handle.update(self)
 
     def _numbers(self) -> tuple[int, int, str]:
         event = self._event
@@ -96,7 +110,7 @@ class _Bar:
         done = event.completed + event.failed
         total = done + event.remaining
         text = f"{done} of {total} instances, {size_text(self._received)}"
-        if event.remaining and event.elapsed_seconds:
+        if not self._ended and event.elapsed_seconds:
             text += f", {size_text(self._received / event.elapsed_seconds)}/s"
         return done, total, text
 

@@ -1,4 +1,4 @@
-"""For notebooks: manifests out of Airflow by its REST interface, out of their files, and an overview as figures.
+"""For notebooks: manifests out of Airflow's REST interface or out of files, a picture of them, and the pixels.
 
 Neither Airflow nor its database is needed where this runs: an address and a token are.
 """
@@ -22,8 +22,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from pydicom import Dataset
 
-__all__ = ["HELD", "NOT_HELD", "latest", "load_manifests", "overview", "read_manifest", "read_manifests"]
+    from airflow_dicom_get.objects import StoredObject
+
+__all__ = [
+    "HELD",
+    "NOT_HELD",
+    "latest",
+    "load_manifests",
+    "overview",
+    "read_instances",
+    "read_manifest",
+    "read_manifests",
+]
 
 HELD = ("stored", "forwarded", "held")
 """States of the instances that are at the destination."""
@@ -96,6 +108,52 @@ def latest(manifests: DataFrame) -> DataFrame:
         ["study_instance_uid", "series_instance_uid", "sop_instance_uid"], keep="last"
     )
     return rows.reset_index(drop=True)
+
+
+def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
+    """Read the data sets that rows of a manifest say are held, from disk or bucket, in the order of the rows.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of a manifest. Rows without a file, as of what is missing or was forwarded, are passed over.
+    **s3
+        How to reach the bucket, as in ``s3_config`` of ``GetScu``; the usual AWS places by default.
+
+    Raises
+    ------
+    ManifestError
+        One of them cannot be read.
+    """
+    from airflow_dicom_get.objects import objects_of
+    from airflow_dicom_get.settings import S3Config
+
+    objects, _ = objects_of(rows, S3Config(**s3) if s3 else None)
+    return [_dataset(item) for item in objects]
+
+
+def _dataset(item: StoredObject) -> Dataset:
+    from pydicom import dcmread
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.errors import InvalidDicomError
+    from pydicom.uid import UID
+
+    from airflow_dicom_get.objects import UnreadableError
+
+    assert item.row is not None
+    bare = item.row.dataset_offset == 0
+    try:
+        dataset = dcmread(BytesIO(b"".join(map(bytes, item.chunks()))), force=bare)
+    except (UnreadableError, InvalidDicomError) as error:
+        raise ManifestError(
+            f"The instance {item.row.sop} cannot be read from {shown_path(item.name)}: {error}.",
+            hint="Was it moved since? verify() compares all; get_study(manifest=…) with what it writes mends them.",
+            uri=item.name,
+        ) from None
+    if bare and item.row.syntax is not None:
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = UID(item.row.syntax)
+    return dataset
 
 
 def _labelled(table: pa.Table, **facts: str | None) -> pa.Table:

@@ -182,8 +182,9 @@ class Result:
         """
         if self.verdict in accept:
             return
+        why = f" {self.errors[0]['error']}" if self.errors and not self.total else ""
         raise IncompleteRetrieval(
-            f"{self.summary()}.",
+            f"{self.summary()}.{why}",
             hint=self.hint(),
             verdict=self.verdict,
             reason=self.reason,
@@ -210,9 +211,9 @@ class Result:
             return "Check the query, and whether the study is at this node."
         if self.verdict == UNVERIFIED:
             return "All that was sent is held; compare with the source by other means."
-        if self._may_pass():
-            return "Run it again: what is held is not fetched again."
         hints = [str(error["hint"]) for error in self.errors if error.get("hint")]
+        if self._may_pass() and (self.total or not hints):
+            return "Run it again: what is held is not fetched again."
         return hints[0] if hints else "The manifest says per instance why."
 
     def summary(self) -> str:
@@ -255,7 +256,7 @@ class Result:
             ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
             ("manifest", self.manifest_uri),
             *(("error", f"{x.get('count', 1)} × {x.get('error')} {x.get('hint') or ''}") for x in self.errors),
-            ("what next", self.hint() if self.verdict != COMPLETE else None),
+            ("what next", self.hint() if self.verdict != COMPLETE and self.total else None),
         ]
         return html_table(f"{self.verdict}{f' ({self.reason})' if self.reason else ''}", rows)
 

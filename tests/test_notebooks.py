@@ -1,161 +1,205 @@
-"""The notebooks and what they rest on, each in a kernel of its own: nothing here is simulated but the PACS."""
+"""The notebooks, each executed in a clean kernel: what they show where nothing is named, and on real retrievals."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import shutil
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 
-pytest.importorskip("ipykernel")
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.sample_data import big_study, make_uid
 
-from jupyter_client.manager import start_new_kernel
+_SPEC = importlib.util.spec_from_file_location(
+    "notebooks_script", Path(__file__).parent.parent / "scripts" / "notebooks.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+_SCRIPT = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_SCRIPT)
+execute, NAMED = _SCRIPT.execute, _SCRIPT.NAMED
 
-_CELL_SECONDS = 60
 
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NAMES = ("01_first_look", "02_complete_or_not", "03_throughput", "04_to_pixels", "05_cohort_tables")
 
-class Kernel:
-    """A Jupyter kernel: runs cells and gives what a person would see of them."""
-
-    def __init__(self, folder: Any) -> None:
-        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder))
-
-    def run(self, code: str, *, interrupt_at: str | None = None) -> list[tuple[str, Any]]:
-        """Run a cell; ``interrupt_at`` interrupts the kernel when an output of that type comes."""
-        request = self.client.execute(code)
-        seen: list[tuple[str, Any]] = []
-        while True:
-            message = self.client.get_iopub_msg(timeout=_CELL_SECONDS)
-            kind, content = message["msg_type"], message["content"]
-            assert message["parent_header"].get("msg_id") == request, "shown below another cell"
-            if kind == "status" and content["execution_state"] == "idle":
-                return seen
-            if kind in ("stream", "error"):
-                seen.append((kind, content.get("text") or "\n".join(content["traceback"])))
-            elif kind in ("display_data", "update_display_data", "execute_result"):
-                seen.append((kind, content["data"]))
-            if kind == interrupt_at:
-                self.manager.interrupt_kernel()
-                interrupt_at = None
-
-    def close(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
+EXPECTED = {
+    "01_first_look": """
+        assert manifests["run"].nunique() > 60 and len(held) + 20 == len(now) < len(manifests)
+        assert set(by_modality.index) == {"CT", "MR", "CR", "MG"}
+        assert by_modality["instances"].sum() == len(held)
+        assert len(days) == 31 and abs(days.sum().sum() - held["bytes"].sum() / 1e6) < 1e-3
+        assert series["instances"].sum() == len(held)
+    """,
+    "02_complete_or_not": """
+        assert len(missing) == 20
+        assert set(missing.loc[~missing["reason"].isin(TRANSIENT_REASONS), "reason"]) == {"class_refused"}
+        # A frame of the list is what the next get takes: just these rows.
+        from airflow_dicom_get.engine.retry import scopes_of
+        for source, rows in retry_list.items():
+            asked = {sop for scope in scopes_of(rows, {}) for sop in scope.instances}
+            assert asked == set(rows["sop_instance_uid"]) and len(asked) == len(rows) > 0
+        assert by_day.to_numpy().sum() == len(first) and today.sum() == len(missing)
+        assert (result.verdict, result.completed, result.total) == ("partial", 61, 64)
+        assert (again.verdict, again.completed, again.skipped) == ("complete", 3, 0)
+        assert sum(pacs.sent.values()) == 61 + 3 + 1, "asked again for what was held"
+        assert (found.counts["="], found.counts["*"], len(found.differences)) == (63, 1, 1)
+        assert verify(result.manifest_uri, destination=folder).same
+    """,
+    "03_throughput": """
+        # The month is made by a model: its speeds are 60 and 25 MB/s, its waits those below, longer in the evening.
+        truth = {sample._ARCHIVE.name: (60, 14, 1), sample._CARDIO.name: (25, 45, 2)}
+        for source, (rate, wait, associations) in truth.items():
+            model = models.loc[source]
+            assert abs(model["MB/s"] / rate - 1) < 0.05, model
+            assert 1 < model["wait"] * 1e3 / wait < 2, model
+            assert used[source] == associations
+            assert (np.diff(estimates[source]) >= 0).all() and estimates[source][-1] <= model["MB/s"]
+        share = came["waited"].sum() / (came["waited"].sum() + came["seconds"].sum()) * 100
+        assert nodes["waiting (%)"].min() < share < nodes["waiting (%)"].max()
+        assert nodes["instances"].sum() == len(came)
+    """,
+    "04_to_pixels": """
+        assert voxels.shape == (40, 96, 80) and np.allclose(spacing, (5, 2, 2.5), atol=1e-3)
+        assert np.linalg.norm(centre - sample.SPHERE_CENTRE) < 1
+        assert abs(millilitres / truth - 1) < 0.02
+        # Orthogonal axes of a right-handed space, with the slices towards the head.
+        axes_of = affine[:3, :3] / spacing
+        assert np.allclose(axes_of.T @ axes_of, np.eye(3), atol=1e-4) and affine[2, 0] > 0
+        assert set(np.unique(voxels)) == {-1000, 0, 300, 800}
+        assert sorted(stacks) == [1, 2]
+        k, i, j = np.linalg.solve(stacks[2][1], np.append(sample.SPHERE_CENTRE, 1))[:3].round().astype(int)
+        assert stacks[2][0][k, i, j] == 300
+        # Of a stack with a slice missing no volume is made.
+        try:
+            volume(datasets[:5] + datasets[6:])
+        except InvalidOption as error:
+            assert "no evenly spaced stack" in str(error)
+        else:
+            raise AssertionError("a gap went unseen")
+    """,
+    "05_cohort_tables": """
+        assert checks.to_dict() == {"rows": 94, "without a UID": 0, "not a UID": 0, "twice or more": 1}
+        assert len(table) == 93 and (table["status"] == "never retrieved").sum() == 3
+        assert set(todo["status"]) == {"incomplete", "nothing held", "never retrieved"}
+        # DuckDB and pandas count alike.
+        assert by_week["instances"].sum() == len(held)
+        assert abs(by_week["gigabytes"].sum() - held["bytes"].sum() / 1e9) < 0.1
+        assert images["sop_instance_uid"].is_unique and images["study_instance_uid"].nunique() == len(whole)
+        remarks = quality.set_index("what")["count"]
+        assert set(remarks[remarks > 0].index) == {"series with gaps in their numbers"}
+    """,
+}
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    started = Kernel(tmp_path_factory.mktemp("kernel"))
-    started.run(
-        """
-        import time
-        from pathlib import Path
-        from airflow_dicom_get import GetScu, StoreScu
-        from airflow_dicom_get.notebook import overview
-        from airflow_dicom_get.testing.pacs import EmbeddedPacs
-        from airflow_dicom_get.testing.sample_data import big_study
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("notebooks") / "copy"
+    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    return folder
 
-        study = {"StudyInstanceUID": big_study(Path("held"), 30, 2000, series=3)}
-        slow = 0.1
-        pacs = EmbeddedPacs("held", before_send=lambda uid: time.sleep(slow)).start()
-        node = f"{pacs.host}:{pacs.port}"
-        """
+
+def outputs_of(notebook: Any) -> list[list[Any]]:
+    """What is shown below each cell, without the pixels of figures: these depend on the release of matplotlib."""
+    return [
+        [
+            {kind: value if kind != "image/png" else len(value) > 5000 for kind, value in output["data"].items()}
+            if "data" in output
+            else {key: output[key] for key in ("name", "text")}
+            for output in cell["outputs"]
+        ]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_with_nothing_named(name: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [variable for variable in os.environ if NAMED.fullmatch(variable)]:
+        monkeypatch.delenv(variable)
+    executed = execute(copied / f"{name}.ipynb", then=textwrap.dedent(EXPECTED[name]))
+    executed.cells.pop()
+    kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    assert outputs_of(executed) == outputs_of(kept), "make notebooks"
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"/tmp/|/home/|/root/|Sample\^", text)
+
+
+REAL = {
+    "02_complete_or_not": """
+        assert missing["reason"].tolist() == ["sub_operation_failed"] * 2
+        assert list(retry_list) == [NODE], (list(retry_list), NODE)
+        assert (result.verdict, result.total, result.completed) == ("partial", 40, 38)
+    """,
+    "03_throughput": "assert len(came) == 68 and nodes.index.nunique() == 2 and (nodes['minutes'] > 0).all()",
+    "05_cohort_tables": """
+        assert table["status"].value_counts().to_dict() == {"complete": 1, "incomplete": 1, "never retrieved": 1}
+        assert by_week["instances"].sum() == 68 and len(images) == 30
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def retrieved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What names the manifests of real retrievals, from a PACS that is in order and one that fails twice."""
+    folder = tmp_path_factory.mktemp("retrieved")
+    sound = big_study(folder / "one", 30, 4000, name="sound")
+    ailing = big_study(folder / "two", 40, 4000, name="ailing", series=2)
+    to = folder / "to"
+    with EmbeddedPacs(folder / "one") as good, EmbeddedPacs(folder / "two") as bad:
+        bad.fail = {make_uid("ailing 1 1 3"), make_uid("ailing 2 2 30")}
+        GetScu(f"{good.host}:{good.port}", destination=to).get_study({"StudyInstanceUID": sound})
+        GetScu(f"{bad.host}:{bad.port}", destination=to, associations=2, retries=0).get_study(
+            {"StudyInstanceUID": ailing}
+        )
+        cohort = folder / "cohort.csv"
+        cohort.write_text(f"study_instance_uid,note\n{sound},a\n {ailing} ,b\n1.2.3,c\n", encoding="utf-8")
+        yield {
+            "DICOM_GET_MANIFESTS": str(to),
+            "DICOM_GET_COHORT": str(cohort),
+            "DICOM_GET_NODE": f"{bad.host}:{bad.port}",
+            "DICOM_GET_STUDY": ailing,
+        }
+
+
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_a_notebook_on_real_retrievals(
+    name: str, copied: Path, retrieved: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in retrieved.items():
+        monkeypatch.setenv(variable, value)
+    execute(copied / f"{name}.ipynb", then=textwrap.dedent(REAL[name]))
+
+
+def test_manifests_and_pixels_out_of_a_bucket(
+    copied: Path, retrieved: dict[str, str], moto: Moto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {
+        "DICOM_GET_MANIFESTS": f"s3://{BUCKET}/night",
+        "AWS_ENDPOINT_URL": moto.endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    scu = GetScu(retrieved["DICOM_GET_NODE"], destination=f"s3://{BUCKET}/night", s3_config=moto.config, retries=0)
+    assert scu.get_study({"StudyInstanceUID": retrieved["DICOM_GET_STUDY"]}).completed == 38
+    execute(
+        copied / "01_first_look.ipynb",
+        then="""if True:
+        from airflow_dicom_get.notebook import read_instances
+        assert len(manifests) == 40 and len(held) == 38
+        datasets = read_instances(held.head(3))
+        assert [ds.SOPInstanceUID for ds in datasets] == held["sop_instance_uid"].head(3).tolist()
+        assert len(datasets[0].PixelData) == 4000
+        """,
     )
-    yield started
-    started.close()
-
-
-def text_of(seen: list[tuple[str, Any]], kind: str) -> list[str]:
-    return [content["text/html"] if isinstance(content, dict) else content for what, content in seen if what == kind]
-
-
-@pytest.mark.parametrize("associations", [1, 2])
-def test_a_bar_an_interrupt_and_going_on(kernel: Kernel, associations: int) -> None:
-    kernel.run(f"slow = 0.1; scu = GetScu(node, destination='to-{associations}', associations={associations})")
-    seen = kernel.run("result = scu.get_study(study)\nresult", interrupt_at="update_display_data")
-    (first,) = text_of(seen, "display_data")
-    assert "<progress value='1' max='30'" in first
-    (shown,) = text_of(seen, "execute_result")
-    assert "<b>cancelled (interrupted)</b>" in shown
-    assert "Run it again: what is held is not fetched again." in shown
-    assert not text_of(seen, "error")
-    kernel.run(
-        """
-        rows = result.manifest
-        states = rows["state"].value_counts().to_dict()
-        assert len(rows) == result.total == 30, len(rows)
-        assert set(states) == {"stored", "missing"} and states["stored"] == result.completed, states
-        """
-    )
-    # The same client goes on; what the bar says at the end has no clock in it.
-    seen = kernel.run("slow = 0; print(result.completed, scu.get_study(study).summary())")
-    (line,) = text_of(seen, "stream")
-    held = int(line.split()[0])
-    assert line == f"{held} complete: 30 of 30 instances listed are held, {held} were there before\n"
-    last = (text_of(seen, "update_display_data") or text_of(seen, "display_data"))[-1]
-    assert f"{30 - held} of {30 - held} instances, " in last
-    assert not last.endswith("/s")
-
-
-def test_a_third_interrupt_is_pythons_own(kernel: Kernel) -> None:
-    seen = kernel.run(
-        """
-        import os, signal
-        from airflow_dicom_get.jupyter import at_cell
-        asked = []
-        with at_cell(asked.append, None):
-            for _ in range(3):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
-        """
-    )
-    assert "KeyboardInterrupt" in text_of(seen, "error")[0]
-    assert text_of(kernel.run("print(asked)"), "stream") == ["['interrupted', 'interrupted']\n"]
-
-
-def test_the_callers_own_callback_takes_the_place_of_the_bar(kernel: Kernel) -> None:
-    seen = kernel.run(
-        """
-        slow, came = 0, []
-        GetScu(node, destination="own").get_study(study, on_sub_operation=came.append)
-        print(len(came))
-        """
-    )
-    assert text_of(seen, "stream") == ["30\n"]
-    assert not text_of(seen, "display_data")
-
-
-def test_results_are_tables(kernel: Kernel) -> None:
-    kernel.run("slow = 0; scu = GetScu(node, destination='tables')")
-    for cell, what in (
-        ("scu.echo()", "<th style='text-align:left'>C-GET StudyRoot</th><td style='text-align:left'>accepted</td>"),
-        ("scu.plan(study)", "Plan: 30 of 30 instances to fetch"),
-        ("result = scu.get_study(study)\nresult", "<b>complete</b>"),
-        ("from airflow_dicom_get.verify import verify\nverify(result.manifest_uri)", "same: 30 of 30 instances"),
-    ):
-        (html,) = text_of(kernel.run(cell), "execute_result")
-        assert html.startswith("<table>")
-        assert what in html
-    kernel.run("Path(result.manifest.uri[3].removeprefix('file://')).unlink()")
-    (html,) = text_of(kernel.run("verify(result.manifest_uri)"), "execute_result")
-    assert "differences: 29 of 30 instances are the same, 1 not there" in html
-
-
-def test_a_failure_is_a_sentence(kernel: Kernel) -> None:
-    (said,) = text_of(kernel.run("GetScu('127.0.0.1:1').echo()"), "error")
-    assert said == (
-        "\x1b[31mConnectFailed\x1b[0m: No connection to 127.0.0.1:1: Connection refused. "
-        "Check host and port, and that the PACS is up."
-    )
-    (said,) = text_of(kernel.run("GetScu(node, destination='x').get_study({'StudyInstanceUID': '1.*'})"), "error")
-    assert said.startswith("\x1b[31mInvalidQuery\x1b[0m: ")
-    assert "\n" not in said
-    (html,) = text_of(kernel.run("GetScu('127.0.0.1:1', destination='x').get_study(study)"), "execute_result")
-    assert "No connection to 127.0.0.1:1: Connection refused. Check host and port, and that the PACS is up." in html
-
-
-def test_the_overview_is_a_picture_shown_once(kernel: Kernel) -> None:
-    kernel.run("slow = 0; result = GetScu(node, destination='seen').get_study(study)")
-    seen = kernel.run("overview(result.manifest)")
-    pictures = [content for kind, content in seen if isinstance(content, dict) and "image/png" in content]
-    assert len(pictures) == 1
