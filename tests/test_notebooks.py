@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +19,8 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, make_uid
 
-_SPEC = importlib.util.spec_from_file_location(
-    "notebooks_script", Path(__file__).parent.parent / "scripts" / "notebooks.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_SCRIPT = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_SCRIPT)
-execute, NAMED = _SCRIPT.execute, _SCRIPT.NAMED
-
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from notebooks import NAMED, execute
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 NAMES = ("01_first_look", "02_complete_or_not", "03_throughput", "04_to_pixels", "05_cohort_tables")

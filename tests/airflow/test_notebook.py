@@ -7,13 +7,18 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from airflow.sdk import DAG
 
 from airflow_dicom_get.errors import InvalidOption, ManifestError
-from airflow_dicom_get.notebook import load_manifests, overview, read_manifest
+from airflow_dicom_get.notebook import latest, load_manifests, overview, read_manifest
 from airflow_dicom_get.operators.get import DicomGetOperator
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from notebooks import execute  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def airflow(tmp_path_factory):
         purge_cached_app()
 
 
-def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path):
+def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path, monkeypatch):
     with DAG("notebook") as dag:
         DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
             study=[archive.many, archive.private]
@@ -68,10 +73,21 @@ def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path):
         ("referred", -1): 12,
     }
     assert str(frame.dtypes["bytes"]) == "Int64"
+    assert set(frame["verdict"]) == {"complete"}
+    assert frame["run"].nunique() == 3
+    assert frame["run_at"].is_monotonic_increasing
+    assert len(latest(frame)) == 60 + 12
     one = load_manifests("notebook", run_id=run.run_id, task_id="referred", **airflow)
     assert set(one["study_instance_uid"]) == {archive.private}
     uri = run.xcom("referred", "summary")["manifest_uri"]
     assert len(read_manifest(uri)) == 12
+    monkeypatch.setenv("AIRFLOW_URL", airflow["base_url"])
+    monkeypatch.setenv("AIRFLOW_TOKEN", airflow["token"])
+    monkeypatch.setenv("AIRFLOW_DAG", "notebook")
+    execute(
+        ROOT / "notebooks" / "01_first_look.ipynb",
+        then="assert len(manifests) == 84 and len(held) == 72 and set(manifests['task_id']) == {'get', 'referred'}",
+    )
     for options, what in (
         ({"run_id": "none"}, "does not have that|returned no manifest"),
         ({"task_id": "none"}, "does not have that|returned no manifest"),
