@@ -315,7 +315,8 @@ def _try(config: S3Config, name: str) -> Answer:
         if not any(item.key == _PROBE for item in bucket.list(_PROBE)):
             return False, f"{where} does not list what was written."
     except DicomGetError as error:
-        return False, str(error)
+        # The engine names the bucket alone, and its own setting.
+        return False, f"{where}: {error}".replace("ca_bundle", "ca_file (of an aws connection: verify)")
     except Exception as error:
         return False, f"{where}: the test failed with {type(error).__name__}."
     stays = ""

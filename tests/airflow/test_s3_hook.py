@@ -264,7 +264,7 @@ def test_the_round_trip_of_a_bucket(connect, request, server):
         ({"login": "nobody"}, {}, ("InvalidAccessKeyId", "access key")),
         ({}, {"bucket": "not-there"}, ("NoSuchBucket", "bucket's name")),
         ({}, {"bucket": None}, ("bucket", "nothing to try")),
-        ({}, {"scheme": "https"}, ("endpoint",)),
+        ({}, {"scheme": "https"}, ("at https://", "endpoint", "ca_file")),
     ],
     ids=["secret", "key", "bucket", "no bucket", "scheme"],
 )
@@ -280,6 +280,7 @@ def test_what_is_wrong_is_said_and_no_secret_with_it(connect, juicefs, change, e
 def test_a_closed_port_is_said(connect, juicefs):
     ok, message = connect({**of(juicefs), "port": 1}).test_connection()
     assert not ok
+    assert message.startswith("The bucket dicom at http://127.0.0.1:1: ")
     assert "Check the endpoint" in message
 
 

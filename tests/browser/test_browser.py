@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
 
 FORM_ERRORS = {
     "wrong-ae": ({"host": "127.0.0.1", "login": "NOBODY"}, {}, "called AE title not recognised"),
@@ -25,6 +26,16 @@ FORM_ERRORS = {
     "no-host": ({"login": "PACS"}, {}, "host: is missing"),
     # Airflow's own: it compares the port that it sends, 0, with the one that it stored, none.
     "no-port": ({"host": "127.0.0.1", "port": "", "login": "PACS"}, {}, "Bad Request"),
+}
+
+# By name: standard fields, extra fields, and what the message says.
+S3_FORM_ERRORS = {
+    "s3-closed-port": ({"port": "1"}, {}, "at http://127.0.0.1:1: S3 put_object"),
+    "s3-wrong-key": ({"password": "not-the-secret"}, {}, "SignatureDoesNotMatch"),
+    "s3-no-such-bucket": ({}, {"bucket": "nowhere"}, "NoSuchBucket"),
+    "s3-no-bucket": ({}, {"bucket": ""}, "bucket: is blank, so there is nothing to try"),
+    "s3-scheme-in-host": ({"host": "http://127.0.0.1"}, {}, "host: 'http://127.0.0.1' holds a scheme"),
+    "s3-https": ({}, {"scheme": "https"}, "SSLError"),
 }
 
 
@@ -42,20 +53,41 @@ def picture(signed_in, tmp_path):
 
 
 def make_connection(page: Any, site: Any, conn_id: str, fields: dict[str, str], extras: dict[str, str]) -> Any:
-    """Fill the form, and leave it open."""
+    """Fill the form of a PACS, and leave it open."""
+    return fill_form(page, site, conn_id, "DICOM (PACS)", {"port": str(site.pacs.port)} | fields, extras)
+
+
+def make_bucket_connection(
+    page: Any, site: Any, conn_id: str, server: Any, fields: dict[str, str], extras: dict[str, str]
+) -> Any:
+    """Fill the form of a bucket, and leave it open."""
+    standard = {"host": server.host, "port": str(server.port), "login": ACCESS_KEY, "password": SECRET_KEY}
+    more = {"scheme": "http", "bucket": BUCKET}
+    return fill_form(page, site, conn_id, "DICOM storage (S3)", standard | fields, more | extras)
+
+
+def fill_form(page: Any, site: Any, conn_id: str, kind: str, fields: dict[str, str], extras: dict[str, str]) -> Any:
+    """Fill the form of a connection of some type, and leave it open."""
     page.goto(f"{site.address}/connections")
     page.get_by_role("button", name="Add Connection").click()
     form = page.get_by_role("dialog")
     form.locator("input[name=connection_id]").fill(conn_id)
     form.locator("input[role=combobox]").first.click(force=True)
-    page.get_by_role("option", name="DICOM (PACS)").click()
+    page.get_by_role("option", name=kind).click()
     form.locator("input[name=host]").wait_for()
-    for name, value in ({"port": str(site.pacs.port)} | fields).items():
+    for name, value in fields.items():
         form.locator(f"input[name={name}]").fill(value)
     form.get_by_role("button", name="Extra Fields", exact=True).click()
-    form.locator("[name=element_calling_ae_title]").wait_for()
+    form.locator("[name^=element_]").first.wait_for(state="attached")
+    page.wait_for_timeout(500)
     for name, value in extras.items():
-        form.locator(f"[name=element_{name}]").fill(value)
+        field = form.locator(f"[name=element_{name}]")
+        if field.get_attribute("type") == "hidden":
+            # The field of a list of choices shows another input, beside it.
+            field.locator("xpath=..").locator("input[role=combobox]").click(force=True)
+            page.get_by_role("option", name=value, exact=True).click()
+        else:
+            field.fill(value)
     return form
 
 
@@ -93,6 +125,31 @@ def test_a_connection_that_is_wrong_says_what_to_mend(site, signed_in, picture, 
     message = signed_in.get_by_text(text).first
     message.wait_for()
     button.locator("svg[color=red]").wait_for()
+    picture(f"connection-test-{name}")
+
+
+def test_a_bucket_by_the_form(site, signed_in, picture, juicefs):
+    page = signed_in
+    form = make_bucket_connection(page, site, "imaging", juicefs, {}, {})
+    picture("connection-s3-extra-fields")
+    form.get_by_role("button", name="Standard Fields").click()
+    page.wait_for_timeout(500)
+    for label in ("Endpoint host (blank: AWS)", "Endpoint port (always give one)", "Access key", "Secret key"):
+        assert form.get_by_text(label, exact=True).is_visible(), label
+    picture("connection-s3-standard-fields")
+    button = save_and_test(page, form, "imaging")
+    button.locator("svg[color=green]").wait_for()
+    picture("connection-s3-test-good")
+    assert juicefs.objects() == {}
+
+
+@pytest.mark.parametrize("name", S3_FORM_ERRORS)
+def test_a_bucket_that_is_wrong_says_what_to_mend(site, signed_in, picture, juicefs, name):
+    fields, extras, text = S3_FORM_ERRORS[name]
+    form = make_bucket_connection(signed_in, site, name, juicefs, fields, extras)
+    button = save_and_test(signed_in, form, name)
+    button.locator("svg[color=red]").wait_for()
+    signed_in.get_by_text(text).first.wait_for()
     picture(f"connection-test-{name}")
 
 
