@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui notebooks test test-engine test-browser test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
+.PHONY: help demo ui notebooks test test-engine test-browser test-live test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -46,6 +46,9 @@ fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's
 
 test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew
 	@$(PY) -m pytest tests/browser -m browser $(ARGS)
+
+test-live: setup ## Prove a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
+	@$(PY) -m pytest tests/live -m live -s $(ARGS)
 
 lint: setup ## Check style, types and spelling
 	@$(PY) -m ruff check .
