@@ -79,7 +79,8 @@ with DAG(
                 "smtp_conn_id": "smtp_default",
                 "to": MAIL_TO,
                 "subject": "{{ dag_run.dag_id }}: not over by the morning",
-                "html_content": "<p>{{ dag_run.dag_run_id }} is {{ dag_run.state }}. What is held stays held.</p>",
+                "html_content": "<p>{{ dag_run.dag_run_id }} is {{ dag_run.state }}. What is held stays held.</p>"
+                f"<p>If its tasks are still scheduled, the pool {POOL} is full or missing.</p>",
             },
         ),
     ),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socketserver
-import threading
 from datetime import UTC, datetime, timedelta
-from email import message_from_bytes, policy
 
 import pandas as pd
 import pytest
+from mailbox_server import Mailbox, texts
 from s3_servers import BUCKET
 
 from airflow_dicom_get.settings import Window
@@ -18,36 +16,12 @@ from airflow_dicom_get.settings import Window
 pytestmark = pytest.mark.usefixtures("dag_connections")
 
 
-class _Mail(socketserver.StreamRequestHandler):
-    """As much of SMTP as it takes to get a letter."""
-
-    def handle(self):
-        self.wfile.write(b"220 here\r\n")
-        while line := self.rfile.readline():
-            word = line.split()[0].upper() if line.split() else b""
-            if word == b"DATA":
-                self.wfile.write(b"354 go on\r\n")
-                lines = iter(self.rfile.readline, b".\r\n")
-                self.server.letters.append(message_from_bytes(b"".join(lines), policy=policy.default))
-            self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
-            if word == b"QUIT":
-                return
-
-
 @pytest.fixture
 def letters(monkeypatch):
     """A mail server, the connection to it, and what it was given."""
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Mail) as server:
-        server.letters = []
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        extra = "disable_ssl=true&disable_tls=true&from_email=airflow@hospital.example"
-        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", f"smtp://127.0.0.1:{server.server_address[1]}/?{extra}")
+    with Mailbox() as server:
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", server.connection)
         yield server.letters
-        server.shutdown()
-
-
-def texts(letter) -> str:
-    return "".join(part.get_content() for part in letter.walk() if part.get_content_maintype() == "text")
 
 
 def events(name: str) -> list[dict]:
