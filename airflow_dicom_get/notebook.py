@@ -104,10 +104,15 @@ def latest(manifests: DataFrame) -> DataFrame:
     manifests : DataFrame
         As :func:`read_manifests` or :func:`load_manifests` gives them.
     """
-    rows: DataFrame = manifests.sort_values("run_at", kind="stable").drop_duplicates(
-        ["study_instance_uid", "series_instance_uid", "sop_instance_uid"], keep="last"
-    )
-    return rows.reset_index(drop=True)
+    key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
+    rows = manifests.sort_values("run_at", kind="stable")
+    if (rows["source"] == "").any():
+        # A verification names no source and no destination: those of the retrieval before it hold.
+        for name in ("source", "destination"):
+            known = rows[name].mask(rows[name] == "").groupby([rows[part] for part in key]).ffill()
+            rows = rows.assign(**{name: known.fillna("")})
+    last: DataFrame = rows.drop_duplicates(key, keep="last").reset_index(drop=True)
+    return last
 
 
 def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
@@ -165,10 +170,10 @@ def _labelled(table: pa.Table, **facts: str | None) -> pa.Table:
 
 
 def _began(runs: Any) -> Any:
-    """The time that the name of a run begins with."""
+    """The time in the names of runs."""
     import pandas as pd
 
-    return pd.to_datetime(runs.str[:16], format="%Y%m%dT%H%M%SZ", utc=True, errors="coerce")
+    return pd.to_datetime(runs.str.extract(r"(\d{8}T\d{6}Z)")[0], format="%Y%m%dT%H%M%SZ", utc=True)
 
 
 def _ordered(frame: DataFrame, what: str) -> DataFrame:

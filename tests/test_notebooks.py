@@ -16,6 +16,9 @@ import pytest
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.manifest import manifest_table, write_manifest
+from airflow_dicom_get.notebook import latest, read_manifests
+from airflow_dicom_get.records import Instance, State
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, make_uid
 
@@ -92,6 +95,32 @@ EXPECTED = {
         assert set(remarks[remarks > 0].index) == {"series with gaps in their numbers"}
     """,
 }
+
+
+def test_the_latest_row_of_each_instance(tmp_path: Path) -> None:
+    """A retrieval that fails at one, a verification that finds another spoiled, and a retrieval that mends both."""
+
+    def write(run: str, source: str, states: dict[int, State]) -> None:
+        rows = [Instance("1.2", "1.2.3", f"1.2.3.{n}") for n in states]
+        for row, state in zip(rows, states.values(), strict=True):
+            row.state = state
+        table = manifest_table(rows, source=source, destination="/data" if source else "")
+        write_manifest(table, tmp_path / "_manifests" / f"{run}.parquet", verdict="partial", evidence="list", run=run)
+
+    write("20260301T220000Z-ffffffff", "PACS@a:104", {1: "stored", 2: "missing", 3: "stored"})
+    write("verify-20260302T060000Z-00000000", "", {1: "failed", 2: "missing", 3: "held"})
+    frame = read_manifests(tmp_path)
+    assert list(frame["run_at"].dt.hour) == [22, 22, 22, 6, 6, 6]
+    now = latest(frame)
+    assert now["state"].tolist() == ["failed", "missing", "held"]
+    assert set(now["source"]) == {"PACS@a:104"}
+    assert set(now["destination"]) == {"/data"}
+    write("20260302T070000Z-aaaaaaaa", "PACS@b:104", {1: "stored", 2: "stored"})
+    (tmp_path / "_manifests" / ".ledger").mkdir()
+    (tmp_path / "_manifests" / ".ledger" / "x.parquet").write_bytes(b"no manifest")
+    now = latest(read_manifests(tmp_path)).sort_values("sop_instance_uid")
+    assert now["state"].tolist() == ["stored", "stored", "held"]
+    assert now["source"].tolist() == ["PACS@b:104", "PACS@b:104", "PACS@a:104"]
 
 
 @pytest.fixture(scope="module")
