@@ -224,6 +224,21 @@ def test_the_pacs_down(at_notebooks: Kernel) -> None:
     assert "InvalidQuery" in said
 
 
+def test_the_pacs_down_in_the_middle_of_a_notebook(at_notebooks: Kernel) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "02_complete_or_not.ipynb", as_version=4)
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    (at,) = [n for n, source in enumerate(sources) if "DICOM_GET_NODE" in source]
+    at_notebooks.run(sources[0])
+    at_notebooks.run("os.environ.update(DICOM_GET_NODE='PACS@127.0.0.1:1', DICOM_GET_STUDY='1.2.3')")
+    (shown,) = text_of(at_notebooks.run(sources[at]), "execute_result")
+    assert "<b>failed (connect_failed)</b>" in shown
+    assert "Check host and port, and that the PACS is up." in shown
+    (said,) = text_of(at_notebooks.run(sources[at + 1]), "error")
+    assert said.startswith("\x1b[31mIncompleteRetrieval\x1b[0m: failed (connect_failed): nothing was retrieved.")
+    assert said.endswith("Connection refused. Check host and port, and that the PACS is up.")
+    at_notebooks.run("del os.environ['DICOM_GET_NODE'], os.environ['DICOM_GET_STUDY']")
+
+
 def test_a_cohort_without_uids(at_notebooks: Kernel, tmp_path: Path) -> None:
     table = tmp_path / "cohort.csv"
     table.write_text("patient\nP1\n", encoding="utf-8")
