@@ -102,10 +102,15 @@ def test_a_night_with_something_missing_is_published_and_fails_and_tells(
 
 
 def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, prefix, monkeypatch):
-    now = datetime.now(UTC)
-    # To the second, which the connection's own words are not.
-    opens = (now + timedelta(seconds=4), now + timedelta(hours=1))
-    monkeypatch.setattr(Window, "_around", lambda self, moment, zone: [opens])
+    spans = []
+
+    def soon(self, moment, zone):
+        # Hours that begin a second after somebody first asks for them.
+        if not spans:
+            spans.append((moment + timedelta(seconds=1), moment + timedelta(hours=1)))
+        return spans
+
+    monkeypatch.setattr(Window, "_around", soon)
     monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}/?window=22%3A00-06%3A00")
     run = run_dag(night, run_conf=conf(prefix))
     assert run.state == "success"
@@ -129,7 +134,7 @@ def test_modalities_are_asked_for(run_dag, night, prefix):
     assert run.xcom("find") == []
 
 
-def test_a_night_that_is_late_tells(load_dag, letters):
+def test_a_night_that_is_late_tells(load_dag, letters, monkeypatch):
     """What the scheduler does as a run is queued and as its deadline is missed, and then the triggerer."""
     from airflow import settings
     from airflow.dag_processing.bundles.manager import DagBundlesManager
@@ -139,6 +144,8 @@ def test_a_night_that_is_late_tells(load_dag, letters):
     from airflow.triggers.callback import CallbackTrigger
     from airflow.utils.types import DagRunTriggeredByType, DagRunType
 
+    # Other tests may have stored it a moment ago, without its deadline.
+    monkeypatch.setenv("AIRFLOW__CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL", "0")
     DagBundlesManager().sync_bundles_to_db()
     bag = DagBag(dag_folder=os.devnull, bundle_name="dags-folder")
     bag.bag_dag(load_dag("nightly_to_s3"))
