@@ -129,36 +129,35 @@ def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
     ------
     ManifestError
         One of them cannot be read.
+    InvalidOption
+        An argument of ``s3_config`` is not right.
     """
     from airflow_dicom_get.objects import objects_of
-    from airflow_dicom_get.settings import S3Config
+    from airflow_dicom_get.options import OPTIONS
 
-    objects, _ = objects_of(rows, S3Config(**s3) if s3 else None)
+    objects, _ = objects_of(rows, OPTIONS["s3_config"].check("s3_config", s3 or None))
     return [_dataset(item) for item in objects]
 
 
 def _dataset(item: StoredObject) -> Dataset:
     from pydicom import dcmread
-    from pydicom.dataset import FileMetaDataset
     from pydicom.errors import InvalidDicomError
-    from pydicom.uid import UID
 
+    from airflow_dicom_get.dicom.part10 import file_header
     from airflow_dicom_get.objects import UnreadableError
 
     assert item.row is not None
-    bare = item.row.dataset_offset == 0
+    head = b""
+    if item.row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
+        head = file_header(item.row.sop_class or "", item.row.sop, item.row.syntax or "", calling="", called="")
     try:
-        dataset = dcmread(BytesIO(b"".join(map(bytes, item.chunks()))), force=bare)
+        return dcmread(BytesIO(head + b"".join(map(bytes, item.chunks()))))
     except (UnreadableError, InvalidDicomError) as error:
         raise ManifestError(
             f"The instance {item.row.sop} cannot be read from {shown_path(item.name)}: {error}.",
             hint="Was it moved since? verify() compares all; get_study(manifest=…) with what it writes mends them.",
             uri=item.name,
         ) from None
-    if bare and item.row.syntax is not None:
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = UID(item.row.syntax)
-    return dataset
 
 
 def _labelled(table: pa.Table, **facts: str | None) -> pa.Table:

@@ -13,11 +13,13 @@ from typing import Any
 
 import nbformat
 import pytest
+from holdings import Holding
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest import manifest_table, write_manifest
-from airflow_dicom_get.notebook import latest, read_manifests
+from airflow_dicom_get.notebook import latest, read_instances, read_manifests
 from airflow_dicom_get.records import Instance, State
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, make_uid
@@ -121,6 +123,20 @@ def test_the_latest_row_of_each_instance(tmp_path: Path) -> None:
     now = latest(read_manifests(tmp_path)).sort_values("sop_instance_uid")
     assert now["state"].tolist() == ["stored", "stored", "held"]
     assert now["source"].tolist() == ["PACS@b:104", "PACS@b:104", "PACS@a:104"]
+
+
+def test_pixels_of_files_without_meta_information(mixed: Holding, embedded: Any, tmp_path: Path) -> None:
+    """Every transfer syntax of pydicom's wheel, deflated and big endian among them, told by the manifest alone."""
+    pacs = embedded(mixed.folder)
+    scu = GetScu(f"{pacs.host}:{pacs.port}", destination=tmp_path, store_with_file_meta=False)
+    rows = scu.get_study({"StudyInstanceUID": mixed.study}).manifest
+    held = rows[rows["state"] == "stored"]
+    datasets = read_instances(held)
+    assert [ds.SOPInstanceUID for ds in datasets] == held["sop_instance_uid"].tolist()
+    assert [ds.file_meta.TransferSyntaxUID for ds in datasets] == held["transfer_syntax_uid"].tolist()
+    assert {"1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"} < set(held["transfer_syntax_uid"])
+    with pytest.raises(InvalidOption, match="endpont"):
+        read_instances(held, endpont="http://127.0.0.1:1")
 
 
 @pytest.fixture(scope="module")
