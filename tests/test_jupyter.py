@@ -155,8 +155,6 @@ def test_a_failure_is_a_sentence(kernel: Kernel) -> None:
     (said,) = text_of(kernel.run("GetScu(node, destination='x').get_study({'StudyInstanceUID': '1.*'})"), "error")
     assert said.startswith("\x1b[31mInvalidQuery\x1b[0m: ")
     assert "\n" not in said
-    (html,) = text_of(kernel.run("GetScu('127.0.0.1:1', destination='x').get_study(study)"), "execute_result")
-    assert "No connection to 127.0.0.1:1: Connection refused. Check host and port, and that the PACS is up." in html
 
 
 def test_the_overview_is_a_picture_shown_once(kernel: Kernel) -> None:
@@ -232,7 +230,7 @@ def test_the_pacs_down_in_the_middle_of_a_notebook(at_notebooks: Kernel) -> None
     at_notebooks.run("os.environ.update(DICOM_GET_NODE='PACS@127.0.0.1:1', DICOM_GET_STUDY='1.2.3')")
     (shown,) = text_of(at_notebooks.run(sources[at]), "execute_result")
     assert "<b>failed (connect_failed)</b>" in shown
-    assert "Check host and port, and that the PACS is up." in shown
+    assert "Connection refused. Check host and port, and that the PACS is up." in shown
     (said,) = text_of(at_notebooks.run(sources[at + 1]), "error")
     assert said.startswith("\x1b[31mIncompleteRetrieval\x1b[0m: failed (connect_failed): nothing was retrieved.")
     assert said.endswith("Connection refused. Check host and port, and that the PACS is up.")
