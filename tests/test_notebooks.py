@@ -135,8 +135,8 @@ def test_pixels_of_files_without_meta_information(mixed: Holding, embedded: Any,
     assert [ds.SOPInstanceUID for ds in datasets] == held["sop_instance_uid"].tolist()
     assert [ds.file_meta.TransferSyntaxUID for ds in datasets] == held["transfer_syntax_uid"].tolist()
     assert {"1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"} < set(held["transfer_syntax_uid"])
-    with pytest.raises(InvalidOption, match="endpont"):
-        read_instances(held, endpont="http://127.0.0.1:1")
+    with pytest.raises(InvalidOption, match="endpoints"):
+        read_instances(held, endpoints="http://127.0.0.1:1")
 
 
 @pytest.fixture(scope="module")
