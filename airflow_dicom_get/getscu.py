@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.engine.listing import Listing
     from airflow_dicom_get.engine.resolve import Scope
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.engine.study import Settings, StudyRun
@@ -456,10 +457,12 @@ class GetScu:
         listed: list[Scope] | None,
         query_model: str,
     ) -> tuple[list[StudyRun], list[StudyEnd]]:
-        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
+        from airflow_dicom_get.engine.spread import resolve_and_list
         from airflow_dicom_get.places import ForwardPlace
 
         settings = self._settings(query_model)
+        first = None
         places.place.attend(source.cancel)
         if isinstance(places.place, ForwardPlace):
             settings.expect = places.place.expect
@@ -468,20 +471,23 @@ class GetScu:
             scopes = listed
         else:
             assert parsed is not None
-            scopes = source.with_retries(
+            scopes, first = source.with_retries(
                 self.options.retries,
                 FIND_PROPOSALS,
-                lambda association: resolve(Finder(association), parsed, self.options.max_studies),
+                lambda association: resolve_and_list(
+                    source, association, parsed, self.options.max_studies, self.options.associations
+                ),
             )
         sink = places.sink(name)
         try:
-            return self._run_studies(scopes, source, places.place, sink, events, settings)
+            return self._run_studies(scopes, first, source, places.place, sink, events, settings)
         finally:
             sink.close()
 
     def _run_studies(
         self,
         scopes: Sequence[Scope],
+        first_list: Listing | None,
         source: Source,
         place: Place,
         sink: Sink,
@@ -498,7 +504,7 @@ class GetScu:
         ends: list[StudyEnd] = []
         for scope in scopes:
             place.check_room()
-            run = StudyRun(scope, source, sink, peer, events, settings)
+            run = StudyRun(scope, source, sink, peer, events, settings, first_list)
             runs.append(run)
             run.execute()
             ends.append(judge(run))

@@ -105,7 +105,7 @@ def _restarted(server: Dcmqrscp | Orthanc, ct: Holding, to: Path) -> None:
         result = scu.get_study({"StudyInstanceUID": ct.study}, on_sub_operation=AfterSome(7, begin))
         threads[0].join()
     assert result.verdict == "complete", result
-    assert result.associations > 4
+    assert result.associations > 3
     # As it was sent: this dcmqrscp decides for itself in which uncompressed syntax it sends.
     sent, found = relay.by_sop(), {path.stem: path for path in to.rglob("*.dcm")}
     assert found.keys() == ct.entries.keys()
@@ -215,4 +215,4 @@ def test_what_time_does_not_mend_is_not_tried_again(
     assert not result.transient
     assert words in result.errors[0]["error"]
     assert result.errors[0]["hint"]
-    assert pacs.total_associations <= 3
+    assert pacs.total_associations <= 2

@@ -30,8 +30,8 @@ from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 
 CUTS, KILLS = int(os.environ.get("CUTS", "12")), int(os.environ.get("KILLS", "3"))
 SERIES, INSTANCES, SIZE = 4, 25, 524_288
-GET = 2
-"""Which connection of a first run is the C-GET's: one resolves the query and one lists before it."""
+GET = 1
+"""Which connection of a first run is the C-GET's: one resolves the query and lists before it."""
 
 
 def retrieve(port: int, study: str, destination: Path, **options: Any) -> Result:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
@@ -82,8 +82,28 @@ class Listing:
         return len(self.series) in ROUND_CAPS or any(s.rows in ROUND_CAPS for s in self.series.values())
 
 
-def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> Listing:
+ListSeries = Callable[[Finder, SeriesInfo], None]
+"""Lists the instances of one series; may be called again for the same one."""
+
+
+def one_by_one(finder: Finder, series: Collection[SeriesInfo], list_series: ListSeries) -> None:
+    """Ask for each series on the association of ``finder``."""
+    for one in series:
+        list_series(finder, one)
+
+
+def list_study(
+    finder: Finder,
+    scope: Scope,
+    known: dict[str, Instance],
+    each: Callable[[Finder, Collection[SeriesInfo], ListSeries], None] = one_by_one,
+) -> Listing:
     """List the instances of ``scope``; objects in ``known`` are used again, by SOP Instance UID.
+
+    Parameters
+    ----------
+    each : callable
+        Has every series listed, by threads if it likes.
 
     Raises
     ------
@@ -112,20 +132,27 @@ def list_study(finder: Finder, scope: Scope, known: dict[str, Instance]) -> List
                 i.int_value(row.get(h.SERIES_NUMBER)),
                 None if scope.instances or image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
             )
-    for series in listing.series.values():
+    unreadable: Counter[str] = Counter()
+
+    def list_series(finder: Finder, series: SeriesInfo) -> None:
         keys = {
             h.STUDY_INSTANCE_UID: scope.study,
             h.SERIES_INSTANCE_UID: series.uid,
             **{f.tag: f.value for f in image_filters},
         }
         limit = _most_rows(series)
-        before = len(listing.instances)
+        before, series.rows = finder.unreadable, 0
+        new = 0
         for row in _image_rows(finder, scope, keys, limit):
             series.rows += 1
-            _take_row(listing, scope, series, row, image_filters, known)
-            if series.rows > 10 * (len(listing.instances) - before) + _SLACK:
+            new += _take_row(listing, scope, series, row, image_filters, known)
+            if series.rows > 10 * new + _SLACK:
                 raise ListTooLong(f"The source repeats the same rows without end for series {series.uid}.")
-    listing.unreadable = finder.unreadable
+        unreadable[series.uid] = finder.unreadable - before
+
+    above = finder.unreadable
+    each(finder, listing.series.values(), list_series)
+    listing.unreadable = above + unreadable.total()
     return listing
 
 
@@ -159,19 +186,20 @@ def _take_row(
     row: dict[int, bytes],
     filters: Iterable[object],
     known: dict[str, Instance],
-) -> None:
+) -> bool:
+    """Put the instance of a row into the list; whether it was not there."""
     sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
     if sop is None or not is_uid(sop):
         log.warning("a C-FIND row of series %s has no valid SOP Instance UID; ignored", series.uid)
-        return
+        return False
     if i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
-        return
+        return False
     if i.text_value(row.get(h.SERIES_INSTANCE_UID)) not in (series.uid, None):
-        return
+        return False
     if scope.instances is not None and sop not in scope.instances:
-        return
+        return False
     if not matches(row, filters):  # type: ignore[arg-type]
-        return
+        return False
     instance = known.get(sop)
     if instance is None or instance.series != series.uid:
         instance = Instance(scope.study, series.uid, sop)
@@ -184,4 +212,6 @@ def _take_row(
     instance.modality = instance.modality or series.modality
     instance.series_number = series.number
     instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
+    new = instance.sop not in listing.instances
     listing.instances.setdefault(instance.sop, instance)  # one string for all tables
+    return new

@@ -16,6 +16,7 @@ from airflow_dicom_get.engine.fetch import Pass, Request, lists_of
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
 from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.engine.spread import Spread
 from airflow_dicom_get.engine.tags import tags_of
 from airflow_dicom_get.engine.ways import WAYS, contexts_for
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
@@ -71,12 +72,20 @@ class StudyRun:
     """State and steps of one study's retrieval. Its receivers may be several threads."""
 
     def __init__(
-        self, scope: Scope, source: Source, sink: Sink, peer: PeerKnowledge, events: Events, settings: Settings
+        self,
+        scope: Scope,
+        source: Source,
+        sink: Sink,
+        peer: PeerKnowledge,
+        events: Events,
+        settings: Settings,
+        first_list: Listing | None = None,
     ) -> None:
         self.scope, self.source, self.sink, self.peer, self.events = scope, source, sink, peer, events
         self.settings = settings
         self.query_model, self.retries = settings.query_model, settings.retries
         self.require_exact, self.tag_numbers = settings.require_exact, settings.tag_numbers
+        self._first_list = first_list
         self.instances: dict[str, Instance] = {}
         """Every instance of the study that was ever listed, held or sent, by SOP Instance UID."""
         self.listing: Listing | None = None
@@ -242,7 +251,8 @@ class StudyRun:
         """Run the study to its end. Errors of peer and destination end up in :attr:`errors`."""
         try:
             if self.scope.listed:
-                self.listing = self._list_anew()
+                first, self._first_list = self._first_list, None
+                self.listing = self._narrowed(first) if first is not None else self._list_anew()
             self._take_inventory()
             if self.query_model == "PatientRoot" and self.scope.patient_id is None:
                 raise InvalidQuery(
@@ -352,11 +362,15 @@ class StudyRun:
 
     def _list(self, finder: Finder) -> Listing | None:
         try:
-            listing = list_study(finder, self.scope, self.instances)
+            listing = list_study(finder, self.scope, self.instances, Spread(self.source, self.settings.associations))
         except (NotNegotiated, OperationFailed, ListTooLong) as error:
             log.warning("study %s cannot be listed: %s", self.scope.study, error)
             self.remark(error)
             return None
+        return self._narrowed(listing)
+
+    def _narrowed(self, listing: Listing) -> Listing:
+        """The list without the classes that are not wanted; its instances are known from now on."""
         wanted = self.settings.sop_classes
         if wanted is not None:
             listing.instances = {

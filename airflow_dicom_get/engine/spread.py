@@ -1,0 +1,93 @@
+"""Which associations lists are asked for on: many series on several, a single study on the one that found it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Collection
+
+from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
+from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
+from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.errors import DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.query import Query
+
+log = logging.getLogger(__name__)
+
+_WORTH = 4
+"""Series for which another association is opened: that takes about as long as to ask for two."""
+
+
+class Spread:
+    """Has series listed on the association at hand and on others beside it.
+
+    Parameters
+    ----------
+    source : Source
+        Where the others are opened. One that is refused, or lost, is done without.
+    associations : int
+        How many may ask, the one at hand among them.
+    """
+
+    def __init__(self, source: Source, associations: int) -> None:
+        self._source, self._associations = source, associations
+
+    def __call__(self, finder: Finder, series: Collection[SeriesInfo], list_series: ListSeries) -> None:
+        """List each series. Raises what the association at hand raises."""
+        more = min(self._associations - 1, len(series) // _WORTH)
+        if more < 1:
+            one_by_one(finder, series, list_series)
+            return
+        queue = deque(series)
+        threads = [
+            threading.Thread(target=self._beside, args=(queue, list_series), name=f"dicom-get-list-{n}", daemon=True)
+            for n in range(more)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            _serve(finder, queue, list_series)
+        except BaseException:
+            queue.clear()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+        _serve(finder, queue, list_series)  # what others have put back
+
+    def _beside(self, queue: deque[SeriesInfo], list_series: ListSeries) -> None:
+        try:
+            with self._source.association(FIND_PROPOSALS) as association:
+                _serve(Finder(association), queue, list_series)
+        except DicomGetError as error:
+            log.info("listing goes on with fewer associations: %s", error.message)
+
+
+def _serve(finder: Finder, queue: deque[SeriesInfo], list_series: ListSeries) -> None:
+    while queue:
+        try:
+            one = queue.popleft()
+        except IndexError:  # another was quicker
+            return
+        try:
+            list_series(finder, one)
+        except BaseException:
+            queue.append(one)
+            raise
+
+
+def resolve_and_list(
+    source: Source, association: Association, query: Query, max_studies: int, associations: int
+) -> tuple[list[Scope], Listing | None]:
+    """The studies that a query means, and the first list where it is a single one that can be listed."""
+    finder = Finder(association)
+    scopes = resolve(finder, query, max_studies)
+    if len(scopes) != 1 or not scopes[0].listed:
+        return scopes, None
+    try:
+        return scopes, list_study(finder, scopes[0], {}, Spread(source, associations))
+    except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
+        log.debug("not listed at once: %s", error.message)  # the study's own run will say it
+        return scopes, None
