@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui notebooks test test-engine test-browser test-live test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
+.PHONY: help demo ui notebooks test test-engine test-browser test-live test-distributed test-packages test-kills test-cuts fuzz lint format bench docs lock setup setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -50,6 +50,12 @@ test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images
 test-live: setup ## Prove a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
 	@$(PY) -m pytest tests/live -m live -s $(ARGS)
 
+test-distributed: setup-distributed ## Lose one of two Celery workers and the API server among 300 studies on PostgreSQL, Redis and S3; 20 minutes
+	@$(VENV)-distributed/bin/python -m pytest tests/distributed -m distributed -s $(ARGS)
+
+test-packages: setup ## Install wheel and sdist into empty environments, oldest and newest Python and Airflow; 10 minutes
+	@$(PY) scripts/packages.py $(ARGS)
+
 lint: setup ## Check style, types and spelling
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -72,7 +78,7 @@ lock: ## Resolve constraints.txt anew, with PYTHON (the oldest supported) and PY
 	@$(PYTHON) scripts/lock.py $(PYTHON) $(or $(PYTHON_NEW),$(error name a newer interpreter: make lock PYTHON_NEW=/usr/bin/python3))
 
 clean: ## Remove what the targets made: environments, demo, caches
-	rm -rf $(VENV) $(VENV)-engine .venv-ci .demo .cache site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-engine $(VENV)-distributed .venv-ci .demo .cache site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not in the help: what the targets above call by themselves.
@@ -81,6 +87,10 @@ setup:
 
 setup-engine:
 	@bash scripts/setup.sh "$(VENV)-engine" "$(PYTHON)" dev
+
+setup-distributed:
+	@bash scripts/peers.sh postgres=postgresql redis-server=redis-server
+	@bash scripts/setup.sh "$(VENV)-distributed" "$(PYTHON)" airflow,dev,distributed
 
 peers:
 	@bash scripts/peers.sh

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # What type checkers see in place of the names that load on first use.
+    from airflow_dicom_get.getscu import GetScu as GetScu
+    from airflow_dicom_get.manifest import combine_manifests as combine_manifests
+    from airflow_dicom_get.manifest import load_manifest as load_manifest
+    from airflow_dicom_get.manifest import load_manifests as load_manifests
+    from airflow_dicom_get.manifest import read_manifest as read_manifest
+    from airflow_dicom_get.node import Node as Node
+    from airflow_dicom_get.options import Deadlines as Deadlines
+    from airflow_dicom_get.records import Completed as Completed
+    from airflow_dicom_get.records import SubOperation as SubOperation
+    from airflow_dicom_get.result import EchoReport as EchoReport
+    from airflow_dicom_get.result import Plan as Plan
+    from airflow_dicom_get.result import Result as Result
+    from airflow_dicom_get.store import StoreScu as StoreScu
+    from airflow_dicom_get.verify import Verification as Verification
 
 __version__ = "0.1.0.dev0"
 

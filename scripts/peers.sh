@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# See to it that the real PACS of the tests are there: DCMTK's dcmqrscp and Orthanc.
+# See to it that the real servers of the tests are there: DCMTK's dcmqrscp and Orthanc, or those that are named.
 #
-# Installs Debian's packages where that is allowed (root, or sudo without a password). The packaged Orthanc starts
-# a service that accepts studies from anyone: here it is neither started nor left to start at the next boot.
-# Never fails: the tests skip what is missing.
+# Usage: peers.sh [PROGRAM=PACKAGE ...]
+#
+# Installs Debian's packages where that is allowed (root, or sudo without a password). The packaged servers start
+# as services, Orthanc one that accepts studies from anyone: here they are neither started nor left to start at the
+# next boot. Never fails: the tests skip what is missing.
 set -u
-export PATH="$PATH:/usr/sbin:/usr/local/sbin"
+# Debian keeps PostgreSQL's server off the path.
+export PATH="$PATH:/usr/sbin:/usr/local/sbin:$(printf '%s:' /usr/lib/postgresql/*/bin)"
 
+[ $# -gt 0 ] || set -- dcmqrscp=dcmtk Orthanc=orthanc
 packages=()
-command -v dcmqrscp >/dev/null || packages+=(dcmtk)
-command -v Orthanc >/dev/null || packages+=(orthanc)
+for pair; do
+    command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
+done
 [ ${#packages[@]} -eq 0 ] && exit 0
 
 skip() {
@@ -39,10 +44,10 @@ if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\n# %s\nexit 101\n' "$mark" |
         "${as_root[@]}" sh -C -c 'umask 022 && cat >"$0" && chmod 755 "$0"' "$policy" || skip "cannot write $policy"
 fi
-"${as_root[@]}" "$policy" orthanc start >/dev/null 2>&1
+"${as_root[@]}" "$policy" "${packages[0]}" start >/dev/null 2>&1
 [ $? -eq 101 ] || skip "the $policy of this machine lets services start"
 
-echo "make: installing ${packages[*]} for the tests (the Orthanc service is not started)"
+echo "make: installing ${packages[*]} for the tests (no service is started)"
 log=$(mktemp)
 apt() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 "$@" </dev/null >>"$log" 2>&1
@@ -55,7 +60,8 @@ if ! apt install --no-install-recommends "${packages[@]}"; then
     }
 fi
 rm -f "$log"
-if [[ " ${packages[*]} " = *" orthanc "* ]]; then
-    "${as_root[@]}" update-rc.d orthanc disable >/dev/null 2>&1
-fi
+for package in "${packages[@]}"; do
+    # Those without a service of that name, as dcmtk, are passed over.
+    "${as_root[@]}" update-rc.d "$package" disable >/dev/null 2>&1
+done
 exit 0
