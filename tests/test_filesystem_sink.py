@@ -23,6 +23,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.manifest import read_table
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 
 COUNT = 12
@@ -388,3 +389,18 @@ def test_two_studies_are_apart(real: Holding, embedded: Any, tmp_path: Path) -> 
     for study in studies:
         one = retrieve(server, study, tmp_path)
         assert (one.skipped, one.total) == (len(server.archive.entries(study)),) * 2
+
+
+def test_a_sync_that_fails_in_any_way_is_told_and_waited_for_no_longer(
+    pacs: EmbeddedPacs, private: Holding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(sink: FilesystemSink, batch: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FilesystemSink, "_synced", broken)
+        result = retrieve(pacs, private.study, tmp_path)
+    assert (result.verdict, result.completed) == ("failed", 0)
+    assert "Taken, then not kept: sync: unexpected MemoryError" in {row["error"] for row in rows(result).values()}
+    again = retrieve(pacs, private.study, tmp_path)
+    assert (again.verdict, again.completed) == ("complete", COUNT)

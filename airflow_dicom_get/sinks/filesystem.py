@@ -263,11 +263,20 @@ class FilesystemSink:
                     last = True
                 else:
                     batch.append(item)
-            self._confirm(batch)
+            try:
+                results = self._synced(batch)
+            except Exception as error:  # whatever it is: who waits for these must not wait for ever
+                log.exception("syncing failed")
+                results = [Confirmation(item.instance, f"sync: unexpected {type(error).__name__}") for item in batch]
+            with self._room:
+                self._done += results
+                self._due -= len(batch)
+                self._unconfirmed -= sum(item.size for item in batch)
+                self._room.notify_all()
             if last:
                 return
 
-    def _confirm(self, batch: list[_Pending]) -> None:
+    def _synced(self, batch: list[_Pending]) -> list[Confirmation]:
         """Sync a batch of files, then each of their folders once, then say so in the ledgers.
 
         All are pushed out before the first is waited for: so they share a commit of the journal.
@@ -298,11 +307,7 @@ class FilesystemSink:
             results += [Confirmation(item.instance) for item in good]
         except OSError as error:
             results += [Confirmation(item.instance, f"sync: {error.strerror}") for item in good]
-        with self._room:
-            self._done += results
-            self._due -= len(batch)
-            self._unconfirmed -= sum(item.size for item in batch)
-            self._room.notify_all()
+        return results
 
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """See :meth:`sinks.base.Sink.confirmations`."""
