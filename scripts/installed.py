@@ -84,12 +84,12 @@ def airflow(sources: Path) -> None:
                 one["version"] for one in providers if one["package_name"] == "airflow-dicom-get"
             ]
             hooks = json.loads(program("airflow", "providers", "hooks", "-o", "json", **home))
-            types = {one["connection_type"]: one["hook_attribute_name"] for one in hooks}
-            assert {"dicom", "dicom_s3"} <= types.keys()
-            assert "airflow_dicom_get" in program("airflow", "plugins", "list", "-o", "json", **home)
+            assert {"dicom", "dicom_s3"} <= {one["connection_type"] for one in hooks}
+            plugins = json.loads(program("airflow", "plugins", "-o", "json", **home))
+            assert any("airflow-dicom-get" in one["source"] for one in plugins), plugins
             forms = program("python", "-c", FORMS, **home)
             assert forms.split() == ["dicom", "dicom_s3"], forms
-            assert program("airflow", "dags", "list-import-errors", "--local", "-o", "json", **home).strip() == "[]"
+            assert json.loads(program("airflow", "dags", "list-import-errors", "--local", "-o", "json", **home)) == []
             program("airflow", "dags", "test", "retrieve_studies", **home)
             assert len(list(Path(folder, "held", uid).rglob("*.dcm"))) == 3
 

@@ -1,10 +1,11 @@
 """Install the wheel and the sdist into empty environments with plain pip, and try what was installed.
 
-Usage: packages.py [--only NAME,…]
+Usage: packages.py [--only NAME,…] [--airflow VERSION]
 
 Each row of the matrix is an interpreter, what is installed, and releases that it is held to. An interpreter that is not
 here leaves its rows out, and says so. Each environment must be in order for `pip check`, and pass scripts/installed.py
-in a folder that does not hold the sources.
+in a folder that does not hold the sources. `--airflow` tries one release of Airflow in place of the matrix, also one
+that the extra does not take.
 """
 
 from __future__ import annotations
@@ -101,8 +102,14 @@ def check(row: Row, python: str, package: Path, folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names of rows, with commas between")
-    only = [name for name in parser.parse_args().only.split(",") if name]
+    parser.add_argument("--airflow", help="a release of Airflow to try")
+    chosen = parser.parse_args()
+    only = [name for name in chosen.only.split(",") if name]
     rows = [row for row in MATRIX if not only or row.name in only]
+    if chosen.airflow:
+        # Without the extra, whose bounds would refuse it.
+        pins = (f"apache-airflow=={chosen.airflow}",)
+        rows = [Row(f"airflow-{chosen.airflow}", "python3.11", pins=pins, checks=("engine", "airflow"))]
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
         packages = build(Path(temporary))
