@@ -60,9 +60,10 @@ MATRIX = (
 
 def interpreter(name: str) -> str | None:
     """The path of an interpreter that runs and can make environments; the system's goes before others."""
-    for found in (Path("/usr/bin", name), shutil.which(name)):
+    for path in ("/usr/bin", None):
+        found = shutil.which(name, path=path)
         if found and subprocess.run([found, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
-            return str(found)
+            return found
     return None
 
 
