@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from holdings import Holding, hold
 from odd_destination import DieError, OddDestination, accept_only, at
+from relay import Relay
 from servers import Dcmqrscp, Orthanc, Storescp
 
 from airflow_dicom_get import GetScu
@@ -640,11 +641,37 @@ class TestResume:
             plain = forward(source, blank, tmp_path / "two", private.study, trust_destination=True)
             assert (plain.verdict, plain.skipped, len(blank.held())) == ("complete", 0, 12)
 
-    @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "4"))))
-    def test_kill(self, embedded: Embedded, ct: Holding, tmp_path: Path, seed: int) -> None:
+    @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "2"))))
+    @pytest.mark.parametrize("to", ["odd", pytest.param("storescp", marks=pytest.mark.dcmtk)])
+    def test_kill(
+        self,
+        to: str,
+        seed: int,
+        request: pytest.FixtureRequest,
+        embedded: Embedded,
+        relay: Callable[..., Relay],
+        ct: Holding,
+        tmp_path: Path,
+    ) -> None:
         """kill -9 at a random moment: the resume completes, and at most one instance goes twice."""
-        rng = random.Random(seed)
-        with OddDestination(delay=lambda number: 0.01) as destination:
+        rng = random.Random(f"{os.environ.get('KILL_SEED', '1')} {to} {seed}")
+        with OddDestination(delay=lambda number: 0.01) as odd:
+            target = odd if to == "odd" else request.getfixturevalue("storescp_all")
+            line = relay(target, latency=0.002)
+            line.ae_title = target.ae_title
+
+            def began() -> Counter[str]:
+                return Counter(
+                    elements[0x1000].decode().strip("\0 ")
+                    for direction, kind, elements in list(line.commands)
+                    if (direction, kind) == ("up", 0x0001)
+                )
+
+            def arrived() -> dict[str, bytes]:
+                if target is odd:
+                    return odd.held()
+                return {sop: data for sop, (_, data) in datasets(target.received).items()}
+
             source = embedded(ct.folder)
             script = (
                 "import sys\nfrom airflow_dicom_get import GetScu\n"
@@ -653,21 +680,31 @@ class TestResume:
             )
             process = subprocess.Popen(
                 [sys.executable, "-c", script, f"127.0.0.1:{source.port}",
-                 f"dicom://{destination.node}", str(tmp_path), ct.study]
+                 f"dicom://{target.ae_title}@127.0.0.1:{line.port}", str(tmp_path), ct.study]
             )  # fmt: skip
             limit = time.monotonic() + 20
-            wanted = rng.randrange(1, 36)
-            while len(destination.stored) < wanted and time.monotonic() < limit:
+            wanted = rng.randrange(36)
+            while began().total() < wanted and time.monotonic() < limit:
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.02)
             os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            before = len(destination.held())
-            result = forward(source, destination, tmp_path, ct.study)
+            assert process.wait() == -signal.SIGKILL, "it was over before"
+            passed = -1
+            while passed != line.up:  # what was under way
+                passed = line.up
+                time.sleep(0.05)
+            before = arrived()
+            sent = {sop: data for sop, (_, data) in sent_by(ct).items()}
+            assert before == {sop: sent[sop] for sop in before}, "whole or not there"
+            first = began()
+            result = forward(source, line, tmp_path, ct.study)
             assert result.verdict == "complete"
-            assert result.skipped >= before - 1
-            assert sum(destination.times.values()) <= 41
-            assert destination.held() == {sop: data for sop, (_, data) in sent_by(ct).items()}
+            assert result.skipped >= len(before) - 1
+            again = [sop for sop, times in began().items() if times > 1]
+            print(f"{to}: killed with {len(first)} begun, {len(before)} there, {len(again)} sent again")
+            assert len(again) <= 1
+            assert set(began().values()) <= {1, 2}
+            assert arrived() == sent
 
 
 class TestSink:

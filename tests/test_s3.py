@@ -5,28 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from holdings import Holding, hold
+from relay import Relay
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs, Moto, S3Server, free_port
 
 from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get import s3_places as places
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest import combine_manifests, load_manifest
-from airflow_dicom_get.sinks import s3_client
+from airflow_dicom_get.sinks import s3, s3_client
+from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
+from airflow_dicom_get.testing.archive import STUDY_UID, read_header
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 
 Pacs = Callable[..., EmbeddedPacs]
+_CHOOSER = random.Random(os.environ.get("KILL_SEED", "1"))
+MOMENTS = [_CHOOSER.random() for _ in range(int(os.environ["KILLS"]))] if "KILLS" in os.environ else [0.3, 0.9]
+"""At which part of a run's requests it is killed."""
+LARGE = 12 << 20
 
 
 @pytest.fixture(params=["juicefs", "moto"])
@@ -53,6 +62,15 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Holding:
     return hold(folder, big_study(folder, 150, 200_000, name="many", series=3))
 
 
+@pytest.fixture(scope="session")
+def two_sizes(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """60 instances of 200 KB in one study, and two of 12 MiB, which go in parts, in another."""
+    folder = tmp_path_factory.mktemp("two-sizes")
+    big_study(folder / "small", 60, 200_000, name="small")
+    big_study(folder / "large", 2, LARGE, name="large")
+    return hold(folder)
+
+
 @pytest.fixture
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_OUTAGE", 2.0)
@@ -64,7 +82,7 @@ def node_of(pacs: EmbeddedPacs) -> str:
     return f"{pacs.ae_title}@127.0.0.1:{pacs.port}"
 
 
-def get(pacs: EmbeddedPacs | str, study: str, prefix: str, config: dict[str, Any], **options: Any) -> Any:
+def get(pacs: EmbeddedPacs | str, study: str | list[str], prefix: str, config: dict[str, Any], **options: Any) -> Any:
     node = pacs if isinstance(pacs, str) else node_of(pacs)
     scu = GetScu(node, destination=f"s3://{BUCKET}/{prefix}", s3_config=config, **options)
     return scu.get_study({"StudyInstanceUID": study})
@@ -76,7 +94,15 @@ def instances(service: S3Server, prefix: str) -> dict[str, str]:
     return {key.rpartition("/")[2].removesuffix(".dcm"): key for key in keys if key.endswith(".dcm")}
 
 
-def assert_holds(service: S3Server, prefix: str, holding: Holding, config: dict[str, Any], result: Any) -> None:
+def assert_holds(
+    service: S3Server,
+    prefix: str,
+    holding: Holding,
+    config: dict[str, Any],
+    result: Any,
+    *,
+    left_in_parts: bool = False,
+) -> None:
     """All is there as it was sent, listed with its digest, and nothing else is."""
     keys = instances(service, prefix)
     assert keys.keys() == holding.entries.keys()
@@ -90,7 +116,7 @@ def assert_holds(service: S3Server, prefix: str, holding: Holding, config: dict[
         assert (row.sha256, row.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
         assert row.uri == f"s3://{BUCKET}/{key}"
         assert row.state in ("stored", "held")
-    assert not [key for key in service.uploads() if key.startswith(prefix)]
+    assert left_in_parts or not [key for key in service.uploads() if key.startswith(prefix)]
 
 
 class TestThereAndBack:
@@ -414,38 +440,75 @@ class TestBeforeAnyTraffic:
 
 
 class TestKilled:
-    @pytest.mark.parametrize("moment", [0.25, 0.6])
+    @pytest.mark.parametrize("moment", MOMENTS)
     def test_the_next_run_completes(
-        self, service: S3Server, proxy: FaultProxy, prefix: str, many: Holding, embedded: Pacs, moment: float
+        self,
+        service: S3Server,
+        proxy: FaultProxy,
+        prefix: str,
+        two_sizes: Holding,
+        embedded: Pacs,
+        relay: Callable[..., Relay],
+        monkeypatch: pytest.MonkeyPatch,
+        moment: float,
     ) -> None:
-        pacs = embedded(many.folder)
-        halfway = int(moment * len(many.entries))
+        """Whatever has its name is whole, and sent again is what had none yet: what was handed over and not stored."""
+        line = relay(embedded(two_sizes.folder))
+        studies = sorted({read_header(entry.path)[3][STUDY_UID] for entry in two_sizes.entries.values()})
+        config = {**proxy.config, "max_concurrency": 1}  # else all fits into what may be under way
+        requests = int(moment * (len(two_sizes.entries) + 12))
         stop = threading.Event()
 
         def fault(number: int, method: str, path: str) -> Any:
-            if sum("/_manifests/" not in path for _, path in proxy.requests[-halfway - 20 :]) > halfway:
+            if sum("/_manifests/" not in path and method != "GET" for method, path in proxy.requests) > requests:
                 stop.set()
             return 0.05
 
         proxy.fault = fault
         code = (
             "from airflow_dicom_get import GetScu\n"
-            f"GetScu({node_of(pacs)!r}, destination='s3://{BUCKET}/{prefix}', s3_config={proxy.config!r})"
-            f".get_study({{'StudyInstanceUID': {many.study!r}}})\n"
+            f"GetScu('PACS@127.0.0.1:{line.port}', destination='s3://{BUCKET}/{prefix}', s3_config={config!r})"
+            f".get_study({{'StudyInstanceUID': {studies!r}}})\n"
         )
         process = subprocess.Popen([sys.executable, "-c", code])
-        assert stop.wait(60)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            assert stop.wait(60)
+            time.sleep(moment / 20)
+        finally:
+            process.kill()
+            process.wait()
         proxy.fault = lambda number, method, path: None
         time.sleep(0.3)  # what the service had in hand
+        begun = stores_of(line)
         there = instances(service, prefix)
-        assert 0 < len(there) < len(many.entries)
-        result = get(pacs, many.study, prefix, proxy.config)
+        for sop, key in there.items():
+            assert service.read(key).endswith(two_sizes.dataset(sop)), sop
+        assert there.keys() < two_sizes.entries.keys()
+        result = get(f"PACS@127.0.0.1:{line.port}", studies, prefix, proxy.config)
         assert result.verdict == "complete"
+        assert_holds(service, prefix, two_sizes, service.config, result, left_in_parts=True)
+        again = {sop for sop, times in stores_of(line).items() if times > 1}
+        assert set(stores_of(line).values()) <= {1, 2}
         # What the ledger had not been told yet, the objects say themselves, where their metadata are kept.
         assert result.skipped == len(there) if service.metadata else result.skipped <= len(there)
-        assert_holds(service, prefix, many, service.config, result)
+        lost = begun.keys() - there.keys()
+        assert again == lost if service.metadata else again >= lost
+        # The part that waits, the one that is being written, and of large ones those whose last request was due.
+        size = sum(len(two_sizes.dataset(sop)) for sop in lost)
+        assert size < 2 * PART_SIZE + 2 * LARGE
+        print(f"killed at {moment:.2f}: {len(begun)} begun, {len(there)} there, {len(again)} sent again, {size} bytes")
+        monkeypatch.setattr(s3, "_STALE", timedelta(0))
+        get(f"PACS@127.0.0.1:{line.port}", studies, prefix, service.config)
+        assert not [key for key in service.uploads() if key.startswith(prefix)]
+
+
+def stores_of(line: Relay) -> Counter[str]:
+    """How often each instance was sent."""
+    return Counter(
+        elements[0x1000].decode().strip("\0 ")
+        for direction, kind, elements in list(line.commands)
+        if (direction, kind) == ("down", 0x0001)
+    )
 
 
 def test_a_large_instance_takes_no_more_memory(juicefs: Juicefs, prefix: str, embedded: Pacs, tmp_path: Path) -> None:

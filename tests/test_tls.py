@@ -324,6 +324,47 @@ def test_only_an_old_version(made: Files) -> None:
     assert "1.2 or 1.3" in caught.value.hint
 
 
+OLD = """\
+openssl_conf = defaults
+[defaults]
+ssl_conf = ssl
+[ssl]
+system_default = old
+[old]
+MinProtocol = TLSv1.1
+MaxProtocol = TLSv1.1
+CipherString = ALL:@SECLEVEL=0
+"""
+"""OpenSSL's configuration, for DCMTK has no option to speak TLS 1.1 alone; its profile +px allows it."""
+
+
+class OldDcmqrscp(TlsDcmqrscp):
+    """dcmqrscp that speaks TLS 1.1 and nothing newer."""
+
+    def environment(self) -> dict[str, str]:
+        config = self.folder / "openssl.cnf"
+        config.write_text(OLD)
+        return {**super().environment(), "OPENSSL_CONF": str(config)}
+
+
+@pytest.mark.dcmtk
+def test_dcmqrscp_with_only_an_old_version(made: Files, tmp_path: Path) -> None:
+    options = ["+tls", str(made.server.key), str(made.server.cert), "-ic", "+px"]
+    with OldDcmqrscp(tmp_path, options=options) as server:
+        old = ssl.create_default_context(cafile=made.ours.ca)
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+            old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with (
+            socket.create_connection((HOST, server.port), timeout=10) as sock,
+            old.wrap_socket(sock, server_hostname=HOST) as session,
+        ):
+            assert session.version() == "TLSv1.1"
+        with pytest.raises(TlsFailed, match=r"speaks no TLS version that is allowed here") as caught:
+            GetScu(server.node, tls={"ca": made.ours.ca}).echo()
+    assert "1.2 or 1.3" in caught.value.hint
+
+
 class _Listening:
     """A listener that treats its first connection as told."""
 
