@@ -183,6 +183,9 @@ def verify(
     Listed is what the manifest has; without a manifest what the PACS lists; without either what our
     own records at the destination say. There is what lies at the destination, or where the manifest says.
 
+    A manifest knows of its own run alone. Without a `destination`, what it lists as not held counts as not
+    there, also where a later run has fetched it: verify the last manifest, or give the destination.
+
     Parameters
     ----------
     manifest : manifest, reference or URI

@@ -54,7 +54,8 @@ _HINTS = {
     "ProfileNotFound": "Check the profile's name, and the files of the AWS configuration.",
     "ParamValidationError": "Check bucket, prefix and options.",
     "ValueError": _ENDPOINT,
-    "SSLError": "Check the endpoint's certificate; ca_bundle names the authorities to trust.",
+    "SSLError": "Check the scheme of the endpoint (https or http) and its certificate; "
+    "ca_bundle names the authorities to trust.",
     "InvalidRegionError": _REGION,
 }
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
