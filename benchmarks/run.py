@@ -104,7 +104,7 @@ class Session:
 
     def singles(self) -> None:
         """One command each: a small study, the help, and what takes memory."""
-        few, many = (10, 100) if self.quick else (1000, 20000)
+        few, many = (10, 100) if self.quick else (5000, 100_000)
         huge = 8 * MIB if self.quick else 2 << 30
         sets = {"small": (10, 512 * KIB), "tiny": (few, 1000), "many": (many, 1000), "huge": (1, huge)}
         if "help" in self.parts:
