@@ -188,7 +188,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "path_style": {
                         "label": "Bucket in the path",
-                        "description": "Not touched: yes where an endpoint host is given. Switched on and off again: no.",
+                        "description": "Not touched: yes where an endpoint host is given. On and off again: no.",
                         "schema": {"type": ["boolean", "null"]},
                     },
                     "session_token": {

@@ -226,7 +226,7 @@ class Options(Checked):
     bytes_per_second: int | None = setting(
         None,
         Bytes(1000, optional=True),
-        "Rate that the source allows us, over all associations.",
+        "Rate that the source allows over max_associations; a run takes the share of its associations.",
         unit="bytes/s",
         shell=("--rate", "--bytes-per-second"),
         metavar="RATE",

@@ -99,7 +99,7 @@ def run(console: Console, port: int) -> None:
         console.print()
         console.print(f"Open      {address}")
         console.print(f"User      admin    password {home.password()}", markup=False)
-        console.print(f"Try       the DAG {home.DAG_ID}; Admin > Connections > {CONNECTION}")
+        console.print(f"Try       the DAG {home.DAG_ID}; Browse > DICOM retrievals; Admin > Connections > {CONNECTION}")
         console.print("Ctrl-C stops everything.")
         while True:
             fail_if_ended(processes)

@@ -29,7 +29,9 @@ def cancelling(cancel: Callable[[str], None]) -> Iterator[None]:
             os.write(2, b"dicom-get: ended at once\n")
             os._exit(_CODES[signal.Signals(number)])
         what = "ending; a second one aborts" if came == 1 else "aborting"
-        os.write(2, f"dicom-get: {name}, {what}\n".encode())
+        # In a terminal the bar stands in this line.
+        line = "\r\x1b[2K" if os.isatty(2) else ""
+        os.write(2, f"{line}dicom-get: {name}, {what}\n".encode())
         cancel(name)
 
     before = {number: signal.signal(number, handle) for number in _CODES}
