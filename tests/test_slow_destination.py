@@ -7,9 +7,11 @@ the next request. `LONG=1` waits as long as that, with the real ones; it takes s
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from servers import Dcmqrscp, Orthanc
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 
 LONG = pytest.mark.skipif("LONG" not in os.environ, reason="LONG=1 waits as long as real sources do")
@@ -145,6 +148,51 @@ def test_a_slow_callback_does_not_make_us_late(tmp_path: Path) -> None:
         assert result.verdict == "complete"
         assert pacs.statuses == [0] * 3
         assert pacs.sent == Counter(pacs.uids)
+
+
+class Stuck(Slow):
+    """A destination whose call does not return until it is let go, as on a file server that is dead."""
+
+    def __init__(self, method: str, number: int) -> None:
+        super().__init__({(method, number): float("inf")})
+        self.blocked, self.released = threading.Event(), threading.Event()
+
+    def _wait(self, method: str, number: int) -> None:
+        if (method, number) in self.plan and not self.blocked.is_set():
+            self.blocked.set()
+            assert self.released.wait(60)
+
+
+@pytest.mark.parametrize("method", ["write", "take"])
+@pytest.mark.parametrize("way", ["deadline", "cancelled", "cancelled twice"])
+def test_a_source_is_let_go_while_the_destination_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: Callable[..., EmbeddedPacs], method: str, way: str
+) -> None:
+    stuck = Stuck(method, 2)
+    stuck.install(monkeypatch)
+    holding = hold(tmp_path / "pacs", big_study(tmp_path / "pacs", 4, 1_000_000))
+    pacs = embedded(holding.folder)
+    deadlines = SHORT if way == "deadline" else {}
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to", deadlines=deadlines)
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(scu.get_study, {"StudyInstanceUID": holding.study})
+        try:
+            assert stuck.blocked.wait(30)
+            for _ in range(way.count("cancelled") + way.count("twice")):
+                scu.cancel("stop")
+            limit = time.monotonic() + 15
+            while pacs.associations and time.monotonic() < limit:
+                time.sleep(0.01)
+            assert pacs.associations == 0
+            assert not run.done(), "it is stuck"
+        finally:
+            stuck.released.set()
+        result = run.result(30)
+    assert result.verdict == ("complete" if way == "deadline" else "cancelled")
+    assert result.completed >= 1 + (method == "take")
+    assert not list((tmp_path / "to").rglob(".*.part"))
+    for path in (tmp_path / "to").rglob("*.dcm"):
+        assert path.read_bytes().endswith(holding.dataset(path.stem))
 
 
 # --- as long as it really takes ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.engine.receive import Receiver
+from airflow_dicom_get.engine.watch import watched
 from airflow_dicom_get.errors import (
     AssociationAborted,
     AssociationRejected,
@@ -217,7 +218,8 @@ class Pass:
                 while (request := self._next()) is not None:
                     before = run.progress
                     try:
-                        self._one(association, receiver, request)
+                        with watched(association, receiver):
+                            self._one(association, receiver, request)
                     except DicomGetError as error:
                         if isinstance(error, ForwardLate):
                             run.settle()

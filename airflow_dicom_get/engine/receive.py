@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NEVER = float("inf")
+
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER, h.LOSSY_IMAGE_COMPRESSION}
 
 
@@ -33,7 +35,11 @@ class Receiver:
         self._association = association
         self._wanted = frozenset(_WANTED | run.tag_numbers | ({h.SPECIFIC_CHARACTER_SET} if run.tag_numbers else set()))
         self._last_tag = max(self._wanted)
-        self._began = self._came_at = 0.0
+        self._began = 0.0
+        self.came_at = _NEVER
+        """When the data came that the destination has in hand; in the future while it has none."""
+        self.limit = run.source.deadlines.stall
+        """Seconds that it has for them."""
         self._request: StoreRequest | None = None
         self._scan: h.HeaderScan | None = None
         self._head = bytearray()
@@ -48,6 +54,7 @@ class Receiver:
         self._request = request
         self._writer = self._instance = self._refusal = None
         self._size = 0
+        self.limit = self._run.source.deadlines.stall
         self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
         if not is_uid(request.sop_instance):
             self._refuse(s.MISMATCH, "bad_uid", "The C-STORE-RQ names no valid SOP Instance UID.")
@@ -61,17 +68,19 @@ class Receiver:
     def data(self, view: memoryview, last: bool) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._size += len(view)
-        self._came_at = time.monotonic()
-        if self._refusal is not None:
-            return
-        self._keep(view, last)
+        if last:
+            self.limit = self._run.source.deadlines.sub_operation
+        self.came_at = time.monotonic()
+        if self._refusal is None:
+            self._keep(view, last)
+            if not last:
+                self._hold("stall", "left its sender unread for")
         if not last:
-            self._hold("stall", "left its sender unread for")
+            self.came_at = _NEVER
 
     def _hold(self, deadline: str, what: str) -> None:
         """Give the association up where the destination has kept it waiting too long; never answer late."""
-        waited = time.monotonic() - self._came_at
-        limit: float = getattr(self._run.source.deadlines, deadline)
+        waited, limit = time.monotonic() - self.came_at, self.limit
         if waited > limit:
             raise DestinationSlow(
                 f"The destination {what} {waited:.1f} s; the deadline {deadline!r} is {limit:g} s. "
@@ -206,6 +215,7 @@ class Receiver:
         if status == s.SUCCESS and instance is not None and self._run.settings.ack_durable:
             status = s.OUT_OF_RESOURCES if self._run.keep(instance) else s.SUCCESS
         self._hold("sub_operation", "took an instance in")
+        self.came_at = _NEVER
         return status
 
     def answered(self) -> None:

@@ -453,7 +453,8 @@ class Association:
             self._sock.send(abort_pdu(source, 6 if source == 2 else 0))
             while (left := limit - time.monotonic()) > 0:
                 self._sock.settimeout(left)
-                if not self._sock.recv_into(self._view):
+                # Not into our buffer: a destination that is late may still be reading from it, in another thread.
+                if not self._sock.recv(_BUFFER):
                     break
         except OSError:
             pass
