@@ -180,13 +180,22 @@ class FaultProxy:
     fault : callable
         Asked for each request with its number (from 1), its method and its path. Returns None to pass it on,
         an answer (status, code, message) to give, ``"stall"`` to give none, ``"late"`` to pass it on and then lose the
-        answer, or seconds to wait before it is passed on.
+        answer, ``"corrupt"`` to change a byte in the middle of its body, or seconds to wait before it is passed on.
+
+    Attributes
+    ----------
+    requests : list of (str, str)
+        Methods and paths.
+    heads, answers : list of list of bytes
+        The lines of the heads of all requests, and of the answers that came from the service.
     """
 
     def __init__(self, server: S3Server, fault: Callable[[int, str, str], Any] | None = None) -> None:
         self.server = server
         self.fault: Callable[[int, str, str], Any] = fault or (lambda number, method, path: None)
         self.requests: list[tuple[str, str]] = []
+        self.heads: list[list[bytes]] = []
+        self.answers: list[list[bytes]] = []
         self._mutex = threading.Lock()
         self._closing = threading.Event()
         self._listener = socket.create_server((HOST, 0))
@@ -236,6 +245,7 @@ class FaultProxy:
                     method, path = head[0].split(b" ")[:2]
                     with self._mutex:
                         self.requests.append((method.decode(), path.decode()))
+                        self.heads.append(head)
                         number = len(self.requests)
                     fault = self.fault(number, method.decode(), path.decode())
                     if fault == "stall":
@@ -243,8 +253,8 @@ class FaultProxy:
                         return
                     if isinstance(fault, int | float):
                         time.sleep(fault)
-                    length = int(_header(head, b"content-length") or 0)
-                    if _header(head, b"expect"):
+                    length = int(header_of(head, b"content-length") or 0)
+                    if header_of(head, b"expect"):
                         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                         head = [line for line in head if not line.lower().startswith(b"expect:")]
                     if isinstance(fault, tuple):
@@ -257,19 +267,24 @@ class FaultProxy:
                         self._sockets.add(upstream)
                         back = upstream.makefile("rb")
                     upstream.sendall(b"\r\n".join(head) + b"\r\n\r\n")
+                    if fault == "corrupt":
+                        _copy(reader, upstream, length // 2)
+                        upstream.sendall(bytes((reader.read(1)[0] ^ 1,)))
+                        length -= length // 2 + 1
                     _copy(reader, upstream, length)
                     answer = _head(back)
                     if not answer:
                         return
+                    self.answers.append(answer)
                     if fault == "late":
                         return
                     client.sendall(b"\r\n".join(answer) + b"\r\n\r\n")
                     if method != b"HEAD" and answer[0].split(b" ")[1] not in (b"204", b"304"):
-                        if _header(answer, b"transfer-encoding"):
+                        if header_of(answer, b"transfer-encoding"):
                             _copy_chunks(back, client)
                         else:
-                            _copy(back, client, int(_header(answer, b"content-length") or 0))
-                    if (_header(answer, b"connection") or b"").lower() == b"close":
+                            _copy(back, client, int(header_of(answer, b"content-length") or 0))
+                    if (header_of(answer, b"connection") or b"").lower() == b"close":
                         return
         except OSError:
             pass
@@ -288,7 +303,8 @@ def _head(reader: Any) -> list[bytes]:
     return lines
 
 
-def _header(head: list[bytes], name: bytes) -> bytes | None:
+def header_of(head: list[bytes], name: bytes) -> bytes | None:
+    """The value of a header."""
     for line in head[1:]:
         key, _, value = line.partition(b":")
         if key.strip().lower() == name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from holdings import Holding, hold
 from relay import Relay
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs, Moto, S3Server, free_port
+from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs, Moto, S3Server, free_port, header_of
 
 from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get import s3_places as places
@@ -385,6 +386,37 @@ class TestFaults:
 
 
 @pytest.mark.usefixtures("no_long_waits")
+def test_a_body_that_changes_on_the_way_is_refused_and_sent_again(
+    juicefs: Juicefs, prefix: str, two_sizes: Holding, embedded: Pacs
+) -> None:
+    """Every body goes with its digest, signed; of the services here this one verifies it."""
+    changed: list[str] = []
+
+    def fault(number: int, method: str, path: str) -> Any:
+        kind = "part" if "partNumber=" in path else "object"
+        if method == "PUT" and ".dcm" in path and path not in changed and sum(kind in one for one in changed) < 2:
+            changed.append(f"{kind} {path}")
+            return "corrupt"
+        return None
+
+    with FaultProxy(juicefs, fault) as proxy:
+        studies = studies_of(two_sizes)
+        result = get(embedded(two_sizes.folder), studies, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(juicefs, prefix, two_sizes, juicefs.config, result)
+        assert len(changed) == 4
+        refused = [answer[0] for answer in proxy.answers if answer[0].split(b" ")[1][:1] in b"45"]
+        assert len([line for line in refused if b" 400" in line]) == 4, refused
+        paths = Counter(proxy.requests)
+        assert {paths["PUT", one.partition(" ")[2]] for one in changed} == {2}
+        for (method, path), head in zip(proxy.requests, proxy.heads, strict=True):
+            if method == "PUT" and ".dcm" in path:
+                signed = header_of(head, b"x-amz-content-sha256") or b""
+                given = base64.b64decode(header_of(head, b"x-amz-checksum-sha256") or b"").hex()
+                assert signed.decode() == given
+                assert len(given) == 64
+
+
 class TestBeforeAnyTraffic:
     """The PACS named here does not exist: whoever asked it would fail by that."""
 
@@ -454,7 +486,7 @@ class TestKilled:
     ) -> None:
         """Whatever has its name is whole, and sent again is what had none yet: what was handed over and not stored."""
         line = relay(embedded(two_sizes.folder))
-        studies = sorted({read_header(entry.path)[3][STUDY_UID] for entry in two_sizes.entries.values()})
+        studies = studies_of(two_sizes)
         config = {**proxy.config, "max_concurrency": 1}  # else all fits into what may be under way
         requests = int(moment * (len(two_sizes.entries) + 6))  # two for each large one, and one for each part
         stop = threading.Event()
@@ -500,6 +532,11 @@ class TestKilled:
         monkeypatch.setattr(s3, "_STALE", timedelta(0))
         get(f"PACS@127.0.0.1:{line.port}", studies, prefix, service.config)
         assert not [key for key in service.uploads() if key.startswith(prefix)]
+
+
+def studies_of(holding: Holding) -> list[str]:
+    """The studies that it holds."""
+    return sorted({read_header(entry.path)[3][STUDY_UID] for entry in holding.entries.values()})
 
 
 def stores_of(line: Relay) -> Counter[str]:

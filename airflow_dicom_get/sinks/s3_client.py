@@ -22,6 +22,7 @@ _CHUNK = 1 << 20
 _CREDENTIALS = "Check the credentials: the access key, the secret key, and the session token if there is one."
 _CLOCK = "Check the clock of this machine."
 _REGION = "Check the region{expected}, and the endpoint."
+_LINE = "The body changed on its way: check the line, and what stands between here and the service."
 _POLICY = "Check the policy of bucket and user: PutObject, GetObject, ListBucket and AbortMultipartUpload are needed."
 _BUCKET = "Check the bucket's name, the endpoint and the region; the bucket is not made for you."
 _ENDPOINT = "Check the endpoint, the network, and that the service runs."
@@ -54,11 +55,16 @@ _HINTS = {
     "ProfileNotFound": "Check the profile's name, and the files of the AWS configuration.",
     "ParamValidationError": "Check bucket, prefix and options.",
     "ValueError": _ENDPOINT,
+    "BadDigest": _LINE,
+    "XAmzContentSHA256Mismatch": _LINE,
+    "XAmzContentChecksumMismatch": _LINE,
     "SSLError": "Check the scheme of the endpoint (https or http) and its certificate; "
     "ca_bundle names the authorities to trust.",
     "InvalidRegionError": _REGION,
 }
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_PASSING_CODES = frozenset(code for code, hint in _HINTS.items() if hint is _LINE)
+"""Answered with 400, and another try may do better."""
 _FINAL_EXCEPTIONS = frozenset(name for name in _HINTS if name.endswith(("Error", "NotFound")))
 
 
@@ -199,7 +205,12 @@ class Bucket:
         if "{expected}" in hint:
             found = told.get("Region") or _expected_region(str(told.get("Message", "")))
             hint = hint.format(expected=f": the service expects {peer_text(found, 32)}" if found else "")
-        passing = status >= 500 or status in _PASSING_STATUSES or (not response and code not in _FINAL_EXCEPTIONS)
+        passing = (
+            status >= 500
+            or status in _PASSING_STATUSES
+            or code in _PASSING_CODES
+            or (not response and code not in _FINAL_EXCEPTIONS)
+        )
         where = f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
         return S3Error(
             f"S3 {operation} on {where} failed: {peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
