@@ -35,7 +35,7 @@ S3_FORM_ERRORS = {
     "s3-no-such-bucket": ({}, {"bucket": "nowhere"}, "NoSuchBucket"),
     "s3-no-bucket": ({}, {"bucket": ""}, "bucket: is blank, so there is nothing to try"),
     "s3-scheme-in-host": ({"host": "http://127.0.0.1"}, {}, "host: 'http://127.0.0.1' holds a scheme"),
-    "s3-https": ({}, {"scheme": "https"}, "SSLError"),
+    "s3-https": ({}, {"scheme": "https"}, "SSLError. Check the scheme of the endpoint"),
 }
 
 
