@@ -81,6 +81,27 @@ def listener() -> Iterator[Listener]:
         yield made
 
 
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[int, bytearray]]:
+    """The end of a terminal that a process writes to, and all that it shows by the end."""
+    ours, theirs = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 65536):
+                shown.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield theirs, shown
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+
+
 def node_of(server: Any) -> str:
     return f"PACS@{server.host}:{server.port}"
 
@@ -549,26 +570,30 @@ class TestEnds:
     def test_progress_is_for_terminals_and_on_stderr(
         self, environment: dict[str, str], pacs: EmbeddedPacs, ct: Any, tmp_path: Path
     ) -> None:
-        ours, theirs = pty.openpty()
-        shown = bytearray()
-
-        def read() -> None:
-            with contextlib.suppress(OSError):
-                while data := os.read(ours, 65536):
-                    shown.extend(data)
-
-        reader = threading.Thread(target=read)
-        reader.start()
         argv = [*COMMAND, "get", node_of(pacs), "--study", ct.study, "--to", "out"]
         environment = {**environment, "TERM": "xterm"}
-        done = subprocess.run(argv, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=60)
-        os.close(theirs)
-        reader.join()
-        os.close(ours)
+        with terminal() as (theirs, shown):
+            done = subprocess.run(
+                argv, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=60
+            )
         assert done.returncode == 0
         assert b"40/40" in shown
         assert done.stdout.startswith(b"complete: ")
         assert b"\x1b" not in done.stdout
+
+    def test_an_interrupt_has_a_line_of_its_own_in_a_terminal(
+        self, environment: dict[str, str], tmp_path: Path
+    ) -> None:
+        environment = {**environment, "TERM": "xterm"}
+        with MisbehavingPacs("silent") as server, terminal() as (theirs, shown):
+            argv = [*COMMAND, "get", node_of(server), "--study", server.study_uid, "--to", "out"]
+            with subprocess.Popen(argv, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs) as get:
+                limit = time.monotonic() + 30
+                while b"waiting for the source" not in shown and time.monotonic() < limit:
+                    time.sleep(0.05)
+                get.send_signal(signal.SIGINT)
+                assert get.wait(30) == 130
+        assert b"\r\x1b[2Kdicom-get: SIGINT, ending" in shown
 
 
 class TestPacs:
