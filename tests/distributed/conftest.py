@@ -19,7 +19,7 @@ from s3_servers import ACCESS_KEY, SECRET_KEY, Juicefs, Moto, S3Server
 
 HERE = Path(__file__).parent
 WORKERS = ("worker-1", "worker-2")
-CONCURRENCY = 4
+CONCURRENCY = 3
 SLOTS = 4
 IMPATIENT = {
     # By default, what a lost worker had in hand waits for five minutes, and what it had not begun for ten.
@@ -54,11 +54,14 @@ class CountingPacs:
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
 
-    def counted(self) -> dict[str, Any]:
-        """``sent`` by SOP Instance UID; associations ``open``, at the ``peak``, and in ``total``."""
+    def counted(self, order: str = "") -> dict[str, Any]:
+        """``sent`` by SOP Instance UID; associations ``open``, at the ``peak``, and in ``total``.
+
+        ``order`` is ``hold`` or ``go``: see counting_pacs.py.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{order}\n")
         self._process.stdin.flush()
         counted: dict[str, Any] = json.loads(self._process.stdout.readline())
         return counted
