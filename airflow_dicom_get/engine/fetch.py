@@ -237,7 +237,7 @@ class Pass:
             request = self._queue.popleft()
             if self._workers > 1 and _pieces(request) > 1:
                 left = len(request.targets) + sum(len(other.targets) for other in self._queue)
-                size = max(left // (2 * self._workers), _LEAST_PIECE)
+                size = max(2 * left // (3 * self._workers), _LEAST_PIECE)
                 if len(request.targets) > size:
                     rest = Request("IMAGE", request.series, request.targets[size:], request.cuts)
                     self._queue.appendleft(rest)

@@ -68,7 +68,7 @@ _REJECT_HINT = {
     (3, 2): "Use fewer associations, or try again later.",
 }
 
-_ABORTED = 0.25
+_ABORTED = 0.15
 """Seconds that a peer has to hang up after our A-ABORT."""
 
 
