@@ -45,6 +45,7 @@ fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's
 	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/test_fuzz.py $(ARGS)
 
 test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew
+	@bash scripts/peers.sh chromium=chromium
 	@$(PY) -m pytest tests/browser -m browser $(ARGS)
 
 test-live: setup ## Prove a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
