@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,35 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from chromium import MISSING, launched, signed_in_page
 from live_airflow import LiveAirflow
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, private_study
 
 HERE = Path(__file__).parent
-CHROMIUM = shutil.which("chromium")
-MISSING = [
-    what
-    for what, there in (
-        ("Airflow", importlib.util.find_spec("airflow")),
-        ("playwright", importlib.util.find_spec("playwright")),
-        ("chromium (Debian package chromium)", CHROMIUM),
-    )
-    if not there
-]
-
-# Without them Chromium looks for servers that are not there; root needs the first.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
 SAMPLE = "test_a_connection_by_the_form"
 
 
@@ -94,24 +70,12 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="session")
 def signed_in(site, browser) -> Iterator[Any]:
     """A page of a signed-in administrator."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light", locale="en-US")
-    page = context.new_page()
-    page.set_default_timeout(30_000)
-    page.goto(site.address)
-    page.locator("input[name=username]").fill("admin")
-    page.locator("input[name=password]").fill(site.airflow.home.password())
-    page.keyboard.press("Enter")
-    page.get_by_role("link", name="Dags").first.wait_for()
-    yield page
-    context.close()
+    with signed_in_page(browser, site.airflow) as page:
+        yield page

@@ -6,13 +6,13 @@ anew.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import take_picture
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
 
 FORM_ERRORS = {
@@ -42,12 +42,9 @@ S3_FORM_ERRORS = {
 @pytest.fixture
 def picture(signed_in, tmp_path):
     """Take a screenshot; into the documentation where SCREENSHOTS names its folder."""
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
 
     def take(name: str) -> None:
-        # Until pictures and fonts are there and the last transition is over.
-        signed_in.wait_for_timeout(700)
-        signed_in.screenshot(path=folder / f"{name}.png")
+        take_picture(signed_in, name, tmp_path)
 
     return take
 
