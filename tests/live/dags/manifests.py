@@ -31,7 +31,7 @@ def made_up(rows):
         instance.state, instance.exactness, instance.dimse_status = "stored", "as_received", 0
         instance.uri = "/data/dicom/1.2.826.0.1.3680043.8.498.77/"
         instance.sha256, instance.bytes = digest, 525_000 + number % 97
-        instance.dataset_offset, instance.dataset_bytes = 370, 524_630 + number % 97
+        instance.dataset_offset = 370
         instance.attempt, instance.association = 1, 1
         instance.received_at, instance.duration_ms = 1_790_000_000 + number / 90, 11
         yield instance
