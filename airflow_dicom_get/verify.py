@@ -373,7 +373,7 @@ class _Verify:
     def _ask(self, node: Node, studies: list[str], rows: list[Instance] | None) -> None:
         """What another node lists; of ``rows`` alone if given."""
         from airflow_dicom_get.net.association import CancelToken
-        from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
+        from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
         from airflow_dicom_get.net.tls import tls_context
         from airflow_dicom_get.sinks.forward import Target
 
@@ -387,12 +387,7 @@ class _Verify:
             server_name=how.tls.server_name if how.tls else None,
         )
         try:
-            association = target.open(list(FIND_PROPOSALS), o.deadlines, CancelToken())
-            try:
-                listed = {study: list_instances(association, study) for study in studies}
-                association.release()
-            finally:
-                association.abort()
+            listed = ask(target.open(list(FIND_PROPOSALS), o.deadlines, CancelToken()), dict.fromkeys(studies))
         except PeerError as error:
             self._uncompared(error)
             for item in [self._item(row) for row in rows] if rows is not None else self.items.values():

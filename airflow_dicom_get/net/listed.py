@@ -56,6 +56,25 @@ def list_instances(association: Association, study: str, series: Collection[str]
     return found
 
 
+def ask(association: Association, series: Mapping[str, Collection[str] | None]) -> dict[str, dict[str, str]]:
+    """What :func:`list_instances` finds, by study, for the ``series`` of each; the association is ended with it.
+
+    Raises
+    ------
+    As :func:`list_instances`; one that offers no C-FIND is released, any other failure aborts.
+    """
+    try:
+        found = {study: list_instances(association, study, wanted) for study, wanted in series.items()}
+    except NotNegotiated:
+        association.release()
+        raise
+    except BaseException:
+        association.abort()
+        raise
+    association.release()
+    return found
+
+
 def _rows(association: Association, model: str, level: str, keys: Mapping[int, str]) -> Iterator[dict[int, bytes]]:
     identifier = i.encode_identifier({i.QUERY_RETRIEVE_LEVEL: level, **keys}, _UIDS)
     study = keys[h.STUDY_INSTANCE_UID]

@@ -22,7 +22,6 @@ from airflow_dicom_get.errors import (
     DicomGetError,
     ForwardLate,
     ForwardLost,
-    NotNegotiated,
     PeerError,
     PeerProtocolError,
     SinkError,
@@ -191,21 +190,12 @@ class ForwardSink:
         return held
 
     def _hold_against_list(self, study: str, held: dict[str, Held]) -> None:
-        from airflow_dicom_get.net.listed import FIND_PROPOSALS, list_instances
+        from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
 
         self._release_idle()  # the question counts against the destination's limit, too
         try:
             association = self.target.open(list(FIND_PROPOSALS), self.deadlines, self.cancel)
-            try:
-                series = None if self._trust else {x.series for x in held.values()}
-                listed = list_instances(association, study, series)
-            except NotNegotiated:
-                association.release()
-                raise
-            except BaseException:
-                association.abort()
-                raise
-            association.release()
+            listed = ask(association, {study: None if self._trust else {x.series for x in held.values()}})[study]
         except PeerError as error:
             log.info("what %s holds cannot be asked for; our records stand alone: %s", self.name, error.message)
             return
