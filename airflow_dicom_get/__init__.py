@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # What type checkers see in place of the names that load on first use.
+    from airflow_dicom_get.config.node import Node as Node
+    from airflow_dicom_get.config.options import Deadlines as Deadlines
     from airflow_dicom_get.getscu import GetScu as GetScu
-    from airflow_dicom_get.manifest import combine_manifests as combine_manifests
-    from airflow_dicom_get.manifest import load_manifest as load_manifest
-    from airflow_dicom_get.manifest import load_manifests as load_manifests
-    from airflow_dicom_get.manifest import read_manifest as read_manifest
-    from airflow_dicom_get.node import Node as Node
-    from airflow_dicom_get.options import Deadlines as Deadlines
+    from airflow_dicom_get.manifest.files import combine_manifests as combine_manifests
+    from airflow_dicom_get.manifest.files import load_manifest as load_manifest
+    from airflow_dicom_get.manifest.files import load_manifests as load_manifests
+    from airflow_dicom_get.manifest.files import read_manifest as read_manifest
     from airflow_dicom_get.records import Completed as Completed
     from airflow_dicom_get.records import SubOperation as SubOperation
     from airflow_dicom_get.result import EchoReport as EchoReport
@@ -27,18 +27,18 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "GetScu": "getscu",
     "StoreScu": "store",
-    "Node": "node",
-    "Deadlines": "options",
+    "Node": "config.node",
+    "Deadlines": "config.options",
     "Result": "result",
     "Plan": "result",
     "EchoReport": "result",
     "SubOperation": "records",
     "Completed": "records",
     "Verification": "verify",
-    "load_manifest": "manifest",
-    "load_manifests": "manifest",
-    "combine_manifests": "manifest",
-    "read_manifest": "manifest",
+    "load_manifest": "manifest.files",
+    "load_manifests": "manifest.files",
+    "combine_manifests": "manifest.files",
+    "read_manifest": "manifest.files",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -21,7 +21,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
         "hooks": [
             {
                 "integration-name": "DICOM",
-                "python-modules": ["airflow_dicom_get.hooks.dicom", "airflow_dicom_get.hooks.s3"],
+                "python-modules": ["airflow_dicom_get.hooks.dicom", "airflow_dicom_get.hooks.dicom_s3"],
             }
         ],
         "operators": [
@@ -158,7 +158,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
             },
             {
                 "connection-type": "dicom_s3",
-                "hook-class-name": "airflow_dicom_get.hooks.s3.S3StorageHook",
+                "hook-class-name": "airflow_dicom_get.hooks.dicom_s3.S3StorageHook",
                 "hook-name": "DICOM storage (S3)",
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema"],

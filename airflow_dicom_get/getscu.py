@@ -11,6 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import Options, check_options
 from airflow_dicom_get.errors import (
     Cancelled,
     DestinationFull,
@@ -20,24 +23,21 @@ from airflow_dicom_get.errors import (
     SinkError,
     reason_of,
 )
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.options import Options, check_options
 from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient, worst
-from airflow_dicom_get.settings import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.engine.listing import Listing
+    from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.engine.resolve import Scope
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.engine.study import Settings, StudyRun
     from airflow_dicom_get.engine.verdict import StudyEnd
-    from airflow_dicom_get.places import Place, Places
-    from airflow_dicom_get.query import Query
     from airflow_dicom_get.sinks.base import Sink
+    from airflow_dicom_get.sinks.places import Place, Places
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class GetScu:
         Parameters
         ----------
         query : mapping
-            DICOM keywords to values; see :func:`~airflow_dicom_get.query.parse_query`.
+            DICOM keywords to values; see :func:`~airflow_dicom_get.engine.query.parse_query`.
         query_model : {"StudyRoot", "PatientRoot"}
             Information model of the C-GET.
         on_sub_operation : callable
@@ -190,10 +190,10 @@ class GetScu:
         InvalidQuery, InvalidOption
             Bad input; nothing was fetched.
         """
+        from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.jupyter import at_cell
-        from airflow_dicom_get.manifest import run_name
-        from airflow_dicom_get.places import open_places
+        from airflow_dicom_get.manifest.files import run_name
+        from airflow_dicom_get.sinks.places import open_places
 
         places = open_places(self._options_for(manifest))
         parsed = self._parse(query, query_model) if manifest is None else None
@@ -246,7 +246,7 @@ class GetScu:
         from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
         from airflow_dicom_get.engine.listing import list_study
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
-        from airflow_dicom_get.places import open_places
+        from airflow_dicom_get.sinks.places import open_places
 
         parsed = self._parse(query, query_model)
         places = open_places(self.options) if self.options.destination is not None else None
@@ -261,7 +261,7 @@ class GetScu:
         rows = [x for listing in listings for x in listing.instances.values()]
         held = 0
         if places is not None:
-            from airflow_dicom_get.manifest import run_name
+            from airflow_dicom_get.manifest.files import run_name
 
             sink = places.sink(run_name(), read_only=True)
             try:
@@ -381,14 +381,14 @@ class GetScu:
 
     def _profile_path(self) -> Path:
         from airflow_dicom_get.engine.profile import profile_path
-        from airflow_dicom_get.places import state_folder
+        from airflow_dicom_get.sinks.places import state_folder
 
         return profile_path(state_folder(), self.options.addr, self.options.calling_ae_title)
 
     # --- before traffic ------------------------------------------------------------------------
 
     def _parse(self, query: Mapping[str, Any] | None, query_model: str) -> Query:
-        from airflow_dicom_get.query import parse_query
+        from airflow_dicom_get.engine.query import parse_query
 
         if query is None:
             raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to go on from.")
@@ -459,7 +459,7 @@ class GetScu:
     ) -> tuple[list[StudyRun], list[StudyEnd]]:
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
         from airflow_dicom_get.engine.spread import resolve_and_list
-        from airflow_dicom_get.places import ForwardPlace
+        from airflow_dicom_get.sinks.places import ForwardPlace
 
         settings = self._settings(query_model)
         first = None
@@ -610,7 +610,7 @@ class GetScu:
         return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
 
     def _write_manifest(self, result: Result, ends: list[StudyEnd], places: Places, run: str, name: str | None) -> None:
-        from airflow_dicom_get.manifest import manifest_rows, manifest_table
+        from airflow_dicom_get.manifest.files import manifest_rows, manifest_table
 
         rows: list[Instance] = [x for end in ends for x in end.rows]
         described: dict[str, Any] = {

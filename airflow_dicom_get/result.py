@@ -159,7 +159,7 @@ class Result:
             The manifest cannot be read, or none was made.
         """
         if self._manifest is None:
-            from airflow_dicom_get.manifest import frame_of, read_manifest
+            from airflow_dicom_get.manifest.files import frame_of, read_manifest
 
             if self.rows is not None:
                 self._manifest = frame_of(self.rows())
@@ -303,7 +303,7 @@ class Plan:
     @property
     def frame(self) -> DataFrame:
         """The instances listed as a DataFrame with the columns of the manifest."""
-        from airflow_dicom_get.manifest import frame_of, manifest_table
+        from airflow_dicom_get.manifest.files import frame_of, manifest_table
 
         return frame_of(manifest_table(self.rows, source=self.node, destination=self.destination or ""))
 

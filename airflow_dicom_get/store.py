@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import OPTIONS, Options, check_options
 from airflow_dicom_get.errors import Cancelled, DicomGetError, ForwardLate, ForwardLost, SinkError
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.objects import (
+from airflow_dicom_get.records import Completed, Instance, SubOperation
+from airflow_dicom_get.result import CANCELLED, COMPLETE, FAILED, PARTIAL, Result, Verdict, any_transient
+from airflow_dicom_get.sinks.objects import (
     Opened,
     StoredObject,
     UnreadableError,
@@ -26,10 +30,6 @@ from airflow_dicom_get.objects import (
     objects_of,
     open_object,
 )
-from airflow_dicom_get.options import OPTIONS, Options, check_options
-from airflow_dicom_get.records import Completed, Instance, SubOperation
-from airflow_dicom_get.result import CANCELLED, COMPLETE, FAILED, PARTIAL, Result, Verdict, any_transient
-from airflow_dicom_get.settings import Deadlines, S3Config, Tls, UserIdentity
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
@@ -167,11 +167,11 @@ class StoreScu:
         InvalidOption, ManifestError, S3Error
             Bad input; nothing was stored.
         """
+        from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.jupyter import at_cell
-        from airflow_dicom_get.manifest import run_name
+        from airflow_dicom_get.manifest.files import run_name
         from airflow_dicom_get.net.association import CancelToken
-        from airflow_dicom_get.places import named_root, root_for
+        from airflow_dicom_get.sinks.places import named_root, root_for
 
         if (source is None) == (manifest is None):
             raise invalid("source", "or manifest: just one of the two is to be given", "Name files, or a manifest.")
@@ -216,7 +216,7 @@ class StoreScu:
         return result
 
     def _write_manifest(self, run: _Run, result: Result, root: Any, name: str, path: str, source: str) -> None:
-        from airflow_dicom_get.manifest import manifest_rows, manifest_table
+        from airflow_dicom_get.manifest.files import manifest_rows, manifest_table
 
         described = {"source": source, "destination": f"dicom://{self._target}"}
         try:

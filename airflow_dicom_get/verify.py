@@ -12,18 +12,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from airflow_dicom_get.checks import invalid
-from airflow_dicom_get.destination import (
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.destination import (
     Destination,
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
+from airflow_dicom_get.config.groups import ForwardTarget, S3Config
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import OPTIONS, Options, check_options
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.objects import (
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.result import html_table
+from airflow_dicom_get.sinks.objects import (
     MissingError,
     StoredObject,
     UnreadableError,
@@ -33,10 +37,6 @@ from airflow_dicom_get.objects import (
     open_object,
     rows_of,
 )
-from airflow_dicom_get.options import OPTIONS, Options, check_options
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.result import html_table
-from airflow_dicom_get.settings import ForwardTarget, S3Config
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -116,7 +116,7 @@ class Verification:
     @property
     def manifest(self) -> DataFrame:
         """The manifest as a DataFrame."""
-        from airflow_dicom_get.manifest import frame_of, manifest_table
+        from airflow_dicom_get.manifest.files import frame_of, manifest_table
 
         return frame_of(manifest_table(self.rows, source="", destination=""))
 
@@ -492,7 +492,7 @@ class _Verify:
 
     def _root(self, manifest: Any = None) -> Any:
         """Where the manifest goes, and where ledgers lie: as for a get to the same place; else beside the manifest."""
-        from airflow_dicom_get.places import FolderRoot, named_root, root_for
+        from airflow_dicom_get.sinks.places import FolderRoot, named_root, root_for
 
         named = named_root(self.options, self.s3)
         if named is not None:
@@ -510,14 +510,14 @@ class _Verify:
         return root_for(self.options)
 
     def _bucket_root(self, bucket: str, prefix: str, *, whole: bool = False) -> Any:
-        from airflow_dicom_get.s3_places import BucketRoot, root_of
-        from airflow_dicom_get.sinks.s3_client import Bucket
+        from airflow_dicom_get.sinks.s3_places import BucketRoot, root_of
+        from airflow_dicom_get.storage.bucket import Bucket
 
         return BucketRoot(Bucket(bucket, self.s3), root_of(prefix) if whole else prefix)
 
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""
-        from airflow_dicom_get.manifest import manifest_rows, run_name
+        from airflow_dicom_get.manifest.files import manifest_rows, run_name
 
         run = run_name()
         described = {

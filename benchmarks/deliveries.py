@@ -14,7 +14,7 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs
 from servers import Storescp, find_binary
 from sources import Source
 
-from airflow_dicom_get.sinks.s3_client import REQUESTS_PER_SLOT
+from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
 
 Runs = Mapping[str, Callable[[Source], Run]]
 SLOTS = 8

@@ -33,7 +33,8 @@ node, to, associations, durable = sys.argv[1], sys.argv[2], int(sys.argv[3]), sy
 scu = GetScu(node, destination=to, associations=associations, max_associations=max(associations, 1), durable=durable)
 scu.echo()
 # What is loaded on first use is no part of the throughput.
-import airflow_dicom_get.engine.report, airflow_dicom_get.manifest, airflow_dicom_get.places, pyarrow.parquet
+import airflow_dicom_get.engine.report, airflow_dicom_get.manifest.files, airflow_dicom_get.sinks.places
+import pyarrow.parquet
 import airflow_dicom_get.engine.study, airflow_dicom_get.engine.verdict, airflow_dicom_get.sinks.filesystem
 began = time.monotonic()
 result = scu.get_study({"StudyInstanceUID": "%s"})

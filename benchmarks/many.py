@@ -22,7 +22,7 @@ from memory_scp import STUDY
 
 _CLIENT = """
 import json, resource, sys, time
-import airflow_dicom_get.manifest, pyarrow.parquet
+import airflow_dicom_get.manifest.files, pyarrow.parquet
 from airflow_dicom_get import GetScu
 node, to, associations = sys.argv[1], sys.argv[2], int(sys.argv[3])
 scu = GetScu(node, destination=to, associations=associations, max_associations=associations)

@@ -88,7 +88,7 @@ with DAG(
         from pathlib import Path
 
         from airflow_dicom_get import load_manifests
-        from airflow_dicom_get.manifest import safe_name
+        from airflow_dicom_get.manifest.files import safe_name
 
         with final_errors():
             frame = load_manifests(manifests)

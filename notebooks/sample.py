@@ -20,7 +20,7 @@ import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from airflow_dicom_get.manifest import manifest_rows, write_manifest
+from airflow_dicom_get.manifest.files import manifest_rows, write_manifest
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import COMPLETE, FAILED, PARTIAL
 from airflow_dicom_get.testing.pacs import EmbeddedPacs

@@ -21,7 +21,7 @@ from pydicom.uid import UID
 from rich.console import Console
 from rich.table import Table
 
-from airflow_dicom_get.manifest import metadata_of, read_table
+from airflow_dicom_get.manifest.files import metadata_of, read_table
 from airflow_dicom_get.result import worst
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 

@@ -21,13 +21,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from airflow_dicom_get import errors, getscu, manifest, result  # noqa: E402
+from airflow_dicom_get import errors, getscu, result  # noqa: E402
 from airflow_dicom_get.cli.main import build_parser  # noqa: E402
+from airflow_dicom_get.config.options import OPTIONS  # noqa: E402
 from airflow_dicom_get.dicom import status, syntaxes  # noqa: E402
 from airflow_dicom_get.engine import find, listing, resolve  # noqa: E402
 from airflow_dicom_get.get_provider_info import get_provider_info  # noqa: E402
+from airflow_dicom_get.manifest import files as schema_of_manifest  # noqa: E402
 from airflow_dicom_get.net import association  # noqa: E402
-from airflow_dicom_get.options import OPTIONS  # noqa: E402
 from airflow_dicom_get.records import REASONS  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -224,7 +225,7 @@ _COLUMNS = {
 
 def manifest_columns() -> str:
     """The columns of the manifest."""
-    return rows(("column", "type", ""), ((code(n), kind, _COLUMNS[n]) for n, _, kind in manifest._COLUMNS))
+    return rows(("column", "type", ""), ((code(n), kind, _COLUMNS[n]) for n, _, kind in schema_of_manifest._COLUMNS))
 
 
 # --- troubleshooting -------------------------------------------------------------------------------

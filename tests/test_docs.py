@@ -21,9 +21,9 @@ import pytest
 
 import airflow_dicom_get
 from airflow_dicom_get.cli.main import build_parser
+from airflow_dicom_get.config.groups import ForwardTarget, S3Config, Tls
+from airflow_dicom_get.config.options import OPTIONS, nested, options_from_shell
 from airflow_dicom_get.dicom import status
-from airflow_dicom_get.options import OPTIONS, nested, options_from_shell
-from airflow_dicom_get.settings import ForwardTarget, S3Config, Tls
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.verify import verify
 
@@ -97,7 +97,7 @@ def test_every_table_stands_in_a_page() -> None:
 
 
 def test_statuses_that_are_sent_are_those_of_the_code() -> None:
-    sources = [PACKAGE / "engine" / "receive.py", PACKAGE / "net" / "get.py", *(PACKAGE / "sinks").glob("*.py")]
+    sources = [PACKAGE / "engine" / "receiver.py", PACKAGE / "net" / "get.py", *(PACKAGE / "sinks").glob("*.py")]
     found = set()
     for path in sources:
         text = path.read_text("utf-8")
@@ -340,7 +340,7 @@ from airflow.cli.cli_parser import get_parser
 for command in given["commands"]:
     get_parser().parse_args(command)
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.hooks.s3 import S3StorageHook
+from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
 for name in given["connections"]:
     hook = DicomHook(name)
     if hook.get_connection(name).conn_type == "dicom_s3":

@@ -27,7 +27,7 @@ from servers import find_binary
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED
-from airflow_dicom_get.manifest import read_table
+from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.archive import SERIES_UID, STUDY_UID, Entry, read_header
 from airflow_dicom_get.testing.sample_data import EXPLICIT_LITTLE

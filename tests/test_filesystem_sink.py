@@ -21,7 +21,7 @@ from holdings import Holding
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import read_file_meta
-from airflow_dicom_get.manifest import read_table
+from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.testing.pacs import EmbeddedPacs

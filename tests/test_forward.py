@@ -23,8 +23,8 @@ from relay import Relay
 from servers import Dcmqrscp, Orthanc, Storescp
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.settings import Deadlines
 from airflow_dicom_get.testing.archive import Archive
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs

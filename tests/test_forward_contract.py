@@ -12,10 +12,10 @@ import pytest
 from odd_destination import DieError, OddDestination
 from sink_contract import Harness, SinkContract
 
+from airflow_dicom_get.config.groups import Deadlines
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.net.association import Association, CancelToken
-from airflow_dicom_get.node import Node
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import Deadlines
 from airflow_dicom_get.sinks.forward import ForwardSink, Target
 from airflow_dicom_get.sinks.ledger import FolderLedgers
 

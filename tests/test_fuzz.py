@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.groups import Deadlines
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.settings import Deadlines
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 
 EXAMPLES = int(os.environ.get("FUZZ_ASSOCIATIONS", "12"))

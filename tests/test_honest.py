@@ -16,7 +16,7 @@ import pytest
 from holdings import Holding
 from servers import Dcmqrscp, Orthanc, free_port
 
-from airflow_dicom_get.manifest import read_table
+from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.sample_data import CT, ENHANCED_SR, PRIVATE_CLASS
 

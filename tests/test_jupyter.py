@@ -12,7 +12,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from s3_servers import ACCESS_KEY, SECRET_KEY, Moto
 
-from airflow_dicom_get.manifest import manifest_table, run_name, write_manifest
+from airflow_dicom_get.manifest.files import manifest_table, run_name, write_manifest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 _CELL_SECONDS = 60
@@ -106,7 +106,7 @@ def test_a_third_interrupt_is_pythons_own(kernel: Kernel) -> None:
     seen = kernel.run(
         """
         import os, signal
-        from airflow_dicom_get.jupyter import at_cell
+        from airflow_dicom_get.cell import at_cell
         asked = []
         with at_cell(asked.append, None):
             for _ in range(3):

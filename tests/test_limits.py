@@ -20,8 +20,8 @@ from holdings import Holding
 from relay import Relay
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.groups import Deadlines, Window
 from airflow_dicom_get.engine.limits import RateLimit
-from airflow_dicom_get.settings import Deadlines, Window
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_dicom_get import manifest as module
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest import (
+from airflow_dicom_get.manifest import files as module
+from airflow_dicom_get.manifest.files import (
     combine_manifests,
     load_manifest,
     load_manifests,
@@ -359,7 +359,7 @@ class TestNames:
 def test_writing_needs_no_pandas(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from airflow_dicom_get.manifest import *\n"
+        "from airflow_dicom_get.manifest.files import *\n"
         "from airflow_dicom_get.records import Instance\n"
         "assert 'pyarrow' not in sys.modules\n"
         "t = manifest_rows([Instance('1', '2', '3')], source='s', destination='d')\n"
@@ -375,7 +375,7 @@ def test_memory_of_a_large_manifest(tmp_path: Path) -> None:
     # Half a million rows: what is on top of the records must stay far below 1 KB a row.
     code = (
         "import resource, pyarrow.parquet\n"
-        "from airflow_dicom_get.manifest import *\n"
+        "from airflow_dicom_get.manifest.files import *\n"
         "from airflow_dicom_get.records import Instance\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "def rows():\n"

@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_dicom_get import options as table
-from airflow_dicom_get.checks import Choice, Flag
-from airflow_dicom_get.destination import (
+from airflow_dicom_get.config import options as table
+from airflow_dicom_get.config.checks import Choice, Flag
+from airflow_dicom_get.config.destination import (
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
-from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.options import (
+from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity, Window
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import (
     OPTIONS,
     Options,
     add_shell_options,
@@ -37,7 +37,7 @@ from airflow_dicom_get.options import (
     options_from_shell,
     shell_name,
 )
-from airflow_dicom_get.settings import Deadlines, S3Config, Tls, UserIdentity, Window
+from airflow_dicom_get.errors import InvalidOption
 
 # What the users of the package rely on, written down by hand: a change here is a breaking change.
 DEFAULTS = {
@@ -180,7 +180,9 @@ class TestAgreement:
 
     def test_documentation_is_made_from_the_table(self) -> None:
         page = Path(__file__).parent.parent / "docs" / "options.md"
-        assert page.read_text() == table.markdown_page(), "run: python -m airflow_dicom_get.options > docs/options.md"
+        assert page.read_text() == table.markdown_page(), (
+            "run: python -m airflow_dicom_get.config.options > docs/options.md"
+        )
 
     @pytest.mark.parametrize("name", OPTIONS)
     def test_every_option_has_a_sentence_and_one_way_into_the_shell(self, name: str) -> None:

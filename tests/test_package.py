@@ -99,7 +99,7 @@ def test_the_version_stands_in_one_place():
 def test_type_checkers_see_the_names_that_load_on_first_use():
     (types,) = (node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
     seen = {
-        alias.name: node.module.rpartition(".")[2]
+        alias.name: node.module.removeprefix("airflow_dicom_get.")
         for node in types.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get.engine.query import Filter, Query, parse_query
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
-from airflow_dicom_get.query import Filter, Query, parse_query
 
 NOW = datetime(2024, 3, 1, 2, 30, tzinfo=UTC)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_dicom_get.errors import IncompleteRetrieval, ManifestError
-from airflow_dicom_get.manifest import manifest_table, write_manifest
+from airflow_dicom_get.manifest.files import manifest_table, write_manifest
 from airflow_dicom_get.records import REASONS, Instance
 from airflow_dicom_get.result import (
     EXIT_CODES,

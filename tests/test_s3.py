@@ -23,11 +23,12 @@ from relay import Relay
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs, Moto, S3Server, free_port, header_of
 
 from airflow_dicom_get import GetScu, read_manifest
-from airflow_dicom_get import s3_places as places
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest import combine_manifests, load_manifest
-from airflow_dicom_get.sinks import s3, s3_client
+from airflow_dicom_get.manifest.files import combine_manifests, load_manifest
+from airflow_dicom_get.sinks import s3
+from airflow_dicom_get.sinks import s3_places as places
 from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
+from airflow_dicom_get.storage import bucket as s3_client
 from airflow_dicom_get.testing.archive import STUDY_UID, read_header
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study

@@ -12,12 +12,12 @@ import pytest
 from s3_servers import BUCKET, FaultProxy, Juicefs, Moto, S3Server
 from sink_contract import Harness, SinkContract
 
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import S3Config
 from airflow_dicom_get.sinks.s3 import S3Sink
-from airflow_dicom_get.sinks.s3_client import Bucket
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
+from airflow_dicom_get.storage.bucket import Bucket
 
 _prefixes = itertools.count(1)
 

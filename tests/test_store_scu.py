@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import pytest
 from odd_destination import DieError, OddDestination
 
+from airflow_dicom_get.config.groups import Deadlines
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.dicom.status import store_outcome, store_status_for_source
 from airflow_dicom_get.errors import AssociationAborted, DeadlineExceeded, PeerProtocolError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.store import StoreChannel
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.settings import Deadlines
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"

@@ -23,9 +23,9 @@ from servers import Orthanc, Storescp
 from test_forward import datasets, sent_by, states
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.settings import Deadlines
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.study_list import ListedStudy, read_study_list
 
 
 def written(folder: Path, text: str) -> str:

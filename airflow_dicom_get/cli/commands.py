@@ -9,14 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequ
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid, shown
 from airflow_dicom_get.cli import output
 from airflow_dicom_get.cli.config import NamedNode, find_node
 from airflow_dicom_get.cli.inputs import StudyList, query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
-from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
-from airflow_dicom_get.options import (
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.options import (
     OPTIONS,
     Options,
     check_options,
@@ -25,14 +24,15 @@ from airflow_dicom_get.options import (
     options_from_shell,
     shell_name,
 )
-from airflow_dicom_get.query import parse_query
+from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.result import COMPLETE, EMPTY, worst
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+    from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.getscu import GetScu
-    from airflow_dicom_get.query import Query
 
 
 class _Source:
@@ -145,7 +145,7 @@ def get(typed: Namespace) -> int:
     if source.checked.destination is None:
         raise invalid("--to", "is missing", "Name a folder for the instances.")
     if typed.manifest is not None:
-        from airflow_dicom_get.manifest import load_table
+        from airflow_dicom_get.manifest.files import load_table
 
         config = source.checked.s3_config
         table = load_table(typed.manifest, **(config.reach() if config is not None else {}))

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.study_list import ACCESSION, UID, read_study_list
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.engine.study_list import ACCESSION, UID, read_study_list
 
 
 def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class StudyList:
 
 
 def read_studies(name: str) -> StudyList:
-    """Read the file of ``--from-file``; see :func:`~airflow_dicom_get.study_list.read_study_list`."""
+    """Read the file of ``--from-file``; see :func:`~airflow_dicom_get.engine.study_list.read_study_list`."""
     rows = read_study_list(name, option="--from-file")
     return StudyList(
         uids=tuple(row.value for row in rows if row.key == UID),

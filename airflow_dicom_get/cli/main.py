@@ -7,9 +7,9 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Sequence
 
 from airflow_dicom_get import __version__
-from airflow_dicom_get.checks import AETitle
+from airflow_dicom_get.config.checks import AETitle
+from airflow_dicom_get.config.options import add_shell_options, shell_name
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
-from airflow_dicom_get.options import add_shell_options, shell_name
 
 EXIT_USAGE = 2
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, MAX_ROWS, Finder
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import InvalidOption, peer_text
 from airflow_dicom_get.net.find import c_find
-from airflow_dicom_get.query import Query
 
 if TYPE_CHECKING:
     from pandas import DataFrame

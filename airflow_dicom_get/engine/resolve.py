@@ -11,11 +11,11 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.query import Filter, Query
 from airflow_dicom_get.errors import InvalidQuery, NotNegotiated, OperationFailed, peer_text
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
-from airflow_dicom_get.query import Filter, Query
 
 log = logging.getLogger(__name__)
 

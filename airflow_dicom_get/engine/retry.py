@@ -23,7 +23,7 @@ def names_changes(manifest: Any, s3: Mapping[str, Any]) -> bool:
 
 
 def _table(manifest: Any, s3: Mapping[str, Any]) -> Any:
-    from airflow_dicom_get.manifest import load_table
+    from airflow_dicom_get.manifest.files import load_table
 
     return manifest if hasattr(manifest, "column_names") else load_table(manifest, **s3)
 
@@ -34,7 +34,7 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
     Parameters
     ----------
     manifest : pyarrow.Table, DataFrame, reference or URI
-        Any shape that :func:`~airflow_dicom_get.manifest.load_manifest` takes.
+        Any shape that :func:`~airflow_dicom_get.manifest.files.load_manifest` takes.
     s3 : mapping
         How to reach the bucket that a URI names.
 

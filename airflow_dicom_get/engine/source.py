@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from airflow_dicom_get.config.groups import Deadlines, Tls, UserIdentity
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken, Throttle
 from airflow_dicom_get.net.tls import tls_context
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.settings import Deadlines, Tls, UserIdentity
 
 log = logging.getLogger(__name__)
 

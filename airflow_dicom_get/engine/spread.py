@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Collection
 
 from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
+from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.query import Query
 
 log = logging.getLogger(__name__)
 

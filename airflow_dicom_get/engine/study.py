@@ -12,13 +12,13 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes
 from airflow_dicom_get.engine.contexts import PeerKnowledge, pack
 from airflow_dicom_get.engine.events import Events
-from airflow_dicom_get.engine.fetch import Pass, Request, lists_of
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.spread import Spread
+from airflow_dicom_get.engine.strategies import WAYS, contexts_for
 from airflow_dicom_get.engine.tags import tags_of
-from airflow_dicom_get.engine.ways import WAYS, contexts_for
+from airflow_dicom_get.engine.worker import Pass, Request, lists_of
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Held, Sink, Taken

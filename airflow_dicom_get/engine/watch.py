@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from airflow_dicom_get.engine.receive import Receiver
+from airflow_dicom_get.engine.receiver import Receiver
 from airflow_dicom_get.net.association import Association
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
-from airflow_dicom_get.checks import invalid
+from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
 
 if TYPE_CHECKING:

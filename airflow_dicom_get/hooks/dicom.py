@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.node import Node, check_ae_title
+from airflow_dicom_get.config.options import OPTIONS, check_options, field_name, nested, options_from_fields
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
@@ -18,17 +20,15 @@ from airflow_dicom_get.hooks._connection import (
     unreadable,
     within_limit,
 )
-from airflow_dicom_get.hooks._places import Places, both_windows, resolve_places
-from airflow_dicom_get.node import Node, check_ae_title
-from airflow_dicom_get.options import OPTIONS, check_options, field_name, nested, options_from_fields
+from airflow_dicom_get.hooks._destinations import Places, both_windows, resolve_places
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow.sdk import Connection
 
+    from airflow_dicom_get.config.options import Options
     from airflow_dicom_get.getscu import GetScu
-    from airflow_dicom_get.options import Options
     from airflow_dicom_get.result import EchoReport, Plan, Result
     from airflow_dicom_get.store import StoreScu
 
@@ -228,7 +228,7 @@ class DicomHook(BaseHook):
         :param s3_conn_id: the connection of a bucket whose address names none
         :param overrides: options of ``GetScu`` that win over the connection's
         """
-        from airflow_dicom_get.manifest import with_connection
+        from airflow_dicom_get.manifest.files import with_connection
 
         root = overrides.pop("manifest_root", None)
         places = resolve_places(destination, manifest_root=root, s3_conn_id=s3_conn_id)

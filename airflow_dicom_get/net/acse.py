@@ -22,9 +22,9 @@ from pynetdicom.pdu_primitives import (
 )
 from pynetdicom.presentation import PresentationContext
 
+from airflow_dicom_get.config.groups import UserIdentity
 from airflow_dicom_get.dicom.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from airflow_dicom_get.errors import PeerProtocolError, peer_text
-from airflow_dicom_get.settings import UserIdentity
 
 MAX_CONTEXTS = 128
 _APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"

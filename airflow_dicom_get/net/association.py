@@ -41,8 +41,8 @@ from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept, encode
 from airflow_dicom_get.net.tls import tls_error
 
 if TYPE_CHECKING:
-    from airflow_dicom_get.node import Node
-    from airflow_dicom_get.settings import Deadlines, UserIdentity
+    from airflow_dicom_get.config.groups import Deadlines, UserIdentity
+    from airflow_dicom_get.config.node import Node
 
 log = logging.getLogger(__name__)
 

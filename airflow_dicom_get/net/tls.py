@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ssl
 
+from airflow_dicom_get.config.groups import Tls
 from airflow_dicom_get.errors import ConnectFailed, InvalidOption, TlsFailed, peer_text
-from airflow_dicom_get.settings import Tls
 
 
 def tls_context(tls: Tls, option: str = "tls") -> ssl.SSLContext:

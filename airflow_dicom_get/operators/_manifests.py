@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid, shown_path
-from airflow_dicom_get.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.config.checks import invalid, shown_path
+from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.hooks._places import Place, resolve_place
-from airflow_dicom_get.manifest import (
+from airflow_dicom_get.hooks import _config
+from airflow_dicom_get.hooks._destinations import Place, resolve_place
+from airflow_dicom_get.manifest.files import (
     combine_manifests,
     frame_of,
     load_table,
@@ -20,7 +21,6 @@ from airflow_dicom_get.manifest import (
     safe_name,
     with_connection,
 )
-from airflow_dicom_get.operators import _config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +143,7 @@ def _remove(uri: str) -> None:
     if isinstance(place, FilesystemDestination):
         place.path.unlink(missing_ok=True)
     elif isinstance(place, S3Destination):
-        from airflow_dicom_get.hooks.s3 import S3StorageHook
+        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
 
         assert place.conn_id is not None
         with contextlib.suppress(DicomGetError):
@@ -167,7 +167,7 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
         uri = uri_of(one)
         how: dict[str, Any] = {}
         if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
-            from airflow_dicom_get.hooks.s3 import S3StorageHook
+            from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
 
             how = S3StorageHook(s3_conn_id).reach()
         elif uri is not None:

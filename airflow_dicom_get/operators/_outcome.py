@@ -8,7 +8,7 @@ from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval
 from airflow_dicom_get.result import CANCELLED, EMPTY, WORST_FIRST, Evidence, Result, worst
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
 

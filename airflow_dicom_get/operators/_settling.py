@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.operators._items import Item, make_item
-from airflow_dicom_get.operators._search import Search
+from airflow_dicom_get.engine.items import Item, make_item
+from airflow_dicom_get.engine.search import Search
 
 if TYPE_CHECKING:
     from airflow_dicom_get.getscu import GetScu

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.operators import _config
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.hooks import _config
 from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.engine.items import Item, is_modality, pack, split_by_series
+from airflow_dicom_get.engine.search import Search
 from airflow_dicom_get.operators._base import DicomOperator
-from airflow_dicom_get.operators._hiding import label_of, shown_query
-from airflow_dicom_get.operators._items import Item, is_modality, pack, split_by_series
-from airflow_dicom_get.operators._search import Search
+from airflow_dicom_get.operators._redaction import label_of, shown_query
 from airflow_dicom_get.operators.retries import final_errors
 
 if TYPE_CHECKING:

@@ -7,24 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow_dicom_get.checks import invalid
-from airflow_dicom_get.destination import ForwardDestination
-from airflow_dicom_get.hooks._places import Places, resolve_places
-from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_query, shown_study
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.destination import ForwardDestination
+from airflow_dicom_get.engine.query import parse_query
+from airflow_dicom_get.hooks._destinations import Places, resolve_places
 from airflow_dicom_get.operators._manifests import load_given, part_name
 from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._request import Query, manifest_queries, study_queries
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
-from airflow_dicom_get.query import parse_query
 from airflow_dicom_get.result import CANCELLED, Result
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+    from airflow_dicom_get.engine.items import Item
     from airflow_dicom_get.errors import DicomGetError
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.hooks.dicom import DicomHook
-    from airflow_dicom_get.operators._items import Item
 
 ON_BAD_STUDY = ("fail", "skip")
 

@@ -58,7 +58,7 @@ def sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[A
 
     :param tasks: how many there were
     """
-    from airflow_dicom_get.manifest import load_manifests
+    from airflow_dicom_get.manifest.files import load_manifests
 
     frame = load_manifests(manifests)
     not_held = frame[frame["state"].isin(_NOT_HELD)]

@@ -11,19 +11,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from airflow_dicom_get.checks import invalid
-from airflow_dicom_get.destination import ForwardDestination, S3Destination
-from airflow_dicom_get.hooks._places import Place, resolve_place, resolve_root
-from airflow_dicom_get.operators._hiding import shown_manifest
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
+from airflow_dicom_get.hooks._destinations import Place, resolve_place, resolve_root
 from airflow_dicom_get.operators._manifests import connection_of, load_given, one_table, place_of_objects
 from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators._redaction import shown_manifest
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
 from airflow_dicom_get.result import CANCELLED, FAILED, PARTIAL, Result
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.options import Options
+    from airflow_dicom_get.config.options import Options
     from airflow_dicom_get.store import StoreScu
 
 _WINDOW, _DEADLINE = "window", "deadline"

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.checks import invalid
-from airflow_dicom_get.destination import ForwardDestination
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.destination import ForwardDestination
 from airflow_dicom_get.errors import IncompleteRetrieval
-from airflow_dicom_get.hooks._places import Place, forward_target, resolve_place, resolve_root
+from airflow_dicom_get.hooks import _config
+from airflow_dicom_get.hooks._destinations import Place, forward_target, resolve_place, resolve_root
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.operators import _config
 from airflow_dicom_get.operators._base import DicomOperator
-from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_study
 from airflow_dicom_get.operators._manifests import (
     connection_of,
     load_given,
@@ -25,6 +24,7 @@ from airflow_dicom_get.operators._manifests import (
     xcom_bytes,
 )
 from airflow_dicom_get.operators._outcome import summary
+from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_study
 from airflow_dicom_get.operators._request import study_uids
 from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import COMPLETE, PARTIAL, UNVERIFIED, Result, Verdict
@@ -32,7 +32,7 @@ from airflow_dicom_get.result import COMPLETE, PARTIAL, UNVERIFIED, Result, Verd
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.operators._items import Item
+    from airflow_dicom_get.engine.items import Item
     from airflow_dicom_get.verify import Verification
 
 
@@ -169,7 +169,7 @@ class DicomVerifyOperator(DicomOperator):
         return found, _result(found, source, self.destination), conn_id
 
     def _summary(self, context: Context, found: Verification, result: Result, conn_id: str | None) -> dict[str, Any]:
-        from airflow_dicom_get.manifest import reference, with_connection
+        from airflow_dicom_get.manifest.files import reference, with_connection
 
         kept = reference(with_connection(found.manifest_uri, conn_id)) if found.manifest_uri is not None else {}
         return {

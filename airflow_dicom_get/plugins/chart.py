@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from airflow_dicom_get.plugins.keeping import Retrieval
+from airflow_dicom_get.plugins.database import Retrieval
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY
 from airflow_dicom_get.result import COMPLETE, EMPTY
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import shown_path
+from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
             hint="airflow_dicom_get.notebook.read_manifest() reads it.",
             uri=str(uri),
         )
-    from airflow_dicom_get.manifest import read_table
+    from airflow_dicom_get.manifest.files import read_table
 
     return read_table(uri)
 

@@ -9,10 +9,10 @@ from datetime import UTC, date, datetime, time, timedelta
 from statistics import median
 from urllib.parse import urlencode
 
-from airflow_dicom_get.operators import _config
-from airflow_dicom_get.plugins import keeping
+from airflow_dicom_get.hooks import _config
+from airflow_dicom_get.plugins import database
 from airflow_dicom_get.plugins.chart import Chart, chart_of
-from airflow_dicom_get.plugins.keeping import Retrieval, Task
+from airflow_dicom_get.plugins.database import Retrieval, Task
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, INCOMPLETE, LIVE, OUTCOMES
 from airflow_dicom_get.result import COMPLETE, EMPTY
 
@@ -110,7 +110,7 @@ class View:
 def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
     """Collect the list for a user who may see these DAGs."""
     asked = [dag_id for dag_id in dag_ids if not choice.dag_id or dag_id == choice.dag_id]
-    everything = keeping.retrievals(asked, choice.begin, choice.end)
+    everything = database.retrievals(asked, choice.begin, choice.end)
     chosen = [one for one in everything if not choice.source or one.source == choice.source]
     counts = Counter(one.outcome for one in chosen)
     # The tiles count all verdicts, so that each can be chosen by them; chart and table show the chosen one.
@@ -133,9 +133,9 @@ def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
         bytes=sum(one.bytes for one in shown),
         speed=median(speeds) if speeds else None,
         chart=chart_of(shown),
-        tasks=keeping.tasks(one.id for one in ordered),
+        tasks=database.tasks(one.id for one in ordered),
         pages=pages,
-        cut=keeping.MAX_RETRIEVALS if len(everything) == keeping.MAX_RETRIEVALS else 0,
+        cut=database.MAX_RETRIEVALS if len(everything) == database.MAX_RETRIEVALS else 0,
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.plugins import contents, keeping, texts
+from airflow_dicom_get.plugins import contents, database, texts
 from airflow_dicom_get.plugins.contents import Contents
-from airflow_dicom_get.plugins.keeping import OPERATORS, Task
+from airflow_dicom_get.plugins.database import OPERATORS, Task
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, LIVE, OUTCOMES
 
 _COUNTS = ("done", "total", "failed", "bytes", "bytes_per_second", "associations")
@@ -68,7 +68,7 @@ def manifest_uri_of(task: Task) -> str | None:
 
 def _contents(task: Task) -> tuple[Contents | None, str]:
     try:
-        return contents.contents_of(contents.table_of(keeping.returned(task), manifest_uri_of(task))), ""
+        return contents.contents_of(contents.table_of(database.returned(task), manifest_uri_of(task))), ""
     except ManifestError as error:
         return None, f"{error} (Read by the API server.)"
 
@@ -76,7 +76,7 @@ def _contents(task: Task) -> tuple[Contents | None, str]:
 def progress_of(task: Task) -> dict[str, Any]:
     """Where a task stands, for the page that shows it live."""
     live = task.outcome in LIVE
-    shown = keeping.shown_while_running(task) if live else {}
+    shown = database.shown_while_running(task) if live else {}
     stored = shown.get("progress", {})
     counts = {name: stored[name] for name in _COUNTS if isinstance(stored.get(name), int | float)}
     resume_at = shown.get("window", {}).get("resume_at") if task.state == "deferred" else None

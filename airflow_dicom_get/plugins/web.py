@@ -23,8 +23,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest import safe_name
-from airflow_dicom_get.plugins import contents, keeping, listing, task_page, texts
+from airflow_dicom_get.manifest.files import safe_name
+from airflow_dicom_get.plugins import contents, database, listing, task_page, texts
 from airflow_dicom_get.plugins.ui import URL_PREFIX
 
 HEADERS = {
@@ -90,11 +90,11 @@ async def _refuse(request: Request, error: AnyHTTPException) -> Response:
 def _render(request: Request, name: str, **values: Any) -> HTMLResponse:
     root = request.scope.get("root_path", "").rstrip("/")
 
-    def task_url(task: keeping.Task) -> str:
+    def task_url(task: database.Task) -> str:
         places = "/".join(f"{kind}/{quote(value, safe='')}" for kind, value in _places(task))
         return f"{root}/{places}/{task.map_index}"
 
-    def airflow_url(task: keeping.Task, *, run_only: bool = False) -> str:
+    def airflow_url(task: database.Task, *, run_only: bool = False) -> str:
         places = _places(task)[:2] if run_only else _places(task)
         url = root.removesuffix(URL_PREFIX) + "".join(f"/{kind}/{quote(value, safe='')}" for kind, value in places)
         return url if run_only or task.map_index < 0 else f"{url}/mapped/{task.map_index}"
@@ -106,7 +106,7 @@ def _render(request: Request, name: str, **values: Any) -> HTMLResponse:
     return HTMLResponse(page.render(root=root, task_url=task_url, airflow_url=airflow_url, asset=asset, **values))
 
 
-def _places(task: keeping.Task) -> list[tuple[str, str]]:
+def _places(task: database.Task) -> list[tuple[str, str]]:
     return [("dags", task.dag_id), ("runs", task.run_id), ("tasks", task.task_id)]
 
 
@@ -118,7 +118,7 @@ def _readable(dag_ids: list[str], user: Any) -> list[str]:
     manager: Any = get_auth_manager()
     return [
         dag_id
-        for dag_id, team in keeping.teams_of(dag_ids).items()
+        for dag_id, team in database.teams_of(dag_ids).items()
         if manager.is_authorized_dag(
             method="GET",
             access_entity=DagAccessEntity.XCOM,
@@ -141,14 +141,14 @@ def retrievals(
 ) -> HTMLResponse:
     """All retrievals of the DAGs that the user may see."""
     chosen = listing.Choice.of(dag_id=dag_id, verdict=verdict, source=source, since=since, until=until, page=page)
-    dag_ids = _readable(keeping.dags_with_retrievals(chosen.begin, chosen.end), user)
+    dag_ids = _readable(database.dags_with_retrievals(chosen.begin, chosen.end), user)
     return _render(request, "list.html", view=listing.view_of(chosen, dag_ids))
 
 
 # --- one task instance ---------------------------------------------------------------------------------
 
 
-def _task(dag_id: str, run_id: str, task_id: str, map_index: str) -> keeping.Task:
+def _task(dag_id: str, run_id: str, task_id: str, map_index: str) -> database.Task:
     # Airflow's own routes take ~ for "any"; here it would pass by the check of the DAG.
     if "~" in (dag_id, run_id, task_id):
         raise HTTPException(404)
@@ -157,7 +157,7 @@ def _task(dag_id: str, run_id: str, task_id: str, map_index: str) -> keeping.Tas
         map_index = "-1"
     if not re.fullmatch(r"-1|[0-9]{1,9}", map_index):
         raise HTTPException(404)
-    task = keeping.task(dag_id, run_id, task_id, int(map_index))
+    task = database.task(dag_id, run_id, task_id, int(map_index))
     if task is None:
         raise HTTPException(404)
     return task
@@ -183,7 +183,7 @@ def manifest(dag_id: str, run_id: str, task_id: str, map_index: str) -> Streamin
     """The whole manifest, for a spreadsheet."""
     task = _task(dag_id, run_id, task_id, map_index)
     try:
-        table = contents.table_of(keeping.returned(task), task_page.manifest_uri_of(task))
+        table = contents.table_of(database.returned(task), task_page.manifest_uri_of(task))
     except ManifestError as error:
         raise HTTPException(409, str(error)) from None
     name = safe_name(f"{task.dag_id}-{task.run_id}-{task.task_id}-{task.map_index}.csv")

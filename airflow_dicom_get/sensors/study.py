@@ -11,20 +11,20 @@ from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.operators._base import DicomOperator
-from airflow_dicom_get.operators._hiding import label_of, shown_query, shown_study
+from airflow_dicom_get.operators._redaction import label_of, shown_query, shown_study
 from airflow_dicom_get.operators._request import study_queries
 from airflow_dicom_get.operators._settling import Seen, Watch, look
 from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.query import parse_query
 from airflow_dicom_get.triggers.study import DicomStudyTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.operators._items import Item
+    from airflow_dicom_get.engine.items import Item
 
 
 class DicomStudySensor(DicomOperator, BaseSensorOperator):

@@ -23,7 +23,8 @@ from airflow_dicom_get.errors import DestinationFull, SinkError
 from airflow_dicom_get.records import Instance, object_uri
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
-from airflow_dicom_get.sinks.files import (
+from airflow_dicom_get.sinks.ledger import Ledgers, Record
+from airflow_dicom_get.storage.files import (
     Follower,
     digest_of,
     digest_of_path,
@@ -33,7 +34,6 @@ from airflow_dicom_get.sinks.files import (
     same_content,
     start_write_back,
 )
-from airflow_dicom_get.sinks.ledger import Ledgers, Record
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_dicom_get.config.groups import Deadlines, UserIdentity
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.errors import (
     Cancelled,
@@ -30,9 +32,7 @@ from airflow_dicom_get.errors import (
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.store import MAX_PDU_LENGTH, StoreChannel, StoreResponse
-from airflow_dicom_get.node import Node
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import Deadlines, UserIdentity
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 

@@ -25,10 +25,10 @@ from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
-from airflow_dicom_get.sinks.s3_client import Bucket, Listed
 from airflow_dicom_get.sinks.s3_inventory import Inventory
 from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, compare, metadata_of
 from airflow_dicom_get.sinks.s3_uploads import LOOK, PART_SIZE, Uploads
+from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 log = logging.getLogger(__name__)
 

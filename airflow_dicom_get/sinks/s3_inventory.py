@@ -13,8 +13,8 @@ from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.adopt import read_instance
 from airflow_dicom_get.sinks.base import Held
 from airflow_dicom_get.sinks.ledger import Record
-from airflow_dicom_get.sinks.s3_client import Bucket, Listed
 from airflow_dicom_get.sinks.s3_objects import digest_of, record_of
+from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 _READERS = 8
 

@@ -25,7 +25,7 @@ from airflow_dicom_get.sinks.ledger import (
     parse_ledger,
     taken_line,
 )
-from airflow_dicom_get.sinks.s3_client import Bucket
+from airflow_dicom_get.storage.bucket import Bucket
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.ledger import Record
-from airflow_dicom_get.sinks.s3_client import Bucket
+from airflow_dicom_get.storage.bucket import Bucket
 
 CONTENT_TYPE = "application/dicom"
 _MOST_TEXT = 64

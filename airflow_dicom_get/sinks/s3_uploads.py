@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.net.association import CancelToken
-from airflow_dicom_get.sinks.s3_client import REQUESTS_PER_SLOT
+from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from airflow.sdk import DAG, task
 from s3_servers import BUCKET, SECRET_KEY, FaultProxy
 
 from airflow_dicom_get import combine_manifests, load_manifest, load_manifests
+from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.errors import InvalidOption, ManifestError
-from airflow_dicom_get.hooks._places import BothWindows, both_windows
+from airflow_dicom_get.hooks._destinations import BothWindows, both_windows
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.hooks.s3 import S3StorageHook
+from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
 from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.settings import Window
 from airflow_dicom_get.testing.archive import Archive as Index
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
@@ -407,7 +407,7 @@ def test_a_bucket_that_is_not_there_fails_for_good_and_one_that_is_down_is_tried
         json.dumps({"conn_type": "dicom_s3", "host": "127.0.0.1", "port": 1, "login": "k", "password": "p",
                     "extra": {"scheme": "http"}}),
     )  # fmt: skip
-    monkeypatch.setattr("airflow_dicom_get.sinks.s3_client.ATTEMPTS", 1)
+    monkeypatch.setattr("airflow_dicom_get.storage.bucket.ATTEMPTS", 1)
     with DAG("down", default_args={"retries": 1, "retry_delay": timedelta(0)}) as dag:
         get(task_id="not_there", study=archive.private, destination="s3://store@not-there/x")
         get(task_id="down", study=archive.private, destination="s3://down@bucket/x")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get.engine.items import make_item, modalities_of, pack, split_by_series
+from airflow_dicom_get.engine.search import ROUND_CAPS, Search
 from airflow_dicom_get.errors import InvalidQuery, OperationFailed
-from airflow_dicom_get.operators._items import make_item, modalities_of, pack, split_by_series
-from airflow_dicom_get.operators._search import ROUND_CAPS, Search
 
 
 def items(*sizes: int | None) -> list[dict]:

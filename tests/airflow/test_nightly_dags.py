@@ -11,7 +11,7 @@ import pytest
 from mailbox_server import Mailbox, texts
 from s3_servers import BUCKET
 
-from airflow_dicom_get.settings import Window
+from airflow_dicom_get.config.groups import Window
 
 pytestmark = pytest.mark.usefixtures("dag_connections")
 

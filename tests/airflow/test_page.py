@@ -357,7 +357,7 @@ def test_what_comes_from_a_dag_is_escaped(page, kept):
 
 def test_the_chart_says_how_fast_it_was(kept):
     from airflow_dicom_get.plugins.chart import chart_of
-    from airflow_dicom_get.plugins.keeping import retrievals
+    from airflow_dicom_get.plugins.database import retrievals
 
     begin = datetime(2026, 2, 1, tzinfo=UTC)
     for day in range(10):
@@ -514,7 +514,7 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     import pyarrow as pa
 
     from airflow_dicom_get.errors import ManifestError
-    from airflow_dicom_get.manifest import manifest_table
+    from airflow_dicom_get.manifest.files import manifest_table
     from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines, table_of
     from airflow_dicom_get.records import Instance
 

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
+from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
-from airflow_dicom_get.hooks._places import check_place, resolve_places
-from airflow_dicom_get.operators._hiding import label_of, shown_manifest, shown_query, shown_study
-from airflow_dicom_get.operators._items import make_item
+from airflow_dicom_get.hooks._destinations import check_place, resolve_places
 from airflow_dicom_get.operators._manifests import run_name
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._request import study_queries
 from airflow_dicom_get.records import Completed, SubOperation
 from airflow_dicom_get.result import Result

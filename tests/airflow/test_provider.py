@@ -13,8 +13,8 @@ import airflow
 import jsonschema
 import pytest
 
+from airflow_dicom_get.config.options import connection_fields
 from airflow_dicom_get.get_provider_info import get_provider_info
-from airflow_dicom_get.options import connection_fields
 
 INFO = get_provider_info()
 DICOM = next(entry for entry in INFO["connection-types"] if entry["connection-type"] == "dicom")
@@ -92,7 +92,7 @@ def test_airflow_finds_the_connection_type_and_the_configuration():
 
 @pytest.mark.parametrize("name", list(INFO["config"]["dicom_get"]["options"]))
 def test_every_configuration_option_is_read_with_its_default(name):
-    from airflow_dicom_get.operators import _config
+    from airflow_dicom_get.hooks import _config
 
     option = INFO["config"]["dicom_get"]["options"][name]
     read = {"string": _config.text, "integer": _config.integer, "boolean": _config.boolean}[option["type"]]

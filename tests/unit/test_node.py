@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get.config.node import Node, check_ae_title
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.node import Node, check_ae_title
 
 TITLES = st.text(
     st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\\"), min_size=1, max_size=16

@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from airflow_dicom_get.config.node import check_ae_title
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.node import check_ae_title
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates
 from airflow_dicom_get.engine.contexts import ROOM, likely_classes, other_classes, pack, pairs_of
-from airflow_dicom_get.engine.fetch import MAX_LIST, Request, lists_of
+from airflow_dicom_get.engine.worker import MAX_LIST, Request, lists_of
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.records import Instance
 

@@ -17,7 +17,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
-from airflow_dicom_get.engine.receive import Receiver
+from airflow_dicom_get.engine.receiver import Receiver
 from airflow_dicom_get.engine.watch import watched
 from airflow_dicom_get.errors import (
     AssociationAborted,

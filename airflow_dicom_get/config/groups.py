@@ -13,7 +13,7 @@ from datetime import UTC, datetime, time, timedelta, tzinfo
 from typing import Any, ClassVar, Literal
 from zoneinfo import ZoneInfo
 
-from airflow_dicom_get.checks import (
+from airflow_dicom_get.config.checks import (
     AETitle,
     Bytes,
     Checked,
@@ -29,8 +29,8 @@ from airflow_dicom_get.checks import (
     setting,
     shown,
 )
-from airflow_dicom_get.destination import is_bucket
-from airflow_dicom_get.node import Node
+from airflow_dicom_get.config.destination import is_bucket
+from airflow_dicom_get.config.node import Node
 
 MAX_PDU_LENGTH = 131072
 """The largest P-DATA-TF we ask for; larger ones measured slower, and DCMTK sends no larger ones."""

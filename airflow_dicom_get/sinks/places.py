@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airflow_dicom_get.config.groups import ForwardTarget, S3Config
+from airflow_dicom_get.config.options import FilesystemDestination, ForwardDestination, Options, S3Destination
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
-from airflow_dicom_get.options import FilesystemDestination, ForwardDestination, Options, S3Destination
-from airflow_dicom_get.settings import ForwardTarget, S3Config
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def open_places(options: Options) -> Places:
         folder = FolderPlace(destination.path, options)
         return Places(folder, _root(options) or FolderRoot(folder.path / "_manifests"))
     if isinstance(destination, S3Destination):
-        from airflow_dicom_get.s3_places import BucketPlace, BucketRoot, root_of
+        from airflow_dicom_get.sinks.s3_places import BucketPlace, BucketRoot, root_of
 
         bucket = BucketPlace(destination, options)
         return Places(bucket, _root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
@@ -114,8 +114,8 @@ def named_root(options: Options, s3: S3Config | None) -> Root | None:
     """The root that ``manifest_root`` names."""
     root = options.manifest_root
     if isinstance(root, S3Destination):
-        from airflow_dicom_get.s3_places import BucketRoot
-        from airflow_dicom_get.sinks.s3_client import Bucket
+        from airflow_dicom_get.sinks.s3_places import BucketRoot
+        from airflow_dicom_get.storage.bucket import Bucket
 
         return BucketRoot(Bucket(root.bucket, s3), root.prefix)
     return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
@@ -201,7 +201,7 @@ class FolderRoot:
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """See :meth:`Root.write_manifest`."""
-        from airflow_dicom_get.manifest import manifest_uri, write_manifest
+        from airflow_dicom_get.manifest.files import manifest_uri, write_manifest
         from airflow_dicom_get.sinks.filesystem import sink_error
 
         path = self.path / f"{name}.parquet"

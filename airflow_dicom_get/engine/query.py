@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
 from typing import Any, Literal, cast
 
-from airflow_dicom_get.checks import shown
+from airflow_dicom_get.config.checks import shown
+from airflow_dicom_get.config.groups import parse_timezone
+from airflow_dicom_get.config.options import OPTIONS
+from airflow_dicom_get.dicom.dictionary import Attribute, UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.dictionary import Attribute, UnknownAttributeError, find_attribute
 from airflow_dicom_get.errors import InvalidQuery
-from airflow_dicom_get.options import OPTIONS
-from airflow_dicom_get.settings import parse_timezone
 
 Level = Literal["PATIENT", "STUDY", "SERIES", "IMAGE"]
 FilterLevel = Literal["STUDY", "SERIES", "IMAGE"]

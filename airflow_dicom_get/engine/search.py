@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.engine.items import Item, count, first, make_item, modalities_of, values
+from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import InvalidQuery, OperationFailed
-from airflow_dicom_get.operators._items import Item, count, first, make_item, modalities_of, values
-from airflow_dicom_get.query import parse_query
 
 if TYPE_CHECKING:
     from datetime import tzinfo

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from airflow_dicom_get.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.node import Node
 
 # Capitals and underscores: buckets of old, and of other services, have them.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")

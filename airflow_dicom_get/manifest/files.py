@@ -23,8 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from airflow_dicom_get.checks import shown, shown_path
-from airflow_dicom_get.destination import FilesystemDestination, ForwardDestination, S3Destination, parse_destination
+from airflow_dicom_get.config.checks import shown, shown_path
+from airflow_dicom_get.config.destination import (
+    FilesystemDestination,
+    ForwardDestination,
+    S3Destination,
+    parse_destination,
+)
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.result import UNVERIFIED, Verdict, worst
 
@@ -33,9 +38,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from pandas import DataFrame
 
+    from airflow_dicom_get.config.groups import S3Config
     from airflow_dicom_get.records import Instance
-    from airflow_dicom_get.settings import S3Config
-    from airflow_dicom_get.sinks.s3_client import Bucket
+    from airflow_dicom_get.storage.bucket import Bucket
 
 __all__ = [
     "COLUMNS",
@@ -387,8 +392,8 @@ def _place_of(uri: Any) -> FilesystemDestination | S3Destination:
 
 
 def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
-    from airflow_dicom_get.settings import S3Config
-    from airflow_dicom_get.sinks.s3_client import Bucket
+    from airflow_dicom_get.config.groups import S3Config
+    from airflow_dicom_get.storage.bucket import Bucket
 
     how: S3Config | None = s3.get("s3_config")
     if not s3:
@@ -416,7 +421,7 @@ def _config_in_airflow(place: S3Destination) -> S3Config | None:
             uri=str(place),
         )
     try:
-        from airflow_dicom_get.hooks.s3 import S3StorageHook
+        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
     except ImportError:
         raise ManifestError(
             f"{shown_path(place)} names a connection of Airflow, and here is none.",

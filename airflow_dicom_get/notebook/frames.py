@@ -14,9 +14,9 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
-from airflow_dicom_get import manifest as _manifest
-from airflow_dicom_get.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest import files as _manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from pydicom import Dataset
 
-    from airflow_dicom_get.objects import StoredObject
+    from airflow_dicom_get.sinks.objects import StoredObject
 
 __all__ = [
     "HELD",
@@ -132,8 +132,8 @@ def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
     InvalidOption
         An argument of ``s3_config`` is not right.
     """
-    from airflow_dicom_get.objects import objects_of
-    from airflow_dicom_get.options import OPTIONS
+    from airflow_dicom_get.config.options import OPTIONS
+    from airflow_dicom_get.sinks.objects import objects_of
 
     objects, _ = objects_of(rows, OPTIONS["s3_config"].check("s3_config", s3 or None))
     return [_dataset(item) for item in objects]
@@ -144,7 +144,7 @@ def _dataset(item: StoredObject) -> Dataset:
     from pydicom.errors import InvalidDicomError
 
     from airflow_dicom_get.dicom.part10 import file_header
-    from airflow_dicom_get.objects import UnreadableError
+    from airflow_dicom_get.sinks.objects import UnreadableError
 
     assert item.row is not None
     head = b""

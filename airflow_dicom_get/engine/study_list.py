@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from airflow_dicom_get.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.options import Options, S3Destination
-from airflow_dicom_get.sinks.s3_client import Bucket
+from airflow_dicom_get.config.options import Options, S3Destination
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
+from airflow_dicom_get.storage.bucket import Bucket
 
 if TYPE_CHECKING:
     from airflow_dicom_get.net.association import CancelToken
@@ -21,7 +21,7 @@ _OUTAGE = 45.0
 
 
 class BucketPlace:
-    """A prefix of a bucket: see :class:`~airflow_dicom_get.places.Place`."""
+    """A prefix of a bucket: see :class:`~airflow_dicom_get.sinks.places.Place`."""
 
     def __init__(self, destination: S3Destination, options: Options) -> None:
         self._destination, self._options = destination, options
@@ -34,20 +34,20 @@ class BucketPlace:
         return str(self._destination)
 
     def attend(self, cancel: CancelToken) -> None:
-        """See :meth:`~airflow_dicom_get.places.Place.attend`."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Place.attend`."""
         self._cancel = cancel
 
     def prepare(self) -> None:
-        """See :meth:`~airflow_dicom_get.places.Place.prepare`: list the prefix and write a small object."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Place.prepare`: list the prefix and write a small object."""
         prefix = self._destination.prefix
         self.bucket.reach(f"{prefix}/" if prefix else "")
         self._conditional = self.bucket.writes_conditionally(f"{root_of(prefix)}/.ledger/{_PROBE}")
 
     def check_room(self) -> None:
-        """See :meth:`~airflow_dicom_get.places.Place.check_room`: a bucket tells nothing of it."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Place.check_room`: a bucket tells nothing of it."""
 
     def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
-        """See :meth:`~airflow_dicom_get.places.Place.sink`."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Place.sink`."""
         from airflow_dicom_get.sinks.s3 import S3Sink
 
         o = self._options
@@ -76,22 +76,22 @@ def root_of(prefix: str) -> str:
 
 
 class BucketRoot:
-    """Manifests and ledgers below a prefix: see :class:`~airflow_dicom_get.places.Root`."""
+    """Manifests and ledgers below a prefix: see :class:`~airflow_dicom_get.sinks.places.Root`."""
 
     def __init__(self, bucket: Bucket, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
 
     def prepare(self) -> None:
-        """See :meth:`~airflow_dicom_get.places.Root.prepare`."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Root.prepare`."""
         self.bucket.reach(f"{self.prefix}/" if self.prefix else "")
 
     def ledgers(self) -> Ledgers:
-        """See :meth:`~airflow_dicom_get.places.Root.ledgers`."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Root.ledgers`."""
         return BucketLedgers(self.bucket, self.prefix)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
-        """See :meth:`~airflow_dicom_get.places.Root.write_manifest`: one PUT."""
-        from airflow_dicom_get.manifest import manifest_content
+        """See :meth:`~airflow_dicom_get.sinks.places.Root.write_manifest`: one PUT."""
+        from airflow_dicom_get.manifest.files import manifest_content
 
         key = f"{self.prefix}/{name}.parquet" if self.prefix else f"{name}.parquet"
         content = manifest_content(rows, verdict=verdict, evidence=evidence, run=run)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from airflow_dicom_get.checks import invalid, shown_path
-from airflow_dicom_get.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.config.checks import invalid, shown_path
+from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DicomGetError, ManifestError
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.settings import S3Config
 
 _CHUNK = 1 << 18
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
@@ -170,7 +170,7 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
         if isinstance(place, FilesystemDestination):
             found += [StoredObject(str(path), path) for path in _files(place.path, source)]
         elif isinstance(place, S3Destination):
-            from airflow_dicom_get.sinks.s3_client import Bucket
+            from airflow_dicom_get.storage.bucket import Bucket
 
             bucket = Bucket(place.bucket, s3)
             prefix = f"{place.prefix}/" if place.prefix else ""
@@ -202,7 +202,7 @@ def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredOb
     Parameters
     ----------
     manifest : pyarrow.Table, DataFrame, reference or URI
-        Any shape that :func:`~airflow_dicom_get.manifest.load_manifest` takes.
+        Any shape that :func:`~airflow_dicom_get.manifest.files.load_manifest` takes.
 
     Raises
     ------
@@ -232,7 +232,7 @@ def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Insta
     if isinstance(place, FilesystemDestination):
         return StoredObject(str(place.path), place.path, row=row)
     if isinstance(place, S3Destination):
-        from airflow_dicom_get.sinks.s3_client import Bucket
+        from airflow_dicom_get.storage.bucket import Bucket
 
         bucket = buckets.setdefault(place.bucket, Bucket(place.bucket, s3))
         return StoredObject(uri, bucket=bucket, key=place.prefix, row=row)
@@ -250,7 +250,7 @@ _COLUMNS: Mapping[str, str] = {
 
 def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
     """The rows of a manifest of any shape. Raises :class:`ManifestError`."""
-    from airflow_dicom_get.manifest import load_table
+    from airflow_dicom_get.manifest.files import load_table
 
     how = {} if s3 is None else s3.reach()
     table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **how)

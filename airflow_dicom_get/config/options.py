@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from typing import Any, Literal
 
-from airflow_dicom_get.checks import (
+from airflow_dicom_get.config.checks import (
     AETitle,
     Bytes,
     Check,
@@ -35,7 +35,7 @@ from airflow_dicom_get.checks import (
     shown,
     shown_path,
 )
-from airflow_dicom_get.destination import (
+from airflow_dicom_get.config.destination import (
     Destination,
     FilesystemDestination,
     ForwardDestination,
@@ -43,11 +43,7 @@ from airflow_dicom_get.destination import (
     check_folder,
     parse_destination,
 )
-from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.dictionary import UnknownAttributeError, find_attribute
-from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.node import Node
-from airflow_dicom_get.settings import (
+from airflow_dicom_get.config.groups import (
     MAX_PDU_LENGTH,
     NODE,
     Deadlines,
@@ -58,6 +54,10 @@ from airflow_dicom_get.settings import (
     Window,
     parse_timezone,
 )
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.errors import InvalidOption
 
 __all__ = [
     "OPTIONS",
@@ -757,8 +757,8 @@ def markdown_page() -> str:
     """The page ``docs/options.md``."""
     return f"""# Options
 
-Each option stands once in the code (`airflow_dicom_get/options.py`), and this page is made from there:
-`python -m airflow_dicom_get.options > docs/options.md`.
+Each option stands once in the code (`airflow_dicom_get/config/options.py`), and this page is made from there:
+`python -m airflow_dicom_get.config.options > docs/options.md`.
 
 The parts of a group, such as `tls.ca`, are given in Python as a dict or an object: `tls={{"ca": "ca.pem"}}`,
 `deadlines=Deadlines(idle=30)`. What is typed wins over the config file, and the AE title in an address over

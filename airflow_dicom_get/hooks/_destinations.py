@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.checks import invalid, shown
-from airflow_dicom_get.destination import (
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.destination import (
     Destination,
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
+from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, ForwardTarget, Window
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.settings import MAX_PDU_LENGTH, ForwardTarget, Window
 
 if TYPE_CHECKING:
+    from airflow_dicom_get.config.groups import S3Config
     from airflow_dicom_get.hooks.dicom import DicomHook
-    from airflow_dicom_get.settings import S3Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def resolve_place(value: Any, option: str, s3_conn_id: str | None = None) -> Pla
     """
     place = parse_destination(check_place(value, option), option)
     if isinstance(place, S3Destination):
-        from airflow_dicom_get.hooks.s3 import S3StorageHook
+        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
 
         conn_id = place.conn_id or s3_conn_id
         if not conn_id:

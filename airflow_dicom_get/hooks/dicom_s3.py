@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 
-from airflow_dicom_get.checks import Choice, Flag, Parsed, invalid, setting, shown
+from airflow_dicom_get.config.checks import Choice, Flag, Parsed, invalid, setting, shown
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
@@ -19,14 +20,13 @@ from airflow_dicom_get.hooks._connection import (
     unreadable,
     within_limit,
 )
-from airflow_dicom_get.settings import S3Config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow.sdk import Connection
 
-    from airflow_dicom_get.sinks.s3_client import Bucket
+    from airflow_dicom_get.storage.bucket import Bucket
 
 FIELDS: Mapping[str, str] = {
     "region": "region",
@@ -39,7 +39,7 @@ FIELDS: Mapping[str, str] = {
     "storage_class": "storage_class",
     "max_concurrency": "max_concurrency",
 }
-"""Extra fields of a ``dicom_s3`` connection that are settings of :class:`~airflow_dicom_get.settings.S3Config`."""
+"""Extra fields of a ``dicom_s3`` connection that are settings of :class:`~airflow_dicom_get.config.groups.S3Config`."""
 
 _OWN = ("scheme", "bucket")
 _SCHEME = Choice("https", "http")
@@ -98,13 +98,13 @@ class S3StorageHook(BaseHook):
 
     def get_bucket(self, name: str) -> Bucket:
         """A bucket of the service; nothing is opened yet."""
-        from airflow_dicom_get.sinks.s3_client import Bucket
+        from airflow_dicom_get.storage.bucket import Bucket
 
         return Bucket(name, self.config)
 
     def get_conn(self) -> Any:
         """A boto3 client of the service."""
-        from airflow_dicom_get.sinks.s3_client import make_client
+        from airflow_dicom_get.storage.bucket import make_client
 
         return make_client(self.config)
 
@@ -304,7 +304,7 @@ def _where(config: S3Config, bucket: str) -> str:
 
 def _try(config: S3Config, name: str) -> Answer:
     """One round trip: what a retrieval needs of a bucket, and no more."""
-    from airflow_dicom_get.sinks.s3_client import Bucket
+    from airflow_dicom_get.storage.bucket import Bucket
 
     where = _where(config, name)
     bucket, content = Bucket(name, config, attempts=1), b"Written by the connection test of airflow-dicom-get.\n"

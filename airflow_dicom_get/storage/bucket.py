@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import S3Error, peer_text
-from airflow_dicom_get.settings import S3Config
 
 REQUESTS_PER_SLOT = 4
 """Requests at a time per ``max_concurrency``: small objects wait for the answer rather than for the line."""
@@ -98,7 +98,7 @@ class Bucket:
         self._made: Any = None
 
     def uri(self, key: str) -> str:
-        """Address of an object, fit for :func:`~airflow_dicom_get.destination.parse_destination`."""
+        """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
 
     def _client(self) -> Any:

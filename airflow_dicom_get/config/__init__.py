@@ -1,0 +1,1 @@
+"""What may be configured: addresses, options, and their checks before any traffic."""

@@ -1,0 +1,1 @@
+"""The manifest: one row per instance of the plan."""

@@ -1,0 +1,23 @@
+"""For notebooks: manifests out of Airflow's REST interface or out of files, a picture of them, and the pixels."""
+
+from airflow_dicom_get.notebook.frames import (
+    HELD,
+    NOT_HELD,
+    latest,
+    load_manifests,
+    overview,
+    read_instances,
+    read_manifest,
+    read_manifests,
+)
+
+__all__ = [
+    "HELD",
+    "NOT_HELD",
+    "latest",
+    "load_manifests",
+    "overview",
+    "read_instances",
+    "read_manifest",
+    "read_manifests",
+]

@@ -1,0 +1,1 @@
+"""What sinks stand on: the calls of the disk, and the S3 client."""
