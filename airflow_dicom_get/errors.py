@@ -9,7 +9,6 @@ UIDs and AE titles may stand in messages; nothing that names a patient may.
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, Literal
 
 Fault = Literal["input", "us", "peer", "source", "destination"]
@@ -38,6 +37,8 @@ class DicomGetError(Exception):
 
     transient: ClassVar[bool] = False
     at_fault: ClassVar[Fault] = "us"
+    word: ClassVar[str] = "error"
+    """The word of :data:`~airflow_dicom_get.vocabulary.REASONS` for a retrieval that this error ended."""
 
     def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
         super().__init__(f"{message} {hint}".strip())
@@ -55,15 +56,6 @@ class DicomGetError(Exception):
         return (_rebuild, (type(self), self.message, self.hint, self.facts))
 
 
-def reason_of(error: DicomGetError) -> str:
-    """One word for an error, as ``Result.reason`` has it: ``connect_failed``, ``deadline``."""
-    if isinstance(error, DeadlineExceeded):
-        return "deadline"
-    if isinstance(error, DestinationFull):
-        return "disk_full"
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
-
-
 def _rebuild(cls: type[DicomGetError], message: str, hint: str, facts: dict[str, Any]) -> DicomGetError:
     return cls(message, hint=hint, **facts)
 
@@ -74,12 +66,14 @@ def _rebuild(cls: type[DicomGetError], message: str, hint: str, facts: dict[str,
 class InvalidOption(DicomGetError, ValueError):
     """An option is malformed, out of range, or contradicts another one."""
 
+    word = "invalid_option"
     at_fault = "input"
 
 
 class InvalidQuery(DicomGetError, ValueError):
     """The query is malformed, selects nothing, or selects more than ``max_studies``."""
 
+    word = "invalid_query"
     at_fault = "input"
 
 
@@ -95,17 +89,21 @@ class PeerError(DicomGetError):
 class ConnectFailed(PeerError):
     """No TCP connection, or no TLS session, could be made."""
 
+    word = "connect_failed"
     transient = True
 
 
 class TlsFailed(ConnectFailed):
     """A certificate or a TLS version is not what one side asks for; ``tls_reason`` has OpenSSL's name for it."""
 
+    word = "tls_failed"
     transient = False
 
 
 class AssociationRejected(PeerError):
     """A-ASSOCIATE-RJ (PS3.8 9.3.4), with ``result``, ``source`` and ``reason`` as received."""
+
+    word = "association_rejected"
 
     @property
     def transient(self) -> bool:  # type: ignore[override]
@@ -115,36 +113,46 @@ class AssociationRejected(PeerError):
 class AssociationAborted(PeerError):
     """The association ended by A-ABORT, A-RELEASE or a lost connection while it was in use."""
 
+    word = "association_lost"
     transient = True
 
 
 class DeadlineExceeded(PeerError):
     """A wait took longer than its deadline; ``phase`` is the name of the deadline, ``seconds`` its value."""
 
+    word = "deadline"
     transient = True
 
 
 class NotNegotiated(PeerError):
     """The peer accepted no presentation context for what was to be done."""
 
+    word = "not_negotiated"
+
 
 class GetNotOffered(NotNegotiated):
     """The peer does not offer C-GET."""
+
+    word = "get_not_offered"
 
 
 class NotAuthorised(PeerError):
     """The peer accepted the association and refused the request: our AE title is probably not allowed to ask."""
 
+    word = "not_authorised"
+
 
 class PeerProtocolError(PeerError):
     """The peer broke the protocol (PS3.7, PS3.8)."""
 
+    word = "peer_protocol_error"
     transient = True
 
 
 class TooMuch(PeerProtocolError):
     """The peer sent more objects or rows than the plan allows for; asking again would bring them again."""
 
+    word = "too_much"
     transient = False
 
 
@@ -154,6 +162,8 @@ class ListTooLong(TooMuch):
 
 class OperationFailed(PeerError):
     """A DIMSE operation ended with a failure status, kept in ``status`` (int)."""
+
+    word = "operation_failed"
 
     @property
     def transient(self) -> bool:  # type: ignore[override]
@@ -167,12 +177,15 @@ class OperationFailed(PeerError):
 class SinkError(DicomGetError):
     """The destination could not take or keep an instance."""
 
+    word = "destination_error"
     at_fault = "destination"
     transient = True
 
 
 class DestinationFull(SinkError):
     """The destination has no room left."""
+
+    word = "destination_full"
 
 
 class DestinationSlow(SinkError):
@@ -205,12 +218,14 @@ class S3Error(SinkError):
 class LedgerError(DicomGetError):
     """A ledger file is broken or of a newer schema. It is left as it is."""
 
+    word = "ledger_error"
     at_fault = "destination"
 
 
 class ManifestError(DicomGetError):
     """A manifest cannot be read, or is not what its reference says."""
 
+    word = "manifest_error"
     at_fault = "input"
 
 
@@ -220,11 +235,13 @@ class ManifestError(DicomGetError):
 class Cancelled(DicomGetError):
     """The run was cancelled by a signal or by ``cancel()``."""
 
+    word = "cancelled"
     at_fault = "us"
 
 
 class IncompleteRetrieval(DicomGetError):
     """A retrieval did not end as ``complete``; ``verdict`` and ``reason`` say how it ended."""
 
+    word = "incomplete"
     at_fault = "source"
     transient = True

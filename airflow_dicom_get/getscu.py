@@ -21,10 +21,10 @@ from airflow_dicom_get.errors import (
     InvalidOption,
     InvalidQuery,
     SinkError,
-    reason_of,
 )
 from airflow_dicom_get.records import Completed, Instance, SubOperation
-from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient, worst
+from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient
+from airflow_dicom_get.vocabulary import weakest, worst
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -582,8 +582,7 @@ class GetScu:
         result.expected = sum(x for x in expected if x is not None) if numbers and None not in expected else None
         deciding = next((n for n in numbers if n.verdict == result.verdict), None)
         result.reason = deciding.reason if deciding else None
-        order = ("none", "list", "list+counts")
-        result.evidence = min((n.evidence for n in numbers), key=order.index, default="none")
+        result.evidence = weakest(n.evidence for n in numbers)
         at = [run.listing.at for run in runs if run.listing is not None]
         result.plan_at = datetime.fromtimestamp(min(at), UTC) if at else None
         result.errors = errors_of(runs, ends, error)
@@ -597,7 +596,7 @@ class GetScu:
         if error is not None:
             cancelled = isinstance(error, Cancelled)
             result.verdict = "cancelled" if cancelled else "failed"
-            result.reason = source.cancel.reason if cancelled else reason_of(error)
+            result.reason = source.cancel.reason if cancelled else error.word
             result.transient = error.transient
         if resume_at is not None or result.reason == "window":
             result.verdict, result.reason = "partial", "window"
@@ -632,7 +631,7 @@ class GetScu:
             result.errors.insert(0, {"error": error.message, "count": 1, "hint": hint})
             if result.verdict == "complete":
                 full = isinstance(error, DestinationFull)
-                result.verdict, result.reason = "partial", "disk_full" if full else "destination_error"
+                result.verdict, result.reason = "partial", "destination_full" if full else "destination_error"
         result.rows = lambda: manifest_table(rows, **described)
 
 

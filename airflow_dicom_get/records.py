@@ -1,44 +1,10 @@
-"""The records that the layers hand to each other: one per instance, one per event.
-
-A leaf module: it imports nothing of the package.
-"""
+"""The records that the layers hand to each other: one per instance, one per event."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-State = Literal["stored", "forwarded", "held", "failed", "missing", "withdrawn", "unexpected", "conflict"]
-Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
-
-REASONS = frozenset(
-    {
-        "not_sent",  # listed, asked for, never sent
-        "refused_by_source",  # the source refuses this UID even when asked for alone, or C-GET altogether
-        "class_refused",  # no presentation context was accepted for its SOP class
-        "syntax_refused",  # none of the offered transfer syntaxes would do
-        "sub_operation_failed",  # the source reported a failed sub-operation
-        "uid_mismatch",  # command, context and data set disagree
-        "not_asked",  # sent, and outside the query
-        "foreign_study",  # belongs to a study that was not asked for
-        "unparsable",  # the data set header cannot be read
-        "empty_dataset",
-        "bad_uid",  # a UID that cannot be a path component
-        "size_changed",  # the stored object no longer has the recorded size or digest
-        "different_content",  # another data set is already stored under this UID
-        "destination_refused",
-        "destination_full",
-        "destination_error",
-        "association_lost",
-        "deadline",
-        "window",
-        "cancelled",
-        "strict_forward",
-        "gone_from_list",  # was listed, is no longer
-        "not_listed",  # was sent, is not listed
-    }
-)
-"""The closed vocabulary of the manifest column ``reason``."""
+from airflow_dicom_get.vocabulary import Exactness, State
 
 
 def object_uri(where: str | None, series: str, sop: str) -> str | None:

@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from html import escape
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.errors import IncompleteRetrieval
+from airflow_dicom_get.vocabulary import (
+    COMPLETE,
+    EMPTY,
+    MAY_PASS,
+    NOT_HELD,
+    UNVERIFIED,
+    Evidence,
+    Verdict,
+    exit_code,
+    is_transient,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from airflow_dicom_get.records import Instance
 
-Verdict = Literal["complete", "partial", "unverified", "empty", "failed", "cancelled"]
-
-COMPLETE: Final = "complete"
-PARTIAL: Final = "partial"
-UNVERIFIED: Final = "unverified"
-EMPTY: Final = "empty"
-FAILED: Final = "failed"
-CANCELLED: Final = "cancelled"
-
-WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPTY, COMPLETE)
-
-EXIT_CODES: Mapping[Verdict, int] = {COMPLETE: 0, FAILED: 1, PARTIAL: 3, UNVERIFIED: 4, EMPTY: 5, CANCELLED: 130}
-"""Exit code of the shell by verdict. Bad usage or input is 2; cancelled by SIGTERM is 143."""
-
-Evidence = Literal["list+counts", "list", "none"]
-
-TRANSIENT_REASONS = frozenset(
-    {
-        "not_sent",
-        "sub_operation_failed",
-        "size_changed",
-        "destination_full",
-        "destination_error",
-        "association_lost",
-        "deadline",
-        "window",
-        "cancelled",
-        "strict_forward",
-    }
-)
-"""Reasons of a row (``records.REASONS``) where trying again can help; with any other it cannot."""
-
-_NOT_HELD = ("failed", "missing", "conflict")
-
-
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst of some verdicts; ``empty`` of none."""
-    return min(verdicts, key=WORST_FIRST.index, default=EMPTY)
-
 
 def any_transient(rows: Iterable[Instance]) -> bool:
     """Whether a row is not held for a reason that may pass."""
-    return any(row.state in _NOT_HELD and (row.reason or "not_sent") in TRANSIENT_REASONS for row in rows)
+    return any(row.state in NOT_HELD and is_transient(row.reason) for row in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +142,7 @@ class Result:
     @property
     def exit_code(self) -> int:
         """Exit code of the shell."""
-        return 143 if self.verdict == CANCELLED and self.reason == "SIGTERM" else EXIT_CODES[self.verdict]
+        return exit_code(self.verdict, self.reason)
 
     def raise_for_verdict(self, accept: Sequence[str] = (COMPLETE,)) -> None:
         """Return if the verdict is one of ``accept``.
@@ -201,7 +173,7 @@ class Result:
         )
 
     def _may_pass(self) -> bool:
-        return self.transient and self.verdict in (PARTIAL, FAILED, CANCELLED)
+        return self.transient and self.verdict in MAY_PASS
 
     def hint(self) -> str:
         """What to do about a verdict that is not ``complete``."""

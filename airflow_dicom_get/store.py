@@ -20,7 +20,7 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import OPTIONS, Options, check_options
 from airflow_dicom_get.errors import Cancelled, DicomGetError, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.records import Completed, Instance, SubOperation
-from airflow_dicom_get.result import CANCELLED, COMPLETE, FAILED, PARTIAL, Result, Verdict, any_transient
+from airflow_dicom_get.result import Result, any_transient
 from airflow_dicom_get.sinks.objects import (
     Opened,
     StoredObject,
@@ -30,6 +30,7 @@ from airflow_dicom_get.sinks.objects import (
     objects_of,
     open_object,
 )
+from airflow_dicom_get.vocabulary import CANCELLED, COMPLETE, DONE, FAILED, HELD, PARTIAL, Verdict
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
@@ -43,7 +44,6 @@ _BACKOFF, _MAX_BACKOFF = 0.5, 30.0
 _BUSY_TRIES = 3
 """How often an instance is sent to a destination that says it is out of resources."""
 _MOST_ERRORS = 10
-_HELD = ("forwarded", "held")
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -343,7 +343,7 @@ class _Run:
         instance = opened.instance
         with self._mutex:
             record = self.rows.setdefault(instance.sop, instance)
-        if record.state in (*_HELD, "conflict"):
+        if record.state in DONE:
             record = instance  # a second object of the same instance: judged by the sink, beside the first one's row
         else:
             _fill(record, instance)
@@ -477,7 +477,7 @@ class _Run:
     def result(self, node: str) -> Result:
         """The numbers, and the verdict that they make."""
         rows = list(self.rows.values())
-        held = [x for x in rows if x.state in _HELD]
+        held = [x for x in rows if x.state in HELD]
         seconds = self._events.elapsed()
         verdict, reason = self._verdict(rows, len(held))
         return Result(
@@ -507,9 +507,9 @@ class _Run:
             return CANCELLED, self.cancel.reason
         if held == len(rows) and self._error is None:
             return (PARTIAL, "unusable_files") if self.unusable else (COMPLETE, None)
-        reasons = Counter(x.reason for x in rows if x.state not in _HELD and x.reason)
+        reasons = Counter(x.reason for x in rows if x.state not in HELD and x.reason)
         reason = "strict_forward" if self._stopped else reasons.most_common(1)[0][0] if reasons else None
-        return (PARTIAL if held else FAILED), reason or type(self._error).__name__
+        return (PARTIAL if held else FAILED), reason or (self._error.word if self._error is not None else None)
 
     def _errors(self, rows: list[Instance]) -> list[dict[str, Any]]:
         out: list[dict[str, Any]] = []
@@ -518,7 +518,7 @@ class _Run:
         if self.unusable:
             hint = "For example: " + "; ".join(f"{name} {why}" for name, why in self.unusable[:3])
             out.append({"error": "not an instance that can be stored", "count": len(self.unusable), "hint": hint})
-        failed = Counter((x.reason, x.error) for x in rows if x.state not in _HELD and x.error)
+        failed = Counter((x.reason, x.error) for x in rows if x.state not in HELD and x.error)
         for (reason, text), count in failed.most_common(_MOST_ERRORS):
             out.append({"error": f"{reason}: {text}", "count": count, "hint": ""})
         return out[:_MOST_ERRORS]

@@ -37,6 +37,7 @@ from airflow_dicom_get.sinks.objects import (
     open_object,
     rows_of,
 )
+from airflow_dicom_get.vocabulary import COMPLETE, PARTIAL, PRESENT, UNVERIFIED
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -50,7 +51,6 @@ DIFFERENT: Final = "*"
 UNREADABLE: Final = "!"
 Symbol = Literal["=", "+", "-", "*", "!"]
 
-_CLAIMED = ("stored", "held", "forwarded", "unexpected")
 _READERS = 4
 _SHOWN = 10
 """Differences shown in a notebook; ``frame()`` has all."""
@@ -287,7 +287,7 @@ class _Verify:
                 continue
             item = self._item(row)
             item.in_manifest = True
-            if row.state in _CLAIMED:
+            if row.state in PRESENT:
                 item.size, item.sha256 = row.bytes, row.sha256
                 if row.uri and self.place is None:
                     item.item = object_at(row.uri, self.s3, self._buckets)
@@ -365,7 +365,7 @@ class _Verify:
     def _ask_where_forwarded(self) -> None:
         forwarded: dict[str, list[Instance]] = {}
         for item in self.items.values():
-            if item.item is None and item.row.forwarded_to and item.row.state in _CLAIMED:
+            if item.item is None and item.row.forwarded_to and item.row.state in PRESENT:
                 forwarded.setdefault(item.row.forwarded_to, []).append(item.row)
         for node, rows in forwarded.items():
             self._ask(Node.parse(node, "forwarded_to"), list(dict.fromkeys(row.study for row in rows)), rows)
@@ -524,7 +524,7 @@ class _Verify:
             "source": str(self.options.addr) if self.options.addr != _NOBODY else "",
             "destination": str(self.place) if self.place is not None else "",
         }
-        verdict = "complete" if found.same else "partial" if found.differences else "unverified"
+        verdict = COMPLETE if found.same else PARTIAL if found.differences else UNVERIFIED
         try:
             found.manifest_uri = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),

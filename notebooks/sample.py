@@ -22,9 +22,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from airflow_dicom_get.manifest.files import manifest_rows, write_manifest
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.result import COMPLETE, FAILED, PARTIAL
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import make_uid
+from airflow_dicom_get.vocabulary import COMPLETE, FAILED, PARTIAL
 
 _KEPT: list[object] = []
 """Folders and servers that live as long as the kernel."""

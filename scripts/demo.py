@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from airflow_dicom_get.manifest.files import metadata_of, read_table
-from airflow_dicom_get.result import worst
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
+from airflow_dicom_get.vocabulary import worst
 
 HELD = {"stored", "held"}
 HEAD = 8

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from airflow_dicom_get import errors, getscu, result  # noqa: E402
+from airflow_dicom_get import errors, getscu  # noqa: E402
 from airflow_dicom_get.cli.main import build_parser  # noqa: E402
 from airflow_dicom_get.config.options import OPTIONS  # noqa: E402
 from airflow_dicom_get.dicom import status, syntaxes  # noqa: E402
@@ -29,7 +29,7 @@ from airflow_dicom_get.engine import find, listing, resolve  # noqa: E402
 from airflow_dicom_get.get_provider_info import get_provider_info  # noqa: E402
 from airflow_dicom_get.manifest import files as schema_of_manifest  # noqa: E402
 from airflow_dicom_get.net import association  # noqa: E402
-from airflow_dicom_get.records import REASONS  # noqa: E402
+from airflow_dicom_get.vocabulary import CANCELLED, EXIT_CODES, REASONS, VERDICTS  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -171,23 +171,14 @@ def operators() -> str:
 
 # --- what is proven --------------------------------------------------------------------------------
 
-_VERDICTS = {
-    "complete": "all that the PACS lists is held and verified, and two lists in a row agree",
-    "partial": "something of the scope is held, something is not; `reason` says why",
-    "unverified": "all that was sent is held, but there is no list, or the PACS contradicts its own list",
-    "empty": "the query matched nothing",
-    "failed": "nothing of the scope is held",
-    "cancelled": "ended by a signal or by `cancel()`",
-}
-
 
 def verdicts() -> str:
     """Verdicts and exit statuses."""
     return rows(
         ("verdict", "means", "exit status"),
         (
-            (code(name), _VERDICTS[name], f"{number}; 143 for SIGTERM" if name == "cancelled" else number)
-            for name, number in result.EXIT_CODES.items()
+            (code(name), VERDICTS[name], f"{number}; 143 for SIGTERM" if name == CANCELLED else number)
+            for name, number in EXIT_CODES.items()
         ),
     )
 
@@ -230,99 +221,15 @@ def manifest_columns() -> str:
 
 # --- troubleshooting -------------------------------------------------------------------------------
 
-_REASONS = {
-    "not_sent": (
-        "It is listed, was asked for, and never came, though the PACS reported no failure.",
-        "Run again. If it stays so, ask the PACS admin whether the instance can be read there.",
-    ),
-    "refused_by_source": (
-        "The PACS refuses this UID even when it is asked for alone, or refuses C-GET altogether.",
-        "Ask the PACS admin; the file behind the entry is often gone or damaged.",
-    ),
-    "class_refused": (
-        "The PACS accepts no presentation context for its SOP class.",
-        "Ask the PACS admin to enable the SOP class, in the role of sender, for our AE title.",
-    ),
-    "syntax_refused": (
-        "None of the transfer syntaxes offered would do, or `require_exact` refused an encoding that the PACS chose.",
-        "Widen `transfer_syntaxes`, or leave `require_exact` out.",
-    ),
-    "sub_operation_failed": (
-        "The PACS reported a failed sub-operation for it.",
-        "Look into the log of the PACS. Often a compressed instance that it cannot send as it is.",
-    ),
-    "uid_mismatch": (
-        "Command, presentation context, data set and list name different instances or classes.",
-        "Ask the PACS admin: it may rewrite UIDs on the way, or its index may be wrong.",
-    ),
-    "not_asked": (
-        "It was sent, and lies outside what was asked for. It was not stored.",
-        "Nothing is missing for it. A PACS that does so ignores keys of the request.",
-    ),
-    "foreign_study": (
-        "It was sent, and belongs to another study. It was not stored.",
-        "Tell the PACS admin: its index mixes studies.",
-    ),
-    "unparsable": (
-        "The header of the data set cannot be read in the transfer syntax that it came in.",
-        "Ask the PACS admin to look at the file.",
-    ),
-    "empty_dataset": ("It came without a data set.", "Ask the PACS admin to look at the file."),
-    "bad_uid": (
-        "One of its UIDs is none, so that no file may be named by it.",
-        "Only the PACS can mend that; the instance has to be corrected there.",
-    ),
-    "size_changed": (
-        "What lies at the destination has no longer the size or digest that was recorded.",
-        "Run again: it is fetched anew. Find out what writes there.",
-    ),
-    "different_content": (
-        "Another data set lies under this UID already. It was left as it is.",
-        "Compare the two. Move the stored file away to take what the PACS sends.",
-    ),
-    "destination_refused": (
-        "The node it was to go on to refused it.",
-        "See `forward_error`: the node may not take the SOP class or transfer syntax, or not this data set.",
-    ),
-    "destination_full": ("The destination has no room left.", "Make room and run again."),
-    "destination_error": (
-        "The destination could not take or keep it.",
-        "See `error`; check permissions, mount, network and credentials of the destination.",
-    ),
-    "association_lost": (
-        "The association ended before it came, also when tried again.",
-        "Run again. If it is always the same instance, the PACS fails on it: ask its admin.",
-    ),
-    "deadline": (
-        "A deadline passed before it came; the error beside it names which.",
-        "Raise that deadline if the PACS needs longer, and run again.",
-    ),
-    "window": ("The hours in which the PACS may be used were over.", "Run again within them; `resume_at` says when."),
-    "cancelled": ("The retrieval was cancelled before it came.", "Run again."),
-    "strict_forward": (
-        "`strict_forward` ended the retrieval at an instance before it that the destination refused.",
-        "Mend what that one's `forward_error` says, and run again.",
-    ),
-    "gone_from_list": (
-        "The PACS listed it before, and does not any more. What is held of it stays.",
-        "Nothing. Studies are corrected, and instances rejected or moved, after they were sent.",
-    ),
-    "not_listed": (
-        "It came, and the PACS does not list it. It is stored.",
-        "Nothing, unless the verdict is `unverified`: then the list of the PACS may be cut.",
-    ),
-}
-
 
 def reasons() -> str:
     """Every word of the column ``reason``."""
-    if missing := REASONS ^ _REASONS.keys():
-        raise KeyError(f"doc_tables.py does not say what to do about these reasons, or knows too many: {missing}")
     return rows(
         ("reason", "means", "another try", "what to do"),
         (
-            (code(name), means, "helps" if name in result.TRANSIENT_REASONS else "", todo)
-            for name, (means, todo) in _REASONS.items()
+            (code(word), reason.text, "helps" if reason.transient else "", reason.advice)
+            for word, reason in REASONS.items()
+            if reason.of == "row"
         ),
     )
 

@@ -172,14 +172,14 @@ class TestListedAndNotSent:
     def test_scripted(self, get: Get, peer: Any) -> None:
         pacs = peer("find_lists_more")
         ended = get(node_of(pacs), pacs.study_uid)
-        assert_end(ended, 3, "partial (missing)", "8 of 9 instances listed are held, 1 missing", "did not send it")
+        assert_end(ended, 3, "partial (not_sent)", "8 of 9 instances listed are held, 1 missing", "did not send it")
         (row,) = ended.not_held()
         assert (row["state"], row["reason"], row["uri"]) == ("missing", "not_sent", None)
 
     def test_embedded(self, get: Get, embedded: Any, ct: Holding) -> None:
         hidden = sorted(ct.entries)[7]
         ended = get(node_of(embedded(ct.folder, hide=[hidden])), ct.study)
-        assert_end(ended, 3, "partial (missing)", "39 of 40 instances listed are held, 1 missing", "did not send it")
+        assert_end(ended, 3, "partial (not_sent)", "39 of 40 instances listed are held, 1 missing", "did not send it")
         assert [row["sop_instance_uid"] for row in ended.not_held()] == [hidden]
 
     @pytest.mark.dcmtk
@@ -217,13 +217,13 @@ class TestNothingSent:
         pacs = peer(mode)
         ended = get(node_of(pacs), pacs.study_uid)
         text = "0 of 8 instances listed are held, 8 missing"
-        assert_end(ended, 1, "failed (missing)", text, "The source ended with 0000H (success) and did not send it")
+        assert_end(ended, 1, "failed (not_sent)", text, "The source ended with 0000H (success) and did not send it")
         assert ended.states() == {"missing": 8}
 
     def test_of_half_of_it(self, get: Get, peer: Any) -> None:
         pacs = peer("success_partial")
         ended = get(node_of(pacs), pacs.study_uid)
-        assert_end(ended, 3, "partial (missing)", "4 of 8 instances listed are held, 4 missing", "4 × not_sent")
+        assert_end(ended, 3, "partial (not_sent)", "4 of 8 instances listed are held, 4 missing", "4 × not_sent")
 
 
 # --- no list, no study, no association -----------------------------------------------------------------------
@@ -245,7 +245,7 @@ class TestNoFind:
         with Orthanc(tmp_path / "server", DicomAlwaysAllowFind=False) as server:
             ended = get(server.node, "1.2.3", *NO_RETRY)
         text = "ended it when the C-FIND was asked for. If it always does so, our AE title is probably not allowed"
-        assert_end(ended, 1, "failed (association_aborted)", "nothing was retrieved", text)
+        assert_end(ended, 1, "failed (association_lost)", "nothing was retrieved", text)
 
 
 class TestUnknownStudy:

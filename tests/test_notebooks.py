@@ -20,9 +20,10 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import manifest_table, write_manifest
 from airflow_dicom_get.notebook import latest, read_instances, read_manifests
-from airflow_dicom_get.records import Instance, State
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, make_uid
+from airflow_dicom_get.vocabulary import State
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from notebooks import NAMED, execute
@@ -40,7 +41,7 @@ EXPECTED = {
     """,
     "02_complete_or_not": """
         assert len(missing) == 20
-        assert set(missing.loc[~missing["reason"].isin(TRANSIENT_REASONS), "reason"]) == {"class_refused"}
+        assert set(missing.loc[~missing["reason"].map(is_transient), "reason"]) == {"class_refused"}
         # A frame of the list is what the next get takes: just these rows.
         from airflow_dicom_get.engine.retry import scopes_of
         for source, rows in retry_list.items():

@@ -325,7 +325,7 @@ def test_a_full_disk_ends_the_run_in_order_and_it_goes_on_after_room_is_made(tmp
     together = {"associations": associations, "max_associations": 4}
     with MisbehavingPacs(series=4, instances=25, size=1 << 20) as pacs, tmpfs(tmp_path, "80m") as disk:
         result = retrieve(pacs.port, pacs.study_uid, disk, **together)
-        assert (result.verdict, result.reason) == ("partial", "disk_full")
+        assert (result.verdict, result.reason) == ("partial", "destination_full")
         assert 60 < result.completed < 80
         assert result.transient
         assert any("No space left" in e["error"] for e in result.errors), result.errors
@@ -340,7 +340,7 @@ def test_a_full_disk_ends_the_run_in_order_and_it_goes_on_after_room_is_made(tmp
         before = pacs.sent
         result = retrieve(pacs.port, pacs.study_uid, disk, **together)
         assert result.verdict in ("partial", "failed")
-        assert result.reason == "disk_full"
+        assert result.reason == "destination_full"
         assert not (pacs.sent - before)
         subprocess.run(["mount", "-o", "remount,size=250m", str(disk)], check=True)
         before = pacs.sent

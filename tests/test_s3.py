@@ -426,7 +426,7 @@ class TestBeforeAnyTraffic:
     def _fails(self, config: dict[str, Any], *words: str, bucket: str = BUCKET, transient: bool = False) -> None:
         scu = GetScu(self.PACS, destination=f"s3://{bucket}/x", s3_config=config)
         result = scu.get_study({"StudyInstanceUID": "1.2.3"})
-        assert (result.verdict, result.reason, result.transient) == ("failed", "s3error", transient)
+        assert (result.verdict, result.reason, result.transient) == ("failed", "destination_error", transient)
         text = " ".join(f"{e['error']} {e['hint']}" for e in result.errors)
         for word in (f"s3://{bucket}", *words):
             assert word in text, text

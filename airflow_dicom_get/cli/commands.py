@@ -26,7 +26,7 @@ from airflow_dicom_get.config.options import (
 )
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.query import parse_query
-from airflow_dicom_get.result import COMPLETE, EMPTY, worst
+from airflow_dicom_get.vocabulary import COMPLETE, EMPTY, worst
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

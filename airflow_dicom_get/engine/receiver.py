@@ -14,8 +14,9 @@ from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.net.get import StoreRequest
-from airflow_dicom_get.records import Exactness, Instance
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Taken, Writer
+from airflow_dicom_get.vocabulary import MAYBE_CONVERTED, TRIED_IN_VAIN, Exactness
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study import StudyRun
@@ -155,7 +156,7 @@ class Receiver:
             return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside what was asked for.")
         if instance is None:
             instance = self._run.unlisted(sys.intern(series), sop, request.sop_class)
-        elif instance.state is not None and instance.state not in ("failed", "missing"):
+        elif instance.state is not None and instance.state not in TRIED_IN_VAIN:
             # Sent twice, or held before: judged by the sink, without touching the first one's record.
             instance = Instance(study, instance.series, sop, request.sop_class)
         instance.sop_class = request.sop_class
@@ -169,7 +170,7 @@ class Receiver:
         if self._run.tag_numbers:
             instance.tags = self._run.decode_tags(values, request.syntax)
         self._instance = instance
-        if self._run.require_exact and instance.exactness in ("peer_choice", "converted"):
+        if self._run.require_exact and instance.exactness in MAYBE_CONVERTED:
             return self._refuse(
                 s.MISMATCH, "syntax_refused", "Its encoding may not be the stored one, and require_exact is set."
             )

@@ -7,8 +7,7 @@ from typing import Any
 
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.errors import InvalidQuery
-
-_DONE = ("stored", "held", "forwarded", "withdrawn", "unexpected")
+from airflow_dicom_get.vocabulary import HELD, OUTSIDE_LIST
 
 
 def names_changes(manifest: Any, s3: Mapping[str, Any]) -> bool:
@@ -51,7 +50,7 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
     studies: dict[str, tuple[set[str], set[str]]] = {}
     for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
-        if state in _DONE:
+        if state in HELD | OUTSIDE_LIST:
             continue
         if not all(isinstance(uid, str) and is_uid(uid) for uid in (study, series, sop)):
             raise InvalidQuery("A row of the manifest has no valid UIDs.", hint="Was it written by this program?")

@@ -15,6 +15,7 @@ from airflow_dicom_get.engine.contexts import ROOM, likely_classes, other_classe
 from airflow_dicom_get.engine.worker import MAX_LIST, Request, lists_of
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.vocabulary import SOURCE_REFUSED
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study import StudyRun
@@ -137,7 +138,7 @@ def contexts_for(run: StudyRun, targets: Sequence[Instance]) -> Iterator[tuple[l
 
 def singly(run: StudyRun, left: Sequence[Instance]) -> Passes:
     """A few that lists did not bring, each alone."""
-    targets = [x for x in left if x.reason not in ("class_refused", "refused_by_source")]
+    targets = [x for x in left if x.reason not in SOURCE_REFUSED]
     if len(targets) <= _ASK_SINGLY:
         for proposals, part in contexts_for(run, targets):
             yield proposals, lists_of(_todo(run, part), 1)

@@ -22,6 +22,7 @@ from airflow_dicom_get.engine.worker import Pass, Request, lists_of
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Held, Sink, Taken
+from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, LOCAL_REASONS
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +30,8 @@ _UNPLANNED = 200_000
 """Objects that one C-GET may bring where there is no plan."""
 MAX_ROUNDS = 8
 """Rounds of list and get before a study counts as still growing."""
-_LOCAL = frozenset(
-    {
-        "uid_mismatch",
-        "bad_uid",
-        "unparsable",
-        "empty_dataset",
-        "different_content",
-        "destination_full",
-        "destination_error",
-        "destination_refused",
-    }
-)
-"""Reasons that asking in another way does not mend."""
 _MOST_REFUSED = 10
 """Instances in a row that the destination may fail to take before the source is left alone."""
-_KILLERS = frozenset({"association_lost", "deadline"})
-"""Reasons of an instance that was asked for alone and took the association with it."""
 
 
 @dataclass(slots=True)
@@ -137,11 +123,11 @@ class StudyRun:
 
     def is_done(self, instance: Instance) -> bool:
         """Whether nothing more is to be asked for this instance."""
-        return instance.state in ("stored", "forwarded", "held", "conflict")
+        return instance.state in DONE
 
     def refused_here(self, instance: Instance) -> bool:
         """Whether we refused it in this round, for a reason that asking again does not mend."""
-        return instance.attempt == self.rounds and instance.reason in _LOCAL
+        return instance.attempt == self.rounds and instance.reason in LOCAL_REASONS
 
     def failed(self, instance: Instance, reason: str, error: str) -> None:
         """Mark an instance that did not come."""
@@ -176,7 +162,7 @@ class StudyRun:
             record.attempt = self.rounds
         self.events.arrived(record, uid, taken.error or taken.reason, 0, new=False)
         if taken.reason == "destination_full":
-            self.stop("disk_full")
+            self.stop("destination_full")
         elif self.settings.strict_forward and record.forward_status == "error":
             self.stop("strict_forward")
         elif taken.reason == "destination_error" and record.forward_status is None:
@@ -316,7 +302,7 @@ class StudyRun:
     def _fetch(self, missing: Sequence[Instance]) -> None:
         """Ask for these in one way after the other, each only for what is then still missing."""
         for number, (name, way) in enumerate(WAYS):
-            settled = _LOCAL if number == 0 else _LOCAL | _KILLERS
+            settled = LOCAL_REASONS if number == 0 else LOCAL_REASONS | FATAL_REASONS
             left = [x for x in missing if not self.is_done(x) and x.reason not in settled]
             if number == 1 and any(x.reason == "not_sent" for x in left):
                 # The source left them out and called it well: are they still there?

@@ -14,25 +14,26 @@ from airflow_dicom_get.errors import (
     DestinationFull,
     NotAuthorised,
     NotNegotiated,
-    reason_of,
 )
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.result import (
+from airflow_dicom_get.result import StudyResult
+from airflow_dicom_get.vocabulary import (
     CANCELLED,
     COMPLETE,
     EMPTY,
     FAILED,
+    HELD,
+    OUTSIDE_LIST,
     PARTIAL,
+    RECEIVED,
+    STOPS,
     UNVERIFIED,
     Evidence,
-    StudyResult,
     Verdict,
 )
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study import StudyRun
-
-_HELD = ("stored", "forwarded", "held")
 
 
 @dataclass(slots=True)
@@ -47,8 +48,8 @@ def judge(run: StudyRun) -> StudyEnd:
     """Settle the state of every row and count."""
     listing = run.listing
     rows = list(_settled(run))
-    scope = [x for x in rows if x.state not in ("withdrawn", "unexpected")]
-    held = [x for x in scope if x.state in _HELD]
+    scope = [x for x in rows if x.state not in OUTSIDE_LIST]
+    held = [x for x in scope if x.state in HELD]
     conflicts = sum(x.state == "conflict" for x in scope)
     withdrawn = sum(x.state == "withdrawn" for x in rows)
     unexpected = sum(x.state == "unexpected" for x in rows)
@@ -68,7 +69,7 @@ def judge(run: StudyRun) -> StudyEnd:
         withdrawn=withdrawn,
         unexpected=unexpected,
         conflicts=conflicts,
-        bytes=sum(x.bytes or 0 for x in rows if x.state in ("stored", "forwarded", "unexpected")),
+        bytes=sum(x.bytes or 0 for x in rows if x.state in RECEIVED),
         evidence=_evidence(run),
         plan_at=datetime.fromtimestamp(listing.at, UTC) if listing is not None else None,
     )
@@ -94,9 +95,7 @@ def _settled(run: StudyRun) -> Iterator[Instance]:
 
 def _why_untried(run: StudyRun) -> str:
     """Why nothing became of a listed instance."""
-    if run.stop_reason == "disk_full":
-        return "destination_full"
-    if run.stop_reason in ("window", "strict_forward", "destination_error"):
+    if run.stop_reason is not None and run.stop_reason in STOPS:
         return run.stop_reason
     for error in run.errors:
         if isinstance(error, Cancelled):
@@ -159,9 +158,8 @@ def _reason(run: StudyRun, scope: list[Instance]) -> str | None:
     if run.still_growing():
         return "still_growing"
     if run.errors and not run.rounds:
-        return reason_of(run.errors[0])
-    reasons = Counter(x.reason for x in scope if x.state not in _HELD and x.reason)
+        return run.errors[0].word
+    reasons = Counter(x.reason for x in scope if x.state not in HELD and x.reason)
     if reasons:
-        most = reasons.most_common(1)[0][0]
-        return {"not_sent": "missing", "destination_full": "disk_full"}.get(most, most)
-    return reason_of(run.errors[0]) if run.errors else "missing"
+        return reasons.most_common(1)[0][0]
+    return run.errors[0].word if run.errors else "not_sent"

@@ -31,7 +31,7 @@ from airflow_dicom_get.config.destination import (
     parse_destination,
 )
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
-from airflow_dicom_get.result import UNVERIFIED, Verdict, worst
+from airflow_dicom_get.vocabulary import UNVERIFIED, Evidence, Verdict, weakest, worst
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -721,8 +721,7 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None,
     facts = [metadata_of(table) for table in tables]
     # A DataFrame may have lost its metadata on the way: nothing is proven then.
     verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
-    strength = ("none", "list", "list+counts")
-    evidence = min((fact.get("evidence", "none") for fact in facts), key=strength.index, default="none")
+    evidence = weakest(cast(Evidence, fact.get("evidence", "none")) for fact in facts)
     name = run or run_name()
     place = _place_of(to)
     if isinstance(place, S3Destination):

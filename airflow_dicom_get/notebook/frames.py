@@ -17,6 +17,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest import files as _manifest
+from airflow_dicom_get.vocabulary import FETCHED, HELD, NOT_HELD
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,11 +37,6 @@ __all__ = [
     "read_manifest",
     "read_manifests",
 ]
-
-HELD = ("stored", "forwarded", "held")
-"""States of the instances that are at the destination."""
-NOT_HELD = ("failed", "missing", "conflict")
-"""States of the instances that are listed and not at the destination."""
 
 _PAGE = 100
 _SECONDS = 60.0
@@ -411,7 +407,7 @@ def _draw_modalities(axes: Any, held: DataFrame, bad: DataFrame) -> None:
 def _draw_arrival(axes: Any, frame: DataFrame) -> None:
     """By day, or within one where there is only one."""
     came = frame.dropna(subset=["received_at"])
-    came = came[came["state"].isin(("stored", "forwarded")) & came["bytes"].notna()].sort_values("received_at")
+    came = came[came["state"].isin(FETCHED) & came["bytes"].notna()].sort_values("received_at")
     axes.set_title("Received by day (UTC)")
     if not len(came):
         _say(axes, "Nothing came: it was there before, or is missing.")

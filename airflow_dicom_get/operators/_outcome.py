@@ -10,10 +10,10 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval
-from airflow_dicom_get.result import CANCELLED, EMPTY, WORST_FIRST, Evidence, Result, worst
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import ACCEPTABLE, CANCELLED, EMPTY, weakest, worst
 
 MAX_ERRORS = 10
-ACCEPTABLE = tuple(verdict for verdict in reversed(WORST_FIRST) if verdict != CANCELLED)
 
 _SUMS = (
     "total",
@@ -27,7 +27,6 @@ _SUMS = (
     "bytes",
     "associations",
 )
-_WEAKEST_FIRST: tuple[Evidence, ...] = ("none", "list", "list+counts")
 
 
 def check_accept(accept: Any) -> tuple[str, ...]:
@@ -44,7 +43,7 @@ def merge(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return results[0]
     if not results:
-        return Result(verdict=EMPTY, reason="nothing was asked for")
+        return Result(verdict=EMPTY, reason="nothing_asked")
     verdict = worst(result.verdict for result in results)
     decisive = [result for result in results if result.verdict == verdict]
     expected = [result.expected for result in results]
@@ -61,7 +60,7 @@ def merge(results: Sequence[Result]) -> Result:
         rounds=max(result.rounds for result in results),
         # What is complete is so as of the oldest of the lists.
         plan_at=min((result.plan_at for result in results if result.plan_at), default=None),
-        evidence=min((result.evidence for result in results), key=_WEAKEST_FIRST.index),
+        evidence=weakest(result.evidence for result in results),
         resume_at=min((result.resume_at for result in results if result.resume_at), default=None),
         errors=_merge_errors(error for result in results for error in result.errors),
         node=results[0].node,

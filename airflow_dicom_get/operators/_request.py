@@ -8,10 +8,10 @@ from typing import Any
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.vocabulary import OUTSIDE_LIST
 
 Query = dict[str, Any]
 
-_NOT_THERE = ("withdrawn", "unexpected")
 """States of instances that the source did not list, and so will not list now."""
 
 
@@ -104,7 +104,7 @@ def manifest_queries(tables: Sequence[Any]) -> list[Query]:
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
     for table in tables:
         for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
-            if state not in _NOT_THERE:
+            if state not in OUTSIDE_LIST:
                 of_series, of_instances = studies.setdefault(study, ({}, {}))
                 of_series[series] = of_instances[sop] = None
     return [

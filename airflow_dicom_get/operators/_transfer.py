@@ -17,7 +17,8 @@ from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.result import CANCELLED, Result
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import CANCELLED
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

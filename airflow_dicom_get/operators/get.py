@@ -16,7 +16,8 @@ from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._request import Query, manifest_queries, study_queries
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
-from airflow_dicom_get.result import CANCELLED, Result
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import CANCELLED
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

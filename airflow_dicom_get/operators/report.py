@@ -11,10 +11,7 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.result import COMPLETE, FAILED, WORST_FIRST, Verdict, worst
-
-_HELD = ("stored", "held", "forwarded")
-_NOT_HELD = ("failed", "missing", "conflict")
+from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ def sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[A
     from airflow_dicom_get.manifest.files import load_manifests
 
     frame = load_manifests(manifests)
-    not_held = frame[frame["state"].isin(_NOT_HELD)]
+    not_held = frame[frame["state"].isin(NOT_HELD)]
     silent = tasks - len(summaries)
     verdicts: Counter[Verdict] = Counter(summary["verdict"] for summary in summaries)
     return {
@@ -71,7 +68,7 @@ def sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[A
         "studies": int(frame["study_instance_uid"].nunique()),
         "series": int(frame["series_instance_uid"].nunique()),
         "instances": len(frame),
-        "held": int(frame["state"].isin(_HELD).sum()),
+        "held": int(frame["state"].isin(HELD).sum()),
         "bytes": int(frame["bytes"].fillna(0).sum()),
         "reasons": {str(reason): int(count) for reason, count in not_held["reason"].value_counts().items()},
         "manifests": [summary["manifest_uri"] for summary in summaries],

@@ -18,7 +18,8 @@ from airflow_dicom_get.operators._manifests import connection_of, load_given, on
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._redaction import shown_manifest
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
-from airflow_dicom_get.result import CANCELLED, FAILED, PARTIAL, Result
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import CANCELLED, FAILED, PARTIAL
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

@@ -27,7 +27,8 @@ from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_study
 from airflow_dicom_get.operators._request import study_uids
 from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.result import COMPLETE, PARTIAL, UNVERIFIED, Result, Verdict
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import COMPLETE, PARTIAL, UNVERIFIED, Verdict
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from airflow_dicom_get.plugins.database import Retrieval
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY
-from airflow_dicom_get.result import COMPLETE, EMPTY
+from airflow_dicom_get.vocabulary import COMPLETE, EMPTY
 
 WIDTH, LEFT, RIGHT = 960, 64, 8
 SPEED_TOP, SPEED_HEIGHT = 24, 84

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.vocabulary import NOT_HELD, OUTSIDE_LIST
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 MAX_ROWS = 500
 """Instances shown on a page; the file for download holds all."""
 
-NOT_HELD = ("failed", "missing", "conflict")
-REMARKED = ("withdrawn", "unexpected")
 
 _SHOWN = (
     "series_instance_uid",
@@ -117,7 +116,7 @@ def contents_of(table: pa.Table) -> Contents:
     bad = _where(table, NOT_HELD)
     contents.not_held_count, contents.not_held = bad.num_rows, _rows(bad)
     contents.reasons = _reasons(bad)
-    odd = _where(table, REMARKED)
+    odd = _where(table, OUTSIDE_LIST)
     contents.remarked_count, contents.remarked = odd.num_rows, _rows(odd)
     series = _series(table)
     contents.series_count, contents.series = len(series), series[:MAX_ROWS]
@@ -125,7 +124,7 @@ def contents_of(table: pa.Table) -> Contents:
     return contents
 
 
-def _where(table: pa.Table, states: tuple[str, ...]) -> pa.Table:
+def _where(table: pa.Table, states: Collection[str]) -> pa.Table:
     from functools import reduce
     from operator import or_
 
@@ -154,7 +153,7 @@ def _series(table: pa.Table) -> list[Series]:
         one = found.setdefault((study, uid), Series(study, uid, row["modality"], row["series_number"]))
         if row["state"] in NOT_HELD:
             one.not_held += row["count_all"]
-        elif row["state"] not in REMARKED:
+        elif row["state"] not in OUTSIDE_LIST:
             one.held += row["count_all"]
             one.bytes += row["bytes_sum"] or 0
     return sorted(found.values(), key=lambda one: (not one.not_held, one.study, one.number or 0, one.uid))

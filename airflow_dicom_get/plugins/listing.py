@@ -14,7 +14,7 @@ from airflow_dicom_get.plugins import database
 from airflow_dicom_get.plugins.chart import Chart, chart_of
 from airflow_dicom_get.plugins.database import Retrieval, Task
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, INCOMPLETE, LIVE, OUTCOMES
-from airflow_dicom_get.result import COMPLETE, EMPTY
+from airflow_dicom_get.vocabulary import COMPLETE, EMPTY
 
 PAGE_ROWS = 50
 CHOICES = (INCOMPLETE, *OUTCOMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from airflow_dicom_get.result import CANCELLED, COMPLETE, EMPTY, FAILED, PARTIAL, UNVERIFIED
+from airflow_dicom_get.vocabulary import CANCELLED, COMPLETE, EMPTY, FAILED, PARTIAL, UNVERIFIED
 
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
@@ -45,31 +45,3 @@ def outcome_of(state: str | None, verdict: str | None) -> str:
     if state not in _ENDED_STATES:
         return WAITING
     return verdict if verdict is not None and verdict in OUTCOMES else NONE
-
-
-REASONS: Mapping[str, str] = {
-    "not_sent": "Listed and asked for, but the PACS did not send it.",
-    "refused_by_source": "The PACS refuses it even when it is asked for alone.",
-    "class_refused": "The PACS accepted no presentation context for its SOP class.",
-    "syntax_refused": "None of the transfer syntaxes offered would do.",
-    "sub_operation_failed": "The PACS reported that sending it failed.",
-    "uid_mismatch": "The PACS sent it under a UID that is not the one in the data set.",
-    "not_asked": "Sent, though it was not asked for.",
-    "foreign_study": "Sent, though it belongs to another study.",
-    "unparsable": "The beginning of its data set cannot be read.",
-    "empty_dataset": "Its data set is empty.",
-    "bad_uid": "Its UID cannot be part of a path.",
-    "size_changed": "What is stored no longer has the size or digest that was recorded.",
-    "different_content": "Another data set is stored under this UID already.",
-    "destination_refused": "The destination refused it.",
-    "destination_full": "The destination is full.",
-    "destination_error": "The destination failed.",
-    "association_lost": "The connection to the PACS broke.",
-    "deadline": "It took longer than allowed.",
-    "window": "The hours of the PACS were over.",
-    "cancelled": "The retrieval was ended from outside.",
-    "strict_forward": "The retrieval ended at an instance that the destination refused.",
-    "gone_from_list": "The PACS listed it, and lists it no longer.",
-    "not_listed": "Sent, though the PACS does not list it.",
-}
-"""The reasons of manifest rows, for people."""

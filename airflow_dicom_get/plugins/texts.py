@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from airflow_dicom_get.plugins.outcomes import LABELS, REASONS
+from airflow_dicom_get.plugins.outcomes import LABELS
 from airflow_dicom_get.result import size_text
+from airflow_dicom_get.vocabulary import REASONS
 
 NOTHING = "–"
 
@@ -65,7 +66,8 @@ def label(outcome: str) -> str:
 
 def reason(word: str | None) -> str:
     """What a reason means."""
-    return REASONS.get(word or "", "")
+    known = REASONS.get(word or "")
+    return known.text.replace("`", "") if known is not None else ""
 
 
 FILTERS: Mapping[str, Callable[..., str]] = {

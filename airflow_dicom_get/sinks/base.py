@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from airflow_dicom_get.records import Instance, State
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.vocabulary import State
 
 
 class Taken(NamedTuple):

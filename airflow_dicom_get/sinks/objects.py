@@ -17,11 +17,11 @@ from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DicomGetError, ManifestError
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.vocabulary import READABLE
 
 _CHUNK = 1 << 18
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
 _OURS = frozenset({"_manifests", ".ledger"})
-_HELD = ("stored", "held", "unexpected")
 
 
 class UnusableError(Exception):
@@ -213,7 +213,7 @@ def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredOb
     others: list[Instance] = []
     buckets: dict[str, Any] = {}
     for row in rows_of(manifest, s3):
-        if row.state in _HELD and row.uri:
+        if row.state in READABLE and row.uri:
             objects.append(object_at(row.uri, s3, buckets, row))
         else:
             others.append(row)

@@ -183,11 +183,11 @@ def test_several_retrievals_add_up_and_the_worst_decides():
     early, late = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
     one = Result("complete", expected=3, total=3, completed=3, bytes=30, duration_seconds=1, plan_at=late,
                  evidence="list+counts", errors=[{"error": "x", "count": 1, "hint": "h"}])  # fmt: skip
-    two = Result("partial", "missing", expected=5, total=5, completed=4, failed=1, bytes=50, duration_seconds=3,
+    two = Result("partial", "not_sent", expected=5, total=5, completed=4, failed=1, bytes=50, duration_seconds=3,
                  plan_at=early, evidence="list", transient=True,
                  errors=[{"error": "x", "count": 2, "hint": "h"}])  # fmt: skip
     whole = merge([one, two])
-    assert (whole.verdict, whole.reason, whole.transient) == ("partial", "missing", True)
+    assert (whole.verdict, whole.reason, whole.transient) == ("partial", "not_sent", True)
     assert (whole.expected, whole.total, whole.completed, whole.failed, whole.bytes) == (8, 8, 7, 1, 80)
     assert (whole.plan_at, whole.evidence, whole.bytes_per_second) == (early, "list", 20.0)
     assert whole.errors == [{"error": "x", "count": 3, "hint": "h"}]

@@ -1,0 +1,331 @@
+"""The words of results and manifests: verdicts, evidence, states, exactness, reasons.
+
+Each word stands here once, with all that is said of it: its text for people, what to do about it, its
+exit status, whether it may pass. Groups of words stand here too; nothing else makes one of its own.
+A leaf module: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+# --- verdicts --------------------------------------------------------------------------------------
+
+Verdict = Literal["complete", "partial", "unverified", "empty", "failed", "cancelled"]
+
+COMPLETE: Final = "complete"
+PARTIAL: Final = "partial"
+UNVERIFIED: Final = "unverified"
+EMPTY: Final = "empty"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+
+VERDICTS: Mapping[Verdict, str] = {
+    COMPLETE: "all that the PACS lists is held and verified, and two lists in a row agree",
+    FAILED: "nothing of the scope is held",
+    PARTIAL: "something of the scope is held, something is not; `reason` says why",
+    UNVERIFIED: "all that was sent is held, but there is no list, or the PACS contradicts its own list",
+    EMPTY: "the query matched nothing",
+    CANCELLED: "ended by a signal or by `cancel()`",
+}
+"""What each verdict means."""
+
+WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPTY, COMPLETE)
+
+MAY_PASS: frozenset[Verdict] = frozenset({PARTIAL, FAILED, CANCELLED})
+"""Verdicts that another run may better, where what they rest on is transient."""
+
+ACCEPTABLE: tuple[Verdict, ...] = tuple(verdict for verdict in reversed(WORST_FIRST) if verdict != CANCELLED)
+"""Verdicts that a user may take for a success."""
+
+EXIT_CODES: Mapping[Verdict, int] = {COMPLETE: 0, FAILED: 1, PARTIAL: 3, UNVERIFIED: 4, EMPTY: 5, CANCELLED: 130}
+"""Exit status of the shell by verdict. Bad usage or input is 2."""
+
+_SIGTERM_EXIT = 143
+
+
+def exit_code(verdict: Verdict, reason: str | None = None) -> int:
+    """Exit status of the shell for a verdict; one that SIGTERM cancelled has its own."""
+    return _SIGTERM_EXIT if verdict == CANCELLED and reason == "SIGTERM" else EXIT_CODES[verdict]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of some verdicts; ``empty`` of none."""
+    return min(verdicts, key=WORST_FIRST.index, default=EMPTY)
+
+
+# --- evidence --------------------------------------------------------------------------------------
+
+Evidence = Literal["list+counts", "list", "none"]
+
+EVIDENCE: Mapping[Evidence, str] = {
+    "none": "the PACS gave no list",
+    "list": "the PACS listed every instance",
+    "list+counts": "the PACS listed every instance, and its counts agree with the list",
+}
+"""What a verdict rests on, the weakest first."""
+
+
+def weakest(evidence: Iterable[Evidence]) -> Evidence:
+    """The weakest of some evidence; ``none`` of none."""
+    return min(evidence, key=tuple(EVIDENCE).index, default="none")
+
+
+# --- states of an instance ---------------------------------------------------------------------------
+
+State = Literal["stored", "forwarded", "held", "failed", "missing", "withdrawn", "unexpected", "conflict"]
+
+STATES: Mapping[State, str] = {
+    "stored": "written to the destination by this run",
+    "forwarded": "stored at the other node by this run",
+    "held": "at the destination before this run, and verified",
+    "failed": "it was sent, and the destination did not keep it",
+    "missing": "it is listed and was not received",
+    "withdrawn": "it was listed, and is listed no longer",
+    "unexpected": "it was sent, and is not listed",
+    "conflict": "another data set lies under its UIDs at the destination",
+}
+
+FETCHED: frozenset[State] = frozenset({"stored", "forwarded"})
+"""Came in this run and is at the destination."""
+HELD: frozenset[State] = FETCHED | {"held"}
+"""Listed, and at the destination."""
+NOT_HELD: frozenset[State] = frozenset({"failed", "missing", "conflict"})
+"""Listed, and not at the destination as the source has it."""
+TRIED_IN_VAIN: frozenset[State] = frozenset({"failed", "missing"})
+"""Asked for, and may be asked for again."""
+DONE: frozenset[State] = HELD | {"conflict"}
+"""Not to be asked for again in this run."""
+OUTSIDE_LIST: frozenset[State] = frozenset({"withdrawn", "unexpected"})
+"""Not in the last list: reported, and no part of the scope."""
+PRESENT: frozenset[State] = HELD | {"unexpected"}
+"""There is an object of it at the destination."""
+READABLE: frozenset[State] = PRESENT - {"forwarded"}
+"""There is an object of it that can be read back."""
+RECEIVED: frozenset[State] = FETCHED | {"unexpected"}
+"""Bytes of it came in this run and were kept."""
+
+# --- exactness -----------------------------------------------------------------------------------------
+
+Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
+
+EXACTNESS: Mapping[Exactness, str] = {
+    "as_listed": "the transfer syntax is the one that the PACS lists for it",
+    "as_received": "it came compressed, or from a PACS known not to convert; the PACS lists no transfer syntax",
+    "peer_choice": "it came uncompressed, in an encoding that the PACS chose and may have converted to",
+    "converted": "the PACS converted it: the transfer syntax is not the one listed, or the header says so",
+}
+
+MAYBE_CONVERTED: frozenset[Exactness] = frozenset({"peer_choice", "converted"})
+"""What ``require_exact`` refuses."""
+
+# --- reasons -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """What a reason says, and what follows from it.
+
+    Attributes
+    ----------
+    text : str
+        What happened, of an instance or of a retrieval.
+    advice : str
+        What to do about it.
+    transient : bool
+        Whether running again can help.
+    of : str
+        ``row``: of an instance and, where it is the most frequent one, of the result; ``result``: of a whole
+        retrieval alone; ``error``: of a retrieval that such an error ended.
+    local : bool
+        Decided here or at the destination: asking the source in another way changes nothing.
+    fatal : bool
+        The instance took its association with it: it is not asked for in the first way again.
+    """
+
+    text: str
+    advice: str = ""
+    transient: bool = False
+    of: Literal["row", "result", "error"] = "row"
+    local: bool = False
+    fatal: bool = False
+
+
+REASONS: Mapping[str, Reason] = {
+    # The source
+    "not_sent": Reason(
+        "The PACS lists it, was asked for it and did not send it, though it reported no failure.",
+        "Run again. If it stays so, ask the PACS admin whether the instance can be read there.",
+        transient=True,
+    ),
+    "refused_by_source": Reason(
+        "The PACS refuses this UID even when it is asked for alone, or refuses C-GET altogether.",
+        "Ask the PACS admin; the file behind the entry is often gone or damaged.",
+    ),
+    "class_refused": Reason(
+        "The PACS accepted no presentation context for its SOP class.",
+        "Ask the PACS admin to enable the SOP class for our AE title, with us in the SCP role.",
+    ),
+    "syntax_refused": Reason(
+        "None of the transfer syntaxes offered would do, or `require_exact` refused an encoding that the PACS chose.",
+        "Widen `transfer_syntaxes`, or leave `require_exact` out.",
+    ),
+    "sub_operation_failed": Reason(
+        "The PACS reported a failed sub-operation for it.",
+        "Look into the log of the PACS. Often a compressed instance that it cannot send in its own transfer syntax.",
+        transient=True,
+    ),
+    "association_lost": Reason(
+        "The association ended before it was received, also when tried again.",
+        "Run again. If it is always the same instance, the PACS fails on it: ask its admin.",
+        transient=True,
+        fatal=True,
+    ),
+    "deadline": Reason(
+        "A deadline passed before it was received; the error beside it names which.",
+        "Raise that deadline if the PACS needs longer, and run again.",
+        transient=True,
+        fatal=True,
+    ),
+    # What was sent and refused here
+    "uid_mismatch": Reason(
+        "Command, presentation context, data set and list name different instances or classes.",
+        "Ask the PACS admin: it may rewrite UIDs when it sends, or its index may be wrong.",
+        local=True,
+    ),
+    "not_asked": Reason(
+        "It was sent, and lies outside what was asked for. It was not stored.",
+        "Nothing is missing for it. A PACS that does so ignores keys of the request.",
+    ),
+    "foreign_study": Reason(
+        "It was sent, and belongs to another study. It was not stored.",
+        "Tell the PACS admin: its index mixes studies.",
+    ),
+    "unparsable": Reason(
+        "The header of its data set cannot be read in the transfer syntax in which it was sent.",
+        "Ask the PACS admin to look at the file.",
+        local=True,
+    ),
+    "empty_dataset": Reason("It was sent without a data set.", "Ask the PACS admin to look at the file.", local=True),
+    "bad_uid": Reason(
+        "One of its UIDs is malformed, so that no file may be named by it.",
+        "Only the PACS can correct that.",
+        local=True,
+    ),
+    # The destination
+    "size_changed": Reason(
+        "What lies at the destination no longer has the size or digest that was recorded.",
+        "Run again: it is fetched again. Find out what writes there.",
+        transient=True,
+    ),
+    "different_content": Reason(
+        "Another data set lies under its UIDs already. It was left there.",
+        "Compare the two. Move the stored file away to take what the PACS sends.",
+        local=True,
+    ),
+    "destination_refused": Reason(
+        "The node that it was to be stored at refused it.",
+        "See `forward_error`. Nothing is converted for that node: ask its admin to accept the SOP class and transfer "
+        "syntax.",
+        local=True,
+    ),
+    "destination_full": Reason(
+        "The destination has no room left.",
+        "Make room and run again: what is held is not fetched again.",
+        transient=True,
+        local=True,
+    ),
+    "destination_error": Reason(
+        "The destination could not take or keep it.",
+        "See `error`; check permissions, mount, network and credentials of the destination, and the log of a node.",
+        transient=True,
+        local=True,
+    ),
+    # What ended the run
+    "window": Reason(
+        "The hours in which the PACS may be used were over.",
+        "Run again within them; `resume_at` says when.",
+        transient=True,
+    ),
+    "cancelled": Reason("The retrieval was cancelled before it was received.", "Run again.", transient=True),
+    "strict_forward": Reason(
+        "`strict_forward` ended the retrieval at an instance that the destination refused.",
+        "Correct what `forward_error` of that instance says, and run again.",
+        transient=True,
+    ),
+    # Beside the list
+    "gone_from_list": Reason(
+        "The PACS listed it before, and does not any more. What is held of it stays.",
+        "Nothing. Studies are corrected, and instances rejected or moved, after they were sent.",
+    ),
+    "not_listed": Reason(
+        "It was sent, and the PACS does not list it. It is stored.",
+        "Nothing, unless the verdict is `unverified`: then the list of the PACS may be cut.",
+    ),
+    # Of a whole retrieval
+    "still_growing": Reason(
+        "The list of the PACS still changed after the last round.", "Run again later.", transient=True, of="result"
+    ),
+    "no_list": Reason("The PACS gives no list of instances.", "Compare with the source by other means.", of="result"),
+    "list_contradicted": Reason(
+        "The PACS contradicts its own list.", "Compare with the source by other means.", of="result"
+    ),
+    "list_not_repeated": Reason("The second list could not be had.", "Run again.", of="result"),
+    "not_found": Reason("Some studies of the list are not at the PACS.", "Check their numbers.", of="result"),
+    "unusable_files": Reason(
+        "Some files are not DICOM instances that can be stored.", "Leave them out, or correct them.", of="result"
+    ),
+    "nothing_asked": Reason("There was nothing to ask for.", of="result"),
+    # Errors that ended it
+    "connect_failed": Reason("No connection to the node could be made.", transient=True, of="error"),
+    "tls_failed": Reason("No TLS session could be made.", of="error"),
+    "association_rejected": Reason("The node rejected the association.", of="error"),
+    "not_negotiated": Reason("The node does not offer what was to be done.", of="error"),
+    "get_not_offered": Reason("The PACS does not offer C-GET.", of="error"),
+    "not_authorised": Reason("The PACS refuses our AE title.", of="error"),
+    "peer_protocol_error": Reason("The node broke the protocol.", transient=True, of="error"),
+    "too_much": Reason("The PACS sent more than a bound allows.", of="error"),
+    "operation_failed": Reason("The PACS answered a request with a failure.", of="error"),
+    "ledger_error": Reason("The ledger cannot be read.", of="error"),
+    "invalid_query": Reason("The query is not valid.", of="error"),
+    "invalid_option": Reason("An option is not valid.", of="error"),
+    "manifest_error": Reason("The manifest cannot be read.", of="error"),
+    "incomplete": Reason("The retrieval is not complete.", transient=True, of="error"),
+    "error": Reason("Something unexpected happened.", of="error"),
+}
+"""The closed vocabulary of ``Result.reason``; those ``of`` rows are that of the manifest's column ``reason``."""
+
+ROW_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.of == "row")
+LOCAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.local)
+"""Reasons that asking in another way does not change."""
+FATAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.fatal)
+"""Reasons of an instance that was asked for alone and took the association with it."""
+SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"})
+"""Reasons that asking one by one does not change."""
+NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled"})
+"""Reasons of instances that were not kept, and that say nothing of the destination's health."""
+STOPS: frozenset[str] = frozenset({"window", "strict_forward", "destination_error", "destination_full"})
+"""Reasons for which a run is ended in order, and which the instances not tried then have."""
+
+STRAYS: Mapping[str, str] = {
+    "foreign_study": "an object of another study was sent and refused",
+    "not_asked": "an object outside what was asked for was sent and refused",
+    "bad_uid": "an object with an invalid UID was sent and refused",
+    "uid_mismatch": "an object was sent whose data set contradicts its command, and refused",
+    "unparsable": "an object was sent whose data set cannot be read, and refused",
+    "empty_dataset": "an object without data set was sent and refused",
+}
+"""What is said of objects that were refused and belong to no row of the manifest."""
+
+
+def is_transient(reason: str | None) -> bool:
+    """Whether an instance that is not held for this reason may be had by running again; without one it may."""
+    return REASONS[reason].transient if reason is not None else True
+
+
+def advice(reason: str | None) -> str:
+    """What to do about a reason; empty for one of none, or of a word that is not ours (the name of a signal)."""
+    known = REASONS.get(reason) if reason is not None else None
+    return known.advice if known is not None else ""
