@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,27 +15,23 @@ from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, 
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import Options, check_options
 from airflow_dicom_get.errors import (
-    Cancelled,
-    DestinationFull,
     DicomGetError,
     InvalidOption,
     InvalidQuery,
     SinkError,
 )
 from airflow_dicom_get.records import Completed, Instance, SubOperation
-from airflow_dicom_get.result import EchoReport, Plan, Result, any_transient
-from airflow_dicom_get.vocabulary import weakest, worst
+from airflow_dicom_get.result import EchoReport, Plan, Result
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.events import Events
-    from airflow_dicom_get.engine.listing import Listing
     from airflow_dicom_get.engine.query import Query
+    from airflow_dicom_get.engine.report import End
     from airflow_dicom_get.engine.resolve import Scope
+    from airflow_dicom_get.engine.retrieval import Retrieval
     from airflow_dicom_get.engine.source import Source
-    from airflow_dicom_get.engine.study import Settings, StudyRun
-    from airflow_dicom_get.engine.verdict import StudyEnd
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.places import Place, Places
 
@@ -191,6 +187,7 @@ class GetScu:
             Bad input; nothing was fetched.
         """
         from airflow_dicom_get.cell import at_cell
+        from airflow_dicom_get.engine import report
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest.files import run_name
         from airflow_dicom_get.sinks.places import open_places
@@ -204,36 +201,21 @@ class GetScu:
         source = self._open_source()
         with _Reporting(self.options.verbose), at_cell(source.cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
-            resume_at = self._closed_until()
-            ends: list[StudyEnd] = []
-            runs: list[StudyRun] = []
-            error: DicomGetError | None = None
-            if resume_at is None:
-                try:
-                    runs, ends = self._run(source, places, run, events, parsed, listed, query_model)
-                except (InvalidQuery, InvalidOption):
-                    raise
-                except DicomGetError as caught:
-                    error = caught
-                finally:
-                    self._source = None
-            result = self._result(source, events, runs, ends, error, resume_at)
-            if listed == []:  # a manifest in which nothing is missing
-                result.verdict = "complete"
-            self._write_manifest(result, ends, places, run, manifest_name)
-        events.completed(
-            Completed(
-                total=result.total,
-                completed=result.completed,
-                failed=result.failed,
-                warning=result.warning,
-                duration_seconds=result.duration_seconds,
-                verdict=result.verdict,
-                error=str(result.errors[0]["error"]) if result.errors else None,
-                bytes=result.bytes,
-                skipped=result.skipped,
+            end = self._retrieve(source, places, run, events, parsed, listed, query_model)
+            result = report.assemble(
+                end,
+                events=events,
+                node=str(self.options.addr),
+                destination=str(self.options.destination),
+                associations=source.opened,
+                cancelled_by=source.cancel.reason,
             )
-        )
+            if end.resume_at is not None or result.reason == "window":
+                report.wait_for_window(result, end.resume_at or self._next_opening())
+            if listed == []:
+                report.nothing_to_fetch(result)
+            self._write_manifest(result, end.rows(), places, run, manifest_name)
+        events.completed(report.completed_event(result))
         return result
 
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
@@ -447,171 +429,80 @@ class GetScu:
             source.cancel.cancel(self._cancelled)
         return source
 
-    def _run(
+    def _retrieve(
         self,
         source: Source,
         places: Places,
-        name: str,
+        run: str,
         events: Events,
         parsed: Query | None,
         listed: list[Scope] | None,
         query_model: str,
-    ) -> tuple[list[StudyRun], list[StudyEnd]]:
+    ) -> End:
+        from airflow_dicom_get.engine.report import End, end_of
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
         from airflow_dicom_get.engine.spread import resolve_and_list
-        from airflow_dicom_get.sinks.places import ForwardPlace
+        from airflow_dicom_get.engine.study import run_studies
 
-        settings = self._settings(query_model)
-        first = None
-        places.place.attend(source.cancel)
-        if isinstance(places.place, ForwardPlace):
-            settings.expect = places.place.expect
-        places.prepare()
-        if listed is not None:
-            scopes = listed
-        else:
-            assert parsed is not None
-            scopes, first = source.with_retries(
-                self.options.retries,
-                FIND_PROPOSALS,
-                lambda association: resolve_and_list(
-                    source, association, parsed, self.options.max_studies, self.options.associations
-                ),
-            )
-        sink = places.sink(name)
+        resume_at = self._closed_until()
+        if resume_at is not None:
+            return End(resume_at=resume_at)
+        o = self.options
         try:
-            return self._run_studies(scopes, first, source, places.place, sink, events, settings)
+            places.place.attend(source.cancel)
+            places.prepare()
+            scopes, first = listed, None
+            if scopes is None:
+                assert parsed is not None
+                scopes, first = source.with_retries(
+                    o.retries,
+                    FIND_PROPOSALS,
+                    lambda association: resolve_and_list(source, association, parsed, o.max_studies, o.associations),
+                )
+            sink = places.sink(run)
+            try:
+                states = run_studies(self._retrieval(source, places.place, sink, events, query_model), scopes, first)
+            finally:
+                sink.close()
+            return end_of(states)
+        except (InvalidQuery, InvalidOption):
+            raise
+        except DicomGetError as error:
+            return End(error=error)
         finally:
-            sink.close()
+            self._source = None
 
-    def _run_studies(
-        self,
-        scopes: Sequence[Scope],
-        first_list: Listing | None,
-        source: Source,
-        place: Place,
-        sink: Sink,
-        events: Events,
-        settings: Settings,
-    ) -> tuple[list[StudyRun], list[StudyEnd]]:
+    def _retrieval(self, source: Source, place: Place, sink: Sink, events: Events, query_model: str) -> Retrieval:
         from airflow_dicom_get.engine.contexts import PeerKnowledge
         from airflow_dicom_get.engine.profile import read_profile
-        from airflow_dicom_get.engine.study import StudyRun
-        from airflow_dicom_get.engine.verdict import judge
-
-        peer = PeerKnowledge(self.options.transfer_syntaxes, read_profile(self._profile_path()))
-        runs: list[StudyRun] = []
-        ends: list[StudyEnd] = []
-        for scope in scopes:
-            place.check_room()
-            run = StudyRun(scope, source, sink, peer, events, settings, first_list)
-            runs.append(run)
-            run.execute()
-            ends.append(judge(run))
-            if run.stop_reason is not None or source.cancel.reason is not None:
-                break
-        for scope in scopes[len(runs) :]:
-            run = StudyRun(scope, source, sink, peer, events, settings)
-            run.stop_reason = runs[-1].stop_reason
-            if run.stop_reason is None:
-                run.errors.append(Cancelled(f"Cancelled: {source.cancel.reason}."))
-            runs.append(run)
-            ends.append(judge(run))
-        # A filter on series or instances may leave nothing of a study: then the query does not mean it.
-        meant = [
-            (run, end)
-            for run, end in zip(runs, ends, strict=True)
-            if not (run.scope.filters and end.numbers.verdict == "empty" and not end.rows)
-        ]
-        return ([run for run, _ in meant], [end for _, end in meant]) if meant else (runs, ends)
-
-    def _settings(self, query_model: str) -> Settings:
-        from airflow_dicom_get.engine.study import Settings
+        from airflow_dicom_get.engine.retrieval import Retrieval
         from airflow_dicom_get.engine.tags import TagDecoder
 
         o = self.options
-        decoder = TagDecoder(o.tags) if o.tags else None
         closes = o.window.closes_at(self._clock(), o.timezone) if o.window is not None else None
-
-        def stop() -> str | None:
-            return "window" if closes is not None and self._clock() >= closes else None
-
-        return Settings(
+        return Retrieval(
+            options=o,
             query_model=query_model,
-            associations=o.associations,
-            retries=o.retries,
-            resume=o.resume,
-            require_exact=o.require_exact,
-            ack_durable=o.ack == "durable",
-            sop_classes=frozenset(o.sop_classes) if o.sop_classes else None,
-            strict_forward=o.strict_forward,
-            tag_numbers=decoder.numbers if decoder else frozenset(),
-            decode_tags=decoder.decode if decoder else None,
-            before_object=stop,
+            source=source,
+            sink=sink,
+            peer=PeerKnowledge(o.transfer_syntaxes, read_profile(self._profile_path())),
+            events=events,
+            tags=TagDecoder(o.tags) if o.tags else None,
+            limit=lambda: "window" if closes is not None and self._clock() >= closes else None,
+            check_room=place.check_room,
+            expect=place.expect,
         )
 
     # --- the end -------------------------------------------------------------------------------
-
-    def _result(
-        self,
-        source: Source,
-        events: Events,
-        runs: list[StudyRun],
-        ends: list[StudyEnd],
-        error: DicomGetError | None,
-        resume_at: datetime | None,
-    ) -> Result:
-        from airflow_dicom_get.engine.report import errors_of
-
-        numbers = [end.numbers for end in ends]
-        seconds = events.elapsed()
-        result = Result(
-            verdict=worst(n.verdict for n in numbers),
-            node=str(self.options.addr),
-            destination=str(self.options.destination),
-            studies=numbers,
-            duration_seconds=seconds,
-            bytes=events.bytes,
-            bytes_per_second=events.bytes / seconds if seconds > 0 else 0.0,
-            associations=source.opened,
-            rounds=max((run.rounds for run in runs), default=0),
-        )
-        for name in ("total", "completed", "skipped", "warning", "failed", "withdrawn", "unexpected", "conflicts"):
-            setattr(result, name, sum(getattr(n, name) for n in numbers))
-        expected = [n.expected for n in numbers]
-        result.expected = sum(x for x in expected if x is not None) if numbers and None not in expected else None
-        deciding = next((n for n in numbers if n.verdict == result.verdict), None)
-        result.reason = deciding.reason if deciding else None
-        result.evidence = weakest(n.evidence for n in numbers)
-        at = [run.listing.at for run in runs if run.listing is not None]
-        result.plan_at = datetime.fromtimestamp(min(at), UTC) if at else None
-        result.errors = errors_of(runs, ends, error)
-        found = [e for run in runs for e in run.errors] + ([error] if error else [])
-        result.transient = any(any_transient(end.rows) for end in ends) or any(e.transient for e in found)
-        if any(
-            run.errors and not run.errors[0].transient and n.verdict == "failed"
-            for run, n in zip(runs, numbers, strict=True)
-        ):
-            result.transient = False
-        if error is not None:
-            cancelled = isinstance(error, Cancelled)
-            result.verdict = "cancelled" if cancelled else "failed"
-            result.reason = source.cancel.reason if cancelled else error.word
-            result.transient = error.transient
-        if resume_at is not None or result.reason == "window":
-            result.verdict, result.reason = "partial", "window"
-            result.resume_at = resume_at or self._next_opening()
-            result.transient = True
-        return result
 
     def _next_opening(self) -> datetime | None:
         window = self.options.window
         return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
 
-    def _write_manifest(self, result: Result, ends: list[StudyEnd], places: Places, run: str, name: str | None) -> None:
+    def _write_manifest(self, result: Result, rows: list[Instance], places: Places, run: str, name: str | None) -> None:
+        from airflow_dicom_get.engine.report import manifest_not_written
         from airflow_dicom_get.manifest.files import manifest_rows, manifest_table
 
-        rows: list[Instance] = [x for end in ends for x in end.rows]
         described: dict[str, Any] = {
             "source": str(self.options.addr),
             "destination": places.place.uri,
@@ -627,11 +518,7 @@ class GetScu:
             )
         except SinkError as error:
             log.error("%s", error)
-            hint = error.hint or "Make room or give another manifest_root."
-            result.errors.insert(0, {"error": error.message, "count": 1, "hint": hint})
-            if result.verdict == "complete":
-                full = isinstance(error, DestinationFull)
-                result.verdict, result.reason = "partial", "destination_full" if full else "destination_error"
+            manifest_not_written(result, error)
         result.rows = lambda: manifest_table(rows, **described)
 
 

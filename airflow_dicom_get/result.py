@@ -13,23 +13,16 @@ from airflow_dicom_get.vocabulary import (
     COMPLETE,
     EMPTY,
     MAY_PASS,
-    NOT_HELD,
     UNVERIFIED,
     Evidence,
     Verdict,
     exit_code,
-    is_transient,
 )
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from airflow_dicom_get.records import Instance
-
-
-def any_transient(rows: Iterable[Instance]) -> bool:
-    """Whether a row is not held for a reason that may pass."""
-    return any(row.state in NOT_HELD and is_transient(row.reason) for row in rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import os
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +17,10 @@ from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import OPTIONS, Options, check_options
-from airflow_dicom_get.errors import Cancelled, DicomGetError, ForwardLate, ForwardLost, SinkError
+from airflow_dicom_get.engine.report import assemble_store, completed_event, manifest_not_written
+from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.records import Completed, Instance, SubOperation
-from airflow_dicom_get.result import Result, any_transient
+from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
     Opened,
     StoredObject,
@@ -30,7 +30,7 @@ from airflow_dicom_get.sinks.objects import (
     objects_of,
     open_object,
 )
-from airflow_dicom_get.vocabulary import CANCELLED, COMPLETE, DONE, FAILED, HELD, PARTIAL, Verdict
+from airflow_dicom_get.vocabulary import DONE
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
@@ -200,19 +200,7 @@ class StoreScu:
                 self._run = None
             result = run.result(str(self._target))
             self._write_manifest(run, result, root, name, manifest_name or name, shown_source)
-        events.completed(
-            Completed(
-                total=result.total,
-                completed=result.completed,
-                failed=result.failed,
-                warning=result.warning,
-                duration_seconds=result.duration_seconds,
-                verdict=result.verdict,
-                error=str(result.errors[0]["error"]) if result.errors else None,
-                bytes=result.bytes,
-                skipped=result.skipped,
-            )
-        )
+        events.completed(completed_event(result))
         return result
 
     def _write_manifest(self, run: _Run, result: Result, root: Any, name: str, path: str, source: str) -> None:
@@ -229,9 +217,7 @@ class StoreScu:
             )
         except SinkError as error:
             log.error("%s", error)
-            result.errors.insert(0, {"error": error.message, "count": 1, "hint": error.hint})
-            if result.verdict == COMPLETE:
-                result.verdict, result.reason = PARTIAL, "destination_error"
+            manifest_not_written(result, error)
         result.rows = lambda: manifest_table(run.rows.values(), **described)
 
 
@@ -475,53 +461,17 @@ class _Run:
     # --- the end -------------------------------------------------------------------------------
 
     def result(self, node: str) -> Result:
-        """The numbers, and the verdict that they make."""
-        rows = list(self.rows.values())
-        held = [x for x in rows if x.state in HELD]
-        seconds = self._events.elapsed()
-        verdict, reason = self._verdict(rows, len(held))
-        return Result(
-            verdict=verdict,
-            reason=reason,
-            expected=len(rows),
-            total=len(rows),
-            completed=len(held),
-            skipped=sum(x.state == "held" for x in held),
-            warning=sum(x.forward_status == "warning" for x in held),
-            failed=len(rows) - len(held),
-            conflicts=sum(x.state == "conflict" for x in rows),
-            bytes=self._events.bytes,
-            duration_seconds=seconds,
-            bytes_per_second=self._events.bytes / seconds if seconds > 0 else 0.0,
-            associations=self._sink.opened,
-            rounds=1,
-            evidence="list",
-            errors=self._errors(rows),
+        """What became of the whole."""
+        return assemble_store(
+            list(self.rows.values()),
+            events=self._events,
             node=node,
-            destination=f"dicom://{node}",
-            transient=any_transient(rows) or (self._error is not None and self._error.transient),
+            associations=self._sink.opened,
+            error=self._error,
+            stopped=self._stopped,
+            cancelled_by=self.cancel.reason,
+            unusable=self.unusable,
         )
-
-    def _verdict(self, rows: list[Instance], held: int) -> tuple[Verdict, str | None]:
-        if self.cancel.reason is not None or isinstance(self._error, Cancelled):
-            return CANCELLED, self.cancel.reason
-        if held == len(rows) and self._error is None:
-            return (PARTIAL, "unusable_files") if self.unusable else (COMPLETE, None)
-        reasons = Counter(x.reason for x in rows if x.state not in HELD and x.reason)
-        reason = "strict_forward" if self._stopped else reasons.most_common(1)[0][0] if reasons else None
-        return (PARTIAL if held else FAILED), reason or (self._error.word if self._error is not None else None)
-
-    def _errors(self, rows: list[Instance]) -> list[dict[str, Any]]:
-        out: list[dict[str, Any]] = []
-        if self._error is not None:
-            out.append({"error": self._error.message, "count": 1, "hint": self._error.hint})
-        if self.unusable:
-            hint = "For example: " + "; ".join(f"{name} {why}" for name, why in self.unusable[:3])
-            out.append({"error": "not an instance that can be stored", "count": len(self.unusable), "hint": hint})
-        failed = Counter((x.reason, x.error) for x in rows if x.state not in HELD and x.error)
-        for (reason, text), count in failed.most_common(_MOST_ERRORS):
-            out.append({"error": f"{reason}: {text}", "count": count, "hint": ""})
-        return out[:_MOST_ERRORS]
 
 
 def _blank(row: Instance) -> Instance:

@@ -37,7 +37,7 @@ from airflow_dicom_get.sinks.objects import (
     open_object,
     rows_of,
 )
-from airflow_dicom_get.vocabulary import COMPLETE, PARTIAL, PRESENT, UNVERIFIED
+from airflow_dicom_get.vocabulary import PRESENT
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -517,6 +517,7 @@ class _Verify:
 
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""
+        from airflow_dicom_get.engine.report import verdict_of_comparison
         from airflow_dicom_get.manifest.files import manifest_rows, run_name
 
         run = run_name()
@@ -524,7 +525,7 @@ class _Verify:
             "source": str(self.options.addr) if self.options.addr != _NOBODY else "",
             "destination": str(self.place) if self.place is not None else "",
         }
-        verdict = COMPLETE if found.same else PARTIAL if found.differences else UNVERIFIED
+        verdict = verdict_of_comparison(found.same, bool(found.differences))
         try:
             found.manifest_uri = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),

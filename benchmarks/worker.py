@@ -30,7 +30,16 @@ from airflow_dicom_get import GetScu
 
 def import_everything() -> None:
     """What the package imports when it is first needed."""
-    for name in ("engine.report", "manifest", "places", "s3_places", "sinks.filesystem", "sinks.forward", "sinks.s3"):
+    for name in (
+        "engine.report",
+        "engine.study",
+        "manifest.files",
+        "sinks.places",
+        "sinks.s3_places",
+        "sinks.filesystem",
+        "sinks.forward",
+        "sinks.s3",
+    ):
         importlib.import_module(f"airflow_dicom_get.{name}")
 
 

@@ -26,7 +26,7 @@ from airflow_dicom_get.config.options import (
 )
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.query import parse_query
-from airflow_dicom_get.vocabulary import COMPLETE, EMPTY, worst
+from airflow_dicom_get.vocabulary import COMPLETE
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -163,9 +163,9 @@ def get(typed: Namespace) -> int:
             **({} if table is None else {"manifest": table}),
         )
     if unknown:
-        result.verdict = worst((result.verdict, EMPTY))
-        result.reason = result.reason or "not_found"
-        result.errors.append({"error": "accession numbers without a study.", "count": unknown, "hint": ""})
+        from airflow_dicom_get.engine.report import studies_not_found
+
+        studies_not_found(result, unknown)
     for line in output.result_notes(result) or ([] if result.verdict == COMPLETE else [result.hint()]):
         output.note(line)
     if typed.json:

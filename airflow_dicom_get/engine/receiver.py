@@ -1,29 +1,40 @@
-"""What becomes of each object that a source sends: checked against the plan, written, answered."""
+"""What becomes of each object that a source sends: checked against the plan, written, answered.
+
+A call of a sink may block for ever, as on a file server that is dead, and nothing can end it. The
+association that waits for it is aborted by a thread beside the receiver (:func:`attended`): the PACS is
+not held, and what the destination does after all still counts.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
+from airflow_dicom_get.engine.retrieval import Intake
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
+from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Taken, Writer
 from airflow_dicom_get.vocabulary import MAYBE_CONVERTED, TRIED_IN_VAIN, Exactness
 
-if TYPE_CHECKING:
-    from airflow_dicom_get.engine.study import StudyRun
-
 log = logging.getLogger(__name__)
 
 _NEVER = float("inf")
+_INTERVAL = 0.2
+"""Seconds between two looks at how long the destination has been busy."""
+_CANCEL_GRACE = 2.0
+"""Seconds that a destination may take after the run was cancelled; none after a second cancel."""
 
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER, h.LOSSY_IMAGE_COMPRESSION}
 
@@ -31,15 +42,18 @@ _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANC
 class Receiver:
     """The :class:`~airflow_dicom_get.net.get.ObjectReceiver` of one association of a study's run."""
 
-    def __init__(self, run: StudyRun, association: int) -> None:
-        self._run = run
+    def __init__(self, intake: Intake, association: int) -> None:
+        self._intake, self._state, self._retrieval = intake, intake.state, intake.retrieval
         self._association = association
-        self._wanted = frozenset(_WANTED | run.tag_numbers | ({h.SPECIFIC_CHARACTER_SET} if run.tag_numbers else set()))
+        self._deadlines = intake.retrieval.source.deadlines
+        self._tags = intake.retrieval.tags
+        tags = self._tags.numbers | {h.SPECIFIC_CHARACTER_SET} if self._tags is not None else frozenset()
+        self._wanted = frozenset(_WANTED | tags)
         self._last_tag = max(self._wanted)
         self._began = 0.0
         self.came_at = _NEVER
         """When the data came that the destination has in hand; in the future while it has none."""
-        self.limit = run.source.deadlines.stall
+        self.limit = self._deadlines.stall
         """Seconds that it has for them."""
         self._request: StoreRequest | None = None
         self._scan: h.HeaderScan | None = None
@@ -55,7 +69,7 @@ class Receiver:
         self._request = request
         self._writer = self._instance = self._refusal = None
         self._size = 0
-        self.limit = self._run.source.deadlines.stall
+        self.limit = self._deadlines.stall
         self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
         if not is_uid(request.sop_instance):
             self._refuse(s.MISMATCH, "bad_uid", "The C-STORE-RQ names no valid SOP Instance UID.")
@@ -70,10 +84,10 @@ class Receiver:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._size += len(view)
         if last:
-            self.limit = self._run.source.deadlines.sub_operation
+            self.limit = self._deadlines.sub_operation
         self.came_at = time.monotonic()
         if self._refusal is None:
-            self._keep(view, last)
+            self._write(view, last)
             if not last:
                 self._hold("stall", "left its sender unread for")
         if not last:
@@ -90,7 +104,7 @@ class Receiver:
                 phase=deadline,
             )
 
-    def _keep(self, view: memoryview, last: bool) -> None:
+    def _write(self, view: memoryview, last: bool) -> None:
         try:
             if self._writer is not None:
                 self._writer.write(view)
@@ -116,7 +130,7 @@ class Receiver:
             self._head += view
         elif self._identify():
             assert self._instance is not None
-            self._writer = self._run.sink.begin(self._instance)
+            self._writer = self._retrieval.sink.begin(self._instance)
             if self._head:
                 self._writer.write(memoryview(self._head))
                 self._head = bytearray()
@@ -146,16 +160,15 @@ class Receiver:
             return self._refuse(
                 s.MISMATCH, "uid_mismatch", "The data set names another instance or class than its command."
             )
-        scope = self._run.scope
-        if study != scope.study:
+        if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
-        instance = self._run.instance(sop)
+        instance = self._state.instances.get(sop)
         if instance is not None and instance.series != series:
             return self._refuse(s.MISMATCH, "uid_mismatch", "The instance is listed in another series.")
-        if instance is None and not self._run.in_scope(series, sop):
+        if instance is None and not self._state.in_scope(series, sop):
             return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside what was asked for.")
         if instance is None:
-            instance = self._run.unlisted(sys.intern(series), sop, request.sop_class)
+            instance = self._intake.add_unlisted(sys.intern(series), sop, request.sop_class)
         elif instance.state is not None and instance.state not in TRIED_IN_VAIN:
             # Sent twice, or held before: judged by the sink, without touching the first one's record.
             instance = Instance(study, instance.series, sop, request.sop_class)
@@ -167,10 +180,10 @@ class Receiver:
         )
         instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER)) or instance.instance_number
         instance.exactness = self._exactness(instance, values)
-        if self._run.tag_numbers:
-            instance.tags = self._run.decode_tags(values, request.syntax)
+        if self._tags is not None:
+            instance.tags = self._tags.decode(values, request.syntax)
         self._instance = instance
-        if self._run.require_exact and instance.exactness in MAYBE_CONVERTED:
+        if self._retrieval.options.require_exact and instance.exactness in MAYBE_CONVERTED:
             return self._refuse(
                 s.MISMATCH, "syntax_refused", "Its encoding may not be the stored one, and require_exact is set."
             )
@@ -186,7 +199,7 @@ class Receiver:
             return "as_received"
         if values.get(h.LOSSY_IMAGE_COMPRESSION, b"").strip(b"\0 ") == b"01" and syntax not in LOSSY:
             return "converted"
-        return "as_received" if self._run.peer.converts is False else "peer_choice"
+        return "as_received" if self._retrieval.peer.converts is False else "peer_choice"
 
     def finish(self) -> int:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -199,7 +212,8 @@ class Receiver:
             try:
                 taken = self._writer.take()
             except ForwardLate:
-                self._run.late(self._instance)
+                assert self._instance is not None
+                self._intake.left_to_destination(self._instance)
                 raise
         elif self._writer is not None:
             self._writer.abort()
@@ -211,17 +225,18 @@ class Receiver:
             instance.duration_ms = int((time.monotonic() - self._began) * 1000)
             instance.dimse_status = taken.status
         assert self._request is not None
-        self._run.taken(self._request.sop_instance, instance, taken, self._size)
+        self._intake.answer(self._request.sop_instance, instance, taken, self._size)
         status = taken.status
-        if status == s.SUCCESS and instance is not None and self._run.settings.ack_durable:
-            status = s.OUT_OF_RESOURCES if self._run.keep(instance) else s.SUCCESS
+        if status == s.SUCCESS and instance is not None and self._retrieval.options.ack == "durable":
+            self._intake.confirm(wait=True)
+            status = s.OUT_OF_RESOURCES if instance.state == "failed" else s.SUCCESS
         self._hold("sub_operation", "took an instance in")
         self.came_at = _NEVER
         return status
 
     def answered(self) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
-        self._run.answered()
+        self._intake.after_answer()
 
     def abandon(self) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -236,4 +251,29 @@ class Receiver:
             taken = Taken(status, "empty_dataset", "The C-STORE-RQ came without a data set.")
         else:
             taken = Taken(status, "class_refused", "The C-STORE-RQ came on a context that is not for storage.")
-        self._run.taken(sop_instance, None, taken, 0)
+        self._intake.answer(sop_instance, None, taken, 0)
+
+
+@contextmanager
+def attended(association: Association, receiver: Receiver) -> Iterator[None]:
+    """Abort an association as soon as the destination is late with what came over it."""
+    over = threading.Event()
+    thread = threading.Thread(target=_attend, args=(association, receiver, over), name="dicom-get-attend", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _attend(association: Association, receiver: Receiver, over: threading.Event) -> None:
+    while not over.wait(_INTERVAL):
+        limit, cancel = receiver.limit, association.cancel
+        if cancel.reason is not None:
+            limit = 0.0 if cancel.hard else min(limit, _CANCEL_GRACE)
+        waited = time.monotonic() - receiver.came_at
+        if waited > limit:
+            log.warning("The destination has not returned for %.1f s; %s is let go.", waited, association.node)
+            association.abort()
+            return

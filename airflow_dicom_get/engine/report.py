@@ -1,36 +1,328 @@
-"""The errors of a run as a user reads them: grouped, counted, at most ten."""
+"""From studies to the result of a call: assembled, merged, downgraded.
+
+Only here and in ``verdict`` is a verdict set.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
-from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.vocabulary import NOT_HELD, STRAYS, advice
+from airflow_dicom_get.engine.events import Events
+from airflow_dicom_get.engine.state import StudyState
+from airflow_dicom_get.engine.verdict import judge
+from airflow_dicom_get.errors import Cancelled, DicomGetError
+from airflow_dicom_get.records import Completed, Instance
+from airflow_dicom_get.result import Result, StudyResult
+from airflow_dicom_get.vocabulary import (
+    CANCELLED,
+    COMPLETE,
+    EMPTY,
+    FAILED,
+    HELD,
+    NOT_HELD,
+    PARTIAL,
+    STRAYS,
+    UNVERIFIED,
+    Verdict,
+    advice,
+    is_transient,
+    weakest,
+    worst,
+)
 
-if TYPE_CHECKING:
-    from airflow_dicom_get.engine.study import StudyRun
-    from airflow_dicom_get.engine.verdict import StudyEnd
-
-_MOST = 10
+MOST_ERRORS = 10
+"""Entries of ``Result.errors``."""
+_COUNTS = ("total", "completed", "skipped", "warning", "failed", "withdrawn", "unexpected", "conflicts")
 
 
-def errors_of(runs: Sequence[StudyRun], ends: Sequence[StudyEnd], error: DicomGetError | None) -> list[dict[str, Any]]:
-    """What went wrong, most telling first: errors that ended something, then rows, then strays."""
-    out: list[dict[str, Any]] = []
-    raised = ([error] if error is not None else []) + [e for run in runs for e in run.errors]
-    for (message, hint), count in Counter((e.message, e.hint) for e in raised).items():
-        out.append({"error": message, "count": count, "hint": hint})
-    rows = Counter(
-        (x.reason, x.error)
-        for end in ends
-        for x in end.rows
-        if x.state in NOT_HELD and x.reason and (x.error or not raised)
+@dataclass(slots=True)
+class End:
+    """What a retrieval has come to, before it is summed up.
+
+    Attributes
+    ----------
+    states : list of StudyState
+        Of every study of the scope.
+    numbers : list of StudyResult
+        Their verdicts and numbers, in the same order.
+    error : DicomGetError or None
+        What ended the call outside of its studies.
+    resume_at : datetime or None
+        When the hours of the source begin, where they are over.
+    """
+
+    states: list[StudyState] = field(default_factory=list)
+    numbers: list[StudyResult] = field(default_factory=list)
+    error: DicomGetError | None = None
+    resume_at: datetime | None = None
+
+    def rows(self) -> list[Instance]:
+        """The rows of the manifest."""
+        return [row for state in self.states for row in state.rows()]
+
+
+def end_of(states: Sequence[StudyState]) -> End:
+    """Judge the studies. One of which a filter on series or instances leaves nothing is not meant by the query."""
+    judged = [(state, judge(state)) for state in states]
+    meant = [
+        (state, numbers)
+        for state, numbers in judged
+        if not (state.scope.filters and numbers.verdict == EMPTY and not state.rows())
+    ]
+    kept = meant or judged
+    return End([state for state, _ in kept], [numbers for _, numbers in kept])
+
+
+# --- assemble ----------------------------------------------------------------------------------------
+
+
+def assemble(
+    end: End, *, events: Events, node: str, destination: str, associations: int, cancelled_by: str | None
+) -> Result:
+    """The result of a get.
+
+    Parameters
+    ----------
+    associations : int
+        Associations opened with the source.
+    cancelled_by : str or None
+        Who cancelled the run, if someone did.
+    """
+    numbers, error = end.numbers, end.error
+    result = Result(
+        verdict=worst(n.verdict for n in numbers),
+        node=node,
+        destination=destination,
+        studies=list(numbers),
+        associations=associations,
+        rounds=max((state.rounds for state in end.states), default=0),
+        evidence=weakest(n.evidence for n in numbers),
+        plan_at=min((n.plan_at for n in numbers if n.plan_at is not None), default=None),
+        expected=_sum_or_none(n.expected for n in numbers) if numbers else None,
+        errors=_errors_of_get(end),
+        transient=_may_pass(end),
+        **{name: sum(getattr(n, name) for n in numbers) for name in _COUNTS},
     )
-    for (reason, text), count in rows.most_common(_MOST):
-        out.append({"error": f"{reason}: {text}" if text else str(reason), "count": count, "hint": advice(reason)})
-    strays = sum((run.strays for run in runs), Counter())
-    for reason, count in strays.most_common():
-        out.append({"error": f"{reason}: {STRAYS.get(reason, 'an object was refused')}", "count": count, "hint": ""})
-    return out[:_MOST]
+    _clock(result, events)
+    result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
+    if error is not None:
+        cancelled = isinstance(error, Cancelled)
+        result.verdict = CANCELLED if cancelled else FAILED
+        result.reason = cancelled_by if cancelled else error.word
+        result.transient = error.transient
+    return result
+
+
+def assemble_store(
+    rows: Sequence[Instance],
+    *,
+    events: Events,
+    node: str,
+    associations: int,
+    error: DicomGetError | None,
+    stopped: bool,
+    cancelled_by: str | None,
+    unusable: Sequence[tuple[str, str]],
+) -> Result:
+    """The result of a store.
+
+    Parameters
+    ----------
+    error : DicomGetError or None
+        What ended the work.
+    stopped : bool
+        Whether one instance that the node refused ended it (``strict_forward``).
+    unusable : sequence of (name, why)
+        Objects that are no instances.
+    """
+    held = [x for x in rows if x.state in HELD]
+    result = Result(
+        verdict=COMPLETE,
+        expected=len(rows),
+        total=len(rows),
+        completed=len(held),
+        skipped=sum(x.state == "held" for x in held),
+        warning=sum(x.forward_status == "warning" for x in held),
+        failed=len(rows) - len(held),
+        conflicts=sum(x.state == "conflict" for x in rows),
+        associations=associations,
+        rounds=1,
+        evidence="list",
+        node=node,
+        destination=f"dicom://{node}",
+        transient=any_transient(rows) or (error is not None and error.transient),
+    )
+    _clock(result, events)
+    if cancelled_by is not None or isinstance(error, Cancelled):
+        result.verdict, result.reason = CANCELLED, cancelled_by
+    elif len(held) < len(rows) or error is not None:
+        result.verdict = PARTIAL if held else FAILED
+        result.reason = "strict_forward" if stopped else _most_frequent_reason(rows)
+        if result.reason is None and error is not None:
+            result.reason = error.word
+    elif unusable:
+        result.verdict, result.reason = PARTIAL, "unusable_files"
+    found = [_entry(error.message, error.hint)] if error is not None else []
+    if unusable:
+        examples = "; ".join(f"{name} {why}" for name, why in unusable[:3])
+        text = "unusable_files: these are not DICOM instances that can be stored"
+        found.append(_entry(text, f"For example: {examples}.", len(unusable)))
+    result.errors = [*found, *_row_errors(rows, said=True)][:MOST_ERRORS]
+    return result
+
+
+def verdict_of_comparison(same: bool, differences: bool) -> Verdict:
+    """The verdict that the manifest of a ``verify`` carries."""
+    if same:
+        return COMPLETE
+    return PARTIAL if differences else UNVERIFIED
+
+
+def completed_event(result: Result) -> Completed:
+    """The event that ends a call."""
+    return Completed(
+        total=result.total,
+        completed=result.completed,
+        failed=result.failed,
+        warning=result.warning,
+        duration_seconds=result.duration_seconds,
+        verdict=result.verdict,
+        error=str(result.errors[0]["error"]) if result.errors else None,
+        bytes=result.bytes,
+        skipped=result.skipped,
+    )
+
+
+def _clock(result: Result, events: Events) -> None:
+    seconds = events.elapsed()
+    result.bytes, result.duration_seconds = events.bytes, seconds
+    result.bytes_per_second = events.bytes / seconds if seconds > 0 else 0.0
+
+
+def _sum_or_none(numbers: Iterable[int | None]) -> int | None:
+    total = 0
+    for number in numbers:
+        if number is None:
+            return None
+        total += number
+    return total
+
+
+def any_transient(rows: Iterable[Instance]) -> bool:
+    """Whether a row is not held for a reason that may pass."""
+    return any(row.state in NOT_HELD and is_transient(row.reason) for row in rows)
+
+
+def _may_pass(end: End) -> bool:
+    """Whether trying again can help."""
+    for state, numbers in zip(end.states, end.numbers, strict=True):
+        if numbers.verdict == FAILED and state.errors and not state.errors[0].transient:
+            return False
+    raised = [error for state in end.states for error in state.errors]
+    return any_transient(end.rows()) or any(error.transient for error in raised)
+
+
+def _most_frequent_reason(rows: Iterable[Instance]) -> str | None:
+    reasons = Counter(x.reason for x in rows if x.state not in HELD and x.reason)
+    return reasons.most_common(1)[0][0] if reasons else None
+
+
+# --- downgrade -----------------------------------------------------------------------------------------
+
+
+def wait_for_window(result: Result, resume_at: datetime | None) -> None:
+    """The hours of the source are over: it may go on at ``resume_at``."""
+    result.verdict, result.reason = PARTIAL, "window"
+    result.resume_at, result.transient = resume_at, True
+
+
+def nothing_to_fetch(result: Result) -> None:
+    """A manifest was given in which nothing is missing."""
+    result.verdict = COMPLETE
+
+
+def manifest_not_written(result: Result, error: DicomGetError) -> None:
+    """The instances may be there, and what proves it is not."""
+    result.errors.insert(0, _entry(error.message, error.hint or "Make room, or give another manifest_root."))
+    if result.verdict == COMPLETE:
+        result.verdict, result.reason = PARTIAL, error.word
+
+
+def studies_not_found(result: Result, count: int) -> None:
+    """Some entries of a list of studies name none that the source has."""
+    result.verdict = worst((result.verdict, EMPTY))
+    result.reason = result.reason or "not_found"
+    result.errors.append(_entry("not_found: accession numbers without a study", advice("not_found"), count))
+
+
+# --- merge ---------------------------------------------------------------------------------------------
+
+
+def merge(results: Sequence[Result]) -> Result:
+    """Several retrievals as one: sums, the worst verdict, the weakest evidence, the earliest moments."""
+    if len(results) == 1:
+        return results[0]
+    if not results:
+        return Result(verdict=EMPTY, reason="nothing_asked")
+    verdict = worst(result.verdict for result in results)
+    deciding = [result for result in results if result.verdict == verdict]
+    seconds = sum(result.duration_seconds for result in results)
+    received = sum(result.bytes for result in results)
+    return Result(
+        verdict=verdict,
+        # One that waits for its window is the reason to wait, whatever happened to the others.
+        reason=next((result.reason for result in results if result.resume_at), deciding[0].reason),
+        expected=_sum_or_none(result.expected for result in results),
+        **{name: sum(getattr(result, name) for result in results) for name in (*_COUNTS, "associations")},
+        bytes=received,
+        duration_seconds=seconds,
+        bytes_per_second=received / seconds if seconds else 0.0,
+        rounds=max(result.rounds for result in results),
+        plan_at=min((result.plan_at for result in results if result.plan_at), default=None),
+        evidence=weakest(result.evidence for result in results),
+        resume_at=min((result.resume_at for result in results if result.resume_at), default=None),
+        errors=_merged(error for result in results for error in result.errors),
+        node=results[0].node,
+        destination=results[0].destination,
+        studies=[study for result in results for study in result.studies],
+        transient=any(result.transient for result in deciding),
+    )
+
+
+def _merged(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for error in errors:
+        counts[str(error.get("error")), str(error.get("hint") or "")] += int(error.get("count") or 1)
+    return [_entry(text, hint, number) for (text, hint), number in counts.most_common(MOST_ERRORS)]
+
+
+# --- errors --------------------------------------------------------------------------------------------
+
+
+def _entry(error: str, hint: str, count: int = 1) -> dict[str, Any]:
+    return {"error": error, "count": count, "hint": hint}
+
+
+def _errors_of_get(end: End) -> list[dict[str, Any]]:
+    """What went wrong, most telling first: errors that ended something, then rows, then strays."""
+    raised = ([end.error] if end.error is not None else []) + [e for state in end.states for e in state.errors]
+    ended = [_entry(*said, count) for said, count in Counter((e.message, e.hint) for e in raised).items()]
+    strays = sum((state.strays for state in end.states), Counter())
+    refused = [
+        _entry(f"{reason}: {STRAYS.get(reason, 'an object was refused')}", "", count)
+        for reason, count in strays.most_common()
+    ]
+    return [*ended, *_row_errors(end.rows(), said=bool(raised)), *refused][:MOST_ERRORS]
+
+
+def _row_errors(rows: Iterable[Instance], *, said: bool) -> list[dict[str, Any]]:
+    """Why rows are not held; where it is ``said`` already what ended the run, only those with a text of their own."""
+    counts = Counter((x.reason, x.error) for x in rows if x.state in NOT_HELD and x.reason and (x.error or not said))
+    return [
+        _entry(f"{reason}: {text}" if text else str(reason), advice(reason), count)
+        for (reason, text), count in counts.most_common(MOST_ERRORS)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from airflow_dicom_get.dicom.header import MANDATORY, MAX_HEADER, SPECIFIC_CHARACTER_SET, HeaderError, HeaderScan
 from airflow_dicom_get.dicom.syntaxes import EXPLICIT_BE
@@ -52,19 +52,15 @@ class TagDecoder:
         return tuple(out)
 
 
-def tags_of(
-    held: Held,
-    sink: Sink,
-    numbers: frozenset[int],
-    decode: Callable[[dict[int, bytes], str], tuple[str | None, ...]],
-) -> tuple[str | None, ...] | None:
+def tags_of(held: Held, sink: Sink, tags: TagDecoder) -> tuple[str | None, ...] | None:
     """The values of an instance that was there before, read back from its header; None where that cannot be done."""
     data = sink.head(held, MAX_HEADER)[held.dataset_offset :]
     if not data or held.syntax is None:
         return None
-    scan = HeaderScan(held.syntax, numbers | MANDATORY | {SPECIFIC_CHARACTER_SET}, max(numbers))
+    wanted = tags.numbers | MANDATORY | {SPECIFIC_CHARACTER_SET}
+    scan = HeaderScan(held.syntax, wanted, max(tags.numbers))
     try:
         scan.feed(data, last=True)
     except HeaderError:
         return None
-    return decode(scan.values, held.syntax)
+    return tags.decode(scan.values, held.syntax)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.hooks import _config
 from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
-from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
+from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import Result

@@ -48,6 +48,9 @@ class Place(Protocol):
     def attend(self, cancel: CancelToken) -> None:
         """Let a hard cancel of the run end the waits for the destination too."""
 
+    def expect(self, sop_classes: Iterable[str]) -> None:
+        """SOP classes that are to come."""
+
     def prepare(self) -> None:
         """Find out before any traffic to the source what would make every instance fail. Raises :class:`SinkError`."""
 
@@ -151,6 +154,9 @@ class FolderPlace:
     def attend(self, cancel: CancelToken) -> None:
         """See :meth:`Place.attend`: nobody waits for a folder."""
 
+    def expect(self, sop_classes: Iterable[str]) -> None:
+        """See :meth:`Place.expect`: a folder takes any."""
+
     def prepare(self) -> None:
         """See :meth:`Place.prepare`: the options were checked against the folder already."""
 
@@ -253,7 +259,7 @@ class ForwardPlace:
         self._cancel = cancel
 
     def expect(self, sop_classes: Iterable[str]) -> None:
-        """SOP classes that are to come: proposed together with the first that does."""
+        """See :meth:`Place.expect`: they are proposed together with the first that comes."""
         self._classes.update(dict.fromkeys(sop_classes))
 
     def prepare(self) -> None:

@@ -9,6 +9,8 @@ from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.ledger import Ledgers
@@ -36,6 +38,9 @@ class BucketPlace:
     def attend(self, cancel: CancelToken) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.attend`."""
         self._cancel = cancel
+
+    def expect(self, sop_classes: Iterable[str]) -> None:
+        """See :meth:`~airflow_dicom_get.sinks.places.Place.expect`: a bucket takes any."""
 
     def prepare(self) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.prepare`: list the prefix and write a small object."""

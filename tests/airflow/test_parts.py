@@ -10,10 +10,11 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.engine.items import make_item
+from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
 from airflow_dicom_get.hooks._destinations import check_place, resolve_places
 from airflow_dicom_get.operators._manifests import run_name
-from airflow_dicom_get.operators._outcome import check_accept, merge, raise_for, summary
+from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.operators._request import study_queries

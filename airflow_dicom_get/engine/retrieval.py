@@ -1,0 +1,111 @@
+"""What the studies of one run share, and where what comes meets the state of a study."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from airflow_dicom_get.config.options import Options
+from airflow_dicom_get.engine.contexts import PeerKnowledge
+from airflow_dicom_get.engine.events import Events
+from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.engine.state import Answered, StudyState
+from airflow_dicom_get.engine.tags import TagDecoder
+from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.base import Sink, Taken
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What the studies of one run share.
+
+    Attributes
+    ----------
+    tags : TagDecoder or None
+        Decodes the elements that become columns of the manifest.
+    limit : callable
+        Asked after each object and before each association; a word ends the run for that reason.
+    check_room : callable
+        Asked before each study; raises :class:`~airflow_dicom_get.errors.DestinationFull`.
+    expect : callable
+        Told the SOP classes that are to come.
+    """
+
+    options: Options
+    query_model: str
+    source: Source
+    sink: Sink
+    peer: PeerKnowledge
+    events: Events
+    tags: TagDecoder | None = None
+    limit: Callable[[], str | None] = lambda: None
+    check_room: Callable[[], None] = lambda: None
+    expect: Callable[[Iterable[str]], None] = lambda classes: None
+
+
+class Intake:
+    """Where the outcomes of source and destination reach the state of a study. Thread-safe."""
+
+    def __init__(self, retrieval: Retrieval, state: StudyState) -> None:
+        self.retrieval, self.state = retrieval, state
+        self._mutex = threading.Lock()
+
+    def add_unlisted(self, series: str, sop: str, sop_class: str | None) -> Instance:
+        """See :meth:`StudyState.add_unlisted`."""
+        with self._mutex:
+            return self.state.add_unlisted(series, sop, sop_class)
+
+    def answer(self, uid: str, instance: Instance | None, taken: Taken, size: int) -> None:
+        """An object of ``size`` bytes was answered."""
+        with self._mutex:
+            answered = self.state.answer(uid, instance, taken)
+        self._tell(answered, uid, size if answered.error is None else 0)
+
+    def left_to_destination(self, instance: Instance) -> None:
+        """See :meth:`StudyState.left_to_destination`."""
+        with self._mutex:
+            self.state.left_to_destination(instance)
+
+    def confirm(self, *, wait: bool = False) -> None:
+        """Note what the destination has confirmed; with ``wait`` all that is still due."""
+        for confirmation in self.retrieval.sink.confirmations(wait=wait):
+            with self._mutex:
+                answered = self.state.confirm(confirmation)
+            if answered is None:
+                continue
+            if answered.error is None:
+                self._tell(answered, answered.record.sop, answered.record.bytes or 0)
+            elif answered.stop is not None:
+                self.stop(answered.stop)
+
+    def _tell(self, answered: Answered, uid: str, size: int) -> None:
+        self.retrieval.events.arrived(answered.record, uid, answered.error, size, new=answered.new)
+        if answered.stop is not None:
+            self.stop(answered.stop)
+
+    def after_answer(self) -> None:
+        """After each answer: note confirmations, hold the limits."""
+        self.confirm()
+        self.hold_limits()
+
+    def hold_limits(self) -> None:
+        """Stop the run where the source may not be used any more."""
+        reason = self.retrieval.limit()
+        if reason is not None:
+            self.stop(reason)
+
+    def stop(self, reason: str) -> None:
+        """End the run in order, for a reason of its own."""
+        if self.state.stop_reason is None:
+            self.state.stop_reason = reason
+            self.retrieval.source.cancel.cancel(reason)
+
+    def remark(self, error: DicomGetError) -> None:
+        """Count an error that the run recovers from."""
+        self.state.remarks[type(error).__name__] += 1
+        log.info("%s", error.message)
