@@ -1,0 +1,201 @@
+"""Retrieve the studies of a day, de-identify a copy of each with dicognito, and store the copies at another node.
+
+The originals stay as they came, proven by their manifests. The copies are other instances: other UIDs, other dates,
+other bytes. What has to be removed is for you to decide and to check (PS3.15 Annex E): `clean` below is a beginning,
+and looks at no pixel. docs/deidentify.md says what is proven before and after it, and what stays in the copies.
+
+What it reads:
+
+* connection `dicom_default`: the PACS to retrieve from, as type DICOM
+* connection `dicom_target`: the node to store the copies at, as type DICOM
+* pool `pacs`: `airflow pools set pacs 2 'associations of the PACS'`
+* variable `dicom_deidentify_secret`: from it come the new UIDs, IDs, names and dates. At least 32 characters; whoever
+  has it can tell whether a copy belongs to a patient whose ID they know. Another secret gives every copy other UIDs:
+  `airflow variables set dicom_deidentify_secret "$(openssl rand -hex 32)"`
+* param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
+* param `destination`: an absolute path for the originals; by default the environment variable `DICOM_DESTINATION`, else
+  the folder `dicom` in Airflow's home
+* param `copies`: an absolute path for the copies, outside of `destination`. A study's folder in it is the task's own:
+  files in it that do not belong to the copy are deleted.
+
+dicognito has to be installed where the tasks run: `pip install dicognito`, or the extra `examples`.
+
+The whole is safe to clear and to run again: originals that are held are not fetched again, the copies get the same UIDs
+again, and what the other node has acknowledged is not sent again.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.sdk import DAG, Param, Variable, task
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.retries import final_errors
+from airflow_dicom_get.operators.store import DicomStoreOperator
+from airflow_dicom_get.operators.verify import DicomVerifyOperator
+
+DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
+    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
+)
+
+
+def clean(dataset, anonymizer) -> None:
+    """De-identify one instance in place. This is the part to make your own.
+
+    An instance that must not go out raises: its study is not forwarded then, nor is any other of the run.
+    """
+    if dataset.get("BurnedInAnnotation", "NO") != "NO":
+        raise ValueError("it says that patient data is burned into its pixels")
+    # Private elements may hold anything; dicognito knows them only by their value representation.
+    dataset.remove_private_tags()
+    # UIDs, names, IDs, addresses, dates and times. Not descriptions, comments and texts of reports.
+    anonymizer.anonymize(dataset)
+
+
+with DAG(
+    dag_id="deidentify_and_forward",
+    schedule=None,
+    catchup=False,
+    # Two runs at once would write the same copies.
+    max_active_runs=1,
+    tags=["dicom"],
+    doc_md=__doc__,
+    params={
+        "study_date": Param(
+            "20240115",
+            type="string",
+            minLength=1,
+            title="Study date",
+            description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
+        ),
+        "destination": Param(
+            DESTINATION,
+            type="string",
+            pattern="^/",
+            title="Folder of the originals",
+            description="Absolute path, below which each study gets a folder named by its UID.",
+        ),
+        "copies": Param(
+            f"{DESTINATION}-deidentified",
+            type="string",
+            pattern="^/",
+            title="Folder of the copies",
+            description="Absolute path, below which each copy gets a folder named by its own Study Instance UID.",
+        ),
+    },
+    default_args={
+        # A try after a cut line, a restarted worker or a full disk does only what is still missing.
+        "retries": 3,
+        "retry_delay": timedelta(minutes=5),
+    },
+) as dag:
+    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
+    find = DicomFindOperator(
+        task_id="find",
+        dicom_conn_id="dicom_default",
+        study_date="{{ params.study_date }}",
+        # A day without studies is a success: the tasks below are skipped.
+        on_empty="return",
+    )
+
+    # One task a study, which succeeds only if the study is held whole. So no copy is made of half a study.
+    get = DicomGetOperator.partial(
+        task_id="get",
+        dicom_conn_id="dicom_default",
+        destination="{{ params.destination }}",
+        pool="pacs",
+        manifest_xcom="reference",
+    ).expand(study=find.output)
+
+    @task(max_active_tis_per_dag=2)
+    def deidentify(manifest, originals: str, copies: str) -> str:
+        """Copy what a manifest lists, de-identified, and return the folder of the copy."""
+        import tempfile
+        from pathlib import Path
+        from urllib.parse import unquote, urlsplit
+
+        from dicognito.anonymizer import Anonymizer
+        from pydicom import dcmread
+        from pydicom.config import disable_value_validation
+        from pydicom.dataset import FileMetaDataset
+
+        from airflow_dicom_get import load_manifest
+
+        # Without a secret of some length whoever knows an original's UID can compute the copy's.
+        secret = Variable.get("dicom_deidentify_secret", default="")
+        if len(secret) < 32:
+            raise AirflowFailException(
+                "The variable dicom_deidentify_secret is not set or has fewer than 32 characters. Set it under Admin, "
+                "Variables, to a random text that nobody else knows."
+            )
+        if Path(copies).resolve().is_relative_to(Path(originals).resolve()):
+            raise AirflowFailException("The folder of the copies lies in that of the originals. Give another one.")
+        with final_errors():
+            frame = load_manifest(manifest)
+        rows = frame[frame["state"].isin(["stored", "held"])]
+        # The same secret gives the same UIDs, in every instance of the study and in every try.
+        anonymizer = Anonymizer(seed=secret)
+        written, folders = set(), set()
+        for row in rows.itertuples():
+            try:
+                # Values that break a rule of DICOM are common; pydicom's warnings of them would quote them in the log.
+                with disable_value_validation():
+                    dataset = dcmread(unquote(urlsplit(row.uri).path))
+                    # Nothing of the original's preamble and file meta information but the transfer syntax.
+                    meta = FileMetaDataset()
+                    meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+                    dataset.file_meta, dataset.preamble = meta, bytes(128)
+                    clean(dataset, anonymizer)
+                    folder = Path(copies, dataset.StudyInstanceUID)
+                    path = folder / dataset.SeriesInstanceUID / f"{dataset.SOPInstanceUID}.dcm"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    # Under a temporary name first: what bears a final name is whole.
+                    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as part:
+                        dataset.save_as(part, enforce_file_format=True)
+                    os.replace(part.name, path)
+            except OSError:
+                raise  # a full disk, say: worth another try
+            except Exception as error:
+                # Not the error's own text, nor its traceback: both may quote the patient.
+                raise AirflowFailException(
+                    f"Instance {row.sop_instance_uid} was not de-identified ({type(error).__name__}), so nothing of "
+                    "this run is forwarded. Look at the instance, change `clean`, and clear this task."
+                ) from None
+            written.add(path)
+            folders.add(folder)
+        if len(written) != len(rows) or len(folders) != 1:
+            raise AirflowFailException(
+                f"{len(rows)} instances became {len(written)} in {len(folders)} studies; nothing is forwarded."
+            )
+        (folder,) = folders
+        # What a killed try, or an original that the PACS has withdrawn since, has left.
+        for path in folder.rglob("*"):
+            if path.is_file() and path not in written:
+                path.unlink()
+        return str(folder)
+
+    copy = deidentify.partial(originals="{{ params.destination }}", copies="{{ params.copies }}").expand(
+        manifest=get.output
+    )
+
+    # Waits until every study of the run is de-identified. Its manifest lists the copies: their UIDs, and for each the
+    # other node's answer.
+    store = DicomStoreOperator.partial(
+        task_id="store",
+        dicom_conn_id="dicom_target",
+        # Manifest and ledger, by which another run knows what was sent.
+        manifest_root="{{ params.copies }}/_forwarded",
+        max_active_tis_per_dag=2,
+    ).expand(source=copy)
+
+    # An answer is a promise. This asks the other node what it lists.
+    confirm = DicomVerifyOperator.partial(
+        task_id="confirm",
+        destination="dicom://dicom_target",
+        # A PACS may take minutes until it lists what it took.
+        retries=5,
+    ).expand(manifest=store.output)

@@ -1,0 +1,162 @@
+"""The DAG that de-identifies copies and forwards them, as a user runs it, to Orthanc."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread
+from servers import HOST, Orthanc
+
+from airflow_dicom_get import load_manifests
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.sample_data import ct_study, private_study
+
+pytest.importorskip("dicognito")
+
+SECRET = "0123456789abcdef" * 2
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """12 and 40 instances of two studies, of a private class and in compressed syntaxes too."""
+    folder = tmp_path / "pacs"
+    private_study(folder / "private")
+    ct_study(folder / "ct")
+    return folder
+
+
+@pytest.fixture
+def burned_in(folder):
+    """One of the instances says that patient data is burned into its pixels. Before the PACS indexes it."""
+    path = folder / "ct" / "series-3" / "0007.dcm"
+    dataset = dcmread(path)
+    dataset.BurnedInAnnotation = "YES"
+    dataset.save_as(path)
+    return str(dataset.SOPInstanceUID)
+
+
+@pytest.fixture
+def source(folder, monkeypatch):
+    monkeypatch.setenv("AIRFLOW_VAR_DICOM_DEIDENTIFY_SECRET", SECRET)
+    with EmbeddedPacs(folder) as server:
+        monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{server.port}")
+        yield server
+
+
+@pytest.fixture
+def originals(folder):
+    return [dcmread(path) for path in sorted(folder.rglob("*.dcm"))]
+
+
+@pytest.fixture
+def orthanc(tmp_path, monkeypatch):
+    with Orthanc(tmp_path / "orthanc", ae_title="TARGET", unknown_classes=True) as server:
+        monkeypatch.setenv("AIRFLOW_CONN_DICOM_TARGET", f"dicom://TARGET@127.0.0.1:{server.port}")
+        yield server
+
+
+@pytest.fixture
+def run(run_dag, load_dag, tmp_path):
+    """Run the DAG, each task once."""
+    dag = load_dag("deidentify_and_forward")
+    for task in dag.tasks:
+        task.retries = 0
+    conf = {"destination": str(tmp_path / "originals"), "copies": str(tmp_path / "copies")}
+    return lambda: run_dag(dag, run_conf=conf)
+
+
+def ask(server: Orthanc, path: str):
+    connection = HTTPConnection(HOST, server.http_port, timeout=30)
+    try:
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+
+
+def names(originals) -> set[bytes]:
+    """What the originals say of their patients, and all their UIDs of instances, series and studies."""
+    words = {str(ds[key].value) for ds in originals for key in ("PatientName", "PatientID") if key in ds}
+    words |= {ds[f"{level}InstanceUID"].value for ds in originals for level in ("Study", "Series", "SOP")}
+    assert len(words) > 40
+    return {word.encode() for word in words}
+
+
+def instances_below(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob("[0-9]*/*/*.dcm")}
+
+
+def test_all_copies_arrive_and_nothing_of_the_patient_and_again_nothing(run, source, originals, orthanc, tmp_path):
+    first = run()
+    assert first.state == "success"
+    copies = instances_below(tmp_path / "copies")
+    assert len(copies) == len(originals) == 52
+    # The destination lists and holds just these.
+    assert sorted(first.xcom("confirm", "summary", index)["symbols"]["="] for index in range(2)) == [12, 40]
+    tags = [ask(orthanc, f"/instances/{one}/simplified-tags") for one in ask(orthanc, "/instances")]
+    assert {one["SOPInstanceUID"] for one in tags} == set(copies)
+    assert {one["DeidentificationMethod"] for one in tags} == {"DICOGNITO"}
+    words = names(originals)
+    for path in [*copies.values(), *(tmp_path / "orthanc" / "storage").rglob("*")]:
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [word for word in words if word in content], path
+    patients = [str(ds[key].value) for ds in originals for key in ("PatientName", "PatientID") if key in ds]
+    assert not any(word in first.log for word in patients)
+    # No pixel is decoded, and no transfer syntax changed.
+    by_pixels = {(ds.file_meta.TransferSyntaxUID, ds.get("PixelData")) for ds in originals}
+    assert {(ds.file_meta.TransferSyntaxUID, ds.get("PixelData")) for ds in map(dcmread, copies.values())} == by_pixels
+    # The manifests of the second half are those of the copies: what was sent, with size and digest.
+    manifest = load_manifests([first.xcom("store", map_index=index) for index in range(2)])
+    assert set(manifest["sop_instance_uid"]) == set(copies)
+    assert set(manifest["state"]) == {"forwarded"}
+    for row in manifest.itertuples():
+        copy = copies[row.sop_instance_uid]
+        assert hashlib.sha256(copy.read_bytes()[-row.bytes :]).hexdigest() == row.sha256
+        assert row.source == str(copy.parent.parent)
+    assert len(list((tmp_path / "copies" / "_forwarded").rglob("store/*.parquet"))) == 2
+
+    before = {path: path.read_bytes() for path in copies.values()}
+    second = run()
+    assert second.state == "success"
+    assert source.sent.total() == 52
+    summaries = [second.xcom("store", "summary", index) for index in range(2)]
+    assert sorted((summary["completed"], summary["skipped"]) for summary in summaries) == [(12, 12), (40, 40)]
+    assert {path: path.read_bytes() for path in instances_below(tmp_path / "copies").values()} == before
+    assert len(ask(orthanc, "/instances")) == 52
+
+
+def test_one_instance_that_cannot_be_deidentified_keeps_all_from_going(burned_in, run, source, orthanc, tmp_path):
+    ran = run()
+    assert ran.state == "failed"
+    assert sorted(ran.task("deidentify", index).state for index in range(2)) == ["failed", "success"]
+    assert ran.task("store").state == "upstream_failed"
+    assert f"Instance {burned_in} was not de-identified (ValueError)" in ran.log
+    assert ask(orthanc, "/instances") == []
+    assert not list((tmp_path / "copies").rglob("*.part"))
+
+
+def test_what_does_not_belong_to_the_copy_is_not_forwarded(run, source, originals, orthanc, tmp_path):
+    assert run().state == "success"
+    some = next(iter(instances_below(tmp_path / "copies").values()))
+    stray, half = some.with_name("1.2.3.dcm"), some.with_name(".x.part")
+    for path in (stray, half):
+        path.write_bytes(some.read_bytes()[:1000])
+    assert run().state == "success"
+    assert not stray.exists()
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("secret", [None, "short"])
+def test_without_a_secret_nothing_is_copied(run, source, orthanc, tmp_path, monkeypatch, secret):
+    monkeypatch.delenv("AIRFLOW_VAR_DICOM_DEIDENTIFY_SECRET")
+    if secret is not None:
+        monkeypatch.setenv("AIRFLOW_VAR_DICOM_DEIDENTIFY_SECRET", secret)
+    ran = run()
+    assert ran.state == "failed"
+    assert "The variable dicom_deidentify_secret is not set or has fewer than 32 characters." in ran.log
+    assert not instances_below(tmp_path / "copies")
