@@ -158,7 +158,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
             },
             {
                 "connection-type": "dicom_s3",
-                "hook-class-name": "airflow_dicom_get.hooks.dicom_s3.S3StorageHook",
+                "hook-class-name": "airflow_dicom_get.hooks.dicom_s3.DicomS3Hook",
                 "hook-name": "DICOM storage (S3)",
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema"],

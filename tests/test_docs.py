@@ -340,11 +340,11 @@ from airflow.cli.cli_parser import get_parser
 for command in given["commands"]:
     get_parser().parse_args(command)
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
+from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 for name in given["connections"]:
     hook = DicomHook(name)
     if hook.get_connection(name).conn_type == "dicom_s3":
-        S3StorageHook(name).config
+        DicomS3Hook(name).config
     else:
         hook.settings()
 print("all of it")

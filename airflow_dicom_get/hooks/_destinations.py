@@ -71,7 +71,7 @@ def resolve_place(value: Any, option: str, s3_conn_id: str | None = None) -> Pla
     """
     place = parse_destination(check_place(value, option), option)
     if isinstance(place, S3Destination):
-        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
+        from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
         conn_id = place.conn_id or s3_conn_id
         if not conn_id:
@@ -82,7 +82,7 @@ def resolve_place(value: Any, option: str, s3_conn_id: str | None = None) -> Pla
                 f"Give s3_conn_id, or write s3://CONN_ID@{place.bucket}/{place.prefix}.",
             )
         bucket = S3Destination(place.bucket, place.prefix)
-        return Place(bucket, S3StorageHook(conn_id).config, conn_id)
+        return Place(bucket, DicomS3Hook(conn_id).config, conn_id)
     if isinstance(place, ForwardDestination) and place.conn_id is not None:
         from airflow_dicom_get.hooks.dicom import DicomHook
 

@@ -11,6 +11,7 @@ from airflow.sdk import BaseHook
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.node import Node, check_ae_title
 from airflow_dicom_get.config.options import OPTIONS, check_options, field_name, nested, options_from_fields
+from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
@@ -228,8 +229,6 @@ class DicomHook(BaseHook):
         :param s3_conn_id: the connection of a bucket whose address names none
         :param overrides: options of ``GetScu`` that win over the connection's
         """
-        from airflow_dicom_get.manifest.files import with_connection
-
         root = overrides.pop("manifest_root", None)
         places = resolve_places(destination, manifest_root=root, s3_conn_id=s3_conn_id)
         result = self.get_scu(places=places, **overrides).get_study(query, query_model=self.query_model)

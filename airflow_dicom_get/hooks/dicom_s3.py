@@ -56,12 +56,12 @@ _ROLE = ("role_arn", "assume_role_method", "assume_role_kwargs")
 _PROBE = ".connection-test"
 
 
-class S3StorageHook(BaseHook):
+class DicomS3Hook(BaseHook):
     """Reach a bucket by a ``dicom_s3`` connection, or by a stock ``aws`` one.
 
     In a ``@task`` function::
 
-        hook = S3StorageHook("archive")
+        hook = DicomS3Hook("archive")
         manifest = load_manifest(uri, **hook.reach())
 
     :param s3_conn_id: the connection: host and port = endpoint (blank: AWS), login and password = keys

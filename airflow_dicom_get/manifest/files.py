@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from airflow_dicom_get.config.destination import (
     S3Destination,
     parse_destination,
 )
+from airflow_dicom_get.connections import s3_config_of, with_connection
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.vocabulary import UNVERIFIED, Evidence, Verdict, weakest, worst
 
@@ -397,7 +397,7 @@ def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
 
     how: S3Config | None = s3.get("s3_config")
     if not s3:
-        how = _config_in_airflow(place)
+        how = s3_config_of(place)
     elif how is None:
         try:
             how = S3Config(**s3)
@@ -408,38 +408,6 @@ def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
                 uri=str(place),
             ) from None
     return Bucket(place.bucket, how)
-
-
-def _config_in_airflow(place: S3Destination) -> S3Config | None:
-    """What the connection that an address names says; None for the usual AWS places, which no task falls back to."""
-    if place.conn_id is None:
-        if not _in_task():
-            return None
-        raise ManifestError(
-            f"{shown_path(place)} names no connection, and a task uses no other credentials.",
-            hint=f"Write s3://CONN_ID@{place.bucket}/…, or give s3_config.",
-            uri=str(place),
-        )
-    try:
-        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
-    except ImportError:
-        raise ManifestError(
-            f"{shown_path(place)} names a connection of Airflow, and here is none.",
-            hint="Say how to reach the bucket, with the arguments of s3_config.",
-            uri=str(place),
-        ) from None
-    return S3StorageHook(place.conn_id).config
-
-
-def _in_task() -> bool:
-    sdk = sys.modules.get("airflow.sdk")  # not imported for this: whoever runs in a task has it
-    if sdk is None:
-        return False
-    try:
-        sdk.get_current_context()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _content(place: FilesystemDestination | S3Destination, s3: Mapping[str, Any]) -> bytes:
@@ -736,11 +704,6 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None,
         path = path / f"{name}.parquet"
     write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
     return reference(path)
-
-
-def with_connection(uri: str, conn_id: str | None) -> str:
-    """The address of an object, with the Airflow connection by which it is reached."""
-    return uri.replace("s3://", f"s3://{quote(conn_id, safe='')}@", 1) if conn_id else uri
 
 
 def manifest_uri(path: str | Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import _config
 from airflow_dicom_get.hooks._destinations import Place, resolve_place
@@ -19,7 +20,6 @@ from airflow_dicom_get.manifest.files import (
     manifest_table,
     reference,
     safe_name,
-    with_connection,
 )
 
 if TYPE_CHECKING:
@@ -143,11 +143,11 @@ def _remove(uri: str) -> None:
     if isinstance(place, FilesystemDestination):
         place.path.unlink(missing_ok=True)
     elif isinstance(place, S3Destination):
-        from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
+        from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
         assert place.conn_id is not None
         with contextlib.suppress(DicomGetError):
-            S3StorageHook(place.conn_id).get_bucket(place.bucket).call("delete_object", place.prefix)
+            DicomS3Hook(place.conn_id).get_bucket(place.bucket).call("delete_object", place.prefix)
 
 
 # --- what is given ---------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
         uri = uri_of(one)
         how: dict[str, Any] = {}
         if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
-            from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
+            from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
-            how = S3StorageHook(s3_conn_id).reach()
+            how = DicomS3Hook(s3_conn_id).reach()
         elif uri is not None:
             _check_manifest_place(uri)
         tables += load_tables([one], **how)

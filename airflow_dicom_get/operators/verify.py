@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination
+from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.hooks import _config
 from airflow_dicom_get.hooks._destinations import Place, forward_target, resolve_place, resolve_root
@@ -170,7 +171,7 @@ class DicomVerifyOperator(DicomOperator):
         return found, _result(found, source, self.destination), conn_id
 
     def _summary(self, context: Context, found: Verification, result: Result, conn_id: str | None) -> dict[str, Any]:
-        from airflow_dicom_get.manifest.files import reference, with_connection
+        from airflow_dicom_get.manifest.files import reference
 
         kept = reference(with_connection(found.manifest_uri, conn_id)) if found.manifest_uri is not None else {}
         return {

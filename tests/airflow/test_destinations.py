@@ -20,7 +20,7 @@ from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.hooks._destinations import BothWindows, both_windows
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.hooks.dicom_s3 import S3StorageHook
+from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 from airflow_dicom_get.operators.get import DicomGetOperator
 from airflow_dicom_get.testing.archive import Archive as Index
 
@@ -128,8 +128,8 @@ def test_a_task_without_a_connection_reads_no_manifest_with_the_credentials_of_t
             bare = reference["manifest_uri"].replace("store@", "")
             with pytest.raises(ManifestError, match="names no connection"):
                 load_manifest(bare)
-            assert len(load_manifest(bare, **S3StorageHook("store").reach())) == 12
-            return len(load_manifest({**reference, "manifest_uri": bare}, **S3StorageHook("store").reach()))
+            assert len(load_manifest(bare, **DicomS3Hook("store").reach())) == 12
+            return len(load_manifest({**reference, "manifest_uri": bare}, **DicomS3Hook("store").reach()))
 
         read(first.output)
     run = run_dag(dag)

@@ -13,7 +13,7 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.get_provider_info import get_provider_info
-from airflow_dicom_get.hooks.dicom_s3 import FIELDS, S3StorageHook
+from airflow_dicom_get.hooks.dicom_s3 import FIELDS, DicomS3Hook
 
 PLAIN = {"conn_type": "dicom_s3", "host": "minio.example", "port": 9000, "login": "key", "password": "hush-hush"}
 FORM = next(x for x in get_provider_info()["connection-types"] if x["connection-type"] == "dicom_s3")
@@ -23,10 +23,10 @@ FORM = next(x for x in get_provider_info()["connection-types"] if x["connection-
 def connect(monkeypatch):
     """Make a connection by environment, as JSON or as a URI, and give its hook."""
 
-    def make(value, conn_id="archive") -> S3StorageHook:
+    def make(value, conn_id="archive") -> DicomS3Hook:
         text = value if isinstance(value, str) else json.dumps(value)
         monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", text)
-        return S3StorageHook(conn_id)
+        return DicomS3Hook(conn_id)
 
     return make
 
@@ -158,7 +158,7 @@ def test_a_connection_that_is_not_there_is_an_error_and_nothing_is_taken_in_its_
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-machine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-machine")
     with pytest.raises(AirflowNotFoundException, match=r"nowhere.* as type DICOM storage \(S3\)"):
-        S3StorageHook("nowhere").config  # noqa: B018
+        DicomS3Hook("nowhere").config  # noqa: B018
 
 
 # --- stock aws connections -------------------------------------------------------------------------

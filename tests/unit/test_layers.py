@@ -20,7 +20,7 @@ LEAVES = frozenset({"errors", "records", "config", "vocabulary"})
 LAYERS = ("dicom", "net", "storage", "sinks", "engine")
 AIRFLOW = frozenset({"hooks", "operators", "sensors", "triggers", "plugins", "assets"})
 TOP, TASKS = len(LAYERS), len(LAYERS) + 1
-UPWARDS = frozenset({("manifest.files", "hooks.dicom_s3")})
+UPWARDS = frozenset({("connections", "hooks.dicom_s3")})
 """An address that names a connection of Airflow: where Airflow is, its hook knows what that is."""
 WORDS = frozenset({"manifest", "result"})
 """What the engine is asked for and what it fills in: top modules that know nothing of the layers but UID rules."""
