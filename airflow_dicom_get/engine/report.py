@@ -9,10 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.engine.events import Events
-from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.engine.verdict import judge
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.records import Completed, Instance
@@ -33,6 +31,10 @@ from airflow_dicom_get.vocabulary import (
     weakest,
     worst,
 )
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.engine.state import StudyState
 
 MOST_ERRORS = 10
 """Entries of ``Result.errors``."""

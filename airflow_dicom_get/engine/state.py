@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from airflow_dicom_get.engine.listing import Listing
-from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -22,8 +20,12 @@ from airflow_dicom_get.errors import (
     NotNegotiated,
 )
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_THE_DESTINATIONS, STOPS
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.listing import Listing
+    from airflow_dicom_get.engine.resolve import Scope
+    from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 
 UNPLANNED = 200_000
 """Objects that one C-GET may bring where there is no list."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.errors import Cancelled
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import StudyResult
@@ -23,6 +23,10 @@ from airflow_dicom_get.vocabulary import (
     Evidence,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.listing import Listing
+    from airflow_dicom_get.engine.state import StudyState
 
 
 def judge(state: StudyState) -> StudyResult:
@@ -62,12 +66,12 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
             return PARTIAL, "window"
         if state.listing is None or state.errors:
             return FAILED, _why(state, scope)
-        return (UNVERIFIED, "list_contradicted") if contradicted(state) or state.unlisted else (EMPTY, None)
+        return (UNVERIFIED, "list_contradicted") if state.unlisted or contradicted(state.listing, ()) else (EMPTY, None)
     conflicts = any(x.state == "conflict" for x in scope)
     if held == total and not conflicts:
         if state.listing is None:
             return UNVERIFIED, "no_list"
-        if contradicted(state):
+        if contradicted(state.listing, state.unlisted):
             return UNVERIFIED, "list_contradicted"
         if state.still_growing:
             return PARTIAL, "still_growing"
@@ -77,15 +81,11 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
     return PARTIAL, _why(state, scope)
 
 
-def contradicted(state: StudyState) -> bool:
-    """Whether something that the source said or did denies its list."""
-    listing = state.listing
-    if listing is None:
-        return False
+def contradicted(listing: Listing, unlisted: Collection[str]) -> bool:
+    """Whether something that the source said, or sent without having listed it, denies its list."""
     if listing.counts_contradict():
         return True
-    sent_unlisted = any(uid not in listing.instances for uid in state.unlisted)
-    return sent_unlisted and listing.on_round_cap()
+    return listing.on_round_cap() and any(uid not in listing.instances for uid in unlisted)
 
 
 def _evidence(state: StudyState) -> Evidence:

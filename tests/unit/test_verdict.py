@@ -118,6 +118,8 @@ CASES = [
     Case("a choice of the peer is no remark", lambda: state(instance(1, exactness="peer_choice")), "complete", None,
          numbers(1, 1, warning=0)),
     Case("recovered errors do not count", lambda: with_(state(instance(1)), strays={"not_asked": 3}), "complete"),
+    Case("sizes that are not known are not counted", lambda: state(instance(1, bytes=None)), "complete",
+         None, {"bytes": 0}),
     # unverified
     Case("no list at all", lambda: unlisted(instance(1, "unexpected"), instance(2)), "unverified", "no_list",
          {"expected": None, "total": 1, "completed": 1, "evidence": "none", "plan_at": None, "unexpected": 1}),
@@ -147,7 +149,8 @@ CASES = [
     Case("still growing outweighs what is missing",
          lambda: with_(state(instance(1), instance(2, "missing", "not_sent"), agree=False), still_growing=True),
          "partial", "still_growing"),
-    Case("the hours are over", lambda: with_(state(instance(1), instance(2, "missing", "window")), stop_reason="window"),
+    Case("the hours are over",
+         lambda: with_(state(instance(1), instance(2, "missing", "window")), stop_reason="window"),
          "partial", "window"),
     Case("the hours are over, and nothing is held",
          lambda: with_(state(instance(1, "missing", "window")), stop_reason="window"), "partial", "window",
@@ -160,6 +163,9 @@ CASES = [
     Case("the most frequent reason",
          lambda: state(instance(1), instance(2, "missing", "not_sent"), instance(3, "failed", "class_refused"),
                        instance(4, "failed", "class_refused")), "partial", "class_refused", numbers(4, 1)),
+    Case("a word beside what is held is no reason",
+         lambda: state(instance(1, "held", "size_changed"), instance(2, "held", "size_changed"),
+                       instance(3, "missing", "not_sent")), "partial", "not_sent"),
     Case("an error before the first round is the reason",
          lambda: with_(state(instance(1, "held"), instance(2, "missing", "association_lost")), rounds=0,
                        errors=[GetNotOffered("No C-GET.")]), "partial", "get_not_offered"),
@@ -217,7 +223,7 @@ def test_complete_needs_every_row_and_a_list_that_stands() -> None:
         if judge(made).verdict == "complete":
             assert made.listing is not None
             assert made.lists_agree
-            assert not contradicted(made)
+            assert not contradicted(made.listing, made.unlisted)
             assert all(x.state in ("stored", "forwarded", "held") for x in made.listing.instances.values())
 
 

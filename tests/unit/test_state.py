@@ -1,0 +1,241 @@
+"""Transitions of the state of a study: what outcomes of source and destination make of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from airflow_dicom_get.engine.listing import Listing, SeriesInfo
+from airflow_dicom_get.engine.query import Filter
+from airflow_dicom_get.engine.resolve import Scope
+from airflow_dicom_get.engine.state import MOST_REFUSED, UNPLANNED, StudyState
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+
+STUDY, SERIES = "1.2", "1.2.3"
+CT, EXPLICIT_LE, JPEG = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.50"
+STORED = Taken(0x0000)
+FULL = Taken(0xA700, "destination_full", "There is no room left.")
+BROKEN = Taken(0xA700, "destination_error", "It cannot be written.")
+OTHER = Taken(0x0111, "different_content", "Another data set lies there.")
+NOT_KEPT = "The disk failed."
+
+
+def uid(number: int) -> str:
+    return f"{SERIES}.{number}"
+
+
+def listing(*numbers: int, syntax: str | None = None) -> Listing:
+    found = Listing(series={SERIES: SeriesInfo(SERIES)})
+    for number in numbers:
+        found.instances[uid(number)] = Instance(STUDY, SERIES, uid(number), CT)
+        found.instances[uid(number)].listed_syntax = syntax
+    return found
+
+
+def listed(*numbers: int, **facts: object) -> StudyState:
+    state = StudyState(Scope(STUDY), rounds=1, **facts)  # type: ignore[arg-type]
+    state.take_list(listing(*numbers))
+    return state
+
+
+def held(number: int, series: str = SERIES, syntax: str = EXPLICIT_LE) -> Held:
+    return Held(series, uid(number), CT, syntax, f"file:///d/{number}", b"\1" * 32, 100, 20, "CT")
+
+
+class TestLists:
+    def test_two_equal_lists_agree_whatever_their_order(self) -> None:
+        state = StudyState(Scope(STUDY))
+        assert state.take_list(listing(1, 2)) is False
+        assert not state.lists_agree
+        assert state.take_list(listing(2, 1)) is False
+        assert state.lists_agree
+
+    @pytest.mark.parametrize("second", [(1,), (1, 2, 3), (1, 3), ()])
+    def test_any_difference_is_a_change(self, second: tuple[int, ...]) -> None:
+        state = listed(1, 2)
+        assert state.take_list(listing(*second)) is True
+        assert not state.lists_agree
+        assert set(state.instances) == {uid(n) for n in (1, 2, *second)}
+
+    def test_a_later_list_can_agree_again(self) -> None:
+        state = listed(1)
+        state.take_list(listing(1, 2))
+        state.take_list(listing(1, 2))
+        assert state.lists_agree
+
+    def test_bounds_follow_the_list(self) -> None:
+        assert StudyState(Scope(STUDY)).most_objects() == UNPLANNED
+        assert listed(1, 2, 3).most_objects() == 106
+
+
+class TestInventory:
+    def test_what_is_listed_and_held_is_held(self) -> None:
+        state = listed(1, 2)
+        state.inventory = {uid(1): held(1)}
+        assert [x.sop for x, _ in state.adopt_inventory()] == [uid(1)]
+        one = state.instances[uid(1)]
+        assert (one.state, one.attempt, one.bytes, one.dataset_offset, one.syntax) == ("held", 0, 100, 20, EXPLICIT_LE)
+        assert state.inventory == {}
+        assert [x.sop for x in state.missing()] == [uid(2)]
+
+    def test_an_object_of_another_series_is_none_of_it(self) -> None:
+        state = listed(1)
+        state.inventory = {uid(1): held(1, series="1.2.4")}
+        assert list(state.adopt_inventory()) == []
+        assert [x.sop for x in state.missing()] == [uid(1)]
+
+    def test_an_outcome_of_this_run_outweighs_the_inventory(self) -> None:
+        state = listed(1)
+        state.not_received(state.instances[uid(1)], "not_sent", "It did not come.")
+        state.inventory = {uid(1): held(1)}
+        assert list(state.adopt_inventory()) == []
+
+    @pytest.mark.parametrize(("syntax", "exactness"), [(EXPLICIT_LE, "as_listed"), (JPEG, "converted"), (None, None)])
+    def test_exactness_is_held_against_the_list(self, syntax: str | None, exactness: str | None) -> None:
+        state = StudyState(Scope(STUDY))
+        state.take_list(listing(1, syntax=syntax))
+        state.inventory = {uid(1): held(1)}
+        list(state.adopt_inventory())
+        assert state.instances[uid(1)].exactness == exactness
+
+
+class TestAnswers:
+    def test_one_that_was_taken_is_progress(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        answered = state.answer(uid(1), one, STORED)
+        assert (answered.record, answered.error, answered.new, answered.stop) == (one, None, True, None)
+        assert (one.state, one.attempt, state.progress) == ("stored", 1, 1)
+
+    def test_a_second_object_of_it_is_none(self) -> None:
+        state = listed(1)
+        state.answer(uid(1), state.instances[uid(1)], STORED)
+        again = state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), STORED)
+        assert (again.new, again.error, state.progress) == (False, None, 1)
+
+    def test_an_unlisted_one_is_progress_only_where_there_is_no_list(self) -> None:
+        state = listed(1)
+        state.answer(uid(9), state.add_unlisted(SERIES, uid(9), CT), STORED)
+        assert state.progress == 0
+        bare = StudyState(Scope(STUDY), rounds=1)
+        bare.answer(uid(9), bare.add_unlisted(SERIES, uid(9), CT), STORED)
+        assert bare.progress == 1
+
+    def test_a_refusal_is_failed_and_a_later_success_mends_it(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        assert (
+            state.answer(uid(1), one, Taken(0xC000, "unparsable", "It cannot be read.")).error == "It cannot be read."
+        )
+        assert (one.state, one.reason, one.dimse_status) == ("failed", "unparsable", 0xC000)
+        assert state.refused_here(one)
+        state.answer(uid(1), one, STORED)
+        assert (one.state, one.reason, one.error) == ("stored", None, None)
+
+    def test_other_bytes_make_a_conflict_of_what_was_stored(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.answer(uid(1), one, STORED)
+        state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), OTHER)
+        assert (one.state, one.reason) == ("conflict", "different_content")
+        assert state.missing() == []
+
+    def test_another_refusal_leaves_what_was_stored(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.answer(uid(1), one, STORED)
+        state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), BROKEN)
+        assert (one.state, one.reason) == ("stored", None)
+
+    def test_an_object_of_no_record_is_a_stray(self) -> None:
+        state = listed(1)
+        answered = state.answer("1.9.9", None, Taken(0x0124, "foreign_study", "Another study."))
+        assert state.strays == {"foreign_study": 1}
+        assert answered.error == "Another study."
+        assert "1.9.9" not in state.instances
+
+    def test_a_full_destination_ends_the_run(self) -> None:
+        state = listed(1)
+        assert state.answer(uid(1), state.instances[uid(1)], FULL).stop == "destination_full"
+
+    def test_a_destination_that_fails_again_and_again_ends_the_run(self) -> None:
+        state = listed(*range(MOST_REFUSED + 1))
+        stops = [state.answer(x.sop, x, BROKEN).stop for x in list(state.instances.values())[:MOST_REFUSED]]
+        assert stops == [None] * (MOST_REFUSED - 1) + ["destination_error"]
+
+    def test_one_that_was_taken_between_begins_the_count_again(self) -> None:
+        state = listed(*range(2 * MOST_REFUSED))
+        records = list(state.instances.values())
+        for x in records[: MOST_REFUSED - 1]:
+            state.answer(x.sop, x, BROKEN)
+        state.answer(records[-1].sop, records[-1], STORED)
+        assert state.answer(records[MOST_REFUSED].sop, records[MOST_REFUSED], BROKEN).stop is None
+
+    @pytest.mark.parametrize(("strict", "stop"), [(False, None), (True, "strict_forward")])
+    def test_strict_forward_ends_at_the_first_refusal_of_the_node(self, strict: bool, stop: str | None) -> None:
+        state = listed(1, strict=strict)
+        one = state.instances[uid(1)]
+        one.forward_status = "error"
+        assert state.answer(uid(1), one, Taken(0x0122, "destination_refused", "Refused.")).stop == stop
+
+
+class TestConfirmations:
+    def test_a_confirmation_changes_nothing_of_what_was_taken(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.answer(uid(1), one, STORED)
+        assert state.confirm(Confirmation(one)) is None
+        assert one.state == "stored"
+
+    def test_one_that_cannot_be_confirmed_is_missing_again(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.answer(uid(1), one, STORED)
+        answered = state.confirm(Confirmation(one, NOT_KEPT))
+        assert answered is not None
+        assert (one.state, one.reason) == ("failed", "destination_error")
+        assert NOT_KEPT in str(one.error)
+        assert state.missing() == [one]
+
+    def test_a_conflict_found_late_is_one(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.answer(uid(1), one, STORED)
+        state.confirm(Confirmation(one, "Another data set.", "different_content"))
+        assert (one.state, one.reason, one.error) == ("conflict", "different_content", "Another data set.")
+
+    @pytest.mark.parametrize(
+        ("reason", "stops"), [("destination_error", 1), ("different_content", 0), ("cancelled", 0)]
+    )
+    def test_only_failures_of_the_destination_end_the_run(self, reason: str, stops: int) -> None:
+        state = listed(*range(MOST_REFUSED))
+        found = [state.confirm(Confirmation(x, NOT_KEPT, reason)) for x in state.instances.values()]
+        assert sum(x is not None and x.stop is not None for x in found) == stops
+
+    def test_what_was_left_to_the_destination_is_taken_when_it_says_so(self) -> None:
+        state = listed(1)
+        one = state.instances[uid(1)]
+        state.left_to_destination(one)
+        answered = state.confirm(Confirmation(one))
+        assert answered is not None
+        assert answered.new
+        assert (one.state, state.progress) == ("forwarded", 1)
+        assert state.confirm(Confirmation(one)) is None
+
+
+@pytest.mark.parametrize(
+    ("scope", "series", "sop", "expected"),
+    [
+        (Scope(STUDY), "1.2.9", "1.2.9.1", True),
+        (Scope(STUDY, series=frozenset({SERIES})), SERIES, uid(9), True),
+        (Scope(STUDY, series=frozenset({SERIES})), "1.2.9", uid(9), False),
+        (Scope(STUDY, instances=frozenset({uid(1)})), "1.2.9", uid(1), True),
+        (Scope(STUDY, instances=frozenset({uid(1)})), SERIES, uid(2), False),
+        (Scope(STUDY, filters=(Filter(0x00080060, "Modality", "CS", "CT", "SERIES"),)), SERIES, uid(9), True),
+        (Scope(STUDY, filters=(Filter(0x00080060, "Modality", "CS", "CT", "SERIES"),)), "1.2.9", uid(9), False),
+    ],
+)
+def test_what_an_unlisted_instance_may_be(scope: Scope, series: str, sop: str, expected: bool) -> None:
+    state = StudyState(scope)
+    state.take_list(listing(1))
+    assert state.in_scope(series, sop) is expected
