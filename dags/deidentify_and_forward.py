@@ -27,7 +27,9 @@ again, and what the other node has acknowledged is not sent again.
 from __future__ import annotations
 
 import os
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 from airflow.sdk import DAG, Param, Variable, task
 from airflow.sdk.exceptions import AirflowFailException
@@ -54,6 +56,19 @@ def clean(dataset, anonymizer) -> None:
     dataset.remove_private_tags()
     # UIDs, names, IDs, addresses, dates and times. Not descriptions, comments and texts of reports.
     anonymizer.anonymize(dataset)
+
+
+def write(dataset, path: Path) -> None:
+    """Write a file under a temporary name and rename it: what bears its final name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with open(descriptor, "wb") as file:
+            dataset.save_as(file, enforce_file_format=True)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 with DAG(
@@ -114,8 +129,6 @@ with DAG(
     @task(max_active_tis_per_dag=2)
     def deidentify(manifest, originals: str, copies: str) -> str:
         """Copy what a manifest lists, de-identified, and return the folder of the copy."""
-        import tempfile
-        from pathlib import Path
         from urllib.parse import unquote, urlsplit
 
         from dicognito.anonymizer import Anonymizer
@@ -152,11 +165,7 @@ with DAG(
                     clean(dataset, anonymizer)
                     folder = Path(copies, dataset.StudyInstanceUID)
                     path = folder / dataset.SeriesInstanceUID / f"{dataset.SOPInstanceUID}.dcm"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    # Under a temporary name first: what bears a final name is whole.
-                    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as part:
-                        dataset.save_as(part, enforce_file_format=True)
-                    os.replace(part.name, path)
+                    write(dataset, path)
             except OSError:
                 raise  # a full disk, say: worth another try
             except Exception as error:

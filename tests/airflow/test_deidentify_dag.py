@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -14,8 +15,6 @@ from servers import HOST, Orthanc
 from airflow_dicom_get import load_manifests
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import ct_study, private_study
-
-pytest.importorskip("dicognito")
 
 SECRET = "0123456789abcdef" * 2
 
@@ -160,3 +159,18 @@ def test_without_a_secret_nothing_is_copied(run, source, orthanc, tmp_path, monk
     assert ran.state == "failed"
     assert "The variable dicom_deidentify_secret is not set or has fewer than 32 characters." in ran.log
     assert not instances_below(tmp_path / "copies")
+
+
+def test_a_file_that_the_disk_has_no_room_for_leaves_nothing_and_the_whole_one_stays(load_dag, originals, tmp_path):
+    write = load_dag("deidentify_and_forward").get_task("deidentify").python_callable.__globals__["write"]
+    path = tmp_path / "copies" / "1.2" / "1.2.3.dcm"
+    write(originals[0], path)
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(originals[0], path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {one: one.read_bytes() for one in path.parent.iterdir()} == {path: whole}
