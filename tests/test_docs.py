@@ -346,7 +346,7 @@ for name in given["connections"]:
     if hook.get_connection(name).conn_type == "dicom_s3":
         DicomS3Hook(name).config
     else:
-        hook.settings()
+        hook.config
 print("all of it")
 """
 

@@ -8,26 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 
-from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.config.node import Node, check_ae_title
-from airflow_dicom_get.config.options import OPTIONS, check_options, field_name, nested, options_from_fields
 from airflow_dicom_get.connections import with_connection
-from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
-    extras_of,
-    find_connection,
-    of_connection,
     unreadable,
     within_limit,
 )
-from airflow_dicom_get.hooks._destinations import Places, both_windows, resolve_places
+from airflow_dicom_get.hooks._destinations import Destinations, resolve_destinations
+from airflow_dicom_get.hooks._node_config import CONN_NAME, CONN_TYPE, NodeConfig, read_node_config, share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from airflow.sdk import Connection
-
+    from airflow_dicom_get.config.node import Node
     from airflow_dicom_get.config.options import Options
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.result import EchoReport, Plan, Result
@@ -47,88 +41,47 @@ class DicomHook(BaseHook):
 
     conn_name_attr = "dicom_conn_id"
     default_conn_name = "dicom_default"
-    conn_type = "dicom"
-    hook_name = "DICOM (PACS)"
+    conn_type = CONN_TYPE
+    hook_name = CONN_NAME
 
     def __init__(self, dicom_conn_id: str = default_conn_name, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dicom_conn_id = dicom_conn_id
-        self._settings: tuple[Node, dict[str, Any]] | None = None
+        self._config: NodeConfig | None = None
 
     # --- the connection ----------------------------------------------------------------------------
 
-    def settings(self) -> tuple[Node, dict[str, Any]]:
-        """Return the node and the options that the connection gives, by their names in :class:`GetScu`.
+    @property
+    def config(self) -> NodeConfig:
+        """What the connection says, all of it checked; it is looked up once.
 
-        ``query_model`` is among them though it belongs to a call.
-
+        :raises AirflowNotFoundException: there is no connection of that name
         :raises InvalidOption: a field is missing or malformed; the message names connection and field
         """
-        if self._settings is None:
-            conn = find_connection(self.dicom_conn_id, self.hook_name)
-            try:
-                self._settings = self._parse(conn)
-            except InvalidOption as error:
-                raise of_connection(error, self.dicom_conn_id) from None
-        return self._settings
-
-    def _parse(self, conn: Connection) -> tuple[Node, dict[str, Any]]:
-        if (conn.conn_type or "").lower() != self.conn_type:
-            raise invalid("type", f"{shown(conn.conn_type)} is not dicom", "Name a connection of type DICOM.")
-        node = self._node(conn)
-        flat, unknown = options_from_fields(extras_of(conn, '{"calling_ae_title": "AIRFLOW"}'))
-        for key in unknown:
-            self.log.warning("Connection %s: the extra field %s is not known and changes nothing.",
-                             self.dicom_conn_id, shown(key))  # fmt: skip
-        if conn.password:
-            flat["tls.key_password"] = conn.password
-        values = nested(flat, field_name)
-        model = values.pop("query_model", OPTIONS["query_model"].default)
-        query_model = OPTIONS["query_model"].check("query_model", model)
-        # Everything is checked here once more: the form checks next to nothing, and here the names of the
-        # fields are known.
-        check_options(node, spelling=field_name, **values)
-        return node, {**values, "query_model": query_model}
-
-    def _node(self, conn: Connection) -> Node:
-        host = (conn.host or "").strip()
-        if not host:
-            raise invalid("host", "is missing", "Give the name or address of the PACS.")
-        if not conn.port:
-            raise invalid("port", "is missing", "Give the DICOM port of the PACS, often 104 or 11112.")
-        title = None
-        if (conn.login or "").strip():
-            title = check_ae_title(str(conn.login), "login (called AE title)")
-        else:
-            self.log.warning(
-                "Connection %s: login (called AE title) is blank, so the PACS is called %s; many a PACS refuses that.",
-                self.dicom_conn_id,
-                OPTIONS["called_ae_title"].default,
-            )
-        address = f"[{host}]:{conn.port}" if ":" in host and not host.startswith("[") else f"{host}:{conn.port}"
-        node = Node.parse(address, "host, port")
-        return Node(node.host, node.port, title)
+        if self._config is None:
+            self._config = read_node_config(self.dicom_conn_id)
+        return self._config
 
     @property
     def node(self) -> Node:
         """The address of the node."""
-        return self.settings()[0]
+        return self.config.node
 
     @property
     def query_model(self) -> str:
         """The connection's information model."""
-        return str(self.settings()[1]["query_model"])
+        return self.config.query_model
 
     @property
     def timezone(self) -> str:
         """The time zone of the connection, for ``today``."""
-        return str(self.settings()[1].get("timezone", OPTIONS["timezone"].default))
+        return self.config.timezone
 
     def options(
         self,
         *,
         seconds: float = math.inf,
-        places: Places | None = None,
+        destinations: Destinations | None = None,
         s3_conn_id: str | None = None,
         **overrides: Any,
     ) -> Options:
@@ -139,41 +92,27 @@ class DicomHook(BaseHook):
         slots as the PACS admits associations does the rest. The limits of a connection to forward to hold too.
 
         :param seconds: the longest that a retrieval may take, where the connection does not say less
-        :param places: destination and manifest root, where they were looked up already
+        :param destinations: destination and manifest root, where they were looked up already
         :param s3_conn_id: the connection of a destination or root ``s3://…`` that names none
         :param overrides: options of ``GetScu`` that win over the connection's
         """
-        node, settings = self.settings()
-        values = {name: value for name, value in settings.items() if name != "query_model"} | overrides
-        if places is None and "destination" in values and "s3_config" not in values:
+        values = dict(overrides)
+        if destinations is None and "destination" in values and "s3_config" not in values:
             root = values.pop("manifest_root", None)
-            places = resolve_places(values["destination"], manifest_root=root, s3_conn_id=s3_conn_id)
-        if places is not None:
-            values |= places.options
-        options = check_options(node, **values)
+            destinations = resolve_destinations(values["destination"], manifest_root=root, s3_conn_id=s3_conn_id)
+        if destinations is not None:
+            values |= destinations.options
+        options = self.config.options(values)
         changes: dict[str, Any] = {"max_associations": options.associations}
         if options.bytes_per_second is not None and "bytes_per_second" not in overrides:
             changes["bytes_per_second"] = share(options)
         if seconds != math.inf:
             allowed = min(max(seconds, 0.001), options.deadlines.operation or math.inf)
             changes["deadlines"] = replace(options.deadlines, operation=allowed)
-        if places is not None and places.destination.target is not None:
-            changes |= places.destination.target._as_target(replace(options, **changes), overrides)
+        if destinations is not None and destinations.destination.target is not None:
+            target = destinations.destination.target
+            changes |= target.limits_as_target(replace(options, **changes), overrides)
         return replace(options, **changes)
-
-    def _as_target(self, options: Options, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Changes to the options of a source for the limits of this connection, where it is forwarded to."""
-        own = check_options(self.node, **{k: v for k, v in self.settings()[1].items() if k != "query_model"})
-        check_admitted(options.associations, own.max_associations, self.dicom_conn_id)
-        changes: dict[str, Any] = {}
-        if own.bytes_per_second is not None and "bytes_per_second" not in overrides:
-            most = share(replace(own, associations=options.associations))
-            changes["bytes_per_second"] = min(most, options.bytes_per_second or most)
-        if "window" not in overrides:
-            changes["window"], changes["timezone"] = both_windows(
-                options.window, options.timezone, own.window, own.timezone, self.dicom_conn_id
-            )
-        return changes
 
     def get_scu(self, **overrides: Any) -> GetScu:
         """Make a :class:`~airflow_dicom_get.GetScu` from the connection; see :meth:`options`."""
@@ -230,10 +169,10 @@ class DicomHook(BaseHook):
         :param overrides: options of ``GetScu`` that win over the connection's
         """
         root = overrides.pop("manifest_root", None)
-        places = resolve_places(destination, manifest_root=root, s3_conn_id=s3_conn_id)
-        result = self.get_scu(places=places, **overrides).get_study(query, query_model=self.query_model)
+        destinations = resolve_destinations(destination, manifest_root=root, s3_conn_id=s3_conn_id)
+        result = self.get_scu(destinations=destinations, **overrides).get_study(query, query_model=self.query_model)
         if result.manifest_uri is not None:
-            result.manifest_uri = with_connection(result.manifest_uri, places.manifest_conn_id)
+            result.manifest_uri = with_connection(result.manifest_uri, destinations.manifest_conn_id)
         return result
 
     # --- the Test button ---------------------------------------------------------------------------
@@ -282,19 +221,3 @@ class DicomHook(BaseHook):
                 f"{offers}. Without C-FIND no retrieval can be proven complete, and only UIDs can be asked for.",
             )
         return True, f"{offers}. (Tried from the process that shows this; workers need the same way to the PACS.)"
-
-
-def share(options: Options) -> int:
-    """What of a connection's ``bytes_per_second`` belongs to the associations of one task."""
-    assert options.bytes_per_second is not None
-    return max(options.bytes_per_second * options.associations // options.max_associations, 1000)
-
-
-def check_admitted(associations: int, admitted: int, conn_id: str) -> None:
-    """Refuse more associations than the node to forward to admits."""
-    if associations > admitted:
-        raise invalid(
-            "associations",
-            f"{associations} is more than max_associations of the connection {conn_id}, which is {admitted}",
-            "Lower it, or raise that if the node allows more.",
-        )

@@ -10,8 +10,8 @@ from airflow_dicom_get.config.checks import invalid, shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.hooks import _config
-from airflow_dicom_get.hooks._destinations import Place, resolve_place
+from airflow_dicom_get.hooks import configuration
+from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
 from airflow_dicom_get.manifest.files import (
     combine_manifests,
     frame_of,
@@ -81,7 +81,9 @@ class Manifest:
         if mode != "reference":
             frame = frame_of(self._table)
             size = xcom_bytes(frame)
-            limit = _config.integer("manifest_xcom_max_bytes" if mode == "auto" else "manifest_xcom_hard_max_bytes")
+            limit = configuration.integer(
+                "manifest_xcom_max_bytes" if mode == "auto" else "manifest_xcom_hard_max_bytes"
+            )
             if size <= limit:
                 self._frame = frame
             else:
@@ -186,7 +188,7 @@ def one_table(tables: Sequence[Any]) -> Any:
     return plain[0] if len(plain) == 1 else pa.concat_tables(plain, promote_options="default")
 
 
-def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> Place | None:
+def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> ResolvedDestination | None:
     """The bucket that the rows of some manifests name, if they name one.
 
     :param conn_id: the connection by which it is reached
@@ -194,7 +196,7 @@ def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> Place | None
     for table in tables:
         uri = next((uri for uri in table["uri"].to_pylist() if uri and uri.startswith("s3://")), None)
         if uri is not None:
-            return resolve_place(uri, "manifest (the objects that it lists)", conn_id)
+            return resolve_destination(uri, "manifest (the objects that it lists)", conn_id)
     return None
 
 

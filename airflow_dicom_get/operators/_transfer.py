@@ -12,7 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.engine.report import merge
-from airflow_dicom_get.hooks import _config
+from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
@@ -93,11 +93,13 @@ class TransferOperator(DicomOperator):
             self._check_choices()
             self._check_dependants(context)
             transfer = self.prepare(context, run_name_of(context["ti"]), ends)
-            self.warn_of_limits(context, associations=self.associations, require_pool=_config.boolean("require_pool"))
+            self.warn_of_limits(
+                context, associations=self.associations, require_pool=configuration.boolean("require_pool")
+            )
             progress = Progress(
                 log=self.log,
                 store=context.get("task_state_store"),
-                interval=_config.integer("progress_interval"),
+                interval=configuration.integer("progress_interval"),
                 associations=self.associations,
                 phase=self.phase,
             )

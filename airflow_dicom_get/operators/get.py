@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination
 from airflow_dicom_get.engine.query import parse_query
-from airflow_dicom_get.hooks._destinations import Places, resolve_places
+from airflow_dicom_get.hooks._destinations import Destinations, resolve_destinations
 from airflow_dicom_get.operators._manifests import load_given, part_name
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
@@ -126,7 +126,9 @@ class DicomGetOperator(TransferOperator):
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Look up the connections, and make the queries."""
-        places = resolve_places(self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id)
+        destinations = resolve_destinations(
+            self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id
+        )
         queries = self._queries()
         hook = self.hook
         model = self.query_model or hook.query_model
@@ -134,12 +136,12 @@ class DicomGetOperator(TransferOperator):
             parse_query(query, query_model=model, timezone=hook.timezone)
         options: dict[str, Any] = {}
         scratch = None
-        if places.root is None and isinstance(places.destination.destination, ForwardDestination):
+        if destinations.root is None and isinstance(destinations.destination.destination, ForwardDestination):
             scratch = self.scratch()
             options["manifest_root"] = scratch.name
-        make = partial(self._make_scu, hook, places, ends, options)
+        make = partial(self._make_scu, hook, destinations, ends, options)
         make({})  # what is wrong with the options shows here
-        return Transfer(partial(self._run, queries, model, name, make), name, places.manifest_conn_id, scratch)
+        return Transfer(partial(self._run, queries, model, name, make), name, destinations.manifest_conn_id, scratch)
 
     def _queries(self) -> list[Query]:
         """What to retrieve, as queries for one call of the engine each."""
@@ -184,7 +186,9 @@ class DicomGetOperator(TransferOperator):
                 break
         return results
 
-    def _make_scu(self, hook: DicomHook, places: Places, ends: float, more: Mapping[str, Any], query: Query) -> GetScu:
+    def _make_scu(
+        self, hook: DicomHook, destinations: Destinations, ends: float, more: Mapping[str, Any], query: Query
+    ) -> GetScu:
         studies = query.get("StudyInstanceUID")
         options: dict[str, Any] = {
             "associations": self.associations,
@@ -204,4 +208,4 @@ class DicomGetOperator(TransferOperator):
         if isinstance(studies, list):
             # Whoever names each of them knows how many they are.
             options["max_studies"] = max(len(studies), 100)
-        return hook.get_scu(seconds=ends - time.monotonic(), places=places, **options)
+        return hook.get_scu(seconds=ends - time.monotonic(), destinations=destinations, **options)

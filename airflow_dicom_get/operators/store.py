@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
-from airflow_dicom_get.hooks._destinations import Place, resolve_place, resolve_root
+from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination, resolve_root
 from airflow_dicom_get.operators._manifests import connection_of, load_given, one_table, place_of_objects
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._redaction import shown_manifest
@@ -82,14 +82,14 @@ class DicomStoreOperator(TransferOperator):
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Look up the connections, and load the manifest."""
         kind, value = self.one_of("manifest", "source")
-        objects: Place | None
+        objects: ResolvedDestination | None
         given: dict[str, Any]
         if kind == "manifest":
             tables = load_given(value, self.s3_conn_id)
             objects = place_of_objects(tables, self.s3_conn_id or connection_of(value))
             given = {"manifest": one_table(tables)}
         else:
-            place = objects = resolve_place(value, "source", self.s3_conn_id)
+            place = objects = resolve_destination(value, "source", self.s3_conn_id)
             given = {"source": _address(place)}
         root = resolve_root(self.manifest_root, s3_conn_id=self.s3_conn_id)
         buckets = [place for place in (objects, root) if place is not None and place.s3_config is not None]
@@ -165,7 +165,7 @@ def _until(closes: datetime | None, ends: float, scu: StoreScu) -> Iterator[None
         timer.cancel()
 
 
-def _address(place: Place) -> str:
+def _address(place: ResolvedDestination) -> str:
     if isinstance(place.destination, ForwardDestination):
         raise invalid("source", "is a DICOM node", "Give an absolute path, or s3://CONN_ID@bucket/prefix.")
     if isinstance(place.destination, S3Destination):

@@ -12,8 +12,8 @@ from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import IncompleteRetrieval
-from airflow_dicom_get.hooks import _config
-from airflow_dicom_get.hooks._destinations import Place, forward_target, resolve_place, resolve_root
+from airflow_dicom_get.hooks import configuration
+from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination, resolve_root
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import (
@@ -104,7 +104,7 @@ class DicomVerifyOperator(DicomOperator):
                 self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
             frame = found.frame()
             summed = self._summary(context, found, result, conn_id)
-        size, limit = xcom_bytes(frame), _config.integer("manifest_xcom_hard_max_bytes")
+        size, limit = xcom_bytes(frame), configuration.integer("manifest_xcom_hard_max_bytes")
         ti = context["ti"]
         ti.xcom_push("summary", summed)
         if size > limit:
@@ -132,7 +132,9 @@ class DicomVerifyOperator(DicomOperator):
         studies = study_uids(study) if study is not None else []
         tables = load_given(manifest, self.s3_conn_id) if manifest is not None else []
         place = (
-            resolve_place(self.destination, "destination", self.s3_conn_id) if self.destination is not None else None
+            resolve_destination(self.destination, "destination", self.s3_conn_id)
+            if self.destination is not None
+            else None
         )
         if manifest is None and place is None:
             raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
@@ -146,7 +148,7 @@ class DicomVerifyOperator(DicomOperator):
         if root is not None or not kept:
             options["manifest_root"] = root.destination if root is not None else scratch
         if place is not None and place.target is not None:
-            options["forward_target"] = forward_target(place.target)
+            options["forward_target"] = place.target.forward_target()
         source = None
         if self.dicom_conn_id is not None:
             hook = DicomHook(self.dicom_conn_id)
@@ -191,7 +193,7 @@ class DicomVerifyOperator(DicomOperator):
         }
 
 
-def _is_node(place: Place) -> bool:
+def _is_node(place: ResolvedDestination) -> bool:
     return isinstance(place.destination, ForwardDestination)
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from statistics import median
 from urllib.parse import urlencode
 
-from airflow_dicom_get.hooks import _config
+from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.plugins import database
 from airflow_dicom_get.plugins.chart import Chart, chart_of
 from airflow_dicom_get.plugins.database import Retrieval, Task
@@ -38,7 +38,7 @@ class Choice:
     @classmethod
     def of(cls, *, dag_id: str, verdict: str, source: str, since: str, until: str, page: str) -> Choice:
         """Read the address. What makes no sense is left out, and said."""
-        days = max(1, _config.integer("page_days"))
+        days = max(1, configuration.integer("page_days"))
         complaints = []
         dates: dict[str, date | None] = {}
         for name, text in (("since", since), ("until", until)):

@@ -18,7 +18,7 @@ from s3_servers import BUCKET, SECRET_KEY, FaultProxy
 from airflow_dicom_get import combine_manifests, load_manifest, load_manifests
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.errors import InvalidOption, ManifestError
-from airflow_dicom_get.hooks._destinations import BothWindows, both_windows
+from airflow_dicom_get.hooks._node_config import BothWindows, both_windows
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 from airflow_dicom_get.operators.get import DicomGetOperator

@@ -32,7 +32,7 @@ def connect(monkeypatch):
 def test_a_uri_is_a_whole_connection(connect):
     hook = connect("dicom://ORTHANC@127.0.0.1:4242")
     assert str(hook.node) == "ORTHANC@127.0.0.1:4242"
-    assert hook.settings()[1] == {"query_model": "StudyRoot"}
+    assert (hook.config.values, hook.query_model) == ({}, "StudyRoot")
     assert hook.timezone == "UTC"
 
 
@@ -67,7 +67,7 @@ def test_numbers_and_texts_mean_the_same(connect, write):
     options = hook.options()
     assert hook.query_model == "PatientRoot"
     assert options.max_pdu_length == 65536
-    assert int(hook.settings()[1]["max_associations"]) == 4
+    assert int(hook.config.values["max_associations"]) == 4
     assert (options.deadlines.connect, options.deadlines.operation, options.deadlines.acse) == (2.5, 60, 30)
     assert options.tls is not None
     assert not options.tls.check_hostname
@@ -83,15 +83,15 @@ def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect, tmp_
     assert "hush-hush" not in repr(hook.options())
 
 
-def test_an_unknown_extra_changes_nothing_and_is_named_in_a_warning(connect, capsys):
+def test_an_unknown_extra_changes_nothing_and_is_named_in_a_warning(connect, caplog):
     hook = connect({**PLAIN, "extra": {"calling_aet": "X", "max_associations": 3}})
-    assert hook.settings()[1] == {"max_associations": 3, "query_model": "StudyRoot"}
-    assert "Connection pacs: the extra field 'calling_aet' is not known" in capsys.readouterr().out
+    assert hook.config.values == {"max_associations": 3}
+    assert "Connection pacs: the extra field 'calling_aet' is not known" in caplog.text
 
 
-def test_a_blank_called_title_is_any_scp_with_a_warning(connect, capsys):
+def test_a_blank_called_title_is_any_scp_with_a_warning(connect, caplog):
     assert connect({**PLAIN, "login": ""}).options().called == "ANY-SCP"
-    assert "login (called AE title) is blank" in capsys.readouterr().out
+    assert "login (called AE title) is blank" in caplog.text
 
 
 def test_a_task_gets_its_share_of_what_holds_for_all(connect):
@@ -143,7 +143,7 @@ def test_a_task_that_may_run_so_long_ends_before(connect):
 def test_each_bad_field_is_named_with_its_connection(connect, change, field):
     hook = connect({**PLAIN, **change})
     with pytest.raises(InvalidOption) as caught:
-        hook.settings()
+        hook.config  # noqa: B018
     assert str(caught.value).startswith("Connection pacs: ")
     assert field in str(caught.value).partition(". ")[0]
     ok, message = hook.test_connection()
@@ -154,7 +154,7 @@ def test_each_bad_field_is_named_with_its_connection(connect, change, field):
 
 def test_a_connection_that_is_not_there_is_an_error_of_airflow():
     with pytest.raises(AirflowNotFoundException):
-        DicomHook("nowhere").settings()
+        DicomHook("nowhere").config  # noqa: B018
     ok, message = DicomHook("nowhere").test_connection()
     assert not ok
     assert "nowhere" in message

@@ -12,7 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
-from airflow_dicom_get.hooks._destinations import check_place, resolve_places
+from airflow_dicom_get.hooks._destinations import check_address, resolve_destinations
 from airflow_dicom_get.operators._manifests import run_name
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
@@ -129,20 +129,20 @@ def test_the_name_of_a_manifest_holds_nothing_that_leads_elsewhere():
 @pytest.mark.parametrize("place", ["", None, "None", "data", "./data", "~/data", "~", "file:data"])
 def test_places_that_depend_on_the_worker_are_refused(place):
     with pytest.raises(InvalidOption, match="destination"):
-        check_place(place, "destination")
+        check_address(place, "destination")
 
 
 @pytest.mark.parametrize("place", ["/data", "file:///data", "s3://bucket/x", "dicom://PACS_B"])
 def test_whole_places_are_taken(place):
-    assert check_place(place, "destination") == place
+    assert check_address(place, "destination") == place
 
 
 def test_the_configured_root_is_for_transfers_to_a_node(monkeypatch):
-    assert resolve_places("dicom://B@host:104").root is None
+    assert resolve_destinations("dicom://B@host:104").root is None
     monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_ROOT", "/manifests")
-    assert resolve_places("/data").root is None
-    assert str(resolve_places("/data", manifest_root="/own").root.destination) == "/own"
-    assert str(resolve_places("dicom://B@host:104").root.destination) == "/manifests"
+    assert resolve_destinations("/data").root is None
+    assert str(resolve_destinations("/data", manifest_root="/own").root.destination) == "/own"
+    assert str(resolve_destinations("dicom://B@host:104").root.destination) == "/manifests"
 
 
 # --- outcome ---------------------------------------------------------------------------------------

@@ -92,8 +92,10 @@ def test_airflow_finds_the_connection_type_and_the_configuration():
 
 @pytest.mark.parametrize("name", list(INFO["config"]["dicom_get"]["options"]))
 def test_every_configuration_option_is_read_with_its_default(name):
-    from airflow_dicom_get.hooks import _config
+    from airflow_dicom_get.hooks import configuration
 
     option = INFO["config"]["dicom_get"]["options"][name]
-    read = {"string": _config.text, "integer": _config.integer, "boolean": _config.boolean}[option["type"]]
+    read = {"string": configuration.text, "integer": configuration.integer, "boolean": configuration.boolean}[
+        option["type"]
+    ]
     assert str(read(name)) == option["default"]
