@@ -35,8 +35,8 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                 ],
             }
         ],
-        "sensors": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.sensors.study"]}],
-        "triggers": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.triggers.study"]}],
+        "sensors": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.sensors.dicom"]}],
+        "triggers": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.triggers.dicom"]}],
         "connection-types": [
             {
                 "connection-type": "dicom",

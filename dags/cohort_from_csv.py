@@ -30,9 +30,9 @@ from datetime import timedelta
 from airflow.sdk import DAG, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
+from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.operators.get import DicomGetOperator
 from airflow_dicom_get.operators.report import report
-from airflow_dicom_get.operators.retries import final_errors
 
 DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
     os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")

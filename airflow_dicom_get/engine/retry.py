@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow_dicom_get.engine.resolve import Scope
@@ -59,4 +59,30 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
         found[1].add(sop)
     return [
         Scope(study, series=frozenset(series), instances=frozenset(sops)) for study, (series, sops) in studies.items()
+    ]
+
+
+def manifest_queries(tables: Sequence[Any]) -> list[dict[str, Any]]:
+    """One query for each study of some manifests, with the instances that they list.
+
+    All of them, held or not: what this destination holds is found there, and an earlier retrieval may have had
+    another one.
+
+    :param tables: the manifests, loaded
+    """
+    studies: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
+    for table in tables:
+        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
+            if state not in OUTSIDE_LIST:
+                of_series, of_instances = studies.setdefault(study, ({}, {}))
+                of_series[series] = of_instances[sop] = None
+    return [
+        {
+            "QueryRetrieveLevel": "IMAGE",
+            "StudyInstanceUID": study,
+            "SeriesInstanceUID": list(series),
+            "SOPInstanceUID": list(instances),
+        }
+        for study, (series, instances) in studies.items()
     ]

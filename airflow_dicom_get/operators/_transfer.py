@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,11 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.hooks import configuration
-from airflow_dicom_get.operators._base import DicomOperator
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 OUTSIDE_WINDOW = ("defer", "fail", "ignore")
+DEFAULT_POOL = "default_pool"
+_GRACE_SECONDS = 1.0
+"""From the word that ends a task to the abort: Airflow kills the process after five."""
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Transfer:
     """Holds ledger and manifest of a transfer that has no root: gone with the task."""
 
 
-class TransferOperator(DicomOperator):
+class TransferOperator(DicomTask):
     """Base of the operators that end with a verdict and a manifest."""
 
     phase = "get"
@@ -93,9 +99,7 @@ class TransferOperator(DicomOperator):
             self._check_choices()
             self._check_dependants(context)
             transfer = self.prepare(context, run_name_of(context["ti"]), ends)
-            self.warn_of_limits(
-                context, associations=self.associations, require_pool=configuration.boolean("require_pool")
-            )
+            self._warn_of_limits(context)
             progress = Progress(
                 log=self.log,
                 store=context.get("task_state_store"),
@@ -103,7 +107,7 @@ class TransferOperator(DicomOperator):
                 associations=self.associations,
                 phase=self.phase,
             )
-            with self.ending_soon():
+            with self._ending_soon():
                 results = transfer.run(progress)
             result = merge(results)
             self.log.info("%s.", result.summary())
@@ -117,6 +121,26 @@ class TransferOperator(DicomOperator):
                 transfer.scratch.cleanup()
         progress.finish("done")
         return self._end(context, result, manifest, progress)
+
+    @contextmanager
+    def _ending_soon(self) -> Iterator[None]:
+        """While this lasts, abort what goes on a moment after :meth:`on_kill` asked for its end."""
+        over = threading.Event()
+
+        def abort() -> None:
+            while not over.wait(_POLL_SECONDS):
+                if self._killed:
+                    if not over.wait(_GRACE_SECONDS) and self._scu is not None:
+                        self._scu.cancel("the task was ended")
+                    return
+
+        # The handler itself may take no locks, and starting a thread does.
+        thread = threading.Thread(target=abort, daemon=True, name="dicom-get-end")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
 
     # --- before traffic ----------------------------------------------------------------------------
 
@@ -147,6 +171,27 @@ class TransferOperator(DicomOperator):
                 f"{consumer.node_id} is mapped over the output of {self.task_id}, which is one manifest and no list. "
                 f"Map {self.task_id} itself: {type(self).__name__}.partial(…).expand(…=[…]); or give its output as it "
                 f"is: manifest={self.task_id}.output without expand."
+            )
+
+    def _warn_of_limits(self, context: Context) -> None:
+        """Say what the DAG leaves to chance; refuse the default pool where the configuration asks for that."""
+        if context["ti"].max_tries == 0:
+            self.log.warning("retries is 0: what interrupts this task ends it. With retries=3, say, it resumes.")
+        if self.pool == DEFAULT_POOL:
+            text = (
+                "This task runs in default_pool, so nothing keeps the associations of all tasks within what the PACS "
+                "admits. Make a pool with as many slots (airflow pools set pacs 2 '') and give it as pool='pacs'."
+            )
+            if configuration.boolean("require_pool"):
+                raise AirflowFailException(f"{text} [dicom_get] require_pool is set.")
+            self.log.warning(text)
+        elif self.pool_slots < self.associations:
+            self.log.warning(
+                "associations=%d but pool_slots=%d: the pool %s counts too few. Give pool_slots=%d.",
+                self.associations,
+                self.pool_slots,
+                self.pool,
+                self.associations,
             )
 
     def one_of(self, *names: str) -> tuple[str, Any]:

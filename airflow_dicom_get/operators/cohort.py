@@ -10,8 +10,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.engine.items import Item, make_item, pack
 from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
+from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.operators.retries import final_errors
 
 UNKNOWN = ("fail", "skip")
 _LINES = 20

@@ -11,9 +11,9 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.engine.items import Item, is_modality, pack, split_by_series
 from airflow_dicom_get.engine.search import Search
-from airflow_dicom_get.operators._base import DicomOperator
-from airflow_dicom_get.operators._redaction import label_of, shown_query
-from airflow_dicom_get.operators.retries import final_errors
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._redaction import label_of, shown_query
+from airflow_dicom_get.hooks._task import DicomTask
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -22,7 +22,7 @@ LEVELS = ("STUDY", "SERIES")
 ON_EMPTY = ("return", "skip", "fail")
 
 
-class DicomFindOperator(DicomOperator):
+class DicomFindOperator(DicomTask):
     """Find studies on a PACS by C-FIND, and return one Item each: what ``DicomGetOperator`` takes as ``study``.
 
     An Item is a dict of ``study_instance_uid``, ``series_instance_uids`` (None: all), ``expected_instances``

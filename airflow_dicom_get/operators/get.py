@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination
 from airflow_dicom_get.engine.query import parse_query
+from airflow_dicom_get.engine.retry import manifest_queries
 from airflow_dicom_get.hooks._destinations import Destinations, resolve_destinations
+from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
+from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.operators._manifests import load_given, part_name
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
-from airflow_dicom_get.operators._request import Query, manifest_queries, study_queries
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED
@@ -143,7 +144,7 @@ class DicomGetOperator(TransferOperator):
         make({})  # what is wrong with the options shows here
         return Transfer(partial(self._run, queries, model, name, make), name, destinations.manifest_conn_id, scratch)
 
-    def _queries(self) -> list[Query]:
+    def _queries(self) -> list[dict[str, Any]]:
         """What to retrieve, as queries for one call of the engine each."""
         kind, value = self.one_of("study", "query", "manifest")
         if kind == "study":
@@ -161,10 +162,10 @@ class DicomGetOperator(TransferOperator):
 
     def _run(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[Mapping[str, Any]],
         model: str,
         name: str,
-        make: Callable[[Query], GetScu],
+        make: Callable[[Mapping[str, Any]], GetScu],
         progress: Progress,
     ) -> list[Result]:
         """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
@@ -187,7 +188,12 @@ class DicomGetOperator(TransferOperator):
         return results
 
     def _make_scu(
-        self, hook: DicomHook, destinations: Destinations, ends: float, more: Mapping[str, Any], query: Query
+        self,
+        hook: DicomHook,
+        destinations: Destinations,
+        ends: float,
+        more: Mapping[str, Any],
+        query: Mapping[str, Any],
     ) -> GetScu:
         studies = query.get("StudyInstanceUID")
         options: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.operators.retries import final_errors
+from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
 
 log = logging.getLogger(__name__)

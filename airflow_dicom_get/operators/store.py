@@ -14,9 +14,9 @@ from urllib.parse import quote
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination, resolve_root
+from airflow_dicom_get.hooks._redaction import shown_manifest
 from airflow_dicom_get.operators._manifests import connection_of, load_given, one_table, place_of_objects
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._redaction import shown_manifest
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED, FAILED, PARTIAL

@@ -14,8 +14,11 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination, resolve_root
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_study
+from airflow_dicom_get.hooks._studies import study_uids
+from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.operators._base import DicomOperator
 from airflow_dicom_get.operators._manifests import (
     connection_of,
     load_given,
@@ -25,9 +28,6 @@ from airflow_dicom_get.operators._manifests import (
     xcom_bytes,
 )
 from airflow_dicom_get.operators._outcome import summary
-from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_study
-from airflow_dicom_get.operators._request import study_uids
-from airflow_dicom_get.operators.retries import final_errors
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import COMPLETE, PARTIAL, UNVERIFIED, Verdict
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.verify import Verification
 
 
-class DicomVerifyOperator(DicomOperator):
+class DicomVerifyOperator(DicomTask):
     """Compare what a manifest lists, what is there, and what a PACS lists now.
 
     Three comparisons, by what is given: ``manifest`` alone (is what was retrieved still there, byte for byte),

@@ -13,11 +13,11 @@ from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
 from airflow_dicom_get.hooks._destinations import check_address, resolve_destinations
+from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
+from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.operators._manifests import run_name
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._redaction import label_of, shown_manifest, shown_query, shown_study
-from airflow_dicom_get.operators._request import study_queries
 from airflow_dicom_get.records import Completed, SubOperation
 from airflow_dicom_get.result import Result
 

@@ -12,12 +12,13 @@ import pytest
 from airflow.sdk import DAG
 from airflow.sdk.exceptions import TaskDeferred
 
-from airflow_dicom_get.operators._settling import Watch
+from airflow_dicom_get.engine import arrivals
+from airflow_dicom_get.engine.arrivals import Awaited
 from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.sensors.study import DicomStudySensor
+from airflow_dicom_get.sensors.dicom import DicomStudySensor
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
-from airflow_dicom_get.triggers import study as trigger_module
-from airflow_dicom_get.triggers.study import DicomStudyTrigger
+from airflow_dicom_get.triggers import dicom as trigger_module
+from airflow_dicom_get.triggers.dicom import DicomStudyTrigger
 
 BOTH = pytest.mark.parametrize("deferrable", [False, True], ids=["worker", "triggerer"])
 
@@ -55,23 +56,21 @@ def test_what_is_there_is_returned_at_once_and_mapped_over(run_dag, pacs, archiv
 @BOTH
 def test_a_study_that_grows_is_waited_for(run_dag, pacs, archive, deferrable, monkeypatch):
     began = time.monotonic()
-    counts = {"looks": 0}
-    from airflow_dicom_get.operators import _settling
+    asked = {"times": 0}
+    real = arrivals._compare
 
-    real = _settling._judge
-
-    def growing(watch, found, before, now):
-        counts["looks"] += 1
+    def growing(awaited, found, before, now):
+        asked["times"] += 1
         for item in found:
-            item["expected_instances"] -= max(0, 5 - counts["looks"])
-        return real(watch, found, before, now)
+            item["expected_instances"] -= max(0, 5 - asked["times"])
+        return real(awaited, found, before, now)
 
-    monkeypatch.setattr(_settling, "_judge", growing)
+    monkeypatch.setattr(arrivals, "_compare", growing)
     with DAG(f"sensor_grows_{deferrable}") as dag:
         wait("wait", study=archive.many, settled_for=timedelta(seconds=1), deferrable=deferrable)
     run = run_dag(dag)
     assert run.state == "success"
-    assert counts["looks"] >= 7
+    assert asked["times"] >= 7
     assert time.monotonic() - began > 1.8
     assert run.state == "success", run.log[-3000:]
     assert run.xcom("wait")[0]["expected_instances"] == 60
@@ -92,7 +91,7 @@ def test_the_scheduler_is_told_when_to_give_up(pacs, archive):
         sensor.execute({})
     assert deferred.value.timeout == timedelta(seconds=90)
     _, kwargs = deferred.value.trigger.serialize()
-    assert list(kwargs["seen"]) == [archive.many]
+    assert list(kwargs["counts"]) == [archive.many]
     assert finds(pacs) == 1
 
 
@@ -162,8 +161,8 @@ def test_nothing_of_the_patient_is_shown(run_dag, pacs, archive, patient, databa
 
 
 def make(pacs, archive, **options) -> DicomStudyTrigger:
-    watch = Watch("pacs", [{"StudyInstanceUID": archive.many}], [archive.many], settled_seconds=0.0)
-    return DicomStudyTrigger(watch.to_json(), {}, options.get("poke_interval", 0.0))
+    awaited = Awaited([{"StudyInstanceUID": archive.many}], [archive.many], settled_seconds=0.0)
+    return DicomStudyTrigger(awaited.to_json(), {}, options.get("poke_interval", 0.0), "pacs")
 
 
 async def first_event(trigger):
@@ -173,7 +172,7 @@ async def first_event(trigger):
 
 def test_the_trigger_is_made_again_from_json(pacs, archive):
     path, kwargs = make(pacs, archive).serialize()
-    assert path == "airflow_dicom_get.triggers.study.DicomStudyTrigger"
+    assert path == "airflow_dicom_get.triggers.dicom.DicomStudyTrigger"
     again = DicomStudyTrigger(**json.loads(json.dumps(kwargs)))
     assert again.serialize() == (path, kwargs)
     event = asyncio.run(first_event(again))
@@ -182,8 +181,8 @@ def test_the_trigger_is_made_again_from_json(pacs, archive):
 
 
 def test_the_loop_of_the_triggerer_is_never_held_up(pacs, archive, monkeypatch):
-    """A PACS that accepts and says nothing: other triggers run on, and the look is ended by its time-out."""
-    real = trigger_module.look
+    """A PACS that accepts and says nothing: other triggers run on, and the question is ended by its time-out."""
+    real = trigger_module.ask
     silent = threading.Event()
     ended = threading.Event()
 
@@ -191,16 +190,16 @@ def test_the_loop_of_the_triggerer_is_never_held_up(pacs, archive, monkeypatch):
         def cancel(self, reason):
             silent.set()
 
-    def look(watch, hook, seen, now, on_scu):
+    def ask(hook, awaited, before, *, query_model, on_scu):
         if not ended.is_set():
             on_scu(Scu())
             silent.wait(20)
             ended.set()
             raise RuntimeError("cancelled")
-        return real(watch, hook, seen, now, on_scu)
+        return real(hook, awaited, before, query_model=query_model, on_scu=on_scu)
 
-    monkeypatch.setattr(trigger_module, "look", look)
-    monkeypatch.setattr(trigger_module, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(trigger_module, "ask", ask)
+    monkeypatch.setattr(trigger_module, "ASK_SECONDS", 0.3)
     monkeypatch.setattr(trigger_module, "GRACE_SECONDS", 0.2)
     gaps = []
 
@@ -232,13 +231,13 @@ def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, end, monk
         def cancel(self, reason):
             cancelled.set()
 
-    def look(watch, hook, seen, now, on_scu):
+    def ask(hook, awaited, before, *, query_model, on_scu):
         on_scu(Scu())
         entered.set()
         cancelled.wait(10)
         raise RuntimeError("cancelled")
 
-    monkeypatch.setattr(trigger_module, "look", look)
+    monkeypatch.setattr(trigger_module, "ask", ask)
 
     async def run():
         trigger = make(pacs, archive)

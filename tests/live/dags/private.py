@@ -10,7 +10,7 @@ from airflow_dicom_get.operators.find import DicomFindOperator
 from airflow_dicom_get.operators.get import DicomGetOperator
 from airflow_dicom_get.operators.store import DicomStoreOperator
 from airflow_dicom_get.operators.verify import DicomVerifyOperator
-from airflow_dicom_get.sensors.study import DicomStudySensor
+from airflow_dicom_get.sensors.dicom import DicomStudySensor
 
 WHO = {"PatientID": "{{ var.value.who }}"}
 ROOM = {"pool": "pacs"}

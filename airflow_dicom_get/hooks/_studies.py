@@ -1,4 +1,4 @@
-"""What one task is to retrieve, as the queries that the engine takes."""
+"""The studies that a task is given, UIDs or Items, as the queries that the engine takes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from typing import Any
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.vocabulary import OUTSIDE_LIST
-
-Query = dict[str, Any]
-
-"""States of instances that the source did not list, and so will not list now."""
 
 
-def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[Query]:
+def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[dict[str, Any]]:
     """One query for all studies that are wanted whole, and one for each of which some series are.
 
     :param study: a UID, an Item, or a list of either
@@ -53,7 +48,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _query(study: str, series: Sequence[str] | None) -> Query:
+def _query(study: str, series: Sequence[str] | None) -> dict[str, Any]:
     if series is None:
         return {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": study}
     return {
@@ -90,29 +85,3 @@ def _uid(value: Any) -> str:
             hint = "It looks like a list in a text: set render_template_as_native_obj=True on the DAG, or use .output."
         raise invalid("study", f"{shown(value)} is no Study Instance UID", hint)
     return text
-
-
-def manifest_queries(tables: Sequence[Any]) -> list[Query]:
-    """One query for each study of some manifests, with the instances that they list.
-
-    All of them, held or not: what this destination holds is found there, and an earlier retrieval may have had
-    another one.
-
-    :param tables: the manifests, loaded
-    """
-    studies: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
-    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
-    for table in tables:
-        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
-            if state not in OUTSIDE_LIST:
-                of_series, of_instances = studies.setdefault(study, ({}, {}))
-                of_series[series] = of_instances[sop] = None
-    return [
-        {
-            "QueryRetrieveLevel": "IMAGE",
-            "StudyInstanceUID": study,
-            "SeriesInstanceUID": list(series),
-            "SOPInstanceUID": list(instances),
-        }
-        for study, (series, instances) in studies.items()
-    ]

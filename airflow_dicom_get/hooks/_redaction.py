@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from airflow_dicom_get.manifest.files import REFERENCE_KIND
+
 SHOWN_KEYS = frozenset(
     {
         "queryretrievelevel",
@@ -57,7 +59,7 @@ def shown_manifest(manifest: Any) -> Any:
     if manifest is None or isinstance(manifest, str):
         return manifest
     if isinstance(manifest, Mapping):
-        if manifest.get("kind") == "dicom-manifest":
+        if manifest.get("kind") == REFERENCE_KIND:
             return f"manifest of {manifest.get('rows')} rows: {manifest.get('manifest_uri')}"
         return f"{len(manifest)} keys"
     if hasattr(manifest, "columns"):

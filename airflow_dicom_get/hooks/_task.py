@@ -1,25 +1,18 @@
-"""What the operators have in common: the hook, cancelling, what is shown."""
+"""What operators and sensor have in common: the hook, cancelling, what is shown."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.hooks.dicom import DicomHook
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-DEFAULT_POOL = "default_pool"
 LABEL_KEY = "dicom_label"
-GRACE = 1.0
-"""Seconds from the word that ends a task to the abort: Airflow kills the process after five."""
-_LOOK = 0.2
 
 
 class Cancellable(Protocol):
@@ -29,8 +22,8 @@ class Cancellable(Protocol):
         """Ask for an orderly end; a second call asks for an abort. No locks."""
 
 
-class DicomOperator(BaseOperator):
-    """Base of the DICOM operators.
+class DicomTask(BaseOperator):
+    """Base of the DICOM operators and the sensor.
 
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
@@ -72,26 +65,6 @@ class DicomOperator(BaseOperator):
         if self._scu is not None:
             self._scu.cancel("the task was ended")
 
-    @contextmanager
-    def ending_soon(self) -> Iterator[None]:
-        """While this lasts, abort what goes on a moment after :meth:`on_kill` asked for its end."""
-        over = threading.Event()
-
-        def watch() -> None:
-            while not over.wait(_LOOK):
-                if self._killed:
-                    if not over.wait(GRACE) and self._scu is not None:
-                        self._scu.cancel("the task was ended")
-                    return
-
-        # The handler itself may take no locks, and starting a thread does.
-        thread = threading.Thread(target=watch, daemon=True, name="dicom-get-end")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-
     def given(self, name: str) -> Any:
         """The rendered value of a field, where the field itself holds only what may be shown."""
         return self._given.get(name, getattr(self, name))
@@ -125,24 +98,3 @@ class DicomOperator(BaseOperator):
                 self._given[name] = value
                 setattr(self, name, shown)
         cast(dict[str, Any], context)[LABEL_KEY] = self.map_label()
-
-    def warn_of_limits(self, context: Context, *, associations: int, require_pool: bool) -> None:
-        """Say what the DAG leaves to chance; refuse the default pool where the configuration asks for that."""
-        if context["ti"].max_tries == 0:
-            self.log.warning("retries is 0: what interrupts this task ends it. With retries=3, say, it resumes.")
-        if self.pool == DEFAULT_POOL:
-            text = (
-                "This task runs in default_pool, so nothing keeps the associations of all tasks within what the PACS "
-                "admits. Make a pool with as many slots (airflow pools set pacs 2 '') and give it as pool='pacs'."
-            )
-            if require_pool:
-                raise AirflowFailException(f"{text} [dicom_get] require_pool is set.")
-            self.log.warning(text)
-        elif self.pool_slots < associations:
-            self.log.warning(
-                "associations=%d but pool_slots=%d: the pool %s counts too few. Give pool_slots=%d.",
-                associations,
-                self.pool_slots,
-                self.pool,
-                associations,
-            )

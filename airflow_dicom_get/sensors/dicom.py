@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,14 +11,14 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.engine.arrivals import Awaited, Counts
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.operators._base import DicomOperator
-from airflow_dicom_get.operators._redaction import label_of, shown_query, shown_study
-from airflow_dicom_get.operators._request import study_queries
-from airflow_dicom_get.operators._settling import Seen, Watch, look
-from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.triggers.study import DicomStudyTrigger
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._redaction import label_of, shown_query, shown_study
+from airflow_dicom_get.hooks._studies import study_queries
+from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.triggers.dicom import DicomStudyTrigger, ask
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.items import Item
 
 
-class DicomStudySensor(DicomOperator, BaseSensorOperator):
+class DicomStudySensor(DicomTask, BaseSensorOperator):
     """Wait until studies are at a PACS and no longer grow, and return one Item each: what ``DicomGetOperator`` takes.
 
     A study has settled once its number of instances has been the same for ``settled_for``. All studies are asked for
-    together; the first look is the worker's, the further ones the triggerer's.
+    together; the first time by the worker, then by the triggerer.
 
     :param study: Study Instance UID, Item, or a list of either: all of them are to be there (templated)
     :param query: DICOM keywords or tags, and values: at least one study is to match, and all that do are to have
@@ -64,7 +63,7 @@ class DicomStudySensor(DicomOperator, BaseSensorOperator):
         self.settled_for = settled_for
         self.min_instances = min_instances
         self.deferrable = deferrable
-        self._seen: Seen = {}
+        self._counts: Counts = {}
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide the values of identifying keys."""
@@ -76,16 +75,18 @@ class DicomStudySensor(DicomOperator, BaseSensorOperator):
         return label_of(self.given("study"), self.given("query"), None)
 
     def execute(self, context: Context) -> Any:
-        """Look; if that is not enough, leave the rest to the triggerer, or look again."""
+        """Ask; if not all is there, leave the rest to the triggerer, or ask again."""
         with final_errors():
-            watch = self._watch()
+            awaited = self._awaited()
         if not self.deferrable:
             return super().execute(context)
         done = self.poke(context)
         if done:
             return done.xcom_value
         self.defer(
-            trigger=DicomStudyTrigger(watch.to_json(), self._seen, self.poke_interval),
+            trigger=DicomStudyTrigger(
+                awaited.to_json(), self._counts, self.poke_interval, self.dicom_conn_id, self.query_model
+            ),
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout),
         )
@@ -97,26 +98,26 @@ class DicomStudySensor(DicomOperator, BaseSensorOperator):
         return list(event["items"])
 
     def poke(self, context: Context) -> PokeReturnValue:
-        """Look once. A PACS that is down or busy is asked again."""
+        """Ask once. A PACS that is down or busy is asked again."""
         with final_errors():
-            watch = self._watch()
+            awaited = self._awaited()
             try:
-                found = look(watch, self.hook, self._seen, time.time(), self._take)
+                found = ask(self.hook, awaited, self._counts, query_model=self.query_model, on_scu=self._take)
             except DicomGetError as error:
                 if not error.transient or self._killed:
                     raise
                 self.log.warning("The PACS could not be asked: %s", error)
                 return PokeReturnValue(False)
-        self._seen = found.seen
+        self._counts = found.counts
         self.log.info("%s.", found.text)
-        return PokeReturnValue(found.done, found.items if found.done else None)
+        return PokeReturnValue(found.all_settled, found.items if found.all_settled else None)
 
     def _take(self, scu: Any) -> None:
         self._scu = scu
         if self._killed:
             scu.cancel("the task was ended")
 
-    def _watch(self) -> Watch:
+    def _awaited(self) -> Awaited:
         """What is waited for, checked before any traffic."""
         settled: Any = self.settled_for
         if not isinstance(settled, timedelta) or settled < timedelta(0):
@@ -126,7 +127,7 @@ class DicomStudySensor(DicomOperator, BaseSensorOperator):
             raise invalid("min_instances", f"{shown(least)} is not allowed", "Give a whole number of at least 1.")
         if self.reschedule and settled:
             hint = "Give deferrable=True, which frees the worker slot too; or settled_for=timedelta(0)."
-            raise invalid("mode", "reschedule forgets between two looks what the first has seen", hint)
+            raise invalid("mode", "reschedule forgets in between what was counted before", hint)
         study, query = self.given("study"), self.given("query")
         if (study is None) == (query is None):
             what = "both are given" if study is not None else "neither is given"
@@ -141,14 +142,7 @@ class DicomStudySensor(DicomOperator, BaseSensorOperator):
         named = [] if study is None else [uid for one in queries for uid in one["StudyInstanceUID"]]
         if study is not None and not named:
             raise invalid("study", "is an empty list", "Give at least one study.")
-        return Watch(
-            dicom_conn_id=self.dicom_conn_id,
-            queries=queries,
-            named=named,
-            query_model=self.query_model,
-            settled_seconds=settled.total_seconds(),
-            min_instances=least,
-        )
+        return Awaited(queries, named, settled_seconds=settled.total_seconds(), min_instances=least)
 
     def _frozen(self, query: Mapping[str, Any]) -> dict[str, Any]:
         """The query, checked, with ``today`` as the date of now: it may be asked still after midnight."""
