@@ -24,17 +24,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                 "python-modules": ["airflow_dicom_get.hooks.dicom", "airflow_dicom_get.hooks.dicom_s3"],
             }
         ],
-        "operators": [
-            {
-                "integration-name": "DICOM",
-                "python-modules": [
-                    "airflow_dicom_get.operators.find",
-                    "airflow_dicom_get.operators.get",
-                    "airflow_dicom_get.operators.store",
-                    "airflow_dicom_get.operators.verify",
-                ],
-            }
-        ],
+        "operators": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.operators.dicom"]}],
         "sensors": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.sensors.dicom"]}],
         "triggers": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.triggers.dicom"]}],
         "connection-types": [

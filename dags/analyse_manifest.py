@@ -24,7 +24,7 @@ from datetime import timedelta
 from airflow.sdk import DAG, Asset, Param, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.tasks import final_errors
 
 NIGHT = Asset("dicom_night")
 FOLDER = os.environ.get("DICOM_REPORTS") or os.path.expanduser(

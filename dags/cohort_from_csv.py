@@ -30,9 +30,8 @@ from datetime import timedelta
 from airflow.sdk import DAG, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from airflow_dicom_get.hooks._errors import final_errors
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.report import report
+from airflow_dicom_get.operators.dicom import DicomGetOperator
+from airflow_dicom_get.tasks import final_errors, report
 
 DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
     os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
@@ -83,7 +82,7 @@ with DAG(
     # accession numbers should not. The output is a list of lists of Items, almost always of one each.
     @task
     def find(params=None) -> list:
-        from airflow_dicom_get.operators.cohort import find_cohort
+        from airflow_dicom_get.tasks import find_cohort
 
         return find_cohort(
             params["csv"], label=params["label"], unknown=params["unknown"], dicom_conn_id="dicom_default"

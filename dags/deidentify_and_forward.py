@@ -34,11 +34,13 @@ from pathlib import Path
 from airflow.sdk import DAG, Param, Variable, task
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.retries import final_errors
-from airflow_dicom_get.operators.store import DicomStoreOperator
-from airflow_dicom_get.operators.verify import DicomVerifyOperator
+from airflow_dicom_get.operators.dicom import (
+    DicomFindOperator,
+    DicomGetOperator,
+    DicomStoreOperator,
+    DicomVerifyOperator,
+)
+from airflow_dicom_get.tasks import final_errors
 
 DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
     os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")

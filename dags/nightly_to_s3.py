@@ -29,10 +29,8 @@ from airflow.providers.smtp.notifications.smtp import SmtpNotifier
 from airflow.sdk import DAG, Asset, AsyncCallback, DeadlineAlert, DeadlineReference, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from airflow_dicom_get.hooks._errors import final_errors
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.report import report
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
+from airflow_dicom_get.tasks import final_errors, report
 
 # That of the PACS, so that the night is the same for both.
 TIMEZONE = "UTC"

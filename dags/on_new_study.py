@@ -28,7 +28,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 
 SETTLED_FOR = timedelta(minutes=float(os.environ.get("DICOM_SETTLED_MINUTES") or 10))

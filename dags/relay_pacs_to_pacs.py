@@ -20,10 +20,8 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.report import report
-from airflow_dicom_get.operators.verify import DicomVerifyOperator
+from airflow_dicom_get.operators.dicom import DicomVerifyOperator
+from airflow_dicom_get.tasks import retrieve
 
 with DAG(
     dag_id="relay_pacs_to_pacs",
@@ -46,32 +44,21 @@ with DAG(
         "retry_delay": timedelta(minutes=5),
     },
 ) as dag:
-    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
-    find = DicomFindOperator(
-        task_id="find",
+    # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
+    # studies is a success, and what follows is skipped.
+    # get: one task a study. "complete" means here: the other PACS has acknowledged every instance that the first one
+    # lists. An instance that it refuses is named in the manifest and does not keep the rest from going. One association
+    # with each PACS a task; a pool holds the number over all DAGs.
+    # report: what came of it. It runs too where some studies failed, and fails then itself.
+    relayed = retrieve(
         dicom_conn_id="dicom_default",
         study_date="{{ params.study_date }}",
-        # A day without studies is a success: the tasks below are skipped.
-        on_empty="return",
-    )
-
-    # One task a study. "complete" means here: the other PACS has acknowledged every instance that the first one lists.
-    relay = DicomGetOperator.partial(
-        task_id="relay",
-        dicom_conn_id="dicom_default",
         destination="dicom://dicom_target",
-        # An instance that the other PACS refuses is named in the manifest and does not keep the rest from going.
-        # True ends the study at the first refusal.
-        strict_forward=False,
-        # One association with each PACS a task; a pool holds the number over all DAGs.
-        max_active_tis_per_dag=2,
-    ).expand(study=find.output)
+        at_once=2,
+    )
 
     # An acknowledgement is a promise. This asks the other PACS what it lists, once it has had time to.
+    # The run succeeds if both this and `report` do: no task comes after them.
     DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
-        manifest=relay.output
+        manifest=relayed
     )
-
-    # What came of it. Each relay leaves its summary in XCom whatever the verdict, so this runs too where some studies
-    # failed, and fails then itself. The run succeeds if both this and every `confirm` do: no task comes after them.
-    report(find.output, relay.output["summary"], relay.output)

@@ -18,9 +18,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.report import report
+from airflow_dicom_get.tasks import retrieve
 
 DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
     os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
@@ -54,24 +52,15 @@ with DAG(
         "retry_delay": timedelta(minutes=5),
     },
 ) as dag:
-    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
-    find = DicomFindOperator(
-        task_id="find",
+    # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
+    # studies is a success, and what follows is skipped.
+    # get: one task a study, named by its UID, which succeeds only if the study is held whole. No more of these at once
+    # than the PACS admits associations; a pool holds that over all DAGs.
+    # report: what came of it. It runs too where some studies failed, and fails then itself: the last task decides on
+    # the state of the whole run.
+    retrieve(
         dicom_conn_id="dicom_default",
         study_date="{{ params.study_date }}",
-        # A day without studies is a success: the tasks below are skipped.
-        on_empty="return",
-    )
-
-    # One task a study, named by its UID. Each succeeds only if the study is held whole.
-    get = DicomGetOperator.partial(
-        task_id="get",
-        dicom_conn_id="dicom_default",
         destination="{{ params.destination }}",
-        # No more of these at once than the PACS admits associations. A pool holds that over all DAGs.
-        max_active_tis_per_dag=2,
-    ).expand(study=find.output)
-
-    # What came of it. Each get leaves its summary and its manifest in XCom whatever the verdict, so this runs too
-    # where some studies failed, and fails then itself: the last task decides on the state of the whole run.
-    report(find.output, get.output["summary"], get.output)
+        at_once=2,
+    )

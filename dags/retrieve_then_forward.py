@@ -26,10 +26,12 @@ from datetime import timedelta
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import DAG, Param, task
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.store import DicomStoreOperator
-from airflow_dicom_get.operators.verify import DicomVerifyOperator
+from airflow_dicom_get.operators.dicom import (
+    DicomFindOperator,
+    DicomGetOperator,
+    DicomStoreOperator,
+    DicomVerifyOperator,
+)
 
 # The connection stands in the address, so that whoever reads a manifest later finds the way to it.
 PLACE = "s3://dicom_s3_default@{{ params.bucket }}"

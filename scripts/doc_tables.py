@@ -115,9 +115,9 @@ def shell_options() -> str:
 
 
 def _classes() -> Iterator[tuple[ast.ClassDef, bool]]:
-    """The classes of operators and sensors, and whether their module is one for users."""
-    for folder in ("operators", "sensors"):
-        for path in sorted((ROOT / "airflow_dicom_get" / folder).glob("*.py")):
+    """The classes of operators and sensors with what they are made from, and whether their module is one for users."""
+    for pattern in ("hooks/_task.py", "operators/*.py", "sensors/*.py"):
+        for path in sorted((ROOT / "airflow_dicom_get").glob(pattern)):
             for node in ast.parse(path.read_text("utf-8")).body:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     yield node, not path.name.startswith("_")

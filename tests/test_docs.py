@@ -253,7 +253,7 @@ def test_other_languages_parse() -> None:
 # --- Python ----------------------------------------------------------------------------------------
 
 PYTHON = [block for block in blocks() if block.language == "python"]
-_OF_AIRFLOW = ("airflow", "airflow_dicom_get.hooks", "airflow_dicom_get.operators", "airflow_dicom_get.sensors")
+_OF_AIRFLOW = ("airflow", *(f"airflow_dicom_get.{name}" for name in ("hooks", "operators", "sensors", "tasks")))
 
 # What every operator of Airflow takes, as far as the pages use it.
 _EVERY_OPERATOR = {"task_id", "pool", "pool_slots", "retries", "retry_delay", "timeout", "poke_interval", "outlets"}

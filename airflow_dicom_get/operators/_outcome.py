@@ -8,7 +8,6 @@ from typing import Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.engine.report import MOST_ERRORS
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import ACCEPTABLE, CANCELLED
@@ -29,6 +28,8 @@ def summary(result: Result, *, studies: int, series: int, manifest: dict[str, An
     :param studies: how many of the manifest, as ``series``
     :param manifest: the ``manifest_…`` keys
     """
+    from airflow_dicom_get.engine.report import MOST_ERRORS
+
     values = result.to_json()
     source = values.pop("node")
     del values["manifest"]

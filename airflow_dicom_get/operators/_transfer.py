@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks._task import DicomTask
@@ -94,6 +93,8 @@ class TransferOperator(DicomTask):
         raise NotImplementedError
 
     def _transfer(self, context: Context) -> Any:
+        from airflow_dicom_get.engine.report import merge
+
         with final_errors():
             ends = time.monotonic() + self._seconds()
             self._check_choices()

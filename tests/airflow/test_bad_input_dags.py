@@ -97,7 +97,7 @@ def test_an_empty_day_is_a_success(run_dag, load, params, name):
 
 def test_a_task_that_ended_without_a_word_is_missed(run_dag, load, params, monkeypatch):
     """As after a kill: neither summary nor manifest of one of the tasks."""
-    from airflow_dicom_get.operators.get import DicomGetOperator
+    from airflow_dicom_get.operators.dicom import DicomGetOperator
 
     execute = DicomGetOperator.execute
 
@@ -117,7 +117,7 @@ def test_what_the_other_pacs_does_not_list_fails_the_relay(run_dag, load, params
     """All was acknowledged, so the report is content; but the run is not."""
     from airflow.sdk.exceptions import AirflowFailException
 
-    from airflow_dicom_get.operators.verify import DicomVerifyOperator
+    from airflow_dicom_get.operators.dicom import DicomVerifyOperator
 
     def differs(self, context):
         raise AirflowFailException("60 differences")

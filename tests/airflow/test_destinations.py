@@ -21,7 +21,7 @@ from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.hooks._node_config import BothWindows, both_windows
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.testing.archive import Archive as Index
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}

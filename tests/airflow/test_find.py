@@ -8,8 +8,7 @@ from types import MethodType
 import pytest
 from airflow.sdk import DAG
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}

@@ -16,8 +16,7 @@ from airflow.sdk import DAG, task
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.engine.items import make_item
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}

@@ -14,7 +14,7 @@ from airflow.sdk import DAG
 
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.notebook import latest, load_manifests, overview, read_manifest
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

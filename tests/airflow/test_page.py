@@ -15,8 +15,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from airflow.sdk import DAG
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 
 SECRET_DAG = "page_secret"

@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import TaskDeferred
 
 from airflow_dicom_get.engine import arrivals
 from airflow_dicom_get.engine.arrivals import Awaited
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 from airflow_dicom_get.triggers import dicom as trigger_module

@@ -14,8 +14,7 @@ from s3_servers import BUCKET, SECRET_KEY
 
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.config.groups import Window
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.store import DicomStoreOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomStoreOperator
 from airflow_dicom_get.testing.archive import Archive as Index
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}

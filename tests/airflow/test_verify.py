@@ -10,8 +10,7 @@ from airflow.sdk import DAG, task
 from s3_servers import BUCKET
 
 from airflow_dicom_get import load_manifest
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.verify import DicomVerifyOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomVerifyOperator
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 COLUMNS = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", "symbol", "what"]

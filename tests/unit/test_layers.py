@@ -18,7 +18,7 @@ NAME = airflow_dicom_get.__name__
 LEAVES = frozenset({"errors", "records", "config", "vocabulary"})
 """Anyone may import these."""
 LAYERS = ("dicom", "net", "storage", "sinks", "engine")
-AIRFLOW = frozenset({"hooks", "operators", "sensors", "triggers", "plugins", "assets"})
+AIRFLOW = frozenset({"hooks", "operators", "sensors", "triggers", "plugins", "tasks"})
 TOP, TASKS = len(LAYERS), len(LAYERS) + 1
 UPWARDS = frozenset({("connections", "hooks.dicom_s3")})
 """An address that names a connection of Airflow: where Airflow is, its hook knows what that is."""

@@ -6,8 +6,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 
 RETRIES = {"retries": 5, "retry_delay": timedelta(seconds=3)}
 PLACE = {"destination": Param(type="string")}

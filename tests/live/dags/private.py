@@ -6,10 +6,12 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
-from airflow_dicom_get.operators.store import DicomStoreOperator
-from airflow_dicom_get.operators.verify import DicomVerifyOperator
+from airflow_dicom_get.operators.dicom import (
+    DicomFindOperator,
+    DicomGetOperator,
+    DicomStoreOperator,
+    DicomVerifyOperator,
+)
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 
 WHO = {"PatientID": "{{ var.value.who }}"}

@@ -1,0 +1,754 @@
+"""The operators: find studies, retrieve them, store them elsewhere, verify what is held."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
+
+from airflow.sdk.configuration import conf
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
+from airflow_dicom_get.connections import with_connection
+from airflow_dicom_get.engine.items import Item, is_modality, pack, split_by_series
+from airflow_dicom_get.engine.query import parse_query
+from airflow_dicom_get.engine.search import Search
+from airflow_dicom_get.errors import IncompleteRetrieval
+from airflow_dicom_get.hooks import configuration
+from airflow_dicom_get.hooks._destinations import (
+    Destinations,
+    ResolvedDestination,
+    resolve_destination,
+    resolve_destinations,
+    resolve_root,
+)
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
+from airflow_dicom_get.hooks._studies import study_queries, study_uids
+from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.hooks.dicom import DicomHook
+from airflow_dicom_get.manifest.files import reference
+from airflow_dicom_get.operators._manifests import (
+    connection_of,
+    load_given,
+    one_table,
+    part_name,
+    place_of_objects,
+    run_name_of,
+    xcom_bytes,
+)
+from airflow_dicom_get.operators._outcome import summary
+from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import CANCELLED, FAILED, PARTIAL, UNVERIFIED
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from airflow_dicom_get.config.options import Options
+    from airflow_dicom_get.errors import DicomGetError
+    from airflow_dicom_get.getscu import GetScu
+    from airflow_dicom_get.store import StoreScu
+    from airflow_dicom_get.verify import Verification
+
+LEVELS = ("STUDY", "SERIES")
+ON_EMPTY = ("return", "skip", "fail")
+ON_BAD_STUDY = ("fail", "skip")
+_WINDOW, _DEADLINE = "window", "deadline"
+
+
+class DicomFindOperator(DicomTask):
+    """Find studies on a PACS by C-FIND, and return one Item each: what ``DicomGetOperator`` takes as ``study``.
+
+    An Item is a dict of ``study_instance_uid``, ``series_instance_uids`` (None: all), ``expected_instances``
+    (None where the PACS does not say), ``modalities``, ``label`` and ``keys``. It holds nothing of the patient
+    but what ``return_keys`` asks for.
+
+    :param query: DICOM keywords or tags, and values (templated)
+    :param level: ``STUDY``, or ``SERIES`` to get those series only that match
+    :param study_date: StudyDate of the query: ``20240131``, ``2024-01-31``, ``2024-01-01/2024-01-31``, ``today``,
+        ``today-1`` in the connection's time zone (templated)
+    :param modalities: one or several modalities, of which a study (or series) has at least one (templated)
+    :param return_keys: keywords whose values stand in each Item's ``keys``. They go to XCom, which every viewer of
+        the DAG can read.
+    :param split_on_truncation: ask again by parts of the date range where the PACS seems to cut its answer
+    :param shard_instances: return lists of Items of about so many instances together, a study over several of them
+        by series if need be; never more lists than tasks can be mapped
+    :param on_empty: what happens if nothing matches: ``return`` an empty list, ``skip`` or ``fail`` the task
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
+    """
+
+    template_fields: Sequence[str] = ("query", "study_date", "modalities", "dicom_conn_id")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"query": "json"}
+
+    def __init__(
+        self,
+        *,
+        query: Mapping[str, Any] | None = None,
+        level: str = "STUDY",
+        study_date: str | None = None,
+        modalities: str | Sequence[str] | None = None,
+        return_keys: Sequence[str] = (),
+        split_on_truncation: bool = True,
+        shard_instances: int | None = None,
+        on_empty: str = "return",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.query = query
+        self.level = level
+        self.study_date = study_date
+        self.modalities = modalities
+        self.return_keys = return_keys
+        self.split_on_truncation = split_on_truncation
+        self.shard_instances = shard_instances
+        self.on_empty = on_empty
+
+    def shown(self, name: str, value: Any) -> Any:
+        """Hide the values of identifying keys."""
+        return shown_query(value) if name == "query" else value
+
+    def map_label(self) -> str:
+        """Name what is asked for, without patient data."""
+        if self.study_date:
+            return f"StudyDate={self.study_date}"[:100]
+        return label_of(None, self.given("query"), None) if self.given("query") else ""
+
+    def execute(self, context: Context) -> list[Item] | list[list[Item]]:
+        """Ask, and return the Items."""
+        with final_errors():
+            query, modalities = self._checked()
+            search = self._search(modalities)
+            items = search.items(query)
+            shards = self._shards(search, items) if self.shard_instances else None
+        found: list[Any] = items if shards is None else shards
+        self._summarise(context, search, items, found)
+        if not items:
+            self._empty()
+        self._check_mappable(found)
+        return found
+
+    def _checked(self) -> tuple[dict[str, Any], list[str]]:
+        """The query as one mapping, and the modalities; before any traffic."""
+        for name, allowed in (("level", LEVELS), ("on_empty", ON_EMPTY)):
+            if getattr(self, name) not in allowed:
+                raise invalid(name, f"{shown(getattr(self, name))} is not allowed", f"Give {' or '.join(allowed)}.")
+        size: Any = self.shard_instances
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise invalid("shard_instances", f"{shown(size)} is not allowed", "Give a whole number of at least 1.")
+        given = self.given("query")
+        if given is not None and not isinstance(given, Mapping):
+            raise invalid("query", "is no mapping", 'Give {"PatientID": "…"}, for example.')
+        query = dict(given or {})
+        if query.pop("QueryRetrieveLevel", self.level) != self.level:
+            raise invalid("query", "holds another QueryRetrieveLevel than level", "Give level alone.")
+        for name, key in (("study_date", "StudyDate"), ("modalities", self._modality_key)):
+            if getattr(self, name) and query.get(key):
+                raise invalid(name, f"is given, and {key} in query too", "Give one of them.")
+        if self.study_date is not None:
+            if not str(self.study_date).strip() or str(self.study_date) == "None":
+                raise invalid("study_date", "rendered to nothing", "Mend its template.")
+            query["StudyDate"] = str(self.study_date).strip()
+        return query, self._modality_codes()
+
+    def _modality_codes(self) -> list[str]:
+        given: Any = self.modalities or []
+        codes = [str(one).strip() for one in (given.replace("\\", ",").split(",") if isinstance(given, str) else given)]
+        for code in codes:
+            if not is_modality(code):
+                hint = (
+                    "Give codes such as CT. A list in a template needs render_template_as_native_obj=True on the DAG."
+                )
+                raise invalid("modalities", f"{shown(code)} is no modality", hint)
+        return codes
+
+    @property
+    def _modality_key(self) -> str:
+        return "ModalitiesInStudy" if self.level == "STUDY" else "Modality"
+
+    def _search(self, modalities: list[str]) -> Search:
+        hook = self.hook
+        self._scu = scu = hook.get_scu()
+        model = self.query_model or hook.query_model
+
+        def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Iterable[Any]:
+            return scu.find(query, level=level, query_model=model, return_keys=return_keys)
+
+        return Search(
+            find,
+            level=self.level,
+            model=model,
+            modalities=modalities,
+            return_keys=self.return_keys,
+            split=self.split_on_truncation,
+            timezone=hook.timezone,
+        )
+
+    def _shards(self, search: Search, items: list[Item]) -> list[list[Item]]:
+        target = int(self.shard_instances or 0)
+        parts: list[Item] = []
+        for item in items:
+            expected = item["expected_instances"]
+            if expected is not None and expected > target:
+                parts += split_by_series(item, search.series_sizes(item), target=target)
+            else:
+                parts.append(item)
+        return pack(parts, target=target, at_most=conf.getint("core", "max_map_length", fallback=1024))
+
+    def _summarise(self, context: Context, search: Search, items: list[Item], found: list[Any]) -> None:
+        counts = [item["expected_instances"] for item in items]
+        instances = None if any(one is None for one in counts) else sum(counts)
+        summary = {
+            "schema": 1,
+            "matched": len({item["study_instance_uid"] for item in items}),
+            "returned": len(found),
+            "queries": search.queries,
+            "truncated": search.truncated,
+            "instances": instances,
+        }
+        context["ti"].xcom_push("summary", summary)
+        self.log.info(
+            "%d studies match, %s instances, %d queries.",
+            summary["matched"],
+            "an unknown number of" if instances is None else instances,
+            search.queries,
+        )
+        if search.truncated:
+            self.log.warning(
+                "The PACS seems to have cut its answer: more studies may match than were returned. Ask for less."
+            )
+
+    def _empty(self) -> None:
+        if self.on_empty == "skip":
+            raise AirflowSkipException("No study matches.")
+        if self.on_empty == "fail":
+            raise AirflowFailException("No study matches, and on_empty is 'fail'.")
+
+    def _check_mappable(self, found: list[Any]) -> None:
+        """Airflow fails a task whose list is too long to map over, and does not say what to do."""
+        limit = conf.getint("core", "max_map_length", fallback=1024)
+        if len(found) > limit and next(self.iter_mapped_dependants(), None) is not None:
+            raise AirflowFailException(
+                f"{len(found)} studies match, and Airflow maps over at most {limit} ([core] max_map_length). "
+                "Give shard_instances=2000, say: each mapped task then gets a list of studies."
+            )
+
+
+class DicomGetOperator(TransferOperator):
+    """Retrieve studies by C-GET, and prove instance by instance that they are held.
+
+    One task retrieves one study, a list of them, what a query matches, or what a manifest lists::
+
+        find = DicomFindOperator(task_id="find", study_date="today-1")
+        DicomGetOperator.partial(task_id="get", destination="/data/dicom", retries=3).expand(study=find.output)
+
+    The task succeeds if the verdict is one of ``accept``. Else another try, which fetches only what is missing,
+    follows where that can help, and none where it cannot. Whatever the verdict, the manifest file is written, and
+    ``summary`` and ``return_value`` are in XCom.
+
+    :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
+    :param query: DICOM keywords or tags, and values, which may match several studies (templated)
+    :param manifest: manifest of an earlier retrieval, or several: the instances that they list (templated)
+    :param destination: an absolute path or ``file://…``; ``s3://[CONN_ID@]bucket/prefix``; ``dicom://CONN_ID``, the
+        node of a ``dicom`` connection with its AE titles, TLS and limits, or ``dicom://[AE@]host:port``: instances
+        go on there as they arrive, and nothing is kept here (templated)
+    :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
+    :param associations: associations that the task uses at a time; give as many ``pool_slots``
+    :param accept: verdicts that are a success: ``complete``, ``empty``, ``unverified``, ``partial``, ``failed``
+    :param strict_forward: end at the first instance that a DICOM node as destination refuses
+    :param store_with_file_meta: write DICOM files, not bare data sets
+    :param resume: skip what is held and verified
+    :param verify_held: ``size``, ``digest`` or ``none``: how what is held is verified
+    :param tags: keywords of attributes that become columns of the manifest. They go to XCom, which every viewer of
+        the DAG can read.
+    :param checksum: ``sha256``, or None for no digest
+    :param durable: count an instance once it is synced to the disk
+    :param ack: ``taken`` or ``durable``: when an instance is acknowledged to the PACS
+    :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifests and ledger; by default
+        ``_manifests`` in the destination, and for a DICOM node ``[dicom_get] manifest_root`` (templated)
+    :param manifest_xcom: ``auto`` returns the manifest as a DataFrame, and a reference to its file where it is larger
+        than ``[dicom_get] manifest_xcom_max_bytes``; ``full`` always the DataFrame; ``reference`` always the reference
+    :param outside_window: outside the hours of the connection ``defer`` until they begin, ``fail``, or ``ignore`` them
+    :param on_bad_study: a malformed UID in a list makes the task ``fail``, or is left out (``skip``)
+    :param verbose: log each instance
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
+    """
+
+    template_fields: Sequence[str] = (
+        "study",
+        "query",
+        "manifest",
+        "destination",
+        "dicom_conn_id",
+        "s3_conn_id",
+        "manifest_root",
+    )
+    template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
+
+    def __init__(
+        self,
+        *,
+        study: str | Item | Sequence[str | Item] | None = None,
+        query: Mapping[str, Any] | None = None,
+        destination: str,
+        store_with_file_meta: bool = True,
+        verify_held: str = "size",
+        tags: Sequence[str] = (),
+        checksum: str | None = "sha256",
+        durable: bool = True,
+        ack: str = "taken",
+        on_bad_study: str = "fail",
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.study = study
+        self.query = query
+        self.destination = destination
+        self.store_with_file_meta = store_with_file_meta
+        self.verify_held = verify_held
+        self.tags = tags
+        self.checksum = checksum
+        self.durable = durable
+        self.ack = ack
+        self.on_bad_study = on_bad_study
+        self.verbose = verbose
+
+    def shown(self, name: str, value: Any) -> Any:
+        """Hide manifests, and the values of identifying keys."""
+        hide = {"study": shown_study, "query": shown_query, "manifest": shown_manifest}.get(name)
+        return hide(value) if hide else value
+
+    def map_label(self) -> str:
+        """Name what is retrieved, without patient data: the study's UID."""
+        return label_of(self.given("study"), self.given("query"), self.given("manifest"))
+
+    def choices(self) -> dict[str, Sequence[str]]:
+        """What each parameter that is a choice may be."""
+        return {**super().choices(), "on_bad_study": ON_BAD_STUDY}
+
+    def prepare(self, context: Context, name: str, ends: float) -> Transfer:
+        """Look up the connections, and make the queries."""
+        destinations = resolve_destinations(
+            self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id
+        )
+        queries = self._queries()
+        hook = self.hook
+        model = self.query_model or hook.query_model
+        for query in queries:
+            parse_query(query, query_model=model, timezone=hook.timezone)
+        options: dict[str, Any] = {}
+        scratch = None
+        if destinations.root is None and isinstance(destinations.destination.destination, ForwardDestination):
+            scratch = self.scratch()
+            options["manifest_root"] = scratch.name
+        make = partial(self._make_scu, hook, destinations, ends, options)
+        make({})  # what is wrong with the options shows here
+        return Transfer(partial(self._run, queries, model, name, make), name, destinations.manifest_conn_id, scratch)
+
+    def _queries(self) -> list[dict[str, Any]]:
+        """What to retrieve, as queries for one call of the engine each."""
+        from airflow_dicom_get.engine.retry import manifest_queries
+
+        kind, value = self.one_of("study", "query", "manifest")
+        if kind == "study":
+            return study_queries(value, skip=self._left_out if self.on_bad_study == "skip" else None)
+        if kind == "manifest":
+            return manifest_queries(load_given(value, self.s3_conn_id))
+        if not isinstance(value, Mapping) or not value:
+            raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
+        return [dict(value)]
+
+    def _left_out(self, error: DicomGetError) -> None:
+        self.log.warning("Left out: %s", error)
+
+    # --- traffic -----------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        queries: Sequence[Mapping[str, Any]],
+        model: str,
+        name: str,
+        make: Callable[[Mapping[str, Any]], GetScu],
+        progress: Progress,
+    ) -> list[Result]:
+        """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
+        results: list[Result] = []
+        for number, query in enumerate(queries):
+            self._scu = scu = make(query)
+            if self._killed:
+                results.append(Result(verdict=CANCELLED))
+                break
+            result = scu.get_study(
+                query,
+                query_model=model,
+                on_sub_operation=progress.on_sub_operation,
+                on_completed=progress.on_completed,
+                manifest_name=part_name(name, number, len(queries)),
+            )
+            results.append(result)
+            if result.verdict == CANCELLED or result.resume_at is not None:
+                break
+        return results
+
+    def _make_scu(
+        self,
+        hook: DicomHook,
+        destinations: Destinations,
+        ends: float,
+        more: Mapping[str, Any],
+        query: Mapping[str, Any],
+    ) -> GetScu:
+        studies = query.get("StudyInstanceUID")
+        options: dict[str, Any] = {
+            "associations": self.associations,
+            "strict_forward": self.strict_forward,
+            "store_with_file_meta": self.store_with_file_meta,
+            "resume": self.resume,
+            "verify_held": self.verify_held,
+            "tags": tuple(self.tags),
+            "checksum": self.checksum,
+            "durable": self.durable,
+            "ack": self.ack,
+            "verbose": self.verbose,
+            **more,
+        }
+        if self.outside_window == "ignore":
+            options["window"] = None
+        if isinstance(studies, list):
+            # Whoever names each of them knows how many they are.
+            options["max_studies"] = max(len(studies), 100)
+        return hook.get_scu(seconds=ends - time.monotonic(), destinations=destinations, **options)
+
+
+class DicomStoreOperator(TransferOperator):
+    """Store at a DICOM node what a manifest says is held, or what lies in a folder or a bucket.
+
+    Retrieve first, forward later: with the destination's own answer for every instance::
+
+        get = DicomGetOperator.partial(task_id="get", destination="/data/dicom", retries=3).expand(study=find.output)
+        DicomStoreOperator.partial(task_id="store", dicom_conn_id="archive").expand(manifest=get.output)
+
+    The task succeeds if the verdict is one of ``accept``. Else another try, which sends only what the node has not
+    taken yet, follows where that can help, and none where it cannot.
+
+    :param manifest: manifest of a retrieval, of any shape, or several: the objects that they list (templated)
+    :param source: an absolute path or ``s3://[CONN_ID@]bucket/prefix``, in place of a manifest (templated)
+    :param dicom_conn_id: the ``dicom`` connection of the node to store at (templated)
+    :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of the bucket in which the objects lie; by default the one
+        that the address of source or manifest names (templated)
+    :param associations: associations that the task uses at a time; give as many ``pool_slots``
+    :param accept: verdicts that are a success: ``complete``, ``partial``, ``failed``
+    :param resume: skip what the node took before
+    :param strict_forward: end at the first instance that the node refuses
+    :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifest and ledger; by default
+        ``[dicom_get] manifest_root`` (templated)
+    :param manifest_xcom: as in ``DicomGetOperator``
+    :param outside_window: outside the hours of the connection ``defer`` until they begin, ``fail``, or ``ignore`` them
+    """
+
+    template_fields: Sequence[str] = ("manifest", "source", "dicom_conn_id", "s3_conn_id", "manifest_root")
+    phase = "store"
+
+    def __init__(
+        self,
+        *,
+        manifest: Any = None,
+        source: str | None = None,
+        dicom_conn_id: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(manifest=manifest, dicom_conn_id=dicom_conn_id, **kwargs)
+        self.source = source
+
+    def shown(self, name: str, value: Any) -> Any:
+        """Hide manifests."""
+        return shown_manifest(value) if name == "manifest" else value
+
+    def map_label(self) -> str:
+        """Name what is stored, without patient data."""
+        manifest = self.given("manifest")
+        return str(self.source if manifest is None else shown_manifest(manifest))[:200]
+
+    def prepare(self, context: Context, name: str, ends: float) -> Transfer:
+        """Look up the connections, and load the manifest."""
+        kind, value = self.one_of("manifest", "source")
+        objects: ResolvedDestination | None
+        given: dict[str, Any]
+        if kind == "manifest":
+            tables = load_given(value, self.s3_conn_id)
+            objects = place_of_objects(tables, self.s3_conn_id or connection_of(value))
+            given = {"manifest": one_table(tables)}
+        else:
+            place = objects = resolve_destination(value, "source", self.s3_conn_id)
+            given = {"source": _address(place)}
+        root = resolve_root(self.manifest_root, s3_conn_id=self.s3_conn_id)
+        buckets = [place for place in (objects, root) if place is not None and place.s3_config is not None]
+        if len({place.conn_id for place in buckets}) > 1:
+            raise invalid(
+                "manifest_root",
+                f"is reached by the connection {buckets[1].conn_id}, and the objects by {buckets[0].conn_id}",
+                "Give one connection for both.",
+            )
+        scratch = self.scratch() if root is None else None
+        options: dict[str, Any] = {
+            "manifest_root": root.destination if root is not None else scratch.name if scratch is not None else None,
+            "s3_config": buckets[0].s3_config if buckets else None,
+            "strict_forward": self.strict_forward,
+            "resume": self.resume,
+        }
+        hook = self.hook
+        hours = hook.options()
+        make = partial(hook.get_store_scu, associations=self.associations, **options)
+        make()  # what is wrong with the options shows here
+        run = partial(self._run, make, given, name, hours, ends)
+        return Transfer(run, name, root.conn_id if root is not None else None, scratch)
+
+    # --- traffic -----------------------------------------------------------------------------------
+
+    def _run(
+        self, make: Any, given: dict[str, Any], name: str, hours: Options, ends: float, progress: Progress
+    ) -> list[Result]:
+        window = None if self.outside_window == "ignore" else hours.window
+        closes = None
+        if window is not None:
+            now = datetime.now(UTC)
+            closes = window.closes_at(now, hours.timezone)
+            if closes is None:
+                return [Result(PARTIAL, _WINDOW, resume_at=window.opens_at(now, hours.timezone), transient=True)]
+        scu: StoreScu = make(seconds=ends - time.monotonic())
+        self._scu = scu
+        if self._killed:
+            return [Result(CANCELLED)]
+        with _until(closes, ends, scu):
+            result = scu.store(
+                **given,
+                on_sub_operation=progress.on_sub_operation,
+                on_completed=progress.on_completed,
+                on_unusable=self._unusable,
+                manifest_name=name,
+            )
+        if result.verdict == CANCELLED and not self._killed:
+            result.verdict, result.transient = PARTIAL if result.completed else FAILED, True
+            if result.reason == _WINDOW and window is not None:
+                result.verdict, result.resume_at = PARTIAL, window.opens_at(datetime.now(UTC), hours.timezone)
+        return [result]
+
+    def _unusable(self, name: str, why: str) -> None:
+        self.log.warning("Left out: %s %s", name, why)
+
+
+@contextmanager
+def _until(closes: datetime | None, ends: float, scu: StoreScu) -> Iterator[None]:
+    """End the transfer when the hours do, or the time of the task."""
+    seconds, reason = ends - time.monotonic(), _DEADLINE
+    if closes is not None and (left := (closes - datetime.now(UTC)).total_seconds()) < seconds:
+        seconds, reason = left, _WINDOW
+    if seconds == float("inf"):
+        yield
+        return
+    timer = threading.Timer(max(seconds, 0), scu.cancel, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _address(place: ResolvedDestination) -> str:
+    if isinstance(place.destination, ForwardDestination):
+        raise invalid("source", "is a DICOM node", "Give an absolute path, or s3://CONN_ID@bucket/prefix.")
+    if isinstance(place.destination, S3Destination):
+        return f"s3://{place.destination.bucket}/{quote(place.destination.prefix)}"
+    return str(place.destination.path)
+
+
+class DicomVerifyOperator(DicomTask):
+    """Compare what a manifest lists, what is there, and what a PACS lists now.
+
+    Three comparisons, by what is given: ``manifest`` alone (is what was retrieved still there, byte for byte),
+    ``manifest`` and ``dicom_conn_id`` (and does the PACS list the same), ``study`` with ``destination`` (and
+    ``dicom_conn_id``)::
+
+        DicomVerifyOperator(task_id="verify", manifest=get.output, dicom_conn_id="pacs")
+
+    Returns a DataFrame ``study_instance_uid, series_instance_uid, sop_instance_uid, symbol, what`` of all that is
+    not the same: ``+`` listed and not there, ``-`` there and not listed, ``*`` of other content, ``!`` not readable.
+    A manifest of what was found is written as well; its address is in ``summary``, and ``DicomGetOperator`` takes it.
+
+    :param manifest: manifest of a retrieval, of any shape, or several (templated)
+    :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
+    :param destination: where to look, if not where the manifest says: an absolute path,
+        ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or ``dicom://[AE@]host:port`` (templated)
+    :param dicom_conn_id: the ``dicom`` connection of a PACS whose list is compared (templated)
+    :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
+    :param quick: compare sizes, and read nothing
+    :param fail_on_difference: let the task fail where something is not the same
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    """
+
+    template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json"}
+
+    def __init__(
+        self,
+        *,
+        manifest: Any = None,
+        study: str | Item | Sequence[str | Item] | None = None,
+        destination: str | None = None,
+        dicom_conn_id: str | None = None,
+        s3_conn_id: str | None = None,
+        quick: bool = False,
+        fail_on_difference: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.manifest = manifest
+        self.study = study
+        self.destination = destination
+        self.dicom_conn_id = dicom_conn_id  # type: ignore[assignment]  # here it may be left out
+        self.s3_conn_id = s3_conn_id
+        self.quick = quick
+        self.fail_on_difference = fail_on_difference
+
+    def shown(self, name: str, value: Any) -> Any:
+        """Hide manifests."""
+        hide = {"study": shown_study, "manifest": shown_manifest}.get(name)
+        return hide(value) if hide else value
+
+    def map_label(self) -> str:
+        """Name what is verified, without patient data."""
+        return label_of(self.given("study"), None, self.given("manifest"))
+
+    def execute(self, context: Context) -> Any:
+        """Compare, and return the differences."""
+        with final_errors(), TemporaryDirectory(prefix="dicom-get-") as scratch:
+            found, result, conn_id = self._verify(context, scratch)
+            self.log.info("%s.", found.summary())
+            for error in found.errors:
+                self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
+            frame = found.frame()
+            summed = self._summary(context, found, result, conn_id)
+        size, limit = xcom_bytes(frame), configuration.integer("manifest_xcom_hard_max_bytes")
+        ti = context["ti"]
+        ti.xcom_push("summary", summed)
+        if size > limit:
+            raise AirflowFailException(
+                f"{found.summary()}. The {len(frame)} differences take {size} bytes in XCom, and [dicom_get] "
+                f"manifest_xcom_hard_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
+            )
+        failing = found.uncompared is not None or (found.differences and self.fail_on_difference)
+        if failing and self.do_xcom_push:
+            ti.xcom_push("return_value", frame)
+        if found.differences and self.fail_on_difference:
+            raise AirflowFailException(f"{found.summary()}. XCom return_value names each difference.")
+        if found.uncompared is not None:
+            raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
+        return frame
+
+    def _verify(self, context: Context, scratch: str) -> tuple[Verification, Result, str | None]:
+        from airflow_dicom_get.verify import verify
+
+        manifest, study = self.given("manifest"), self.given("study")
+        if manifest is None and study is None:
+            raise invalid(
+                "manifest, study", "none of them is given", "Give one or both. Did a template render to nothing?"
+            )
+        studies = study_uids(study) if study is not None else []
+        tables = load_given(manifest, self.s3_conn_id) if manifest is not None else []
+        place = (
+            resolve_destination(self.destination, "destination", self.s3_conn_id)
+            if self.destination is not None
+            else None
+        )
+        if manifest is None and place is None:
+            raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
+        objects = place or place_of_objects(tables, self.s3_conn_id or connection_of(manifest))
+        root = None if place is not None and not _is_node(place) else resolve_root(None, s3_conn_id=self.s3_conn_id)
+        kept = root is not None or (place is not None and not _is_node(place))
+        buckets = [one for one in (objects, root) if one is not None and one.s3_config is not None]
+        options: dict[str, Any] = {}
+        if buckets:
+            options["s3_config"] = buckets[0].s3_config
+        if root is not None or not kept:
+            options["manifest_root"] = root.destination if root is not None else scratch
+        if place is not None and place.target is not None:
+            options["forward_target"] = place.target.forward_target()
+        source = None
+        if self.dicom_conn_id is not None:
+            hook = DicomHook(self.dicom_conn_id)
+            source = str(hook.node)
+            asked = hook.options()
+            options["addr"] = asked.addr
+            options["query_model"] = self.query_model or hook.query_model
+            options |= {
+                name: getattr(asked, name) for name in ("calling_ae_title", "max_pdu_length", "tls", "deadlines")
+            }
+        found = verify(
+            one_table(tables) if tables else None,
+            study=studies or None,
+            destination=place.destination if place is not None else None,  # type: ignore[arg-type]
+            quick=self.quick,
+            manifest_name=run_name_of(context["ti"]),
+            **options,
+        )
+        if not kept:
+            found.manifest_uri = None
+        conn_id = root.conn_id if root is not None else place.conn_id if place is not None else None
+        return found, _result(found, source, self.destination), conn_id
+
+    def _summary(self, context: Context, found: Verification, result: Result, conn_id: str | None) -> dict[str, Any]:
+        kept = reference(with_connection(found.manifest_uri, conn_id)) if found.manifest_uri is not None else {}
+        return {
+            **summary(
+                result,
+                studies=len({row.study for row in found.rows}),
+                series=len({(row.study, row.series) for row in found.rows}),
+                manifest={
+                    "manifest_kind": "reference",
+                    "manifest_uri": kept.get("manifest_uri"),
+                    "manifest_rows": len(found.rows),
+                    "manifest_sha256": kept.get("sha256"),
+                },
+                try_number=context["ti"].try_number,
+            ),
+            "symbols": dict(found.counts),
+        }
+
+
+def _is_node(place: ResolvedDestination) -> bool:
+    return isinstance(place.destination, ForwardDestination)
+
+
+def _result(found: Verification, source: str | None, destination: str | None) -> Result:
+    """The comparison in the words of a retrieval: what is the same counts as held."""
+    from airflow_dicom_get.engine.report import verdict_of_comparison
+
+    total, same = sum(found.counts.values()), found.counts["="]
+    return Result(
+        verdict_of_comparison(found.same, bool(found.differences)),
+        None if found.same else "differences" if found.differences else "not_compared",
+        expected=total,
+        total=total,
+        completed=same,
+        failed=total - same,
+        withdrawn=found.counts["-"],
+        bytes=0,
+        plan_at=found.plan_at,
+        evidence="list" if found.plan_at is not None else "none",
+        errors=list(found.errors),
+        node=source,
+        destination=destination,
+    )

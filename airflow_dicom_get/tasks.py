@@ -1,0 +1,196 @@
+"""What DAGs use that is no operator: a cohort of a file, the group find → get → report, and which errors are final."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any
+
+from airflow.sdk import task, task_group
+from airflow.sdk.configuration import conf
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.engine.items import Item, make_item, pack
+from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
+from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks.dicom import DicomHook
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
+from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
+
+__all__ = ["final_errors", "find_cohort", "report", "retrieve"]
+
+UNKNOWN = ("fail", "skip")
+_LINES = 20
+
+log = logging.getLogger(__name__)
+
+
+@task_group(group_id="retrieve", prefix_group_id=False, tooltip="Find studies, retrieve them, report")
+def retrieve(
+    destination: str,
+    *,
+    study_date: str | None = None,
+    query: Mapping[str, Any] | None = None,
+    modalities: str | Sequence[str] | None = None,
+    dicom_conn_id: str = DicomHook.default_conn_name,
+    at_once: int = 2,
+    accept: Sequence[str] = (COMPLETE,),
+) -> Any:
+    """Make the tasks ``find``, ``get`` and ``report``: the studies of a query, one mapped ``get`` each.
+
+    The last task decides on the run: it fails unless all is held. Where nothing matches, ``get`` and ``report`` are
+    skipped. Pool, retries and the like are those of the DAG, or of
+    ``retrieve.override(default_args={"pool": "pacs"})(…)``; a second group in a DAG needs
+    ``retrieve.override(group_id="mr", prefix_group_id=True)(…)``.
+
+    :param destination: as in ``DicomGetOperator`` (templated)
+    :param study_date: as in ``DicomFindOperator``, and so are ``query`` and ``modalities`` (templated)
+    :param query: DICOM keywords or tags, and values (templated)
+    :param modalities: one or several modalities, of which a study has at least one (templated)
+    :param dicom_conn_id: the ``dicom`` connection to the PACS
+    :param at_once: how many ``get`` run at a time in this DAG; a pool holds it over all DAGs
+    :param accept: the verdicts that are a success
+    :return: the manifests, for tasks that follow: ``manifest=…``, or ``.expand(manifest=…)``
+    """
+    find = DicomFindOperator(
+        task_id="find", query=query, study_date=study_date, modalities=modalities, dicom_conn_id=dicom_conn_id
+    )
+    get = DicomGetOperator.partial(
+        task_id="get",
+        dicom_conn_id=dicom_conn_id,
+        destination=destination,
+        accept=accept,
+        max_active_tis_per_dag=at_once,
+    ).expand(study=find.output)
+    found: Any = find.output  # a list, when it runs
+    report(found, get.output["summary"], get.output, accept)
+    return get.output
+
+
+@task(trigger_rule="all_done_min_one_success", multiple_outputs=False)
+def report(
+    parts: Sized,
+    summaries: Iterable[Mapping[str, Any]],
+    manifests: Iterable[Any],
+    accept: Sequence[str] = (COMPLETE,),
+) -> dict[str, Any]:
+    """Sum up mapped retrievals, and fail unless all of them are complete.
+
+    A mapped task leaves its summary and its manifest in XCom whatever its verdict. So this runs too where some of
+    them failed, and as the last task it decides on the state of the run::
+
+        get = DicomGetOperator.partial(task_id="get", destination="/data/dicom").expand(study=find.output)
+        report(find.output, get.output["summary"], get.output)
+
+    Where there was nothing to retrieve it is skipped, as the mapped tasks are.
+
+    :param parts: what was mapped over, to notice a task that ended without a word
+    :param summaries: of the retrievals
+    :param manifests: of the retrievals, of any shape
+    :param accept: the verdicts that are a success
+    :return: ``verdict`` (the worst), ``verdicts``, ``studies, series, instances, held, bytes``, ``reasons`` of what is
+        not held, ``manifests`` (addresses)
+    :raises AirflowFailException: not all is complete; the text says how much is missing, why, and what to do
+    """
+    with final_errors():
+        whole = _sum_up(len(parts), list(summaries), manifests)
+    text = _text(whole)
+    if whole["verdict"] not in accept:
+        raise AirflowFailException(f"{text} Clear the failed tasks to go on: what is held is not fetched again.")
+    log.info("%s", text)
+    return whole
+
+
+def _sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[Any]) -> dict[str, Any]:
+    """What came of some retrievals as one; see :func:`report`.
+
+    :param tasks: how many there were
+    """
+    from airflow_dicom_get.manifest.files import load_manifests
+
+    frame = load_manifests(manifests)
+    not_held = frame[frame["state"].isin(NOT_HELD)]
+    silent = tasks - len(summaries)
+    verdicts: Counter[Verdict] = Counter(summary["verdict"] for summary in summaries)
+    return {
+        "verdict": FAILED if silent else worst(verdicts),
+        "verdicts": {verdict: verdicts[verdict] for verdict in WORST_FIRST if verdict in verdicts},
+        "silent": silent,
+        "studies": int(frame["study_instance_uid"].nunique()),
+        "series": int(frame["series_instance_uid"].nunique()),
+        "instances": len(frame),
+        "held": int(frame["state"].isin(HELD).sum()),
+        "bytes": int(frame["bytes"].fillna(0).sum()),
+        "reasons": {str(reason): int(count) for reason, count in not_held["reason"].value_counts().items()},
+        "manifests": [summary["manifest_uri"] for summary in summaries],
+    }
+
+
+def _text(whole: Mapping[str, Any]) -> str:
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in whole["verdicts"].items())
+    text = f"{whole['held']} of {whole['instances']} instances of {whole['studies']} studies are held"
+    text += f" ({verdicts})." if verdicts else "."
+    if whole["reasons"]:
+        text += f" Why the others are not: {', '.join(f'{count} {word}' for word, count in whole['reasons'].items())}."
+    if whole["silent"]:
+        tasks, logs = ("task", "its log says") if whole["silent"] == 1 else ("tasks", "their logs say")
+        text += f" Of {whole['silent']} {tasks} there is no summary, {logs} why."
+    return text
+
+
+# --- a list of studies in a file -------------------------------------------------------------------
+
+
+def find_cohort(
+    path: str,
+    *,
+    label: str,
+    unknown: str = "fail",
+    dicom_conn_id: str = DicomHook.default_conn_name,
+) -> list[list[Item]]:
+    """Find the studies of a CSV file at a PACS, and return Items to map over, each with its ``label`` of the file.
+
+    The file has a column ``StudyInstanceUID`` or ``AccessionNumber``, and one with the labels; all of it is read before
+    the PACS is asked. Accession numbers are not returned: what a task returns every viewer of the DAG can read, and so
+    can the labels be.
+
+    :param path: the file
+    :param label: name of the column with the labels
+    :param unknown: what happens if the PACS has no study for a row: ``fail``, or ``skip`` the row
+    :param dicom_conn_id: the ``dicom`` connection to the PACS
+    :return: lists of one Item each; of more where Airflow would not map over so many
+    :raises AirflowFailException: the file is malformed, a row has no study, or the PACS refuses
+    """
+    with final_errors():
+        if unknown not in UNKNOWN:
+            raise invalid("unknown", f"{shown(unknown)} is not allowed", f"Give {' or '.join(UNKNOWN)}.")
+        rows = read_study_list(path, label=label)
+        hook = DicomHook(dicom_conn_id)
+        scu = hook.get_scu()
+        items: dict[str, Item] = {}
+        nowhere: list[ListedStudy] = []
+        for row in rows:
+            found = scu.find({row.key: row.value}, level="STUDY", query_model=hook.query_model)
+            for answer in found:
+                study = str(answer.StudyInstanceUID)
+                item = items.setdefault(study, {**make_item(study), "label": row.label})
+                if item["label"] != row.label:
+                    what = f"{shown_path(path)}, line {row.line}: its study stands in an earlier line by another label"
+                    raise invalid("csv", what, "Give both the same label, or take one of them out.")
+            if not found:
+                nowhere.append(row)
+    log.info("%d rows name %d studies.", len(rows), len(items))
+    if nowhere:
+        _say_unknown(path, nowhere, unknown)
+    return pack(list(items.values()), target=1, at_most=conf.getint("core", "max_map_length", fallback=1024))
+
+
+def _say_unknown(path: str, nowhere: list[ListedStudy], unknown: str) -> None:
+    lines = ", ".join(str(row.line) for row in nowhere[:_LINES])
+    more = f" and {len(nowhere) - _LINES} more" if len(nowhere) > _LINES else ""
+    text = f"{shown_path(path)}: the PACS has no study for column {nowhere[0].key} of line {lines}{more}."
+    if unknown == "fail":
+        raise AirflowFailException(f"{text} Correct these lines, or go on without them with unknown='skip'.")
+    log.warning("%s They are left out.", text)
