@@ -17,6 +17,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest import files as _manifest
+from airflow_dicom_get.manifest.xcom import table_in_xcom
 from airflow_dicom_get.vocabulary import FETCHED, HELD, NOT_HELD
 
 if TYPE_CHECKING:
@@ -322,21 +323,11 @@ def _part(text: str) -> str:
 
 def _frame(value: Any, s3: Mapping[str, Any]) -> DataFrame | None:
     """A manifest out of what a task returned; None if it is something else."""
-    if not isinstance(value, Mapping):
-        return None
-    if value.get("kind") == "dicom-manifest":
-        return _manifest.load_manifest(value, **s3) if s3 else _manifest.load_manifest(value)
-    if not str(value.get("__classname__", "")).endswith(".DataFrame"):
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(BytesIO(bytes.fromhex(value["__data__"])))
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise ManifestError("A task returned a DataFrame that cannot be read.", hint="", uri=None) from error
+    if isinstance(value, Mapping) and value.get("kind") == _manifest.REFERENCE_KIND:
+        return _manifest.load_manifest(value, **s3)
+    table = table_in_xcom(value)
     # A verification returns a frame too, of another shape.
-    return _manifest.frame_of(table) if set(_manifest.COLUMNS) <= set(table.column_names) else None
+    return None if table is None or not set(_manifest.COLUMNS) <= set(table.column_names) else _manifest.frame_of(table)
 
 
 def overview(manifest: Any) -> Figure:

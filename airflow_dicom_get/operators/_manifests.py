@@ -21,6 +21,7 @@ from airflow_dicom_get.manifest.files import (
     reference,
     safe_name,
 )
+from airflow_dicom_get.manifest.xcom import bytes_in_xcom
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,16 +52,6 @@ def part_name(name: str, number: int, parts: int) -> str:
     return name if parts == 1 else f"{name}.part{number}"
 
 
-def xcom_bytes(frame: Any) -> int:
-    """How large a frame is in XCom: Airflow stores it as Parquet in hexadecimal."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    sink = pa.BufferOutputStream()
-    parquet.write_table(pa.Table.from_pandas(frame), sink, compression="snappy")
-    return 2 * int(sink.tell())
-
-
 class Manifest:
     """The manifest of one task: its file, its counts, and what of it is returned.
 
@@ -80,7 +71,7 @@ class Manifest:
         """Why what was asked for cannot be returned; the task is to fail with it."""
         if mode != "reference":
             frame = frame_of(self._table)
-            size = xcom_bytes(frame)
+            size = bytes_in_xcom(frame)
             limit = configuration.integer(
                 "manifest_xcom_max_bytes" if mode == "auto" else "manifest_xcom_hard_max_bytes"
             )
@@ -163,10 +154,9 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
     :raises ManifestError: one cannot be read, or is not what its reference says
     :raises InvalidOption: there is none
     """
-    several = not (isinstance(manifest, str | Mapping) or hasattr(manifest, "columns"))
     tables = []
-    for one in manifest if several else [manifest]:
-        uri = uri_of(one)
+    for one in _each(manifest):
+        uri = _uri_of(one)
         how: dict[str, Any] = {}
         if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
             from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
@@ -202,12 +192,16 @@ def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> ResolvedDest
 
 def connection_of(manifest: Any) -> str | None:
     """The connection that the address of a manifest names, the first of several."""
-    several = not (isinstance(manifest, str | Mapping) or hasattr(manifest, "columns"))
-    found = (uri_of(one) for one in (manifest if several else [manifest]))
+    found = (_uri_of(one) for one in _each(manifest))
     return next((conn_id for uri in found if uri is not None and (conn_id := _conn_id_of(uri))), None)
 
 
-def uri_of(manifest: Any) -> str | None:
+def _each(manifest: Any) -> Iterable[Any]:
+    """One manifest of any shape, or several."""
+    return [manifest] if isinstance(manifest, str | Mapping) or hasattr(manifest, "columns") else manifest
+
+
+def _uri_of(manifest: Any) -> str | None:
     """The address of a manifest that is no frame."""
     uri = manifest.get("manifest_uri") if isinstance(manifest, Mapping) else manifest
     return uri if isinstance(uri, str) else None

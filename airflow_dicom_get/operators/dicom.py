@@ -36,6 +36,7 @@ from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.manifest.files import reference
+from airflow_dicom_get.manifest.xcom import bytes_in_xcom
 from airflow_dicom_get.operators._manifests import (
     connection_of,
     load_given,
@@ -43,7 +44,6 @@ from airflow_dicom_get.operators._manifests import (
     part_name,
     place_of_objects,
     run_name_of,
-    xcom_bytes,
 )
 from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._progress import Progress
@@ -641,7 +641,7 @@ class DicomVerifyOperator(DicomTask):
                 self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
             frame = found.frame()
             summed = self._summary(context, found, result, conn_id)
-        size, limit = xcom_bytes(frame), configuration.integer("manifest_xcom_hard_max_bytes")
+        size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_hard_max_bytes")
         ti = context["ti"]
         ti.xcom_push("summary", summed)
         if size > limit:

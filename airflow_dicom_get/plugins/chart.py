@@ -16,13 +16,13 @@ SPEED_TOP, SPEED_HEIGHT = 24, 84
 COUNT_TOP, COUNT_HEIGHT = 144, 42
 HEIGHT = COUNT_TOP + COUNT_HEIGHT + 22
 
-_MOST_BUCKETS = 60
+_MOST_SPANS = 60
 _STEPS = (60, 300, 900, 3600, 3 * 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600, 28 * 24 * 3600)
 _DAY = 24 * 3600
 
 
 @dataclass
-class Bucket:
+class Span:
     """A span of time, and what began in it."""
 
     start: int
@@ -71,86 +71,86 @@ def chart_of(retrievals: Sequence[Retrieval]) -> Chart | None:
     """Draw some retrievals; None if there are none."""
     if not retrievals:
         return None
-    step, buckets = _buckets(retrievals)
-    chart = Chart(step=_span(step))
-    width = (WIDTH - LEFT - RIGHT) / len(buckets)
-    _draw_speed(chart, buckets, step, width)
-    _draw_counts(chart, buckets, step, width)
-    _draw_time(chart, buckets, step, width)
+    step, spans = _spans(retrievals)
+    chart = Chart(step=_step_text(step))
+    width = (WIDTH - LEFT - RIGHT) / len(spans)
+    _draw_speed(chart, spans, step, width)
+    _draw_counts(chart, spans, step, width)
+    _draw_time(chart, spans, step, width)
     return chart
 
 
-def _buckets(retrievals: Sequence[Retrieval]) -> tuple[int, list[Bucket]]:
+def _spans(retrievals: Sequence[Retrieval]) -> tuple[int, list[Span]]:
     times = [int(one.moment.timestamp()) for one in retrievals]
     first, last = min(times), max(times)
-    step = next((step for step in _STEPS if (last - first) / step < _MOST_BUCKETS - 1), _STEPS[-1])
+    step = next((step for step in _STEPS if (last - first) / step < _MOST_SPANS - 1), _STEPS[-1])
     begin = first - first % step
-    buckets = [Bucket(start) for start in range(begin, last + 1, step)]
+    spans = [Span(start) for start in range(begin, last + 1, step)]
     for one, moment in zip(retrievals, times, strict=True):
-        bucket = buckets[(moment - begin) // step]
-        bucket.seconds += one.seconds if one.bytes else 0.0
-        bucket.bytes += one.bytes
+        span = spans[(moment - begin) // step]
+        span.seconds += one.seconds if one.bytes else 0.0
+        span.bytes += one.bytes
         if one.outcome in (COMPLETE, EMPTY):
-            bucket.complete += 1
+            span.complete += 1
         elif one.outcome in ENDED_BADLY:
-            bucket.incomplete += 1
+            span.incomplete += 1
         else:
-            bucket.other += 1
-    return step, buckets
+            span.other += 1
+    return step, spans
 
 
-def _draw_speed(chart: Chart, buckets: Sequence[Bucket], step: int, width: float) -> None:
-    speeds = [bucket.speed for bucket in buckets]
+def _draw_speed(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:
+    speeds = [span.speed for span in spans]
     known = [speed / 1e6 for speed in speeds if speed is not None]
     top = _round_up(max(known, default=1.0))
     digits = max(0, 1 - math.floor(math.log10(top)))
     for part in (0.0, 0.5, 1.0):
         chart.speed_ticks.append((_y(part, SPEED_TOP, SPEED_HEIGHT), f"{top * part:.{digits}f}" if part else "0"))
     line: list[str] = []
-    for position, (bucket, speed) in enumerate(zip(buckets, speeds, strict=True)):
+    for position, (span, speed) in enumerate(zip(spans, speeds, strict=True)):
         if speed is None:
             continue
         x = LEFT + (position + 0.5) * width
         y = _y(speed / 1e6 / top, SPEED_TOP, SPEED_HEIGHT)
         line.append(f"{x:.1f},{y:.1f}")
-        chart.dots.append((round(x, 1), round(y, 1), f"{_when(bucket.start, step)}: {speed / 1e6:.1f} MB/s"))
+        chart.dots.append((round(x, 1), round(y, 1), f"{_when(span.start, step)}: {speed / 1e6:.1f} MB/s"))
     if len(line) > 1:
         chart.lines.append(" ".join(line))
-    seconds = sum(bucket.seconds for bucket in buckets)
-    mean = sum(bucket.bytes for bucket in buckets) / seconds / 1e6 if seconds else None
+    seconds = sum(span.seconds for span in spans)
+    mean = sum(span.bytes for span in spans) / seconds / 1e6 if seconds else None
     chart.summary = "Nothing came over the line." if mean is None else f"{mean:.1f} MB/s on average."
 
 
-def _draw_counts(chart: Chart, buckets: Sequence[Bucket], step: int, width: float) -> None:
-    top = max(bucket.count for bucket in buckets)
+def _draw_counts(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:
+    top = max(span.count for span in spans)
     chart.count_ticks = [(_y(0, COUNT_TOP, COUNT_HEIGHT), "0"), (_y(1, COUNT_TOP, COUNT_HEIGHT), str(top))]
     gap = min(2.0, width * 0.15)
     wide = min(width - gap, 48)
-    for position, bucket in enumerate(buckets):
+    for position, span in enumerate(spans):
         x = LEFT + position * width + (width - wide) / 2
         below = 0
         for name, count, what in (
-            ("bad", bucket.incomplete, "not complete"),
-            ("live", bucket.other, "under way"),
-            ("good", bucket.complete, "complete"),
+            ("bad", span.incomplete, "not complete"),
+            ("live", span.other, "under way"),
+            ("good", span.complete, "complete"),
         ):
             if count:
                 # A single one among thousands is to be seen too.
                 height = max(COUNT_HEIGHT * count / top, 2.0)
                 y = COUNT_TOP + COUNT_HEIGHT * (1 - below / top) - height
-                text = f"{_when(bucket.start, step)}: {count} {what}"
+                text = f"{_when(span.start, step)}: {count} {what}"
                 chart.bars.append((round(x, 1), round(y, 1), round(wide, 1), round(height, 1), name, text))
             below += count
-    bad = sum(bucket.incomplete for bucket in buckets)
-    count = sum(bucket.count for bucket in buckets)
+    bad = sum(span.incomplete for span in spans)
+    count = sum(span.count for span in spans)
     chart.summary += f" {count} retrievals, {bad} not complete."
 
 
-def _draw_time(chart: Chart, buckets: Sequence[Bucket], step: int, width: float) -> None:
-    every = max(1, math.ceil(len(buckets) / 8))
-    days = (buckets[-1].start - buckets[0].start) >= _DAY
-    for position in range(0, len(buckets), every):
-        moment = datetime.fromtimestamp(buckets[position].start, UTC)
+def _draw_time(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:
+    every = max(1, math.ceil(len(spans) / 8))
+    days = (spans[-1].start - spans[0].start) >= _DAY
+    for position in range(0, len(spans), every):
+        moment = datetime.fromtimestamp(spans[position].start, UTC)
         form = "%b %d" if step >= _DAY else "%b %d %H:%M" if days else "%H:%M"
         chart.time_ticks.append((round(LEFT + (position + 0.5) * width, 1), f"{moment:{form}}"))
 
@@ -174,7 +174,7 @@ def _when(start: int, step: int) -> str:
     return f"{begin:%b %d %H:%M} to {end:%H:%M}"
 
 
-def _span(step: int) -> str:
+def _step_text(step: int) -> str:
     for size, word in ((7 * _DAY, "week"), (_DAY, "day"), (3600, "hour"), (60, "minute")):
         if step % size == 0:
             return word if step == size else f"{step // size} {word}s"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest.xcom import table_in_xcom
 from airflow_dicom_get.vocabulary import NOT_HELD, OUTSIDE_LIST
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 500
 """Instances shown on a page; the file for download holds all."""
-
 
 _SHOWN = (
     "series_instance_uid",
@@ -70,7 +70,7 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
     :param uri: where the file is, as the summary says
     :raises ManifestError: there is none, or it cannot be read from here
     """
-    inline = _inline(returned)
+    inline = table_in_xcom(returned)
     if inline is not None:
         return inline
     if isinstance(returned, Mapping):
@@ -87,19 +87,6 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
     from airflow_dicom_get.manifest.files import read_table
 
     return read_table(uri)
-
-
-def _inline(returned: Any) -> pa.Table | None:
-    """The frame in an XCom, which Airflow stores as Parquet in hexadecimal."""
-    if not isinstance(returned, Mapping) or not str(returned.get("__classname__", "")).endswith(".DataFrame"):
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(io.BytesIO(bytes.fromhex(returned["__data__"])))
-    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as error:
-        raise ManifestError("What the task returned is no manifest.", hint="", uri=None) from error
 
 
 def contents_of(table: pa.Table) -> Contents:

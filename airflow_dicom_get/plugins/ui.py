@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from airflow.plugins_manager import AirflowPlugin
 
-log = logging.getLogger(__name__)
+from airflow_dicom_get.plugins.urls import URL_PREFIX
 
-URL_PREFIX = "/dicom-get"
+log = logging.getLogger(__name__)
 
 
 class DicomPlugin(AirflowPlugin):

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import safe_name
 from airflow_dicom_get.plugins import contents, database, listing, task_page, texts
-from airflow_dicom_get.plugins.ui import URL_PREFIX
+from airflow_dicom_get.plugins.urls import URL_PREFIX
 
 HEADERS = {
     # Whatever runs in this frame can act as the user, so nothing runs but the one script.
