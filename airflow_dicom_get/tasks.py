@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from airflow.sdk import task, task_group
-from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.engine.items import Item, make_item, pack
 from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
@@ -184,7 +184,7 @@ def find_cohort(
     log.info("%d rows name %d studies.", len(rows), len(items))
     if nowhere:
         _say_unknown(path, nowhere, unknown)
-    return pack(list(items.values()), target=1, at_most=conf.getint("core", "max_map_length", fallback=1024))
+    return pack(list(items.values()), target=1, at_most=max_map_length())
 
 
 def _say_unknown(path: str, nowhere: list[ListedStudy], unknown: str) -> None:

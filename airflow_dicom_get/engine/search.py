@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
-from airflow_dicom_get.engine.items import Item, count, first, make_item, modalities_of, values
+from airflow_dicom_get.engine.items import (
+    Item,
+    count,
+    first,
+    make_item,
+    modalities_of,
+    pack,
+    split_by_series,
+    values,
+)
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import InvalidQuery, OperationFailed
 
@@ -131,7 +140,21 @@ class Search:
                 found.append(item)
         return found
 
-    def series_sizes(self, item: Item) -> dict[str, int | None]:
+    def shards(self, items: Sequence[Item], *, target: int, at_most: int) -> list[list[Item]]:
+        """Pack Items into shards of about ``target`` instances, a larger one over several of them by its series.
+
+        :param at_most: how many shards there may be; where there would be more, all grow
+        """
+        parts: list[Item] = []
+        for item in items:
+            expected = item["expected_instances"]
+            if expected is not None and expected > target:
+                parts += split_by_series(item, self._series_sizes(item), target=target)
+            else:
+                parts.append(item)
+        return pack(parts, target=target, at_most=at_most)
+
+    def _series_sizes(self, item: Item) -> dict[str, int | None]:
         """The series of an Item, and how many instances each has."""
         wanted = item["series_instance_uids"]
         return {

@@ -1,4 +1,4 @@
-"""The ``[dicom_get]`` section of Airflow's configuration."""
+"""What is read of Airflow's configuration: the section ``[dicom_get]``, and how much may be mapped over."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def integer(option: str) -> int:
 def boolean(option: str) -> bool:
     """A yes-or-no option."""
     return conf.getboolean(SECTION, option, fallback=_default(option) == "True")
+
+
+def max_map_length() -> int:
+    """Airflow's own limit: how long a list may be that is mapped over."""
+    return conf.getint("core", "max_map_length", fallback=1024)

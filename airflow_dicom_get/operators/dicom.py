@@ -12,13 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
-from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
 from airflow_dicom_get.connections import with_connection
-from airflow_dicom_get.engine.items import Item, is_modality, pack, split_by_series
+from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
 from airflow_dicom_get.errors import IncompleteRetrieval
@@ -34,6 +33,7 @@ from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.manifest.files import reference
 from airflow_dicom_get.manifest.xcom import bytes_in_xcom
@@ -130,8 +130,9 @@ class DicomFindOperator(DicomTask):
             query, modalities = self._checked()
             search = self._search(modalities)
             items = search.items(query)
-            shards = self._shards(search, items) if self.shard_instances else None
-        found: list[Any] = items if shards is None else shards
+            found: list[Any] = items
+            if self.shard_instances:
+                found = search.shards(items, target=self.shard_instances, at_most=max_map_length())
         self._summarise(context, search, items, found)
         if not items:
             self._empty()
@@ -194,17 +195,6 @@ class DicomFindOperator(DicomTask):
             timezone=hook.timezone,
         )
 
-    def _shards(self, search: Search, items: list[Item]) -> list[list[Item]]:
-        target = int(self.shard_instances or 0)
-        parts: list[Item] = []
-        for item in items:
-            expected = item["expected_instances"]
-            if expected is not None and expected > target:
-                parts += split_by_series(item, search.series_sizes(item), target=target)
-            else:
-                parts.append(item)
-        return pack(parts, target=target, at_most=conf.getint("core", "max_map_length", fallback=1024))
-
     def _summarise(self, context: Context, search: Search, items: list[Item], found: list[Any]) -> None:
         counts = [item["expected_instances"] for item in items]
         instances = None if any(one is None for one in counts) else sum(counts)
@@ -236,7 +226,7 @@ class DicomFindOperator(DicomTask):
 
     def _check_mappable(self, found: list[Any]) -> None:
         """Airflow fails a task whose list is too long to map over, and does not say what to do."""
-        limit = conf.getint("core", "max_map_length", fallback=1024)
+        limit = max_map_length()
         if len(found) > limit and next(self.iter_mapped_dependants(), None) is not None:
             raise AirflowFailException(
                 f"{len(found)} studies match, and Airflow maps over at most {limit} ([core] max_map_length). "
