@@ -52,3 +52,21 @@ def _uids(folder: Path) -> list[str]:
     from pydicom import dcmread
 
     return [str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in sorted(folder.iterdir())]
+
+
+def test_two_groups_stand_in_one_dag():
+    from airflow.sdk import DAG
+
+    from airflow_dicom_get.operators.dicom import DicomVerifyOperator
+    from airflow_dicom_get.tasks import retrieve
+
+    with DAG("two_groups") as dag:
+        manifests = retrieve("/data/dicom", study_date="today-1", modalities="CT")
+        retrieve.override(group_id="mr", prefix_group_id=True, default_args={"pool": "pacs"})(
+            "/data/dicom", study_date="today-1", modalities="MR", at_once=1
+        )
+        DicomVerifyOperator.partial(task_id="verify").expand(manifest=manifests)
+    assert sorted(dag.task_ids) == ["find", "get", "mr.find", "mr.get", "mr.report", "report", "verify"]
+    assert dag.task_dict["get"].downstream_task_ids == {"report", "verify"}
+    assert [dag.task_dict[name].pool for name in ("find", "mr.find", "mr.get")] == ["default_pool", "pacs", "pacs"]
+    assert [dag.task_dict[name].max_active_tis_per_dag for name in ("get", "mr.get")] == [2, 1]

@@ -1,0 +1,88 @@
+"""Whether studies have arrived, over answers that are made up: no PACS, no clock."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get.engine.arrivals import Arrivals, Awaited, find_arrivals
+
+ONE, TWO = "1.2.3.1", "1.2.3.2"
+BOTH = [{"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": [ONE, TWO]}]
+
+
+class Pacs:
+    """Answers C-FINDs out of the number of instances of each study."""
+
+    def __init__(self, sizes: dict[str, int], *, counts: bool = True) -> None:
+        self.sizes, self.counts = sizes, counts
+        self.levels: list[str] = []
+
+    def find(self, query: Any, level: str, return_keys: Any) -> list[Any]:
+        self.levels.append(level)
+        wanted = query["StudyInstanceUID"]
+        studies = [uid for uid in ([wanted] if isinstance(wanted, str) else wanted) if uid in self.sizes]
+        if level == "STUDY":
+            return [SimpleNamespace(StudyInstanceUID=uid, NumberOfStudyRelatedInstances=self._count(uid))
+                    for uid in studies]  # fmt: skip
+        if level == "SERIES":
+            return [SimpleNamespace(SeriesInstanceUID=f"{uid}.1") for uid in studies]
+        return [SimpleNamespace() for uid in studies for _ in range(self.sizes[uid])]
+
+    def _count(self, uid: str) -> int | None:
+        return self.sizes[uid] if self.counts else None
+
+
+def ask(pacs: Pacs, awaited: Awaited, before: Arrivals | None, now: float) -> Arrivals:
+    return find_arrivals(awaited, pacs.find, before.counts if before else {}, now, model="StudyRoot")
+
+
+def test_studies_settle_once_their_numbers_have_stayed_the_same() -> None:
+    awaited = Awaited(BOTH, [ONE, TWO], settled_seconds=60)
+    pacs = Pacs({ONE: 3, TWO: 5})
+    found = ask(pacs, awaited, None, 1000)
+    assert (found.all_settled, found.text) == (False, "2 studies are there, 2 have not settled")
+    pacs.sizes[TWO] = 6
+    found = ask(pacs, awaited, found, 1059)
+    assert found.counts == {ONE: [3, 1000], TWO: [6, 1059]}
+    found = ask(pacs, awaited, found, 1060)
+    assert (found.all_settled, found.text) == (False, "2 studies are there, 1 have not settled")
+    found = ask(pacs, awaited, found, 1119)
+    assert found.all_settled
+    assert [item["expected_instances"] for item in found.items] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "least", "text"),
+    [
+        ({ONE: 3}, 1, "1 studies are there, 1 are missing"),
+        ({ONE: 3, TWO: 1}, 2, "2 studies are there, 1 have fewer than 2 instances"),
+        ({}, 1, "0 studies are there, 2 are missing"),
+    ],
+)
+def test_what_is_not_there_is_waited_for(sizes: dict[str, int], least: int, text: str) -> None:
+    found = ask(Pacs(sizes), Awaited(BOTH, [ONE, TWO], settled_seconds=0, min_instances=least), None, 0)
+    assert (found.all_settled, found.text) == (False, text)
+
+
+def test_a_query_that_matches_nothing_is_waited_for() -> None:
+    assert not ask(Pacs({}), Awaited(BOTH, settled_seconds=0), None, 0).all_settled
+    assert ask(Pacs({ONE: 1}), Awaited(BOTH, settled_seconds=0), None, 0).all_settled
+
+
+def test_a_study_that_went_is_forgotten() -> None:
+    awaited = Awaited(BOTH, settled_seconds=60)
+    pacs = Pacs({ONE: 3})
+    first = ask(pacs, awaited, None, 0)
+    gone = ask(Pacs({}), awaited, first, 50)
+    assert gone.counts == {}
+    assert not ask(pacs, awaited, gone, 100).all_settled
+
+
+def test_a_pacs_without_numbers_is_counted_by_its_lists() -> None:
+    pacs = Pacs({ONE: 3}, counts=False)
+    found = ask(pacs, Awaited(BOTH, [ONE], settled_seconds=0), None, 0)
+    assert found.items[0]["expected_instances"] == 3
+    assert pacs.levels == ["STUDY", "SERIES", "IMAGE"]
