@@ -72,7 +72,7 @@ def test_the_metadata(metadata, wheel):
 
 def test_the_entry_points(wheel):
     assert wheel.read(f"{DIST_INFO}/entry_points.txt").decode().split("\n\n") == [
-        "[console_scripts]\ndicom-get = airflow_dicom_get.cli.main:main",
+        "[console_scripts]\ndicom-get = airflow_dicom_get.cli.main:run",
         "[airflow.plugins]\nairflow_dicom_get = airflow_dicom_get.plugins.ui:DicomPlugin",
         "[apache_airflow_provider]\nprovider_info = airflow_dicom_get.get_provider_info:get_provider_info\n",
     ]

@@ -1,7 +1,5 @@
 """``python -m airflow_dicom_get.cli``, where the console script is not on the path."""
 
-import sys
+from airflow_dicom_get.cli.main import run
 
-from airflow_dicom_get.cli.main import main
-
-sys.exit(main())
+run()

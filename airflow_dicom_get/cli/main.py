@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from typing import NoReturn
 
 from airflow_dicom_get import __version__
+from airflow_dicom_get.cli import streams
 from airflow_dicom_get.config.checks import AETitle
 from airflow_dicom_get.config.options import add_shell_options, shell_name
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
@@ -212,10 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("nothing says what to verify. Give --manifest URI, or --study UID --to DEST.")
     if typed.verb == "store" and bool(typed.paths) == bool(typed.manifest):
         parser.error("give files to store, or --manifest URI: one of the two.")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Texts of a peer may hold characters that the locale does not have.
-            stream.reconfigure(errors="backslashreplace")
     from airflow_dicom_get.cli import commands, output
 
     try:
@@ -234,5 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run() -> NoReturn:
+    """The console script: one verb as the whole of this process, with its exit code."""
+    streams.run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,22 +11,15 @@ from airflow_dicom_get.result import EchoReport, Plan, Result, size_text
 
 
 def note(text: str) -> None:
-    """A line for people, on stderr. That nobody reads it any more must not end a retrieval."""
-    with contextlib.suppress(OSError):
-        print(f"dicom-get: {text}", file=sys.stderr, flush=True)
+    """A line for people, on stderr."""
+    print(f"dicom-get: {text}", file=sys.stderr, flush=True)
 
 
 def emit(lines: Iterable[str]) -> None:
-    """Print the result. A reader that has gone away, as ``head`` does, is no error."""
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would complain when it flushes at exit: let it write to nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+    """Print the result, on stdout."""
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
 
 
 def emit_json(value: Any) -> None:

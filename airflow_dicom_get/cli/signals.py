@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from airflow_dicom_get.cli.streams import write_at_once
+
 _CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -24,14 +26,14 @@ def cancelling(cancel: Callable[[str], None]) -> Iterator[None]:
         nonlocal came
         came += 1
         name = signal.Signals(number).name
-        # os.write, since the signal may come in the middle of a print.
+        # At once, since the signal may come in the middle of a print.
         if came > 2:
-            os.write(2, b"dicom-get: ended at once\n")
+            write_at_once("dicom-get: ended at once\n")
             os._exit(_CODES[signal.Signals(number)])
         what = "ending; a second one aborts" if came == 1 else "aborting"
         # In a terminal the bar stands in this line.
         line = "\r\x1b[2K" if os.isatty(2) else ""
-        os.write(2, f"{line}dicom-get: {name}, {what}\n".encode())
+        write_at_once(f"{line}dicom-get: {name}, {what}\n")
         cancel(name)
 
     before = {number: signal.signal(number, handle) for number in _CODES}

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import ipaddress
-import signal
 import socket
 import sys
 import threading
@@ -27,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
+from airflow_dicom_get.testing.ending import told_to_end
 from airflow_dicom_get.testing.misbehaving import (
     archive,
     modes_association,
@@ -329,17 +329,14 @@ def serve(mode: str | None, host: str = "127.0.0.1", port: int = 11112, **option
         for name, sentence in sorted(MODES.items()):
             print(f"{name:26} {sentence}")
         return 0
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with MisbehavingPacs(mode, host=host, port=port, **options) as pacs:  # type: ignore[arg-type]
-            shown = f"[{host}]" if ":" in host else host
-            what = f"misbehaving: {mode}" if mode else "behaving well"
-            print(f"PACS on {shown}:{pacs.port}, study {pacs.study_uid}, {what}", flush=True)
-            ended.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        told_to_end() as wait,
+        MisbehavingPacs(mode, host=host, port=port, **options) as pacs,  # type: ignore[arg-type]
+    ):
+        shown = f"[{host}]" if ":" in host else host
+        what = f"misbehaving: {mode}" if mode else "behaving well"
+        print(f"PACS on {shown}:{pacs.port}, study {pacs.study_uid}, {what}", flush=True)
+        wait()
     for fault in pacs.faults:
         print(fault, file=sys.stderr)
     return 0

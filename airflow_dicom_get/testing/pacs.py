@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 import socket
 import ssl
 import threading
@@ -49,6 +48,7 @@ from airflow_dicom_get.testing.encoding import (
     p_data,
     part10_header,
 )
+from airflow_dicom_get.testing.ending import told_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -286,17 +286,14 @@ def serve(folder: str | Path, host: str, port: int, ae_title: str) -> None:
     """Serve a folder until SIGINT or SIGTERM. Says on stdout, in one line, when and where it is ready."""
     if not Path(folder).is_dir():
         raise InvalidOption(f"--dir: {str(folder)!r} is not a folder.", hint="Name an existing one.", option="--dir")
-    done = threading.Event()
-    before = {number: signal.signal(number, lambda *_: done.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with EmbeddedPacs(folder, host=host, port=port, ae_title=ae_title, max_associations=50) as pacs:
-            shown = f"[{host}]" if ":" in host else host
-            instances, studies = len(pacs.archive.entries()), len(pacs.archive.studies())
-            print(f"PACS {ae_title}@{shown}:{pacs.port} serving {instances} instances of {studies} studies", flush=True)
-            done.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        told_to_end() as wait,
+        EmbeddedPacs(folder, host=host, port=port, ae_title=ae_title, max_associations=50) as pacs,
+    ):
+        shown = f"[{host}]" if ":" in host else host
+        instances, studies = len(pacs.archive.entries()), len(pacs.archive.studies())
+        print(f"PACS {ae_title}@{shown}:{pacs.port} serving {instances} instances of {studies} studies", flush=True)
+        wait()
 
 
 class _Socket(AssociationSocket):
