@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def execute(path: Path, *, cwd: Path | None = None, then: str | None = None) -> 
     if then is not None:
         notebook.cells.append(nbformat.v4.new_code_cell(then))  # type: ignore[no-untyped-call]
     resources = {"metadata": {"path": str(cwd or path.parent)}}
-    NotebookClient(notebook, timeout=120, record_timing=False, resources=resources).execute()
+    # A kernel is ended before it removes the folders that it made.
+    with tempfile.TemporaryDirectory() as scratch:
+        client = NotebookClient(notebook, timeout=120, record_timing=False, resources=resources)
+        client.execute(env={**os.environ, "TMPDIR": scratch})
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {}

@@ -532,8 +532,12 @@ class TestEnds:
             with subprocess.Popen(
                 argv, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             ) as process:
-                time.sleep(1.5)
-                assert process.poll() is None
+                # Its handlers are set before it connects.
+                limit = time.monotonic() + 60
+                while not server.associations:
+                    assert process.poll() is None
+                    assert time.monotonic() < limit
+                    time.sleep(0.05)
                 before = time.monotonic()
                 process.send_signal(number)
                 out, err = process.communicate(timeout=30)

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,9 +48,15 @@ else:
     )
 
 
-# Airflow and what it stands on warn of their own changes and leave files to the garbage collector. That is
-# not ours to mend; what this package warns of stays an error.
-_FILTERS = ("ignore::ResourceWarning", "default", "error:::airflow_dicom_get")
+# Airflow and what it stands on warn of their own changes. That is not ours to mend; what this package warns of, and
+# what is left open, by whomever, stays an error. The last one that fits counts.
+_FILTERS = (
+    "default",
+    "error::ResourceWarning",
+    "error::pytest.PytestUnraisableExceptionWarning",
+    "error::pytest.PytestUnhandledThreadExceptionWarning",
+    "error:::airflow_dicom_get",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -199,7 +206,7 @@ def database_rows():
     import sqlite3
 
     def rows(run: Run) -> str:
-        with sqlite3.connect(f"{_home.name}/airflow.db") as connection:
+        with closing(sqlite3.connect(f"{_home.name}/airflow.db")) as connection:
             found = [line for line in connection.iterdump() if run.run_id in line]
         assert found
         return "\n".join(found)

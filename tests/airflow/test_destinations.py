@@ -198,7 +198,7 @@ def test_the_first_refusal_can_end_it(run_dag, pacs, archive, target, tmp_path):
         assert run.xcom(name, "summary")["verdict"] == "complete"
 
 
-def test_the_limits_of_both_nodes_hold(monkeypatch):
+def test_the_limits_of_both_nodes_hold(monkeypatch, tmp_path):
     monkeypatch.setenv("AIRFLOW_CONN_PACS", json.dumps(conn(max_associations=4, bytes_per_second="8M")))
     monkeypatch.setenv(
         "AIRFLOW_CONN_ARCHIVE",
@@ -214,14 +214,14 @@ def test_the_limits_of_both_nodes_hold(monkeypatch):
     with pytest.raises(InvalidOption, match="is the source itself"):
         hook.options(destination="dicom://pacs")
     with pytest.raises(InvalidOption, match="strict_forward"):
-        hook.options(destination="/data", strict_forward=True)
+        hook.options(destination=str(tmp_path), strict_forward=True)
 
 
 def conn(port=104, **extra):
     return {"conn_type": "dicom", "host": "127.0.0.1", "port": port, "login": "X", "extra": extra}
 
 
-def test_the_hours_of_both_nodes_hold(monkeypatch):
+def test_the_hours_of_both_nodes_hold(monkeypatch, tmp_path):
     monkeypatch.setenv("AIRFLOW_CONN_PACS", json.dumps(conn(window="22:00-06:00")))
     monkeypatch.setenv(
         "AIRFLOW_CONN_ARCHIVE", json.dumps(conn(port=105, window="20:00-02:00", timezone="America/New_York"))
@@ -235,7 +235,7 @@ def test_the_hours_of_both_nodes_hold(monkeypatch):
     assert options.window.closes_at(within, options.timezone) == datetime(2026, 1, 11, 6, tzinfo=UTC)
     assert options.window.closes_at(noon, options.timezone) is None
     assert hook.options(destination="dicom://archive", window=None).window is None
-    assert str(hook.options(destination="/data").window) == "22:00-06:00"
+    assert str(hook.options(destination=str(tmp_path)).window) == "22:00-06:00"
     assert hook.get_scu(destination="dicom://archive").options.window == options.window
     assert isinstance(options.window, BothWindows)
 

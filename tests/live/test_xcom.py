@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from datetime import datetime
 
 import pytest
@@ -49,7 +50,7 @@ def backend(request, airflow, objects, tmp_path_factory, here):
 
 def stored(airflow, run, key="return_value"):
     """The value as it stands in the database, as text."""
-    with sqlite3.connect(airflow.home.AIRFLOW_HOME / "airflow.db") as database:
+    with closing(sqlite3.connect(airflow.home.AIRFLOW_HOME / "airflow.db")) as database:
         rows = database.execute(
             "select value from xcom where dag_id = ? and run_id = ? and task_id = 'get' and key = ?",
             (run.dag_id, run.run_id, key),
