@@ -28,10 +28,10 @@ ui: setup ## Start Airflow's web interface and the embedded PACS on the demo's h
 notebooks: setup ## Execute the notebooks anew and keep their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
-test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'
+test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'; 10 minutes on two cores
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
-test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own
+test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own; 6 minutes on two cores
 	@$(VENV)-engine/bin/python -m pytest $(TESTS) --ignore=tests/airflow -m "not airflow" $(ARGS)
 
 test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS and destination; 10 minutes
