@@ -123,8 +123,10 @@ class Desk:
         )
         self.receiver = Receiver(Intake(self.retrieval, self.state), 7)
 
-    def send(self, data: bytes = b"", *, size: int = 64, syntax: str = EXPLICIT_LE, sop: str = SOP, command_class: str = CT,
-             context_class: str = CT) -> int:  # fmt: skip
+    def send(
+        self, data: bytes = b"", *, size: int = 64, syntax: str = EXPLICIT_LE, sop: str = SOP, command_class: str = CT,
+        context_class: str = CT,
+    ) -> int:  # fmt: skip
         """Let an object come in pieces of ``size`` bytes; the status it is answered with."""
         data = data or data_set()
         self.receiver.begin(StoreRequest(1, context_class, syntax, command_class, sop))
