@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # What type checkers see in place of the names that load on first use.
+    from airflow_dicom_get.config.groups import Deadlines as Deadlines
     from airflow_dicom_get.config.node import Node as Node
-    from airflow_dicom_get.config.options import Deadlines as Deadlines
     from airflow_dicom_get.getscu import GetScu as GetScu
     from airflow_dicom_get.manifest.files import combine_manifests as combine_manifests
     from airflow_dicom_get.manifest.files import load_manifest as load_manifest
@@ -28,7 +28,7 @@ _PUBLIC = {
     "GetScu": "getscu",
     "StoreScu": "store",
     "Node": "config.node",
-    "Deadlines": "config.options",
+    "Deadlines": "config.groups",
     "Result": "result",
     "Plan": "result",
     "EchoReport": "result",

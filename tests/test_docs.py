@@ -22,7 +22,8 @@ import pytest
 import airflow_dicom_get
 from airflow_dicom_get.cli.main import build_parser
 from airflow_dicom_get.config.groups import ForwardTarget, S3Config, Tls
-from airflow_dicom_get.config.options import OPTIONS, nested, options_from_shell
+from airflow_dicom_get.config.options import OPTIONS, nested
+from airflow_dicom_get.config.shell import options_from_shell
 from airflow_dicom_get.dicom import status
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.verify import verify

@@ -389,7 +389,7 @@ def _read_manifest(uri: str | None) -> list[dict[str, Any]]:
 def run_case(name: str, case: Case, folder: Path) -> dict[str, Any]:
     """Retrieve from one misbehaving PACS and write down all that can be asserted later."""
     from airflow_dicom_get import GetScu
-    from airflow_dicom_get.config.options import Deadlines
+    from airflow_dicom_get.config.groups import Deadlines
 
     folder.mkdir(parents=True)
     destination = folder / "destination"

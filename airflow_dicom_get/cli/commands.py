@@ -15,15 +15,9 @@ from airflow_dicom_get.cli.inputs import StudyList, query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.config.options import (
-    OPTIONS,
-    Options,
-    check_options,
-    field_name,
-    nested,
-    options_from_shell,
-    shell_name,
-)
+from airflow_dicom_get.config.connection import field_name
+from airflow_dicom_get.config.options import OPTIONS, Options, check_options, nested
+from airflow_dicom_get.config.shell import options_from_shell, shell_name
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.vocabulary import COMPLETE

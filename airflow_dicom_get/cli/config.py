@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.config.options import connection_fields, options_from_fields
+from airflow_dicom_get.config.connection import connection_fields, options_from_fields
 from airflow_dicom_get.errors import InvalidOption
 
 _OWN_KEYS = {"addr": "addr", "called_ae_title": "called_ae_title", "tls_key_password": "tls.key_password"}

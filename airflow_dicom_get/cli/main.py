@@ -9,7 +9,7 @@ from typing import NoReturn
 from airflow_dicom_get import __version__
 from airflow_dicom_get.cli import streams
 from airflow_dicom_get.config.checks import AETitle
-from airflow_dicom_get.config.options import add_shell_options, shell_name
+from airflow_dicom_get.config.shell import add_shell_options, shell_name
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
 
 EXIT_USAGE = 2

@@ -2,9 +2,9 @@
 
 Each option is declared once, as a field of :class:`Options` or of a group of settings, with its
 type, default, unit, check and one sentence. From these rows come the checks of the Python
-parameters (:func:`check_options`), the options of the shell (:func:`add_shell_options`), the extra
-fields of the Airflow connection and the keys of the config file (:func:`connection_fields`), and the
-table of the documentation (:func:`markdown_table`).
+parameters (:func:`check_options`), the flags of the shell (``config.shell``), the extra fields of the
+Airflow connection and the keys of the config file (``config.connection``), and the table of the
+documentation (``config.reference``).
 """
 # ruff: noqa: RUF009 - setting() makes dataclass fields, as dataclasses.field() does.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
@@ -58,31 +57,6 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
-
-__all__ = [
-    "OPTIONS",
-    "ConnectionField",
-    "Deadlines",
-    "Destination",
-    "FilesystemDestination",
-    "ForwardDestination",
-    "ForwardTarget",
-    "Option",
-    "Options",
-    "S3Config",
-    "S3Destination",
-    "Tls",
-    "UserIdentity",
-    "Window",
-    "add_shell_options",
-    "check_options",
-    "connection_fields",
-    "markdown_table",
-    "options_from_fields",
-    "options_from_shell",
-    "parse_destination",
-    "shell_name",
-]
 
 
 def _items(option: str, value: Any) -> list[str]:
@@ -358,6 +332,16 @@ class Option:
         group, dot, _ = self.name.partition(".")
         return group if dot else None
 
+    @property
+    def default_text(self) -> str:
+        """The default as help and documentation show it; empty where there is none to show."""
+        default = self.default
+        if default is None or default == () or self.name == "addr":
+            return ""
+        if isinstance(default, bool):
+            return "true" if default else ""
+        return f"{default:g}" if isinstance(default, float) else str(default)
+
 
 _GROUPS: Mapping[str, type[Any]] = {
     "s3_config": S3Config,
@@ -380,8 +364,6 @@ def _rows() -> Iterable[Option]:
 OPTIONS: Mapping[str, Option] = {row.name: row for row in _rows()}
 """The table: every option by its name, in the order of the documentation."""
 
-
-# --- Python ----------------------------------------------------------------------------------------
 
 Spelling = Callable[[str], str]
 """How the caller writes the name of an option; used in messages."""
@@ -565,75 +547,6 @@ def _contradictions(options: Options, spelling: Spelling) -> None:
         check_folder(options.manifest_root.path, spelling("manifest_root"))
 
 
-# --- the shell -------------------------------------------------------------------------------------
-
-
-def shell_name(name: str) -> str:
-    """How the shell writes an option; used in messages."""
-    if name == "addr":
-        return "NODE"
-    if name == "tls":
-        return "--tls"
-    row = OPTIONS.get(name)
-    flags = (row.setting.shell or row.setting.off) if row else ()
-    return flags[0] if flags else name
-
-
-def _dest(name: str) -> str:
-    return "option:" + name
-
-
-def add_shell_options(parser: ArgumentParser | _ArgumentGroup, names: Iterable[str]) -> None:
-    """Add the flags of the options named, and of the parts of a group named.
-
-    Nothing has a default here, so that what was typed can be told from what was not.
-    """
-    wanted = set(names)
-    for row in OPTIONS.values():
-        if row.name not in wanted and row.part_of not in wanted:
-            continue
-        if row.name == "tls":
-            parser.add_argument(
-                "--tls", dest=_dest("tls"), action="store_const", const=True, default=SUPPRESS, help=row.setting.doc
-            )
-            continue
-        texts: dict[str, Any] = {
-            "dest": _dest(row.name),
-            "default": SUPPRESS,
-            "help": SUPPRESS if row.setting.hidden else _help(row),
-        }
-        if row.setting.off:
-            parser.add_argument(*row.setting.off, action="store_const", const=False, **texts)
-        if row.setting.shell:
-            kind = row.setting.check
-            if isinstance(kind, Flag):
-                parser.add_argument(*row.setting.shell, action="store_const", const=True, **texts)
-            else:
-                if isinstance(kind, Choice):
-                    texts["metavar"] = "|".join([*kind.values, *(["none"] if kind.optional else [])])
-                else:
-                    texts["metavar"] = row.setting.metavar or ("S" if row.setting.unit == "s" else "N")
-                parser.add_argument(*row.setting.shell, action="append" if row.setting.repeat else "store", **texts)
-
-
-def _help(row: Option) -> str:
-    doc = row.setting.doc.replace("%", "%%")
-    if row.setting.off:
-        return row.setting.off_doc
-    shown_default = _default_text(row)
-    return f"{doc} [{shown_default}]" if shown_default else doc
-
-
-def options_from_shell(namespace: Namespace) -> dict[str, Any]:
-    """The options typed, by their names in the table."""
-    found = {}
-    for key, value in vars(namespace).items():
-        if key.startswith("option:"):
-            name = key.removeprefix("option:")
-            found[name] = ",".join(value) if isinstance(value, list) else value
-    return found
-
-
 def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:
     """Turn options by their names in the table into keyword arguments of :func:`check_options`.
 
@@ -663,109 +576,3 @@ def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:
     elif Flag().check(spelling("tls"), switch):
         values["tls"] = parts
     return values
-
-
-# --- the connection, and the config file -----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionField:
-    """An extra field of the Airflow connection, and key of a node in the config file."""
-
-    key: str
-    option: str
-    json_type: str
-    default: Any
-    choices: tuple[str, ...]
-    doc: str
-
-
-_FIELD_ORDER = (
-    "calling_ae_title", "query_model", "max_pdu_length", "max_associations", "bytes_per_second", "window", "timezone",
-    "connect_timeout", "acse_timeout", "next_object_timeout", "idle_timeout", "operation_timeout", "use_tls",
-    "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "tls_check_hostname", "tls_min_version",
-)  # fmt: skip
-
-
-def connection_fields() -> dict[str, ConnectionField]:
-    """The extra fields of a ``dicom`` connection, by key, in the order of the form."""
-    found = {}
-    for row in OPTIONS.values():
-        key = row.setting.connection
-        if key:
-            check = row.setting.check
-            is_tls = row.name == "tls"
-            found[key] = ConnectionField(
-                key,
-                row.name,
-                "boolean" if is_tls else check.json_type,
-                False if is_tls else str(row.default) if isinstance(row.default, tzinfo) else row.default,
-                check.values if isinstance(check, Choice) else (),
-                row.setting.doc,
-            )
-    return {key: found[key] for key in sorted(found, key=_FIELD_ORDER.index)}
-
-
-def options_from_fields(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Options by their names in the table, from the extra fields of a connection, and the keys not known.
-
-    A field that is missing, null or blank takes the option's default.
-    """
-    fields = connection_fields()
-    found = {}
-    for key, value in extras.items():
-        if key in fields and value is not None and not (isinstance(value, str) and not value.strip()):
-            found[fields[key].option] = value
-    return found, sorted(key for key in extras if key not in fields)
-
-
-def field_name(name: str) -> str:
-    """How a connection and the config file write an option; used in messages."""
-    row = OPTIONS.get(name)
-    return (row.setting.connection if row else None) or name
-
-
-# --- the documentation -----------------------------------------------------------------------------
-
-
-def _default_text(row: Option) -> str:
-    default = row.default
-    if default is None or default == () or row.name == "addr":
-        return ""
-    if isinstance(default, bool):
-        return "true" if default else ""
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def markdown_table() -> str:
-    """All options as a table in Markdown."""
-    lines = [
-        "| Python | shell | connection, config file | default | |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in OPTIONS.values():
-        shell = "--tls" if row.name == "tls" else shell_name(row.name)
-        typed = f"`{shell}`" if shell.startswith("--") and not row.setting.hidden else ""
-        field = f"`{row.setting.connection}`" if row.setting.connection else ""
-        default = _default_text(row) or ("false" if row.default is False else "")
-        unit = f" ({row.setting.unit})" if row.setting.unit else ""
-        lines.append(f"| `{row.name}` | {typed} | {field} | {default} | {row.setting.doc}{unit} |")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_page() -> str:
-    """The page ``docs/options.md``."""
-    return f"""# Options
-
-Each option stands once in the code (`airflow_dicom_get/config/options.py`), and this page is made from there:
-`python -m airflow_dicom_get.config.options > docs/options.md`.
-
-The parts of a group, such as `tls.ca`, are given in Python as a dict or an object: `tls={{"ca": "ca.pem"}}`,
-`deadlines=Deadlines(idle=30)`. What is typed wins over the config file, and the AE title in an address over
-`called_ae_title`. Rates may be written as `500K`, `20M`, `1.5G` (powers of 1000) or `20Mi` (of 1024).
-
-{markdown_table()}"""
-
-
-if __name__ == "__main__":
-    print(markdown_page(), end="")

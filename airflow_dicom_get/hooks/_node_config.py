@@ -9,9 +9,10 @@ from datetime import datetime, tzinfo
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.connection import field_name, options_from_fields
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, ForwardTarget, Window
 from airflow_dicom_get.config.node import Node, check_ae_title
-from airflow_dicom_get.config.options import OPTIONS, check_options, field_name, nested, options_from_fields
+from airflow_dicom_get.config.options import OPTIONS, check_options, nested
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.hooks._connection import extras_of, find_connection, of_connection
 

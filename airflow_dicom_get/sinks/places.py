@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airflow_dicom_get.config.destination import FilesystemDestination, ForwardDestination, S3Destination
 from airflow_dicom_get.config.groups import ForwardTarget, S3Config
-from airflow_dicom_get.config.options import FilesystemDestination, ForwardDestination, Options, S3Destination
+from airflow_dicom_get.config.options import Options
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.config.options import Options, S3Destination
+from airflow_dicom_get.config.destination import S3Destination
+from airflow_dicom_get.config.options import Options
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
 

@@ -13,7 +13,7 @@ import airflow
 import jsonschema
 import pytest
 
-from airflow_dicom_get.config.options import connection_fields
+from airflow_dicom_get.config.connection import connection_fields
 from airflow_dicom_get.get_provider_info import get_provider_info
 
 INFO = get_provider_info()
