@@ -315,7 +315,6 @@ class EchoReport:
     round_trip_ms: float
     accepted: dict[str, bool]
     status: int = 0
-    implementation_class_uid: str | None = None
     implementation_version: str | None = None
     max_pdu_length: int | None = None
     profile: dict[str, Any] | None = None
@@ -334,7 +333,7 @@ class EchoReport:
             f"{self.node}: {'answers' if self.ok else f'status {self.status:04X}'} in {self.round_trip_ms:.1f} ms",
             [
                 *((name, "accepted" if yes else "refused") for name, yes in self.accepted.items()),
-                ("implementation", self.implementation_version or self.implementation_class_uid),
+                ("implementation", self.implementation_version),
                 ("maximum PDU length", self.max_pdu_length),
             ],
         )

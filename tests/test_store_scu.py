@@ -113,11 +113,11 @@ def test_response_that_does_not_come() -> None:
         store.write(memoryview(b"ab"), soon())
         store.finish(soon())
         assert not store.wait_for_response(soon(0.1))
-        assert association.is_open, "waiting alone ends nothing"
+        assert association._open, "waiting alone ends nothing"
         with pytest.raises(DeadlineExceeded) as caught:
             store.response(soon(0.1))
         assert caught.value.facts["phase"] == "sub_operation"
-        assert not association.is_open
+        assert not association._open
 
 
 def test_peer_that_reads_nothing() -> None:
@@ -151,7 +151,7 @@ def test_response_without_status() -> None:
         store._message_id += 1
         with pytest.raises(PeerProtocolError, match="answered message 1 instead of 2"):
             store.response(soon())
-        assert not association.is_open
+        assert not association._open
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,8 @@ def echo_lines(report: EchoReport) -> list[str]:
     answer = "answers" if report.ok else f"answers with status {report.status:04X}"
     lines = [f"{report.node} {answer} in {report.round_trip_ms:.1f} ms"]
     lines += [f"{name}: {'accepted' if yes else 'refused'}" for name, yes in report.accepted.items()]
-    implementation = report.implementation_version or report.implementation_class_uid
-    if implementation:
-        lines.append(f"implementation: {printable(implementation)}")
+    if report.implementation_version:
+        lines.append(f"implementation: {printable(report.implementation_version)}")
     if report.max_pdu_length is not None:
         lines.append(f"maximum PDU length: {report.max_pdu_length or 'no limit'}")
     if report.profile is not None:

@@ -187,25 +187,21 @@ class Bytes(Integer):
 
 
 class Seconds(Check):
-    """A length of time in seconds, above zero (or zero too)."""
+    """A length of time in seconds, above zero."""
 
     json_type = "number"
-
-    def __init__(self, *, optional: bool = False, zero: bool = False) -> None:
-        super().__init__(optional=optional)
-        self.zero = zero
 
     def check(self, option: str, value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number) or number < 0 or (number == 0 and not self.zero):
+        if not math.isfinite(number) or number <= 0:
             raise self.refuse(option, value)
         return number
 
     def describe(self) -> str:
-        return "a number of seconds" if self.zero else "a number of seconds above 0"
+        return "a number of seconds above 0"
 
 
 class Parsed(Check):
@@ -239,8 +235,6 @@ class Setting:
     metavar: str = ""
     connection: str | None = None
     """The key of the connection's extra fields."""
-    hidden: bool = False
-    """Not shown by ``--help``: nothing it belongs to is available yet."""
 
 
 def setting(default: Any, check: Check, doc: str, **more: Any) -> Any:

@@ -42,7 +42,7 @@ def add_shell_options(parser: ArgumentParser | _ArgumentGroup, names: Iterable[s
         texts: dict[str, Any] = {
             "dest": _dest(row.name),
             "default": SUPPRESS,
-            "help": SUPPRESS if row.setting.hidden else _help(row),
+            "help": _help(row),
         }
         if row.setting.off:
             parser.add_argument(*row.setting.off, action="store_const", const=False, **texts)

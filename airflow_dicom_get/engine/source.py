@@ -52,7 +52,6 @@ class Source:
         self.deadlines = deadlines
         self.cancel = CancelToken()
         self.opened = 0
-        self.bytes_received = 0
         self._tls = tls_context(tls) if tls else None
         self._server_name = tls.server_name if tls else None
         self._user_identity = user_identity
@@ -89,8 +88,6 @@ class Source:
                 association.release()
             finally:
                 association.abort()
-                with self._mutex:
-                    self.bytes_received += association.bytes_received
 
     def check_stopped(self) -> None:
         """Raise where the run was cancelled, or its time is over: nothing new is begun then.

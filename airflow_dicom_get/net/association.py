@@ -115,8 +115,6 @@ class Association:
     ----------
     accepted : Accepted
         The contexts and the roles that the peer granted.
-    bytes_received : int
-        Everything read from the socket, headers included.
     """
 
     def __init__(
@@ -126,7 +124,6 @@ class Association:
         self.deadlines = deadlines
         self.cancel = cancel
         self.accepted = Accepted()
-        self.bytes_received = 0
         self.throttle: Throttle | None = None
         """Called with the size of each read; may sleep to hold a rate."""
         self.in_message = False
@@ -216,11 +213,6 @@ class Association:
 
     # --- receiving ---------------------------------------------------------------------------
 
-    @property
-    def has_more(self) -> bool:
-        """Whether something is there already: the next fragment needs no wait."""
-        return bool(self._items)
-
     def next_item(self, limit: float, phase: str) -> Fragment | Pdu:
         """The next fragment or PDU; views in fragments last until the next call that has to read.
 
@@ -266,7 +258,6 @@ class Association:
             break
         if not size:
             raise self._lost(None)
-        self.bytes_received += size
         now = time.monotonic()
         if now >= limit:
             raise self._late(phase)
@@ -469,11 +460,6 @@ class Association:
             except OSError:
                 pass
             self._sock.close()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the socket is still ours to use."""
-        return self._open
 
 
 class CancelSeenError(Exception):
