@@ -34,6 +34,9 @@ VERDICTS: Mapping[Verdict, str] = {
 
 WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPTY, COMPLETE)
 
+NOTHING_TO_MEND: frozenset[Verdict] = frozenset({COMPLETE, EMPTY})
+"""Verdicts after which nobody has to look."""
+
 MAY_PASS: frozenset[Verdict] = frozenset({PARTIAL, FAILED, CANCELLED})
 """Verdicts that another run may better, where what they rest on is transient."""
 

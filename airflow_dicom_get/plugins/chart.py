@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from airflow_dicom_get.plugins.database import Retrieval
-from airflow_dicom_get.plugins.outcomes import ENDED_BADLY
-from airflow_dicom_get.vocabulary import COMPLETE, EMPTY
+from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, ENDED_WELL
 
 WIDTH, LEFT, RIGHT = 960, 64, 8
 SPEED_TOP, SPEED_HEIGHT = 24, 84
@@ -51,8 +50,6 @@ class Chart:
     height: int = HEIGHT
     left: int = LEFT
     right: int = WIDTH - RIGHT
-    speed_top: int = SPEED_TOP
-    speed_bottom: int = SPEED_TOP + SPEED_HEIGHT
     count_top: int = COUNT_TOP
     count_bottom: int = COUNT_TOP + COUNT_HEIGHT
     lines: list[str] = field(default_factory=list)
@@ -90,7 +87,7 @@ def _spans(retrievals: Sequence[Retrieval]) -> tuple[int, list[Span]]:
         span = spans[(moment - begin) // step]
         span.seconds += one.seconds if one.bytes else 0.0
         span.bytes += one.bytes
-        if one.outcome in (COMPLETE, EMPTY):
+        if one.outcome in ENDED_WELL:
             span.complete += 1
         elif one.outcome in ENDED_BADLY:
             span.incomplete += 1

@@ -13,8 +13,7 @@ from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.plugins import database
 from airflow_dicom_get.plugins.chart import Chart, chart_of
 from airflow_dicom_get.plugins.database import Retrieval, Task
-from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, INCOMPLETE, LIVE, OUTCOMES
-from airflow_dicom_get.vocabulary import COMPLETE, EMPTY
+from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, ENDED_WELL, INCOMPLETE, LIVE, OUTCOMES
 
 PAGE_ROWS = 50
 CHOICES = (INCOMPLETE, *OUTCOMES)
@@ -128,7 +127,7 @@ def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
         total=len(shown),
         incomplete=sum(counts[name] for name in ENDED_BADLY),
         live=sum(counts[name] for name in LIVE),
-        complete=counts[COMPLETE] + counts[EMPTY],
+        complete=sum(counts[name] for name in ENDED_WELL),
         instances=sum(one.instances for one in shown),
         bytes=sum(one.bytes for one in shown),
         speed=median(speeds) if speeds else None,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from airflow_dicom_get.vocabulary import CANCELLED, COMPLETE, EMPTY, FAILED, PARTIAL, UNVERIFIED
+from airflow_dicom_get.vocabulary import NOTHING_TO_MEND, VERDICTS, WORST_FIRST, Verdict
 
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
@@ -13,22 +13,28 @@ NONE: Final = "none"
 INCOMPLETE: Final = "incomplete"
 """All that have ended and are neither complete nor empty; a word of the filter alone."""
 
+_BAD = tuple(verdict for verdict in WORST_FIRST if verdict not in NOTHING_TO_MEND)
+_GOOD = tuple(verdict for verdict in WORST_FIRST if verdict in NOTHING_TO_MEND)
+
+
+def _meanings(verdicts: Iterable[Verdict]) -> dict[str, str]:
+    texts = {verdict: VERDICTS[verdict].replace("`", "") for verdict in verdicts}
+    return {verdict: f"{text[:1].upper()}{text[1:]}." for verdict, text in texts.items()}
+
+
 OUTCOMES: Mapping[str, str] = {
-    FAILED: "Nothing is held.",
-    PARTIAL: "Something is held, something is not.",
-    CANCELLED: "The retrieval was ended from outside.",
-    UNVERIFIED: "All that was sent is held, but there is no list to prove it by.",
+    **_meanings(_BAD),
     NONE: "The task ended without a result: it was killed, or failed before it began. Its log says why.",
     RUNNING: "The task runs.",
     WAITING: "The task waits: for its turn, or for the hours of the PACS.",
-    EMPTY: "The query matched nothing.",
-    COMPLETE: "All that the PACS lists is held and verified.",
+    **_meanings(_GOOD),
 }
 """The outcomes, in the order of the page: what needs somebody comes first."""
 
 LABELS: Mapping[str, str] = {NONE: "no result", INCOMPLETE: "not complete"}
 
-ENDED_BADLY = frozenset({FAILED, PARTIAL, CANCELLED, UNVERIFIED, NONE})
+ENDED_WELL = frozenset[str](_GOOD)
+ENDED_BADLY = frozenset[str]({*_BAD, NONE})
 LIVE = frozenset({RUNNING, WAITING})
 
 _RUNNING_STATES = frozenset({"running", "restarting"})
