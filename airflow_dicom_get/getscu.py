@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import Options, check_options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.errors import (
     DicomGetError,
     InvalidOption,
@@ -92,42 +92,17 @@ class GetScu:
         user_identity: UserIdentity | Mapping[str, Any] | None = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
     ) -> None:
-        self.options: Options = check_options(
-            addr,
-            calling_ae_title=calling_ae_title,
-            called_ae_title=called_ae_title,
-            max_pdu_length=max_pdu_length,
-            verbose=verbose,
-            storage_backend=storage_backend,
-            out_dir=out_dir,
-            s3_config=s3_config,
-            forward_target=forward_target,
-            destination=destination,
-            strict_forward=strict_forward,
-            store_with_file_meta=store_with_file_meta,
-            associations=associations,
-            max_associations=max_associations,
-            bytes_per_second=bytes_per_second,
-            window=window,
-            timezone=timezone,
-            max_studies=max_studies,
-            resume=resume,
-            verify_held=verify_held,
-            adopt=adopt,
-            retries=retries,
-            checksum=checksum,
-            durable=durable,
-            ack=ack,
-            require_exact=require_exact,
-            tags=tags,
-            manifest_root=manifest_root,
-            trust_destination=trust_destination,
-            transfer_syntaxes=transfer_syntaxes,
-            sop_classes=sop_classes,
-            tls=tls,
-            user_identity=user_identity,
-            deadlines=deadlines if deadlines is not None else Deadlines(),
-        )
+        self._begin(GetOptions.of_arguments(locals()))
+
+    @classmethod
+    def of(cls, options: GetOptions) -> Self:
+        """A client whose options were checked already."""
+        scu = cls.__new__(cls)
+        scu._begin(options)
+        return scu
+
+    def _begin(self, options: GetOptions) -> None:
+        self.options = options
         self._source: Source | None = None
         self._cancelled: str | None = None
         self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -382,7 +357,7 @@ class GetScu:
         config = self.options.s3_config
         return scopes_of(manifest, config.reach() if config is not None else {})
 
-    def _options_for(self, manifest: Any) -> Options:
+    def _options_for(self, manifest: Any) -> GetOptions:
         """The options, with digests compared where the manifest names objects that were changed."""
         from airflow_dicom_get.engine.retry import names_changes
 

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import OPTIONS, Options, check_options
+from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import assemble_store, completed_event, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.records import Completed, Instance, SubOperation
@@ -86,26 +86,17 @@ class StoreScu:
         user_identity: UserIdentity | Mapping[str, Any] | None = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
     ) -> None:
-        self.options: Options = check_options(
-            addr,
-            calling_ae_title=calling_ae_title,
-            called_ae_title=called_ae_title,
-            max_pdu_length=max_pdu_length,
-            verbose=verbose,
-            associations=associations,
-            max_associations=max_associations,
-            resume=resume,
-            verify_held=verify_held,
-            retries=retries,
-            checksum=checksum,
-            manifest_root=manifest_root,
-            tls=tls,
-            user_identity=user_identity,
-            deadlines=deadlines if deadlines is not None else Deadlines(),
-        )
-        self.s3_config: S3Config | None = OPTIONS["s3_config"].check("s3_config", s3_config)
-        self.strict_forward: bool = OPTIONS["strict_forward"].check("strict_forward", strict_forward)
-        self.trust_destination: bool = OPTIONS["trust_destination"].check("trust_destination", trust_destination)
+        self._begin(StoreOptions.of_arguments(locals()))
+
+    @classmethod
+    def of(cls, options: StoreOptions) -> Self:
+        """A client whose options were checked already."""
+        scu = cls.__new__(cls)
+        scu._begin(options)
+        return scu
+
+    def _begin(self, options: StoreOptions) -> None:
+        self.options = options
         self._target = self._make_target()
         self._run: _Run | None = None
         self._cancelled: str | None = None
@@ -171,22 +162,22 @@ class StoreScu:
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest.files import run_name
         from airflow_dicom_get.net.association import CancelToken
-        from airflow_dicom_get.sinks.places import named_root, root_for
+        from airflow_dicom_get.sinks.places import root_for
 
         if (source is None) == (manifest is None):
             raise invalid("source", "or manifest: just one of the two is to be given", "Name files, or a manifest.")
         others: list[Instance] = []
         if manifest is not None:
-            objects, others = objects_of(manifest, self.s3_config)
+            objects, others = objects_of(manifest, self.options.s3_config)
             shown_source = str(manifest) if isinstance(manifest, str | os.PathLike) else "manifest"
         else:
             assert source is not None
             sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-            objects = objects_in(sources, self.s3_config)
+            objects = objects_in(sources, self.options.s3_config)
             shown_source = " ".join(map(str, sources))
             if not objects:
                 raise invalid("source", "holds no files", "Name files, or folders that hold some.")
-        root = named_root(self.options, self.s3_config) or root_for(self.options)
+        root = root_for(self.options)
         name = run_name()
         cancel = CancelToken()
         with at_cell(cancel.cancel, on_sub_operation) as shown:
@@ -240,7 +231,7 @@ class _Run:
         self.cancel = cancel
         self.rows: dict[str, Instance] = {}
         self.unusable: list[tuple[str, str]] = []
-        self.strict = scu.strict_forward
+        self.strict = o.strict_forward
         self._options, self._events, self._on_unusable = o, events, on_unusable
         # Nobody waits for us here: a slow destination has the time that a slow source would have.
         patient = dataclasses.replace(o.deadlines, sub_operation=o.deadlines.next_object, stall=o.deadlines.idle)
@@ -250,8 +241,8 @@ class _Run:
             name,
             deadlines=patient,
             cancel=self.cancel,
-            strict=scu.strict_forward,
-            trust_destination=scu.trust_destination,
+            strict=o.strict_forward,
+            trust_destination=o.trust_destination,
             verify_held=o.verify_held,
             checksum=o.checksum is not None,
         )

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import (
-    Destination,
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
-from airflow_dicom_get.config.groups import ForwardTarget, S3Config
+from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import OPTIONS, Options, check_options
+from airflow_dicom_get.config.options import ConnectionOptions, VerifyOptions
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
 from airflow_dicom_get.records import Instance
@@ -54,8 +53,6 @@ Symbol = Literal["=", "+", "-", "*", "!"]
 _READERS = 4
 _SHOWN = 10
 """Differences shown in a notebook; ``frame()`` has all."""
-_NOBODY = Node("localhost", 1)
-"""Stands for the source in options where none is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +173,13 @@ def verify(
     query_model: str = "StudyRoot",
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
-    **connection: Any,
+    calling_ae_title: str = "GET-SCU",
+    called_ae_title: str = "ANY-SCP",
+    max_pdu_length: int = 131072,
+    verbose: bool = False,
+    tls: Tls | Mapping[str, Any] | None = None,
+    user_identity: UserIdentity | Mapping[str, Any] | None = None,
+    deadlines: Deadlines | Mapping[str, Any] | None = None,
 ) -> Verification:
     """Compare what is listed with what is there, and with what a PACS lists now.
 
@@ -204,32 +207,40 @@ def verify(
         Called with each :class:`Difference` as it is found.
     manifest_name : str
         Path of the new manifest below its root, without its ending.
-    **connection
-        Options of the connection to the PACS, as for :class:`~airflow_dicom_get.GetScu`.
+    calling_ae_title, called_ae_title, max_pdu_length, verbose, tls, user_identity, deadlines
+        How the PACS is called, as for :class:`~airflow_dicom_get.GetScu`.
 
     Raises
     ------
     InvalidOption, ManifestError, S3Error
         Bad input, or a place that cannot be looked at.
     """
+    options = VerifyOptions.of_arguments(locals())
+    return compare(options, manifest, study, quick=quick, on_difference=on_difference, manifest_name=manifest_name)
+
+
+def compare(
+    options: VerifyOptions,
+    manifest: Any = None,
+    study: str | Iterable[str] | None = None,
+    *,
+    quick: bool = False,
+    on_difference: Callable[[Difference], object] | None = None,
+    manifest_name: str | None = None,
+) -> Verification:
+    """As :func:`verify`, with options that were checked already."""
     studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
     for uid in studies:
         if not is_uid(uid):
             raise invalid("study", f"{uid[:70]!a} is no UID", "Give a Study Instance UID.")
     if manifest is None and not studies:
         raise invalid("manifest", "or study: nothing says what to verify", "Give a manifest, or a study.")
-    if manifest is None and destination is None:
+    if manifest is None and options.destination is None:
         raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
-    s3: S3Config | None = OPTIONS["s3_config"].check("s3_config", s3_config)
-    options = check_options(addr if addr is not None else _NOBODY, manifest_root=manifest_root, **connection)
-    place = parse_destination(destination) if destination is not None else None
-    if isinstance(place, ForwardDestination) and place.node is None:
-        raise invalid("destination", f"{place} names a connection of Airflow", "Write dicom://[AE@]host:port.")
-    target: ForwardTarget | None = OPTIONS["forward_target"].check("forward_target", forward_target)
-    work = _Verify(options, s3, place, target, quick, on_difference)
+    work = _Verify(options, quick, on_difference)
     work.read_manifest(manifest, studies)
-    if addr is not None:
-        work.ask_source(query_model)
+    if options.addr is not None:
+        work.ask_source(options.addr)
     work.look()
     found = work.compare()
     work.write(found, manifest, manifest_name)
@@ -254,15 +265,12 @@ class _Item:
 class _Verify:
     def __init__(
         self,
-        options: Options,
-        s3: S3Config | None,
-        place: Destination | None,
-        target: ForwardTarget | None,
+        options: VerifyOptions,
         quick: bool,
         on_difference: Callable[[Difference], object] | None,
     ) -> None:
-        self.options, self.s3, self.place, self.target, self.quick = options, s3, place, target, quick
-        self.on_difference = on_difference
+        self.options, self.place, self.s3 = options, options.destination, options.s3_config
+        self.quick, self.on_difference = quick, on_difference
         self.items: dict[tuple[str, str], _Item] = {}
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
@@ -293,23 +301,14 @@ class _Verify:
                     item.item = object_at(row.uri, self.s3, self._buckets)
         self.studies = studies or tuple(dict.fromkeys(study for study, _ in self.items))
 
-    def ask_source(self, query_model: str) -> None:
+    def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
         from airflow_dicom_get.getscu import GetScu
 
         o = self.options
-        scu = GetScu(
-            o.addr,
-            calling_ae_title=o.calling_ae_title,
-            called_ae_title=o.called_ae_title,
-            max_pdu_length=o.max_pdu_length,
-            tls=o.tls,
-            user_identity=o.user_identity,
-            deadlines=o.deadlines,
-            max_studies=max(len(self.studies), 1),
-        )
+        scu = GetScu(node, max_studies=max(len(self.studies), 1), **o.values(ConnectionOptions))
         try:
-            plan = scu.plan({"StudyInstanceUID": list(self.studies)}, query_model=query_model)
+            plan = scu.plan({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
         except PeerError as error:
             self._uncompared(error)
             return
@@ -378,7 +377,7 @@ class _Verify:
         from airflow_dicom_get.sinks.forward import Target
 
         o = self.options
-        how = self.target or ForwardTarget(calling_ae_title=o.calling_ae_title)
+        how = o.forward_target or ForwardTarget(calling_ae_title=o.calling_ae_title)
         target = Target(
             node,
             how.calling_ae_title,
@@ -494,7 +493,7 @@ class _Verify:
         """Where the manifest goes, and where ledgers lie: as for a get to the same place; else beside the manifest."""
         from airflow_dicom_get.sinks.places import FolderRoot, named_root, root_for
 
-        named = named_root(self.options, self.s3)
+        named = named_root(self.options)
         if named is not None:
             return named
         if isinstance(self.place, FilesystemDestination):
@@ -522,7 +521,7 @@ class _Verify:
 
         run = run_name()
         described = {
-            "source": str(self.options.addr) if self.options.addr != _NOBODY else "",
+            "source": str(self.options.addr or ""),
             "destination": str(self.place) if self.place is not None else "",
         }
         verdict = verdict_of_comparison(found.same, bool(found.differences))

@@ -131,8 +131,8 @@ class TestHelp:
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: dicom-get {verb} ")
-        assert ("--s3-endpoint-url" in text) == (verb in ("get", "store", "verify"))
-        assert ("--forward-calling-ae" in text) == (verb == "get")
+        assert ("--s3-endpoint-url" in text) == (verb in ("plan", "get", "store", "verify"))
+        assert ("--forward-calling-ae" in text) == (verb in ("plan", "get", "verify"))
 
     def test_answers_fast(self, run: Callable[..., Run]) -> None:
         times = []

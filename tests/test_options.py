@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import os
 import pickle
+from collections.abc import Callable
 from datetime import UTC, datetime, time
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -27,9 +28,24 @@ from airflow_dicom_get.config.destination import (
 )
 from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import OPTIONS, Options, check_options, nested
+from airflow_dicom_get.config.options import (
+    GROUPS,
+    OPTIONS,
+    CallOptions,
+    EchoOptions,
+    FindOptions,
+    GetOptions,
+    Options,
+    Spelling,
+    StoreOptions,
+    VerifyOptions,
+    nested,
+)
 from airflow_dicom_get.config.shell import add_shell_options, options_from_shell, shell_name
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.getscu import GetScu
+from airflow_dicom_get.store import StoreScu
+from airflow_dicom_get.verify import verify
 
 # What the users of the package rely on, written down by hand: a change here is a breaking change.
 DEFAULTS = {
@@ -101,8 +117,12 @@ ONLY_PYTHON = {
 
 def whole_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_shell_options(parser, [name for name in OPTIONS if "." not in name])
+    add_shell_options(parser, CallOptions)
     return parser
+
+
+def check_options(addr: object, spelling: Spelling = str, **values: object) -> GetOptions:
+    return GetOptions.check({"addr": addr, **values}, spelling)
 
 
 def typed(*argv: str) -> dict[str, object]:
@@ -114,20 +134,49 @@ class TestAgreement:
         made = check_options("h:104")
         assert {name: getattr(made, name) for name in DEFAULTS} == DEFAULTS
         assert dataclasses.asdict(made.deadlines) == DEADLINES
-        assert {item.name for item in dataclasses.fields(Options)} == {"addr", "deadlines", *DEFAULTS}
+        assert {item.name for item in dataclasses.fields(GetOptions)} == {"addr", "deadlines", *DEFAULTS}
 
-    def test_get_scu_takes_the_same_parameters_with_the_same_defaults(self) -> None:
-        getscu = pytest.importorskip("airflow_dicom_get.getscu")
-        parameters = dict(inspect.signature(getscu.GetScu.__init__).parameters)
-        parameters.pop("self")
-        found = {name: parameter.default for name, parameter in parameters.items()}
-        assert found.pop("addr") is inspect.Parameter.empty
-        assert found.pop("timezone") in ("UTC", UTC)
-        assert found.pop("deadlines") in (None, Deadlines())
-        assert found == {name: value for name, value in DEFAULTS.items() if name != "timezone"}
-        assert [p.kind for n, p in parameters.items() if n != "addr"] == [inspect.Parameter.KEYWORD_ONLY] * (
-            len(parameters) - 1
-        )
+    @pytest.mark.parametrize(
+        ("call", "verb", "beside"),
+        [
+            (GetScu.__init__, GetOptions, {"self"}),
+            (StoreScu.__init__, StoreOptions, {"self"}),
+            (verify, VerifyOptions, {"manifest", "study", "quick", "on_difference", "manifest_name"}),
+        ],
+    )
+    def test_python_takes_the_same_parameters_with_the_same_defaults(
+        self, call: Callable[..., object], verb: type[Options], beside: set[str]
+    ) -> None:
+        parameters = dict(inspect.signature(call).parameters)
+        assert beside <= parameters.keys()
+        options = {item.name: item for item in dataclasses.fields(verb)}
+        assert parameters.keys() - beside == options.keys()
+        for name in options:
+            parameter, default = parameters[name], options[name].default
+            if name != "addr" or verb is VerifyOptions:
+                assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, name
+            if name == "timezone":
+                assert parameter.default == "UTC"
+            elif name == "deadlines":
+                assert parameter.default is None
+            elif name == "addr" and verb is not VerifyOptions:
+                assert parameter.default is inspect.Parameter.empty
+                assert default is dataclasses.MISSING
+            else:
+                assert parameter.default == default, name
+
+    def test_none_for_deadlines_is_the_defaults(self) -> None:
+        assert GetScu("h:104", deadlines=None).options.deadlines == Deadlines()
+
+    @pytest.mark.parametrize(
+        "verb", [EchoOptions, FindOptions, CallOptions, StoreOptions, VerifyOptions], ids=lambda verb: verb.__name__
+    )
+    def test_every_option_of_a_verb_is_declared_by_one_group(self, verb: type[Options]) -> None:
+        rows = [item for item in dataclasses.fields(verb) if (verb, item.name) != (VerifyOptions, "addr")]
+        for item in rows:
+            groups = [group for group in GROUPS if issubclass(verb, group) and item.name in group.__annotations__]
+            assert len(groups) == 1, item.name
+            assert item.metadata["setting"] is OPTIONS[item.name].setting
 
     def test_shell_options_are_the_promised_ones(self) -> None:
         flags = {

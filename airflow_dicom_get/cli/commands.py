@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence
-from inspect import signature
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get.cli import output
 from airflow_dicom_get.cli.config import NamedNode, find_node
@@ -16,7 +16,15 @@ from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.connection import field_name
-from airflow_dicom_get.config.options import OPTIONS, Options, check_options, nested
+from airflow_dicom_get.config.options import (
+    OPTIONS,
+    CallOptions,
+    ConnectionOptions,
+    GetOptions,
+    StoreOptions,
+    VerifyOptions,
+    nested,
+)
 from airflow_dicom_get.config.shell import options_from_shell, shell_name
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.query import parse_query
@@ -29,34 +37,40 @@ if TYPE_CHECKING:
     from airflow_dicom_get.getscu import GetScu
 
 
-class _Source:
-    """The options of the source, from the config file and, above them, from what was typed; all checked."""
+Verb = TypeVar("Verb", bound=ConnectionOptions)
 
-    def __init__(self, typed: Namespace, apart: Collection[str] = ()) -> None:
-        """Look up and check; ``apart`` names options that mean something else to this verb, and checks itself."""
-        node = find_node(typed.node)
-        shell = options_from_shell(typed)
-        spelling = _spelling(node, shell)
-        values = nested({**node.options, **shell}, spelling)
-        model = OPTIONS["query_model"]
-        self.query_model: str = model.check(spelling(model.name), values.pop(model.name, model.default))
-        self.values = {"addr": node.addr, **values}
-        checkable = {name: value for name, value in self.values.items() if name not in apart}
-        self.checked: Options = check_options(spelling=spelling, **checkable)
-        level = logging.DEBUG if self.checked.verbose else logging.WARNING
-        logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        # They log each message of their own: parts of identifiers, and the secrets of a bucket.
-        for name in ("pynetdicom", "pydicom", "botocore", "boto3", "s3transfer", "urllib3"):
-            logging.getLogger(name).setLevel(logging.WARNING)
 
-    def scu(self, **more: Any) -> GetScu:
-        from airflow_dicom_get.getscu import GetScu
+def _checked(typed: Namespace, verb: type[Verb]) -> Verb:
+    """The options of a verb, from the config file and, above them, from what was typed.
 
-        return GetScu(**{**self.values, **more})
+    What the config file says of a node for other verbs is checked alone, and left out: its limits as a
+    source are not those of a node to store at.
+    """
+    node = find_node(typed.node) if typed.node is not None else NamedNode(None)
+    shell = options_from_shell(typed)
+    spelling = _spelling(node, shell)
+    values = {"addr": node.addr, **nested({**node.options, **shell}, spelling)}
+    own = verb.own(values)
+    for name in values.keys() - own.keys():
+        OPTIONS[name].check(spelling(name), values[name])
+    options = verb.check(own, spelling)
+    level = logging.DEBUG if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # They log each message of their own: parts of identifiers, and the secrets of a bucket.
+    for name in ("pynetdicom", "pydicom", "botocore", "boto3", "s3transfer", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return options
 
-    def check(self, query: Mapping[str, Any]) -> Query:
-        """Refuse a bad query before any traffic."""
-        return parse_query(query, query_model=self.query_model, timezone=self.checked.timezone)
+
+def _client(options: GetOptions) -> GetScu:
+    from airflow_dicom_get.getscu import GetScu
+
+    return GetScu.of(options)
+
+
+def _parse(options: CallOptions, query: Mapping[str, Any]) -> Query:
+    """Refuse a bad query before any traffic."""
+    return parse_query(query, query_model=options.query_model, timezone=options.timezone)
 
 
 def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]:
@@ -69,7 +83,7 @@ def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]
 
 
 def echo(typed: Namespace) -> int:
-    report = _Source(typed).scu().echo(probe=typed.probe)
+    report = _client(_checked(typed, CallOptions)).echo(probe=typed.probe)
     if typed.json:
         output.emit_json(report.to_json())
     else:
@@ -78,13 +92,13 @@ def echo(typed: Namespace) -> int:
 
 
 def find(typed: Namespace) -> int:
-    source = _Source(typed)
+    options = _checked(typed, CallOptions)
     query = query_of(typed.study, typed.key)
-    level = typed.level or source.check(query).level
-    rows = source.scu().find(
+    level = typed.level or _parse(options, query).level
+    rows = _client(options).find(
         query,
         level="STUDY" if level == "PATIENT" else level,
-        query_model=source.query_model,
+        query_model=options.query_model,
         return_keys=_return_keys(typed.return_key),
     )
     values = [_values(row) for row in rows]
@@ -122,11 +136,11 @@ _NO_RESULT = frozenset({"SpecificCharacterSet", "QueryRetrieveLevel"})
 
 
 def plan(typed: Namespace) -> int:
-    source, studies = _Source(typed), _studies(typed)
-    scu, query, unknown = _resolved(source, typed, studies)
+    options, studies = _checked(typed, CallOptions), _studies(typed)
+    scu, query, unknown = _resolved(options, typed, studies)
     if query is None:
         return _nothing(unknown)
-    planned = scu.plan(query, query_model=source.query_model)
+    planned = scu.plan(query, query_model=options.query_model)
     if typed.json:
         output.emit_json(planned.to_json())
     else:
@@ -135,24 +149,24 @@ def plan(typed: Namespace) -> int:
 
 
 def get(typed: Namespace) -> int:
-    source, studies = _Source(typed), _studies(typed)
-    if source.checked.destination is None:
+    options, studies = _checked(typed, CallOptions), _studies(typed)
+    if options.destination is None:
         raise invalid("--to", "is missing", "Name a folder for the instances.")
     if typed.manifest is not None:
         from airflow_dicom_get.manifest.files import load_table
 
-        config = source.checked.s3_config
+        config = options.s3_config
         table = load_table(typed.manifest, **(config.reach() if config is not None else {}))
-        scu, query, unknown = source.scu(), None, 0
+        scu, query, unknown = _client(options), None, 0
     else:
         table = None
-        scu, query, unknown = _resolved(source, typed, studies)
+        scu, query, unknown = _resolved(options, typed, studies)
         if query is None:
             return _nothing(unknown)
-    with cancelling(scu.cancel), progress_bar(not source.checked.verbose) as show:
+    with cancelling(scu.cancel), progress_bar(not options.verbose) as show:
         result = scu.get_study(
             query,
-            query_model=source.query_model,
+            query_model=options.query_model,
             on_sub_operation=show,
             **({} if table is None else {"manifest": table}),
         )
@@ -173,18 +187,20 @@ def _studies(typed: Namespace) -> StudyList | None:
     return read_studies(typed.from_file) if typed.from_file is not None else None
 
 
-def _resolved(source: _Source, typed: Namespace, listed: StudyList | None) -> tuple[GetScu, dict[str, Any] | None, int]:
+def _resolved(
+    options: CallOptions, typed: Namespace, listed: StudyList | None
+) -> tuple[GetScu, dict[str, Any] | None, int]:
     """The client and the query to ask it, and how many accession numbers have no study."""
     if listed is None:
         query = query_of(typed.study, typed.key)
-        source.check(query)
-        return source.scu(), query, 0
+        _parse(options, query)
+        return _client(options), query, 0
     # max_studies guards against a query that matches more than was meant; a list means what it says.
-    count = max(source.checked.max_studies, len(listed.uids) + len(listed.accessions))
-    scu = source.scu(max_studies=count)
+    count = max(options.max_studies, len(listed.uids) + len(listed.accessions))
+    scu = _client(replace(options, max_studies=count))
     uids, unknown = list(listed.uids), 0
     for line, accession in listed.accessions:
-        rows = scu.find({"AccessionNumber": accession}, level="STUDY", query_model=source.query_model)
+        rows = scu.find({"AccessionNumber": accession}, level="STUDY", query_model=options.query_model)
         found = [str(row.StudyInstanceUID) for row in rows]
         if not found:
             unknown += 1
@@ -201,11 +217,11 @@ def _nothing(unknown: int) -> int:
 
 
 def store(typed: Namespace) -> int:
-    source = _Source(typed, apart=("strict_forward", "trust_destination", "s3_config"))
     from airflow_dicom_get.store import StoreScu
 
-    scu = StoreScu(**_known(source.values, StoreScu))
-    with cancelling(scu.cancel), progress_bar(not source.checked.verbose) as show:
+    options = _checked(typed, StoreOptions)
+    scu = StoreScu.of(options)
+    with cancelling(scu.cancel), progress_bar(not options.verbose) as show:
         result = scu.store(
             typed.paths or None,
             manifest=typed.manifest,
@@ -221,33 +237,15 @@ def store(typed: Namespace) -> int:
     return result.exit_code
 
 
-def _known(values: Mapping[str, Any], call: Callable[..., Any]) -> dict[str, Any]:
-    """Of what the config file and the shell say, what ``call`` takes: a node's limits as a source are not its own."""
-    known = signature(call).parameters
-    return {name: value for name, value in values.items() if name in known}
-
-
-_COMPARING = frozenset(
-    {
-        *("manifest_root", "s3_config", "query_model", "destination", "tls", "deadlines"),
-        *("calling_ae_title", "called_ae_title", "max_pdu_length"),
-    }
-)
-"""The options that matter where nothing is fetched."""
-
-
 def verify(typed: Namespace) -> int:
-    from airflow_dicom_get.verify import verify as compare
+    from airflow_dicom_get.verify import compare
 
-    node = find_node(typed.node) if typed.node is not None else NamedNode("")
-    values = nested({**node.options, **options_from_shell(typed)}, _spelling(node, options_from_shell(typed)))
     found = compare(
+        _checked(typed, VerifyOptions),
         typed.manifest,
-        study=typed.study or None,
-        addr=node.addr or None,
+        typed.study,
         quick=typed.quick,
         on_difference=None if typed.json else lambda difference: output.emit([str(difference)]),
-        **{name: value for name, value in values.items() if name in _COMPARING},
     )
     for error in found.errors:
         output.note(f"{output.printable(error['error'])} {output.printable(error['hint'])}".rstrip())

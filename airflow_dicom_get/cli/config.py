@@ -18,9 +18,9 @@ _OWN_KEYS = {"addr": "addr", "called_ae_title": "called_ae_title", "tls_key_pass
 
 @dataclass(frozen=True, slots=True)
 class NamedNode:
-    """The address that was typed or looked up, and the options that the config file holds for it."""
+    """The address that was typed or looked up, if one was, and the options that the config file holds for it."""
 
-    addr: str
+    addr: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     """By their names in the table of options."""
     label: str = ""

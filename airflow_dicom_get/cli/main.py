@@ -9,6 +9,7 @@ from typing import NoReturn
 from airflow_dicom_get import __version__
 from airflow_dicom_get.cli import streams
 from airflow_dicom_get.config.checks import AETitle
+from airflow_dicom_get.config.options import CallOptions, EchoOptions, FindOptions, StoreOptions, VerifyOptions
 from airflow_dicom_get.config.shell import add_shell_options, shell_name
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
 
@@ -49,17 +50,6 @@ exit codes:
 """
 
 _KEYS = "--study UID | -k KEY=VALUE ..."
-_NODE = ("max_pdu_length", "calling_ae_title", "called_ae_title", "verbose", "tls", "deadlines")
-_LIMITS = ("max_associations", "bytes_per_second", "window")
-_HELD = ("resume", "verify_held", "adopt", "manifest_root")
-_GET = (
-    "associations", "retries", "store_with_file_meta", "checksum", "durable", "ack", "require_exact", "tags",
-    "transfer_syntaxes", "sop_classes", "s3_config", "forward_target", "strict_forward", "trust_destination",
-)  # fmt: skip
-_STORE = (
-    "resume", "verify_held", "manifest_root", "retries", "checksum", "strict_forward", "trust_destination",
-    "s3_config",
-)  # fmt: skip
 
 
 def build_parser() -> ArgumentParser:
@@ -85,8 +75,7 @@ def build_parser() -> ArgumentParser:
         "--probe", metavar="UID",
         help="Look at this study to find out how the node behaves, and write it down for later runs.",
     )  # fmt: skip
-    _add(echo, "limits of the source", ("max_associations",))
-    _add(echo, "connection", _NODE)
+    add_shell_options(echo, EchoOptions)
 
     find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")
     _node(find)
@@ -98,16 +87,12 @@ def build_parser() -> ArgumentParser:
     find.add_argument(
         "--return-key", action="append", default=[], metavar="KEYWORD", help="Ask for this key too; repeatable."
     )
-    _add(find, "query", ("query_model", "timezone", "max_studies"))
-    _add(find, "connection", _NODE)
+    add_shell_options(find, FindOptions)
 
     plan = verb("plan", f"NODE ({_KEYS} | --from-file CSV)", "List what a get would fetch, and what is held already.")
     _node(plan)
     _what(plan, files=True)
-    _add(plan, "query", ("query_model", "timezone", "max_studies"))
-    _add(plan, "destination", ("destination", *_HELD))
-    _add(plan, "limits of the source", _LIMITS)
-    _add(plan, "connection", _NODE)
+    add_shell_options(plan, CallOptions)
 
     get = verb(
         "get", f"NODE ({_KEYS} | --from-file CSV | --manifest URI) --to DEST",
@@ -115,11 +100,7 @@ def build_parser() -> ArgumentParser:
     )  # fmt: skip
     _node(get)
     _what(get, files=True, manifest=True)
-    _add(get, "query", ("query_model", "timezone", "max_studies"))
-    _add(get, "destination", ("destination", *_HELD))
-    _add(get, "limits of the source", _LIMITS)
-    _add(get, "retrieval", _GET)
-    _add(get, "connection", _NODE)
+    add_shell_options(get, CallOptions)
 
     store = verb(
         "store", "NODE (PATH ... | s3://BUCKET/PREFIX | --manifest URI)",
@@ -128,9 +109,7 @@ def build_parser() -> ArgumentParser:
     _node(store)
     store.add_argument("paths", nargs="*", metavar="PATH", help="Files, folders, and prefixes as s3://bucket/prefix.")
     store.add_argument("--manifest", metavar="URI", help="Store the objects that a manifest holds.")
-    _add(store, "storing", _STORE)
-    _add(store, "limits of the node", ("associations", "max_associations"))
-    _add(store, "connection", _NODE)
+    add_shell_options(store, StoreOptions)
 
     verify = verb(
         "verify", "[NODE] (--manifest URI | --study UID ... --to DEST)",
@@ -142,8 +121,7 @@ def build_parser() -> ArgumentParser:
     verify.add_argument("--study", action="append", default=[], metavar="UID", help="Study; repeatable.")
     verify.add_argument("--quick", action="store_true", help="Compare sizes, and read nothing.")
     verify.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
-    _add(verify, "place", ("destination", "manifest_root", "s3_config"))
-    _add(verify, "connection", (*_NODE, "query_model"))
+    add_shell_options(verify, VerifyOptions)
 
     pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for trials and tests.")
     pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
@@ -173,10 +151,6 @@ def _what(parser: ArgumentParser, *, files: bool = False, manifest: bool = False
         )
     if manifest:
         group.add_argument("--manifest", metavar="URI", help="What a manifest lists and does not have as held.")
-
-
-def _add(parser: ArgumentParser, title: str, names: Sequence[str]) -> None:
-    add_shell_options(parser.add_argument_group(title), names)
 
 
 def _port(text: str) -> int:

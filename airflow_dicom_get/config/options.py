@@ -1,10 +1,9 @@
-"""The one table of options.
+"""The options: groups that verbs share, and one class for each verb that is made of them.
 
-Each option is declared once, as a field of :class:`Options` or of a group of settings, with its
-type, default, unit, check and one sentence. From these rows come the checks of the Python
-parameters (:func:`check_options`), the flags of the shell (``config.shell``), the extra fields of the
-Airflow connection and the keys of the config file (``config.connection``), and the table of the
-documentation (``config.reference``).
+Each option is declared once, as a field of a group, with its type, default, unit, check and one sentence.
+From these rows come the checks of the Python parameters (:meth:`Options.check`), the flags of the shell
+(``config.shell``), the extra fields of the Airflow connection and the keys of the config file
+(``config.connection``), and the table of the documentation (``config.reference``).
 """
 # ruff: noqa: RUF009 - setting() makes dataclass fields, as dataclasses.field() does.
 
@@ -16,13 +15,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from airflow_dicom_get.config.checks import (
     AETitle,
     Bytes,
     Check,
-    Checked,
     Choice,
     Flag,
     Group,
@@ -45,6 +43,7 @@ from airflow_dicom_get.config.destination import (
 from airflow_dicom_get.config.groups import (
     MAX_PDU_LENGTH,
     NODE,
+    OPTIONAL_NODE,
     Deadlines,
     ForwardTarget,
     S3Config,
@@ -128,11 +127,95 @@ def _parse_root(option: str, value: Any) -> Destination:
 Backend = Literal["Filesystem", "S3", "Forward"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options(Checked):
-    """The options of :class:`~airflow_dicom_get.GetScu`, checked; made by :func:`check_options`."""
+Spelling = Callable[[str], str]
+"""How the caller writes the name of an option; used in messages."""
 
-    addr: Node = setting(None, NODE, "Address of the source, [AE@]host:port.")
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the groups of options, and of the options of a verb, which are made of groups.
+
+    Made by :meth:`check`, changed by :func:`dataclasses.replace`, and passed on whole: who needs some of the
+    options asks for the group that has them.
+    """
+
+    title: ClassVar[str] = ""
+    """What the group is about, as ``--help`` has it."""
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], spelling: Spelling = str) -> Self:
+        """Check all options, alone and against each other, before any traffic.
+
+        Parameters
+        ----------
+        values : mapping
+            Options by name; what is left out takes its default.
+        spelling : callable
+            Turns the name of an option into what the user typed, for the messages.
+
+        Raises
+        ------
+        InvalidOption
+            An option is not known, malformed, missing, or contradicts another.
+        """
+        rows: dict[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(cls)}
+        for name in values:
+            if name not in rows:
+                raise _unknown(name, rows)
+        given = dict.fromkeys(_required(cls)) | dict(values)
+        checked: dict[str, Any] = {}
+        for name, value in given.items():
+            try:
+                checked[name] = rows[name].check(spelling(name), value)
+            except InvalidOption as error:
+                raise _respelled(error, spelling) from None
+        return cls(**checked).agreed(spelling)
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any]) -> Self:
+        """Check the options among the arguments of a function, its ``locals()`` where it begins.
+
+        ``None`` for a group of settings that has defaults of its own, as ``deadlines``, is these.
+        """
+        made = {item.name for item in dataclasses.fields(cls) if item.default_factory is not dataclasses.MISSING}
+        own = cls.own(arguments)
+        return cls.check({name: value for name, value in own.items() if value is not None or name not in made})
+
+    @classmethod
+    def own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Of some values by name, those that are options of this class."""
+        names = {item.name for item in dataclasses.fields(cls)}
+        return {name: value for name, value in values.items() if name in names}
+
+    def values(self, group: type[Options]) -> dict[str, Any]:
+        """The options of one group, by name."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(group)}
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """Hold the options against each other; each group adds what it knows of its own.
+
+        Raises
+        ------
+        InvalidOption
+            Two of them contradict each other, or one names a file or folder that cannot be used.
+        """
+        return self
+
+
+def _required(cls: type[Options]) -> list[str]:
+    missing = dataclasses.MISSING
+    return [x.name for x in dataclasses.fields(cls) if x.default is missing and x.default_factory is missing]
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionOptions(Options):
+    """How a node is called: titles, TLS, deadlines."""
+
+    title = "connection"
+
     calling_ae_title: str = setting(
         "GET-SCU",
         AETitle(),
@@ -157,39 +240,37 @@ class Options(Checked):
         connection="max_pdu_length",
     )
     verbose: bool = setting(False, Flag(), "Log each instance and each message.", shell=("--verbose",))
-    storage_backend: Backend = setting(
-        "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination, in the long form."
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the source.", connection="use_tls")
+    user_identity: UserIdentity | None = setting(
+        None, Group(UserIdentity, optional=True), "User identity towards the source."
     )
-    out_dir: FilesystemDestination | None = setting(
-        None, Parsed(_parse_out_dir, "a folder", optional=True), "Folder for the instances, in the long form."
-    )
-    s3_config: S3Config | None = setting(
-        None, Group(S3Config, optional=True), "Bucket for the instances and how to reach it."
-    )
-    forward_target: ForwardTarget | None = setting(
-        None, Group(ForwardTarget, optional=True), "Node that every instance is stored at."
-    )
-    destination: Destination | None = setting(
-        None,
-        Parsed(_parse_place, "a path, s3://bucket/prefix or dicom://[AE@]host:port", optional=True),
-        "Where the instances go, in one word: a path, s3://bucket/prefix or dicom://[AE@]host:port.",
-        shell=("--to", "--destination"),
-        metavar="DEST",
-    )
-    strict_forward: bool = setting(
-        False,
-        Flag(),
-        "End the retrieval at the first instance that the target refuses.",
-        shell=("--strict-forward",),
-    )
-    store_with_file_meta: bool = setting(
-        True,
-        Flag(),
-        "Write DICOM files with preamble and file meta information, not bare data sets.",
-        off=("--no-file-meta", "--no-store-with-file-meta"),
-        off_doc="Write bare data sets, without preamble and file meta information.",
-    )
-    associations: int = setting(1, Integer(1, 64), "Associations used at a time.", shell=("--associations",))
+    deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "How long each wait may last.")
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        for part in ("ca", "cert", "key") if self.tls is not None else ():
+            _check_file(getattr(self.tls, part), spelling(f"tls.{part}"))
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions(ConnectionOptions):
+    """A node, and how it is called."""
+
+    addr: Node = setting(dataclasses.MISSING, NODE, "Address of the source, [AE@]host:port.")
+
+    @property
+    def called(self) -> str:
+        """The AE title to call: the one in the address, else the separate option."""
+        return self.addr.ae_title or self.called_ae_title
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionOptions(Options):
+    """What a node admits."""
+
+    title = "limits of the node"
+
     max_associations: int = setting(
         2,
         Integer(1, 64),
@@ -197,6 +278,14 @@ class Options(Checked):
         shell=("--max-associations",),
         connection="max_associations",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions(AdmissionOptions):
+    """What the admin of a source asks of its guests."""
+
+    title = "limits of the source"
+
     bytes_per_second: int | None = setting(
         None,
         Bytes(1000, optional=True),
@@ -214,6 +303,14 @@ class Options(Checked):
         metavar="HH:MM-HH:MM",
         connection="window",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeOptions(Options):
+    """What a query may mean."""
+
+    title = "query"
+
     timezone: tzinfo = setting(
         UTC,
         Parsed(parse_timezone, "an IANA time zone name"),
@@ -225,20 +322,117 @@ class Options(Checked):
     max_studies: int = setting(
         100, Integer(1), "Studies that a query may match; more are refused.", shell=("--max-studies",)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """What belongs to a query, and in Python to the call that makes it."""
+
+    title = "query"
+
+    query_model: Literal["StudyRoot", "PatientRoot"] = setting(
+        "StudyRoot",
+        Choice("StudyRoot", "PatientRoot"),
+        "Query/retrieve information model.",
+        shell=("--model", "--query-model"),
+        connection="query_model",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootOptions(Options):
+    """Where manifests and ledgers lie, and how buckets are reached."""
+
+    title = "manifests and buckets"
+
+    manifest_root: FilesystemDestination | S3Destination | None = setting(
+        None,
+        Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
+        "Folder or prefix for manifests and ledger; _manifests in the destination by default.",
+        shell=("--state", "--manifest-root"),
+        metavar="DIR",
+    )
+    s3_config: S3Config | None = setting(
+        None, Group(S3Config, optional=True), "Bucket for the instances and how to reach it."
+    )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if self.s3_config is not None:
+            _check_file(self.s3_config.ca_bundle, spelling("s3_config.ca_bundle"))
+        if isinstance(self.manifest_root, FilesystemDestination):
+            check_folder(self.manifest_root.path, spelling("manifest_root"))
+        elif self.manifest_root is not None:
+            _check_names_no_connection(self.manifest_root, spelling("manifest_root"))
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(RootOptions):
+    """Where instances are, or go to."""
+
+    title = "destination"
+
+    destination: Destination | None = setting(
+        None,
+        Parsed(_parse_place, "a path, s3://bucket/prefix or dicom://[AE@]host:port", optional=True),
+        "Where the instances go, in one word: a path, s3://bucket/prefix or dicom://[AE@]host:port.",
+        shell=("--to", "--destination"),
+        metavar="DEST",
+    )
+    forward_target: ForwardTarget | None = setting(
+        None, Group(ForwardTarget, optional=True), "Node that every instance is stored at."
+    )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if self.destination is not None:
+            _check_names_no_connection(self.destination, spelling("destination"))
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOptions(Options):
+    """What counts as held, and by which proof."""
+
+    title = "what is held"
+
     resume: bool = setting(
         True, Flag(), "Skip what is held and verified.", off=("--no-resume",), off_doc="Fetch what is held, too."
     )
     verify_held: Literal["size", "digest", "none"] = setting(
         "size", Choice("size", "digest", "none"), "How an instance that is held is verified.", shell=("--verify-held",)
     )
-    adopt: bool = setting(
-        False, Flag(), "Take files that lie under a final name without a record as held.", shell=("--adopt",)
-    )
-    retries: int = setting(
-        5, Integer(0, 100), "New associations in a row that may fail without progress.", shell=("--retries",)
-    )
     checksum: Literal["sha256"] | None = setting(
         "sha256", Choice("sha256", optional=True), "Digest of each object, made on the way.", shell=("--checksum",)
+    )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if self.verify_held == "digest" and self.checksum is None:
+            raise invalid(
+                spelling("verify_held"),
+                f"digest needs digests, and {spelling('checksum')} is none",
+                f"Set {spelling('checksum')} to sha256, or verify by size.",
+            )
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(NodeOptions, HeldOptions):
+    """How instances are written to a folder or a bucket."""
+
+    title = "writing"
+
+    store_with_file_meta: bool = setting(
+        True,
+        Flag(),
+        "Write DICOM files with preamble and file meta information, not bare data sets.",
+        off=("--no-file-meta", "--no-store-with-file-meta"),
+        off_doc="Write bare data sets, without preamble and file meta information.",
+    )
+    adopt: bool = setting(
+        False, Flag(), "Take files that lie under a final name without a record as held.", shell=("--adopt",)
     )
     durable: bool = setting(
         True,
@@ -250,6 +444,97 @@ class Options(Checked):
     ack: Literal["taken", "durable"] = setting(
         "taken", Choice("taken", "durable"), "When an instance is acknowledged to the source.", shell=("--ack",)
     )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if self.ack == "durable" and not self.durable:
+            raise invalid(
+                spelling("ack"),
+                f"durable waits for what {spelling('durable')} switches off",
+                "Leave one of the two out.",
+            )
+        if self.adopt and not self.resume:
+            raise invalid(
+                spelling("adopt"),
+                f"takes files as held, and {spelling('resume')} says that nothing held is skipped",
+                "Leave one of the two out.",
+            )
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardingOptions(NodeOptions, HeldOptions):
+    """How instances are stored at another node."""
+
+    title = "storing at a node"
+
+    strict_forward: bool = setting(
+        False,
+        Flag(),
+        "End the retrieval at the first instance that the target refuses.",
+        shell=("--strict-forward",),
+    )
+    trust_destination: bool = setting(
+        False,
+        Flag(),
+        "Take what the target lists as held, though we have not sent it.",
+        shell=("--trust-destination",),
+    )
+
+
+# --- verbs -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoOptions(NodeOptions, AdmissionOptions):
+    """The options of ``echo``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions(NodeOptions, ScopeOptions, ModelOptions):
+    """The options of ``find``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(ForwardingOptions, AdmissionOptions, RootOptions):
+    """What ``get`` and ``store`` have in common."""
+
+    title = "transfer"
+
+    associations: int = setting(1, Integer(1, 64), "Associations used at a time.", shell=("--associations",))
+    retries: int = setting(
+        5, Integer(0, 100), "New associations in a row that may fail without progress.", shell=("--retries",)
+    )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if self.associations > self.max_associations:
+            most = spelling("max_associations")
+            raise invalid(
+                spelling("associations"),
+                f"{self.associations} is more than {most}, which is {self.max_associations}",
+                f"Lower it, or raise {most} if the source allows more.",
+            )
+        return super().agreed(spelling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(TransferOptions):
+    """The options of :class:`~airflow_dicom_get.store.StoreScu`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, ScopeOptions):
+    """The options of :class:`~airflow_dicom_get.GetScu`."""
+
+    title = "retrieval"
+
+    storage_backend: Backend = setting(
+        "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination, in the long form."
+    )
+    out_dir: FilesystemDestination | None = setting(
+        None, Parsed(_parse_out_dir, "a folder", optional=True), "Folder for the instances, in the long form."
+    )
     require_exact: bool = setting(
         False, Flag(), "Refuse instances that the source may have converted.", shell=("--require-exact",)
     )
@@ -260,19 +545,6 @@ class Options(Checked):
         shell=("--tags", "--tag"),
         repeat=True,
         metavar="KEYWORD",
-    )
-    manifest_root: FilesystemDestination | S3Destination | None = setting(
-        None,
-        Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
-        "Folder or prefix for manifests and ledger; _manifests in the destination by default.",
-        shell=("--state", "--manifest-root"),
-        metavar="DIR",
-    )
-    trust_destination: bool = setting(
-        False,
-        Flag(),
-        "Take what the target lists as held, though we have not sent it.",
-        shell=("--trust-destination",),
     )
     transfer_syntaxes: tuple[str, ...] | None = setting(
         None,
@@ -290,29 +562,27 @@ class Options(Checked):
         repeat=True,
         metavar="UID",
     )
-    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the source.", connection="use_tls")
-    user_identity: UserIdentity | None = setting(
-        None, Group(UserIdentity, optional=True), "User identity towards the source."
-    )
-    deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "How long each wait may last.")
 
-    @property
-    def called(self) -> str:
-        """The AE title to call: the one in the address, else the separate option."""
-        return self.addr.ae_title or self.called_ae_title
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`: the short form and the long forms of the destination become one, too."""
+        destination = _destination(self, spelling)
+        made = self if destination is self.destination else dataclasses.replace(self, destination=destination)
+        return super(GetOptions, made).agreed(spelling)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueryOptions(Checked):
-    """The options that belong to one call, not to the source."""
+@dataclass(frozen=True, kw_only=True)
+class CallOptions(GetOptions, ModelOptions):
+    """The options of a client and of its calls together, as the shell and a connection give them."""
 
-    query_model: Literal["StudyRoot", "PatientRoot"] = setting(
-        "StudyRoot",
-        Choice("StudyRoot", "PatientRoot"),
-        "Query/retrieve information model.",
-        shell=("--model", "--query-model"),
-        connection="query_model",
-    )
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(ConnectionOptions, PlaceOptions, ModelOptions):
+    """The options of :func:`~airflow_dicom_get.verify.verify`."""
+
+    addr: Node | None = setting(None, OPTIONAL_NODE, "Address of a PACS to compare with, [AE@]host:port.")
+
+
+# --- the table -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +613,7 @@ class Option:
         return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-_GROUPS: Mapping[str, type[Any]] = {
+_PARTS: Mapping[str, type[Any]] = {
     "s3_config": S3Config,
     "forward_target": ForwardTarget,
     "tls": Tls,
@@ -351,54 +621,26 @@ _GROUPS: Mapping[str, type[Any]] = {
     "deadlines": Deadlines,
 }
 
-
-def _rows() -> Iterable[Option]:
-    for cls in (Options, QueryOptions):
-        for item in dataclasses.fields(cls):
-            default = None if item.default is dataclasses.MISSING else item.default
-            yield Option(item.name, default, item.metadata["setting"])
-            for part in dataclasses.fields(_GROUPS[item.name]) if item.name in _GROUPS else ():
-                yield Option(f"{item.name}.{part.name}", part.default, part.metadata["setting"])
+GROUPS: tuple[type[Options], ...] = (
+    ModelOptions, ScopeOptions, PlaceOptions, RootOptions, HeldOptions, WritingOptions, ForwardingOptions, GetOptions,
+    TransferOptions, AdmissionOptions, LimitOptions, NodeOptions, ConnectionOptions,
+)  # fmt: skip
+"""The classes that declare options, in the order of ``--help`` and the documentation."""
 
 
-OPTIONS: Mapping[str, Option] = {row.name: row for row in _rows()}
+def declared(group: type[Options]) -> Iterable[Option]:
+    """The rows of the options that a group declares itself, each followed by its parts."""
+    for item in dataclasses.fields(group):
+        if item.name not in group.__annotations__:
+            continue
+        default = None if item.default is dataclasses.MISSING else item.default
+        yield Option(item.name, default, item.metadata["setting"])
+        for part in dataclasses.fields(_PARTS[item.name]) if item.name in _PARTS else ():
+            yield Option(f"{item.name}.{part.name}", part.default, part.metadata["setting"])
+
+
+OPTIONS: Mapping[str, Option] = {row.name: row for group in GROUPS for row in declared(group)}
 """The table: every option by its name, in the order of the documentation."""
-
-
-Spelling = Callable[[str], str]
-"""How the caller writes the name of an option; used in messages."""
-
-
-def check_options(addr: Any, *, spelling: Spelling = str, **values: Any) -> Options:
-    """Check all options of a retrieval, alone and against each other, before any traffic.
-
-    Parameters
-    ----------
-    addr : str or Node
-        Address of the source.
-    spelling : callable
-        Turns the name of an option into what the user typed, for the messages.
-    **values : Any
-        The options of :class:`Options`; what is left out takes its default.
-
-    Raises
-    ------
-    InvalidOption
-        An option is not known, malformed, contradicts another, or is not available in this version.
-    """
-    names = {item.name for item in dataclasses.fields(Options)}
-    checked: dict[str, Any] = {}
-    for name, value in {"addr": addr, **values}.items():
-        if name not in names:
-            raise _unknown(name, names)
-        try:
-            checked[name] = OPTIONS[name].check(spelling(name), value)
-        except InvalidOption as error:
-            raise _respelled(error, spelling) from None
-    destination = _destination(checked, spelling)
-    options = Options(**{**checked, "destination": destination})
-    _contradictions(options, spelling)
-    return options
 
 
 _PART_NAME = re.compile(r"\b(?:s3_config|forward_target|tls|user_identity|deadlines)\.\w+")
@@ -420,17 +662,15 @@ def _unknown(name: str, names: Iterable[str]) -> InvalidOption:
     return invalid(name[:64], "is no option", f"Did you mean {close[0]}?" if close else "See the table of options.")
 
 
-def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | None:
+def _destination(options: GetOptions, spelling: Spelling) -> Destination | None:
     """Bring the short form and the three long forms down to one destination."""
-    destination: Destination | None = given.get("destination")
-    backend: str | None = given.get("storage_backend")
-    out_dir, s3, target = given.get("out_dir"), given.get("s3_config"), given.get("forward_target")
-    kinds = {FilesystemDestination: "Filesystem", S3Destination: "S3", ForwardDestination: "Forward"}
+    destination, out_dir = options.destination, options.out_dir
+    backend, s3, target = options.storage_backend, options.s3_config, options.forward_target
+    kind = _KINDS[type(destination)] if destination is not None else backend
     if destination is not None:
-        kind = kinds[type(destination)]
         if out_dir is not None:
             raise invalid(spelling("out_dir"), f"is given beside {spelling('destination')}", "Give one of the two.")
-        if backend not in (None, kind) and not (backend == "Filesystem" and kind != "Filesystem"):
+        if backend not in (kind, "Filesystem"):
             raise invalid(
                 spelling("storage_backend"),
                 f"{backend} does not fit {spelling('destination')} {destination}",
@@ -440,9 +680,7 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
         if named or (target is not None and target.addr is not None):
             group = "s3_config" if s3 is not None else "forward_target"
             raise invalid(spelling(group), f"names a place beside {spelling('destination')}", "Give one of the two.")
-    else:
-        kind = backend or "Filesystem"
-    reaches_root = isinstance(given.get("manifest_root"), S3Destination) and s3 is not None and s3.bucket is None
+    reaches_root = isinstance(options.manifest_root, S3Destination) and s3 is not None and s3.bucket is None
     for group, value, its_kind in (
         ("out_dir", out_dir, "Filesystem"),
         ("s3_config", None if reaches_root else s3, "S3"),
@@ -454,42 +692,49 @@ def _destination(given: Mapping[str, Any], spelling: Spelling) -> Destination | 
                 f"does not fit a destination of the kind {kind}",
                 f"Leave it out, or give {spelling('storage_backend')} {its_kind}.",
             )
-    if destination is None:
-        if kind == "S3":
-            if s3 is None or s3.bucket is None:
-                raise invalid(spelling("s3_config"), "names no bucket", "Give s3_config={'bucket': …}.")
-            destination = S3Destination(s3.bucket, s3.prefix or "")
-        elif kind == "Forward":
-            if target is None or target.addr is None:
-                raise invalid(spelling("forward_target"), "names no address", "Give forward_target={'addr': …}.")
-            destination = ForwardDestination(target.addr)
-        else:
-            destination = out_dir
-    if isinstance(destination, FilesystemDestination):
-        check_folder(destination.path, spelling("destination" if out_dir is None else "out_dir"))
-    elif isinstance(destination, ForwardDestination):
-        _check_target(given, destination, spelling)
-    elif isinstance(destination, S3Destination):
-        _check_bucket(destination, spelling("destination" if given.get("destination") else "s3_config"))
+    if destination is not None:
+        form = "destination"
+    elif kind == "S3":
+        form = "s3_config"
+        if s3 is None or s3.bucket is None:
+            raise invalid(spelling(form), "names no bucket", "Give s3_config={'bucket': …}.")
+        destination = S3Destination(s3.bucket, s3.prefix or "")
+    elif kind == "Forward":
+        form = "forward_target"
+        if target is None or target.addr is None:
+            raise invalid(spelling(form), "names no address", "Give forward_target={'addr': …}.")
+        destination = ForwardDestination(target.addr)
+    else:
+        form = "out_dir"
+        destination = out_dir
+    _check_destination(options, destination, spelling, form)
     return destination
 
 
-def _check_bucket(place: S3Destination, option: str) -> None:
-    if place.conn_id is not None:
-        raise invalid(option, f"{place} names a connection of Airflow", "Write s3://bucket/prefix.")
+_KINDS: Mapping[type[Any], Backend] = {
+    FilesystemDestination: "Filesystem",
+    S3Destination: "S3",
+    ForwardDestination: "Forward",
+}
 
 
-def _check_target(given: Mapping[str, Any], destination: ForwardDestination, spelling: Spelling) -> None:
-    option = spelling("destination" if given.get("destination") else "forward_target")
-    if destination.node is None:
-        raise invalid(
-            option,
-            f"{destination} names a connection of Airflow",
-            "Write dicom://[AE@]host:port.",
-        )
-    source: Node = given["addr"]
-    if _endpoint(source) == _endpoint(destination.node):
-        raise invalid(option, f"{destination} is the source itself", "Give another node.")
+def _check_destination(options: GetOptions, destination: Destination | None, spelling: Spelling, form: str) -> None:
+    """What fits this destination; ``form`` is the option that names it."""
+    if isinstance(destination, FilesystemDestination):
+        check_folder(destination.path, spelling(form))
+    elif destination is not None:
+        _check_names_no_connection(destination, spelling(form))
+    if isinstance(destination, ForwardDestination):
+        assert destination.node is not None
+        if _endpoint(options.addr) == _endpoint(destination.node):
+            raise invalid(spelling(form), f"{destination} is the source itself", "Give another node.")
+        for name, given in (("adopt", options.adopt), ("store_with_file_meta", not options.store_with_file_meta)):
+            if given:
+                raise invalid(spelling(name), "says nothing for a DICOM node as destination", "Leave it out.")
+        return
+    for name in ("strict_forward", "trust_destination"):
+        if getattr(options, name):
+            raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
 
 
 def _endpoint(node: Node) -> tuple[str, int]:
@@ -497,58 +742,20 @@ def _endpoint(node: Node) -> tuple[str, int]:
     return "localhost" if host in ("127.0.0.1", "::1") else host, node.port
 
 
-def _contradictions(options: Options, spelling: Spelling) -> None:
-    def refuse(option: str, other: str, what: str, hint: str) -> InvalidOption:
-        return invalid(spelling(option), what.format(other=spelling(other)), hint.format(other=spelling(other)))
+def _check_names_no_connection(place: Destination, option: str) -> None:
+    if isinstance(place, FilesystemDestination) or place.conn_id is None:
+        return
+    form = "s3://bucket/prefix" if isinstance(place, S3Destination) else "dicom://[AE@]host:port"
+    raise invalid(option, f"{place} names a connection of Airflow", f"Write {form}.")
 
-    if options.associations > options.max_associations:
-        raise refuse(
-            "associations",
-            "max_associations",
-            f"{options.associations} is more than {{other}}, which is {options.max_associations}",
-            "Lower it, or raise {other} if the source allows more.",
-        )
-    if options.verify_held == "digest" and options.checksum is None:
-        raise refuse(
-            "verify_held",
-            "checksum",
-            "digest needs digests, and {other} is none",
-            "Set {other} to sha256, or verify by size.",
-        )
-    if options.ack == "durable" and not options.durable:
-        raise refuse("ack", "durable", "durable waits for what {other} switches off", "Leave one of the two out.")
-    if options.adopt and not options.resume:
-        raise refuse(
-            "adopt",
-            "resume",
-            "takes files as held, and {other} says that nothing held is skipped",
-            "Leave one of the two out.",
-        )
-    if not isinstance(options.destination, ForwardDestination):
-        for name in ("strict_forward", "trust_destination"):
-            if getattr(options, name):
-                raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
-    else:
-        for name, given in (("adopt", options.adopt), ("store_with_file_meta", not options.store_with_file_meta)):
-            if given:
-                raise invalid(spelling(name), "says nothing for a DICOM node as destination", "Leave it out.")
-    for part in ("ca", "cert", "key") if options.tls is not None else ():
-        path = getattr(options.tls, part)
-        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
-            raise invalid(spelling(f"tls.{part}"), f"{shown_path(path)} is no file that can be read", "Check the path.")
-    bundle = options.s3_config.ca_bundle if options.s3_config is not None else None
-    if bundle is not None and not (os.path.isfile(bundle) and os.access(bundle, os.R_OK)):
-        raise invalid(
-            spelling("s3_config.ca_bundle"), f"{shown_path(bundle)} is no file that can be read", "Check the path."
-        )
-    if isinstance(options.manifest_root, S3Destination):
-        _check_bucket(options.manifest_root, spelling("manifest_root"))
-    elif options.manifest_root is not None:
-        check_folder(options.manifest_root.path, spelling("manifest_root"))
+
+def _check_file(path: str | None, option: str) -> None:
+    if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise invalid(option, f"{shown_path(path)} is no file that can be read", "Check the path.")
 
 
 def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:
-    """Turn options by their names in the table into keyword arguments of :func:`check_options`.
+    """Turn options by their names in the table into the values that :meth:`Options.check` takes.
 
     ``tls`` is a switch here. Parts of it without the switch are refused: whoever names a certificate
     must not end up on a plain line.

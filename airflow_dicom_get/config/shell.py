@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Iterable
 from typing import Any
 
 from airflow_dicom_get.config.checks import Choice, Flag
-from airflow_dicom_get.config.options import OPTIONS, Option
+from airflow_dicom_get.config.options import GROUPS, OPTIONS, Option, Options, declared
 
 
 def shell_name(name: str) -> str:
@@ -25,37 +24,41 @@ def _dest(name: str) -> str:
     return "option:" + name
 
 
-def add_shell_options(parser: ArgumentParser | _ArgumentGroup, names: Iterable[str]) -> None:
-    """Add the flags of the options named, and of the parts of a group named.
+def add_shell_options(parser: ArgumentParser, verb: type[Options]) -> None:
+    """Add the flags of a verb's options, and of their parts, in groups with titles.
 
     Nothing has a default here, so that what was typed can be told from what was not.
     """
-    wanted = set(names)
-    for row in OPTIONS.values():
-        if row.name not in wanted and row.part_of not in wanted:
+    sections: dict[str, _ArgumentGroup] = {}
+    for group in GROUPS:
+        if not issubclass(verb, group):
             continue
-        if row.name == "tls":
-            parser.add_argument(
-                "--tls", dest=_dest("tls"), action="store_const", const=True, default=SUPPRESS, help=row.setting.doc
-            )
-            continue
-        texts: dict[str, Any] = {
-            "dest": _dest(row.name),
-            "default": SUPPRESS,
-            "help": _help(row),
-        }
-        if row.setting.off:
-            parser.add_argument(*row.setting.off, action="store_const", const=False, **texts)
-        if row.setting.shell:
-            kind = row.setting.check
-            if isinstance(kind, Flag):
-                parser.add_argument(*row.setting.shell, action="store_const", const=True, **texts)
-            else:
-                if isinstance(kind, Choice):
-                    texts["metavar"] = "|".join([*kind.values, *(["none"] if kind.optional else [])])
-                else:
-                    texts["metavar"] = row.setting.metavar or ("S" if row.setting.unit == "s" else "N")
-                parser.add_argument(*row.setting.shell, action="append" if row.setting.repeat else "store", **texts)
+        for row in declared(group):
+            if row.name != "tls" and not (row.setting.shell or row.setting.off):
+                continue
+            if group.title not in sections:
+                sections[group.title] = parser.add_argument_group(group.title)
+            _add_flags(sections[group.title], row)
+
+
+def _add_flags(section: _ArgumentGroup, row: Option) -> None:
+    texts: dict[str, Any] = {"dest": _dest(row.name), "default": SUPPRESS, "help": _help(row)}
+    kind = row.setting.check
+    if row.name == "tls":
+        section.add_argument("--tls", action="store_const", const=True, **{**texts, "help": row.setting.doc})
+        return
+    if row.setting.off:
+        section.add_argument(*row.setting.off, action="store_const", const=False, **texts)
+    if not row.setting.shell:
+        return
+    if isinstance(kind, Flag):
+        section.add_argument(*row.setting.shell, action="store_const", const=True, **texts)
+        return
+    if isinstance(kind, Choice):
+        texts["metavar"] = "|".join([*kind.values, *(["none"] if kind.optional else [])])
+    else:
+        texts["metavar"] = row.setting.metavar or ("S" if row.setting.unit == "s" else "N")
+    section.add_argument(*row.setting.shell, action="append" if row.setting.repeat else "store", **texts)
 
 
 def _help(row: Option) -> str:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from airflow_dicom_get.config.options import Options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.engine.contexts import PeerKnowledge
 from airflow_dicom_get.engine.events import Events
 from airflow_dicom_get.engine.source import Source
@@ -36,7 +36,7 @@ class Retrieval:
         Told the SOP classes that are to come.
     """
 
-    options: Options
+    options: GetOptions
     query_model: str
     source: Source
     sink: Sink

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from airflow_dicom_get.config.options import Options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates
 from airflow_dicom_get.engine.contexts import ROOM, PeerKnowledge, likely_classes, other_classes, pack, pairs_of
 from airflow_dicom_get.engine.requests import MAX_LIST, Request, by_series, lists_of
@@ -25,7 +25,7 @@ class Situation(NamedTuple):
 
     state: StudyState
     peer: PeerKnowledge
-    options: Options
+    options: GetOptions
 
 
 Passes = Iterator[tuple[list[Proposal], list[Request]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, tzinfo
@@ -12,14 +13,14 @@ from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.connection import field_name, options_from_fields
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, ForwardTarget, Window
 from airflow_dicom_get.config.node import Node, check_ae_title
-from airflow_dicom_get.config.options import OPTIONS, check_options, nested
+from airflow_dicom_get.config.options import OPTIONS, CallOptions, GetOptions, StoreOptions, nested
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.hooks._connection import extras_of, find_connection, of_connection
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
 
-    from airflow_dicom_get.config.options import Options
+    from airflow_dicom_get.config.groups import Deadlines
 
 CONN_TYPE = "dicom"
 CONN_NAME = "DICOM (PACS)"
@@ -43,9 +44,13 @@ class NodeConfig:
         """The time zone of the node, for ``today``."""
         return str(self.values.get("timezone", OPTIONS["timezone"].default))
 
-    def options(self, overrides: Mapping[str, Any] | None = None) -> Options:
+    def options(self, overrides: Mapping[str, Any] | None = None) -> GetOptions:
         """The options of a client, checked, with those that win over the connection's."""
-        return check_options(self.node, **{**self.values, **(overrides or {})})
+        return GetOptions.check({"addr": self.node, **self.values, **(overrides or {})})
+
+    def store_options(self, overrides: Mapping[str, Any]) -> StoreOptions:
+        """The options of a client that stores at this node: the connection's limits as a source are not its own."""
+        return StoreOptions.check({"addr": self.node, **StoreOptions.own(self.values), **overrides})
 
     def forward_target(self) -> ForwardTarget:
         """How the node is called where instances are forwarded to it."""
@@ -56,7 +61,7 @@ class NodeConfig:
             tls=options.tls,
         )
 
-    def limits_as_target(self, options: Options, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    def limits_as_target(self, options: GetOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Changes to the options of a source for the limits of this connection, where it is forwarded to.
 
         :param options: of the source, its own limits applied
@@ -105,10 +110,8 @@ def _parse(conn: Connection, conn_id: str) -> NodeConfig:
     if conn.password:
         flat["tls.key_password"] = conn.password
     values = nested(flat, field_name)
-    model = values.pop("query_model", OPTIONS["query_model"].default)
-    query_model = str(OPTIONS["query_model"].check("query_model", model))
-    check_options(node, spelling=field_name, **values)  # here the names of the fields are known
-    return NodeConfig(conn_id, node, query_model, values)
+    checked = CallOptions.check({"addr": node, **values}, field_name)  # here the names of the fields are known
+    return NodeConfig(conn_id, node, checked.query_model, GetOptions.own(values))
 
 
 def _node(conn: Connection, conn_id: str) -> Node:
@@ -134,7 +137,14 @@ def _node(conn: Connection, conn_id: str) -> Node:
 # --- limits that all tasks share -------------------------------------------------------------------
 
 
-def share(options: Options) -> int:
+def within(deadlines: Deadlines, seconds: float) -> Deadlines:
+    """The deadlines, with an end of the operation after so many seconds if not before."""
+    if seconds == math.inf:
+        return deadlines
+    return replace(deadlines, operation=min(max(seconds, 0.001), deadlines.operation or math.inf))
+
+
+def share(options: GetOptions) -> int:
     """What of a connection's ``bytes_per_second`` belongs to the associations of one task."""
     assert options.bytes_per_second is not None
     return max(options.bytes_per_second * options.associations // options.max_associations, 1000)

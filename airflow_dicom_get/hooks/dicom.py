@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
@@ -16,13 +16,13 @@ from airflow_dicom_get.hooks._connection import (
     within_limit,
 )
 from airflow_dicom_get.hooks._destinations import Destinations, resolve_destinations
-from airflow_dicom_get.hooks._node_config import CONN_NAME, CONN_TYPE, NodeConfig, read_node_config, share
+from airflow_dicom_get.hooks._node_config import CONN_NAME, CONN_TYPE, NodeConfig, read_node_config, share, within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow_dicom_get.config.node import Node
-    from airflow_dicom_get.config.options import Options
+    from airflow_dicom_get.config.options import GetOptions
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.result import EchoReport, Plan, Result
     from airflow_dicom_get.store import StoreScu
@@ -84,7 +84,7 @@ class DicomHook(BaseHook):
         destinations: Destinations | None = None,
         s3_conn_id: str | None = None,
         **overrides: Any,
-    ) -> Options:
+    ) -> GetOptions:
         """Return the options of a client, all checked.
 
         ``max_associations`` and ``bytes_per_second`` of the connection hold for all tasks together, and the tasks
@@ -106,9 +106,7 @@ class DicomHook(BaseHook):
         changes: dict[str, Any] = {"max_associations": options.associations}
         if options.bytes_per_second is not None and "bytes_per_second" not in overrides:
             changes["bytes_per_second"] = share(options)
-        if seconds != math.inf:
-            allowed = min(max(seconds, 0.001), options.deadlines.operation or math.inf)
-            changes["deadlines"] = replace(options.deadlines, operation=allowed)
+        changes["deadlines"] = within(options.deadlines, seconds)
         if destinations is not None and destinations.destination.target is not None:
             target = destinations.destination.target
             changes |= target.limits_as_target(replace(options, **changes), overrides)
@@ -118,9 +116,7 @@ class DicomHook(BaseHook):
         """Make a :class:`~airflow_dicom_get.GetScu` from the connection; see :meth:`options`."""
         from airflow_dicom_get.getscu import GetScu
 
-        options = self.options(**overrides)
-        values = {item.name: getattr(options, item.name) for item in fields(options)}
-        return GetScu(values.pop("addr"), **values)
+        return GetScu.of(self.options(**overrides))
 
     def get_store_scu(self, *, associations: int = 1, seconds: float = math.inf, **overrides: Any) -> StoreScu:
         """Make a :class:`~airflow_dicom_get.store.StoreScu` that stores at the node of the connection.
@@ -131,9 +127,9 @@ class DicomHook(BaseHook):
         """
         from airflow_dicom_get.store import StoreScu
 
-        options = self.options(associations=associations, seconds=seconds)
-        taken = ("calling_ae_title", "max_pdu_length", "associations", "max_associations", "tls", "deadlines")
-        return StoreScu(options.addr, **{name: getattr(options, name) for name in taken} | overrides)
+        options = self.config.store_options({"associations": associations, **overrides})
+        deadlines = within(options.deadlines, seconds)
+        return StoreScu.of(replace(options, max_associations=associations, deadlines=deadlines))
 
     def get_conn(self) -> GetScu:
         """Return a client of the node; nothing is opened yet."""

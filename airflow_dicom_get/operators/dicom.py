@@ -16,6 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
+from airflow_dicom_get.config.options import NodeOptions
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
@@ -54,7 +55,7 @@ from airflow_dicom_get.vocabulary import CANCELLED, FAILED, PARTIAL, UNVERIFIED
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.config.options import Options
+    from airflow_dicom_get.config.options import GetOptions
     from airflow_dicom_get.errors import DicomGetError
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.store import StoreScu
@@ -508,7 +509,7 @@ class DicomStoreOperator(TransferOperator):
     # --- traffic -----------------------------------------------------------------------------------
 
     def _run(
-        self, make: Any, given: dict[str, Any], name: str, hours: Options, ends: float, progress: Progress
+        self, make: Any, given: dict[str, Any], name: str, hours: GetOptions, ends: float, progress: Progress
     ) -> list[Result]:
         window = None if self.outside_window == "ignore" else hours.window
         closes = None
@@ -680,12 +681,7 @@ class DicomVerifyOperator(DicomTask):
         if self.dicom_conn_id is not None:
             hook = DicomHook(self.dicom_conn_id)
             source = str(hook.node)
-            asked = hook.options()
-            options["addr"] = asked.addr
-            options["query_model"] = self.query_model or hook.query_model
-            options |= {
-                name: getattr(asked, name) for name in ("calling_ae_title", "max_pdu_length", "tls", "deadlines")
-            }
+            options |= hook.options().values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
         found = verify(
             one_table(tables) if tables else None,
             study=studies or None,

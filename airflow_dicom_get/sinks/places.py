@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get.config.destination import FilesystemDestination, ForwardDestination, S3Destination
-from airflow_dicom_get.config.groups import ForwardTarget, S3Config
-from airflow_dicom_get.config.options import Options
+from airflow_dicom_get.config.groups import ForwardTarget
+from airflow_dicom_get.config.options import GetOptions, RootOptions
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
 
@@ -79,7 +79,7 @@ class Places:
         return self.place.sink(self.root.ledgers(), run, read_only=read_only)
 
 
-def open_places(options: Options) -> Places:
+def open_places(options: GetOptions) -> Places:
     """The places that the options name, as far as they can be looked at without writing.
 
     Raises
@@ -90,12 +90,12 @@ def open_places(options: Options) -> Places:
     destination = options.destination
     if isinstance(destination, FilesystemDestination):
         folder = FolderPlace(destination.path, options)
-        return Places(folder, _root(options) or FolderRoot(folder.path / "_manifests"))
+        return Places(folder, named_root(options) or FolderRoot(folder.path / "_manifests"))
     if isinstance(destination, S3Destination):
         from airflow_dicom_get.sinks.s3_places import BucketPlace, BucketRoot, root_of
 
         bucket = BucketPlace(destination, options)
-        return Places(bucket, _root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
+        return Places(bucket, named_root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
     if isinstance(destination, ForwardDestination):
         return Places(ForwardPlace(destination, options), root_for(options))
     raise InvalidOption(
@@ -105,23 +105,19 @@ def open_places(options: Options) -> Places:
     )
 
 
-def root_for(options: Options) -> Root:
+def root_for(options: RootOptions) -> Root:
     """Where manifests and ledgers lie for a node to store at."""
-    return _root(options) or FolderRoot(state_folder())
+    return named_root(options) or FolderRoot(state_folder())
 
 
-def _root(options: Options) -> Root | None:
-    return named_root(options, options.s3_config)
-
-
-def named_root(options: Options, s3: S3Config | None) -> Root | None:
+def named_root(options: RootOptions) -> Root | None:
     """The root that ``manifest_root`` names."""
     root = options.manifest_root
     if isinstance(root, S3Destination):
         from airflow_dicom_get.sinks.s3_places import BucketRoot
         from airflow_dicom_get.storage.bucket import Bucket
 
-        return BucketRoot(Bucket(root.bucket, s3), root.prefix)
+        return BucketRoot(Bucket(root.bucket, options.s3_config), root.prefix)
     return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
 
 
@@ -131,7 +127,7 @@ def named_root(options: Options, s3: S3Config | None) -> Root | None:
 class FolderPlace:
     """A folder: see :class:`Place`."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: GetOptions) -> None:
         at = _nearest(path.absolute())
         if not at.is_dir():
             raise InvalidOption(
@@ -232,7 +228,7 @@ def state_folder() -> Path:
 class ForwardPlace:
     """Another node, where instances go as they arrive: see :class:`Place`."""
 
-    def __init__(self, destination: ForwardDestination, options: Options) -> None:
+    def __init__(self, destination: ForwardDestination, options: GetOptions) -> None:
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.tls import tls_context
         from airflow_dicom_get.sinks.forward import Target

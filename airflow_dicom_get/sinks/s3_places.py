@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.destination import S3Destination
-from airflow_dicom_get.config.options import Options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -26,7 +26,7 @@ _OUTAGE = 45.0
 class BucketPlace:
     """A prefix of a bucket: see :class:`~airflow_dicom_get.sinks.places.Place`."""
 
-    def __init__(self, destination: S3Destination, options: Options) -> None:
+    def __init__(self, destination: S3Destination, options: GetOptions) -> None:
         self._destination, self._options = destination, options
         self.bucket = Bucket(destination.bucket, options.s3_config)
         self.uri = self.bucket.uri(destination.prefix).rstrip("/")

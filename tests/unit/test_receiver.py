@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from airflow_dicom_get.config.options import check_options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.engine.contexts import PeerKnowledge
 from airflow_dicom_get.engine.events import Events
 from airflow_dicom_get.engine.listing import Listing, SeriesInfo
@@ -95,7 +95,7 @@ class Source:
     """What a receiver asks of its source."""
 
     def __init__(self) -> None:
-        self.deadlines = check_options("PACS@localhost:104").deadlines
+        self.deadlines = GetOptions.check({"addr": "PACS@localhost:104"}).deadlines
         self.cancel = CancelToken()
 
 
@@ -113,7 +113,7 @@ class Desk:
             self.state.take_list(found)
         self.sink, self.source, self.events = Sink(), Source(), list[SubOperation]()
         self.retrieval = Retrieval(
-            options=check_options("PACS@localhost:104", **options),
+            options=GetOptions.check({"addr": "PACS@localhost:104", **options}),
             query_model="StudyRoot",
             source=self.source,  # type: ignore[arg-type]
             sink=self.sink,  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from airflow_dicom_get.config.options import check_options
+from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.engine.contexts import PeerKnowledge
 from airflow_dicom_get.engine.listing import Listing, SeriesInfo
 from airflow_dicom_get.engine.requests import MAX_LIST, Request, lists_of
@@ -35,7 +35,7 @@ def situation(
             one.modality = "CT"
             found.instances[one.sop] = one
     state.take_list(found)
-    return Situation(state, PeerKnowledge(), check_options("PACS@localhost:104", **options))
+    return Situation(state, PeerKnowledge(), GetOptions.check({"addr": "PACS@localhost:104", **options}))
 
 
 def run(name: str, at: Situation) -> list[tuple[list[Proposal], list[Request]]]:
