@@ -239,12 +239,8 @@ class _Run:
             target,
             ledgers,
             name,
-            deadlines=patient,
+            dataclasses.replace(o, deadlines=patient),
             cancel=self.cancel,
-            strict=o.strict_forward,
-            trust_destination=o.trust_destination,
-            verify_held=o.verify_held,
-            checksum=o.checksum is not None,
         )
         self._mutex = threading.Lock()
         self._held: dict[str, dict[str, Held]] = {}

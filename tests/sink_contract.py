@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.errors import SinkError
 from airflow_dicom_get.records import Instance, object_uri
 from airflow_dicom_get.sinks.base import Confirmation, Held, Sink, Taken
@@ -28,6 +29,11 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 STUDY, SERIES = make_uid("contract"), make_uid("contract.1")
 LARGE = (20 << 20) + 12345
 FRAGMENT = 130_000
+
+
+def written(**options: Any) -> WritingOptions:
+    """Options of a sink that writes files or objects."""
+    return WritingOptions.check({"addr": "CALLED@source:104", "calling_ae_title": "CALLING", **options})
 
 
 class Harness:

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from sink_contract import Harness, SinkContract
+from sink_contract import Harness, SinkContract, written
 
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.records import Instance
@@ -27,14 +27,13 @@ class FolderHarness(Harness):
         self.ledgers = folder / "out" / "_manifests"
         self._runs = itertools.count(1)
 
-    def sink(self, **options: Any) -> FilesystemSink:
+    def sink(self, *, read_only: bool = False, **options: Any) -> FilesystemSink:
         return FilesystemSink(
             self.root,
             FolderLedgers(self.ledgers),
             f"20260101T000000Z-{next(self._runs):08x}",
-            calling="CALLING",
-            called="CALLED",
-            **options,
+            written(**options),
+            read_only=read_only,
         )
 
     def crash(self, sink: Any) -> None:

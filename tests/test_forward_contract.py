@@ -12,8 +12,8 @@ import pytest
 from odd_destination import DieError, OddDestination
 from sink_contract import Harness, SinkContract
 
-from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import ForwardingOptions
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.forward import ForwardSink, Target
@@ -43,9 +43,8 @@ class ForwardHarness(Harness):
             Recorded(Node.parse(self.destination.node), "CALLING", "ODD"),
             FolderLedgers(self.folder),
             f"20260101T000000Z-{next(self._runs):08x}",
-            deadlines=Deadlines(),
+            ForwardingOptions.check({"addr": self.destination.node, **options}),
             cancel=CancelToken(),
-            **options,
         )
 
     def crash(self, sink: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from s3_servers import BUCKET, FaultProxy, Juicefs, Moto, S3Server
-from sink_contract import Harness, SinkContract
+from sink_contract import Harness, SinkContract, written
 
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.s3 import S3Sink
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
+from airflow_dicom_get.sinks.s3_uploads import Uploads
 from airflow_dicom_get.storage.bucket import Bucket
 
 _prefixes = itertools.count(1)
@@ -30,7 +31,7 @@ class BucketHarness(Harness):
         self.tells_runs_apart = server.conditional
         self._runs = itertools.count(1)
 
-    def sink(self, **options: Any) -> S3Sink:
+    def sink(self, *, read_only: bool = False, **options: Any) -> S3Sink:
         # One attempt a request, so that what fails fails soon; the sink's own patience goes on from there.
         bucket = Bucket(BUCKET, S3Config(**self.proxy.config), attempts=1)
         return S3Sink(
@@ -38,10 +39,10 @@ class BucketHarness(Harness):
             self.prefix,
             BucketLedgers(bucket, f"{self.prefix}/_manifests"),
             f"20260101T000000Z-{next(self._runs):08x}",
-            calling="CALLING",
-            called="CALLED",
+            written(**options),
+            Uploads(bucket.config.max_concurrency, patience=20.0, outage=1.5),
+            read_only=read_only,
             conditional=self.server.conditional,
-            **{"outage": 1.5, **options},
         )
 
     def crash(self, sink: Any) -> None:

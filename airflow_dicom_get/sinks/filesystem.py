@@ -15,8 +15,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
@@ -45,8 +46,6 @@ _GATHER = 0.02
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
 
-VerifyHeld = Literal["size", "digest", "none"]
-
 
 def sink_error(error: OSError, what: str) -> SinkError:
     """An OS error of the destination as an error of ours."""
@@ -69,18 +68,8 @@ class FilesystemSink:
         Where runs record what they took and kept.
     run : str
         Name of this run, unique.
-    calling, called : str
-        AE titles for the file meta information.
-    file_meta : bool
-        Write Part 10 files; else the bare data set, whose transfer syntax only the manifest knows.
-    checksum : bool
-        Compute sha256 of each file on the way.
-    durable : bool
-        Sync files and folders before they count.
-    verify_held : {"size", "digest", "none"}
-        How a recorded instance is checked in :meth:`inventory`.
-    adopt : bool
-        Count files that no ledger knows, if they are whole Part 10 files of their UIDs.
+    options : WritingOptions
+        Titles for the file meta information, how files are written, and what counts as held.
     read_only : bool
         Only :meth:`inventory` will be called, and it shall leave no trace.
     """
@@ -90,22 +79,14 @@ class FilesystemSink:
         root: Path,
         ledgers: Ledgers,
         run: str,
+        options: WritingOptions,
         *,
-        calling: str,
-        called: str,
-        file_meta: bool = True,
-        checksum: bool = True,
-        durable: bool = True,
-        verify_held: VerifyHeld = "size",
-        adopt: bool = False,
         read_only: bool = False,
     ) -> None:
         self.root = root
         self.ledgers = ledgers
         self.run = run
-        self.calling, self.called = calling, called
-        self.file_meta, self.checksum, self.durable = file_meta, checksum, durable
-        self.verify_held, self.adopt = verify_held, adopt
+        self.options = options
         self._read_only = read_only
         self.replaceable: set[str] = set()
         """UIDs whose file is no longer what the ledger says: it may be replaced."""
@@ -136,7 +117,7 @@ class FilesystemSink:
             found = next((h for record in candidates if (h := self._verified(study, record, entry, place))), None)
             if found is None and candidates:
                 self.replaceable.add(sop)
-            elif found is None and self.adopt:
+            elif found is None and self.options.adopt and not self._read_only:
                 found = self._adopted(study, series, sop, entry)
             if found is not None:
                 held[sop] = found
@@ -157,8 +138,8 @@ class FilesystemSink:
     def _verified(self, study: str, record: Record, entry: os.DirEntry[str], place: str) -> Held | None:
         """The record as held, if the file is still what it says."""
         checkable = record.sha256 is not None
-        need_digest = self.verify_held == "digest" or not record.durable
-        if self.verify_held != "none" or not record.durable:
+        need_digest = self.options.verify_held == "digest" or not record.durable
+        if self.options.verify_held != "none" or not record.durable:
             if entry.stat(follow_symlinks=False).st_size != record.size:
                 return None
             if need_digest and (not checkable or digest_of_path(entry.path) != record.sha256):
@@ -197,7 +178,7 @@ class FilesystemSink:
         return found
 
     def _sync_now(self, path: str) -> None:
-        if self.durable:
+        if self.options.durable:
             fsync_path(path)
             fsync_path(os.path.dirname(path))
 
@@ -283,12 +264,12 @@ class FilesystemSink:
         """
         results: list[Confirmation] = []
         good: list[_Pending] = []
-        if self.durable and len(batch) > 1:
+        if self.options.durable and len(batch) > 1:
             for item in batch:
                 start_write_back(item.fd)
         for item in batch:
             try:
-                if self.durable:
+                if self.options.durable:
                     os.fdatasync(item.fd)
                 good.append(item)
             except OSError as error:
@@ -297,7 +278,7 @@ class FilesystemSink:
                 os.close(item.fd)
         try:
             for item in {item.folder: item for item in good}.values():
-                if self.durable:
+                if self.options.durable:
                     os.fsync(item.folder)
                 where = os.stat(item.study.path / item.instance.series)
                 if not os.path.samestat(where, os.fstat(item.folder)):  # moved away, or another disk lies over it
@@ -326,7 +307,7 @@ class FilesystemSink:
             self._queue.put(None)
             self._thread.join()
         for study in self._studies.values():
-            study.close(self.durable)
+            study.close(self.options.durable)
 
 
 class _Pending:
@@ -405,15 +386,19 @@ class _FileWriter:
         self._name = f".{instance.sop}.{sink.run}.part"
         self._fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=folder)
         head = b""
-        if sink.file_meta:
+        if sink.options.store_with_file_meta:
             assert instance.sop_class is not None
             assert instance.syntax is not None
             head = file_header(
-                instance.sop_class, instance.sop, instance.syntax, calling=sink.calling, called=sink.called
+                instance.sop_class,
+                instance.sop,
+                instance.syntax,
+                calling=sink.options.calling_ae_title,
+                called=sink.options.called,
             )
         self._head: bytes | None = head
         self._offset = len(head)
-        self._hash: Any = hashlib.sha256() if sink.checksum else None
+        self._hash: Any = hashlib.sha256() if sink.options.checksum else None
         self._size = 0
         self._follower: Follower | None = None
 
@@ -494,7 +479,7 @@ class _FileWriter:
         size = os.fstat(fd).st_size
         if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
             instance.bytes, instance.dataset_offset = size, offset
-            if self._hash is not None and self._sink.checksum:
+            if self._hash is not None and self._sink.options.checksum:
                 instance.sha256 = digest_of(fd)
             self._study.ledger.taken(instance)
             self._drop()

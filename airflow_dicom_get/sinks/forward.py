@@ -18,6 +18,7 @@ from typing import Any
 
 from airflow_dicom_get.config.groups import Deadlines, UserIdentity
 from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.options import ForwardingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.errors import (
     Cancelled,
@@ -103,21 +104,15 @@ class ForwardSink:
         Where our records lie.
     run : str
         Name of this run, unique.
-    deadlines : Deadlines
-        ``sub_operation`` and ``stall`` bound how long the source waits; ``next_object`` is how long a
-        late response of the destination is waited for after that.
+    options : ForwardingOptions
+        Of its deadlines ``sub_operation`` and ``stall`` bound how long the source waits; ``next_object`` is how
+        long a late response of the destination is waited for after that. Unless ``verify_held`` is ``"none"``,
+        what the destination does not list any more is not held. Without ``checksum`` a duplicate is told by its
+        size alone.
     cancel : CancelToken
         The run's; a hard cancel ends waits here too.
     classes : collection of str
         SOP classes to come, as far as known: proposed in the syntaxes seen with each new association.
-    strict : bool
-        Take nothing more after the first instance that the destination does not take.
-    trust_destination : bool
-        Count as held what the destination lists, though we have not sent it.
-    verify_held : {"size", "digest", "none"}
-        Unless ``"none"``, what the destination does not list any more is not held.
-    checksum : bool
-        Compute sha256 of each data set on the way. Without, a duplicate is told by its size alone.
     """
 
     def __init__(
@@ -125,18 +120,13 @@ class ForwardSink:
         target: Target,
         ledgers: Ledgers,
         run: str,
+        options: ForwardingOptions,
         *,
-        deadlines: Deadlines,
         cancel: CancelToken,
         classes: Collection[str] = (),
-        strict: bool = False,
-        trust_destination: bool = False,
-        verify_held: str = "size",
-        checksum: bool = True,
     ) -> None:
-        self.target = target
-        self.deadlines, self.cancel = deadlines, cancel
-        self.checksum = checksum
+        self.target, self.options, self.cancel = target, options, cancel
+        self.deadlines = deadlines = options.deadlines
         self.name = str(target)
         self._quick = dataclasses.replace(
             deadlines,
@@ -145,7 +135,6 @@ class ForwardSink:
             acse=min(deadlines.acse, deadlines.stall * _ACSE),
         )
         self._ledger_store, self._run = ledgers, run
-        self._strict, self._trust, self._verify = strict, trust_destination, verify_held != "none"
         self.opened = 0
         """Associations for storage so far."""
         self._stopped = False
@@ -183,7 +172,7 @@ class ForwardSink:
                     instance_number=record.instance_number,
                     forwarded_to=self.name,
                 )
-        if self._trust or (held and self._verify):
+        if self.options.trust_destination or (held and self.options.verify_held != "none"):
             self._hold_against_list(study, held)
         with self._mutex:
             self._sent[study] = {uid: (x.sha256, x.bytes) for uid, x in held.items() if x.bytes is not None}
@@ -195,14 +184,15 @@ class ForwardSink:
         self._release_idle()  # the question counts against the destination's limit, too
         try:
             association = self.target.open(list(FIND_PROPOSALS), self.deadlines, self.cancel)
-            listed = ask(association, {study: None if self._trust else {x.series for x in held.values()}})[study]
+            series = None if self.options.trust_destination else {x.series for x in held.values()}
+            listed = ask(association, {study: series})[study]
         except PeerError as error:
             log.info("what %s holds cannot be asked for; our records stand alone: %s", self.name, error.message)
             return
         for uid in [uid for uid, x in held.items() if listed.get(uid) != x.series]:
             log.info("%s does not list an instance any more that was stored there", self.name)
             del held[uid]
-        if self._trust:
+        if self.options.trust_destination:
             for uid, where in listed.items():
                 if uid not in held:
                     held[uid] = Held(where, uid, None, None, None, None, None, 0, forwarded_to=self.name)
@@ -233,7 +223,7 @@ class ForwardSink:
         line = self._line(pair)
         if line is None:
             return _Draining(self._no_context(instance, pair))
-        digest = hashlib.sha256() if self.checksum else None
+        digest = hashlib.sha256() if self.options.checksum else None
         line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
         return _ForwardWriter(self, line, instance, digest)
 
@@ -250,7 +240,7 @@ class ForwardSink:
 
     def _refusal(self, instance: Instance, status: int, reason: str, text: str) -> Taken:
         instance.forwarded_to, instance.forward_status, instance.forward_error = self.name, "error", text
-        self._stopped = self._stopped or self._strict
+        self._stopped = self._stopped or self.options.strict_forward
         return Taken(status, reason, text)
 
     # --- lines ---------------------------------------------------------------------------------

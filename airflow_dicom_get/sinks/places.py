@@ -171,20 +171,7 @@ class FolderPlace:
         """See :meth:`Place.sink`."""
         from airflow_dicom_get.sinks.filesystem import FilesystemSink
 
-        o = self._options
-        return FilesystemSink(
-            self.path,
-            ledgers,
-            run,
-            calling=o.calling_ae_title,
-            called=o.called,
-            file_meta=o.store_with_file_meta,
-            checksum=o.checksum is not None,
-            durable=o.durable,
-            verify_held=o.verify_held,
-            adopt=o.adopt and not read_only,
-            read_only=read_only,
-        )
+        return FilesystemSink(self.path, ledgers, run, self._options, read_only=read_only)
 
 
 class FolderRoot:
@@ -269,19 +256,7 @@ class ForwardPlace:
         """See :meth:`Place.sink`."""
         from airflow_dicom_get.sinks.forward import ForwardSink
 
-        o = self._options
-        return ForwardSink(
-            self.target,
-            ledgers,
-            run,
-            deadlines=o.deadlines,
-            cancel=self._cancel,
-            classes=self._classes,
-            strict=o.strict_forward,
-            trust_destination=o.trust_destination,
-            verify_held=o.verify_held,
-            checksum=o.checksum is not None,
-        )
+        return ForwardSink(self.target, ledgers, run, self._options, cancel=self._cancel, classes=self._classes)
 
 
 def _nearest(path: Path) -> Path:

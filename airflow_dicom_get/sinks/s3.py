@@ -16,12 +16,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
-from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 _MOST_PARTS = 10_000
 _STALE = timedelta(hours=24)
 _OTHER = "Another data set is stored under this UID; it was left as it is."
-
-VerifyHeld = Literal["size", "digest", "none"]
 
 
 class S3Sink:
@@ -54,27 +52,16 @@ class S3Sink:
         Where runs record what they took and kept.
     run : str
         Name of this run, unique.
-    calling, called : str
-        AE titles for the file meta information.
-    file_meta : bool
-        Write Part 10 files; else the bare data set, whose transfer syntax only manifest and metadata know.
-    checksum : bool
-        Give sha256 to the manifest; the service is given it in any case.
-    verify_held : {"size", "digest", "none"}
-        How a recorded instance is checked in :meth:`inventory`.
-    adopt : bool
-        Count objects that no ledger knows, if they are whole Part 10 files of their UIDs.
+    options : WritingOptions
+        Titles for the file meta information, how objects are written, and what counts as held. Without
+        ``checksum`` the manifest has no sha256; the service is given it in any case.
+    uploads : Uploads
+        By which requests are made.
     read_only : bool
         Only :meth:`inventory` will be called, and it shall leave no trace.
     conditional : bool
         The service takes ``If-None-Match`` on writes. Where it does not, two runs at the same time that bring
         different data sets under one UID are not told apart: the later one stays.
-    patience : float
-        Seconds that a writer may wait for room.
-    outage : float
-        Seconds for which an upload is tried again while the service fails.
-    cancel : CancelToken
-        The run's; after a hard cancel no upload is waited for, and what was not confirmed is not held.
     """
 
     def __init__(
@@ -83,27 +70,17 @@ class S3Sink:
         prefix: str,
         ledgers: Ledgers,
         run: str,
+        options: WritingOptions,
+        uploads: Uploads,
         *,
-        calling: str,
-        called: str,
-        file_meta: bool = True,
-        checksum: bool = True,
-        verify_held: VerifyHeld = "size",
-        adopt: bool = False,
         read_only: bool = False,
         conditional: bool = False,
-        patience: float = 20.0,
-        outage: float = 45.0,
-        cancel: CancelToken | None = None,
     ) -> None:
         self.bucket, self.ledgers, self.run = bucket, ledgers, run
         self.prefix = f"{prefix}/" if prefix else ""
-        self.calling, self.called = calling, called
-        self.file_meta, self.checksum = file_meta, checksum
-        self.verify_held, self.adopt = verify_held, adopt
+        self.options, self.uploads = options, uploads
         self.conditional = conditional
         self._read_only = read_only
-        self.uploads = Uploads(bucket.config.max_concurrency, patience=patience, outage=outage, cancel=cancel)
         self.replaceable: set[str] = set()
         """UIDs whose object is no longer what the ledger says: it may be replaced."""
         self._room = threading.Condition()
@@ -117,7 +94,7 @@ class S3Sink:
     def inventory(self, study: str) -> dict[str, Held]:
         """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
         listing = self._list(study)
-        found = Inventory(self.bucket, study, verify_held=self.verify_held, adopt=self.adopt)
+        found = Inventory(self.bucket, study, self.options, adopt=self.options.adopt and not self._read_only)
         held = found.take(listing.values(), self.ledgers.read(study), f"{self.prefix}{study}/")
         self.replaceable |= found.replaceable
         if self._read_only:
@@ -265,7 +242,7 @@ class S3Sink:
     def _is(self, instance: Instance, existing: Existing) -> None:
         """The object that was there first is the instance's; its file meta information may be another run's."""
         instance.bytes, instance.dataset_offset = existing.size, existing.dataset_offset
-        if self.checksum:
+        if self.options.checksum:
             instance.sha256 = existing.sha256
 
     # --- the end -----------------------------------------------------------------------------
@@ -465,11 +442,15 @@ class _ObjectWriter:
         self._sink, self._study, self._instance = sink, study, instance
         self._key = f"{sink.prefix}{instance.study}/{instance.series}/{instance.sop}.dcm"
         self._head = b""
-        if sink.file_meta:
+        if sink.options.store_with_file_meta:
             assert instance.sop_class is not None
             assert instance.syntax is not None
             self._head = file_header(
-                instance.sop_class, instance.sop, instance.syntax, calling=sink.calling, called=sink.called
+                instance.sop_class,
+                instance.sop,
+                instance.syntax,
+                calling=sink.options.calling_ae_title,
+                called=sink.options.called,
             )
         self._body = bytearray(self._head)
         self._hash = hashlib.sha256(self._head)
@@ -528,7 +509,7 @@ class _ObjectWriter:
             return Taken(s.OUT_OF_RESOURCES, "destination_error", str(error))
         digest = self._hash.digest()
         instance.bytes = self._size
-        instance.sha256 = digest if self._sink.checksum else None
+        instance.sha256 = digest if self._sink.options.checksum else None
         instance.dataset_offset = self._offset
         instance.uri = self._sink.bucket.uri(self._key)
         upload = _Upload(self._sink, instance, self._key, self._head, self._body, digest, self._parts)

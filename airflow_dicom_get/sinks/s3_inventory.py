@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from airflow_dicom_get.config.options import HeldOptions
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.adopt import read_instance
@@ -28,15 +29,15 @@ class Inventory:
         Where the objects lie.
     study : str
         The study.
-    verify_held : {"size", "digest", "none"}
+    options : HeldOptions
         How a recorded object is checked: by size and ETag as listed, by reading it, or not at all.
     adopt : bool
         Read objects that neither ledger nor metadata knows, and take those that are whole.
     """
 
-    def __init__(self, bucket: Bucket, study: str, *, verify_held: str, adopt: bool) -> None:
+    def __init__(self, bucket: Bucket, study: str, options: HeldOptions, *, adopt: bool) -> None:
         self._bucket, self._study = bucket, study
-        self._verify, self._adopt = verify_held, adopt
+        self._verify, self._adopt = options.verify_held, adopt
         self.replaceable: set[str] = set()
         """UIDs whose object is no longer what the ledgers say."""
         self.to_record: list[tuple[Instance, str | None]] = []

@@ -55,24 +55,24 @@ class BucketPlace:
     def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.sink`."""
         from airflow_dicom_get.sinks.s3 import S3Sink
+        from airflow_dicom_get.sinks.s3_uploads import Uploads
 
-        o = self._options
+        deadlines = self._options.deadlines
+        uploads = Uploads(
+            self.bucket.config.max_concurrency,
+            patience=_SHARE * min(deadlines.stall, deadlines.sub_operation),
+            outage=_OUTAGE,
+            cancel=self._cancel,
+        )
         return S3Sink(
             self.bucket,
             self._destination.prefix,
             ledgers,
             run,
-            calling=o.calling_ae_title,
-            called=o.called,
-            file_meta=o.store_with_file_meta,
-            checksum=o.checksum is not None,
-            verify_held=o.verify_held,
-            adopt=o.adopt and not read_only,
+            self._options,
+            uploads,
             read_only=read_only,
             conditional=self._conditional,
-            patience=_SHARE * min(o.deadlines.stall, o.deadlines.sub_operation),
-            outage=_OUTAGE,
-            cancel=self._cancel,
         )
 
 
