@@ -102,14 +102,13 @@ class GetScu:
         return scu
 
     def _begin(self, options: GetOptions) -> None:
+        from airflow_dicom_get.net.peer import Peer
+
         self.options = options
+        self._peer = Peer.of(options.addr, options)
         self._source: Source | None = None
         self._cancelled: str | None = None
         self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-        if self.options.tls is not None:
-            from airflow_dicom_get.net.tls import tls_context
-
-            tls_context(self.options.tls)  # files that cannot be used are refused before any traffic
 
     # --- verbs ---------------------------------------------------------------------------------
 
@@ -388,17 +387,7 @@ class GetScu:
         throttle = None
         if o.bytes_per_second is not None:
             throttle = RateLimit(max(o.bytes_per_second * o.associations // o.max_associations, 1))
-        source = Source(
-            o.addr,
-            calling=o.calling_ae_title,
-            called=o.called,
-            max_pdu_length=o.max_pdu_length,
-            deadlines=o.deadlines,
-            max_associations=o.max_associations,
-            tls=o.tls,
-            user_identity=o.user_identity,
-            throttle=throttle,
-        )
+        source = Source(self._peer, max_associations=o.max_associations, throttle=throttle)
         self._source = source
         if self._cancelled is not None:
             source.cancel.cancel(self._cancelled)

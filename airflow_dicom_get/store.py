@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from airflow_dicom_get.config.checks import invalid
-from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity
+from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import assemble_store, completed_event, manifest_not_written
@@ -35,8 +35,9 @@ from airflow_dicom_get.vocabulary import DONE
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.net.association import CancelToken
+    from airflow_dicom_get.net.peer import Peer
     from airflow_dicom_get.sinks.base import Held, Taken
-    from airflow_dicom_get.sinks.forward import ForwardSink, Target
+    from airflow_dicom_get.sinks.forward import ForwardSink
 
 log = logging.getLogger(__name__)
 
@@ -96,25 +97,13 @@ class StoreScu:
         return scu
 
     def _begin(self, options: StoreOptions) -> None:
+        from airflow_dicom_get.net.peer import Peer
+
         self.options = options
-        self._target = self._make_target()
+        peer = Peer.of(options.addr, options)
+        self._target = dataclasses.replace(peer, max_pdu_length=min(peer.max_pdu_length, MAX_PDU_LENGTH))
         self._run: _Run | None = None
         self._cancelled: str | None = None
-
-    def _make_target(self) -> Target:
-        from airflow_dicom_get.net.tls import tls_context
-        from airflow_dicom_get.sinks.forward import Target
-
-        o = self.options
-        return Target(
-            o.addr,
-            calling=o.calling_ae_title,
-            called=o.called,
-            max_pdu_length=min(o.max_pdu_length, 131072),
-            tls=tls_context(o.tls) if o.tls else None,
-            server_name=o.tls.server_name if o.tls else None,
-            user_identity=o.user_identity,
-        )
 
     def cancel(self, reason: str = "cancelled") -> None:
         """End a running call after the instance at hand; a second call aborts at once."""
@@ -218,7 +207,7 @@ class _Run:
     def __init__(
         self,
         scu: StoreScu,
-        target: Target,
+        target: Peer,
         ledgers: Any,
         name: str,
         events: Events,
@@ -236,7 +225,7 @@ class _Run:
         # Nobody waits for us here: a slow destination has the time that a slow source would have.
         patient = dataclasses.replace(o.deadlines, sub_operation=o.deadlines.next_object, stall=o.deadlines.idle)
         self._sink: ForwardSink = ForwardSink(
-            target,
+            dataclasses.replace(target, deadlines=patient),
             ledgers,
             name,
             dataclasses.replace(o, deadlines=patient),

@@ -373,20 +373,13 @@ class _Verify:
         """What another node lists; of ``rows`` alone if given."""
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
-        from airflow_dicom_get.net.tls import tls_context
-        from airflow_dicom_get.sinks.forward import Target
+        from airflow_dicom_get.net.peer import Peer
 
         o = self.options
         how = o.forward_target or ForwardTarget(calling_ae_title=o.calling_ae_title)
-        target = Target(
-            node,
-            how.calling_ae_title,
-            node.ae_title or how.called_ae_title or "ANY-SCP",
-            tls=tls_context(how.tls, "forward_target.tls") if how.tls else None,
-            server_name=how.tls.server_name if how.tls else None,
-        )
+        target = Peer.of_target(node, how, o.deadlines)
         try:
-            listed = ask(target.open(list(FIND_PROPOSALS), o.deadlines, CancelToken()), dict.fromkeys(studies))
+            listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(studies))
         except PeerError as error:
             self._uncompared(error)
             for item in [self._item(row) for row in rows] if rows is not None else self.items.values():

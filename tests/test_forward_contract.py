@@ -12,11 +12,13 @@ import pytest
 from odd_destination import DieError, OddDestination
 from sink_contract import Harness, SinkContract
 
+from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import ForwardingOptions
 from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.forward import ForwardSink, Target
+from airflow_dicom_get.sinks.forward import ForwardSink
 from airflow_dicom_get.sinks.ledger import FolderLedgers
 
 
@@ -33,14 +35,14 @@ class ForwardHarness(Harness):
             pytest.skip("nothing to adopt")
         harness = self
 
-        class Recorded(Target):
+        class Recorded(Peer):
             def open(self, *args: Any) -> Association:
-                association = Target.open(self, *args)
+                association = Peer.open(self, *args)
                 harness.opened.append(association)
                 return association
 
         return ForwardSink(
-            Recorded(Node.parse(self.destination.node), "CALLING", "ODD"),
+            Recorded(Node.parse(self.destination.node), "CALLING", "ODD", Deadlines()),
             FolderLedgers(self.folder),
             f"20260101T000000Z-{next(self._runs):08x}",
             ForwardingOptions.check({"addr": self.destination.node, **options}),

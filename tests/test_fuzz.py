@@ -27,7 +27,8 @@ from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.association import CancelToken
+from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 
 EXAMPLES = int(os.environ.get("FUZZ_ASSOCIATIONS", "12"))
@@ -274,11 +275,8 @@ def test_an_association_is_made_or_refused_in_words(answer: bytes, close: bool) 
     with AnyPeer([answer], close) as peer:
         begun = time.monotonic()
         with suppress(DicomGetError):  # and nothing else
-            association = Association.open(
-                Node("127.0.0.1", peer.port, "PACS"),
-                [Proposal("1.2.840.10008.1.1", "1.2.840.10008.1.2")],
-                calling="US", called="PACS", deadlines=deadlines, cancel=CancelToken(),
-            )  # fmt: skip
+            us = Peer(Node("127.0.0.1", peer.port, "PACS"), "US", "PACS", deadlines)
+            association = us.open([Proposal("1.2.840.10008.1.1", "1.2.840.10008.1.2")], CancelToken())
             association.abort()
         assert time.monotonic() - begun < 2
 

@@ -17,6 +17,7 @@ from airflow_dicom_get.dicom.status import store_outcome, store_status_for_sourc
 from airflow_dicom_get.errors import AssociationAborted, DeadlineExceeded, PeerProtocolError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.net.store import StoreChannel
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -25,14 +26,8 @@ EXPLICIT = "1.2.840.10008.1.2.1"
 
 @contextmanager
 def channel(destination: OddDestination, **deadlines: float) -> Iterator[tuple[Association, StoreChannel]]:
-    association = Association.open(
-        Node.parse(destination.node),
-        [Proposal(CT, EXPLICIT)],
-        calling="TEST",
-        called=destination.ae_title,
-        deadlines=Deadlines(**deadlines),
-        cancel=CancelToken(),
-    )
+    peer = Peer(Node.parse(destination.node), "TEST", destination.ae_title, Deadlines(**deadlines))
+    association = peer.open([Proposal(CT, EXPLICIT)], CancelToken())
     try:
         yield association, StoreChannel(association)
     finally:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.config.groups import Deadlines, Tls, UserIdentity
-from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken, Throttle
-from airflow_dicom_get.net.tls import tls_context
+from airflow_dicom_get.net.peer import Peer
 
 log = logging.getLogger(__name__)
 
@@ -35,50 +33,27 @@ class Source:
 
     def __init__(
         self,
-        node: Node,
+        peer: Peer,
         *,
-        calling: str,
-        called: str,
-        max_pdu_length: int,
-        deadlines: Deadlines,
         max_associations: int,
-        tls: Tls | None = None,
-        user_identity: UserIdentity | None = None,
         throttle: Throttle | None = None,
     ) -> None:
-        self.node = node
-        self.calling, self.called = calling, called
-        self.max_pdu_length = max_pdu_length
-        self.deadlines = deadlines
+        self.peer = peer
+        self.node, self.deadlines = peer.node, peer.deadlines
         self.cancel = CancelToken()
         self.opened = 0
-        self._tls = tls_context(tls) if tls else None
-        self._server_name = tls.server_name if tls else None
-        self._user_identity = user_identity
         self._throttle = throttle
         self._slots = threading.BoundedSemaphore(max_associations)
         self._mutex = threading.Lock()
         self.operation_limit = (
-            time.monotonic() + deadlines.operation if deadlines.operation is not None else float("inf")
+            time.monotonic() + peer.deadlines.operation if peer.deadlines.operation is not None else float("inf")
         )
 
     @contextmanager
     def association(self, proposals: Sequence[Proposal], storage_classes: Sequence[str] = ()) -> Iterator[Association]:
         """Open an association; released at the end, aborted if the block raises."""
         with self._slots:
-            association = Association.open(
-                self.node,
-                proposals,
-                calling=self.calling,
-                called=self.called,
-                deadlines=self.deadlines,
-                cancel=self.cancel,
-                storage_classes=storage_classes,
-                max_pdu_length=self.max_pdu_length,
-                tls=self._tls,
-                server_name=self._server_name,
-                user_identity=self._user_identity,
-            )
+            association = self.peer.open(proposals, self.cancel, storage_classes)
             association.throttle = self._throttle
             association.operation_limit = self.operation_limit
             with self._mutex:

@@ -32,16 +32,14 @@ from airflow_dicom_get.errors import (
     AssociationAborted,
     AssociationRejected,
     Cancelled,
-    ConnectFailed,
     DeadlineExceeded,
     PeerProtocolError,
     peer_text,
 )
-from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept, encode_request
-from airflow_dicom_get.net.tls import tls_error
+from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept
 
 if TYPE_CHECKING:
-    from airflow_dicom_get.config.groups import Deadlines, UserIdentity
+    from airflow_dicom_get.config.groups import Deadlines
     from airflow_dicom_get.config.node import Node
 
 log = logging.getLogger(__name__)
@@ -99,17 +97,8 @@ class CancelToken:
             self.reason = reason
 
 
-def _arm(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
 class Association:
-    """An established association. Make one with :meth:`open`.
+    """An established association. Made by :meth:`net.peer.Peer.open`.
 
     Attributes
     ----------
@@ -142,55 +131,19 @@ class Association:
 
     # --- opening -----------------------------------------------------------------------------
 
-    @classmethod
-    def open(
-        cls,
-        node: Node,
-        proposals: Sequence[Proposal],
-        *,
-        calling: str,
-        called: str,
-        deadlines: Deadlines,
-        cancel: CancelToken,
-        storage_classes: Sequence[str] = (),
-        max_pdu_length: int = 131072,
-        tls: ssl.SSLContext | None = None,
-        server_name: str | None = None,
-        user_identity: UserIdentity | None = None,
-    ) -> Association:
-        """Connect and negotiate.
+    def negotiate(self, request: bytes, proposals: Sequence[Proposal], titles: str) -> None:
+        """Send the A-ASSOCIATE-RQ of these proposals, and take what the peer accepts.
 
         Raises
         ------
-        ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
+        AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
         """
-        request = encode_request(
-            calling,
-            called,
-            proposals,
-            storage_classes=storage_classes,
-            max_pdu_length=max_pdu_length,
-            user_identity=user_identity,
-        )
-        sock = _connect(node, deadlines.connect, tls, server_name)
-        self = cls(sock, node, max_pdu_length, deadlines, cancel)
-        try:
-            self._send(request, "acse", deadlines.acse)
-            self.accepted = self._await_accept(proposals, calling, called)
-        except AssociationAborted as lost:
-            self.abort()
-            if tls is None or "source" in lost.facts:
-                raise
-            # In TLS 1.3 a peer looks at our certificate only after our side of the handshake has ended.
-            raise tls_error(node, lost.__cause__ if isinstance(lost.__cause__, OSError) else EOFError()) from lost
-        except BaseException:
-            self.abort()
-            raise
+        self._send(request, "acse", self.deadlines.acse)
+        self.accepted = self._await_accept(proposals, titles)
         for remark in self.accepted.remarks:
-            log.warning("%s: %s; not used", node, remark)
-        return self
+            log.warning("%s: %s; not used", self.node, remark)
 
-    def _await_accept(self, proposals: Sequence[Proposal], calling: str, called: str) -> Accepted:
+    def _await_accept(self, proposals: Sequence[Proposal], titles: str) -> Accepted:
         item = self.next_item(time.monotonic() + self.deadlines.acse, "acse")
         if isinstance(item, Pdu):
             if item.pdu_type == A_ASSOCIATE_AC:
@@ -201,7 +154,7 @@ class Association:
                 self.close()
                 raise AssociationRejected(
                     f"{self.node} rejected the association {'for now' if result == 2 else 'permanently'}: "
-                    f"{_REJECTED.get((source, reason), 'unknown reason')} (calling {calling}, called {called}).",
+                    f"{_REJECTED.get((source, reason), 'unknown reason')} ({titles}).",
                     hint=_REJECT_HINT.get((source, reason), "Ask the PACS admin what its log says."),
                     node=str(self.node),
                     result=result,
@@ -464,41 +417,3 @@ class Association:
 
 class CancelSeenError(Exception):
     """A cancel was seen while waiting between messages. Internal to ``net``."""
-
-
-def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
-    limit = time.monotonic() + seconds
-    try:
-        sock = socket.create_connection((node.host, node.port), timeout=seconds)
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"{node} did not answer within {seconds:g} s.",
-            hint="Check host, port and firewall.",
-            node=str(node),
-            phase="connect",
-            seconds=seconds,
-        ) from None
-    except OSError as error:
-        raise ConnectFailed(
-            f"No connection to {node}: {error.strerror or error}.",
-            hint="Check host and port, and that the PACS is up.",
-            node=str(node),
-        ) from error
-    _arm(sock)
-    if tls is None:
-        return sock
-    sock.settimeout(max(limit - time.monotonic(), 0.1))
-    try:
-        return tls.wrap_socket(sock, server_hostname=server_name or node.host)
-    except TimeoutError:
-        sock.close()
-        raise DeadlineExceeded(
-            f"{node} did not finish the TLS handshake within {seconds:g} s.",
-            hint="Does this port speak TLS?",
-            node=str(node),
-            phase="connect",
-            seconds=seconds,
-        ) from None
-    except OSError as error:
-        sock.close()
-        raise tls_error(node, error) from error

@@ -6,18 +6,14 @@ C-STORE-RSP says so, and that response, in our ledger, is the proof on resume.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
-import ssl
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from airflow_dicom_get.config.groups import Deadlines, UserIdentity
-from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import ForwardingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.errors import (
@@ -32,7 +28,8 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
-from airflow_dicom_get.net.store import MAX_PDU_LENGTH, StoreChannel, StoreResponse
+from airflow_dicom_get.net.peer import Peer
+from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
@@ -41,37 +38,6 @@ log = logging.getLogger(__name__)
 
 _RELEASE, _CONNECT, _ACSE = 0.15, 0.35, 0.5
 """Shares of ``stall`` that a change of associations may take, while the source is left unread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A node to store at, and how to call it."""
-
-    node: Node
-    calling: str
-    called: str
-    max_pdu_length: int = MAX_PDU_LENGTH
-    tls: ssl.SSLContext | None = None
-    server_name: str | None = None
-    user_identity: UserIdentity | None = None
-
-    def __str__(self) -> str:
-        return str(dataclasses.replace(self.node, ae_title=self.called))
-
-    def open(self, proposals: list[Proposal], deadlines: Deadlines, cancel: CancelToken) -> Association:
-        """Open an association. Raises as :meth:`Association.open`."""
-        return Association.open(
-            self.node,
-            proposals,
-            calling=self.calling,
-            called=self.called,
-            deadlines=deadlines,
-            cancel=cancel,
-            max_pdu_length=self.max_pdu_length,
-            tls=self.tls,
-            server_name=self.server_name,
-            user_identity=self.user_identity,
-        )
 
 
 class _Line:
@@ -98,7 +64,7 @@ class ForwardSink:
 
     Parameters
     ----------
-    target : Target
+    target : Peer
         The destination.
     ledgers : Ledgers
         Where our records lie.
@@ -117,7 +83,7 @@ class ForwardSink:
 
     def __init__(
         self,
-        target: Target,
+        target: Peer,
         ledgers: Ledgers,
         run: str,
         options: ForwardingOptions,
@@ -128,11 +94,14 @@ class ForwardSink:
         self.target, self.options, self.cancel = target, options, cancel
         self.deadlines = deadlines = options.deadlines
         self.name = str(target)
-        self._quick = dataclasses.replace(
-            deadlines,
-            release=min(deadlines.release, deadlines.stall * _RELEASE),
-            connect=min(deadlines.connect, deadlines.stall * _CONNECT),
-            acse=min(deadlines.acse, deadlines.stall * _ACSE),
+        self._quick = replace(
+            target,
+            deadlines=replace(
+                deadlines,
+                release=min(deadlines.release, deadlines.stall * _RELEASE),
+                connect=min(deadlines.connect, deadlines.stall * _CONNECT),
+                acse=min(deadlines.acse, deadlines.stall * _ACSE),
+            ),
         )
         self._ledger_store, self._run = ledgers, run
         self.opened = 0
@@ -183,7 +152,7 @@ class ForwardSink:
 
         self._release_idle()  # the question counts against the destination's limit, too
         try:
-            association = self.target.open(list(FIND_PROPOSALS), self.deadlines, self.cancel)
+            association = self.target.open(FIND_PROPOSALS, self.cancel)
             series = None if self.options.trust_destination else {x.series for x in held.values()}
             listed = ask(association, {study: series})[study]
         except PeerError as error:
@@ -267,7 +236,7 @@ class ForwardSink:
     def _open(self, pair: Proposal) -> _Line | None:
         proposals = self._proposals(pair)
         try:
-            association = self.target.open(proposals, self._quick, self.cancel)
+            association = self._quick.open(proposals, self.cancel)
         except PeerError as error:
             # What answers, but not as a DICOM node does, will not do so the next time.
             may_pass = error.transient and not isinstance(error, PeerProtocolError)

@@ -217,19 +217,11 @@ class ForwardPlace:
 
     def __init__(self, destination: ForwardDestination, options: GetOptions) -> None:
         from airflow_dicom_get.net.association import CancelToken
-        from airflow_dicom_get.net.tls import tls_context
-        from airflow_dicom_get.sinks.forward import Target
+        from airflow_dicom_get.net.peer import Peer
 
         assert destination.node is not None
         target = options.forward_target or ForwardTarget()
-        self.target = Target(
-            destination.node,
-            calling=target.calling_ae_title,
-            called=destination.node.ae_title or target.called_ae_title or "ANY-SCP",
-            max_pdu_length=target.max_pdu_length,
-            tls=tls_context(target.tls, "forward_target.tls") if target.tls else None,
-            server_name=target.tls.server_name if target.tls else None,
-        )
+        self.target = Peer.of_target(destination.node, target, options.deadlines)
         self.uri = f"dicom://{self.target}"
         self._options = options
         self._cancel = CancelToken()

@@ -1,0 +1,161 @@
+"""A node as it is called: its address, the titles, TLS, and how an association with it is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
+from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.errors import AssociationAborted, ConnectFailed, DeadlineExceeded
+from airflow_dicom_get.net.acse import Proposal, encode_request
+from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.tls import tls_context, tls_error
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, UserIdentity
+    from airflow_dicom_get.config.options import ConnectionOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node, and all that is needed to open an association with it."""
+
+    node: Node
+    calling: str
+    called: str
+    deadlines: Deadlines
+    max_pdu_length: int = MAX_PDU_LENGTH
+    tls: ssl.SSLContext | None = None
+    server_name: str | None = None
+    user_identity: UserIdentity | None = None
+
+    @classmethod
+    def of(cls, node: Node, options: ConnectionOptions) -> Peer:
+        """The node, called as the options say.
+
+        Raises
+        ------
+        InvalidOption
+            The files of ``tls`` cannot be used.
+        """
+        return cls(
+            node,
+            options.calling_ae_title,
+            node.ae_title or options.called_ae_title,
+            options.deadlines,
+            max_pdu_length=options.max_pdu_length,
+            tls=tls_context(options.tls) if options.tls else None,
+            server_name=options.tls.server_name if options.tls else None,
+            user_identity=options.user_identity,
+        )
+
+    @classmethod
+    def of_target(cls, node: Node, target: ForwardTarget, deadlines: Deadlines) -> Peer:
+        """The node that is forwarded to, called as ``forward_target`` says. Raises as :meth:`of`."""
+        return cls(
+            node,
+            target.calling_ae_title,
+            node.ae_title or target.called_ae_title or "ANY-SCP",
+            deadlines,
+            max_pdu_length=target.max_pdu_length,
+            tls=tls_context(target.tls, "forward_target.tls") if target.tls else None,
+            server_name=target.tls.server_name if target.tls else None,
+        )
+
+    def __str__(self) -> str:
+        return str(dataclasses.replace(self.node, ae_title=self.called))
+
+    def open(
+        self, proposals: Sequence[Proposal], cancel: CancelToken, storage_classes: Sequence[str] = ()
+    ) -> Association:
+        """Connect and negotiate.
+
+        Parameters
+        ----------
+        proposals : sequence of Proposal
+            Presentation contexts.
+        cancel : CancelToken
+            Ends the waits of the association.
+        storage_classes : sequence of str
+            SOP classes for which we are the SCP.
+
+        Raises
+        ------
+        ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
+        """
+        request = encode_request(
+            self.calling,
+            self.called,
+            proposals,
+            storage_classes=storage_classes,
+            max_pdu_length=self.max_pdu_length,
+            user_identity=self.user_identity,
+        )
+        sock = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
+        association = Association(sock, self.node, self.max_pdu_length, self.deadlines, cancel)
+        try:
+            association.negotiate(request, proposals, f"calling {self.calling}, called {self.called}")
+        except AssociationAborted as lost:
+            association.abort()
+            if self.tls is None or "source" in lost.facts:
+                raise
+            # In TLS 1.3 a peer looks at our certificate only after our side of the handshake has ended.
+            cause = lost.__cause__ if isinstance(lost.__cause__, OSError) else EOFError()
+            raise tls_error(self.node, cause) from lost
+        except BaseException:
+            association.abort()
+            raise
+        return association
+
+
+def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
+    limit = time.monotonic() + seconds
+    try:
+        sock = socket.create_connection((node.host, node.port), timeout=seconds)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{node} did not answer within {seconds:g} s.",
+            hint="Check host, port and firewall.",
+            node=str(node),
+            phase="connect",
+            seconds=seconds,
+        ) from None
+    except OSError as error:
+        raise ConnectFailed(
+            f"No connection to {node}: {error.strerror or error}.",
+            hint="Check host and port, and that the PACS is up.",
+            node=str(node),
+        ) from error
+    _arm(sock)
+    if tls is None:
+        return sock
+    sock.settimeout(max(limit - time.monotonic(), 0.1))
+    try:
+        return tls.wrap_socket(sock, server_hostname=server_name or node.host)
+    except TimeoutError:
+        sock.close()
+        raise DeadlineExceeded(
+            f"{node} did not finish the TLS handshake within {seconds:g} s.",
+            hint="Does this port speak TLS?",
+            node=str(node),
+            phase="connect",
+            seconds=seconds,
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise tls_error(node, error) from error
+
+
+def _arm(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
