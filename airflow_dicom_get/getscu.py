@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.destination import check_folder
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import GetOptions
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.engine.profile import Profile
     from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.engine.report import End
     from airflow_dicom_get.engine.resolve import Scope
@@ -75,6 +78,7 @@ class GetScu:
         window: str | Window | None = None,
         timezone: Any = "UTC",
         max_studies: int = 100,
+        profile: str | Path | None = None,
         resume: bool = True,
         verify_held: Literal["size", "digest", "none"] = "size",
         adopt: bool = False,
@@ -106,6 +110,11 @@ class GetScu:
 
         self.options = options
         self._peer = Peer.of(options.addr, options)
+        self._profile: Profile | None = None
+        if options.profile is not None:
+            from airflow_dicom_get.engine.profile import read_profile
+
+            self._profile = read_profile(options.profile, self._peer)
         self._source: Source | None = None
         self._cancelled: str | None = None
         self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -228,7 +237,7 @@ class GetScu:
                             x.state, x.attempt, held = "held", 0, held + 1
             finally:
                 sink.close()
-        peer = PeerKnowledge(self.options.transfer_syntaxes)
+        peer = PeerKnowledge(self.options.transfer_syntaxes, self._profile)
         pairs: dict[str, tuple[str, ...]] = {}
         for x in rows:
             if x.state == "held":
@@ -299,47 +308,48 @@ class GetScu:
             self._source = None
         return frame_of_rows(rows) if as_frame else rows
 
-    def echo(self, *, probe: str | None = None) -> EchoReport:
+    def echo(self, *, study: str | None = None, profile: str | Path | None = None) -> EchoReport:
         """Send a C-ECHO, and see which services the node accepts.
 
         Parameters
         ----------
-        probe : str
+        study : str
             Study Instance UID of a study that the node holds. It is listed, and a few of its instances
             are fetched and not kept, to find out whether the node converts, takes UID lists and tells
-            counts. The answers are written down for later runs, below the XDG state folder.
+            counts.
+        profile : str or Path
+            File to write that to, for ``GetScu(…, profile=…)``: nothing is written where none is named.
 
         Raises
         ------
         InvalidQuery
-            The node does not hold the study to probe.
+            The node does not hold the study.
+        InvalidOption
+            ``profile`` is given without ``study``, or cannot be written.
         ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
         """
         from airflow_dicom_get.engine.echo import echo
 
-        study = self._parse({"StudyInstanceUID": probe}, "StudyRoot").studies[0] if probe is not None else None
+        uid = self._parse({"StudyInstanceUID": study}, "StudyRoot").studies[0] if study is not None else None
+        file = Path(profile) if profile is not None else None
+        if file is not None:
+            if uid is None:
+                raise invalid("profile", "is given without a study", "Name a study that the node holds.")
+            check_folder(file.parent, "profile")
         source = self._open_source()
         try:
             report = echo(source)
-            if study is not None:
-                from airflow_dicom_get.engine.probe import probe as look
+            if uid is not None:
+                from airflow_dicom_get.engine.probe import probe
                 from airflow_dicom_get.engine.profile import write_profile
 
-                profile = look(source, study, self.options.max_associations)
-                report.profile = profile.to_json()
-                try:
-                    write_profile(self._profile_path(), profile)
-                except OSError as error:
-                    log.warning("the profile of %s cannot be written: %s", source.node, error.strerror or error)
+                found = probe(source, uid, self.options.max_associations)
+                report.profile = found.to_json()
+                if file is not None:
+                    write_profile(file, found)
             return report
         finally:
             self._source = None
-
-    def _profile_path(self) -> Path:
-        from airflow_dicom_get.engine.profile import profile_path
-        from airflow_dicom_get.sinks.places import state_folder
-
-        return profile_path(state_folder(), self.options.addr, self.options.calling_ae_title)
 
     # --- before traffic ------------------------------------------------------------------------
 
@@ -438,7 +448,6 @@ class GetScu:
 
     def _retrieval(self, source: Source, place: Place, sink: Sink, events: Events, query_model: str) -> Retrieval:
         from airflow_dicom_get.engine.contexts import PeerKnowledge
-        from airflow_dicom_get.engine.profile import read_profile
         from airflow_dicom_get.engine.retrieval import Retrieval
         from airflow_dicom_get.engine.tags import TagDecoder
 
@@ -449,7 +458,7 @@ class GetScu:
             query_model=query_model,
             source=source,
             sink=sink,
-            peer=PeerKnowledge(o.transfer_syntaxes, read_profile(self._profile_path())),
+            peer=PeerKnowledge(o.transfer_syntaxes, self._profile),
             events=events,
             tags=TagDecoder(o.tags) if o.tags else None,
             limit=lambda: "window" if closes is not None and self._clock() >= closes else None,

@@ -66,6 +66,7 @@ DEFAULTS = {
     "window": None,
     "timezone": UTC,
     "max_studies": 100,
+    "profile": None,
     "resume": True,
     "verify_held": "size",
     "adopt": False,
@@ -95,7 +96,7 @@ SHELL = {
     "--s3-region": "s3_config.region", "--s3-profile": "s3_config.profile",
     "--forward-calling-ae": "forward_target.calling_ae_title", "--tls": "tls", "--tls-ca": "tls.ca",
     "--tls-cert": "tls.cert", "--tls-key": "tls.key", "--tls-server-name": "tls.server_name",
-    "--state": "manifest_root", "--to": "destination",
+    "--state": "manifest_root", "--to": "destination", "--profile": "profile",
 }  # fmt: skip
 CONNECTION = {
     "calling_ae_title": "GET-SCU", "query_model": "StudyRoot", "max_pdu_length": 131072, "max_associations": 2,
@@ -338,7 +339,8 @@ BAD = [
     ("window", "22-06"), ("window", "25:00-06:00"), ("window", "06:00-06:00"), ("window", "22:00-24:30"),
     ("window", 22),
     ("timezone", "Berlin/Europe"), ("timezone", "../../etc/passwd"), ("timezone", ""), ("timezone", 3),
-    ("max_studies", 0), ("verify_held", "md5"), ("verify_held", None), ("retries", -1), ("checksum", "md5"),
+    ("max_studies", 0), ("profile", 7), ("profile", ""), ("profile", "/nowhere"),
+    ("verify_held", "md5"), ("verify_held", None), ("retries", -1), ("checksum", "md5"),
     ("ack", "never"), ("tags", ["PatientNam"]), ("tags", ["PixelData"]), ("tags", [7]), ("tags", {"a": 1}),
     ("tags", ["TransferSyntaxUID"]), ("manifest_root", "dicom://h:1"), ("manifest_root", "/dev/null/x"),
     ("manifest_root", "s3://minio@bucket/x"), ("manifest_root", "s3://b"),

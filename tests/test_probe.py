@@ -1,4 +1,4 @@
-"""`echo --probe`: what is found out about a PACS, and what later runs make of it."""
+"""`echo --study`: what is found out about a PACS, and what a run makes of it that is given the file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from holdings import Holding
 
-from airflow_dicom_get import GetScu
+from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get.cli.main import main
-from airflow_dicom_get.errors import InvalidQuery
+from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 
@@ -22,7 +22,12 @@ Embedded = Callable[..., EmbeddedPacs]
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state" / "dicom-get" / "nodes"
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "profiles" / "pacs.json"
 
 
 def exactness(result: Any) -> dict[str, set[str]]:
@@ -38,29 +43,26 @@ EXPLICIT, IMPLICIT, DEFLATED, RLE = (
 )  # fmt: skip
 
 
-def probed(node: str, study: str, **options: Any) -> dict[str, Any]:
-    report = GetScu(node, **options).echo(probe=study)
+def probed(node: str, study: str, file: Path | None = None, **options: Any) -> dict[str, Any]:
+    report = GetScu(node, **options).echo(study=study, profile=file)
     assert report.profile is not None
     return report.profile
 
 
 @pytest.mark.orthanc
-def test_orthanc_sends_what_it_holds(orthanc: Any, ct: Holding, tmp_path: Path, state: Path) -> None:
+def test_orthanc_sends_what_it_holds(orthanc: Any, ct: Holding, tmp_path: Path, file: Path, state: Path) -> None:
     node = f"ORTHANC@127.0.0.1:{orthanc.port}"
-    scu = GetScu(node, destination=tmp_path / "before")
-    assert exactness(scu.get_study({"StudyInstanceUID": ct.study}))[EXPLICIT] == {"peer_choice"}
-    profile = probed(node, ct.study)
+    query = {"StudyInstanceUID": ct.study}
+    profile = probed(node, ct.study, file)
     assert (profile["converts"], profile["takes_lists"]) == (False, True)
     assert profile["associations"] == 2
-    (file,) = state.iterdir()
     assert {**json.loads(file.read_text()), "profile": None} == {**profile, "profile": None}
-    scu = GetScu(node, destination=tmp_path / "after")
-    result = scu.get_study({"StudyInstanceUID": ct.study})
+    result = GetScu(node, destination=tmp_path / "given", profile=file).get_study(query)
     assert result.verdict == "complete"
     assert set.union(*exactness(result).values()) == {"as_received"}
-    # Another AE title of ours, or another node, has a profile of its own.
-    other = GetScu(node, destination=tmp_path / "other", calling_ae_title="OTHER")
-    assert exactness(other.get_study({"StudyInstanceUID": ct.study}))[EXPLICIT] == {"peer_choice"}
+    # What is not given does not count, whatever was written before.
+    assert exactness(GetScu(node, destination=tmp_path / "other").get_study(query))[EXPLICIT] == {"peer_choice"}
+    assert not state.exists()
 
 
 @pytest.mark.dcmtk
@@ -92,60 +94,87 @@ def test_what_a_source_does_not_tell(embedded: Embedded, ct: Holding) -> None:
     assert profile["converts"] is False
 
 
-def test_lists_are_not_tried_where_they_were_refused(tmp_path: Path) -> None:
+def test_lists_are_not_tried_where_they_were_refused(tmp_path: Path, file: Path) -> None:
     with MisbehavingPacs("lists_refused", series=1, instances=12) as pacs:
         node = f"PACS@127.0.0.1:{pacs.port}"
-        assert probed(node, pacs.study_uid)["takes_lists"] is False
+        assert probed(node, pacs.study_uid, file)["takes_lists"] is False
         before = pacs.finals
         query = {"StudyInstanceUID": pacs.study_uid, "SOPInstanceUID": pacs.uids[:5],
                  "SeriesInstanceUID": pacs.instances[0].series}  # fmt: skip
-        result = GetScu(node, destination=tmp_path / "to").get_study({"QueryRetrieveLevel": "IMAGE", **query})
+        scu = GetScu(node, destination=tmp_path / "to", profile=file)
+        result = scu.get_study({"QueryRetrieveLevel": "IMAGE", **query})
         assert (result.verdict, result.completed) == ("complete", 5)
         assert pacs.finals[len(before) :] == [0] * 5  # one by one from the start, none refused
 
 
 def test_a_node_that_has_changed_is_not_judged_by_its_past(
-    embedded: Embedded, ct: Holding, tmp_path: Path, state: Path
+    embedded: Embedded, ct: Holding, tmp_path: Path, file: Path
 ) -> None:
     pacs = embedded(ct.folder, omit_syntaxes=True)
     node = f"PACS@127.0.0.1:{pacs.port}"
-    probed(node, ct.study)
-    (file,) = state.iterdir()
+    probed(node, ct.study, file)
     file.write_text(file.read_text().replace('"implementation": "', '"implementation": "OLD-'))
-    result = GetScu(node, destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    result = GetScu(node, destination=tmp_path / "to", profile=file).get_study({"StudyInstanceUID": ct.study})
     assert exactness(result)[EXPLICIT] == {"peer_choice"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"profile": 2}', '{"profile": 1, "converts": false}', "\0" * 100])
-def test_a_broken_profile_harms_nothing(
-    embedded: Embedded, ct: Holding, tmp_path: Path, state: Path, content: str
-) -> None:
-    pacs = embedded(ct.folder, omit_syntaxes=True)
-    node = f"PACS@127.0.0.1:{pacs.port}"
-    probed(node, ct.study)
-    (file,) = state.iterdir()
+def test_a_broken_profile_is_refused(file: Path, content: str) -> None:
+    file.parent.mkdir()
     file.write_text(content)
-    result = GetScu(node, destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
-    assert result.verdict == "complete"
-    assert exactness(result)[EXPLICIT] == {"peer_choice"}
+    with pytest.raises(InvalidOption, match=r"^profile: .* holds no profile of a node"):
+        GetScu("PACS@127.0.0.1:104", profile=file)
 
 
-def test_a_study_that_is_not_there(embedded: Embedded, ct: Holding, state: Path) -> None:
+def test_a_profile_that_is_not_there_is_refused(file: Path) -> None:
+    with pytest.raises(InvalidOption, match=r"^profile: .* is no file that can be read"):
+        GetScu("PACS@127.0.0.1:104", profile=file)
+
+
+@pytest.mark.parametrize(
+    ("addr", "options"), [("OTHER@{}", {}), ("PACS@{}", {"calling_ae_title": "OTHER"}), ("PACS@127.0.0.1:104", {})]
+)
+def test_a_profile_of_another_node_is_refused(
+    embedded: Embedded, ct: Holding, file: Path, addr: str, options: dict[str, str]
+) -> None:
+    host = f"127.0.0.1:{embedded(ct.folder).port}"
+    probed(host, ct.study, file, called_ae_title="PACS")
+    with pytest.raises(InvalidOption, match=r"^profile: .* is that of 'PACS@127\.0\.0\.1:\d+' called by 'GET-SCU'"):
+        GetScu(addr.format(host), profile=file, **options)
+    GetScu(f"PACS@{host}", profile=file)
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_traffic(ct: Holding, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidOption, match=r"^profile: "):
+        GetScu("PACS@127.0.0.1:1").echo(study=ct.study, profile=tmp_path / "file" / "pacs.json")
+    with pytest.raises(InvalidOption, match=r"^profile: is given without a study"):
+        GetScu("PACS@127.0.0.1:1").echo(profile=tmp_path / "pacs.json")
+
+
+def test_a_study_that_is_not_there(embedded: Embedded, ct: Holding, file: Path) -> None:
     pacs = embedded(ct.folder)
     with pytest.raises(InvalidQuery, match=r"lists no instance of study 1\.2\.3"):
-        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(probe="1.2.3")
+        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(study="1.2.3", profile=file)
     with pytest.raises(InvalidQuery):
-        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(probe="1.2.*")
-    assert not state.exists()
+        GetScu(f"PACS@127.0.0.1:{pacs.port}").echo(study="1.2.*", profile=file)
+    assert not file.exists()
 
 
-def test_from_the_shell(embedded: Embedded, ct: Holding, capsys: Any) -> None:
-    pacs = embedded(ct.folder)
+def test_from_the_shell(embedded: Embedded, ct: Holding, file: Path, tmp_path: Path, capsys: Any) -> None:
+    pacs = embedded(ct.folder, omit_syntaxes=True)
     node = f"PACS@127.0.0.1:{pacs.port}"
-    assert main(["echo", node, "--probe", ct.study]) == 0
+    assert main(["echo", node, "--study", ct.study]) == 0
     out = capsys.readouterr().out
     assert "converts uncompressed instances: no" in out
     assert "takes UID lists: yes" in out
-    assert main(["echo", node, "--probe", ct.study, "--json"]) == 0
+    assert main(["echo", node, "--study", ct.study, "--profile", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["profile"]["takes_lists"] is True
-    assert main(["echo", node, "--probe", "no UID"]) == 2
+    to = str(tmp_path / "to")
+    assert main(["get", node, "--study", ct.study, "--to", to, "--profile", str(file), "--json"]) == 0
+    manifest = read_manifest(json.loads(capsys.readouterr().out)["manifest"])
+    assert set(manifest["exactness"]) == {"as_received"}
+    assert main(["echo", node, "--study", "no UID"]) == 2
+    assert main(["get", node, "--study", ct.study, "--to", to, "--profile", to]) == 2
+    assert "--profile: " in capsys.readouterr().err
+    assert main(["echo", node, "--profile", str(file)]) == 2

@@ -83,7 +83,7 @@ def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]
 
 
 def echo(typed: Namespace) -> int:
-    report = _client(_checked(typed, CallOptions)).echo(probe=typed.probe)
+    report = _client(_checked(typed, CallOptions)).echo(study=typed.study, profile=typed.profile)
     if typed.json:
         output.emit_json(report.to_json())
     else:

@@ -72,9 +72,9 @@ def build_parser() -> ArgumentParser:
     echo = verb("echo", "NODE", "Ask a node whether it is there, and what it accepts.")
     _node(echo)
     echo.add_argument(
-        "--probe", metavar="UID",
-        help="Look at this study to find out how the node behaves, and write it down for later runs.",
+        "--study", metavar="UID", help="List this study and fetch a little of it, to find out how the node behaves.",
     )  # fmt: skip
+    echo.add_argument("--profile", metavar="FILE", help="Write what --study found out to this file, for get --profile.")
     add_shell_options(echo, EchoOptions)
 
     find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")

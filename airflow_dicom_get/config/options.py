@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from airflow_dicom_get.config.checks import (
@@ -115,6 +116,12 @@ def _parse_out_dir(option: str, value: Any) -> Destination:
     if not isinstance(place, FilesystemDestination):
         raise invalid(option, f"{shown(str(place))} is no folder", "Give it as the destination.")
     return place
+
+
+def _parse_file(option: str, value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip() or not str(value).isprintable():
+        raise invalid(option, f"{shown(value)} is no name of a file", "Give a path.")
+    return Path(value)
 
 
 def _parse_root(option: str, value: Any) -> Destination:
@@ -529,6 +536,13 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
 
     title = "retrieval"
 
+    profile: Path | None = setting(
+        None,
+        Parsed(_parse_file, "a file", optional=True),
+        "What is known of the source beforehand: a file that echo --study wrote.",
+        shell=("--profile",),
+        metavar="FILE",
+    )
     storage_backend: Backend = setting(
         "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination, in the long form."
     )
@@ -565,6 +579,7 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
 
     def agreed(self, spelling: Spelling) -> Self:
         """See :meth:`Options.agreed`: the short form and the long forms of the destination become one, too."""
+        _check_file(self.profile, spelling("profile"))
         destination = _destination(self, spelling)
         made = self if destination is self.destination else dataclasses.replace(self, destination=destination)
         return super(GetOptions, made).agreed(spelling)
@@ -749,7 +764,7 @@ def _check_names_no_connection(place: Destination, option: str) -> None:
     raise invalid(option, f"{place} names a connection of Airflow", f"Write {form}.")
 
 
-def _check_file(path: str | None, option: str) -> None:
+def _check_file(path: str | Path | None, option: str) -> None:
     if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
         raise invalid(option, f"{shown_path(path)} is no file that can be read", "Check the path.")
 

@@ -72,7 +72,7 @@ def probe(source: Source, study: str, max_associations: int) -> Profile:
         Whatever ends an association.
     """
     profile = Profile(
-        node=str(source.node), calling=source.peer.calling, probed_at=datetime.now(UTC).isoformat(timespec="seconds")
+        node=str(source.peer), calling=source.peer.calling, probed_at=datetime.now(UTC).isoformat(timespec="seconds")
     )
     with source.association(FIND_PROPOSALS) as association:
         profile.implementation = association.accepted.implementation

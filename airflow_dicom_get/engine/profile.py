@@ -1,16 +1,17 @@
-"""What a probe has found out about a node: a small JSON file that later runs read."""
+"""What a probe has found out about a node: a small JSON file, for runs that are given it."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-log = logging.getLogger(__name__)
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.net.peer import Peer
 
 SCHEMA = 1
 _LIMIT = 1 << 20
@@ -54,30 +55,46 @@ class Profile:
         return asdict(self)
 
 
-def profile_path(folder: Path, node: object, calling: str) -> Path:
-    """Where the profile of a node lies, as seen by one AE title of ours."""
-    return folder / "nodes" / (re.sub(r"[^A-Za-z0-9._@-]", "_", f"{node}@{calling}")[:200] + ".json")
-
-
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write it, whole or not at all. Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write it, whole or not at all. Raises :class:`InvalidOption`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps({"profile": SCHEMA, **profile.to_json()}, indent=1) + "\n", encoding="ascii")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"profile": SCHEMA, **profile.to_json()}, indent=1) + "\n", encoding="ascii")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise invalid(
+            "profile", f"{shown_path(path)} cannot be written: {error.strerror or error}", "Give another file."
+        ) from None
 
 
-def read_profile(path: Path) -> Profile | None:
-    """The profile, or None where there is none that can be used: a run does without."""
+def read_profile(path: Path, peer: Peer) -> Profile:
+    """The profile of a node, as it was called when it was probed.
+
+    Raises
+    ------
+    InvalidOption
+        The file holds none, or that of another node or of another AE title of ours.
+    """
     try:
         with path.open("rb") as file:
             values = json.loads(file.read(_LIMIT))
         if not isinstance(values, dict) or values.get("profile") != SCHEMA:
             raise ValueError("another schema")
         known = {item.name for item in fields(Profile)}
-        return Profile(**{name: value for name, value in values.items() if name in known})
-    except FileNotFoundError:
-        return None
+        found = Profile(**{name: value for name, value in values.items() if name in known})
     except (OSError, TypeError, ValueError) as error:
-        log.warning("%s is no profile of a node (%s); probe it again", path, type(error).__name__)
-        return None
+        raise invalid(
+            "profile",
+            f"{shown_path(path)} holds no profile of a node ({type(error).__name__})",
+            "Have it written anew: dicom-get echo NODE --study UID --profile FILE.",
+        ) from None
+    if (found.node, found.calling) != (str(peer), peer.calling):
+        raise invalid(
+            "profile",
+            f"{shown_path(path)} is that of {shown(found.node)} called by {shown(found.calling)}, "
+            f"and not of {peer} called by {peer.calling}",
+            "Give the profile of this node, or leave it out.",
+        )
+    return found
