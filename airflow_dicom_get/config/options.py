@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 from airflow_dicom_get.config.checks import (
     AETitle,
@@ -134,11 +134,18 @@ def _parse_root(option: str, value: Any) -> Destination:
 Backend = Literal["Filesystem", "S3", "Forward"]
 
 
+T = TypeVar("T")
 Spelling = Callable[[str], str]
 """How the caller writes the name of an option; used in messages."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, eq_default=False)
+def option_group(cls: type[T]) -> type[T]:
+    """A class that nobody makes objects of by itself: spared what makes, compares and shows them, for a quick start."""
+    return dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)(cls)
+
+
+@option_group
 class Options:
     """Base of the groups of options, and of the options of a verb, which are made of groups.
 
@@ -217,7 +224,7 @@ def _required(cls: type[Options]) -> list[str]:
 # --- groups ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class ConnectionOptions(Options):
     """How a node is called: titles, TLS, deadlines."""
 
@@ -260,7 +267,7 @@ class ConnectionOptions(Options):
         return super().agreed(spelling)
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class NodeOptions(ConnectionOptions):
     """A node, and how it is called."""
 
@@ -272,7 +279,7 @@ class NodeOptions(ConnectionOptions):
         return self.addr.ae_title or self.called_ae_title
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class AdmissionOptions(Options):
     """What a node admits."""
 
@@ -287,7 +294,7 @@ class AdmissionOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class LimitOptions(AdmissionOptions):
     """What the admin of a source asks of its guests."""
 
@@ -312,7 +319,7 @@ class LimitOptions(AdmissionOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class ScopeOptions(Options):
     """What a query may mean."""
 
@@ -331,7 +338,7 @@ class ScopeOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class ModelOptions(Options):
     """What belongs to a query, and in Python to the call that makes it."""
 
@@ -346,7 +353,7 @@ class ModelOptions(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class RootOptions(Options):
     """Where manifests and ledgers lie, and how buckets are reached."""
 
@@ -374,7 +381,7 @@ class RootOptions(Options):
         return super().agreed(spelling)
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class PlaceOptions(RootOptions):
     """Where instances are, or go to."""
 
@@ -398,7 +405,7 @@ class PlaceOptions(RootOptions):
         return super().agreed(spelling)
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class HeldOptions(Options):
     """What counts as held, and by which proof."""
 
@@ -492,17 +499,17 @@ class ForwardingOptions(NodeOptions, HeldOptions):
 # --- verbs -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class EchoOptions(NodeOptions, AdmissionOptions):
     """The options of ``echo``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class FindOptions(NodeOptions, ScopeOptions, ModelOptions):
     """The options of ``find``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class TransferOptions(ForwardingOptions, AdmissionOptions, RootOptions):
     """What ``get`` and ``store`` have in common."""
 
