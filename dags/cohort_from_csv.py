@@ -107,7 +107,7 @@ with DAG(
         labels = {item["study_instance_uid"]: item["label"] for part in parts for item in part}
         with final_errors():
             # One by one: each keeps its own verdict, and the whole gets the worst of them.
-            frames = [load_manifest(manifest) for manifest in manifests]
+            frames = [load_manifest(manifest) for manifest in manifests[:]]
             if not frames:
                 raise AirflowSkipException("No study left a manifest: the log of `report` says why.")
             return combine_manifests(

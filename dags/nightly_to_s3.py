@@ -153,8 +153,8 @@ with DAG(
     def publish(shards, manifests, to, outlet_events=None) -> dict:
         from airflow_dicom_get import combine_manifests, load_manifest
 
-        # None stands for a shard whose manifest could not be written.
-        manifests = [manifest for manifest in manifests if manifest is not None]
+        # None stands for a shard whose manifest could not be written. A slice is one request to Airflow.
+        manifests = [manifest for manifest in manifests[:] if manifest is not None]
         if not manifests:
             raise AirflowSkipException(f"None of {len(shards)} shards left a manifest: the log of `report` says why.")
         with final_errors():

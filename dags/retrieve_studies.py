@@ -3,12 +3,11 @@
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM; in one line `AIRFLOW_CONN_DICOM_DEFAULT='dicom://AE@host:port'`
+* pool `pacs`, with as many slots as the PACS admits associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
-
-To keep several DAGs together within what the PACS admits, make a pool and give it to `get`:
-`airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
 from __future__ import annotations
@@ -50,17 +49,17 @@ with DAG(
         # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to the PACS has one association, and so one slot.
+        "pool": "pacs",
     },
 ) as dag:
     # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
     # studies is a success, and what follows is skipped.
-    # get: one task a study, named by its UID, which succeeds only if the study is held whole. No more of these at once
-    # than the PACS admits associations; a pool holds that over all DAGs.
+    # get: one task a study, named by its UID, which succeeds only if the study is held whole.
     # report: what came of it. It runs too where some studies failed, and fails then itself: the last task decides on
     # the state of the whole run.
     retrieve(
         dicom_conn_id="dicom_default",
         study_date="{{ params.study_date }}",
         destination="{{ params.destination }}",
-        at_once=2,
     )

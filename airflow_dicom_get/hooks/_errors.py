@@ -1,13 +1,26 @@
-"""Which errors are worth another try."""
+"""Which errors are worth another try, and how a task says them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
 from airflow_dicom_get.errors import DicomGetError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def said_first() -> Iterator[None]:
+    """Log an error as a line of its own, before Airflow writes the tracebacks of it and of each of its causes."""
+    try:
+        yield
+    except (AirflowFailException, AirflowNotFoundException, DicomGetError) as error:
+        log.error("%s", error)
+        raise
 
 
 @contextmanager
@@ -25,7 +38,8 @@ def final_errors() -> Iterator[None]:
         that is not there
     """
     try:
-        yield
+        with said_first():
+            yield
     except AirflowNotFoundException as error:
         raise AirflowFailException(str(error)) from error
     except DicomGetError as error:

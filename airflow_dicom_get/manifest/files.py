@@ -636,6 +636,9 @@ def _listed(manifests: Any) -> list[Any]:
         or not isinstance(manifests, Iterable)
     ):
         return [manifests]
+    if isinstance(manifests, Sequence):
+        # What mapped tasks left in XCom: Airflow's own iterator asks for one more, and logs an error for it.
+        return [manifests[index] for index in range(len(manifests))]
     return list(manifests)
 
 

@@ -54,4 +54,5 @@ def raise_for(result: Result, accept: Sequence[str]) -> None:
     except IncompleteRetrieval as error:
         if error.transient:
             raise
-        raise AirflowFailException(str(error)) from error
+        # Its cause would be a second traceback with the same words.
+        raise AirflowFailException(str(error)) from None

@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.hooks import configuration
-from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._errors import final_errors, said_first
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
@@ -121,7 +121,8 @@ class TransferOperator(DicomTask):
             if transfer.scratch is not None:
                 transfer.scratch.cleanup()
         progress.finish("done")
-        return self._end(context, result, manifest, progress)
+        with said_first():
+            return self._end(context, result, manifest, progress)
 
     @contextmanager
     def _ending_soon(self) -> Iterator[None]:

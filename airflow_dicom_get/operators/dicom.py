@@ -134,10 +134,10 @@ class DicomFindOperator(DicomTask):
             found: list[Any] = items
             if self.shard_instances:
                 found = search.shards(items, target=self.shard_instances, at_most=max_map_length())
-        self._summarise(context, search, items, found)
-        if not items:
-            self._empty()
-        self._check_mappable(found)
+            self._summarise(context, search, items, found)
+            if not items:
+                self._empty()
+            self._check_mappable(found)
         return found
 
     def _checked(self) -> tuple[dict[str, Any], list[str]]:
@@ -632,21 +632,21 @@ class DicomVerifyOperator(DicomTask):
                 self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
             frame = found.frame()
             summed = self._summary(context, found, result, conn_id)
-        size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_hard_max_bytes")
-        ti = context["ti"]
-        ti.xcom_push("summary", summed)
-        if size > limit:
-            raise AirflowFailException(
-                f"{found.summary()}. The {len(frame)} differences take {size} bytes in XCom, and [dicom_get] "
-                f"manifest_xcom_hard_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
-            )
-        failing = found.uncompared is not None or (found.differences and self.fail_on_difference)
-        if failing and self.do_xcom_push:
-            ti.xcom_push("return_value", frame)
-        if found.differences and self.fail_on_difference:
-            raise AirflowFailException(f"{found.summary()}. XCom return_value names each difference.")
-        if found.uncompared is not None:
-            raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
+            size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_hard_max_bytes")
+            ti = context["ti"]
+            ti.xcom_push("summary", summed)
+            if size > limit:
+                raise AirflowFailException(
+                    f"{found.summary()}. The {len(frame)} differences take {size} bytes in XCom, and [dicom_get] "
+                    f"manifest_xcom_hard_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
+                )
+            failing = found.uncompared is not None or (found.differences and self.fail_on_difference)
+            if failing and self.do_xcom_push:
+                ti.xcom_push("return_value", frame)
+            if found.differences and self.fail_on_difference:
+                raise AirflowFailException(f"{found.summary()}. XCom return_value names each difference.")
+            if found.uncompared is not None:
+                raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
         return frame
 
     def _verify(self, context: Context, scratch: str) -> tuple[Verification, Result, str | None]:

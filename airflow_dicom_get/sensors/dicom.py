@@ -94,7 +94,8 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     def execute_complete(self, context: Context, event: Mapping[str, Any]) -> list[Item]:
         """Return what the trigger found."""
         if "error" in event:
-            raise AirflowFailException(str(event["error"]))
+            with final_errors():
+                raise AirflowFailException(str(event["error"]))
         return list(event["items"])
 
     def poke(self, context: Context) -> PokeReturnValue:

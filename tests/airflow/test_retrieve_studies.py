@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 
 import pytest
+from servers import free_port
 
 
 @pytest.fixture
@@ -18,13 +21,16 @@ def default_connection(pacs, monkeypatch):
 
 
 @pytest.mark.usefixtures("default_connection")
-def test_a_day_is_retrieved_and_reported(run_dag, dag, archive, tmp_path):
+def test_a_day_is_retrieved_and_reported(run_dag, dag, archive, tmp_path, caplog):
     run = run_dag(dag, run_conf={"destination": str(tmp_path)})
     assert run.state == "success"
     report = run.xcom("report")
     assert (report["verdicts"], report["studies"], report["series"], report["instances"]) == ({"complete": 2}, 2, 6, 72)
     assert len(report["manifests"]) == 2
     assert sum(1 for _ in tmp_path.glob("[0-9]*/*/*.dcm")) == 72
+    # Nothing for a reader of the log to wonder at: no XCom asked for in vain, no pool that is missing.
+    assert not re.search(r"\[(warning|error) *\]|Traceback", run.log)
+    assert [record.message for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 @pytest.mark.usefixtures("default_connection")
@@ -46,6 +52,18 @@ def test_a_run_with_a_study_that_is_not_whole_fails_and_says_so(run_dag, dag, pa
     assert run.task("report").state == "failed"
     assert "67 of 72 instances of 2 studies are held (1 partial, 1 complete)." in run.log
     assert "Why the others are not: 5 sub_operation_failed." in run.log
+
+
+def test_a_failing_task_says_why_in_a_line_of_its_own(run_dag, dag, tmp_path, monkeypatch, caplog):
+    dag.task_dict["find"].retries = 0
+    monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{free_port()}")
+    run = run_dag(dag, run_conf={"destination": str(tmp_path)})
+    assert run.state == "failed"
+    # Logged before it is raised, and so before the tracebacks that Airflow writes of what was raised.
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert said.startswith("No connection to PACS@127.0.0.1:")
+    assert said.endswith("Check host and port, and that the PACS is up.")
+    assert run.log.count("Traceback") == 2
 
 
 def _uids(folder: Path) -> list[str]:
