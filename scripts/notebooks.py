@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NAMED = re.compile(r"AIRFLOW_URL|DICOM_GET_\w+")
@@ -53,7 +54,9 @@ def execute(path: Path, *, cwd: Path | None = None, then: str | None = None) -> 
     resources = {"metadata": {"path": str(cwd or path.parent)}}
     # A kernel is ended before it removes the folders that it made.
     with tempfile.TemporaryDirectory() as scratch:
-        client = NotebookClient(notebook, timeout=120, record_timing=False, resources=resources)
+        # Over sockets of the file system: a kernel warns of TCP, which other users of the machine could listen on.
+        over = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
+        client = NotebookClient(notebook, timeout=120, record_timing=False, resources=resources, config=over)
         client.execute(env={**os.environ, "TMPDIR": scratch})
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:

@@ -162,11 +162,14 @@ def outputs_of(notebook: Any) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_with_nothing_named(name: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_with_nothing_named(
+    name: str, copied: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for variable in [variable for variable in os.environ if NAMED.fullmatch(variable)]:
         monkeypatch.delenv(variable)
     executed = execute(copied / f"{name}.ipynb", then=textwrap.dedent(EXPECTED[name]))
     executed.cells.pop()
+    assert capfd.readouterr().err == "", "the kernel complains"
     kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     assert outputs_of(executed) == outputs_of(kept), "make notebooks"
     text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
