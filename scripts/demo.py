@@ -1,14 +1,18 @@
-"""Retrieve a day's studies from the embedded PACS through Airflow, and show what came of it.
+"""Retrieve a day's studies from the embedded PACS through Airflow, then half a study from one that calls it Success.
 
 Everything lies under .demo/. Airflow runs the DAG of dags/retrieve_studies.py in one process (`airflow dags test`),
-with an own home and SQLite database; its log goes into a file. Nothing is left running.
+with a home and an SQLite database of its own; its log goes into a file. Nothing is left running. What a run has
+retrieved stays there, and the next run fetches nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,22 +29,28 @@ from airflow_dicom_get.manifest.files import metadata_of, read_table
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 from airflow_dicom_get.vocabulary import worst
 
-HELD = {"stored", "held"}
+WAS_THERE = "held"
+HELD = {"stored", WAS_THERE}
 HEAD = 8
+HALF = home.FOLDER / "half"
+LIE = "success_partial"
+PARTIAL_STATUS = 3
 
 
 def run_dag(console: Console) -> home.DemoError | None:
     """Run the DAG with the PACS behind it; returns what Airflow complains of, if it does."""
     log = home.LOGS / "airflow.log"
     log.unlink(missing_ok=True)
-    with home.pacs() as (uri, ready):
+    with home.pacs() as (node, ready):
         console.print(f"PACS      {ready.removeprefix('PACS ')}")
         environment = home.airflow_environment(
-            {"AIRFLOW_CONN_DICOM_DEFAULT": uri, "DICOM_DESTINATION": str(home.RETRIEVED)}
+            {"AIRFLOW_CONN_DICOM_DEFAULT": f"dicom://{node}", "DICOM_DESTINATION": str(home.RETRIEVED)}
         )
         console.print(f"Airflow   {home.shown(home.AIRFLOW_HOME)}, its log in {home.shown(log)}")
-        home.airflow("db", "migrate", environment=environment, log=log)
-        console.print(f"DAG       {home.DAG_ID}: the studies of {STUDY_DATE}, one mapped task each …")
+        if not home.prepared():
+            console.print("          makes its database, about 15 s …")
+            home.prepare_database(environment, log)
+        console.print(f"DAG       {home.DAG_ID}: the studies of {STUDY_DATE}, one mapped task each, about 20 s …")
         began = time.monotonic()
         conf = json.dumps({"study_date": STUDY_DATE, "destination": str(home.RETRIEVED)})
         try:
@@ -51,10 +61,15 @@ def run_dag(console: Console) -> home.DemoError | None:
     return None
 
 
-def manifests() -> list[tuple[Path, pa.Table]]:
-    """The manifests of the run: one for each study, that of its last try."""
+def runs() -> set[Path]:
+    """The folders with the manifests of each run so far."""
+    return set((home.RETRIEVED / "_manifests" / home.DAG_ID).glob("*/get"))
+
+
+def manifests(folders: set[Path]) -> list[tuple[Path, pa.Table]]:
+    """The manifests of a run: one for each study, that of its last try."""
     latest: dict[tuple[Path, str], tuple[int, Path]] = {}
-    for path in sorted((home.RETRIEVED / "_manifests" / home.DAG_ID).glob("*/get/*.parquet")):
+    for path in sorted(path for folder in folders for path in folder.glob("*.parquet")):
         map_index, _, attempt = path.stem.rpartition("-")
         latest[path.parent, map_index] = max(latest.get((path.parent, map_index), (0, path)), (int(attempt), path))
     return [(path, read_table(path)) for _, path in latest.values()]
@@ -84,22 +99,27 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     series = len(set(whole["series_instance_uid"].to_pylist()))
     exactness = Counter(filter(None, whole["exactness"].to_pylist()))
+    as_held = exactness.pop("as_listed", 0)
+    otherwise = "".join(f"; {count} {word}" for word, count in exactness.items())
+    before = whole["state"].to_pylist().count(WAS_THERE)
+    news = f"{whole.num_rows - before} fetched, {before} were there before"
+    if before == whole.num_rows:
+        news = "all of them were there before: nothing was fetched"
     colour = "green" if verdict == "complete" else "red"
     console.print(
         f"\n[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"
-        f"\nCounts    {held(whole)} instances held and verified, {series} series, {size(whole) / 1e6:.1f} MB"
-        f"\nExactness {', '.join(f'{count} {word}' for word, count in exactness.items())}"
-        f"\nSyntaxes  {names(whole, 'transfer_syntax_uid')}\n"
+        f"\nCounts    {held(whole)} instances held and verified, {series} series, {size(whole) / 1e6:.1f} MB; {news}"
+        f"\nSyntaxes  {as_held} came in the transfer syntax in which the PACS holds them{otherwise}:"
+        f"\n          {names(whole, 'transfer_syntax_uid')}\n"
     )
-    studies = Table("verdict", "proof", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
+    studies = Table("verdict", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
     for table, its_verdict in zip(tables, verdicts, strict=True):
         what = names(table, "sop_class_uid")
-        evidence = metadata_of(table)["evidence"]
-        studies.add_row(its_verdict, evidence, what, held(table), f"{size(table) / 1e3:.0f}")
+        studies.add_row(its_verdict, what, held(table), f"{size(table) / 1e3:.0f}")
     console.print(studies)
 
     path, largest = max(found, key=lambda item: item[1].num_rows)
-    columns = ("series_number", "instance_number", "state", "exactness", "bytes", "sha256")
+    columns = ("series_number", "instance_number", "state", "bytes", "sha256")
     head = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in largest.slice(0, HEAD).to_pylist():
         # Of digests the beginning is compared.
@@ -108,6 +128,46 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     console.print(f"\nThe first rows of {home.shown(path)}, some of its {largest.num_columns} columns:")
     console.print(head)
     return verdict
+
+
+def show_half(console: Console) -> bool:
+    """Retrieve a study from a PACS that sends half of it and says Success, by getscu and by dicom-get.
+
+    Returns whether dicom-get noticed.
+    """
+    console.print(
+        "\n[bold]Half a study[/]  from a PACS that sends half of what it lists, and counts all as completed"
+        f"\n              (dicom-get pacs --misbehave {LIE}):\n"
+    )
+    shutil.rmtree(HALF, ignore_errors=True)
+    tool = Path(sys.executable).parent / "dicom-get"
+    with home.pacs(LIE) as (node, ready):
+        found = re.search(r"study ([\d.]+)", ready)
+        assert found is not None
+        study, (host, port) = found[1], node.split(":")
+        getscu = shutil.which("getscu")
+        if getscu is None:
+            console.print("  getscu is not installed; to see what it says: sudo apt-get install dcmtk\n")
+        else:
+            folder = HALF / "getscu"
+            folder.mkdir(parents=True)
+            keys = ["-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={study}"]
+            run(console, [getscu, "-S", "-od", home.shown(folder), *keys, host, port])
+            console.print(f"  {len(list(folder.iterdir()))} files in {home.shown(folder)}\n")
+        return run(console, [str(tool), "get", node, "--study", study, "--to", home.shown(HALF / "dicom-get")]) == (
+            PARTIAL_STATUS
+        )
+
+
+def run(console: Console, command: list[str]) -> int:
+    """Run a command in the project's folder; print it, what it says and its exit status, which is returned."""
+    console.print(f"  $ {shlex.join([Path(command[0]).name, *command[1:]])}", markup=False)
+    done = subprocess.run(command, cwd=home.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    for line in (done.stderr + done.stdout).splitlines():
+        console.print(f"  {line}", markup=False)
+    said = "" if done.stderr or done.stdout else ", not a word"
+    console.print(f"  [bold]exit status {done.returncode}[/]{said}")
+    return done.returncode
 
 
 def show_next(console: Console, found: list[tuple[Path, pa.Table]]) -> None:
@@ -140,15 +200,15 @@ def main() -> int:
     home.end_by_signals()
     try:
         home.make_folders()
-        # Each demo begins with nothing held.
-        shutil.rmtree(home.RETRIEVED, ignore_errors=True)
+        before = runs()
         failure = run_dag(console)
-        found = manifests()
+        found = manifests(runs() - before)
         verdict = show(console, found) if found else "failed"
         if failure:
             raise failure
         if not found:
             raise home.DemoError(f"No manifest was written; see {home.shown(home.LOGS)}/airflow.log")
+        noticed = show_half(console)
         show_next(console, found)
     except KeyboardInterrupt:
         errors.print("\nStopped: nothing is left running.")
@@ -156,7 +216,7 @@ def main() -> int:
     except home.DemoError as error:
         errors.print(f"\n{error}", markup=False)
         return 1
-    return 0 if verdict == "complete" else 1
+    return 0 if verdict == "complete" and noticed else 1
 
 
 if __name__ == "__main__":

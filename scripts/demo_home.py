@@ -13,19 +13,23 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from urllib.error import URLError
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / ".demo"
+# Another one for the tests, which leave yours as it is.
+FOLDER = Path(os.environ.get("DICOM_DEMO_FOLDER") or ROOT / ".demo")
 PACS_DATA = FOLDER / "pacs"
 AIRFLOW_HOME = FOLDER / "airflow"
 RETRIEVED = FOLDER / "retrieved"
 LOGS = FOLDER / "logs"
 DAG_ID = "retrieve_studies"
 AE_TITLE = "DEMO"
+POOL = "pacs"
+SLOTS = 2
 # The api-server comes first: the others report to it.
 COMPONENTS = {
     "api-server": ["api-server"],
@@ -130,6 +134,29 @@ def airflow(*arguments: str, environment: Mapping[str, str], log: Path, timeout:
         raise DemoError(f"`airflow {' '.join(arguments[:2])}` failed; its log is {shown(log)}{_complaint(log)}")
 
 
+def _preparation() -> str:
+    """What the database is made for: another Airflow migrates it."""
+    return f"Airflow {version('apache-airflow-core')}, pool {POOL} of {SLOTS}"
+
+
+def prepared() -> bool:
+    """Whether this Airflow has its database, and in it the pool that the DAGs name."""
+    stamp = AIRFLOW_HOME / "prepared"
+    return (
+        (AIRFLOW_HOME / "airflow.db").exists()
+        and stamp.exists()
+        and stamp.read_text(encoding="utf-8") == _preparation()
+    )
+
+
+def prepare_database(environment: Mapping[str, str], log: Path) -> None:
+    """Make or migrate Airflow's database, and make the pool that the DAGs name."""
+    airflow("db", "migrate", environment=environment, log=log)
+    # A task whose pool is missing waits for ever.
+    airflow("pools", "set", POOL, str(SLOTS), "associations of the PACS", environment=environment, log=log)
+    (AIRFLOW_HOME / "prepared").write_text(_preparation(), encoding="utf-8")
+
+
 def _complaint(log: Path) -> str:
     """The lines of a log that say why: those that name an exception, else the last ones."""
     lines = log.read_text(errors="replace").splitlines()
@@ -198,21 +225,24 @@ def session_members(leader: int) -> list[int]:
 
 
 @contextmanager
-def pacs() -> Iterator[tuple[str, str]]:
-    """Serve the demo's studies; gives the connection URI and the line in which the PACS said that it is ready."""
+def pacs(misbehave: str | None = None) -> Iterator[tuple[str, str]]:
+    """Serve the demo's studies, or a study made up that is served badly.
+
+    Gives the node, ``[AE@]host:port``, and the line in which the PACS said that it is ready.
+    """
     log = LOGS / "pacs.log"
-    command = [sys.executable, "-m", "airflow_dicom_get.cli.main", "pacs"]
-    command += ["--dir", str(PACS_DATA), "--port", "0", "--ae-title", AE_TITLE]
+    serve = ["--misbehave", misbehave] if misbehave else ["--dir", str(PACS_DATA), "--ae-title", AE_TITLE]
+    command = [sys.executable, "-m", "airflow_dicom_get.cli.main", "pacs", "--port", "0", *serve]
     process = launch(command, environment=os.environ, log=log, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             ready = process.stdout.readline().strip() if selector.select(30) else ""
-        if AE_TITLE not in ready:
+        node = re.search(r"\S+:\d+\b", ready)
+        if node is None:
             raise DemoError(f"The embedded PACS did not start; see {shown(log)}")
-        node = next(word for word in ready.split() if word.startswith(f"{AE_TITLE}@"))
-        yield f"dicom://{node}", ready
+        yield node[0], ready
     finally:
         stop([process])
 

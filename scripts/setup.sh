@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Make the virtual environment that the Makefile's targets run in, if it is missing or out of date.
 #
-# Usage: setup.sh VENV PYTHON EXTRAS
+# Usage: setup.sh VENV PYTHON EXTRAS [EXPECT]
 #
+# EXPECT says what the first call costs: packages, megabytes, minutes.
 # A stamp inside the environment holds a digest of everything it was made from; where it still fits, this script
 # does nothing. An environment that works is brought up to date in place, never thrown away.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
-venv=$1 python=$2 extras=$3
+venv=$1 python=$2 extras=$3 expect=${4:-a few minutes}
 [[ $venv = /* ]] || venv=$PWD/$venv
 
 fail() {
@@ -44,13 +45,26 @@ if [ -e "$venv" ] && ! fits; then
     echo "make: $venv was made by another Python or in another folder: making it anew"
     "$python" -m venv --clear "$venv"
 elif [ ! -e "$venv" ]; then
-    echo "make: creating $venv with Python $version"
+    echo "make: creating ${venv#"$PWD"/} with Python $version"
     "$python" -m venv "$venv"
 fi
 
-echo "make: installing the package with [$extras] into $venv (a minute or two the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[$extras]"
+# What pip says, in a few lines: a minute of silence looks like one that hangs. Its errors go through as they are.
+tell() {
+    local line fetched=0
+    while IFS= read -r line; do
+        case $line in
+        Collecting\ *) ((++fetched % 25)) || echo "make:   $fetched packages fetched" ;;
+        Installing\ collected\ packages*) echo "make:   unpacking and compiling them, the longest step" ;;
+        esac
+    done
+}
+
+echo "make: installing the package with [$extras] into ${venv#"$PWD"/}; the first time: $expect"
+SECONDS=0
+PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+    --constraint constraints.txt --editable ".[$extras]" | tell
 "$venv/bin/python" -m pip --disable-pip-version-check check >/dev/null ||
     fail "the installed packages contradict each other; see: $venv/bin/python -m pip check"
 echo "$wanted" >"$stamp"
+echo "make: ${venv#"$PWD"/} is ready after $SECONDS s; later calls use it as it is"

@@ -18,7 +18,6 @@ import demo_home as home
 from rich.console import Console
 
 CONNECTION = "dicom_default"
-POOL = "pacs"
 PATIENCE = 120
 
 
@@ -68,18 +67,15 @@ def run(console: Console, port: int) -> None:
     for name in ("setup", "pacs", *home.COMPONENTS):
         log_of(name).unlink(missing_ok=True)
     with ExitStack() as stack:
-        uri, _ = stack.enter_context(home.pacs())
-        console.print(f"PACS      {uri.removeprefix('dicom://')}")
-        home.airflow("db", "migrate", environment=environment, log=log_of("setup"))
+        node, _ = stack.enter_context(home.pacs())
+        console.print(f"PACS      {node}")
+        if not home.prepared():
+            home.prepare_database(environment, log_of("setup"))
         # In the database, not in the environment: so the connection shows in the web interface, with its form and test.
         connections = home.AIRFLOW_HOME / "connections.json"
-        connections.write_text(json.dumps({CONNECTION: uri}), encoding="utf-8")
+        connections.write_text(json.dumps({CONNECTION: f"dicom://{node}"}), encoding="utf-8")
         home.airflow(
             "connections", "import", "--overwrite", str(connections), environment=environment, log=log_of("setup")
-        )
-        # The nightly DAG names it; a task whose pool is missing waits for ever.
-        home.airflow(
-            "pools", "set", POOL, "2", "associations of the PACS", environment=environment, log=log_of("setup")
         )
         processes: dict[str, subprocess.Popen[str]] = {}
         # One common end for all four, rather than one after the other.
