@@ -1,0 +1,29 @@
+"""Every night, the studies of the day before into a folder: one C-FIND, then one task for each study.
+
+What it reads: the connection `dicom_default` (the PACS), and the pool `pacs` (a slot for each association it admits).
+"""
+
+from pathlib import Path
+
+import pendulum
+from airflow.sdk import DAG
+
+from airflow_dicom_get.operators.find import DicomFindOperator
+from airflow_dicom_get.operators.get import DicomGetOperator
+
+# A folder that every worker sees and may write to; a bucket, as s3://bucket/prefix; or another PACS.
+DESTINATION = str(Path.home() / "dicom")
+# Of the run, not of the clock: the same day if the run is tried again, cleared or backfilled.
+DAY_BEFORE = "{{ (dag_run.run_after.astimezone(dag.timezone) - macros.timedelta(days=1)).strftime('%Y%m%d') }}"
+
+with DAG(
+    "minimal",
+    schedule="@daily",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),  # the time zone of the PACS
+    is_paused_upon_creation=True,  # until you switch it on
+    default_args={"retries": 3, "pool": "pacs"},
+    tags=["dicom"],
+    doc_md=__doc__,
+) as dag:
+    find = DicomFindOperator(task_id="find", study_date=DAY_BEFORE)
+    get = DicomGetOperator.partial(task_id="get", destination=DESTINATION).expand(study=find.output)
