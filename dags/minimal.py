@@ -8,8 +8,7 @@ from pathlib import Path
 import pendulum
 from airflow.sdk import DAG
 
-from airflow_dicom_get.operators.find import DicomFindOperator
-from airflow_dicom_get.operators.get import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 
 # A folder that every worker sees and may write to; a bucket, as s3://bucket/prefix; or another PACS.
 DESTINATION = str(Path.home() / "dicom")
