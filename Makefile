@@ -25,7 +25,7 @@ demo: setup-demo ## Retrieve studies through an Airflow DAG, and half a study fr
 ui: setup-demo ## Start Airflow's web interface and the embedded PACS on the demo's home; Ctrl-C stops all
 	@$(VENV)-demo/bin/python scripts/ui.py $(ARGS)
 
-notebooks: setup ## Execute the notebooks anew and keep their output; ARGS='01_first_look' for one
+notebooks: setup ## Execute the notebooks and save their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
 test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'; 10 minutes on two cores
@@ -44,7 +44,7 @@ fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -o timeout=0 tests/unit $(ARGS)
 	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/test_fuzz.py $(ARGS)
 
-test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew
+test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images takes the screenshots of the docs again
 	@bash scripts/peers.sh chromium=chromium
 	@$(PY) -m pytest tests/browser -m browser $(ARGS)
 
@@ -75,7 +75,7 @@ docs: setup ## Build the documentation as a website in site/, without network
 	@NO_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
 	@echo "site/index.html; for its search too: $(PY) -m http.server --bind 127.0.0.1 --directory site 8000"
 
-lock: ## Resolve constraints.txt anew, with PYTHON (the oldest supported) and PYTHON_NEW
+lock: ## Resolve constraints.txt again, with PYTHON (the oldest supported) and PYTHON_NEW
 	@$(PYTHON) scripts/lock.py $(PYTHON) $(or $(PYTHON_NEW),$(error name a newer interpreter: make lock PYTHON_NEW=/usr/bin/python3))
 
 clean: ## Remove what the targets made: environments, demo, caches

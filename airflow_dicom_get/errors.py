@@ -22,6 +22,13 @@ def peer_text(value: object, limit: int = _TEXT_LIMIT) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def sentences(message: str, hint: str = "") -> str:
+    """What happened and what to do about it as one text, with a full stop between the two."""
+    if hint and message and message[-1] not in ".!?…":
+        message += "."
+    return f"{message} {hint}".strip()
+
+
 class DicomGetError(Exception):
     """Root of all errors of this package.
 
@@ -41,7 +48,7 @@ class DicomGetError(Exception):
     """The word of :data:`~airflow_dicom_get.vocabulary.REASONS` for a retrieval that this error ended."""
 
     def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
-        super().__init__(f"{message} {hint}".strip())
+        super().__init__(sentences(message, hint))
         self.message = message
         self.hint = hint
         self.facts = facts
@@ -81,7 +88,7 @@ class InvalidQuery(DicomGetError, ValueError):
 
 
 class PeerError(DicomGetError):
-    """The other side, or the way to it, failed. The node is in ``node``."""
+    """The peer, or the network to it, failed. The node is in ``node``."""
 
     at_fault = "peer"
 
@@ -175,7 +182,7 @@ class OperationFailed(PeerError):
 
 
 class SinkError(DicomGetError):
-    """The destination could not take or keep an instance."""
+    """The destination failed to store an instance."""
 
     word = "destination_error"
     at_fault = "destination"
@@ -183,19 +190,19 @@ class SinkError(DicomGetError):
 
 
 class DestinationFull(SinkError):
-    """The destination has no room left."""
+    """The destination is full."""
 
     word = "destination_full"
 
 
 class DestinationSlow(SinkError):
-    """The destination took longer than the source may wait: it was not answered late, its association was given up."""
+    """The destination took longer than the source may wait: the association with the source is aborted."""
 
 
 class ForwardLost(SinkError):
-    """The node to forward to cannot be reached, went away, or did not take an instance in time.
+    """The node to forward to cannot be reached, closed the association, or did not accept an instance in time.
 
-    The source is not answered then: its association is given up, and what is missing asked for anew.
+    The source is not answered then: its association is aborted, and what is missing is requested again.
     """
 
     @property
@@ -204,7 +211,7 @@ class ForwardLost(SinkError):
 
 
 class ForwardLate(ForwardLost):
-    """The node to forward to has an instance whole and has not answered yet; what it answers still counts."""
+    """The node to forward to has received a whole instance, but has not answered yet; its answer still counts."""
 
 
 class S3Error(SinkError):
@@ -216,14 +223,14 @@ class S3Error(SinkError):
 
 
 class LedgerError(DicomGetError):
-    """A ledger file is broken or of a newer schema. It is left as it is."""
+    """A ledger file is damaged or has a newer schema. It is not changed."""
 
     word = "ledger_error"
     at_fault = "destination"
 
 
 class ManifestError(DicomGetError):
-    """A manifest cannot be read, or is not what its reference says."""
+    """A manifest cannot be read, or does not match its reference."""
 
     word = "manifest_error"
     at_fault = "input"

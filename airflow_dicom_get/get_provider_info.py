@@ -10,7 +10,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
     return {
         "package-name": "airflow-dicom-get",
         "name": "DICOM C-GET",
-        "description": "Retrieves DICOM studies from a PACS by C-GET, with a verdict and a manifest for each.",
+        "description": "Retrieves DICOM studies from a PACS by C-GET, each with a verdict and a manifest.",
         "integrations": [
             {
                 "integration-name": "DICOM",
@@ -52,12 +52,12 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                 "conn-fields": {
                     "calling_ae_title": {
                         "label": "Calling AE title",
-                        "description": "Our own AE title, as the PACS knows it: 1 to 16 characters.",
+                        "description": "Our AE title, as registered at the PACS: 1 to 16 characters.",
                         "schema": {"type": ["string", "null"], "default": "GET-SCU"},
                     },
                     "query_model": {
                         "label": "Query/Retrieve model",
-                        "description": "PatientRoot only for a PACS that does not offer StudyRoot.",
+                        "description": "Use PatientRoot only if the PACS does not offer StudyRoot.",
                         "schema": {
                             "type": ["string", "null"],
                             "enum": ["StudyRoot", "PatientRoot"],
@@ -66,27 +66,27 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "max_pdu_length": {
                         "label": "Maximum PDU length",
-                        "description": "Bytes that the PACS may send in one PDU; 131072 is the fastest.",
+                        "description": "Largest PDU, in bytes, that the PACS may send; 131072 is fastest.",
                         "schema": {"type": ["integer", "null"], "default": 131072},
                     },
                     "max_associations": {
                         "label": "Associations at once",
-                        "description": "How many the PACS admits to us. Make a pool with as many slots.",
+                        "description": "Parallel associations that the PACS allows. Create a pool with as many slots.",
                         "schema": {"type": ["integer", "null"], "default": 2},
                     },
                     "bytes_per_second": {
                         "label": "Bytes per second",
-                        "description": "What all retrievals together may take, for example 20M. Blank: no limit.",
+                        "description": "Rate limit of all retrievals together, for example 20M. Blank: no limit.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "window": {
                         "label": "Hours for retrievals",
-                        "description": "Only within these hours, for example 22:00-06:00. Blank: at any time.",
+                        "description": "Hours to use the PACS in, for example 22:00-06:00. Blank: at any time.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "timezone": {
                         "label": "Time zone of the PACS",
-                        "description": "For the hours above and for dates such as today, for example Europe/Berlin.",
+                        "description": "Of the hours above and of dates such as today, for example Europe/Berlin.",
                         "schema": {"type": ["string", "null"], "default": "UTC"},
                     },
                     "connect_timeout": {
@@ -94,17 +94,17 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "schema": {"type": ["number", "null"], "default": 10},
                     },
                     "acse_timeout": {
-                        "label": "Seconds to the association",
+                        "label": "Seconds to accept an association",
                         "schema": {"type": ["number", "null"], "default": 30},
                     },
                     "next_object_timeout": {
                         "label": "Seconds between instances",
-                        "description": "Also before the first one: a PACS with a tape archive needs more.",
+                        "description": "Also before the first instance. A PACS with a tape archive needs more.",
                         "schema": {"type": ["number", "null"], "default": 300},
                     },
                     "idle_timeout": {
                         "label": "Seconds without a byte",
-                        "description": "Inside a message.",
+                        "description": "In the middle of a message.",
                         "schema": {"type": ["number", "null"], "default": 60},
                     },
                     "operation_timeout": {
@@ -133,7 +133,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "tls_server_name": {
                         "label": "TLS: server name",
-                        "description": "The name in the certificate of the PACS, if it is not the host.",
+                        "description": "Name in the certificate of the PACS, if it differs from the host.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "tls_check_hostname": {
@@ -164,7 +164,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                 "conn-fields": {
                     "scheme": {
                         "label": "Scheme",
-                        "description": "How the endpoint is spoken to; http is not encrypted.",
+                        "description": "Protocol of the endpoint; http is not encrypted.",
                         "schema": {"type": ["string", "null"], "enum": ["https", "http"], "default": "https"},
                     },
                     "region": {
@@ -178,17 +178,17 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "path_style": {
                         "label": "Bucket in the path",
-                        "description": "Not touched: yes where an endpoint host is given. On and off again: no.",
+                        "description": "Unchanged: yes if an endpoint host is given. Switched on and off again: no.",
                         "schema": {"type": ["boolean", "null"]},
                     },
                     "session_token": {
                         "label": "Session token",
-                        "description": "Of temporary keys.",
+                        "description": "Only for temporary credentials.",
                         "schema": {"type": ["string", "null"], "format": "password"},
                     },
                     "profile": {
                         "label": "Profile",
-                        "description": "Of the AWS configuration on the workers, in place of keys.",
+                        "description": "Profile of the AWS configuration on the workers, instead of keys.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "ca_file": {
@@ -202,7 +202,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "kms_key_id": {
                         "label": "Key of aws:kms",
-                        "description": "Blank: the account's own.",
+                        "description": "Blank: the key of the account.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "storage_class": {
@@ -210,8 +210,8 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "schema": {"type": ["string", "null"]},
                     },
                     "max_concurrency": {
-                        "label": "Parts of 8 MiB at once",
-                        "description": "Bounds memory and requests of one task.",
+                        "label": "Parallel parts of 8 MiB",
+                        "description": "Bounds memory and requests of a task.",
                         "schema": {"type": ["integer", "null"], "default": 8},
                     },
                 },

@@ -142,7 +142,7 @@ class GetScu:
         manifest: Any = None,
         manifest_name: str | None = None,
     ) -> Result:
-        """Retrieve what a query means, and prove it.
+        """Retrieve what a query selects, and verify every instance.
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class GetScu:
         on_completed : callable
             Called once with a :class:`Completed`, on every end.
         manifest : manifest, reference or URI
-            In place of a query: fetch the rows that are not held.
+            Instead of a query: fetch its rows that are not held.
         manifest_name : str
             Path of the new manifest below the manifest root, without its ending; the run's name by default.
 
@@ -202,7 +202,7 @@ class GetScu:
         return result
 
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
-        """List what a get would fetch, and what of it is held. Nothing is fetched or written.
+        """List what a get would fetch, and what is already held. Nothing is fetched or written.
 
         Raises
         ------
@@ -277,7 +277,7 @@ class GetScu:
         Parameters
         ----------
         query : mapping
-            Keys as in :meth:`get_study`; at least one must select.
+            Keys as in :meth:`get_study`; at least one must have a value.
         level : {"STUDY", "SERIES", "IMAGE"}
             Level of the rows.
         return_keys : sequence of str
@@ -298,7 +298,7 @@ class GetScu:
 
         if level not in ("STUDY", "SERIES", "IMAGE"):
             raise InvalidOption(
-                f"level: {str(level)[:32]!a} is no level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
+                f"level: {str(level)[:32]!a} is not a query level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
             )
         parsed = self._parse(query, query_model)
         source = self._open_source()
@@ -309,7 +309,7 @@ class GetScu:
         return frame_of_rows(rows) if as_frame else rows
 
     def echo(self, *, study: str | None = None, profile: str | Path | None = None) -> EchoReport:
-        """Send a C-ECHO, and see which services the node accepts.
+        """Send a C-ECHO, and find out which services the node accepts.
 
         Parameters
         ----------
@@ -357,7 +357,7 @@ class GetScu:
         from airflow_dicom_get.engine.query import parse_query
 
         if query is None:
-            raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to go on from.")
+            raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to resume from.")
         return parse_query(query, query_model=query_model, timezone=self.options.timezone)
 
     def _scopes_of(self, manifest: Any) -> list[Scope]:
@@ -490,7 +490,6 @@ class GetScu:
                 run=run,
             )
         except SinkError as error:
-            log.error("%s", error)
             manifest_not_written(result, error)
         result.rows = lambda: manifest_table(rows, **described)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.vocabulary import (
@@ -59,13 +59,13 @@ class Result:
     expected, total : int
         Instances of the last plan (``expected`` is None without a plan; ``total`` is then what was sent).
     completed, skipped, warning : int
-        Of these: confirmed at the destination; were there before; stored with a remark.
+        Of these: confirmed at the destination; there before; stored with a warning.
     failed : int
         ``total`` less ``completed``.
     withdrawn, unexpected, conflicts : int
-        Gone from the list; sent but not listed; another data set is held under the same UID.
+        No longer listed; sent but not listed; a different data set is held under the same UIDs.
     bytes : int
-        Bytes that came over the line.
+        Bytes received.
     associations, rounds : int
         Associations used, and rounds of list and get.
     plan_at : datetime or None
@@ -73,15 +73,17 @@ class Result:
     evidence : str
         ``list+counts``, ``list`` or ``none``.
     resume_at : datetime or None
-        When it may go on, where a window closed.
+        When it may be resumed, if a window closed.
     errors : list of dict
         At most ten of ``{"error": …, "count": …, "hint": …}``.
     manifest_uri : str or None
-        Where the manifest lies.
+        Where the manifest is.
     studies : list of StudyResult
         The same numbers per study.
     transient : bool
-        Whether trying again can help, decided by the rows that are not held and by what ended the run.
+        Whether running again can help, decided by the rows that are not held and by what ended the run.
+    kind : str
+        ``get`` or ``store``: what the texts call it.
     rows : callable
         Gives the manifest as a ``pyarrow.Table`` where there is no file of it.
     """
@@ -110,6 +112,7 @@ class Result:
     node: str | None = None
     destination: str | None = None
     studies: list[StudyResult] = field(default_factory=list)
+    kind: Literal["get", "store"] = field(default="get", repr=False)
     transient: bool = field(default=False, repr=False)
     rows: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
     _manifest: DataFrame | None = field(default=None, init=False, repr=False, compare=False)
@@ -171,30 +174,33 @@ class Result:
     def hint(self) -> str:
         """What to do about a verdict that is not ``complete``."""
         if self.resume_at is not None:
-            return f"It may go on at {_iso(self.resume_at)}."
+            return f"It may be resumed at {_iso(self.resume_at)}."
         if self.verdict == EMPTY:
             return "Check the query, and whether the study is at this node."
         if self.verdict == UNVERIFIED:
-            return "All that was sent is held; compare with the source by other means."
+            return "All that was sent is held, but no list proves that it is all: compare with the source yourself."
         hints = [str(error["hint"]) for error in self.errors if error.get("hint")]
         if self._may_pass() and (self.total or not hints):
-            return "Run it again: what is held is not fetched again."
-        return hints[0] if hints else "The manifest says per instance why."
+            return "Run it again: it resumes, and transfers only what is missing."
+        return hints[0] if hints else "The manifest gives the reason for each instance."
 
     def summary(self) -> str:
         """One line for people: the verdict, its reason and the numbers that matter."""
         reason = f" ({self.reason})" if self.reason else ""
         if not self.total and self.verdict != EMPTY:
-            return f"{self.verdict}{reason}: nothing was retrieved"
+            return f"{self.verdict}{reason}: nothing was {'stored' if self.kind == 'store' else 'retrieved'}"
         if self.verdict == EMPTY:
             return f"empty{reason}: the query matched nothing"
-        listed = "listed" if self.expected is not None else "sent"
-        parts = [f"{self.completed} of {self.total} instances {listed} are held"]
+        if self.kind == "store":
+            parts = [f"{self.completed} of {self.total} instances are stored at the node"]
+        else:
+            listed = "listed" if self.expected is not None else "sent"
+            parts = [f"{self.completed} of {self.total} instances {listed} are held"]
         if self.skipped:
             parts.append(f"{self.skipped} were there before")
         for count, what in (
-            (self.failed, "missing"),
-            (self.warning, "with a remark"),
+            (self.failed, "not stored" if self.kind == "store" else "missing"),
+            (self.warning, "with a warning"),
             (self.conflicts, "in conflict"),
             (self.withdrawn, "withdrawn"),
             (self.unexpected, "not listed"),
@@ -226,7 +232,9 @@ class Result:
         return html_table(f"{self.verdict}{f' ({self.reason})' if self.reason else ''}", rows)
 
 
-_JSON_FIELDS = tuple(item.name for item in fields(Result) if item.name not in ("transient", "rows", "_manifest"))
+_JSON_FIELDS = tuple(
+    item.name for item in fields(Result) if item.name not in ("transient", "kind", "rows", "_manifest")
+)
 
 
 @dataclass(slots=True)

@@ -6,19 +6,19 @@ import dataclasses
 import hashlib
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.checks import about, invalid, shown_path
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import assemble_store, completed_event, manifest_not_written
-from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, SinkError
+from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, SinkError
+from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BACKOFF, _MAX_BACKOFF = 0.5, 30.0
 _BUSY_TRIES = 3
 """How often an instance is sent to a destination that says it is out of resources."""
 _MOST_ERRORS = 10
@@ -50,7 +49,7 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class StoreScu:
-    """Store instances at a node, provably so: retrieve first, forward later.
+    """Store instances at a node, and verify each: retrieve first, forward later.
 
     Parameters
     ----------
@@ -106,7 +105,7 @@ class StoreScu:
         self._cancelled: str | None = None
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """End a running call after the instance at hand; a second call aborts at once."""
+        """End a running call after the current instance; a second call aborts at once."""
         run = self._run
         self._cancelled = self._cancelled or reason
         if run is not None:
@@ -122,18 +121,18 @@ class StoreScu:
         on_unusable: Callable[[str, str], object] | None = None,
         manifest_name: str | None = None,
     ) -> Result:
-        """Store what a source holds, and say of each instance what became of it.
+        """Store the instances of a source, and report what became of each.
 
         Parameters
         ----------
         source : path, URI, or sequence of these
             Files, folders, and prefixes as ``s3://bucket/prefix``.
         manifest : manifest, reference or URI
-            In place of a source: store the objects that it holds.
+            Instead of a source: store the objects that it lists.
         on_sub_operation, on_completed : callable
             As in :meth:`GetScu.get_study`; ``file`` is the object that was stored.
         on_unusable : callable
-            Called with name and reason of each object that is no instance that can be stored.
+            Called with name and reason of each object that is not an instance that can be stored.
         manifest_name : str
             Path of the new manifest below the manifest root, without its ending.
 
@@ -154,7 +153,7 @@ class StoreScu:
         from airflow_dicom_get.sinks.places import root_for
 
         if (source is None) == (manifest is None):
-            raise invalid("source", "or manifest: just one of the two is to be given", "Name files, or a manifest.")
+            raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
         others: list[Instance] = []
         if manifest is not None:
             objects, others = objects_of(manifest, self.options.s3_config)
@@ -165,7 +164,10 @@ class StoreScu:
             objects = objects_in(sources, self.options.s3_config)
             shown_source = " ".join(map(str, sources))
             if not objects:
-                raise invalid("source", "holds no files", "Name files, or folders that hold some.")
+                named = ", ".join(map(shown_path, sources)) or "source"
+                raise InvalidOption(
+                    about(named, "holds no files"), hint="Name files, or folders that hold some.", option="source"
+                )
         root = root_for(self.options)
         name = run_name()
         cancel = CancelToken()
@@ -196,7 +198,6 @@ class StoreScu:
                 run=name,
             )
         except SinkError as error:
-            log.error("%s", error)
             manifest_not_written(result, error)
         result.rows = lambda: manifest_table(run.rows.values(), **described)
 
@@ -230,11 +231,14 @@ class _Run:
             name,
             dataclasses.replace(o, deadlines=patient),
             cancel=self.cancel,
+            forwarding=False,
         )
         self._mutex = threading.Lock()
         self._held: dict[str, dict[str, Held]] = {}
         self._error: DicomGetError | None = None
         self._stopped = False
+        self._untried = 0
+        """Files that were never opened: the run ended before their turn."""
 
     # --- the work ------------------------------------------------------------------------------
 
@@ -260,6 +264,7 @@ class _Run:
                 thread.join()
         finally:
             self._sink.close()
+        self._untried = sum(item.row is None for item in queue)  # what a manifest names has its row already
         for row in self.rows.values():
             if row.state is None:
                 row.state, row.reason = "missing", self._why_untried()
@@ -270,7 +275,7 @@ class _Run:
             return
         listed = self.rows.setdefault(row.sop, _blank(row))
         listed.state, listed.reason = "missing", row.reason or "not_sent"
-        listed.error = "The manifest names no object of it that could be read."
+        listed.error = "The manifest names no readable object for it."
 
     def _why_untried(self) -> str:
         if self.cancel.reason is not None:
@@ -324,10 +329,10 @@ class _Run:
         row = item.row
         try:
             if row is not None and row.bytes is not None and item.size() != row.bytes:
-                raise UnreadableError("its size is not the recorded one")
+                raise UnreadableError("its size differs from the recorded one")
             opened = open_object(item)
             if row is not None and (opened.instance.sop, opened.instance.series) != (row.sop, row.series):
-                raise UnreadableError("it is another instance than the manifest says")
+                raise UnreadableError("it is not the instance that the manifest names")
         except (UnreadableError, UnusableError) as error:
             if row is None:
                 raise
@@ -369,9 +374,10 @@ class _Run:
                 taken = self._send(item, opened, record)
             except ForwardLost as error:
                 failures += 1
-                if not error.transient or failures > self._options.retries or self.cancel.reason is not None:
+                retries = allowed(error, self._options.retries)
+                if failures > retries or self.cancel.reason is not None:
                     raise
-                self._back_off(failures, error.message)
+                back_off(failures, error.message, retries, self.cancel)
             except UnreadableError as error:
                 self._changed(record, f"{item.name}: {error}")
                 return
@@ -379,7 +385,7 @@ class _Run:
                 busy += taken.reason == "destination_error"
                 if taken.reason != "destination_error" or self.strict or busy >= _BUSY_TRIES:
                     break
-                self._back_off(busy, taken.error or "")
+                back_off(busy, taken.error or "", _BUSY_TRIES - 1, self.cancel)
             if self.cancel.reason is not None:
                 return
             opened = open_object(item)
@@ -401,7 +407,7 @@ class _Run:
                 if view:
                     writer.write(view)
             if digest is not None and digest.digest() != recorded:
-                raise UnreadableError("its digest is not the recorded one")
+                raise UnreadableError("its digest differs from the recorded one")
             return writer.take()
         except ForwardLate:
             for instance, error, _ in self._sink.confirmations(wait=True):
@@ -411,13 +417,6 @@ class _Run:
         except BaseException:
             writer.abort()
             raise
-
-    def _back_off(self, failures: int, why: str) -> None:
-        wait = min(_BACKOFF * 2 ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
-        log.warning("%s Trying again in %.1f s.", why, wait)
-        limit = time.monotonic() + wait
-        while time.monotonic() < limit and self.cancel.reason is None:
-            time.sleep(0.05)
 
     def _settle(self, record: Instance, taken: Taken) -> None:
         first = self.rows[record.sop]
@@ -447,6 +446,7 @@ class _Run:
             stopped=self._stopped,
             cancelled_by=self.cancel.reason,
             unusable=self.unusable,
+            untried=self._untried,
         )
 
 

@@ -1,4 +1,4 @@
-"""What DAGs use that is no operator: a cohort of a file, the group find → get → report, and which errors are final."""
+"""What DAGs use that is not an operator: a cohort from a file, the group find → get → report, final errors."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ def report(
 ) -> dict[str, Any]:
     """Sum up mapped retrievals, and fail unless all of them are complete.
 
-    A mapped task leaves its summary and its manifest in XCom whatever its verdict. So this runs too where some of
-    them failed, and as the last task it decides on the state of the run::
+    A mapped task leaves its summary and its manifest in XCom whatever its verdict. So this task runs even if some of
+    them failed, and as the last task it decides the state of the run::
 
         get = DicomGetOperator.partial(task_id="get", destination="/data/dicom").expand(study=find.output)
         report(find.output, get.output["summary"], get.output)
 
     Where there was nothing to retrieve it is skipped, as the mapped tasks are.
 
-    :param parts: what was mapped over, to notice a task that ended without a word
+    :param parts: what was mapped over, to notice tasks that left no result
     :param summaries: of the retrievals
     :param manifests: of the retrievals, of any shape
     :param accept: the verdicts that are a success
@@ -99,13 +99,13 @@ def report(
         whole = _sum_up(len(parts), [summaries[index] for index in range(len(summaries))], manifests)
         text = _text(whole)
         if whole["verdict"] not in accept:
-            raise AirflowFailException(f"{text} Clear the failed tasks to go on: what is held is not fetched again.")
+            raise AirflowFailException(f"{text} Clear the failed tasks to resume: what is held is not fetched again.")
     log.info("%s", text)
     return whole
 
 
 def _sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[Any]) -> dict[str, Any]:
-    """What came of some retrievals as one; see :func:`report`.
+    """The results of several retrievals as one; see :func:`report`.
 
     :param tasks: how many there were
     """
@@ -134,10 +134,10 @@ def _text(whole: Mapping[str, Any]) -> str:
     text = f"{whole['held']} of {whole['instances']} instances of {whole['studies']} studies are held"
     text += f" ({verdicts})." if verdicts else "."
     if whole["reasons"]:
-        text += f" Why the others are not: {', '.join(f'{count} {word}' for word, count in whole['reasons'].items())}."
+        text += f" Reasons of the others: {', '.join(f'{count} {word}' for word, count in whole['reasons'].items())}."
     if whole["silent"]:
         tasks, logs = ("task", "its log says") if whole["silent"] == 1 else ("tasks", "their logs say")
-        text += f" Of {whole['silent']} {tasks} there is no summary, {logs} why."
+        text += f" Of {whole['silent']} {tasks} there is no summary; {logs} why."
     return text
 
 
@@ -153,15 +153,15 @@ def find_cohort(
 ) -> list[list[Item]]:
     """Find the studies of a CSV file at a PACS, and return Items to map over, each with its ``label`` of the file.
 
-    The file has a column ``StudyInstanceUID`` or ``AccessionNumber``, and one with the labels; all of it is read before
-    the PACS is asked. Accession numbers are not returned: what a task returns every viewer of the DAG can read, and so
-    can the labels be.
+    The file has a column ``StudyInstanceUID`` or ``AccessionNumber``, and one with the labels; the whole file is
+    checked before the PACS is queried. Accession numbers are not returned: every viewer of the DAG can read what a
+    task returns, including the labels.
 
     :param path: the file
     :param label: name of the column with the labels
     :param unknown: what happens if the PACS has no study for a row: ``fail``, or ``skip`` the row
     :param dicom_conn_id: the ``dicom`` connection to the PACS
-    :return: lists of one Item each; of more where Airflow would not map over so many
+    :return: lists of one Item each, or of more if there are more than Airflow can map over
     :raises AirflowFailException: the file is malformed, a row has no study, or the PACS refuses
     """
     with final_errors():
@@ -178,8 +178,10 @@ def find_cohort(
                 study = str(answer.StudyInstanceUID)
                 item = items.setdefault(study, {**make_item(study), "label": row.label})
                 if item["label"] != row.label:
-                    what = f"{shown_path(path)}, line {row.line}: its study stands in an earlier line by another label"
-                    raise invalid("csv", what, "Give both the same label, or take one of them out.")
+                    what = (
+                        f"{shown_path(path)}, line {row.line}: its study appears in an earlier line with another label"
+                    )
+                    raise invalid("csv", what, "Give both lines the same label, or remove one of them.")
             if not found:
                 nowhere.append(row)
         log.info("%d rows name %d studies.", len(rows), len(items))
@@ -193,5 +195,5 @@ def _say_unknown(path: str, nowhere: list[ListedStudy], unknown: str) -> None:
     more = f" and {len(nowhere) - _LINES} more" if len(nowhere) > _LINES else ""
     text = f"{shown_path(path)}: the PACS has no study for column {nowhere[0].key} of line {lines}{more}."
     if unknown == "fail":
-        raise AirflowFailException(f"{text} Correct these lines, or go on without them with unknown='skip'.")
-    log.warning("%s They are left out.", text)
+        raise AirflowFailException(f"{text} Correct these lines, or skip them with unknown='skip'.")
+    log.warning("%s They are skipped.", text)

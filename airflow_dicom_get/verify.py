@@ -107,7 +107,7 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 the same, 3 differences, 4 no difference found, and a PACS could not be compared."""
+        """0 the same, 3 differences, 4 no difference found, but the PACS could not be compared with."""
         return 3 if self.differences else 0 if self.uncompared is None else 4
 
     @property
@@ -154,7 +154,7 @@ class Verification:
             [
                 ("not compared with the PACS", self.uncompared),
                 *shown,
-                ("…", f"{more} more, in frame()" if more else None),
+                ("…", f"{more} more in frame()" if more else None),
                 ("manifest", self.manifest_uri),
             ],
         )
@@ -232,11 +232,11 @@ def compare(
     studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
     for uid in studies:
         if not is_uid(uid):
-            raise invalid("study", f"{uid[:70]!a} is no UID", "Give a Study Instance UID.")
+            raise invalid("study", f"{uid[:70]!a} is not a valid UID", "Give a Study Instance UID.")
     if manifest is None and not studies:
-        raise invalid("manifest", "or study: nothing says what to verify", "Give a manifest, or a study.")
+        raise invalid("manifest", "or study: nothing to verify", "Give a manifest, or a study.")
     if manifest is None and options.destination is None:
-        raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
+        raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
     work = _Verify(options, quick, on_difference)
     work.read_manifest(manifest, studies)
     if options.addr is not None:
@@ -383,7 +383,7 @@ class _Verify:
         except PeerError as error:
             self._uncompared(error)
             for item in [self._item(row) for row in rows] if rows is not None else self.items.values():
-                item.trouble = f"{node} cannot be asked"
+                item.trouble = f"{node} cannot be queried"
             return
         if rows is not None:
             for row in rows:
@@ -425,7 +425,7 @@ class _Verify:
             return UNREADABLE, item.trouble
         listed, where = self._listed(item)
         if not item.there:
-            return NOT_THERE, f"{where}, not there" if listed else "neither there nor listed any more"
+            return NOT_THERE, f"{where}, not there" if listed else "no longer listed, and not present"
         symbol, what = self._content(item)
         if symbol != SAME:
             return symbol, what
@@ -434,21 +434,21 @@ class _Verify:
     def _listed(self, item: _Item) -> tuple[bool, str]:
         """Whether it is listed by all that list, and by whom, or by whom not."""
         if self.has_source and not item.at_source:
-            return False, "there, and the PACS does not list it"
+            return False, "present, but not listed by the PACS"
         if self.has_manifest and not item.in_manifest:
             return (
-                (True, "listed by the PACS and not in the manifest")
+                (True, "listed by the PACS, but not in the manifest")
                 if item.at_source
                 else (
                     False,
-                    "there, and not in the manifest",
+                    "present, but not in the manifest",
                 )
             )
         if self.has_source:
             return True, "listed by the PACS"
         if self.has_manifest:
             return True, "listed in the manifest"
-        return (True, "recorded") if item.in_records else (False, "there, and in no record")
+        return (True, "recorded") if item.in_records else (False, "present, but in no record")
 
     def _content(self, item: _Item) -> tuple[Symbol, str]:
         """Whether the object is what is recorded; where nothing is, whether it is a whole instance of its name."""
@@ -458,7 +458,7 @@ class _Verify:
         try:
             size = stored.size()
             if item.size is not None and size != item.size:
-                return DIFFERENT, f"{size} bytes, and {item.size} are recorded"
+                return DIFFERENT, f"{size} bytes, but {item.size} are recorded"
             if self.quick:
                 return SAME, "of the same size" if item.size is not None else "there"
             if item.sha256 is not None:
@@ -466,7 +466,7 @@ class _Verify:
                 for view in stored.chunks():
                     digest.update(view)
                 same = digest.digest() == item.sha256
-                return (SAME, "of the same digest") if same else (DIFFERENT, "another digest than the recorded one")
+                return (SAME, "of the same digest") if same else (DIFFERENT, "digest differs from the recorded one")
             opened = open_object(stored)
             read = sum(len(view) for view in opened.chunks())
         except MissingError:
@@ -477,8 +477,8 @@ class _Verify:
             return DIFFERENT, str(error)
         found, row = opened.instance, item.row
         if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
-            return DIFFERENT, "another instance than its name says"
-        return (SAME, "whole, without a recorded digest") if read == size else (UNREADABLE, "grows while it is read")
+            return DIFFERENT, "not the instance that its name says"
+        return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
     # --- the manifest --------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ CANCELLED: Final = "cancelled"
 VERDICTS: Mapping[Verdict, str] = {
     COMPLETE: "all that the PACS lists is held and verified, and two lists in a row agree",
     FAILED: "nothing of the scope is held",
-    PARTIAL: "something of the scope is held, something is not; `reason` says why",
-    UNVERIFIED: "all that was sent is held, but there is no list, or the PACS contradicts its own list",
+    PARTIAL: "some of the scope is held, some is not; `reason` says why",
+    UNVERIFIED: "all that was sent is held, but no list of the PACS proves that it is all",
     EMPTY: "the query matched nothing",
-    CANCELLED: "ended by a signal or by `cancel()`",
+    CANCELLED: "stopped by a signal or by `cancel()`",
 }
 """What each verdict means."""
 
@@ -84,11 +84,11 @@ STATES: Mapping[State, str] = {
     "stored": "written to the destination by this run",
     "forwarded": "stored at the other node by this run",
     "held": "at the destination before this run, and verified",
-    "failed": "it was sent, and the destination did not keep it",
-    "missing": "it is listed and was not received",
-    "withdrawn": "it was listed, and is listed no longer",
-    "unexpected": "it was sent, and is not listed",
-    "conflict": "another data set lies under its UIDs at the destination",
+    "failed": "it was sent, but is not at the destination",
+    "missing": "it is listed, but was not received",
+    "withdrawn": "it was listed before, and no longer is",
+    "unexpected": "it was sent and stored, but is not listed",
+    "conflict": "the destination holds a different data set under its UIDs",
 }
 
 FETCHED: frozenset[State] = frozenset({"stored", "forwarded"})
@@ -115,10 +115,10 @@ RECEIVED: frozenset[State] = FETCHED | {"unexpected"}
 Exactness = Literal["as_listed", "as_received", "peer_choice", "converted"]
 
 EXACTNESS: Mapping[Exactness, str] = {
-    "as_listed": "the transfer syntax is the one that the PACS lists for it",
-    "as_received": "it came compressed, or from a PACS known not to convert; the PACS lists no transfer syntax",
-    "peer_choice": "it came uncompressed, in an encoding that the PACS chose and may have converted to",
-    "converted": "the PACS converted it: the transfer syntax is not the one listed, or the header says so",
+    "as_listed": "received in the transfer syntax that the PACS lists for it",
+    "as_received": "received compressed, or from a PACS known not to convert; the PACS lists no transfer syntax",
+    "peer_choice": "received uncompressed, in an encoding that the PACS chose and may have converted to",
+    "converted": "the PACS converted it: its transfer syntax is not the listed one, or its header says so",
 }
 
 MAYBE_CONVERTED: frozenset[Exactness] = frozenset({"peer_choice", "converted"})
@@ -159,52 +159,53 @@ class Reason:
 REASONS: Mapping[str, Reason] = {
     # The source
     "not_sent": Reason(
-        "The PACS lists it, was asked for it and did not send it, though it reported no failure.",
-        "Run again. If it stays so, ask the PACS admin whether the instance can be read there.",
+        "The PACS lists it, but did not send it on request, and reported no failure.",
+        "Run again. If that does not help, ask the PACS admin whether the instance can be read there.",
         transient=True,
     ),
     "refused_by_source": Reason(
-        "The PACS refuses this UID even when it is asked for alone, or refuses C-GET altogether.",
-        "Ask the PACS admin; the file behind the entry is often gone or damaged.",
+        "The PACS refuses the request even for this instance alone, or refuses C-GET altogether.",
+        "Ask the PACS admin: often the file behind the entry is missing or damaged.",
     ),
     "class_refused": Reason(
         "The PACS accepted no presentation context for its SOP class.",
         "Ask the PACS admin to enable the SOP class for our AE title, with us in the SCP role.",
     ),
     "syntax_refused": Reason(
-        "None of the transfer syntaxes offered would do, or `require_exact` refused an encoding that the PACS chose.",
-        "Widen `transfer_syntaxes`, or leave `require_exact` out.",
+        "None of the transfer syntaxes offered fits, or `require_exact` refused an encoding that the PACS chose.",
+        "Allow more `transfer_syntaxes`, or do not set `require_exact`.",
     ),
     "sub_operation_failed": Reason(
         "The PACS reported a failed sub-operation for it.",
-        "Look into the log of the PACS. Often a compressed instance that it cannot send in its own transfer syntax.",
+        "If the error names the transfer syntax in which the PACS stores the instance, let the PACS accept that syntax "
+        "from our AE title (dcmqrscp: an association profile, option -xf), and run again. Otherwise its log says why.",
         transient=True,
     ),
     "association_lost": Reason(
-        "The association ended before it was received, also when tried again.",
-        "Run again. If it is always the same instance, the PACS fails on it: ask its admin.",
+        "The association ended before it was received, also on retries.",
+        "Run again. If it is always the same instance, the PACS fails on it: ask the PACS admin.",
         transient=True,
         fatal=True,
     ),
     "deadline": Reason(
-        "A deadline passed before it was received; the error beside it names which.",
-        "Raise that deadline if the PACS needs longer, and run again.",
+        "A deadline passed before it was received; the error names it.",
+        "Run again; raise that deadline if the PACS needs longer.",
         transient=True,
         fatal=True,
     ),
     # What was sent and refused here
     "uid_mismatch": Reason(
-        "Command, presentation context, data set and list name different instances or classes.",
+        "Command, presentation context, data set and list name different instances or SOP classes.",
         "Ask the PACS admin: it may rewrite UIDs when it sends, or its index may be wrong.",
         local=True,
     ),
     "not_asked": Reason(
-        "It was sent, and lies outside what was asked for. It was not stored.",
-        "Nothing is missing for it. A PACS that does so ignores keys of the request.",
+        "It was sent, but is outside the scope of the request. It was not stored.",
+        "Nothing is missing. The PACS ignores keys of the request.",
     ),
     "foreign_study": Reason(
-        "It was sent, and belongs to another study. It was not stored.",
-        "Tell the PACS admin: its index mixes studies.",
+        "It was sent, but belongs to another study. It was not stored.",
+        "Tell the PACS admin: its index mixes up studies.",
     ),
     "unparsable": Reason(
         "The header of its data set cannot be read in the transfer syntax in which it was sent.",
@@ -213,83 +214,85 @@ REASONS: Mapping[str, Reason] = {
     ),
     "empty_dataset": Reason("It was sent without a data set.", "Ask the PACS admin to look at the file.", local=True),
     "bad_uid": Reason(
-        "One of its UIDs is malformed, so that no file may be named by it.",
-        "Only the PACS can correct that.",
+        "One of its UIDs is malformed and cannot be used in a file name.",
+        "It can only be corrected at the PACS.",
         local=True,
     ),
     # The destination
     "size_changed": Reason(
-        "What lies at the destination no longer has the size or digest that was recorded.",
-        "Run again: it is fetched again. Find out what writes there.",
+        "The object at the destination no longer has the recorded size or digest.",
+        "Run again to fetch it again, and find out what else writes there.",
         transient=True,
     ),
     "different_content": Reason(
-        "Another data set lies under its UIDs already. It was left there.",
-        "Compare the two. Move the stored file away to take what the PACS sends.",
+        "A different data set is already stored under its UIDs. It was kept.",
+        "Compare the two. To take what the PACS sends, move the stored file away and run again.",
         local=True,
     ),
     "destination_refused": Reason(
-        "The node that it was to be stored at refused it.",
-        "See `forward_error`. Nothing is converted for that node: ask its admin to accept the SOP class and transfer "
+        "The node to store it at refused it.",
+        "See `forward_error`. Nothing is converted: ask the admin of that node to accept its SOP class and transfer "
         "syntax.",
         local=True,
     ),
     "destination_full": Reason(
-        "The destination has no room left.",
-        "Make room and run again: what is held is not fetched again.",
+        "The destination is full.",
+        "Free space and run again: what is held is not fetched again.",
         transient=True,
         local=True,
     ),
     "destination_error": Reason(
-        "The destination could not take or keep it.",
-        "See `error`; check permissions, mount, network and credentials of the destination, and the log of a node.",
+        "The destination failed to store it.",
+        "See the error. Check permissions, mount, network and credentials of the destination, or the log of that node.",
         transient=True,
         local=True,
     ),
     # What ended the run
     "window": Reason(
-        "The hours in which the PACS may be used were over.",
+        "The hours in which the PACS may be used are over.",
         "Run again within them; `resume_at` says when.",
         transient=True,
     ),
     "cancelled": Reason("The retrieval was cancelled before it was received.", "Run again.", transient=True),
     "strict_forward": Reason(
-        "`strict_forward` ended the retrieval at an instance that the destination refused.",
-        "Correct what `forward_error` of that instance says, and run again.",
+        "`strict_forward` stopped at an instance that the destination refused.",
+        "Correct what the `forward_error` of that instance says, and run again.",
         transient=True,
     ),
     # Beside the list
     "gone_from_list": Reason(
-        "The PACS listed it before, and does not any more. What is held of it stays.",
-        "Nothing. Studies are corrected, and instances rejected or moved, after they were sent.",
+        "The PACS listed it before, and no longer does. If it is held, it stays.",
+        "None needed: studies are corrected, and instances are rejected or moved.",
     ),
     "not_listed": Reason(
-        "It was sent, and the PACS does not list it. It is stored.",
-        "Nothing, unless the verdict is `unverified`: then the list of the PACS may be cut.",
+        "It was sent, but the PACS does not list it. It is stored.",
+        "None needed, unless the verdict is `unverified`: then the list of the PACS may be truncated.",
     ),
     # Of a whole retrieval
     "still_growing": Reason(
-        "The list of the PACS still changed after the last round.", "Run again later.", transient=True, of="result"
+        "The list of the PACS was still changing after the last round.", "Run again later.", transient=True, of="result"
     ),
-    "no_list": Reason("The PACS gives no list of instances.", "Compare with the source by other means.", of="result"),
+    "no_list": Reason("The PACS gives no list of instances.", "Compare with the PACS by other means.", of="result"),
     "list_contradicted": Reason(
-        "The PACS contradicts its own list.", "Compare with the source by other means.", of="result"
+        "The PACS contradicts its own list.", "Compare with the PACS by other means.", of="result"
     ),
-    "list_not_repeated": Reason("The second list could not be had.", "Run again.", of="result"),
-    "not_found": Reason("Some studies of the list are not at the PACS.", "Check their numbers.", of="result"),
+    "list_not_repeated": Reason("The second list could not be obtained.", "Run again.", of="result"),
+    "not_found": Reason(
+        "The PACS does not have some studies of the list.", "Check these accession numbers.", of="result"
+    ),
     "unusable_files": Reason(
-        "Some files are not DICOM instances that can be stored.", "Leave them out, or correct them.", of="result"
+        "Some files are not DICOM instances that can be stored.", "Leave these files out, or correct them.", of="result"
     ),
-    "nothing_asked": Reason("There was nothing to ask for.", of="result"),
+    "nothing_asked": Reason("There was nothing to retrieve.", of="result"),
     # Errors that ended it
     "connect_failed": Reason("No connection to the node could be made.", transient=True, of="error"),
     "tls_failed": Reason("No TLS session could be made.", of="error"),
     "association_rejected": Reason("The node rejected the association.", of="error"),
-    "not_negotiated": Reason("The node does not offer what was to be done.", of="error"),
+    "not_negotiated": Reason("The node does not offer the service.", of="error"),
     "get_not_offered": Reason("The PACS does not offer C-GET.", of="error"),
-    "not_authorised": Reason("The PACS refuses our AE title.", of="error"),
+    "not_authorised": Reason("The PACS does not authorise our AE title.", of="error"),
     "peer_protocol_error": Reason("The node broke the protocol.", transient=True, of="error"),
-    "too_much": Reason("The PACS sent more than a bound allows.", of="error"),
+    "too_much": Reason("The PACS sent more than the limit allows.", of="error"),
     "operation_failed": Reason("The PACS answered a request with a failure.", of="error"),
     "ledger_error": Reason("The ledger cannot be read.", of="error"),
     "invalid_query": Reason("The query is not valid.", of="error"),
@@ -316,9 +319,9 @@ STRAYS: Mapping[str, str] = {
     "foreign_study": "an object of another study was sent and refused",
     "not_asked": "an object outside what was asked for was sent and refused",
     "bad_uid": "an object with an invalid UID was sent and refused",
-    "uid_mismatch": "an object was sent whose data set contradicts its command, and refused",
-    "unparsable": "an object was sent whose data set cannot be read, and refused",
-    "empty_dataset": "an object without data set was sent and refused",
+    "uid_mismatch": "an object whose data set contradicts its command was sent and refused",
+    "unparsable": "an object whose data set cannot be read was sent and refused",
+    "empty_dataset": "an object without a data set was sent and refused",
 }
 """What is said of objects that were refused and belong to no row of the manifest."""
 

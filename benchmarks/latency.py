@@ -32,7 +32,7 @@ from airflow_dicom_get import GetScu
 node, to, associations, durable = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"
 scu = GetScu(node, destination=to, associations=associations, max_associations=max(associations, 1), durable=durable)
 scu.echo()
-# What is loaded on first use is no part of the throughput.
+# What is loaded on first use is not a part of the throughput.
 import airflow_dicom_get.engine.report, airflow_dicom_get.manifest.files, airflow_dicom_get.sinks.places
 import pyarrow.parquet
 import airflow_dicom_get.engine.study, airflow_dicom_get.engine.verdict, airflow_dicom_get.sinks.filesystem

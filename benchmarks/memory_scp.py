@@ -35,7 +35,7 @@ ROOT = "1.2.826.0.1.3680043.10.1511"
 STUDY = f"{ROOT}.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
 MAX_PDU = 131072
-"""What most clients ask for; other sizes are framed anew in each association."""
+"""What most clients ask for; other sizes are framed again in each association."""
 _EXPLICIT, _IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 _KEYS = frozenset({
     i.QUERY_RETRIEVE_LEVEL, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID, h.SOP_CLASS_UID,

@@ -1,4 +1,4 @@
-"""A C-GET client on pynetdicom with the cheapest handler that it allows: the bytes as they came, into a file.
+"""A C-GET client on pynetdicom with the cheapest handler that it allows: the bytes as received, into a file.
 
     python benchmarks/peer_pynetdicom.py HOST PORT CALLED_AE STUDY FOLDER
 
@@ -20,7 +20,7 @@ STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 
 
 def keep(event: evt.Event, folder: str) -> int:
-    """Write an instance as it came, with its file meta information."""
+    """Write an instance as received, with its file meta information."""
     assert isinstance(event.request, C_STORE)
     with open(f"{folder}/{event.request.AffectedSOPInstanceUID}", "wb", buffering=0) as file:
         file.write(event.encoded_dataset())

@@ -15,7 +15,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-_NOTES = "<!-- Written by hand from here on; make bench leaves it as it is. -->"
+_NOTES = "<!-- Written by hand from here on; make bench does not change it. -->"
 _OURS, _OTHERS, _CONTROL = "#0072b2", "#d55e00", "#767676"
 _COLOURS = dict.fromkeys(("warm", "bare", "process", "forward", "forward_process", "s3", "s3_process"), _OURS) | {
     "floor": _CONTROL

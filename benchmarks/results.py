@@ -1,4 +1,4 @@
-"""What was measured, as data: kept in JSON beside the report, so that the report can be written anew."""
+"""What was measured, as data: kept in JSON beside the report, so that the report can be written again."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""After every night of `nightly_to_s3`: what came, in a report for people and a table for programs.
+"""After every night of `nightly_to_s3`: what was retrieved, as a report for people and a table for programs.
 
 Runs when the asset `dicom_night` has an event, and needs neither PACS nor pixels: all is in the manifest. If several
-nights came while it was paused, one run looks at all of them. Triggered by hand it takes the newest night, or the
-manifest that is named.
+nights came while it was paused, one run handles all of them. Triggered manually, it takes the newest night, or the
+manifest that is given.
 
 What it reads:
 
 * the events of the asset `dicom_night`
 * the connection that the manifest's address names, `dicom_s3_default` by default
-* param `manifest`: the address of a manifest, in place of the event's
+* param `manifest`: the address of a manifest, instead of that of the event
 * param `folder`: where the report goes; by default the environment variable `DICOM_REPORTS`, else the folder
-  `dicom-reports` in Airflow's home. All workers, and who is to read it, should see that folder.
+  `dicom-reports` in Airflow's home. All workers, and everyone who reads the report, need access to that folder.
 * params `report_format` and `table_format`
 
-Neither report, table nor XCom hold anything of a patient: columns that `tags` added to a manifest are left out.
+Report, table and XCom contain no patient data: columns that `tags` added to a manifest are left out.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ with DAG(
     },
     default_args={"retries": 3, "retry_delay": timedelta(minutes=5)},
 ) as dag:
-    # What to look at: references to manifests, or an address. Small, so that it may stand in XCom.
+    # What to report on: references to manifests, or an address. Small enough for XCom.
     @task(inlets=[NIGHT])
     def choose(params=None, triggering_asset_events=None, inlet_events=None) -> list:
         if params["manifest"]:
             return [params["manifest"]]
-        # A run by hand has no event of its own.
+        # A manual run has no event of its own.
         events = list(triggering_asset_events.get(NIGHT, ())) or list(inlet_events[NIGHT][-1:])
         if not events:
             raise AirflowFailException(
@@ -82,7 +82,7 @@ with DAG(
             )
         return [event.extra for event in events]
 
-    # One row a series. No column of the manifest but those that a retrieval always writes.
+    # One row for each series, with only those columns of the manifest that every retrieval writes.
     @task(multiple_outputs=False)
     def analyse(manifests: list, params=None, run_id=None) -> dict:
         from pathlib import Path
@@ -92,7 +92,7 @@ with DAG(
 
         with final_errors():
             frame = load_manifests(manifests)
-        # Of several nights the last word on an instance.
+        # Of several nights, the latest row of each instance.
         frame = frame.drop_duplicates("sop_instance_uid", keep="last")
         frame["held"] = frame["state"].isin(["stored", "held", "forwarded"])
         frame["missing"] = frame["state"].isin(["failed", "missing", "conflict"])
@@ -123,7 +123,7 @@ with DAG(
             "bytes": int(frame["bytes"].sum()),
         }
 
-        # A run that is cleared writes over its own files, and no other's.
+        # A run that is cleared overwrites its own files, and no others.
         folder = Path(params["folder"]) / safe_name(run_id)
         table_file = folder / f"series.{params['table_format']}"
         report_file = folder / ("report.html" if params["report_format"] == "html" else "report.md")
@@ -135,7 +135,7 @@ with DAG(
                 table.to_csv(table_file, index=False)
             report_file.write_text(page(summary, by_modality, reasons, html=report_file.suffix == ".html"), "utf-8")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            # A full disk, in contrast, may have room at the next try.
+            # A full disk, in contrast, may have space at the next try.
             raise AirflowFailException(
                 f"{folder} cannot be written: {error.strerror}. Give another folder in the params, or let the user "
                 "that the workers run as write there."

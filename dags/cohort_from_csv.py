@@ -1,4 +1,4 @@
-"""Retrieve the studies of a list, a CSV file, and keep what each is called in a study of yours.
+"""Retrieve the studies of a list, a CSV file, and keep the label that each has in your own project.
 
 The file has a column `StudyInstanceUID` or `AccessionNumber`, and one with a pseudonym or the name of a cohort:
 
@@ -6,8 +6,8 @@ The file has a column `StudyInstanceUID` or `AccessionNumber`, and one with a ps
     20240115-0001,case
     20240115-0002,control
 
-All of it is read before the PACS is asked; a bad row is named by its line and column. In the end there is one manifest,
-with a further column `cohort`. The files stay as they are in the PACS: nothing in them is made pseudonymous.
+The file is checked before the PACS is queried; a bad row is named by its line and column. In the end there is one
+manifest, with a further column `cohort`. The files stay as they are in the PACS: they are not pseudonymised.
 
 What it reads:
 
@@ -18,7 +18,7 @@ What it reads:
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
 
-To keep several DAGs together within what the PACS admits, make a pool and give it to `get`:
+To keep several DAGs together within the limit of the PACS, create a pool and give it to `get`:
 `airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
@@ -73,13 +73,13 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
+        # A retry after a lost connection, a restarted worker or a full disk fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
     },
 ) as dag:
-    # Reads the file, then asks the PACS row by row, in one task: what stands between two tasks stands in XCom, and
-    # accession numbers should not. The output is a list of lists of Items, almost always of one each.
+    # Reads the file, then queries the PACS row by row, in one task: what passes between tasks is stored in XCom, where
+    # accession numbers should not be. The output is a list of lists of Items, almost always of one each.
     @task
     def find(params=None) -> list:
         from airflow_dicom_get.tasks import find_cohort
@@ -95,7 +95,7 @@ with DAG(
         task_id="get",
         dicom_conn_id="dicom_default",
         destination="{{ params.destination }}",
-        # No more of these at once than the PACS admits associations. A pool holds that over all DAGs.
+        # No more of these in parallel than the PACS allows associations. A pool limits them over all DAGs.
         max_active_tis_per_dag=2,
     ).expand(study=found)
 
@@ -116,5 +116,5 @@ with DAG(
 
     label(found, get.output, "{{ params.destination }}/_manifests/cohorts")
 
-    # The numbers, and the end: fails unless all is held. With `label` it decides on the whole run.
+    # The result: fails unless everything is held. With `label` it decides the state of the run.
     report(found, get.output["summary"], get.output)

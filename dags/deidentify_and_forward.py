@@ -1,6 +1,6 @@
 """Retrieve the studies of a day, de-identify a copy of each with dicognito, and store the copies at another node.
 
-The originals stay as they came, proven by their manifests. The copies are other instances: other UIDs, other dates,
+The originals stay as received, proven by their manifests. The copies are other instances: other UIDs, other dates,
 other bytes. What has to be removed is for you to decide and to check (PS3.15 Annex E): `clean` below is a beginning,
 and looks at no pixel. docs/deidentify.md says what is proven before and after it, and what stays in the copies.
 
@@ -20,7 +20,7 @@ What it reads:
 
 dicognito has to be installed where the tasks run: `pip install dicognito`, or the extra `examples`.
 
-The whole is safe to clear and to run again: originals that are held are not fetched again, the copies get the same UIDs
+The DAG can be cleared and run again safely: originals that are held are not fetched again, the copies get the same UIDs
 again, and what the other node has acknowledged is not sent again.
 """
 
@@ -105,12 +105,12 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a full disk does only what is still missing.
+        # A retry after a lost connection, a restarted worker or a full disk does only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
     },
 ) as dag:
-    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
+    # One C-FIND. Its output is a list of Items, one for each study, without patient data.
     find = DicomFindOperator(
         task_id="find",
         dicom_conn_id="dicom_default",
@@ -119,7 +119,7 @@ with DAG(
         on_empty="return",
     )
 
-    # One task a study, which succeeds only if the study is held whole. So no copy is made of half a study.
+    # One task for each study, which succeeds only if the study is held completely. So no copy is made of half a study.
     get = DicomGetOperator.partial(
         task_id="get",
         dicom_conn_id="dicom_default",
@@ -203,10 +203,10 @@ with DAG(
         max_active_tis_per_dag=2,
     ).expand(source=copy)
 
-    # An answer is a promise. This asks the other node what it lists.
+    # An acknowledgement is only a promise. This checks what the other node lists.
     confirm = DicomVerifyOperator.partial(
         task_id="confirm",
         destination="dicom://dicom_target",
-        # A PACS may take minutes until it lists what it took.
+        # A PACS may need minutes until it lists what it has stored.
         retries=5,
     ).expand(manifest=store.output)

@@ -1,22 +1,23 @@
 """Every night, retrieve the studies of the day before into a bucket, within the hours and limits of the PACS.
 
 One C-FIND, shards of about 2000 instances, one mapped task a shard; then one manifest of the whole night, which is the
-one event of the asset `dicom_night` (the DAG `analyse_manifest` waits for it), and a last task that fails unless all is
-there. A mail goes out if the night ends with something missing, and another if it is not over by the morning.
+one event of the asset `dicom_night` (the DAG `analyse_manifest` waits for it), and a last task that fails unless
+everything is held. A mail goes out if the night ends with something missing, and another if it is not over by the
+morning.
 
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM. Its `window`, as in `22:00-06:00`, holds: outside of it no
-  instance is asked for, and a task that is not done by then goes on in the next night.
+  instance is requested, and a task that is not done by then resumes in the next night.
 * connection `dicom_s3_default`: the bucket's service, as type DICOM storage (S3), or a stock Amazon Web Services one
 * connection `smtp_default`: the mail server, as type SMTP, with `from_email`
-* pool `pacs`, with as many slots as the PACS admits associations: `airflow pools set pacs 2 'associations of the PACS'`
+* pool `pacs`, with as many slots as the PACS allows associations: `airflow pools set pacs 2 'associations of the PACS'`
 * param `study_date`: blank for the day before the run, also if the run is cleared later or is one of a backfill
 * param `modalities`: blank for all
 * param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
 * environment variable `DICOM_MAIL_TO`: who gets the mails; `root@localhost` by default
 
-It is paused until somebody switches it on: nobody's PACS is asked by surprise.
+It is paused until somebody unpauses it, so that no PACS is queried by surprise.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ POOL = "pacs"
 NIGHT = Asset("dicom_night")
 MAIL_TO = os.environ.get("DICOM_MAIL_TO", "root@localhost")
 
-# The connection stands in the address, so that whoever reads a manifest later finds the way to it.
+# The connection is part of the address, so that readers of a manifest know how to reach the bucket.
 PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
 # Not "today-1": a run that is cleared on Friday still means its own day.
 DAY_BEFORE = "(dag_run.run_after.astimezone(dag.timezone) - macros.timedelta(days=1)).strftime('%Y%m%d')"
 
 
 def mail() -> SmtpNotifier:
-    """What came of the night; the error holds numbers and reasons, and nothing of a patient."""
+    """The result of the night; the error has numbers and reasons, and no patient data."""
     return SmtpNotifier(
         smtp_conn_id="smtp_default",
         to=MAIL_TO,
@@ -62,7 +63,7 @@ with DAG(
     schedule=SCHEDULE,
     start_date=pendulum.datetime(2026, 1, 1, tz=TIMEZONE),
     catchup=False,
-    # A night that is still at it is not joined by the next.
+    # A night does not start while the previous one is still running.
     max_active_runs=1,
     is_paused_upon_creation=True,
     # Counted from when the run is queued, so a backfill does not raise alarms about nights long gone. The mail is sent
@@ -109,7 +110,7 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a full bucket fetches only what is still missing.
+        # A retry after a lost connection, a restarted worker or a full bucket fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
         "retry_exponential_backoff": True,
@@ -130,12 +131,12 @@ with DAG(
         on_failure_callback=mail(),
     )
 
-    # Straight into the bucket, without a disk between.
+    # Directly into the bucket, without a local copy.
     get = DicomGetOperator.partial(
         task_id="get",
         dicom_conn_id="dicom_default",
         destination=PLACE,
-        # Outside of the hours of the PACS the task waits without a worker and without a slot.
+        # Outside the hours of the PACS the task is deferred: it occupies neither a worker nor a pool slot.
         outside_window="defer",
         # The tasks below need where the instances lie, not a large table in XCom.
         manifest_xcom="reference",
@@ -170,5 +171,5 @@ with DAG(
 
     publish(find.output, get.output, PLACE + "/_nights")
 
-    # The numbers of the night, and its end: fails unless all is held. With `publish` it decides on the whole run.
+    # The result of the night: fails unless everything is held. With `publish` it decides the state of the run.
     report.override(pool="default_pool", on_failure_callback=mail())(find.output, get.output["summary"], get.output)

@@ -1,13 +1,13 @@
 """Wait until a study is at the PACS and no longer grows, then retrieve it.
 
-To be triggered by what knows first that a study is coming: a RIS, an interface engine, a script, by Airflow's REST
-interface:
+To be triggered by the system that first knows of a new study (a RIS, an interface engine, a script) through the REST
+API of Airflow:
 
     curl -X POST https://airflow.hospital.example/api/v2/dags/on_new_study/dagRuns -H "Authorization: Bearer $TOKEN" \\
       -H 'Content-Type: application/json' -d '{"logical_date": null, "conf": {"study": "1.2.840.113619.2.1"}}'
 
-Modalities send for minutes, and some PACS list a study before its last series. So the study has to be the same for ten
-minutes before it is asked for. That waiting costs no worker: it is done in the triggerer, hundreds of studies at once.
+Modalities send for minutes, and some PACS list a study before its last series. So the study must not change for ten
+minutes before it is retrieved. Waiting occupies no worker: the triggerer does it, for hundreds of studies at a time.
 
 What it reads:
 
@@ -15,9 +15,9 @@ What it reads:
 * param `study`: its Study Instance UID
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
-* environment variable `DICOM_SETTLED_MINUTES`: how long the study has to be the same, 10 by default
+* environment variable `DICOM_SETTLED_MINUTES`: how long the study must not change, 10 by default
 
-To keep several DAGs together within what the PACS admits, make a pool and give it to `get`:
+To keep several DAGs together within the limit of the PACS, create a pool and give it to `get`:
 `airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
@@ -59,7 +59,7 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
+        # A retry after a lost connection, a restarted worker or a full disk fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
     },
@@ -71,12 +71,12 @@ with DAG(
         study="{{ params.study }}",
         settled_for=SETTLED_FOR,
         poke_interval=min(timedelta(minutes=1), SETTLED_FOR),
-        # What has not come by then does not come: the sensor fails, without another try.
+        # A study that has not arrived by then will not arrive: the sensor fails, without a retry.
         timeout=timedelta(hours=12),
         deferrable=True,
     )
 
-    # Succeeds only if all is held that the PACS lists now.
+    # Succeeds only if everything that the PACS lists now is held.
     DicomGetOperator(
         task_id="get",
         dicom_conn_id="dicom_default",

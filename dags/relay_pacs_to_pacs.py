@@ -1,16 +1,16 @@
-"""Send the studies of a day from one PACS to another as they arrive: nothing of them is written anywhere in between.
+"""Send the studies of a day from one PACS to another as they arrive, without storing them in between.
 
-Each instance goes on in the syntax in which it comes, while it comes, and is acknowledged to the first PACS only when
-the second has taken it. For a network where nothing may be kept, and for moves of whole archives.
+Each instance is forwarded in its transfer syntax while it is being received, and is acknowledged to the first PACS only
+when the second has acknowledged it. For networks where nothing may be stored, and for migrations of whole archives.
 
 What it reads:
 
 * connection `dicom_default`: the PACS to retrieve from, as type DICOM
-* connection `dicom_target`: the PACS to forward to, as type DICOM. The hours and limits of both hold: what is outside
-  of the hours of one waits for both, and the slower rate is the one.
+* connection `dicom_target`: the PACS to forward to, as type DICOM. The hours and limits of both apply: tasks
+  wait for hours in which both may be used, and the lower rate is used.
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * configuration `[dicom_get] manifest_root`: where the records of what was forwarded are kept, UIDs and sizes: an
-  absolute path that all workers share, or `s3://CONN_ID@bucket/prefix`. Without it another try sends all of a study
+  absolute path that all workers share, or `s3://CONN_ID@bucket/prefix`. Without it, a retry sends the whole study
   again.
 """
 
@@ -39,7 +39,7 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line or a PACS out of resources sends only what the other has not acknowledged.
+        # A retry after a lost connection or at a busy PACS sends only what is not acknowledged yet.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
     },
@@ -47,7 +47,7 @@ with DAG(
     # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
     # studies is a success, and what follows is skipped.
     # get: one task a study. "complete" means here: the other PACS has acknowledged every instance that the first one
-    # lists. An instance that it refuses is named in the manifest and does not keep the rest from going. One association
+    # lists. An instance that it refuses is named in the manifest, and the rest is still sent. One association
     # with each PACS a task; a pool holds the number over all DAGs.
     # report: what came of it. It runs too where some studies failed, and fails then itself.
     relayed = retrieve(
@@ -57,7 +57,7 @@ with DAG(
         at_once=2,
     )
 
-    # An acknowledgement is a promise. This asks the other PACS what it lists, once it has had time to.
+    # An acknowledgement is only a promise. This checks what the other PACS lists, once it has had time to.
     # The run succeeds if both this and `report` do: no task comes after them.
     DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
         manifest=relayed

@@ -3,7 +3,7 @@
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM; in one line `AIRFLOW_CONN_DICOM_DEFAULT='dicom://AE@host:port'`
-* pool `pacs`, with as many slots as the PACS admits associations:
+* pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
@@ -46,7 +46,7 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a full disk fetches only what is still missing.
+        # A retry after a lost connection, a restarted worker or a full disk fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
         # Each task that talks to the PACS has one association, and so one slot.

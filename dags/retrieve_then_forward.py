@@ -1,7 +1,7 @@
 """Retrieve the studies of a day into a bucket, let a person approve, and forward them to another PACS.
 
-Retrieve first, forward later: between the two lies a copy that is proven complete, so neither PACS waits for the other,
-and nothing goes out that nobody has looked at.
+Retrieve first, forward later: in between there is a copy that is proven complete, so neither PACS waits for the other,
+and nothing is sent out before a person has approved it.
 
 What it reads:
 
@@ -11,10 +11,10 @@ What it reads:
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
 
-The whole is safe to clear and to run again: what lies in the bucket is not fetched again, and what the other PACS has
+The DAG can be cleared and run again safely: what is in the bucket is not fetched again, and what the other PACS has
 acknowledged is not sent again. A run asks for approval every time.
 
-To keep several DAGs together within what each PACS admits, make pools and give them to `get` and `store`:
+To keep several DAGs together within the limit of each PACS, create pools and give them to `get` and `store`:
 `airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
@@ -33,7 +33,7 @@ from airflow_dicom_get.operators.dicom import (
     DicomVerifyOperator,
 )
 
-# The connection stands in the address, so that whoever reads a manifest later finds the way to it.
+# The connection is part of the address, so that readers of a manifest know how to reach the bucket.
 PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
 
 with DAG(
@@ -59,12 +59,12 @@ with DAG(
         ),
     },
     default_args={
-        # A try after a cut line, a restarted worker or a PACS out of resources does only what is still missing.
+        # A retry after a lost connection, a restarted worker or a busy PACS does only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
     },
 ) as dag:
-    # One C-FIND. Its output is a list of Items, one a study, without anything of the patient.
+    # One C-FIND. Its output is a list of Items, one for each study, without patient data.
     find = DicomFindOperator(
         task_id="find",
         dicom_conn_id="dicom_default",
@@ -73,7 +73,8 @@ with DAG(
         on_empty="return",
     )
 
-    # One task a study, which succeeds only if the study is held whole. No task keeps a study in memory or on its disk.
+    # One task for each study, which succeeds only if the study is held completely. No task keeps a study in memory
+    # or on its disk.
     get = DicomGetOperator.partial(
         task_id="get",
         dicom_conn_id="dicom_default",
@@ -84,10 +85,10 @@ with DAG(
     ).expand(study=find.output)
 
     # Does the bucket hold, byte for byte, what was retrieved; and does the PACS still list the same? A study that has
-    # grown since then fails here, and is mended by clearing its `get`.
+    # grown since then fails here, and is fixed by clearing its `get`.
     check = DicomVerifyOperator.partial(task_id="check", dicom_conn_id="dicom_default").expand(manifest=get.output)
 
-    # What a person is to decide on: numbers, and nothing of a patient.
+    # What the person decides on: numbers, without patient data.
     @task
     def describe(summaries) -> str:
         summaries = list(summaries)
@@ -105,14 +106,14 @@ with DAG(
         task_id="approve",
         subject="Forward the studies of {{ params.study_date }} to dicom_target?",
         body="{{ ti.xcom_pull('describe') }}",
-        # Nobody answered in three days: the answer is no.
+        # No answer in three days counts as a rejection.
         response_timeout=timedelta(days=3),
         defaults="Reject",
         retries=0,
     )
 
-    # Each instance as it lies in the bucket, and for each the other PACS's own answer. Ledger and manifest go into the
-    # bucket too, so that another worker knows what was sent.
+    # Each instance from the bucket; the other PACS acknowledges each. Ledger and manifest go into the bucket as well,
+    # so that any worker knows what was sent.
     store = DicomStoreOperator.partial(
         task_id="store",
         dicom_conn_id="dicom_target",
@@ -120,11 +121,11 @@ with DAG(
         max_active_tis_per_dag=2,
     ).expand(manifest=get.output)
 
-    # An answer is a promise. This asks the other PACS what it lists.
+    # An acknowledgement is only a promise. This checks what the other PACS lists.
     confirm = DicomVerifyOperator.partial(
         task_id="confirm",
         destination="dicom://dicom_target",
-        # A PACS may take minutes until it lists what it took.
+        # A PACS may need minutes until it lists what it has stored.
         retries=5,
     ).expand(manifest=store.output)
 

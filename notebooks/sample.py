@@ -172,7 +172,7 @@ _CARDIO = _Source("CARDIO@10.0.0.9:11112", 45, 25, 2)
 def month() -> Path:
     """Write the manifests of 30 nights of two PACS, with what went wrong in them; gives their folder.
 
-    On most nights all is well, or a second run in the morning mends the little that is missing. From the 12th to the
+    On most nights all is well, or a second run in the morning fetches the little that is missing. From the 12th to the
     14th one PACS refuses mammograms. On the 20th the window closes before the other is done; it goes on the next day.
     """
     root = folder() / "_manifests"

@@ -222,6 +222,14 @@ def manifest_columns() -> str:
 # --- troubleshooting -------------------------------------------------------------------------------
 
 
+def exactness() -> str:
+    """What the values of the manifest's column ``exactness`` mean."""
+    from airflow_dicom_get.vocabulary import EXACTNESS
+
+    rows = [f"| `{word}` | {text} |" for word, text in EXACTNESS.items()]
+    return "\n".join(["| value | meaning |", "| --- | --- |", *rows])
+
+
 def reasons() -> str:
     """Every word of the column ``reason``."""
     return rows(
@@ -247,7 +255,7 @@ _ERRORS = {
     "NotNegotiated": "The PACS does not offer what was asked for; without C-FIND only UIDs can be retrieved.",
     "GetNotOffered": "Have C-GET enabled, or see [where C-GET is not offered](pacs.md#where-c-get-is-not-offered).",
     "NotAuthorised": "Ask the PACS admin to allow C-GET for our AE title.",
-    "PeerProtocolError": "The peer broke the protocol, or is no DICOM node. Look into its log; tell its vendor.",
+    "PeerProtocolError": "The peer broke the protocol, or is not a DICOM node. Look into its log; tell its vendor.",
     "TooMuch": "The PACS sent far more than it lists. Tell its vendor, with the message.",
     "ListTooLong": "The answer to a C-FIND has no end. Narrow the query; tell the vendor of the PACS.",
     "OperationFailed": "The message has the status; see [statuses](conformance.md#c-get-responses).",
@@ -454,6 +462,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "manifest-columns": manifest_columns,
     "reasons": reasons,
+    "exactness": exactness,
     "errors": error_classes,
     "transfer-syntaxes": transfer_syntaxes,
     "sop-classes": sop_classes,
@@ -469,7 +478,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def page_with_tables(text: str) -> str:
-    """The page with every table in it made anew."""
+    """The page with every table in it generated again."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[4]}", text)
 
 

@@ -1,4 +1,4 @@
-"""Write constraints.txt anew: the newest releases that resolve together, for the oldest and a newer Python.
+"""Write constraints.txt again: the newest releases that resolve together, for the oldest and a newer Python.
 
 Usage: lock.py PYTHON_OLD PYTHON_NEW
 

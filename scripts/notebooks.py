@@ -1,4 +1,4 @@
-"""Execute the notebooks anew, each in a clean kernel, and keep their output where it stands.
+"""Execute the notebooks, each in a clean kernel, and keep their output where it stands.
 
 Usage: notebooks.py [NAME ...]
 

@@ -227,7 +227,7 @@ class Run:
         self.airflow.call("PATCH", f"{self.path}/taskInstances/{task_id}{index}", json={"new_state": state})
 
     def clear(self, task_id: str, map_index: int = -1) -> None:
-        """Clear a task instance, so that it runs anew."""
+        """Clear a task instance, so that it runs again."""
         which = task_id if map_index < 0 else [task_id, map_index]
         body = {"dry_run": False, "dag_run_id": self.run_id, "task_ids": [which], "only_failed": False}
         self.airflow.call("POST", f"/dags/{self.dag_id}/clearTaskInstances", json=body)

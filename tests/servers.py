@@ -255,7 +255,7 @@ class Storescp(Server):
         self.received.mkdir(exist_ok=True)
 
     def command(self) -> list[str]:
-        # +B: bit-preserving, as it came.
+        # +B: bit-preserving, as received.
         return [self.binary, "-aet", self.ae_title, "-od", str(self.received), "+B", *self.options, str(self.port)]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark script runs: a small sample, its report and its plot, and the report written anew from its data."""
+"""The benchmark script runs: a small sample, its report and its plot, and the report written again from its data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_client_is_measured(report: Path) -> None:
         for runs in one["runs"].values():
             assert len(runs) == 1
             assert 0 < runs[0]["wall"] < 60
-    # The launcher's own memory is no part of what it reports.
+    # The launcher's own memory is not a part of what it reports.
     assert 2e6 < series["ct"]["runs"]["tuned"][0]["rss"] < 30e6 < series["ct"]["runs"]["process"][0]["rss"]
 
 

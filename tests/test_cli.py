@@ -160,71 +160,71 @@ class TestHelp:
 
 WHAT = ["--study", "1.2.3"]
 REFUSED: list[tuple[list[str], str]] = [
-    (["get", "NODE", *WHAT], "--to: is missing"),
-    (["get", "NODE", "--to", "out"], "nothing says what to ask for"),
-    (["get", "NODE", "--study", "1..2", "--to", "out"], "StudyInstanceUID: '1..2' is no UID"),
-    (["get", "NODE", "--study", "1.2*", "--to", "out"], "StudyInstanceUID: holds a wildcard"),
-    (["get", "NODE", "--study", "", "--to", "out"], "StudyInstanceUID: is empty"),
+    (["get", "NODE", *WHAT], "--to is missing"),
+    (["get", "NODE", "--to", "out"], "no studies are selected"),
+    (["get", "NODE", "--study", "1..2", "--to", "out"], "StudyInstanceUID: '1..2' is not a valid UID"),
+    (["get", "NODE", "--study", "1.2*", "--to", "out"], "StudyInstanceUID contains a wildcard"),
+    (["get", "NODE", "--study", "", "--to", "out"], "StudyInstanceUID is empty"),
     (["get", "NODE", "-k", "Modalty=CT", "--to", "out"], "Did you mean Modality?"),
-    (["get", "NODE", "-k", "(0008,00)=CT", "--to", "out"], "'(0008,00)': is no DICOM keyword"),
+    (["get", "NODE", "-k", "(0008,00)=CT", "--to", "out"], "'(0008,00)' is not a DICOM keyword"),
     (["get", "NODE", "-k", "Modality", "--to", "out"], "-k: 'Modality' has no value"),
     (["get", "NODE", "-k", "PatientName=*", "--to", "out"], "selects nothing"),
-    (["get", "NODE", "-k", "PatientID=", "--to", "out"], "PatientID: is empty"),
+    (["get", "NODE", "-k", "PatientID=", "--to", "out"], "PatientID is empty"),
     (
         ["get", "NODE", "-k", "QueryRetrieveLevel=FRAME", *WHAT, "--to", "out"],
-        "QueryRetrieveLevel: 'FRAME' is no level",
+        "QueryRetrieveLevel: 'FRAME' is not a query level",
     ),
-    (["get", "NODE", *WHAT, "-k", "StudyInstanceUID=1.2", "--to", "out"], "--study: is given beside"),
-    (["get", "NODE", *WHAT, "--from-file", "f.csv", "--to", "out"], "--from-file is given beside --study or -k"),
-    (["get", "NODE", "--manifest", "m", "--from-file", "f.csv", "--to", "out"], "--manifest is given beside"),
+    (["get", "NODE", *WHAT, "-k", "StudyInstanceUID=1.2", "--to", "out"], "--study is given together with"),
+    (["get", "NODE", *WHAT, "--from-file", "f.csv", "--to", "out"], "--from-file is given together with --study or -k"),
+    (["get", "NODE", "--manifest", "m", "--from-file", "f.csv", "--to", "out"], "--manifest is given together with"),
     (["get", "NODE", "--manifest", "nothing.parquet", "--to", "out"], "nothing.parquet' cannot be read"),
     (["get", "NODE", "--from-file", "nothing.csv", "--to", "out"], "nothing.csv' cannot be read"),
     (["get", "NODE", *WHAT, "--to", "a-file"], "is not a folder"),
     (["get", "NODE", *WHAT, "--to", "a-file/below"], "is not a folder"),
-    (["get", "NODE", *WHAT, "--to", "s3://b"], "--to: 's3://b' names no valid bucket"),
-    (["get", "NODE", *WHAT, "--to", "s3://bucket/a//b"], "holds an empty or dotted part"),
+    (["get", "NODE", *WHAT, "--to", "s3://b"], "--to: 's3://b' does not name a valid bucket"),
+    (["get", "NODE", *WHAT, "--to", "s3://bucket/a//b"], "contains an empty part, . or .."),
     (["get", "NODE", *WHAT, "--to", "s3://minio@bucket/b"], "names a connection of Airflow"),
     (
         ["get", "NODE", *WHAT, "--to", "s3://bucket", "--s3-endpoint-url", "h:1"],
         "--s3-endpoint-url: 'h:1' has no scheme",
     ),
-    (["get", "NODE", *WHAT, "--to", "out", "--s3-region", "x"], "does not fit a destination of the kind Filesystem"),
+    (["get", "NODE", *WHAT, "--to", "out", "--s3-region", "x"], "does not fit a destination of kind Filesystem"),
     (["get", "NODE", *WHAT, "--to", "dicom://PACS_B"], "--to: dicom://PACS_B names a connection of Airflow"),
-    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--adopt"], "--adopt: says nothing for a DICOM node"),
-    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--no-file-meta"], "--no-file-meta: says nothing for a DICOM"),
-    (["get", "X@h:1", *WHAT, "--to", "dicom://Y@h:1"], "--to: dicom://Y@h:1 is the source itself"),
-    (["get", "NODE", *WHAT, "--to", "ftp://h/x"], "--to: the scheme 'ftp' is not known"),
+    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--adopt"], "--adopt has no effect for a DICOM node"),
+    (["get", "NODE", *WHAT, "--to", "dicom://X@h:1", "--no-file-meta"], "--no-file-meta has no effect for a DICOM"),
+    (["get", "X@h:1", *WHAT, "--to", "dicom://Y@h:1"], "--to: dicom://Y@h:1 is the source"),
+    (["get", "NODE", *WHAT, "--to", "ftp://h/x"], "--to: the scheme 'ftp' is unknown"),
     (["get", "NODE", *WHAT, "--to", "out", "--state", "a-file"], "--state: "),
     (["get", "NODE", *WHAT, "--to", "out", "--associations", "4"], "--associations: 4 is more than --max-associations"),
     (["get", "NODE", *WHAT, "--to", "out", "--idle-timeout", "-1"], "--idle-timeout: '-1' is not allowed"),
     (["get", "NODE", *WHAT, "--to", "out", "--rate", "fast"], "--rate: 'fast' is not allowed"),
-    (["get", "NODE", *WHAT, "--to", "out", "--window", "nights"], "--window: 'nights' is no time window"),
-    (["get", "NODE", *WHAT, "--to", "out", "--timezone", "Mars"], "--timezone: 'Mars' is no time zone"),
-    (["get", "NODE", *WHAT, "--to", "out", "--tls-ca", "ca.pem"], "--tls-ca: is given without --tls"),
-    (["get", "NODE", *WHAT, "--to", "out", "--tls", "--tls-ca", "no.pem"], "--tls-ca: 'no.pem' is no file that can be"),
+    (["get", "NODE", *WHAT, "--to", "out", "--window", "nights"], "--window: 'nights' is not a time window"),
+    (["get", "NODE", *WHAT, "--to", "out", "--timezone", "Mars"], "--timezone: 'Mars' is not a time zone"),
+    (["get", "NODE", *WHAT, "--to", "out", "--tls-ca", "ca.pem"], "--tls-ca is given without --tls"),
+    (["get", "NODE", *WHAT, "--to", "out", "--tls", "--tls-ca", "no.pem"], "--tls-ca: 'no.pem' is not a readable file"),
     (["get", "NODE", *WHAT, "--to", "out", "--model", "PATIENT"], "PATIENT"),
     (["get", "NODE", *WHAT, "--to", "out", "--checksum", "none", "--verify-held", "digest"], "--checksum is none"),
     (["get", "NODE", *WHAT, "--to", "out", "--tags", "PatientNam"], "Did you mean PatientName?"),
     (["get", "NODE", *WHAT, "--to", "out", "--calling-ae", "A" * 17], "--calling-ae: the AE title"),
     (["get", "NODE", *WHAT, "--to", "out", "--called-ae", " "], "--called-ae: the AE title '' is blank"),
-    (["get", "NODE", *WHAT, "--to", "out", "--no-such"], "unrecognized arguments: --no-such"),
-    (["get", "NODE", *WHAT, "--to", "out", "--verb"], "unrecognized arguments: --verb"),
-    (["find", "NODE"], "nothing says what to ask for"),
-    (["find", "NODE", "-k", "StudyDate=20240230"], "StudyDate: holds a day that does not exist"),
+    (["get", "NODE", *WHAT, "--to", "out", "--no-such"], "--no-such is not an option of this verb"),
+    (["get", "NODE", *WHAT, "--to", "out", "--verb"], "Did you mean --verbose?"),
+    (["find", "NODE"], "no studies are selected"),
+    (["find", "NODE", "-k", "StudyDate=20240230"], "StudyDate contains a day that does not exist"),
     (["find", "NODE", *WHAT, "--level", "FRAME"], "--level: invalid choice"),
-    (["find", "NODE", *WHAT, "--return-key", "Xyzzy"], "--return-key: 'Xyzzy' is no DICOM keyword"),
+    (["find", "NODE", *WHAT, "--return-key", "Xyzzy"], "--return-key: 'Xyzzy' is not a DICOM keyword"),
     (["plan", "NODE", "-k", "AccessionNumber="], "selects nothing"),
     (["echo", "NODE", "--acse-timeout", "x"], "--acse-timeout: 'x' is not allowed"),
-    (["echo", "127.0.0.1"], "is no address and no node"),
+    (["echo", "127.0.0.1"], "is neither an address nor a node"),
     (["echo", "127.0.0.1:0"], "has no port between 1 and 65535"),
     (["echo", "TOO-LONG-AE-TITLE@127.0.0.1:104"], "has 17 characters"),
     (["echo", "Ä@127.0.0.1:104"], "outside printable ASCII"),
-    (["pacs"], "--dir: is missing"),
+    (["pacs"], "--dir is missing"),
     (["pacs", "--dir", "nowhere"], "is not a folder"),
-    (["pacs", "--dir", ".", "--port", "x"], "'x' is no port"),
+    (["pacs", "--dir", ".", "--port", "x"], "'x' is not a port number"),
     (["pacs", "--misbehave", "nicely"], "no mode 'nicely'"),
     ([], "VERB"),
-    (["move"], "invalid choice: 'move'"),
+    (["move"], "'move' is not a verb."),
 ]
 
 
@@ -262,7 +262,7 @@ class TestRefused:
         done = run("get", listener.node, "--study", "1..2", "--to", "out")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
-            "dicom-get: error: StudyInstanceUID: '1..2' is no UID. "
+            "dicom-get: error: StudyInstanceUID: '1..2' is not a valid UID. "
             "A UID is 1 to 64 digits and dots, without empty parts.\n"
         )
         assert listener.nobody_came()
@@ -289,11 +289,11 @@ class TestConfig:
             ('[nodes.main]\naddr = "h:1"\nquery_model = "x"\n', "query_model of [nodes.main] in "),
             ('[nodes.main]\naddr = "h:1"\ntls_ca_file = "x"\n', "tls_ca_file of [nodes.main] in "),
             ("[nodes.main]\nidle_timeout = 5\n", "addr is missing"),
-            ("[nodes]\nmain = 5\n", "is no table"),
-            ("nodes = 5\n", "nodes is no table"),
+            ("[nodes]\nmain = 5\n", "is not a table"),
+            ("nodes = 5\n", "nodes is not a table"),
             ('[node.main]\naddr = "h:1"\n', "the table 'node' is not known"),
-            ("[nodes.main\n", "is no TOML"),
-            ('[nodes.other]\naddr = "h:1"\n', "no node of the config file. It names 'other'."),
+            ("[nodes.main\n", "is not valid TOML"),
+            ('[nodes.other]\naddr = "h:1"\n', "nor a node of the config file. It names 'other'."),
         ],
     )
     def test_mistakes_are_named(
@@ -343,9 +343,9 @@ class TestInputs:
         [
             (b"Study\n1.2\n", "has no column StudyInstanceUID or AccessionNumber"), (b"", "has no column"),
             (b"StudyInstanceUID\n", "lists no studies"), (b"\xff\xfe\x00", "is not in UTF-8"),
-            (b"StudyInstanceUID\n1.2\nx\n", "line 3, column StudyInstanceUID: 'x' is no UID"),
-            (b"AccessionNumber\nSECRET*\n", "line 2, column AccessionNumber: no accession number"),
-            (b"StudyInstanceUID\n1.2,SECRET\n", "line 2: more fields than the first line has"),
+            (b"StudyInstanceUID\n1.2\nx\n", "line 3, column StudyInstanceUID: 'x' is not a valid UID"),
+            (b"AccessionNumber\nSECRET*\n", "line 2, column AccessionNumber is not an accession number"),
+            (b"StudyInstanceUID\n1.2,SECRET\n", "line 2 has more fields than the first line"),
         ],
     )  # fmt: skip
     def test_bad_csv(self, tmp_path: Path, content: bytes, message: str) -> None:
@@ -519,7 +519,7 @@ class TestEnds:
         value = json.loads(done.stdout)
         assert (done.returncode, value["verdict"], value["reason"]) == (3, "partial", "window")
         assert datetime.fromisoformat(value["resume_at"]).hour == hour
-        assert "may go on at" in done.stderr
+        assert "may be resumed at" in done.stderr
         assert listener.nobody_came()
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -548,7 +548,7 @@ class TestEnds:
         assert (value["verdict"], value["reason"]) == ("cancelled", number.name)
         assert read_manifest(value["manifest"]).attrs["verdict"] == "cancelled"
         assert "Traceback" not in err
-        assert f"dicom-get: {number.name}, ending" in err
+        assert f"dicom-get: {number.name}, stopping" in err
         assert not list((tmp_path / "out").rglob("*.part"))
 
     def test_a_reader_that_goes_away_is_no_error(
@@ -597,7 +597,7 @@ class TestEnds:
                     time.sleep(0.05)
                 get.send_signal(signal.SIGINT)
                 assert get.wait(30) == 130
-        assert b"\r\x1b[2Kdicom-get: SIGINT, ending" in shown
+        assert b"\r\x1b[2Kdicom-get: SIGINT, stopping" in shown
 
 
 class TestPacs:
@@ -618,4 +618,4 @@ class TestPacs:
         port = listener.node.rpartition(":")[2]
         done = run("pacs", "--dir", ct.folder, "--port", port)
         assert done.returncode == 1
-        assert "cannot serve on 127.0.0.1" in done.stderr
+        assert "cannot listen on 127.0.0.1" in done.stderr

@@ -401,6 +401,8 @@ def test_a_sync_that_fails_in_any_way_is_told_and_waited_for_no_longer(
         patch.setattr(FilesystemSink, "_synced", broken)
         result = retrieve(pacs, private.study, tmp_path)
     assert (result.verdict, result.completed) == ("failed", 0)
-    assert "Taken, then not kept: sync: unexpected MemoryError" in {row["error"] for row in rows(result).values()}
+    assert "Received, but not confirmed: sync: unexpected MemoryError" in {
+        row["error"] for row in rows(result).values()
+    }
     again = retrieve(pacs, private.study, tmp_path)
     assert (again.verdict, again.completed) == ("complete", COUNT)

@@ -235,7 +235,7 @@ class TestContexts:
             assert (result.verdict, result.reason, result.completed) == ("partial", "destination_refused", 14)
             assert len(destination.proposed) <= 3
             assert set(destination.times.values()) == {1}
-            assert set(source.sent.values()) == {1}, "asking the source again does not mend it"
+            assert set(source.sent.values()) == {1}, "asking the source again does not fix it"
 
     def test_nothing_is_accepted(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         with OddDestination(accept=lambda sop_class, syntax: 3) as destination:

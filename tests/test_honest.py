@@ -16,6 +16,7 @@ import pytest
 from holdings import Holding
 from servers import Dcmqrscp, Orthanc, free_port
 
+from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED
 from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.sample_data import CT, ENHANCED_SR, PRIVATE_CLASS
@@ -165,6 +166,26 @@ class TestPrivateClass:
         assert row["reason"] == reason
 
 
+# --- compressed instances at a PACS that takes no compressed syntax --------------------------------------
+
+
+@pytest.mark.dcmtk
+def test_dcmqrscp_as_it_comes_takes_no_compressed_syntax(get: Get, dcmqrscp: Dcmqrscp, ct: Holding) -> None:
+    """The rows, and what the user reads, say what was offered, that none was accepted, and what to change there."""
+    ended = get(dcmqrscp.node, ct.study)
+    text = "It accepted none of the compressed transfer syntaxes offered (MPEG2, "
+    assert_end(ended, 3, "partial (sub_operation_failed)", "26 of 40 instances listed are held, 14 missing", text)
+    assert (
+        "let the PACS accept that syntax from our AE title (dcmqrscp: an association profile, option -xf)"
+        in " ".join(ended.notes)
+    )
+    rows = ended.not_held()
+    compressed = {sop for sop, entry in ct.entries.items() if entry.syntax not in UNCOMPRESSED}
+    assert {row["sop_instance_uid"] for row in rows} == compressed
+    for row in rows:
+        assert "JPEG 2000, RLE Lossless), so it cannot send an instance that it stores compressed." in row["error"]
+
+
 # --- a list that is longer than what comes ---------------------------------------------------------------
 
 
@@ -244,7 +265,7 @@ class TestNoFind:
         """It hangs up on the C-FIND; that this may be a matter of permission is said."""
         with Orthanc(tmp_path / "server", DicomAlwaysAllowFind=False) as server:
             ended = get(server.node, "1.2.3", *NO_RETRY)
-        text = "ended it when the C-FIND was asked for. If it always does so, our AE title is probably not allowed"
+        text = "closed it on the C-FIND request. If this persists, our AE title is probably not allowed"
         assert_end(ended, 1, "failed (association_lost)", "nothing was retrieved", text)
 
 
@@ -285,7 +306,7 @@ class TestWrongTitle:
 
 def test_port_closed(get: Get) -> None:
     ended = get(f"PACS@127.0.0.1:{free_port()}", "1.2.3", *NO_RETRY)
-    text = "Connection refused. Check host and port, and that the PACS is up"
+    text = "Connection refused. Check the host and the port, and that the node is running"
     assert_end(ended, 1, "failed (connect_failed)", "nothing was retrieved", text)
 
 
@@ -313,7 +334,7 @@ class TestGetNotOffered:
         with Orthanc(tmp_path / "server", DicomAlwaysAllowGet=False) as server:
             server.load(private.files)
             ended = get(server.node, private.study)
-        self.check(ended, 12, "Our AE title is probably not allowed to retrieve there: ask the PACS admin")
+        self.check(ended, 12, "Our AE title is probably not allowed to retrieve: ask the PACS admin")
 
     @staticmethod
     def check(ended: Ended, count: int, note: str) -> None:

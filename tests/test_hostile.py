@@ -183,7 +183,7 @@ def _cases() -> Iterator[Case]:
     yield Case("extra_instance", COMPLETE, (ALL, ALL), check=_number("unexpected", 2))
     yield Case("list_grows", COMPLETE, (ALL, ALL))
     yield Case("list_shrinks", COMPLETE, (ALL - 1, ALL - 1), check=_number("withdrawn", 1))
-    # What is cut off at its end is stored as it came: the pixel data is never decoded.
+    # What is cut off at its end is stored as received: the pixel data is never decoded.
     yield Case("ds_truncated", COMPLETE, (ALL, ALL))
 
     # No association, or nothing that could be sent over it.

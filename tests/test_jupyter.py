@@ -82,7 +82,7 @@ def test_a_bar_an_interrupt_and_going_on(kernel: Kernel, associations: int) -> N
     assert "<progress value='1' max='30'" in first
     (shown,) = text_of(seen, "execute_result")
     assert "<b>cancelled (interrupted)</b>" in shown
-    assert "Run it again: what is held is not fetched again." in shown
+    assert "Run it again: it resumes, and transfers only what is missing." in shown
     assert not text_of(seen, "error")
     kernel.run(
         """
@@ -150,7 +150,7 @@ def test_a_failure_is_a_sentence(kernel: Kernel) -> None:
     (said,) = text_of(kernel.run("GetScu('127.0.0.1:1').echo()"), "error")
     assert said == (
         "\x1b[31mConnectFailed\x1b[0m: No connection to 127.0.0.1:1: Connection refused. "
-        "Check host and port, and that the PACS is up."
+        "Check the host and the port, and that the node is running."
     )
     (said,) = text_of(kernel.run("GetScu(node, destination='x').get_study({'StudyInstanceUID': '1.*'})"), "error")
     assert said.startswith("\x1b[31mInvalidQuery\x1b[0m: ")
@@ -198,7 +198,7 @@ def test_no_manifests_none_with_rows_and_no_bucket(name: str, at_notebooks: Kern
     nothing = manifest_table([], source="a:1", destination="b")
     write_manifest(nothing, tmp_path / "empty.parquet", verdict="empty", evidence="list", run=run_name())
     said = first_cell(at_notebooks, name, DICOM_GET_MANIFESTS=str(tmp_path))
-    assert "have no rows. Their queries matched nothing" in said
+    assert "have no rows. The queries matched nothing" in said
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
     where = {"DICOM_GET_MANIFESTS": "s3://nowhere/night", "AWS_ENDPOINT_URL": moto.endpoint}
     said = first_cell(at_notebooks, name, **keys, **where)
@@ -208,16 +208,16 @@ def test_no_manifests_none_with_rows_and_no_bucket(name: str, at_notebooks: Kern
 
 def test_airflow_down_or_no_token(at_notebooks: Kernel) -> None:
     said = first_cell(at_notebooks, "01_first_look", AIRFLOW_URL="http://127.0.0.1:1", AIRFLOW_TOKEN="t")
-    assert "does not answer: ConnectionRefusedError. Check base_url, and that Airflow is up." in said
+    assert "does not answer: ConnectionRefusedError. Check base_url, and that Airflow is running." in said
     said = first_cell(at_notebooks, "01_first_look", AIRFLOW_URL="http://127.0.0.1:1")
-    assert "POST /auth/token gives one." in said
+    assert "POST /auth/token returns one." in said
 
 
 def test_the_pacs_down(at_notebooks: Kernel) -> None:
     said = first_cell(at_notebooks, "04_to_pixels", DICOM_GET_NODE="PACS@127.0.0.1:1", DICOM_GET_STUDY="1.2.3")
     assert "IncompleteRetrieval" in said
     assert "Connection refused" in said
-    assert "Check host and port, and that the PACS is up." in said
+    assert "Check the host and the port, and that the node is running." in said
     said = first_cell(at_notebooks, "04_to_pixels", DICOM_GET_NODE="PACS@127.0.0.1:1")
     assert "InvalidQuery" in said
 
@@ -230,10 +230,10 @@ def test_the_pacs_down_in_the_middle_of_a_notebook(at_notebooks: Kernel) -> None
     at_notebooks.run("os.environ.update(DICOM_GET_NODE='PACS@127.0.0.1:1', DICOM_GET_STUDY='1.2.3')")
     (shown,) = text_of(at_notebooks.run(sources[at]), "execute_result")
     assert "<b>failed (connect_failed)</b>" in shown
-    assert "Connection refused. Check host and port, and that the PACS is up." in shown
+    assert "Connection refused. Check the host and the port, and that the node is running." in shown
     (said,) = text_of(at_notebooks.run(sources[at + 1]), "error")
     assert said.startswith("\x1b[31mIncompleteRetrieval\x1b[0m: failed (connect_failed): nothing was retrieved.")
-    assert said.endswith("Connection refused. Check host and port, and that the PACS is up.")
+    assert said.endswith("Connection refused. Check the host and the port, and that the node is running.")
     at_notebooks.run("del os.environ['DICOM_GET_NODE'], os.environ['DICOM_GET_STUDY']")
 
 
@@ -258,4 +258,4 @@ def test_a_file_that_is_gone(kernel: Kernel) -> None:
         ),
         "error",
     )
-    assert "No such file or directory. Was it moved since?" in said
+    assert "No such file or directory. It may have been moved." in said

@@ -101,7 +101,7 @@ EXPECTED = {
 
 
 def test_the_latest_row_of_each_instance(tmp_path: Path) -> None:
-    """A retrieval that fails at one, a verification that finds another spoiled, and a retrieval that mends both."""
+    """A retrieval that fails at one, a verification that finds another changed, a retrieval that fetches both."""
 
     def write(run: str, source: str, states: dict[int, State]) -> None:
         rows = [Instance("1.2", "1.2.3", f"1.2.3.{n}") for n in states]

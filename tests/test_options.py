@@ -274,7 +274,7 @@ class TestShell:
         assert typed() == {}
 
     def test_tls_files_without_tls_are_refused(self) -> None:
-        with pytest.raises(InvalidOption, match=r"^--tls-ca: is given without --tls"):
+        with pytest.raises(InvalidOption, match=r"^--tls-ca is given without --tls"):
             nested(typed("--tls-ca", "ca.pem"), shell_name)
 
     def test_tls_that_is_switched_off_ignores_its_files(self) -> None:
@@ -287,10 +287,10 @@ class TestShell:
         [
             (["--max-pdu", "1"], "--max-pdu: "),
             (["--idle-timeout", "soon"], "--idle-timeout: "),
-            (["--tls", "--tls-key", "k"], "--tls-key: "),
+            (["--tls", "--tls-key", "k"], "--tls-key is"),
             (["--associations", "3"], "--associations: "),
             (["--verify-held", "digest", "--checksum", "none"], "--verify-held: "),
-            (["--ack", "durable", "--no-durable"], "--ack: durable waits for what --no-durable"),
+            (["--ack", "durable", "--no-durable"], "--ack: durable waits for the sync that --no-durable"),
             (["--to", "/dev/null/x"], "--to: "),
         ],
     )
@@ -384,29 +384,32 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("values", "start"),
         [
-            ({"destination": "a", "out_dir": "b"}, "out_dir: is given beside destination"),
-            ({"storage_backend": "Filesystem", "s3_config": {"bucket": "bucket"}}, "s3_config: does not fit"),
-            ({"storage_backend": "S3", "out_dir": "a", "s3_config": {"bucket": "bucket"}}, "out_dir: does not fit"),
+            ({"destination": "a", "out_dir": "b"}, "out_dir is given together with destination"),
+            ({"storage_backend": "Filesystem", "s3_config": {"bucket": "bucket"}}, "s3_config does not fit"),
+            ({"storage_backend": "S3", "out_dir": "a", "s3_config": {"bucket": "bucket"}}, "out_dir does not fit"),
             ({"storage_backend": "S3", "destination": "a"}, "storage_backend: S3 does not fit"),
-            ({"storage_backend": "S3"}, "s3_config: names no bucket"),
-            ({"storage_backend": "Forward"}, "forward_target: names no address"),
-            ({"destination": "s3://bucket", "s3_config": {"bucket": "bucket"}}, "s3_config: names a place beside"),
-            ({"destination": "dicom://h:1", "s3_config": {"region": "x"}}, "s3_config: does not fit"),
-            ({"destination": "a", "forward_target": {"addr": "h:1"}}, "forward_target: names a place"),
-            ({"destination": "s3://bucket", "s3_config": {"prefix": "x"}}, "s3_config: names a place beside"),
-            ({"destination": "a", "s3_config": {"region": "x"}}, "s3_config: does not fit"),
-            ({"destination": "s3://bucket", "forward_target": {}}, "forward_target: does not fit"),
-            ({"destination": "s3://bucket", "strict_forward": True}, "strict_forward: needs a DICOM node"),
+            ({"storage_backend": "S3"}, "s3_config names no bucket"),
+            ({"storage_backend": "Forward"}, "forward_target names no address"),
+            (
+                {"destination": "s3://bucket", "s3_config": {"bucket": "bucket"}},
+                "s3_config names a destination in addition",
+            ),
+            ({"destination": "dicom://h:1", "s3_config": {"region": "x"}}, "s3_config does not fit"),
+            ({"destination": "a", "forward_target": {"addr": "h:1"}}, "forward_target names a destination"),
+            ({"destination": "s3://bucket", "s3_config": {"prefix": "x"}}, "s3_config names a destination in addition"),
+            ({"destination": "a", "s3_config": {"region": "x"}}, "s3_config does not fit"),
+            ({"destination": "s3://bucket", "forward_target": {}}, "forward_target does not fit"),
+            ({"destination": "s3://bucket", "strict_forward": True}, "strict_forward needs a DICOM node"),
             ({"destination": "s3://bucket", "s3_config": {"ca_bundle": "/nowhere"}}, "s3_config.ca_bundle: '/nowhere'"),
             ({"destination": "dicom://PACS_B"}, "destination: dicom://PACS_B names a connection"),
-            ({"destination": "dicom://X@H:104"}, "destination: dicom://X@H:104 is the source itself"),
+            ({"destination": "dicom://X@H:104"}, "destination: dicom://X@H:104 is the source"),
             (
                 {"storage_backend": "Forward", "forward_target": {"addr": "h:104"}},
-                "forward_target: dicom://h:104 is the source itself",
+                "forward_target: dicom://h:104 is the source",
             ),
-            ({"destination": "dicom://X@h:1", "adopt": True}, "adopt: says nothing for a DICOM node"),
+            ({"destination": "dicom://X@h:1", "adopt": True}, "adopt has no effect for a DICOM node"),
             ({"associations": 4}, "associations: 4 is more than max_associations, which is 2"),
-            ({"verify_held": "digest", "checksum": None}, "verify_held: digest needs digests, and checksum is none"),
+            ({"verify_held": "digest", "checksum": None}, "verify_held: digest needs a checksum, but checksum is none"),
             ({"ack": "durable", "durable": False}, "ack: durable waits"),
         ],
     )

@@ -127,7 +127,7 @@ def test_a_broken_profile_is_refused(file: Path, content: str) -> None:
 
 
 def test_a_profile_that_is_not_there_is_refused(file: Path) -> None:
-    with pytest.raises(InvalidOption, match=r"^profile: .* is no file that can be read"):
+    with pytest.raises(InvalidOption, match=r"^profile: .* is not a readable file"):
         GetScu("PACS@127.0.0.1:104", profile=file)
 
 

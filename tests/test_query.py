@@ -40,7 +40,7 @@ class TestKeys:
             ("patientid", "Did you mean PatientID?"),
             ("Xyzzy", "Give a keyword such as"),
             ("", "Give a keyword such as"),
-            ("(0009,0010)", "Give an attribute of the standard."),
+            ("(0009,0010)", "Give an attribute of the DICOM standard."),
             ("(0020,FFFE)", "Give a keyword such as"),
         ],
     )
@@ -56,16 +56,16 @@ class TestKeys:
         ],
     )  # fmt: skip
     def test_keys_that_match_nothing_are_refused(self, key: str) -> None:
-        with pytest.raises(InvalidQuery, match="is no matching key"):
+        with pytest.raises(InvalidQuery, match="is not a matching key"):
             parse({key: "1", "StudyInstanceUID": "1.2"})
 
     def test_a_key_given_twice_is_refused(self) -> None:
-        with pytest.raises(InvalidQuery, match="StudyInstanceUID: is given twice"):
+        with pytest.raises(InvalidQuery, match="StudyInstanceUID is given twice"):
             parse({"StudyInstanceUID": "1.2", "0020000D": "1.3"})
 
     @pytest.mark.parametrize("query", ["1.2.3", None, ["1.2.3"], 7])
     def test_what_is_no_mapping_is_refused(self, query: object) -> None:
-        with pytest.raises(InvalidQuery, match="is no mapping"):
+        with pytest.raises(InvalidQuery, match="is not a mapping"):
             parse(query)
 
     @pytest.mark.parametrize("key", [None, 1.5, True, -1, 1 << 40, b"PatientID"])
@@ -110,14 +110,14 @@ class TestUids:
     @pytest.mark.parametrize("key", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"])
     @pytest.mark.parametrize("value", ["1.2*", "*", "1.2?3", "1.2\\1.3*"])
     def test_wildcards_are_refused(self, key: str, value: str) -> None:
-        with pytest.raises(InvalidQuery, match=f"{key}: holds a wildcard"):
+        with pytest.raises(InvalidQuery, match=f"{key} contains a wildcard"):
             parse({key: value, "AccessionNumber": "A1"})
 
     @pytest.mark.parametrize("key", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"])
     @pytest.mark.parametrize("value", ["", " ", [], "\0"])
     def test_empty_unique_keys_are_refused(self, key: str, value: object) -> None:
         # Two servers take an empty Study Instance UID for the whole archive.
-        with pytest.raises(InvalidQuery, match=f"^{key}: is empty"):
+        with pytest.raises(InvalidQuery, match=f"^{key} is empty"):
             parse({key: value, "StudyDate": "today"})
 
     @given(st.text("0123456789.*? \\ax\0", max_size=70))
@@ -157,15 +157,15 @@ class TestLevels:
 
     @pytest.mark.parametrize(("level", "key"), [("STUDY", "SeriesInstanceUID"), ("SERIES", "SOPInstanceUID")])
     def test_unique_keys_below_the_level_are_refused(self, level: str, key: str) -> None:
-        with pytest.raises(InvalidQuery, match=f"^{key}: lies below QueryRetrieveLevel {level}"):
+        with pytest.raises(InvalidQuery, match=f"^{key} is below QueryRetrieveLevel {level}"):
             parse({"StudyInstanceUID": "1", key: "2", "QueryRetrieveLevel": level})
 
     def test_patient_level(self) -> None:
         found = parse({"QueryRetrieveLevel": "PATIENT", "PatientID": "P1"}, "PatientRoot")
         assert (found.level, found.patient_id) == ("PATIENT", "P1")
-        with pytest.raises(InvalidQuery, match="PatientRoot only"):
+        with pytest.raises(InvalidQuery, match="only in PatientRoot"):
             parse({"QueryRetrieveLevel": "PATIENT", "PatientID": "P1"})
-        with pytest.raises(InvalidQuery, match=r"^PatientID: is missing"):
+        with pytest.raises(InvalidQuery, match=r"^PatientID is missing"):
             parse({"QueryRetrieveLevel": "PATIENT", "PatientName": "X"}, "PatientRoot")
 
     def test_model(self) -> None:
@@ -210,7 +210,7 @@ class TestSelective:
 
     @pytest.mark.parametrize("value", ["P*", "P?", "*"])
     def test_wildcards_in_the_patient_id_are_refused(self, value: str) -> None:
-        with pytest.raises(InvalidQuery, match=r"^PatientID: holds a wildcard"):
+        with pytest.raises(InvalidQuery, match=r"^PatientID contains a wildcard"):
             parse({"PatientID": value})
 
 
@@ -240,7 +240,7 @@ class TestDates:
          "2024.01.01", "01.02.2024", "20240101\\20240102", "2024*", "today-999999", ["20240101"], 1.5, "２０２４0101"],
     )  # fmt: skip
     def test_what_is_no_date_is_refused_without_showing_it(self, value: object) -> None:
-        with pytest.raises(InvalidQuery, match=r"^StudyDate: ") as caught:
+        with pytest.raises(InvalidQuery, match=r"^StudyDate\b") as caught:
             parse({"StudyDate": value})
         if isinstance(value, str) and value[0] == "2":
             assert value not in str(caught.value)
@@ -266,7 +266,7 @@ class TestTexts:
 
     @pytest.mark.parametrize("value", ["25", "10:00", "1000/1200", "*", "2", "1061"])
     def test_what_is_no_time_is_refused(self, value: str) -> None:
-        with pytest.raises(InvalidQuery, match=r"^StudyTime: is no value of VR TM"):
+        with pytest.raises(InvalidQuery, match=r"^StudyTime is not a valid value of VR TM"):
             parse({"StudyTime": value})
 
     @pytest.mark.parametrize(
@@ -274,17 +274,17 @@ class TestTexts:
         [
             ("ModalitiesInStudy", "CT\\MR", "several values"), ("Modality", ["CT", "MR"], "is a list"),
             ("SeriesNumber", "1-3", "VR IS"), ("PatientName", "A\x1b[2J", "control character"),
-            ("AccessionNumber", b"A1", "is no text"), ("AccessionNumber", {"a": 1}, "is no text"),
-            ("AccessionNumber", True, "is no text"), ("PatientAge", "18", "VR AS"),
+            ("AccessionNumber", b"A1", "is not text"), ("AccessionNumber", {"a": 1}, "is not text"),
+            ("AccessionNumber", True, "is not text"), ("PatientAge", "18", "VR AS"),
         ],
     )  # fmt: skip
     def test_malformed_values_are_refused(self, key: str, value: object, what: str) -> None:
-        with pytest.raises(InvalidQuery, match=f"^{key}: .*{what}"):
+        with pytest.raises(InvalidQuery, match=f"^{key}\\b.*{what}"):
             parse({"StudyInstanceUID": "1", key: value})
 
     @pytest.mark.parametrize("value", ["", " ", None])
     def test_an_empty_patient_id_is_refused(self, value: object) -> None:
-        with pytest.raises(InvalidQuery, match=r"^PatientID: is empty"):
+        with pytest.raises(InvalidQuery, match=r"^PatientID is empty"):
             parse({"PatientID": value, "StudyDate": "today"})
 
     @given(

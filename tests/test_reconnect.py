@@ -167,7 +167,7 @@ def test_the_default_retries_outlast_half_a_minute(monkeypatch: pytest.MonkeyPat
     for _ in range(50):
         begun = now[0]
         for failures in range(1, scu.options.retries + 1):
-            source.back_off(failures, engine_source.DicomGetError("Full."))
+            source.back_off(failures, engine_source.DicomGetError("Full."), 5)
         waited.append(now[0] - begun)
     assert min(waited) > 30
     assert max(waited) < 75

@@ -99,7 +99,7 @@ class TestRaise:
         assert caught.value.transient is transient
 
     def test_hint_says_when_it_may_go_on(self) -> None:
-        with pytest.raises(IncompleteRetrieval, match=r"go on at 2024-01-01T22:00:00Z\.$"):
+        with pytest.raises(IncompleteRetrieval, match=r"be resumed at 2024-01-01T22:00:00Z\.$"):
             Result("partial", "window", resume_at=datetime(2024, 1, 1, 22, tzinfo=UTC)).raise_for_verdict()
 
 
@@ -124,7 +124,7 @@ class TestRendering:
         assert whole.summary() == "complete: 9 of 9 instances listed are held, 2 were there before"
         part = Result("unverified", "no_list", total=9, completed=8, failed=1, warning=1, conflicts=1)
         assert part.summary() == (
-            "unverified (no_list): 8 of 9 instances sent are held, 1 missing, 1 with a remark, 1 in conflict"
+            "unverified (no_list): 8 of 9 instances sent are held, 1 missing, 1 with a warning, 1 in conflict"
         )
         assert Result("empty").summary() == "empty: the query matched nothing"
 

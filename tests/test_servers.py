@@ -65,7 +65,7 @@ def test_dcmqrscp_with_a_profile_sends_every_syntax(dcmqrscp_all: Dcmqrscp, real
     through, came = fetch_each(dcmqrscp_all, real, relay)
     assert came.keys() == real.entries.keys()
     exact = assert_as_recorded(through, came, real)
-    # The rest is encoded anew: padding, group lengths.
+    # The rest is encoded again: padding, group lengths.
     assert len(real.entries) * 0.75 < exact < len(real.entries)
 
 

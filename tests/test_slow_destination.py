@@ -151,7 +151,7 @@ def test_a_slow_callback_does_not_make_us_late(tmp_path: Path) -> None:
 
 
 class Stuck(Slow):
-    """A destination whose call does not return until it is let go, as on a file server that is dead."""
+    """A destination whose call does not return until it is released, as on a file server that is dead."""
 
     def __init__(self, method: str, number: int) -> None:
         super().__init__({(method, number): float("inf")})

@@ -27,13 +27,13 @@ def test_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("StudyInstanceUID\n1.2\n", "has no column Cohort. Name it in the first line of the file."),
-        ("Cohort,StudyInstanceUID\nSECRET,1.2\nSECRET,\n", "line 3, column StudyInstanceUID: is empty. Correct"),
-        ("Cohort,StudyInstanceUID\nSECRET,1.2\n,1.3\n", "line 3, column Cohort: is empty."),
-        ("Cohort,AccessionNumber\nx,SECRET\ny,SECRET\n", "line 3, column Cohort: is not the label of the same study"),
-        ("Cohort,AccessionNumber\nSE\x07CRET,A1\n", "line 2, column Cohort: holds characters that cannot be printed"),
-        ("Cohort,StudyInstanceUID\na,1.2\nb,1.3,SECRET\n", "line 3: more fields than the first line has"),
-        ('Cohort,StudyInstanceUID\na,1.2\n"SECRET,1.3\n', "line 3, column StudyInstanceUID: is empty"),
+        ("StudyInstanceUID\n1.2\n", "has no column Cohort. Name it in the header line of the file."),
+        ("Cohort,StudyInstanceUID\nSECRET,1.2\nSECRET,\n", "line 3, column StudyInstanceUID is empty. Correct"),
+        ("Cohort,StudyInstanceUID\nSECRET,1.2\n,1.3\n", "line 3, column Cohort is empty."),
+        ("Cohort,AccessionNumber\nx,SECRET\ny,SECRET\n", "line 3, column Cohort differs from the label"),
+        ("Cohort,AccessionNumber\nSE\x07CRET,A1\n", "line 2, column Cohort contains characters that cannot be printed"),
+        ("Cohort,StudyInstanceUID\na,1.2\nb,1.3,SECRET\n", "line 3 has more fields than the first line"),
+        ('Cohort,StudyInstanceUID\na,1.2\n"SECRET,1.3\n', "line 3, column StudyInstanceUID is empty"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_line_and_column_and_not_quoted(tmp_path: Path, text: str, message: str) -> None:

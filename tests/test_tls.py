@@ -262,9 +262,9 @@ def test_versions(embedded: Embedded, made: Files, ct: Holding, version: str) ->
 REFUSALS: list[tuple[str, str, bool, Callable[[Files], dict[str, Any]], str, str]] = [
     ("wrong CA", "server", False, lambda m: {"ca": m.other.ca}, r"signed by a CA that is not trusted", "tls.ca"),
     ("no CA", "server", False, lambda m: {}, r"signed by a CA that is not trusted", "tls.ca"),
-    ("wrong address", "misnamed", False, lambda m: {"ca": m.ours.ca}, r"carries another address", "tls.server_name"),
+    ("wrong address", "misnamed", False, lambda m: {"ca": m.ours.ca}, r"is for another IP address", "tls.server_name"),
     ("wrong name", "server", False, lambda m: {"ca": m.ours.ca, "server_name": "other.example"},
-     r"carries another name", "tls.server_name"),
+     r"is for another host name", "tls.server_name"),
     ("expired", "expired", False, lambda m: {"ca": m.ours.ca}, r"has expired", "new certificate"),
     ("not yet", "early", False, lambda m: {"ca": m.ours.ca}, r"is not valid yet", "clocks"),
     ("no client certificate", "server", True, lambda m: {"ca": m.ours.ca}, r"client certificate|hung up",
@@ -429,7 +429,7 @@ def test_our_files_are_checked_before_any_traffic(made: Files, tmp_path: Path) -
         {"cert": str(made.client.cert), "key": str(made.locked_key), "key_password": "wrong"},
     ):
         with pytest.raises(
-            InvalidOption, match=r"tls: the files of ca, cert or key cannot be used|tls.ca: .* is no file"
+            InvalidOption, match=r"tls: the files of ca, cert or key cannot be used|tls.ca: .* is not a readable file"
         ) as caught:
             GetScu(node, tls=tls)
         assert "sesame" not in str(caught.value)

@@ -285,9 +285,9 @@ class TestShell:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "nothing says what to verify"),
+            ([], "nothing to verify"),
             (["--study", "1.2"], "destination"),
-            (["--study", "1.2.x", "--to", "out"], "is no UID"),
+            (["--study", "1.2.x", "--to", "out"], "is not a valid UID"),
             (["--manifest", "nothing.parquet"], "cannot be read"),
             (["--manifest", "m", "--to", "dicom://PACS_B"], "names a connection of Airflow"),
         ],

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, MutableSequence
 from dataclasses import replace
+from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get.cli import output
@@ -25,7 +26,7 @@ from airflow_dicom_get.config.options import (
     VerifyOptions,
     nested,
 )
-from airflow_dicom_get.config.shell import options_from_shell, shell_name
+from airflow_dicom_get.config.shell import in_shell, options_from_shell, shell_name
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.vocabulary import COMPLETE
@@ -35,6 +36,17 @@ if TYPE_CHECKING:
 
     from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.getscu import GetScu
+    from airflow_dicom_get.result import Result
+
+
+_VERBOSE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Plain(logging.Formatter):
+    """The log for a person who reads along, with the options as the shell writes them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_shell(super().format(record))
 
 
 Verb = TypeVar("Verb", bound=ConnectionOptions)
@@ -43,7 +55,7 @@ Verb = TypeVar("Verb", bound=ConnectionOptions)
 def _checked(typed: Namespace, verb: type[Verb]) -> Verb:
     """The options of a verb, from the config file and, above them, from what was typed.
 
-    What the config file says of a node for other verbs is checked alone, and left out: its limits as a
+    What the config file says of a node for other verbs is checked alone, and skipped: its limits as a
     source are not those of a node to store at.
     """
     node = find_node(typed.node) if typed.node is not None else NamedNode(None)
@@ -55,7 +67,10 @@ def _checked(typed: Namespace, verb: type[Verb]) -> Verb:
         OPTIONS[name].check(spelling(name), values[name])
     options = verb.check(own, spelling)
     level = logging.DEBUG if options.verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_VERBOSE) if options.verbose else _Plain("dicom-get: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("airflow_dicom_get.waits").setLevel(min(level, logging.INFO))
     # They log each message of their own: parts of identifiers, and the secrets of a bucket.
     for name in ("pynetdicom", "pydicom", "botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -151,7 +166,7 @@ def plan(typed: Namespace) -> int:
 def get(typed: Namespace) -> int:
     options, studies = _checked(typed, CallOptions), _studies(typed)
     if options.destination is None:
-        raise invalid("--to", "is missing", "Name a folder for the instances.")
+        raise invalid("--to", "is missing", "Give a folder, s3://bucket/prefix or dicom://[AE@]host:port.")
     if typed.manifest is not None:
         from airflow_dicom_get.manifest.files import load_table
 
@@ -174,12 +189,7 @@ def get(typed: Namespace) -> int:
         from airflow_dicom_get.engine.report import studies_not_found
 
         studies_not_found(result, unknown)
-    for line in output.result_notes(result) or ([] if result.verdict == COMPLETE else [result.hint()]):
-        output.note(line)
-    if typed.json:
-        output.emit_json(result.to_json())
-    else:
-        output.emit(output.result_lines(result))
+    _show(result, typed)
     return result.exit_code
 
 
@@ -211,8 +221,8 @@ def _resolved(
 
 
 def _nothing(unknown: int) -> int:
-    output.note(f"none of {unknown} accession numbers has a study")
-    output.emit(["empty: no study was found"])
+    output.note(f"none of the {unknown} accession numbers matches a study")
+    output.emit(["empty: no study matches"])
     return 5
 
 
@@ -226,15 +236,20 @@ def store(typed: Namespace) -> int:
             typed.paths or None,
             manifest=typed.manifest,
             on_sub_operation=show,
-            on_unusable=lambda name, why: output.note(f"left out: {output.printable(name)} {why}"),
+            on_unusable=lambda name, why: output.note(f"skipped: {output.printable(name)} {why}"),
         )
-    for line in output.result_notes(result):
-        output.note(line)
+    _show(result, typed)
+    return result.exit_code
+
+
+def _show(result: Result, typed: Namespace) -> None:
+    """The verdict first, then what went wrong and what to do about it."""
     if typed.json:
         output.emit_json(result.to_json())
     else:
         output.emit(output.result_lines(result))
-    return result.exit_code
+    for line in output.result_notes(result) or ([] if result.verdict == COMPLETE else [result.hint()]):
+        output.note(line)
 
 
 def verify(typed: Namespace) -> int:
@@ -248,7 +263,7 @@ def verify(typed: Namespace) -> int:
         on_difference=None if typed.json else lambda difference: output.emit([str(difference)]),
     )
     for error in found.errors:
-        output.note(f"{output.printable(error['error'])} {output.printable(error['hint'])}".rstrip())
+        output.note(output.advice(error))
     if typed.json:
         output.emit_json(found.to_json())
     output.note(found.summary())
@@ -273,6 +288,7 @@ def pacs(typed: Namespace) -> int:
             raise
         raise invalid("--misbehave", str(error), "") from None
     except OSError as error:
-        output.note(f"cannot serve on {typed.host}:{typed.port}: {error.strerror or error}")
+        hint = " Give another port with --port, or 0 for any free one." if error.errno == EADDRINUSE else ""
+        output.note(f"error: cannot listen on {typed.host}:{typed.port}: {error.strerror or error}.{hint}")
         return 1
     return 0

@@ -47,12 +47,14 @@ def find_node(text: str) -> NamedNode:
     path = config_file()
     nodes = _nodes(path)
     if text not in nodes:
-        known = f"It names {', '.join(map(shown, nodes))}." if nodes else f"There is none in {path}."
-        raise invalid("NODE", f"{shown(text)} is no address and no node of the config file", f"{known} {_ADDRESS}")
+        known = f"It names {', '.join(map(shown, nodes))}." if nodes else f"{path} names no nodes."
+        raise invalid(
+            "NODE", f"{shown(text)} is neither an address nor a node of the config file", f"{known} {_ADDRESS}"
+        )
     label = f"[nodes.{text}] in {path}"
     table = nodes[text]
     if not isinstance(table, dict):
-        raise invalid(label, "is no table", _ADDRESS)
+        raise invalid(label, "is not a table", _ADDRESS)
     own = {_OWN_KEYS[key]: value for key, value in table.items() if key in _OWN_KEYS}
     options, unknown = options_from_fields({key: value for key, value in table.items() if key not in _OWN_KEYS})
     if unknown:
@@ -79,15 +81,15 @@ def _nodes(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _broken(path, f"cannot be read: {error.strerror}") from None
     except ValueError as error:  # also what tomllib and the decoder raise
-        raise _broken(path, f"is no TOML: {error}") from None
+        raise _broken(path, f"is not valid TOML: {error}") from None
     for key in content:
         if key != "nodes":
             raise _broken(path, f"the table {shown(key)} is not known")
     nodes = content.get("nodes", {})
     if not isinstance(nodes, dict):
-        raise _broken(path, "nodes is no table")
+        raise _broken(path, "nodes is not a table")
     return nodes
 
 
 def _broken(path: Path, what: str) -> InvalidOption:
-    return invalid(str(path), what, "Mend the file; it holds tables such as [nodes.pacs].")
+    return invalid(str(path), what, "Correct the file: it holds tables such as [nodes.pacs].")

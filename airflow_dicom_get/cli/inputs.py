@@ -27,7 +27,7 @@ def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
     uids = [uid for text in studies for uid in text.split(",")]
     if uids:
         if "StudyInstanceUID" in found:
-            raise invalid("--study", "is given beside -k StudyInstanceUID", "Give one of the two.")
+            raise invalid("--study", "is given together with -k StudyInstanceUID", "Give one of the two.")
         found["StudyInstanceUID"] = uids
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
-from typing import NoReturn
+import sys
+from argparse import (
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+    _SubParsersAction,
+)
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from airflow_dicom_get import __version__
 from airflow_dicom_get.cli import streams
-from airflow_dicom_get.config.checks import AETitle
+from airflow_dicom_get.config.checks import AETitle, shown
 from airflow_dicom_get.config.options import CallOptions, EchoOptions, FindOptions, StoreOptions, VerifyOptions
-from airflow_dicom_get.config.shell import add_shell_options, shell_name
+from airflow_dicom_get.config.shell import add_shell_options, in_shell
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
 
 EXIT_USAGE = 2
@@ -20,43 +28,50 @@ exit codes:
   0 complete    all that the source lists is held and verified
   1 failed      nothing of it is held, or the node cannot be reached
   2             bad usage or input; nothing was sent
-  3 partial     something of it is held, something is not
-  4 unverified  all that was sent is held, but no list proves that it is all
+  3 partial     some of it is held, some is not
+  4 unverified  all that was sent is held, but no list of the source proves that it is all
   5 empty       the query matched nothing
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
 _STORE_EXIT_CODES = """\
 exit codes:
-  0 complete    all instances are at the node, by its own answers
+  0 complete    all instances are stored at the node: it has confirmed each of them
   1 failed      none of them is, or the node cannot be reached
   2             bad usage or input; nothing was sent
-  3 partial     some are not, or files were left out that are no instances
+  3 partial     some are not, or some files are not DICOM instances
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
 _VERIFY_EPILOG = """\
 marks:
-  + listed, not there     - there, not listed     * there, with other content
-  ! there, not readable
-The manifest that it writes can be given to `dicom-get get --manifest`: that fetches what is missing or differs.
+  + listed, but missing     - present, but not listed     * present, but different
+  ! present, but not readable
+Give the manifest that it writes to `dicom-get get --manifest` to fetch what is missing or different.
 
 exit codes:
   0 the same
-  1 a place cannot be looked at
+  1 the destination or the PACS cannot be reached
   2 bad usage or input
   3 differences
-  4 no difference found, and a PACS could not be compared
+  4 no difference found, but the PACS could not be compared with
 """
 
 _KEYS = "--study UID | -k KEY=VALUE ..."
 
 
+class _Parser(ArgumentParser):
+    def _check_value(self, action: Action, value: Any) -> None:
+        if isinstance(action, _SubParsersAction) and value not in action.choices:
+            raise ArgumentError(None, f"{shown(value)} is not a verb.{_meant(value, action.choices)}")
+        super()._check_value(action, value)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all verbs."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="dicom-get",
-        description="Retrieve DICOM studies by C-GET, proven instance by instance.",
+        description="Retrieve DICOM studies by C-GET, and verify every instance.",
         epilog="NODE is [AE@]host:port, or a name from the config file. `dicom-get VERB --help` explains a verb.",
         allow_abbrev=False,
     )
@@ -69,34 +84,34 @@ def build_parser() -> ArgumentParser:
             allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter,
         )  # fmt: skip
 
-    echo = verb("echo", "NODE", "Ask a node whether it is there, and what it accepts.")
+    echo = verb("echo", "NODE", "Check whether a node answers, and which services it accepts.")
     _node(echo)
     echo.add_argument(
-        "--study", metavar="UID", help="List this study and fetch a little of it, to find out how the node behaves.",
+        "--study", metavar="UID", help="Probe the node with this study: what it returns, and how it behaves.",
     )  # fmt: skip
     echo.add_argument("--profile", metavar="FILE", help="Write what --study found out to this file, for get --profile.")
     add_shell_options(echo, EchoOptions)
 
-    find = verb("find", f"NODE ({_KEYS})", "List what a node holds.")
+    find = verb("find", f"NODE ({_KEYS})", "Query a node by C-FIND.")
     _node(find)
     _what(find)
     find.add_argument(
         "--level", choices=("STUDY", "SERIES", "IMAGE"), type=str.upper, metavar="LEVEL",
-        help="Level of the rows: STUDY, SERIES or IMAGE; by default what the keys say.",
+        help="Level of the rows: STUDY, SERIES or IMAGE. Default: the lowest level that a key is given for.",
     )  # fmt: skip
     find.add_argument(
-        "--return-key", action="append", default=[], metavar="KEYWORD", help="Ask for this key too; repeatable."
+        "--return-key", action="append", default=[], metavar="KEYWORD", help="Return this key as well; repeatable."
     )
     add_shell_options(find, FindOptions)
 
-    plan = verb("plan", f"NODE ({_KEYS} | --from-file CSV)", "List what a get would fetch, and what is held already.")
+    plan = verb("plan", f"NODE ({_KEYS} | --from-file CSV)", "Show what a get would fetch, and what is already held.")
     _node(plan)
     _what(plan, files=True)
     add_shell_options(plan, CallOptions)
 
     get = verb(
         "get", f"NODE ({_KEYS} | --from-file CSV | --manifest URI) --to DEST",
-        "Fetch studies into a folder, and prove that they are there.", epilog=_EXIT_CODES,
+        "Retrieve studies to a folder, a bucket or another node, and verify every instance.", epilog=_EXIT_CODES,
     )  # fmt: skip
     _node(get)
     _what(get, files=True, manifest=True)
@@ -104,31 +119,47 @@ def build_parser() -> ArgumentParser:
 
     store = verb(
         "store", "NODE (PATH ... | s3://BUCKET/PREFIX | --manifest URI)",
-        "Store files, or what a manifest holds, at a node, and prove that they are there.", epilog=_STORE_EXIT_CODES,
+        "Store files, or the objects of a manifest, at a node, and verify every instance.", epilog=_STORE_EXIT_CODES,
     )  # fmt: skip
     _node(store)
-    store.add_argument("paths", nargs="*", metavar="PATH", help="Files, folders, and prefixes as s3://bucket/prefix.")
-    store.add_argument("--manifest", metavar="URI", help="Store the objects that a manifest holds.")
+    store.add_argument(
+        "paths", nargs="*", metavar="PATH", help="Files, folders, or prefixes such as s3://bucket/prefix."
+    )
+    store.add_argument("--manifest", metavar="URI", help="Store the objects that this manifest lists.")
     add_shell_options(store, StoreOptions)
 
     verify = verb(
         "verify", "[NODE] (--manifest URI | --study UID ... --to DEST)",
-        "Compare what is listed with what is there.",
+        "Compare a destination with a manifest, with the list of a PACS, or with both.",
         epilog=_VERIFY_EPILOG,
     )  # fmt: skip
-    verify.add_argument("node", nargs="?", metavar="NODE", help="A PACS to compare with: [AE@]host:port, or a name.")
-    verify.add_argument("--manifest", metavar="URI", help="What a run wrote.")
-    verify.add_argument("--study", action="append", default=[], metavar="UID", help="Study; repeatable.")
-    verify.add_argument("--quick", action="store_true", help="Compare sizes, and read nothing.")
+    verify.add_argument(
+        "node", nargs="?", metavar="NODE", help="PACS to compare with: [AE@]host:port, or a name from the config file."
+    )
+    verify.add_argument("--manifest", metavar="URI", help="Manifest of a run.")
+    verify.add_argument("--study", action="append", default=[], metavar="UID", help="Study Instance UID; repeatable.")
+    verify.add_argument("--quick", action="store_true", help="Compare sizes only; do not read the objects.")
     verify.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
     add_shell_options(verify, VerifyOptions)
 
-    pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for trials and tests.")
-    pacs.add_argument("--dir", metavar="FOLDER", help="Folder with DICOM files.")
+    pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for tests and trials.")
+    pacs.add_argument("--dir", metavar="FOLDER", help="Folder of DICOM files to serve.")
     pacs.add_argument("--host", default="127.0.0.1", help="Address to listen on. [%(default)s]")
-    pacs.add_argument("--port", default=11112, type=_port, metavar="N", help="TCP port. [%(default)s]")
-    pacs.add_argument("--ae-title", default="PACS", type=_ae_title, metavar="AE", help="Its AE title. [%(default)s]")
-    pacs.add_argument("--misbehave", metavar="MODE", help="Break the protocol in this way, with data of its own.")
+    pacs.add_argument(
+        "--port",
+        default=11112,
+        type=_port,
+        metavar="N",
+        help="TCP port to listen on; 0 for any free one. [%(default)s]",
+    )
+    pacs.add_argument(
+        "--ae-title", default="PACS", type=_ae_title, metavar="AE", help="AE title of the PACS. [%(default)s]"
+    )
+    pacs.add_argument(
+        "--misbehave",
+        metavar="MODE",
+        help="Serve a generated study and misbehave in this mode; 'list' shows the modes.",
+    )
     return parser
 
 
@@ -142,20 +173,39 @@ def _what(parser: ArgumentParser, *, files: bool = False, manifest: bool = False
     group.add_argument("--study", action="append", default=[], metavar="UID", help="Study Instance UID; repeatable.")
     group.add_argument(
         "-k", "--key", action="append", default=[], metavar="KEY=VALUE",
-        help="DICOM keyword or tag, and its value, as in StudyDate=today-1; repeatable.",
+        help="Matching key: a DICOM keyword or tag and its value, such as StudyDate=today-1; repeatable.",
     )  # fmt: skip
     parser.set_defaults(from_file=None, manifest=None)
     if files:
         group.add_argument(
-            "--from-file", metavar="CSV", help="Studies from a file with a column StudyInstanceUID or AccessionNumber."
+            "--from-file", metavar="CSV", help="CSV file with a column StudyInstanceUID or AccessionNumber."
         )
     if manifest:
-        group.add_argument("--manifest", metavar="URI", help="What a manifest lists and does not have as held.")
+        group.add_argument("--manifest", metavar="URI", help="Fetch what this manifest lists and what is not held yet.")
+
+
+def _verbs(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:
+    return next(action.choices for action in parser._actions if isinstance(action, _SubParsersAction))
+
+
+def _unknown(word: str, options: Collection[str]) -> str:
+    if not word.startswith("-"):
+        return f"{shown(word)} is one argument too many."
+    name = word.partition("=")[0]
+    return f"{name[:64]} is not an option of this verb.{_meant(name, options) or ' See its --help.'}"
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    bare = {name.lstrip("-"): name for name in known if len(name) > 2}
+    close = get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.65)
+    return f" Did you mean {bare[close[0]]}?" if close else ""
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise ArgumentTypeError(f"{text[:32]!a} is no port. Give a whole number from 0 to 65535.")
+        raise ArgumentTypeError(f"{text[:32]!a} is not a port number. Give a whole number from 0 to 65535.")
     return int(text)
 
 
@@ -168,8 +218,12 @@ def _ae_title(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
-    parser = build_parser()
-    typed = parser.parse_args(argv)
+    root = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    typed, unknown = root.parse_known_args(words)
+    parser = _verbs(root)[typed.verb]
+    if unknown:
+        parser.error(_unknown(unknown[0], parser._option_string_actions))
     given = [
         name
         for name, value in (
@@ -180,26 +234,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value
     ]
     if len(given) > 1 and typed.verb != "verify":
-        parser.error(f"{given[1]} is given beside {given[0]}. Give one of the two.")
+        parser.error(f"{given[1]} is given together with {given[0]}. Give one of the two.")
     if typed.verb in ("find", "plan", "get") and not given:
-        parser.error("nothing says what to ask for. Give --study UID or -k KEY=VALUE.")
+        parser.error("no studies are selected. Give --study UID or -k KEY=VALUE.")
     if typed.verb == "verify" and not (typed.manifest or typed.study):
-        parser.error("nothing says what to verify. Give --manifest URI, or --study UID --to DEST.")
+        parser.error("nothing to verify. Give --manifest URI, or --study UID --to DEST.")
     if typed.verb == "store" and bool(typed.paths) == bool(typed.manifest):
-        parser.error("give files to store, or --manifest URI: one of the two.")
+        parser.error("give either files to store or --manifest URI.")
     from airflow_dicom_get.cli import commands, output
 
     try:
         return int(getattr(commands, typed.verb)(typed))
     except (InvalidOption, InvalidQuery, ManifestError) as error:
-        text = str(error)
-        if isinstance(error, InvalidQuery):  # an option is named as it was given, on the line or in the file
-            for name in ("max_studies", "query_model"):  # what a query may be refused for
-                text = text.replace(name, shell_name(name))
+        # An option that was refused is spelled already, also as the config file has it.
+        text = str(error) if isinstance(error, InvalidOption) else in_shell(str(error))
         output.note(f"error: {text}")
         return EXIT_USAGE
     except DicomGetError as error:
-        output.note(f"error: {error}")
+        output.note(f"error: {in_shell(str(error))}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from airflow_dicom_get.config.shell import in_shell
+from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.result import EchoReport, Plan, Result, size_text
 
 
@@ -35,6 +37,11 @@ def printable(value: object) -> str:
     )
 
 
+def advice(error: Mapping[str, Any]) -> str:
+    """An error of a result and its hint, with the options as the shell writes them."""
+    return printable(in_shell(sentences(str(error.get("error", "")), str(error.get("hint") or ""))))
+
+
 def result_lines(result: Result) -> list[str]:
     line = result.summary()
     if result.bytes:
@@ -49,9 +56,9 @@ def result_notes(result: Result) -> list[str]:
     for error in result.errors:
         count = error.get("count", 1)
         times = f"{count} × " if count != 1 else ""
-        notes.append(f"{times}{printable(error.get('error', ''))} {printable(error.get('hint') or '')}".rstrip())
+        notes.append(times + advice(error))
     if result.resume_at is not None:
-        notes.append(f"may go on at {result.resume_at.isoformat(timespec='minutes')}")
+        notes.append(f"may be resumed at {result.resume_at.isoformat(timespec='minutes')}")
     return notes
 
 
@@ -75,16 +82,16 @@ def echo_lines(report: EchoReport) -> list[str]:
     if report.profile is not None:
         words = {True: "yes", False: "no", None: "unknown"}
         lines += [f"{text}: {words[report.profile[name]]}" for name, text in _PROBED.items()]
-        lines.append(f"associations at a time: {report.profile['associations']} tried and allowed")
+        lines.append(f"parallel associations: {report.profile['associations']} tried and accepted")
     return lines
 
 
 _PROBED = {
     "converts": "converts uncompressed instances",
-    "takes_lists": "takes UID lists",
-    "counts": "tells numbers of instances",
-    "tells_classes": "tells SOP classes",
-    "tells_syntaxes": "tells transfer syntaxes",
+    "takes_lists": "accepts UID lists",
+    "counts": "returns numbers of related instances",
+    "tells_classes": "returns SOP classes",
+    "tells_syntaxes": "returns transfer syntaxes",
 }
 
 

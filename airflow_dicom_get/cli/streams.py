@@ -85,7 +85,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def write_at_once(text: str) -> None:
-    """Write to stderr past all buffers, from a signal handler. That nobody reads it is no error."""
+    """Write to stderr past all buffers, from a signal handler. That nobody reads it is not an error."""
     with suppress(OSError):
         os.write(2, text.encode())
 

@@ -18,6 +18,11 @@ from typing import Any, ClassVar
 from airflow_dicom_get.config.node import check_ae_title
 from airflow_dicom_get.errors import InvalidOption
 
+_PREDICATE = re.compile(
+    r"(?:is|are|has|holds|contains|differs|adopts|takes|names|needs|does|selects|ends|starts|lies"
+    r"|cannot|must|and|or|both|belong|rendered)\b"
+)
+"""How a text begins that goes on from its subject."""
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -25,7 +30,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 def invalid(option: str, what: str, hint: str) -> InvalidOption:
     """An error that names the option, what is wrong with it, and the way out."""
-    return InvalidOption(f"{option}: {what}.", hint=hint, option=option)
+    return InvalidOption(about(option, what), hint=hint, option=option)
+
+
+def about(subject: str, what: str) -> str:
+    """A sentence on ``subject``: ``--to is missing.``, and ``--port: 'x' is not a port number.``."""
+    return f"{subject}{' ' if _PREDICATE.match(what) else ': '}{what}."
 
 
 def shown(value: object) -> str:
@@ -75,7 +85,7 @@ class Text(Check):
         return value
 
     def describe(self) -> str:
-        return "a text"
+        return "text"
 
 
 class Secret(Text):
@@ -83,7 +93,7 @@ class Secret(Text):
 
     def check(self, option: str, value: Any) -> str:
         if not isinstance(value, str) or not value:
-            raise invalid(option, "is not a text", "Give a text.")
+            raise invalid(option, "is not text", "Give text.")
         return value
 
 

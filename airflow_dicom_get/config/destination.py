@@ -72,7 +72,7 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
     if isinstance(value, Path):
         return FilesystemDestination(_folder(value, option))
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise invalid(option, f"{shown_path(value)} is no destination", _FORMS)
+        raise invalid(option, f"{shown_path(value)} is not a valid destination", _FORMS)
     scheme, _, rest = value.partition("://")
     match scheme.lower() if "://" in value and "/" not in scheme else "":
         case "s3":
@@ -88,14 +88,14 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
             return FilesystemDestination(_folder(Path("/" + unquote(path)), option))
         case "":
             if _SCHEME.match(value):
-                raise invalid(option, f"{shown_path(value)} looks like an address with one slash", _FORMS)
+                raise invalid(option, f"{shown_path(value)} has only one slash after the scheme", _FORMS)
             return FilesystemDestination(_folder(Path(value), option))
-    raise invalid(option, f"the scheme {shown(scheme)} is not known", _FORMS)
+    raise invalid(option, f"the scheme {shown(scheme)} is unknown", _FORMS)
 
 
 def _folder(path: Path, option: str) -> Path:
     if "\0" in str(path):
-        raise invalid(option, "holds a NUL character", "Give a path.")
+        raise invalid(option, "contains a NUL character", "Give a path.")
     return path.expanduser() if str(path).startswith("~/") or str(path) == "~" else path
 
 
@@ -110,9 +110,9 @@ def _s3(value: str, rest: str, option: str) -> S3Destination:
     conn_id, at, bucket = (unquote(part) for part in authority.rpartition("@"))
     prefix = unquote(prefix).removesuffix("/")
     if not is_bucket(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
-        raise invalid(option, f"{shown_path(value)} names no valid bucket", "Write s3://bucket/prefix.")
+        raise invalid(option, f"{shown_path(value)} does not name a valid bucket", "Write s3://bucket/prefix.")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
-        raise invalid(option, f"{shown_path(value)} holds an empty or dotted part", "Write s3://bucket/prefix.")
+        raise invalid(option, f"{shown_path(value)} contains an empty part, . or ..", "Write s3://bucket/prefix.")
     return S3Destination(bucket, prefix, conn_id or None)
 
 
@@ -121,7 +121,7 @@ def _forward(value: str, rest: str, option: str) -> ForwardDestination:
     if ":" not in text and "@" not in text and _CONN_ID.fullmatch(text):
         return ForwardDestination(conn_id=text)
     if "/" in rest.rstrip("/"):
-        raise invalid(option, f"{shown_path(value)} holds a path", "Write dicom://[AE@]host:port.")
+        raise invalid(option, f"{shown_path(value)} contains a path", "Write dicom://[AE@]host:port.")
     return ForwardDestination(Node.parse(text, option))
 
 
@@ -150,4 +150,4 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def _unusable(option: str, path: Path, what: str) -> InvalidOption:
-    return invalid(option, f"{shown_path(path)} cannot be used, {what}", "Give another folder, or mend this one.")
+    return invalid(option, f"{shown_path(path)} cannot be used, {what}", "Give another folder, or correct this one.")

@@ -49,7 +49,7 @@ class Deadlines(Checked):
     connect: float = setting(
         10.0,
         Seconds(),
-        "TCP connection, and TLS handshake.",
+        "TCP connection and TLS handshake.",
         unit="s",
         shell=("--connect-timeout",),
         connection="connect_timeout",
@@ -57,18 +57,18 @@ class Deadlines(Checked):
     acse: float = setting(
         30.0,
         Seconds(),
-        "Answer to the association request.",
+        "Answer to an association request, and to a C-ECHO.",
         unit="s",
         shell=("--acse-timeout",),
         connection="acse_timeout",
     )
     find_response: float = setting(
-        120.0, Seconds(), "Each row of a C-FIND.", unit="s", shell=("--find-response-timeout",)
+        120.0, Seconds(), "Each response to a C-FIND.", unit="s", shell=("--find-response-timeout",)
     )
     next_object: float = setting(
         300.0,
         Seconds(),
-        "Between two instances, and before the first.",
+        "Until the next instance arrives, and the first one.",
         unit="s",
         shell=("--next-object-timeout",),
         connection="next_object_timeout",
@@ -76,7 +76,7 @@ class Deadlines(Checked):
     idle: float = setting(
         60.0,
         Seconds(),
-        "Without a byte inside a message.",
+        "Silence in the middle of a message.",
         unit="s",
         shell=("--idle-timeout",),
         connection="idle_timeout",
@@ -84,35 +84,37 @@ class Deadlines(Checked):
     min_rate: int = setting(
         1000,
         Bytes(0),
-        "Slowest rate inside a message, counted only while we wait for the peer; 0 is off.",
+        "Minimum rate inside a message, counted only while waiting for the peer; 0 switches it off.",
         unit="bytes/s",
         shell=("--min-rate",),
         metavar="RATE",
     )
     min_rate_window: float = setting(
-        60.0, Seconds(), "Time over which the slowest rate is measured.", unit="s", shell=("--min-rate-window",)
+        60.0, Seconds(), "Time over which the minimum rate is measured.", unit="s", shell=("--min-rate-window",)
     )
     sub_operation: float = setting(
         25.0,
         Seconds(),
-        "From the last fragment of an instance to our response.",
+        "From the last fragment of an instance to our C-STORE response.",
         unit="s",
         shell=("--sub-operation-timeout",),
     )
     stall: float = setting(
-        25.0, Seconds(), "The longest that a sending peer is left unread.", unit="s", shell=("--stall-timeout",)
+        25.0,
+        Seconds(),
+        "Longest time that a sending peer is not read from, while the destination is slow.",
+        unit="s",
+        shell=("--stall-timeout",),
     )
     operation: float | None = setting(
         None,
         Seconds(optional=True),
-        "The whole operation; no limit by default.",
+        "The whole operation. Default: no limit.",
         unit="s",
         shell=("--deadline", "--operation-timeout"),
         connection="operation_timeout",
     )
-    release: float = setting(
-        5.0, Seconds(), "Answer to the release of an association.", unit="s", shell=("--release-timeout",)
-    )
+    release: float = setting(5.0, Seconds(), "Answer to a release request.", unit="s", shell=("--release-timeout",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Tls(Checked):
     ca: str | None = setting(
         None,
         Text(optional=True),
-        "File with the certificate authorities to trust; the system's by default.",
+        "PEM file of the certificate authorities to trust. Default: those of the system.",
         shell=("--tls-ca",),
         metavar="FILE",
         connection="tls_ca_file",
@@ -132,7 +134,7 @@ class Tls(Checked):
     cert: str | None = setting(
         None,
         Text(optional=True),
-        "File with our certificate, in PEM.",
+        "PEM file of our certificate.",
         shell=("--tls-cert",),
         metavar="FILE",
         connection="tls_cert_file",
@@ -140,16 +142,16 @@ class Tls(Checked):
     key: str | None = setting(
         None,
         Text(optional=True),
-        "File with the key of our certificate, in PEM.",
+        "PEM file of the private key of our certificate.",
         shell=("--tls-key",),
         metavar="FILE",
         connection="tls_key_file",
     )
-    key_password: str | None = setting(None, Secret(optional=True), "Passphrase of the key.")
+    key_password: str | None = setting(None, Secret(optional=True), "Passphrase of the private key.")
     server_name: str | None = setting(
         None,
         Text(optional=True),
-        "Name that the peer's certificate must carry; the host by default.",
+        "Name that the certificate of the peer must have. Default: the host.",
         shell=("--tls-server-name",),
         metavar="NAME",
         connection="tls_server_name",
@@ -157,9 +159,9 @@ class Tls(Checked):
     check_hostname: bool = setting(
         True,
         Flag(),
-        "Compare the name in the peer's certificate.",
+        "Check the name in the certificate of the peer.",
         off=("--tls-no-check-hostname",),
-        off_doc="Take a certificate with any name.",
+        off_doc="Accept a certificate with any name.",
         connection="tls_check_hostname",
     )
     min_version: Literal["1.2", "1.3"] = setting(
@@ -171,7 +173,7 @@ class Tls(Checked):
     )
 
     def __post_init__(self) -> None:
-        # super() without arguments does not find the class that slots=True makes anew.
+        # super() without arguments does not find the class that slots=True creates.
         Checked.__post_init__(self)
         if self.key and not self.cert:
             raise invalid("tls.key", "is given without tls.cert", "Give both, or neither.")
@@ -188,9 +190,9 @@ class UserIdentity(Checked):
 
     username: str | None = setting(None, Text(optional=True), "User name.")
     password: str | None = setting(None, Secret(optional=True), "Passcode of the user.")
-    token: str | None = setting(None, Secret(optional=True), "Token, in place of a user name.")
+    token: str | None = setting(None, Secret(optional=True), "Token, instead of a user name.")
     token_type: Literal["kerberos", "saml", "jwt"] | None = setting(
-        None, Choice("kerberos", "saml", "jwt", optional=True), "Kind of the token."
+        None, Choice("kerberos", "saml", "jwt", optional=True), "Type of the token."
     )
 
     def __post_init__(self) -> None:
@@ -198,7 +200,7 @@ class UserIdentity(Checked):
         if (self.username is None) == (self.token is None):
             raise invalid("user_identity", "needs either a username or a token", "Give one of the two.")
         if self.password is not None and self.username is None:
-            raise invalid("user_identity.password", "is given without a username", "Give a username too.")
+            raise invalid("user_identity.password", "is given without a username", "Give a username as well.")
         if (self.token is None) != (self.token_type is None):
             raise invalid("user_identity.token_type", "and token belong together", "Give both, or neither.")
 
@@ -222,7 +224,7 @@ def _parse_endpoint(option: str, value: Any) -> str:
     """An address with its scheme, without a path: the bucket is named elsewhere."""
     hint = "Write https://host or http://host:port."
     if not isinstance(value, str) or not value.isprintable():
-        raise invalid(option, f"{shown(value)} is no address", hint)
+        raise invalid(option, f"{shown(value)} is not a valid address", hint)
     scheme, mark, rest = value.strip().partition("://")
     host, _, path = rest.rstrip("/").partition("/")
     if not mark or scheme.lower() not in ("http", "https"):
@@ -231,24 +233,26 @@ def _parse_endpoint(option: str, value: Any) -> str:
         raise invalid(option, "holds a user name or a key", "Give access_key and secret_key.")
     port = host.rpartition(":")[2] if ":" in host and not host.endswith("]") else "1"
     if not host or path or "?" in host or "#" in host or any(c.isspace() for c in host) or not port.isdecimal():
-        raise invalid(option, f"{shown(value)} is no address of a service", hint)
+        raise invalid(option, f"{shown(value)} is not the address of an S3 service", hint)
     return f"{scheme.lower()}://{host}"
 
 
 def _parse_prefix(option: str, value: Any) -> str:
     """Parts of a key between single slashes, without the slashes at its ends."""
     if not isinstance(value, str) or not value.isprintable():
-        raise invalid(option, f"{shown(value)} is no prefix", "Write parts with slashes between them.")
+        raise invalid(option, f"{shown(value)} is not a valid prefix", "Write parts with slashes between them.")
     prefix = value.removeprefix("/").removesuffix("/")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
-        raise invalid(option, f"{shown(value)} holds an empty or dotted part", "Write parts with slashes between them.")
+        raise invalid(
+            option, f"{shown(value)} contains an empty part, . or ..", "Write parts with slashes between them."
+        )
     return prefix
 
 
 def _parse_bucket(option: str, value: Any) -> str:
     if not isinstance(value, str) or not is_bucket(value):
         raise invalid(
-            option, f"{shown(value)} is no name of a bucket", "Give 3 to 63 letters, digits, dots and hyphens."
+            option, f"{shown(value)} is not a valid name of a bucket", "Give 3 to 63 letters, digits, dots and hyphens."
         )
     return value
 
@@ -262,49 +266,49 @@ class S3Config(Checked):
     bucket: str | None = setting(
         None, Parsed(_parse_bucket, "the name of a bucket", optional=True), "Name of the bucket."
     )
-    access_key: str | None = setting(None, Secret(optional=True), "Access key; the usual AWS places by default.")
+    access_key: str | None = setting(
+        None, Secret(optional=True), "Access key. Default: the usual AWS credential sources."
+    )
     secret_key: str | None = setting(None, Secret(optional=True), "Secret key.")
     endpoint: str | None = setting(
         None,
         Parsed(_parse_endpoint, "an address such as https://host:port", optional=True),
-        "Address of the S3 service; AWS by default.",
+        "Endpoint URL of the S3 service. Default: AWS.",
         shell=("--s3-endpoint-url",),
         metavar="URL",
     )
     region: str | None = setting(
-        None, Text(optional=True), "Region; the profile's, else us-east-1 by default.", shell=("--s3-region",)
+        None, Text(optional=True), "Region. Default: that of the profile, else us-east-1.", shell=("--s3-region",)
     )
-    prefix: str | None = setting(
-        None, Parsed(_parse_prefix, "the start of a key", optional=True), "Start of every key."
-    )
+    prefix: str | None = setting(None, Parsed(_parse_prefix, "a key prefix", optional=True), "Prefix of every key.")
     path_style: bool | None = setting(
-        None, Flag(optional=True), "Bucket in the path; true with an endpoint of its own."
+        None, Flag(optional=True), "Put the bucket into the path of the URL. Default: only if an endpoint is given."
     )
-    session_token: str | None = setting(None, Secret(optional=True), "Session token of temporary keys.")
+    session_token: str | None = setting(None, Secret(optional=True), "Session token of temporary credentials.")
     profile: str | None = setting(
-        None, Text(optional=True), "Profile of the AWS configuration.", shell=("--s3-profile",), metavar="NAME"
+        None, Text(optional=True), "Profile of the AWS configuration to use.", shell=("--s3-profile",), metavar="NAME"
     )
     sse: Literal["AES256", "aws:kms"] | None = setting(
-        None, Choice("AES256", "aws:kms", optional=True), "Encryption at rest."
+        None, Choice("AES256", "aws:kms", optional=True), "Server-side encryption."
     )
-    kms_key_id: str | None = setting(None, Text(optional=True), "Key of aws:kms; the account's own by default.")
+    kms_key_id: str | None = setting(None, Text(optional=True), "KMS key for aws:kms. Default: that of the account.")
     storage_class: str | None = setting(None, Text(optional=True), "Storage class of the objects.")
-    ca_bundle: str | None = setting(None, Text(optional=True), "File with the certificate authorities to trust.")
-    max_concurrency: int = setting(
-        8, Integer(1, 64), "Parts of 8 MiB that are under way at a time; it bounds bytes and requests."
-    )
+    ca_bundle: str | None = setting(None, Text(optional=True), "PEM file of the certificate authorities to trust.")
+    max_concurrency: int = setting(8, Integer(1, 64), "Parts of 8 MiB in flight at a time; bounds memory and requests.")
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         if (self.access_key is None) != (self.secret_key is None):
             missing = "secret_key" if self.secret_key is None else "access_key"
-            raise invalid(f"s3_config.{missing}", "is missing: the keys come as a pair", "Give both, or neither.")
+            raise invalid(f"s3_config.{missing}", "is missing: the two keys are a pair", "Give both, or neither.")
         if self.session_token is not None and self.access_key is None:
-            raise invalid("s3_config.session_token", "is given without its keys", "Give access_key and secret_key too.")
+            raise invalid(
+                "s3_config.session_token", "is given without its keys", "Give access_key and secret_key as well."
+            )
         if self.profile is not None and self.access_key is not None:
-            raise invalid("s3_config.profile", "is given beside keys", "Give one of the two.")
+            raise invalid("s3_config.profile", "is given together with keys", "Give one of the two.")
         if self.kms_key_id is not None and self.sse != "aws:kms":
-            raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' too.")
+            raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' as well.")
 
     def session(self) -> Any:
         """A boto3 session with these credentials, or with those of the usual AWS places."""
@@ -327,7 +331,9 @@ def _parse_node(option: str, value: Any) -> Node:
     if isinstance(value, Node):
         return value
     if not isinstance(value, str):
-        raise invalid(option, f"{shown(value)} is no address", "Write [AE@]host:port, for example PACS@10.0.0.5:104.")
+        raise invalid(
+            option, f"{shown(value)} is not a valid address", "Write [AE@]host:port, for example PACS@10.0.0.5:104."
+        )
     return Node.parse(value.strip(), option)
 
 
@@ -345,15 +351,15 @@ class ForwardTarget(Checked):
     calling_ae_title: str = setting(
         "FORWARD-SCU",
         AETitle(),
-        "Our AE title towards the target.",
+        "Our AE title for the target.",
         shell=("--forward-calling-ae",),
         metavar="AE",
     )
     called_ae_title: str | None = setting(
-        None, AETitle(optional=True), "AE title of the target, where its address holds none; ANY-SCP by default."
+        None, AETitle(optional=True), "AE title of the target, if its address has none. Default: ANY-SCP."
     )
-    max_pdu_length: int = setting(MAX_PDU_LENGTH, Integer(4096, MAX_PDU_LENGTH), "Largest PDU we send.", unit="bytes")
-    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the target.")
+    max_pdu_length: int = setting(MAX_PDU_LENGTH, Integer(4096, MAX_PDU_LENGTH), "Largest PDU to send.", unit="bytes")
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS for the target.")
 
 
 def parse_timezone(option: str, value: Any) -> tzinfo:
@@ -366,7 +372,7 @@ def parse_timezone(option: str, value: Any) -> tzinfo:
         return ZoneInfo(value)
     except (TypeError, ValueError, OSError, KeyError):
         raise invalid(
-            option, f"{shown(value)} is no time zone", "Give an IANA name such as Europe/Berlin, or UTC."
+            option, f"{shown(value)} is not a time zone", "Give an IANA name such as Europe/Berlin, or UTC."
         ) from None
 
 
@@ -389,12 +395,14 @@ class Window:
             start, end = time(int(match[1]), int(match[2])), time(int(match[3]) % 24, int(match[4]))
         except ValueError:
             raise invalid(
-                option, f"{shown(value)} is no time window", "Write HH:MM-HH:MM, for example 22:00-06:00."
+                option, f"{shown(value)} is not a time window", "Write HH:MM-HH:MM, for example 22:00-06:00."
             ) from None
         if (int(match[3]), int(match[4])) > (24, 0):
             raise invalid(option, f"{shown(value)} ends after 24:00", "Write HH:MM-HH:MM, for example 22:00-06:00.")
         if start == end:
-            raise invalid(option, f"{shown(value)} starts when it ends", "Leave the window out to allow every hour.")
+            raise invalid(
+                option, f"{shown(value)} begins and ends at the same time", "Leave the window out to allow every hour."
+            )
         return cls(start, end)
 
     def __str__(self) -> str:

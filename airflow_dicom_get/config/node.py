@@ -19,11 +19,11 @@ def check_ae_title(title: str, option: str) -> str:
     if not text:
         what = "is blank"
     elif len(text) > 16:
-        what = f"has {len(text)} characters, 16 are allowed"
+        what = f"has {len(text)} characters; at most 16 are allowed"
     elif not text.isascii() or not text.isprintable():
-        what = "holds characters outside printable ASCII"
+        what = "contains characters outside printable ASCII"
     elif "\\" in text:
-        what = "holds a backslash"
+        what = "contains a backslash"
     else:
         return text
     raise InvalidOption(
@@ -63,7 +63,7 @@ class Node:
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise bad("holds an IPv6 address without brackets")
+            raise bad("contains an IPv6 address without brackets")
         if not host or not host.isascii() or any(c.isspace() or c in "/@[]\\" for c in host):
             raise bad("has no valid host")
         if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):

@@ -63,11 +63,11 @@ def _items(option: str, value: Any) -> list[str]:
     """A list of words: any iterable of texts, or one text with commas."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, Iterable) or isinstance(parts, Mapping | bytes):
-        raise invalid(option, f"{shown(value)} is no list", "Give a list of texts.")
+        raise invalid(option, f"{shown(value)} is not a list", "Give a list of strings.")
     words = [part.strip() if isinstance(part, str) else part for part in parts]
     for word in words:
         if not isinstance(word, str) or not word:
-            raise invalid(option, f"{shown(word)} is no entry of a list", "Give a list of texts.")
+            raise invalid(option, f"{shown(word)} cannot be an entry of a list", "Give a list of strings.")
     return list(dict.fromkeys(words))
 
 
@@ -81,7 +81,9 @@ def _parse_uids(option: str, value: Any) -> tuple[str, ...]:
             found = [uid for uid, entry in UID_dictionary.items() if entry[4] == word]
             if not found:
                 raise invalid(
-                    option, f"{shown(word)} is no UID and no UID keyword", "Give 1 to 64 digits and dots, or a keyword."
+                    option,
+                    f"{shown(word)} is neither a UID nor a UID keyword",
+                    "Give 1 to 64 digits and dots, or a keyword.",
                 )
             word = found[0]
         uids.append(word)
@@ -114,20 +116,20 @@ def _parse_place(option: str, value: Any) -> Destination:
 def _parse_out_dir(option: str, value: Any) -> Destination:
     place = parse_destination(value, option)
     if not isinstance(place, FilesystemDestination):
-        raise invalid(option, f"{shown(str(place))} is no folder", "Give it as the destination.")
+        raise invalid(option, f"{shown(str(place))} is not a folder", "Give it as the destination.")
     return place
 
 
 def _parse_file(option: str, value: Any) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip() or not str(value).isprintable():
-        raise invalid(option, f"{shown(value)} is no name of a file", "Give a path.")
+        raise invalid(option, f"{shown(value)} is not a valid name of a file", "Give a path.")
     return Path(value)
 
 
 def _parse_root(option: str, value: Any) -> Destination:
     root = parse_destination(value, option)
     if isinstance(root, ForwardDestination):
-        raise invalid(option, "a DICOM node holds no manifests", "Give a folder.")
+        raise invalid(option, "a DICOM node cannot hold manifests", "Give a folder.")
     return root
 
 
@@ -241,24 +243,24 @@ class ConnectionOptions(Options):
     called_ae_title: str = setting(
         "ANY-SCP",
         AETitle(),
-        "AE title of the source; the one in its address wins.",
+        "AE title of the source; one in its address takes precedence.",
         shell=("--called-ae", "--called-ae-title"),
         metavar="AE",
     )
     max_pdu_length: int = setting(
         MAX_PDU_LENGTH,
         Integer(4096, 4194304),
-        "Largest P-DATA PDU we take.",
+        "Largest P-DATA PDU to accept.",
         unit="bytes",
         shell=("--max-pdu", "--max-pdu-length"),
         connection="max_pdu_length",
     )
-    verbose: bool = setting(False, Flag(), "Log each instance and each message.", shell=("--verbose",))
-    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS towards the source.", connection="use_tls")
+    verbose: bool = setting(False, Flag(), "Log every instance and message.", shell=("--verbose",))
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS for the source.", connection="use_tls")
     user_identity: UserIdentity | None = setting(
-        None, Group(UserIdentity, optional=True), "User identity towards the source."
+        None, Group(UserIdentity, optional=True), "User identity for the source."
     )
-    deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "How long each wait may last.")
+    deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "Deadlines of each kind of wait.")
 
     def agreed(self, spelling: Spelling) -> Self:
         """See :meth:`Options.agreed`."""
@@ -288,7 +290,7 @@ class AdmissionOptions(Options):
     max_associations: int = setting(
         2,
         Integer(1, 64),
-        "Associations that the source allows us, over all tasks.",
+        "Number of parallel associations that the source allows, for all tasks together.",
         shell=("--max-associations",),
         connection="max_associations",
     )
@@ -303,7 +305,7 @@ class LimitOptions(AdmissionOptions):
     bytes_per_second: int | None = setting(
         None,
         Bytes(1000, optional=True),
-        "Rate that the source allows over max_associations; a run takes the share of its associations.",
+        "Rate that the source allows for max_associations together; a run uses the share of its own.",
         unit="bytes/s",
         shell=("--rate", "--bytes-per-second"),
         metavar="RATE",
@@ -312,7 +314,7 @@ class LimitOptions(AdmissionOptions):
     window: Window | None = setting(
         None,
         Parsed(Window.parse, "a time window such as 22:00-06:00", optional=True),
-        "Hours in which the source may be used, as 22:00-06:00.",
+        "Hours in which the source may be used, such as 22:00-06:00.",
         shell=("--window",),
         metavar="HH:MM-HH:MM",
         connection="window",
@@ -328,13 +330,16 @@ class ScopeOptions(Options):
     timezone: tzinfo = setting(
         UTC,
         Parsed(parse_timezone, "an IANA time zone name"),
-        "Time zone of window and relative dates.",
+        "Time zone of the window and of relative dates.",
         shell=("--timezone",),
         metavar="NAME",
         connection="timezone",
     )
     max_studies: int = setting(
-        100, Integer(1), "Studies that a query may match; more are refused.", shell=("--max-studies",)
+        100,
+        Integer(1),
+        "Most studies that a query may match; a query that matches more is refused.",
+        shell=("--max-studies",),
     )
 
 
@@ -362,12 +367,12 @@ class RootOptions(Options):
     manifest_root: FilesystemDestination | S3Destination | None = setting(
         None,
         Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
-        "Folder or prefix for manifests and ledger; _manifests in the destination by default.",
+        "Folder or prefix for manifests and ledgers. Default: _manifests in the destination.",
         shell=("--state", "--manifest-root"),
         metavar="DIR",
     )
     s3_config: S3Config | None = setting(
-        None, Group(S3Config, optional=True), "Bucket for the instances and how to reach it."
+        None, Group(S3Config, optional=True), "Bucket for the instances, and how to reach it."
     )
 
     def agreed(self, spelling: Spelling) -> Self:
@@ -390,12 +395,12 @@ class PlaceOptions(RootOptions):
     destination: Destination | None = setting(
         None,
         Parsed(_parse_place, "a path, s3://bucket/prefix or dicom://[AE@]host:port", optional=True),
-        "Where the instances go, in one word: a path, s3://bucket/prefix or dicom://[AE@]host:port.",
+        "Where the instances go: a path, s3://bucket/prefix or dicom://[AE@]host:port.",
         shell=("--to", "--destination"),
         metavar="DEST",
     )
     forward_target: ForwardTarget | None = setting(
-        None, Group(ForwardTarget, optional=True), "Node that every instance is stored at."
+        None, Group(ForwardTarget, optional=True), "Node to forward every instance to."
     )
 
     def agreed(self, spelling: Spelling) -> Self:
@@ -412,13 +417,20 @@ class HeldOptions(Options):
     title = "what is held"
 
     resume: bool = setting(
-        True, Flag(), "Skip what is held and verified.", off=("--no-resume",), off_doc="Fetch what is held, too."
+        True,
+        Flag(),
+        "Skip what is already held and verified.",
+        off=("--no-resume",),
+        off_doc="Fetch everything again, also what is held.",
     )
     verify_held: Literal["size", "digest", "none"] = setting(
-        "size", Choice("size", "digest", "none"), "How an instance that is held is verified.", shell=("--verify-held",)
+        "size", Choice("size", "digest", "none"), "How to verify an instance that is held.", shell=("--verify-held",)
     )
     checksum: Literal["sha256"] | None = setting(
-        "sha256", Choice("sha256", optional=True), "Digest of each object, made on the way.", shell=("--checksum",)
+        "sha256",
+        Choice("sha256", optional=True),
+        "Digest to compute of each object as it is received.",
+        shell=("--checksum",),
     )
 
     def agreed(self, spelling: Spelling) -> Self:
@@ -426,7 +438,7 @@ class HeldOptions(Options):
         if self.verify_held == "digest" and self.checksum is None:
             raise invalid(
                 spelling("verify_held"),
-                f"digest needs digests, and {spelling('checksum')} is none",
+                f"digest needs a checksum, but {spelling('checksum')} is none",
                 f"Set {spelling('checksum')} to sha256, or verify by size.",
             )
         return super().agreed(spelling)
@@ -441,22 +453,25 @@ class WritingOptions(NodeOptions, HeldOptions):
     store_with_file_meta: bool = setting(
         True,
         Flag(),
-        "Write DICOM files with preamble and file meta information, not bare data sets.",
+        "Write DICOM files with preamble and file meta information, rather than bare data sets.",
         off=("--no-file-meta", "--no-store-with-file-meta"),
         off_doc="Write bare data sets, without preamble and file meta information.",
     )
     adopt: bool = setting(
-        False, Flag(), "Take files that lie under a final name without a record as held.", shell=("--adopt",)
+        False, Flag(), "Adopt files under their final names that no ledger knows.", shell=("--adopt",)
     )
     durable: bool = setting(
         True,
         Flag(),
-        "Count an instance once it is synced to the disk.",
+        "Confirm an instance only when it is synced to disk.",
         off=("--no-durable",),
-        off_doc="Do not wait for the disk: a power cut may lose what was counted.",
+        off_doc="Do not sync to disk: a power cut may lose confirmed instances.",
     )
     ack: Literal["taken", "durable"] = setting(
-        "taken", Choice("taken", "durable"), "When an instance is acknowledged to the source.", shell=("--ack",)
+        "taken",
+        Choice("taken", "durable"),
+        "When to acknowledge an instance to the source: when it is taken, or when it is durable.",
+        shell=("--ack",),
     )
 
     def agreed(self, spelling: Spelling) -> Self:
@@ -464,14 +479,14 @@ class WritingOptions(NodeOptions, HeldOptions):
         if self.ack == "durable" and not self.durable:
             raise invalid(
                 spelling("ack"),
-                f"durable waits for what {spelling('durable')} switches off",
-                "Leave one of the two out.",
+                f"durable waits for the sync that {spelling('durable')} switches off",
+                "Omit one of the two.",
             )
         if self.adopt and not self.resume:
             raise invalid(
                 spelling("adopt"),
                 f"takes files as held, and {spelling('resume')} says that nothing held is skipped",
-                "Leave one of the two out.",
+                "Omit one of the two.",
             )
         return super().agreed(spelling)
 
@@ -485,13 +500,13 @@ class ForwardingOptions(NodeOptions, HeldOptions):
     strict_forward: bool = setting(
         False,
         Flag(),
-        "End the retrieval at the first instance that the target refuses.",
+        "Stop at the first instance that the target refuses.",
         shell=("--strict-forward",),
     )
     trust_destination: bool = setting(
         False,
         Flag(),
-        "Take what the target lists as held, though we have not sent it.",
+        "Count as held what the target lists, even if no record shows that we sent it.",
         shell=("--trust-destination",),
     )
 
@@ -515,9 +530,9 @@ class TransferOptions(ForwardingOptions, AdmissionOptions, RootOptions):
 
     title = "transfer"
 
-    associations: int = setting(1, Integer(1, 64), "Associations used at a time.", shell=("--associations",))
+    associations: int = setting(1, Integer(1, 64), "Number of parallel associations to use.", shell=("--associations",))
     retries: int = setting(
-        5, Integer(0, 100), "New associations in a row that may fail without progress.", shell=("--retries",)
+        5, Integer(0, 100), "Retries in a row without progress after a transient failure.", shell=("--retries",)
     )
 
     def agreed(self, spelling: Spelling) -> Self:
@@ -551,10 +566,10 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
         metavar="FILE",
     )
     storage_backend: Backend = setting(
-        "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination, in the long form."
+        "Filesystem", Choice("Filesystem", "S3", "Forward"), "Kind of destination (long form)."
     )
     out_dir: FilesystemDestination | None = setting(
-        None, Parsed(_parse_out_dir, "a folder", optional=True), "Folder for the instances, in the long form."
+        None, Parsed(_parse_out_dir, "a folder", optional=True), "Folder for the instances (long form)."
     )
     require_exact: bool = setting(
         False, Flag(), "Refuse instances that the source may have converted.", shell=("--require-exact",)
@@ -562,7 +577,7 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
     tags: tuple[str, ...] = setting(
         (),
         Parsed(_parse_tags, "a list of DICOM keywords"),
-        "Attributes that become columns of the manifest.",
+        "Attributes to add as columns of the manifest.",
         shell=("--tags", "--tag"),
         repeat=True,
         metavar="KEYWORD",
@@ -570,7 +585,7 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
     transfer_syntaxes: tuple[str, ...] | None = setting(
         None,
         Parsed(_parse_uids, "a list of UIDs", optional=True),
-        "Transfer syntaxes to accept; all by default.",
+        "Transfer syntaxes to accept. Default: all.",
         shell=("--transfer-syntaxes",),
         repeat=True,
         metavar="UID",
@@ -578,7 +593,7 @@ class GetOptions(TransferOptions, WritingOptions, PlaceOptions, LimitOptions, Sc
     sop_classes: tuple[str, ...] | None = setting(
         None,
         Parsed(_parse_uids, "a list of UIDs", optional=True),
-        "SOP classes to fetch; all by default.",
+        "SOP classes to fetch. Default: all.",
         shell=("--sop-classes",),
         repeat=True,
         metavar="UID",
@@ -681,7 +696,7 @@ def _unknown(name: str, names: Iterable[str]) -> InvalidOption:
     from difflib import get_close_matches
 
     close = get_close_matches(name, list(names), n=1)
-    return invalid(name[:64], "is no option", f"Did you mean {close[0]}?" if close else "See the table of options.")
+    return invalid(name[:64], "is not an option", f"Did you mean {close[0]}?" if close else "See the table of options.")
 
 
 def _destination(options: GetOptions, spelling: Spelling) -> Destination | None:
@@ -691,7 +706,9 @@ def _destination(options: GetOptions, spelling: Spelling) -> Destination | None:
     kind = _KINDS[type(destination)] if destination is not None else backend
     if destination is not None:
         if out_dir is not None:
-            raise invalid(spelling("out_dir"), f"is given beside {spelling('destination')}", "Give one of the two.")
+            raise invalid(
+                spelling("out_dir"), f"is given together with {spelling('destination')}", "Give one of the two."
+            )
         if backend not in (kind, "Filesystem"):
             raise invalid(
                 spelling("storage_backend"),
@@ -701,7 +718,9 @@ def _destination(options: GetOptions, spelling: Spelling) -> Destination | None:
         named = s3 is not None and (s3.bucket is not None or s3.prefix is not None)
         if named or (target is not None and target.addr is not None):
             group = "s3_config" if s3 is not None else "forward_target"
-            raise invalid(spelling(group), f"names a place beside {spelling('destination')}", "Give one of the two.")
+            raise invalid(
+                spelling(group), f"names a destination in addition to {spelling('destination')}", "Give one of the two."
+            )
     reaches_root = isinstance(options.manifest_root, S3Destination) and s3 is not None and s3.bucket is None
     for group, value, its_kind in (
         ("out_dir", out_dir, "Filesystem"),
@@ -711,7 +730,7 @@ def _destination(options: GetOptions, spelling: Spelling) -> Destination | None:
         if value is not None and its_kind != kind:
             raise invalid(
                 spelling(group),
-                f"does not fit a destination of the kind {kind}",
+                f"does not fit a destination of kind {kind}",
                 f"Leave it out, or give {spelling('storage_backend')} {its_kind}.",
             )
     if destination is not None:
@@ -749,10 +768,10 @@ def _check_destination(options: GetOptions, destination: Destination | None, spe
     if isinstance(destination, ForwardDestination):
         assert destination.node is not None
         if _endpoint(options.addr) == _endpoint(destination.node):
-            raise invalid(spelling(form), f"{destination} is the source itself", "Give another node.")
+            raise invalid(spelling(form), f"{destination} is the source", "Give another node.")
         for name, given in (("adopt", options.adopt), ("store_with_file_meta", not options.store_with_file_meta)):
             if given:
-                raise invalid(spelling(name), "says nothing for a DICOM node as destination", "Leave it out.")
+                raise invalid(spelling(name), "has no effect for a DICOM node as destination", "Leave it out.")
         return
     for name in ("strict_forward", "trust_destination"):
         if getattr(options, name):
@@ -773,7 +792,7 @@ def _check_names_no_connection(place: Destination, option: str) -> None:
 
 def _check_file(path: str | Path | None, option: str) -> None:
     if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise invalid(option, f"{shown_path(path)} is no file that can be read", "Check the path.")
+        raise invalid(option, f"{shown_path(path)} is not a readable file", "Check the path.")
 
 
 def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:

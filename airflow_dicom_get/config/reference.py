@@ -26,12 +26,12 @@ def markdown_page() -> str:
     """The page ``docs/options.md``."""
     return f"""# Options
 
-Each option stands once in the code (`airflow_dicom_get/config/options.py`), and this page is made from there:
+Each option is defined once, in `airflow_dicom_get/config/options.py`, and this page is generated from there:
 `python -m airflow_dicom_get.config.reference > docs/options.md`.
 
 The parts of a group, such as `tls.ca`, are given in Python as a dict or an object: `tls={{"ca": "ca.pem"}}`,
-`deadlines=Deadlines(idle=30)`. What is typed wins over the config file, and the AE title in an address over
-`called_ae_title`. Rates may be written as `500K`, `20M`, `1.5G` (powers of 1000) or `20Mi` (of 1024).
+`deadlines=Deadlines(idle=30)`. Options on the command line take precedence over the config file, and the AE title in an
+address over `called_ae_title`. Rates may be written as `500K`, `20M`, `1.5G` (powers of 1000) or `20Mi` (of 1024).
 
 {markdown_table()}"""
 

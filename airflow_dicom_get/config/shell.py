@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any
 
@@ -18,6 +19,19 @@ def shell_name(name: str) -> str:
     row = OPTIONS.get(name)
     flags = (row.setting.shell or row.setting.off) if row else ()
     return flags[0] if flags else name
+
+
+def in_shell(text: str) -> str:
+    """A message with the options that it names as the shell writes them; others are left as they are."""
+    return _WRITTEN.sub(lambda match: shell_name(match[0]), text)
+
+
+_WRITTEN = re.compile(
+    r"(?<![\w.='\"/-])(?:"
+    + "|".join(sorted((re.escape(name) for name in OPTIONS if re.search(r"[_.]", name)), key=len, reverse=True))
+    + r")(?![\w=])(?!\.\w)"
+)
+"""Names of options as Python has them, but for those that are words of the language."""
 
 
 def _dest(name: str) -> str:

@@ -44,11 +44,11 @@ def find_attribute(text: str) -> Attribute:
     if match := _TAG.fullmatch(name):
         tag = int((match[1] or match[3]) + (match[2] or match[4]), 16)
         if (tag >> 16) & 1:
-            raise UnknownAttributeError("is a private tag", "Give an attribute of the standard.")
+            raise UnknownAttributeError("is a private tag", "Give an attribute of the DICOM standard.")
     else:
         found = tag_for_keyword(name) if name else None
         if found is None:
-            raise UnknownAttributeError("is no DICOM keyword", _suggestion(name))
+            raise UnknownAttributeError("is not a DICOM keyword", _suggestion(name))
         tag = int(found)
     try:
         attribute: Attribute | None = Attribute(tag, dictionary_keyword(tag), dictionary_VR(tag))
@@ -56,7 +56,7 @@ def find_attribute(text: str) -> Attribute:
         attribute = None
     # Some retired attributes have no keyword.
     if attribute is None or not attribute.keyword:
-        raise UnknownAttributeError("is no tag of the standard", "Give a keyword such as StudyInstanceUID.")
+        raise UnknownAttributeError("is not a tag of the standard", "Give a keyword such as StudyInstanceUID.")
     return attribute
 
 

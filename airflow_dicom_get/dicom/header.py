@@ -106,7 +106,7 @@ def scan_elements(
                     tag, length, pos = _element_header(data, pos, encoding)
             if tag < 0x00080000:
                 if tag < 0x00040000 or tag >> 16 == 0xFFFE:
-                    raise HeaderError(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) does not belong into a data set")
+                    raise HeaderError(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) does not belong in a data set")
             elif tag > last and (values.keys() >= MANDATORY or tag >= 0x7FE00000):
                 return values, True
             if length == _UNDEFINED:
@@ -159,7 +159,7 @@ def _skip_undefined(data: bytes | bytearray | memoryview, pos: int, encoding: En
         if tag == _SEQUENCE_END:
             return pos
         if tag != _ITEM:
-            raise HeaderError("a sequence holds something that is no item")
+            raise HeaderError("a sequence holds something that is not an item")
         if length != _UNDEFINED:
             pos += length
             continue
@@ -255,7 +255,7 @@ class HeaderScan:
             return
         if data is view:
             self._plain += view
-        self._next_try = 2 * len(self._plain)  # each try begins anew: keep their cost linear
+        self._next_try = 2 * len(self._plain)  # each try starts from the beginning: keep their cost linear
 
     def _inflated(self, inflate: zlib._Decompress, view: bytes | bytearray | memoryview) -> bool:
         """Inflate the next bytes, to at most :data:`MAX_HEADER` in all; whether they are undamaged.

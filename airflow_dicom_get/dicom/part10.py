@@ -56,7 +56,7 @@ class FileMeta(NamedTuple):
 
 
 def read_file_meta(head: bytes) -> FileMeta | None:
-    """Read the meta information from the first bytes of a file; None if it is no Part 10 file."""
+    """Read the meta information from the first bytes of a file; None if it is not a Part 10 file."""
     if len(head) < 144 or head[128:132] != b"DICM" or head[132:140] != b"\2\0\0\0UL\4\0":
         return None
     offset = 144 + struct.unpack_from("<L", head, 140)[0]

@@ -59,12 +59,12 @@ class Deframer:
 
     def __init__(self, max_pdu_length: int) -> None:
         self.max_pdu_length = max_pdu_length
-        self._header = bytearray()  # of the PDU or PDV at hand, while it is incomplete
+        self._header = bytearray()  # of the current PDU or PDV, while it is incomplete
         self._pdu_left = 0  # bytes of the current P-DATA-TF still to come
         self._pdv_left = 0  # bytes of the current PDV value still to come
         self._context_id = 0
         self._control = 0
-        self._other_type = 0  # type of the non-P-DATA PDU at hand
+        self._other_type = 0  # type of the current PDU that is not P-DATA
         self._other = bytearray()
         self._other_left = 0
         self._other_any = False

@@ -26,11 +26,11 @@ _STORE_WARNINGS = frozenset({0xB000, 0xB006, 0xB007})
 _STORE_NAMES = {
     0x0107: "attribute list error",
     0x0110: "processing failure",
-    0x0111: "duplicate SOP instance: it holds this UID already",
+    0x0111: "duplicate SOP instance: the node already has this UID",
     0x0116: "attribute value out of range",
     0x0213: "resource limitation",
     0xA900: "data set does not match SOP class",
-    0xB000: "stored, with data elements coerced",
+    0xB000: "stored, with coerced data elements",
     0xB006: "stored, with elements discarded",
     0xB007: "stored, though the data set does not match the SOP class",
 }

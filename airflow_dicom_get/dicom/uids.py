@@ -16,7 +16,7 @@ def is_uid(text: str) -> bool:
 
 
 def uid_value(raw: bytes) -> str | None:
-    """A UI value with one trailing NUL or space taken off; None if it is no UID of :func:`is_uid`."""
+    """A UI value with one trailing NUL or space taken off; None if it is not a valid UID of :func:`is_uid`."""
     if raw[-1:] in (b"\0", b" "):
         raw = raw[:-1]
     try:

@@ -7,10 +7,11 @@ so does leaving a syntax out: some servers then convert.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-from airflow_dicom_get.dicom.syntaxes import all_storage_classes, candidates, classes_of_modality
+from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates, classes_of_modality
 from airflow_dicom_get.engine.profile import Profile
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Accepted, Proposal
 from airflow_dicom_get.records import Instance
@@ -18,6 +19,8 @@ from airflow_dicom_get.records import Instance
 log = logging.getLogger(__name__)
 
 ROOM = MAX_CONTEXTS - 1
+_DETAILS = re.compile(r" (?:\(|with |Image |Main |High )|/|,")
+"""Where the name of a transfer syntax goes into details: profile, level, process."""
 
 
 class PeerKnowledge:
@@ -38,7 +41,7 @@ class PeerKnowledge:
         """Remember what an association accepted and refused; ``proposals`` as proposed, the C-GET's own first."""
         with self._mutex:
             if self._profile is not None and accepted.implementation != self._profile.implementation:
-                log.info("the node is another implementation than the one that was probed; its profile is not used")
+                log.info("the node is not the implementation that was probed; its profile is not used")
                 self._profile = self.converts = None
             for index, proposal in enumerate(proposals):
                 (self._accepted if 2 * index + 1 in accepted.contexts else self._refused).add(proposal)
@@ -63,12 +66,44 @@ class PeerKnowledge:
         """Whether the source accepted this pair before."""
         return Proposal(sop_class, syntax) in self._accepted
 
+    def on_compression(self, sop_class: str | None) -> str:
+        """What the source accepted of the compressed syntaxes that were offered; empty where it accepted all.
+
+        An instance that it stores in one of the others cannot be sent. ``sop_class`` None stands for any class.
+        """
+        with self._mutex:
+            taken, refused = (
+                {
+                    p.transfer_syntax
+                    for p in proposals
+                    if p.transfer_syntax not in UNCOMPRESSED and sop_class in (None, p.abstract_syntax)
+                }
+                for proposals in (self._accepted, self._refused)
+            )
+        refused -= taken
+        if not refused:
+            return ""
+        if taken:
+            return f"Of the compressed transfer syntaxes it accepted {_names(taken)}, and refused {_names(refused)}."
+        return (
+            f"It accepted none of the compressed transfer syntaxes offered ({_names(refused)}), "
+            "so it cannot send an instance that it stores compressed."
+        )
+
     def refuses_class(self, sop_class: str) -> bool:
         """Whether everything that was proposed for the class was refused."""
         with self._mutex:
             return any(p.abstract_syntax == sop_class for p in self._refused) and not any(
                 p.abstract_syntax == sop_class for p in self._accepted
             )
+
+
+def _names(syntaxes: Iterable[str]) -> str:
+    """Short names of transfer syntaxes, in the order of their UIDs."""
+    from pydicom.uid import UID
+
+    names = (UID(uid).name.removeprefix("Fragmentable ") for uid in sorted(syntaxes))
+    return ", ".join(dict.fromkeys(_DETAILS.split(name)[0] for name in names))
 
 
 def pack(pairs: Mapping[str, Sequence[str]], room: int = ROOM) -> list[list[Proposal]]:

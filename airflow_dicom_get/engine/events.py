@@ -77,4 +77,4 @@ class Events:
         try:
             callback(event)
         except Exception:
-            log.exception("a callback failed; the retrieval goes on")
+            log.exception("a callback failed; the retrieval continues")

@@ -147,7 +147,7 @@ def list_study(
             series.rows += 1
             new += _take_row(listing, scope, series, row, image_filters, known)
             if series.rows > 10 * new + _SLACK:
-                raise ListTooLong(f"The source repeats the same rows without end for series {series.uid}.")
+                raise ListTooLong(f"The source repeats the same C-FIND rows without end for series {series.uid}.")
         unreadable[series.uid] = finder.unreadable - before
 
     above = finder.unreadable
@@ -171,7 +171,7 @@ def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: in
         if rows and not told:
             scope.tells_syntaxes = False
     except OperationFailed as error:
-        log.info("%s Asking for the UIDs alone.", error.message)
+        log.info("%s Asking for the UIDs only.", error.message)
         yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit)
 
 
@@ -190,7 +190,7 @@ def _take_row(
     """Put the instance of a row into the list; whether it was not there."""
     sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
     if sop is None or not is_uid(sop):
-        log.warning("a C-FIND row of series %s has no valid SOP Instance UID; ignored", series.uid)
+        log.warning("a C-FIND row of series %s has no valid SOP Instance UID and is ignored", series.uid)
         return False
     if i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
         return False

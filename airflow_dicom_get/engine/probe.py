@@ -80,7 +80,7 @@ def probe(source: Source, study: str, max_associations: int) -> Profile:
         listing = list_study(Finder(association), scope, {})
     if not listing.instances:
         raise InvalidQuery(
-            f"{source.node} lists no instance of study {study}.", hint="Give a study that it holds.", study=study
+            f"{source.node} lists no instance of study {study}.", hint="Give a study that the node holds.", study=study
         )
     rows = list(listing.instances.values())
     profile.counts = listing.has_counts()

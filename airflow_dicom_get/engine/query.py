@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
 from typing import Any, Literal, cast
 
-from airflow_dicom_get.config.checks import shown
+from airflow_dicom_get.config.checks import about, shown
 from airflow_dicom_get.config.groups import parse_timezone
 from airflow_dicom_get.config.options import OPTIONS
 from airflow_dicom_get.dicom.dictionary import Attribute, UnknownAttributeError, find_attribute
@@ -122,7 +122,7 @@ def parse_query(
     model = cast(Model, OPTIONS["query_model"].check("query_model", query_model))
     zone = parse_timezone("timezone", timezone)
     if not isinstance(query, Mapping):
-        raise _bad("query", f"{type(query).__name__} is no mapping", 'Give {"StudyInstanceUID": "1.2.3"}.')
+        raise _bad("query", f"{type(query).__name__} is not a mapping", 'Give {"StudyInstanceUID": "1.2.3"}.')
     values = _by_attribute(query)
     level_given = values.pop("QueryRetrieveLevel", None)
     uids: dict[str, tuple[str, ...]] = {
@@ -135,7 +135,7 @@ def parse_query(
     level = _level(level_given[1] if level_given else None, uids)
     patient_id = next((item.value for item in filters if item.keyword == "PatientID"), None)
     if level == "PATIENT" and model != "PatientRoot":
-        raise _bad("QueryRetrieveLevel", "PATIENT exists in PatientRoot only", "Set query_model to PatientRoot.")
+        raise _bad("QueryRetrieveLevel", "PATIENT exists only in PatientRoot", "Set query_model to PatientRoot.")
     if level == "PATIENT" and patient_id is None:
         raise _bad("PatientID", "is missing, and QueryRetrieveLevel PATIENT needs it", "Give it, or use STUDY.")
     if not uids and not any(item.value.strip("*? -") for item in filters):
@@ -154,7 +154,7 @@ def parse_query(
 
 
 def _bad(key: str, what: str, hint: str) -> InvalidQuery:
-    return InvalidQuery(f"{key}: {what}.", hint=hint, key=key)
+    return InvalidQuery(about(key, what), hint=hint, key=key)
 
 
 def _by_attribute(query: Mapping[Any, Any]) -> dict[str, tuple[Attribute, Any]]:
@@ -162,19 +162,21 @@ def _by_attribute(query: Mapping[Any, Any]) -> dict[str, tuple[Attribute, Any]]:
     for key, value in query.items():
         name = f"{key:08x}" if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 1 << 32 else key
         if not isinstance(name, str):
-            raise _bad(shown(key), "is no key", "Give a keyword such as StudyInstanceUID, or a tag as (gggg,eeee).")
+            raise _bad(
+                shown(key), "is not a query key", "Give a keyword such as StudyInstanceUID, or a tag as (gggg,eeee)."
+            )
         try:
             attribute = find_attribute(name)
         except UnknownAttributeError as error:
             raise _bad(shown(name), error.what, error.hint) from None
         if attribute.keyword in found:
-            raise _bad(attribute.keyword, "is given twice", "Give it once; several UIDs are a list.")
+            raise _bad(attribute.keyword, "is given twice", "Give it once; write several UIDs as a list.")
         if attribute.keyword != "QueryRetrieveLevel" and (
             attribute.group in (0x0000, 0x0002)
             or attribute.vr not in _MATCHING_VRS
             or attribute.keyword in _NOT_MATCHING
         ):
-            raise _bad(attribute.keyword, "is no matching key", "Leave it out of the query.")
+            raise _bad(attribute.keyword, "is not a matching key", "Omit it from the query.")
         found[attribute.keyword] = (attribute, value)
     return found
 
@@ -186,11 +188,11 @@ def _level(given: Any, uids: Mapping[str, tuple[str, ...]]) -> Level:
     level = given.strip().upper() if isinstance(given, str) else given
     if level not in LEVELS:
         hint = "Use IMAGE for single instances." if level in ("INSTANCE", "FRAME") else f"Use {', '.join(LEVELS)}."
-        raise _bad("QueryRetrieveLevel", f"{shown(given)} is no level", hint)
+        raise _bad("QueryRetrieveLevel", f"{shown(given)} is not a query level", hint)
     for keyword in uids:
         if LEVELS.index(_UNIQUE_KEYS[keyword]) > LEVELS.index(level):
             raise _bad(
-                keyword, f"lies below QueryRetrieveLevel {level}", f"Use {_UNIQUE_KEYS[keyword]}, or leave the key out."
+                keyword, f"is below QueryRetrieveLevel {level}", f"Use {_UNIQUE_KEYS[keyword]}, or omit the key."
             )
     return cast(Level, level)
 
@@ -204,18 +206,20 @@ def _parse_uids(keyword: str, value: Any, *, unique: bool) -> tuple[str, ...]:
     elif isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         parts = value
     else:
-        raise _bad(keyword, f"{type(value).__name__} is no UID", "Give a UID, or a list of UIDs.")
+        raise _bad(keyword, f"{type(value).__name__} is not a valid UID", "Give a UID, or a list of UIDs.")
     # One NUL or space may pad the value of a data set.
     uids = [part.strip().rstrip("\0") if isinstance(part, str) else part for part in parts]
     if not uids or uids == [""]:
         if unique:
-            raise _bad(keyword, "is empty, which some servers take for the whole archive", "Leave it out, or fill it.")
+            raise _bad(keyword, "is empty, which some servers take for the whole archive", "Omit it, or give a value.")
         return ()
     for uid in uids:
         if isinstance(uid, str) and ("*" in uid or "?" in uid):
-            raise _bad(keyword, "holds a wildcard", "Give whole UIDs, and use other keys to search.")
+            raise _bad(keyword, "contains a wildcard", "Give whole UIDs, and use other keys to search.")
         if not isinstance(uid, str) or not is_uid(uid):
-            raise _bad(keyword, f"{shown(uid)} is no UID", "A UID is 1 to 64 digits and dots, without empty parts.")
+            raise _bad(
+                keyword, f"{shown(uid)} is not a valid UID", "A UID is 1 to 64 digits and dots, without empty parts."
+            )
     return tuple(dict.fromkeys(uids))
 
 
@@ -228,14 +232,14 @@ def _parse_filter(attribute: Attribute, value: Any, today: date) -> Filter:
     elif vr == "DA":
         text = _parse_date(keyword, value, today)
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
-        what = "is a list, and only UIDs are matched by lists" if isinstance(value, list | tuple) else "is no text"
-        raise _bad(keyword, what, "Give one text.")
+        what = "is a list, and only UIDs can be matched by a list" if isinstance(value, list | tuple) else "is not text"
+        raise _bad(keyword, what, "Give a string.")
     else:
         text = str(value).strip(" ")
         if "\\" in text:
-            raise _bad(keyword, "holds several values, and only UIDs are matched by lists", "Ask once per value.")
+            raise _bad(keyword, "has several values, and only UIDs can be matched by a list", "Query once per value.")
         if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
-            raise _bad(keyword, "holds a control character", "Take it out.")
+            raise _bad(keyword, "contains a control character", "Remove it.")
         _check_text(keyword, vr, text)
     level: FilterLevel = "SERIES" if keyword in _SERIES_KEYS else "IMAGE" if keyword in _IMAGE_KEYS else "STUDY"
     return Filter(attribute.tag, keyword, vr, text, level)
@@ -257,11 +261,11 @@ _FORMS = {
 def _check_text(keyword: str, vr: str, text: str) -> None:
     if keyword == "PatientID":
         if not text:
-            raise _bad(keyword, "is empty", "Leave it out, or fill it.")
+            raise _bad(keyword, "is empty", "Omit it, or give a value.")
         if "*" in text or "?" in text:
-            raise _bad(keyword, "holds a wildcard", "Give the whole ID.")
+            raise _bad(keyword, "contains a wildcard", "Give the whole ID.")
     if text and vr in _PATTERNS and not _PATTERNS[vr].fullmatch(text):
-        raise _bad(keyword, f"is no value of VR {vr}", _FORMS[vr])
+        raise _bad(keyword, f"is not a valid value of VR {vr}", _FORMS[vr])
 
 
 _DAY = r"today(?:-\d{1,5})?|\d{8}|\d{4}-\d{2}-\d{2}"
@@ -277,16 +281,16 @@ def _parse_date(keyword: str, value: Any, today: date) -> str:
         return ""
     match = _DAYS.fullmatch(text.lower()) if text else None
     if not match:
-        raise _bad(keyword, "is no date", "Write YYYYMMDD, YYYY-MM-DD, today, today-1, or a range as a/b.")
+        raise _bad(keyword, "is not a valid date", "Write YYYYMMDD, YYYY-MM-DD, today, today-1, or a range as a/b.")
     if match["one"]:
         return _day(keyword, match["one"], today)
     first, last = (
         _day(keyword, part, today) if part else "" for part in (match["a"] or match["c"], match["b"] or match["d"])
     )
     if not first and not last:
-        raise _bad(keyword, "is a range without ends", "Give at least one of them.")
+        raise _bad(keyword, "is a range without ends", "Give at least one end.")
     if first and last and first > last:
-        raise _bad(keyword, "is a range that ends before it starts", "Write the earlier date first.")
+        raise _bad(keyword, "is a range that ends before it begins", "Write the earlier date first.")
     return f"{first}-{last}"
 
 
@@ -297,5 +301,5 @@ def _day(keyword: str, text: str, today: date) -> str:
         else:
             day = datetime.strptime(text.replace("-", ""), "%Y%m%d").date()
     except (ValueError, OverflowError):
-        raise _bad(keyword, "holds a day that does not exist", "Check day and month.") from None
+        raise _bad(keyword, "contains a day that does not exist", "Check day and month.") from None
     return f"{day.year:04}{day:%m%d}"

@@ -1,6 +1,6 @@
 """What becomes of each object that a source sends: checked against the plan, written, answered.
 
-A call of a sink may block for ever, as on a file server that is dead, and nothing can end it. The
+A call of a sink may block forever, as on a file server that is dead, and nothing can end it. The
 association that waits for it is aborted by a thread beside the receiver (:func:`attended`): the PACS is
 not held, and what the destination does after all still counts.
 """
@@ -74,7 +74,9 @@ class Receiver:
         if not is_uid(request.sop_instance):
             self._refuse(s.MISMATCH, "bad_uid", "The C-STORE-RQ names no valid SOP Instance UID.")
         elif request.sop_class != request.context_class:
-            self._refuse(s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names another SOP class than its context.")
+            self._refuse(
+                s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names a different SOP class than its presentation context."
+            )
 
     def _refuse(self, status: int, reason: str, error: str) -> Literal[False]:
         self._refusal = Taken(status, reason, error)
@@ -99,8 +101,8 @@ class Receiver:
         if waited > limit:
             raise DestinationSlow(
                 f"The destination {what} {waited:.1f} s; the deadline {deadline!r} is {limit:g} s. "
-                "The association was given up.",
-                hint="Is the destination overloaded? What it keeps counts, and is not asked for again.",
+                "The association was aborted.",
+                hint="Is the destination overloaded? Instances that it confirms count, and are not fetched again.",
                 phase=deadline,
             )
 
@@ -154,11 +156,11 @@ class Receiver:
         study = uid_value(values[h.STUDY_INSTANCE_UID])
         series = uid_value(values[h.SERIES_INSTANCE_UID])
         if sop is None or study is None or series is None:
-            return self._refuse(s.MISMATCH, "bad_uid", "The data set holds a UID that is none.")
+            return self._refuse(s.MISMATCH, "bad_uid", "The data set contains an invalid UID.")
         sop_class = text_value(values.get(h.SOP_CLASS_UID))
         if sop != request.sop_instance or sop_class not in (request.sop_class, None):
             return self._refuse(
-                s.MISMATCH, "uid_mismatch", "The data set names another instance or class than its command."
+                s.MISMATCH, "uid_mismatch", "The data set names a different instance or SOP class than its command."
             )
         if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
@@ -166,7 +168,7 @@ class Receiver:
         if instance is not None and instance.series != series:
             return self._refuse(s.MISMATCH, "uid_mismatch", "The instance is listed in another series.")
         if instance is None and not self._state.in_scope(series, sop):
-            return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside what was asked for.")
+            return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside the scope of the request.")
         if instance is None:
             instance = self._intake.add_unlisted(sys.intern(series), sop, request.sop_class)
         elif instance.state is not None and instance.state not in TRIED_IN_VAIN:
@@ -185,7 +187,7 @@ class Receiver:
         self._instance = instance
         if self._retrieval.options.require_exact and instance.exactness in MAYBE_CONVERTED:
             return self._refuse(
-                s.MISMATCH, "syntax_refused", "Its encoding may not be the stored one, and require_exact is set."
+                s.MISMATCH, "syntax_refused", "The PACS may have converted it, and require_exact is set."
             )
         return True
 
@@ -248,9 +250,11 @@ class Receiver:
     def refused(self, sop_instance: str, status: int) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         if status == s.CANNOT_UNDERSTAND:
-            taken = Taken(status, "empty_dataset", "The C-STORE-RQ came without a data set.")
+            taken = Taken(status, "empty_dataset", "The C-STORE-RQ had no data set.")
         else:
-            taken = Taken(status, "class_refused", "The C-STORE-RQ came on a context that is not for storage.")
+            taken = Taken(
+                status, "class_refused", "The C-STORE-RQ came on a presentation context that is not for storage."
+            )
         self._intake.answer(sop_instance, None, taken, 0)
 
 
@@ -274,6 +278,10 @@ def _attend(association: Association, receiver: Receiver, over: threading.Event)
             limit = 0.0 if cancel.hard else min(limit, _CANCEL_GRACE)
         waited = time.monotonic() - receiver.came_at
         if waited > limit:
-            log.warning("The destination has not returned for %.1f s; %s is let go.", waited, association.node)
+            log.warning(
+                "The destination has not returned for %.1f s; aborting the association with %s.",
+                waited,
+                association.node,
+            )
             association.abort()
             return

@@ -129,6 +129,7 @@ def assemble_store(
     stopped: bool,
     cancelled_by: str | None,
     unusable: Sequence[tuple[str, str]],
+    untried: int,
 ) -> Result:
     """The result of a store.
 
@@ -140,22 +141,25 @@ def assemble_store(
         Whether one instance that the node refused ended it (``strict_forward``).
     unusable : sequence of (name, why)
         Objects that are no instances.
+    untried : int
+        Files that were never opened, since the work ended before their turn.
     """
     held = [x for x in rows if x.state in HELD]
     result = Result(
         verdict=COMPLETE,
-        expected=len(rows),
-        total=len(rows),
+        expected=len(rows) + untried,
+        total=len(rows) + untried,
         completed=len(held),
         skipped=sum(x.state == "held" for x in held),
         warning=sum(x.forward_status == "warning" for x in held),
-        failed=len(rows) - len(held),
+        failed=len(rows) + untried - len(held),
         conflicts=sum(x.state == "conflict" for x in rows),
         associations=associations,
         rounds=1,
         evidence="list",
         node=node,
         destination=f"dicom://{node}",
+        kind="store",
         transient=any_transient(rows) or (error is not None and error.transient),
     )
     _clock(result, events)
@@ -167,12 +171,14 @@ def assemble_store(
         if result.reason is None and error is not None:
             result.reason = error.word
     elif unusable:
-        result.verdict, result.reason = PARTIAL, "unusable_files"
+        result.verdict, result.reason = PARTIAL if held else FAILED, "unusable_files"
     found = [_entry(error.message, error.hint)] if error is not None else []
     if unusable:
         examples = "; ".join(f"{name} {why}" for name, why in unusable[:3])
-        text = "unusable_files: these are not DICOM instances that can be stored"
+        text = "A file is not a DICOM instance that can be stored."
         found.append(_entry(text, f"For example: {examples}.", len(unusable)))
+    if untried:
+        found.append(_entry("A file was not tried before the end.", "", untried))
     result.errors = [*found, *_row_errors(rows, said=True)][:MOST_ERRORS]
     return result
 
@@ -249,7 +255,9 @@ def nothing_to_fetch(result: Result) -> None:
 
 def manifest_not_written(result: Result, error: DicomGetError) -> None:
     """The instances may be there, and what proves it is not."""
-    result.errors.insert(0, _entry(error.message, error.hint or "Make room, or give another manifest_root."))
+    hint = error.hint or "Free space, or give another manifest_root."
+    if hint not in [one["hint"] for one in result.errors]:  # what ended the run keeps the manifest from being written
+        result.errors.insert(0, _entry(error.message, hint))
     if result.verdict == COMPLETE:
         result.verdict, result.reason = PARTIAL, error.word
 
@@ -258,7 +266,7 @@ def studies_not_found(result: Result, count: int) -> None:
     """Some entries of a list of studies name none that the source has."""
     result.verdict = worst((result.verdict, EMPTY))
     result.reason = result.reason or "not_found"
-    result.errors.append(_entry("not_found: accession numbers without a study", advice("not_found"), count))
+    result.errors.append(_entry("An accession number matches no study at the PACS.", advice("not_found"), count))
 
 
 # --- merge ---------------------------------------------------------------------------------------------
@@ -291,6 +299,7 @@ def merge(results: Sequence[Result]) -> Result:
         node=results[0].node,
         destination=results[0].destination,
         studies=[study for result in results for study in result.studies],
+        kind=results[0].kind,
         transient=any(result.transient for result in deciding),
     )
 

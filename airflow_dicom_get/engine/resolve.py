@@ -86,7 +86,7 @@ class Finder:
         if self._model is None:
             raise NotNegotiated(
                 f"{self._association.node} does not offer C-FIND.",
-                hint="Give Study Instance UIDs: without C-FIND nothing else can be resolved.",
+                hint="Give Study Instance UIDs: without C-FIND, other keys cannot be resolved.",
                 node=str(self._association.node),
             )
         return self._model
@@ -151,8 +151,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
         raise _too_many(len(found), max_studies)
     if not found and finder.unreadable:
         raise OperationFailed(
-            f"The source answered the C-FIND with {finder.unreadable} rows that cannot be read.",
-            hint="Ask the PACS admin what its log says of the query.",
+            f"The source answered the C-FIND with {finder.unreadable} unreadable rows.",
+            hint="Ask the PACS admin what its log says about the query.",
             status=0,
         )
     return list(found.values())
@@ -239,8 +239,8 @@ def matches(row: Row, filters: Iterable[Filter]) -> bool:
         raw = row.get(f.tag)
         if raw is None:
             raise InvalidQuery(
-                f"The PACS does not support the key {f.keyword} on {f.level} level: it left it out of its answer.",
-                hint="Leave this key out, or use another one.",
+                f"The PACS does not support the key {f.keyword} at {f.level} level: its response does not contain it.",
+                hint="Omit this key, or use another one.",
                 keyword=f.keyword,
             )
         if f.vr in _EXACT_VRS and not _value_matches(f, raw):

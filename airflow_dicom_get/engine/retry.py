@@ -53,7 +53,9 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
         if state in HELD | OUTSIDE_LIST:
             continue
         if not all(isinstance(uid, str) and is_uid(uid) for uid in (study, series, sop)):
-            raise InvalidQuery("A row of the manifest has no valid UIDs.", hint="Was it written by this program?")
+            raise InvalidQuery(
+                "A row of the manifest has no valid UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
+            )
         found = studies.setdefault(study, (set(), set()))
         found[0].add(series)
         found[1].add(sop)

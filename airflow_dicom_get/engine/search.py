@@ -178,7 +178,7 @@ class Search:
         if by_level["IMAGE"] or parsed.instances:
             key = next(iter(by_level["IMAGE"]), "SOPInstanceUID")
             raise InvalidQuery(
-                f"{key}: lies below the level of series.", hint="Leave it out: find names studies and series.", key=key
+                f"{key} is below the SERIES level.", hint="Omit it: find returns studies and series.", key=key
             )
         if parsed.studies:
             by_level["STUDY"]["StudyInstanceUID"] = list(parsed.studies)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.errors import Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
+from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.association import Association, CancelToken, Throttle
+from airflow_dicom_get.net.association import Association, CancelToken, Throttle, time_is_over
 from airflow_dicom_get.net.peer import Peer
+from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 
-log = logging.getLogger(__name__)
-
-_BACKOFF, _GROWTH, _MAX_BACKOFF = 0.5, 3, 30.0
-"""The five retries of the default outlast a source that is away for half a minute."""
-_UNHEARD = 2
-"""Tries again with a node that no connection was ever made to."""
 T = TypeVar("T")
 
 
@@ -42,6 +35,8 @@ class Source:
         self.node, self.deadlines = peer.node, peer.deadlines
         self.cancel = CancelToken()
         self.opened = 0
+        self.answered = False
+        """Whether the node has sent anything over an association."""
         self._throttle = throttle
         self._slots = threading.BoundedSemaphore(max_associations)
         self._mutex = threading.Lock()
@@ -52,17 +47,29 @@ class Source:
     @contextmanager
     def association(self, proposals: Sequence[Proposal], storage_classes: Sequence[str] = ()) -> Iterator[Association]:
         """Open an association; released at the end, aborted if the block raises."""
-        with self._slots:
-            association = self.peer.open(proposals, self.cancel, storage_classes)
-            association.throttle = self._throttle
-            association.operation_limit = self.operation_limit
-            with self._mutex:
-                self.opened += 1
-            try:
+        try:
+            with self._slots, self._opened(proposals, storage_classes) as association:
                 yield association
-                association.release()
-            finally:
-                association.abort()
+        except DicomGetError as error:
+            worth = no_contact(error, reached=self.opened > 0, answered=self.answered)
+            if worth is not None:
+                error.facts["retries"] = worth
+            raise
+
+    @contextmanager
+    def _opened(self, proposals: Sequence[Proposal], storage_classes: Sequence[str]) -> Iterator[Association]:
+        association = self.peer.open(proposals, self.cancel, storage_classes)
+        association.throttle = self._throttle
+        association.operation_limit = self.operation_limit
+        with self._mutex:
+            self.opened += 1
+        try:
+            yield association
+            association.release()
+        finally:
+            association.abort()
+            with self._mutex:
+                self.answered = self.answered or association.answered
 
     def check_stopped(self) -> None:
         """Raise where the run was cancelled, or its time is over: nothing new is begun then.
@@ -74,27 +81,11 @@ class Source:
         if self.cancel.reason is not None:
             raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
         if time.monotonic() >= self.operation_limit:
-            raise DeadlineExceeded(
-                f"The retrieval from {self.node} took longer than the deadline 'operation' "
-                f"({self.deadlines.operation:g} s).",
-                hint="Run again: what is held is not fetched again.",
-                node=str(self.node),
-                phase="operation",
-                seconds=self.deadlines.operation,
-            )
+            raise time_is_over(self.node, self.deadlines)
 
-    def patience(self, error: DicomGetError) -> float:
-        """Tries that a failure is worth: few where this node has never answered, and may not be there at all."""
-        unheard = self.opened == 0 and (isinstance(error, ConnectFailed) or error.facts.get("phase") == "connect")
-        return _UNHEARD if unheard else float("inf")
-
-    def back_off(self, failures: int, cause: DicomGetError) -> None:
-        """Wait before the next try, exponentially and with jitter; a cancel or the operation's end cuts it short."""
-        wait = min(_BACKOFF * _GROWTH ** (failures - 1), _MAX_BACKOFF) * random.uniform(0.75, 1.25)
-        log.warning("%s Trying again in %.1f s.", cause.message, wait)
-        limit = min(time.monotonic() + wait, self.operation_limit)
-        while time.monotonic() < limit and self.cancel.reason is None:
-            time.sleep(0.05)
+    def back_off(self, failures: int, cause: DicomGetError, retries: int) -> None:
+        """Wait before the next try; a cancel or the operation's end cuts it short."""
+        back_off(failures, cause.message, allowed(cause, retries), self.cancel, self.operation_limit)
 
     def with_retries(self, retries: int, proposals: Sequence[Proposal], work: Callable[[Association], T]) -> T:
         """Run ``work`` on an association of its own; transient failures are tried again, ``retries`` times.
@@ -112,7 +103,6 @@ class Source:
                     return work(association)
             except DicomGetError as error:
                 failures += 1
-                over = isinstance(error, Cancelled) or error.facts.get("phase") == "operation"
-                if over or not error.transient or failures > min(retries, self.patience(error)):
+                if isinstance(error, Cancelled) or failures > allowed(error, retries):
                     raise
-                self.back_off(failures, error)
+                self.back_off(failures, error, retries)

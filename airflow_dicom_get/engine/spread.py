@@ -21,21 +21,21 @@ _WORTH = 4
 
 
 class Spread:
-    """Has series listed on the association at hand and on others beside it.
+    """Has series listed on the given association and on others beside it.
 
     Parameters
     ----------
     source : Source
         Where the others are opened. One that is refused, or lost, is done without.
     associations : int
-        How many may ask, the one at hand among them.
+        How many may ask, including the given one.
     """
 
     def __init__(self, source: Source, associations: int) -> None:
         self._source, self._associations = source, associations
 
     def __call__(self, finder: Finder, series: Collection[SeriesInfo], list_series: ListSeries) -> None:
-        """List each series. Raises what the association at hand raises."""
+        """List each series. Raises what the given association raises."""
         more = min(self._associations - 1, len(series) // _WORTH)
         if more < 1:
             one_by_one(finder, series, list_series)
@@ -62,7 +62,7 @@ class Spread:
             with self._source.association(FIND_PROPOSALS) as association:
                 _serve(Finder(association), queue, list_series)
         except DicomGetError as error:
-            log.info("listing goes on with fewer associations: %s", error.message)
+            log.info("continuing to list with fewer associations: %s", error.message)
 
 
 def _serve(finder: Finder, queue: deque[SeriesInfo], list_series: ListSeries) -> None:
@@ -89,5 +89,5 @@ def resolve_and_list(
     try:
         return scopes, list_study(finder, scopes[0], {}, Spread(source, associations))
     except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
-        log.debug("not listed at once: %s", error.message)  # the study's own run will say it
+        log.debug("could not be listed together with the others: %s", error.message)  # the study's own run will say it
         return scopes, None

@@ -193,7 +193,7 @@ class StudyState:
         return Answered(record, error, stop=stop)
 
     def left_to_destination(self, instance: Instance) -> None:
-        """The source was let go before the destination answered: a confirmation will say whether it took it."""
+        """The source was aborted before the destination answered: a confirmation will tell whether it stored it."""
         self._late.add(instance.sop)
 
     def confirm(self, confirmation: Confirmation) -> Answered | None:
@@ -204,7 +204,7 @@ class StudyState:
             instance.state = "conflict" if conflict else "failed"
             instance.reason, instance.attempt = reason, self.rounds
             told = conflict or instance.forward_status == "error"
-            instance.error = error if told else f"Taken, and then not confirmed: {error}"
+            instance.error = error if told else f"Received, but not confirmed: {error}"
             stop = None if reason in NOT_THE_DESTINATIONS else self._refused_again()
             return Answered(instance, instance.error, stop=stop)
         if instance.sop not in self._late or self.instances.get(instance.sop) is not instance:

@@ -49,7 +49,9 @@ def as_planned(at: Situation, left: Sequence[Instance]) -> Passes:
         yield proposals, _requests(at, mine, split=len(bins) > 1 or bool(unknown))
     for target in known:
         if target.state is None and at.peer.refuses_class(str(target.sop_class)):
-            at.state.not_received(target, "class_refused", "The source accepted no context for its SOP class.")
+            at.state.not_received(
+                target, "class_refused", "The source accepted no presentation context for its SOP class."
+            )
     yield from _guessed(at, unknown)
 
 
@@ -162,10 +164,10 @@ def whole_study(at: Situation, left: Sequence[Instance]) -> Passes:
 
 
 STRATEGIES: tuple[tuple[str, Callable[[Situation, Sequence[Instance]], Passes]], ...] = (
-    ("as planned", as_planned),
-    ("one compressed syntax at a time", ladder),
-    ("every SOP class", every_class),
-    ("one by one", singly),
-    ("series whole", whole_series),
-    ("study whole", whole_study),
+    ("in their listed or likely transfer syntaxes", as_planned),
+    ("one compressed transfer syntax at a time", ladder),
+    ("in every SOP class", every_class),
+    ("one instance at a time", singly),
+    ("as whole series", whole_series),
+    ("as a whole study", whole_study),
 )

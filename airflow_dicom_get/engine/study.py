@@ -73,7 +73,7 @@ class StudyRun:
             self._take_inventory()
             if self._retrieval.query_model == "PatientRoot" and scope.patient_id is None:
                 raise InvalidQuery(
-                    f"Study {scope.study}: its Patient ID is not known, and PatientRoot needs it.",
+                    f"Study {scope.study}: its Patient ID is unknown, and PatientRoot needs it.",
                     hint="Give PatientID in the query, or use StudyRoot.",
                     study=scope.study,
                 )
@@ -156,7 +156,11 @@ class StudyRun:
                     started = True
                     state.rounds += 1
                     log.info(
-                        "round %d (%s): %d instances of study %s", state.rounds, name, len(left), state.scope.study
+                        "round %d: requesting %d instances of study %s, %s",
+                        state.rounds,
+                        len(left),
+                        state.scope.study,
+                        name,
                     )
                 self._pass(proposals, requests)
 
@@ -174,7 +178,11 @@ class StudyRun:
         suspects = state.listing.perhaps_cut() - state.whole_series
         if not suspects:
             return
-        log.info("%d series of study %s may be listed in part; asking for them whole", len(suspects), state.scope.study)
+        log.info(
+            "%d series of study %s may be listed incompletely; requesting each as a whole",
+            len(suspects),
+            state.scope.study,
+        )
         members = [x for x in state.listing.instances.values() if x.series in suspects]
         for proposals, part in contexts_for(self._situation, members):
             self._pass(proposals, [Request("SERIES", uid) for uid in {x.series for x in part}])
@@ -230,8 +238,8 @@ class StudyRun:
         requests = self._unlisted_requests()
         if not requests:
             raise InvalidQuery(
-                f"Study {state.scope.study}: the PACS cannot list, and single instances need their one series.",
-                hint="Give the Series Instance UID with the SOP Instance UIDs, or ask for the series.",
+                f"Study {state.scope.study}: the PACS offers no list, so single instances need their series.",
+                hint="Give the Series Instance UID with the SOP Instance UIDs, or request the series.",
                 study=state.scope.study,
             )
         peer = self._retrieval.peer

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
 
@@ -50,9 +50,9 @@ def read_study_list(path: str, *, label: str | None = None, option: str = "csv")
     for line, value, name in rows.read():
         before = found.setdefault(value, ListedStudy(line, rows.key, value, name))
         if before.label != name:
-            raise rows.bad(line, str(label), f"is not the label of the same study in line {before.line}")
+            raise rows.bad(line, str(label), f"differs from the label of the same study in line {before.line}")
     if not found:
-        raise invalid(option, f"{shown_path(path)} lists no studies", f"Fill the column {rows.key}.")
+        raise invalid(option, f"{shown_path(path)} lists no studies", f"Give a value in the column {rows.key}.")
     return list(found.values())
 
 
@@ -83,12 +83,12 @@ class _Rows:
 
     def _without(self, column: str) -> InvalidOption:
         what = f"{shown_path(self._path)} has no column {column}"
-        return invalid(self._option, what, "Name it in the first line of the file.")
+        return invalid(self._option, what, "Name it in the header line of the file.")
 
     def bad(self, line: int, column: str, what: str, hint: str = "") -> InvalidOption:
         """What is wrong with one row."""
         where = f"{shown_path(self._path)}, line {line}, column {column}"
-        return invalid(self._option, f"{where}: {what}", hint or "Correct the line, or take it out.")
+        return invalid(self._option, about(where, what).removesuffix("."), hint or "Correct the line, or remove it.")
 
     def read(self) -> Iterator[tuple[int, str, str]]:
         """Line, value and label of every row that is not blank."""
@@ -97,12 +97,14 @@ class _Rows:
                 yield from self._checked(self._reader.line_num, row)
         except csv.Error:
             where = f"{shown_path(self._path)}, line {self._reader.line_num}"
-            raise invalid(self._option, f"{where}: no CSV", "Check the quotes of this line.") from None
+            raise invalid(self._option, f"{where} is not valid CSV", "Check the quotes of this line.") from None
 
     def _checked(self, line: int, row: Mapping[str | None, str]) -> Iterator[tuple[int, str, str]]:
         if any(text.strip() for text in row.get(None, ())):
             where = f"{shown_path(self._path)}, line {line}"
-            raise invalid(self._option, f"{where}: more fields than the first line has", "Quote what holds a comma.")
+            raise invalid(
+                self._option, f"{where} has more fields than the first line", "Quote values that contain a comma."
+            )
         value = row[self._columns[self.key]].strip()
         label = row[self._columns[self._label]].strip() if self._label is not None else ""
         if self._label is not None and any(text.strip() for name, text in row.items() if name is not None):
@@ -110,11 +112,11 @@ class _Rows:
                 if not text:
                     raise self.bad(line, column, "is empty")
             if not label.isprintable():
-                raise self.bad(line, self._label, "holds characters that cannot be printed")
+                raise self.bad(line, self._label, "contains characters that cannot be printed")
         if not value:
             return
         if self.key == UID and not is_uid(value):
-            raise self.bad(line, UID, f"{shown(value)} is no UID")
+            raise self.bad(line, UID, f"{shown(value)} is not a valid UID")
         if self.key == ACCESSION and (not value.isprintable() or any(one in value for one in "*?\\")):
-            raise self.bad(line, ACCESSION, "no accession number", "Wildcards and backslashes are refused.")
+            raise self.bad(line, ACCESSION, "is not an accession number", "Wildcards and backslashes are refused.")
         yield line, value, label

@@ -33,6 +33,7 @@ from airflow_dicom_get.errors import (
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, GetOutcome, c_get
+from airflow_dicom_get.net.retries import allowed
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.vocabulary import DONE
 
@@ -111,16 +112,15 @@ class Pass:
             except DicomGetError as error:
                 cause = self._judged(error)
                 failures = 1 if self._moves() > before else failures + 1
-                over = isinstance(cause, Cancelled) or cause.facts.get("phase") == "operation"
-                if over or not cause.transient or failures > self._retrieval.options.retries:
+                if isinstance(cause, Cancelled) or failures > allowed(cause, self._retrieval.options.retries):
                     self._fail(cause)
                     return
                 if self._full(cause) and self._others():
-                    log.info("%s allows fewer associations; going on with those that are open", source.node)
+                    log.info("%s allows fewer associations; continuing with those that are open", source.node)
                     return
                 self._intake.remark(cause)
                 if not (isinstance(cause, ForwardLate) and failures == 1):  # it has answered by now
-                    source.back_off(failures, cause)
+                    source.back_off(failures, cause, self._retrieval.options.retries)
             except BaseException as error:
                 self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
                 raise
@@ -162,7 +162,9 @@ class Pass:
             if refused and refused >= {p.abstract_syntax for p in association.accepted.contexts.values()} - {
                 self._model
             }:
-                log.warning("%s refused us the SCP role for every storage class; it may send nothing", association.node)
+                log.warning(
+                    "%s did not grant us the SCP role for any storage class; it may send nothing", association.node
+                )
             receiver = Receiver(self._intake, self._source.opened)
             with self._mutex:
                 self._active += 1
@@ -267,13 +269,15 @@ class Pass:
                 continue
             if target.sop_class is not None and target.sop_class not in classes:
                 refused = True
-                self._state.not_received(target, "class_refused", "The source accepted no context for its SOP class.")
+                self._state.not_received(
+                    target, "class_refused", "The source accepted no presentation context for its SOP class."
+                )
             else:
                 left.append(target)
         return left, refused
 
     def _follow_up(self, request: Request, outcome: GetOutcome) -> None:
-        """Ask anew, in smaller pieces, for what a failed request left untried; mark the rest."""
+        """Request again, in smaller pieces, what a failed request left untried; mark the rest."""
         state, peer = self._state, self._retrieval.peer
         left = self._left(request)
         if not left:
@@ -284,9 +288,8 @@ class Pass:
             reported = bool(outcome.failed) or outcome.status != s.SUCCESS
             for target in left:
                 if target.sop in hinted or (reported and not hinted):
-                    state.not_received(
-                        target, "sub_operation_failed", f"The source ended with {s.describe(outcome.status)}."
-                    )
+                    text = f"The source ended with {ended}. {peer.on_compression(target.sop_class)}".rstrip()
+                    state.not_received(target, "sub_operation_failed", text)
                 else:
                     state.not_received(target, "not_sent", f"The source ended with {ended} and did not send it.")
             return

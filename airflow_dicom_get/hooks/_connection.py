@@ -9,7 +9,7 @@ from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 from airflow_dicom_get.config.checks import invalid
-from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, sentences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +27,8 @@ def find_connection(conn_id: str, kind: str) -> Connection:
     try:
         return BaseHook.get_connection(conn_id)
     except AirflowNotFoundException as error:
-        raise AirflowNotFoundException(f"{error} Make it under Admin, Connections, as type {kind}.") from error
+        hint = f"Create it under Admin, Connections, with the type {kind}."
+        raise AirflowNotFoundException(sentences(str(error), hint)) from error
 
 
 def extras_of(conn: Connection, example: str) -> Mapping[str, Any]:
@@ -39,7 +40,7 @@ def extras_of(conn: Connection, example: str) -> Mapping[str, Any]:
     except Exception:
         extras = None
     if not isinstance(extras, dict) or (not extras and str(conn.extra).strip() not in ("", "{}")):
-        raise invalid("extra", "is no JSON object", f"Write {example}, for example.")
+        raise invalid("extra", "is not a JSON object", f"Write {example}, for example.")
     return extras
 
 

@@ -91,11 +91,13 @@ def check_address(value: Any, option: str) -> str:
     """Refuse a relative path: tasks run in a folder that nobody chose, on any worker."""
     text = str(value).strip() if value is not None else ""
     if not text or text == "None":
-        raise invalid(option, "is empty, or its template rendered to nothing", "Give an absolute path.")
+        raise invalid(option, "is empty, or its template rendered to an empty string", "Give an absolute path.")
     place = parse_destination(text, option)
     relative = isinstance(place, FilesystemDestination) and not place.path.is_absolute()
     if relative or text.startswith("~"):
-        raise invalid(option, f"{shown(text)} is no absolute path", "Write it from the root, as in /data/dicom.")
+        raise invalid(
+            option, f"{shown(text)} is not an absolute path", "Write it as an absolute path, such as /data/dicom."
+        )
     return text
 
 
@@ -107,7 +109,7 @@ def resolve_destinations(destination: Any, *, manifest_root: Any = None, s3_conn
     if root is not None and place.conn_id and root.conn_id and root.conn_id != place.conn_id:
         raise invalid(
             "manifest_root",
-            f"is reached by the connection {root.conn_id}, and the destination by {place.conn_id}",
+            f"uses the connection {root.conn_id}, but the destination uses {place.conn_id}",
             "Give one connection for both.",
         )
     return Destinations(place, root)
@@ -126,6 +128,6 @@ def resolve_root(
     root = resolve_destination(manifest_root, option, s3_conn_id)
     if isinstance(root.destination, ForwardDestination):
         raise invalid(
-            option, "a DICOM node holds no manifests", "Give an absolute path, or s3://CONN_ID@bucket/prefix."
+            option, "a DICOM node cannot hold manifests", "Give an absolute path, or s3://CONN_ID@bucket/prefix."
         )
     return root

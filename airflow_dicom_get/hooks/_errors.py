@@ -25,7 +25,7 @@ def said_first() -> Iterator[None]:
 
 @contextmanager
 def final_errors() -> Iterator[None]:
-    """Let an error that another try cannot mend fail the task at once, whatever its ``retries``.
+    """Let an error that a retry cannot fix fail the task at once, whatever its ``retries``.
 
     The operators do so by themselves; this is for ``@task`` functions that call hooks or read manifests::
 
@@ -34,8 +34,8 @@ def final_errors() -> Iterator[None]:
             with final_errors():
                 return len(load_manifests(manifests))
 
-    :raises AirflowFailException: in place of an error of this package that is not ``transient``, or of a connection
-        that is not there
+    :raises AirflowFailException: instead of an error of this package that is not ``transient``, or of a missing
+        connection
     """
     try:
         with said_first():

@@ -74,7 +74,7 @@ class NodeConfig:
                 "associations",
                 f"{options.associations} is more than max_associations of the connection {self.conn_id}, "
                 f"which is {own.max_associations}",
-                "Lower it, or raise that if the node allows more.",
+                "Lower it, or raise max_associations if the node allows more.",
             )
         changes: dict[str, Any] = {}
         if own.bytes_per_second is not None and "bytes_per_second" not in overrides:
@@ -106,7 +106,7 @@ def _parse(conn: Connection, conn_id: str) -> NodeConfig:
     node = _node(conn, conn_id)
     flat, unknown = options_from_fields(extras_of(conn, '{"calling_ae_title": "AIRFLOW"}'))
     for key in unknown:
-        log.warning("Connection %s: the extra field %s is not known and changes nothing.", conn_id, shown(key))
+        log.warning("Connection %s: the extra field %s is unknown and has no effect.", conn_id, shown(key))
     if conn.password:
         flat["tls.key_password"] = conn.password
     values = nested(flat, field_name)
@@ -125,7 +125,7 @@ def _node(conn: Connection, conn_id: str) -> Node:
         title = check_ae_title(str(conn.login), "login (called AE title)")
     else:
         log.warning(
-            "Connection %s: login (called AE title) is blank, so the PACS is called %s; many a PACS refuses that.",
+            "Connection %s: login (called AE title) is blank, so %s is used; many PACS refuse that.",
             conn_id,
             OPTIONS["called_ae_title"].default,
         )
@@ -182,7 +182,7 @@ def both_windows(
     if not both._around(datetime.now(first_zone), first_zone):
         raise InvalidOption(
             f"window: {first} of the source and {second} of the connection {conn_id} never overlap.",
-            hint="Mend one of them, or give outside_window='ignore'.",
+            hint="Correct one of them, or set outside_window='ignore'.",
             option="window",
         )
     return both, first_zone

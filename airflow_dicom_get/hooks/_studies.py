@@ -34,7 +34,7 @@ def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = 
         else:
             parts.setdefault(uid, []).extend(series)
     if len(study) and not whole and not parts:
-        raise invalid("study", "is a list without a valid study", "Mend what makes it.")
+        raise invalid("study", "is a list without a valid study", "Correct the task that produces it.")
     queries = [{"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": list(whole)}] if whole else []
     return queries + [_query(uid, series) for uid, series in parts.items() if uid not in whole]
 
@@ -62,7 +62,9 @@ def _study_and_series(one: Any) -> tuple[str, list[str] | None]:
     series = None
     if isinstance(one, Mapping):
         if "study_instance_uid" not in one:
-            raise invalid("study", "is a mapping without study_instance_uid", "Give a UID, or an Item of find.")
+            raise invalid(
+                "study", "is a mapping without study_instance_uid", "Give a UID, or an Item of DicomFindOperator."
+            )
         series = one.get("series_instance_uids")
         one = one["study_instance_uid"]
     uid = _uid(one)
@@ -70,7 +72,7 @@ def _study_and_series(one: Any) -> tuple[str, list[str] | None]:
         return uid, None
     if not _is_list(series) or not series:
         raise invalid(
-            "study", f"the Item of {uid} has no list of series", "Give series_instance_uids, or None for all."
+            "study", f"the Item of {uid} has an invalid list of series", "Give series_instance_uids, or None for all."
         )
     return uid, [_uid(one) for one in series]
 
@@ -78,10 +80,10 @@ def _study_and_series(one: Any) -> tuple[str, list[str] | None]:
 def _uid(value: Any) -> str:
     text = value.strip() if isinstance(value, str) else value
     if text in ("", "None", None):
-        raise invalid("study", "is empty, or its template rendered to nothing", "Give a Study Instance UID.")
+        raise invalid("study", "is empty, or its template rendered to an empty string", "Give a Study Instance UID.")
     if not isinstance(text, str) or not is_uid(text):
         hint = "A UID is 1 to 64 digits and dots."
         if isinstance(text, str) and text[:1] in "[{(":
-            hint = "It looks like a list in a text: set render_template_as_native_obj=True on the DAG, or use .output."
-        raise invalid("study", f"{shown(value)} is no Study Instance UID", hint)
+            hint = "It looks like a list rendered as text: set render_template_as_native_obj=True, or use .output."
+        raise invalid("study", f"{shown(value)} is not a valid Study Instance UID", hint)
     return text

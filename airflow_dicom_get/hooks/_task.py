@@ -26,7 +26,7 @@ class DicomTask(BaseOperator):
     """Base of the DICOM operators and the sensor.
 
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
 
     ui_color = "#d9ebf2"

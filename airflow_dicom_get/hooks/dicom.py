@@ -174,7 +174,7 @@ class DicomHook(BaseHook):
     # --- the Test button ---------------------------------------------------------------------------
 
     def test_connection(self) -> tuple[bool, str]:
-        """Send a C-ECHO; say what the node offers, or what to mend. Never raises, takes at most ten seconds."""
+        """Send a C-ECHO; say what the node offers, or what to correct. Never raises, takes at most ten seconds."""
         try:
             scu = self._test_scu()
         except Exception as error:
@@ -183,7 +183,10 @@ class DicomHook(BaseHook):
         if answer is not None:
             return answer
         scu.cancel("the connection test took too long")
-        return False, f"{self.node}: no answer within {TEST_SECONDS:g} s. Is the address right, and open on the way?"
+        return (
+            False,
+            f"{self.node}: no answer within {TEST_SECONDS:g} s. Check the address, and that no firewall is in between.",
+        )
 
     def _test_scu(self) -> GetScu:
         deadlines = self.options().deadlines
@@ -210,10 +213,10 @@ class DicomHook(BaseHook):
         if not report.ok:
             return False, f"{offers}, but answered the C-ECHO with status {report.status:04X}. Ask the PACS admin."
         if f"C-GET {model}" in missing:
-            return False, f"{offers}, but not {' and '.join(missing)}: it cannot retrieve from here by C-GET."
+            return False, f"{offers}, but not {' and '.join(missing)}: studies cannot be retrieved from it by C-GET."
         if missing:
             return (
                 True,
-                f"{offers}. Without C-FIND no retrieval can be proven complete, and only UIDs can be asked for.",
+                f"{offers}. Without C-FIND, no retrieval can be verified as complete, and only UIDs can be requested.",
             )
-        return True, f"{offers}. (Tried from the process that shows this; workers need the same way to the PACS.)"
+        return True, f"{offers}. (Tested from the API server; the workers need the same access to the PACS.)"

@@ -128,11 +128,15 @@ class DicomS3Hook(BaseHook):
             return self._parse_own(conn, extras)
         if kind == _AWS_TYPE:
             return self._parse_aws(conn, extras)
-        raise invalid("type", f"{shown(conn.conn_type)} is neither dicom_s3 nor aws", f"Make it a {self.hook_name}.")
+        raise invalid(
+            "type",
+            f"{shown(conn.conn_type)} is neither dicom_s3 nor aws",
+            f"Use a connection of type {self.hook_name}.",
+        )
 
     def _parse_own(self, conn: Connection, extras: Mapping[str, Any]) -> tuple[S3Config, str | None]:
         for key in sorted(set(extras) - set(FIELDS) - set(_OWN)):
-            self.log.warning("Connection %s: the extra field %s is not known and changes nothing.",
+            self.log.warning("Connection %s: the extra field %s is unknown and has no effect.",
                              self.s3_conn_id, shown(key))  # fmt: skip
         values = {FIELDS[key]: value for key, value in extras.items() if key in FIELDS}
         scheme = _SCHEME("scheme", extras.get("scheme", "https"))
@@ -151,16 +155,20 @@ class DicomS3Hook(BaseHook):
         if not host:
             return None
         if "://" in host:
-            raise invalid("host", f"{shown(host)} holds a scheme", "Give the name alone, and http or https as scheme.")
+            raise invalid(
+                "host",
+                f"{shown(host)} contains a scheme",
+                "Give the host name only, and http or https in the field scheme.",
+            )
         if not conn.port:
             self.log.warning(
-                "Connection %s: the port is blank, so that of %s is taken; the Test button needs one that is saved.",
+                "Connection %s: the port is blank, so that of %s is used; the Test button needs a saved port.",
                 self.s3_conn_id,
                 scheme,
             )
         if ":" in host and not host.startswith("["):
             if host.count(":") == 1:
-                raise invalid("host", f"{shown(host)} holds a port", "Give it in the field of that name.")
+                raise invalid("host", f"{shown(host)} contains a port", "Give it in the field Port.")
             host = f"[{host}]"
         return f"{scheme}://{host}:{conn.port}" if conn.port else f"{scheme}://{host}"
 
@@ -199,7 +207,7 @@ class DicomS3Hook(BaseHook):
             raise invalid(
                 "role_arn",
                 "needs the amazon provider",
-                f"Install {_PROVIDER} where the tasks run, or give keys in place of the role.",
+                f"Install {_PROVIDER} where the tasks run, or give keys instead of the role.",
             ) from None
         return AwsBaseHook(aws_conn_id=self.s3_conn_id, client_type="s3").get_session()
 
@@ -216,8 +224,7 @@ class DicomS3Hook(BaseHook):
             _check_file(names["ca_bundle"], config.ca_bundle)
         if kind is S3Config and config.access_key is None and config.profile is None:
             self.log.warning(
-                "Connection %s names neither keys nor a profile nor a role: the credentials are those that boto3 finds "
-                "on this machine.",
+                "Connection %s has no keys, profile or role: boto3 uses the credentials that it finds on this machine.",
                 self.s3_conn_id,
             )
         bucket, config = config.bucket, dataclasses.replace(config, bucket=None)
@@ -230,13 +237,13 @@ class DicomS3Hook(BaseHook):
         try:
             config, bucket = self._settings()
             if bucket is None:
-                raise invalid("bucket", "is blank, so there is nothing to try", "Name a bucket to test with.")
+                raise invalid("bucket", "is blank, so there is nothing to test", "Name a bucket to test with.")
         except Exception as error:
             return unreadable(error, self.s3_conn_id)
         answer = within_limit(lambda: _try(config, bucket), "dicom-s3-test")
         return answer or (
             False,
-            f"{_where(config, bucket)}: no answer within {TEST_SECONDS:g} s. Is the address right, and reachable?",
+            f"{_where(config, bucket)}: no answer within {TEST_SECONDS:g} s. Check the address and the network.",
         )
 
 
@@ -264,7 +271,7 @@ def _blank(value: Any) -> str | None:
 def _mapping(extras: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = extras.get(key) or {}
     if not isinstance(value, dict):
-        raise invalid(key, "is no JSON object", "See the documentation of the amazon provider.")
+        raise invalid(key, "is not a JSON object", "See the documentation of the amazon provider.")
     return value
 
 
@@ -276,19 +283,23 @@ def _verify(value: Any) -> str | None:
         return value
     if Flag().check("verify", value):
         return None
-    raise invalid("verify", "is false: any certificate would be taken", "Give the file of the authorities to trust.")
+    raise invalid(
+        "verify",
+        "is false: any certificate would be accepted",
+        "Give the PEM file of the certificate authorities to trust.",
+    )
 
 
 def _check_file(name: str, path: str) -> None:
     from pathlib import Path
 
     if not Path(path).is_absolute():
-        raise invalid(name, f"{shown(path)} is no absolute path", "Write it from the root.")
+        raise invalid(name, f"{shown(path)} is not an absolute path", "Write an absolute path.")
     try:
         with Path(path).open("rb"):
             pass
     except OSError:
-        raise invalid(name, f"{shown(path)} is no file that can be read", "Check the path.") from None
+        raise invalid(name, f"{shown(path)} is not a readable file", "Check the path.") from None
 
 
 def _renamed(error: InvalidOption, names: Mapping[str, str]) -> InvalidOption:
@@ -311,9 +322,9 @@ def _try(config: S3Config, name: str) -> Answer:
     try:
         bucket.put(_PROBE, content)
         if bucket.get(_PROBE) != content:
-            return False, f"{where} gives back other bytes than were written."
+            return False, f"{where} returns different bytes than were written."
         if not any(item.key == _PROBE for item in bucket.list(_PROBE)):
-            return False, f"{where} does not list what was written."
+            return False, f"{where} does not list the object that was written."
     except DicomGetError as error:
         # The engine names the bucket alone, and its own setting.
         return False, f"{where}: {error}".replace("ca_bundle", "ca_file (of an aws connection: verify)")
@@ -323,8 +334,8 @@ def _try(config: S3Config, name: str) -> Answer:
     try:
         bucket.call("delete_object", _PROBE)
     except DicomGetError:  # retrievals delete nothing, and their user may lack the right
-        stays = f" The object {_PROBE} stays there: it may not be deleted."
+        stays = f" The object {_PROBE} stays there: deleting it is not permitted."
     return (
         True,
-        f"{where} takes objects, gives them back and lists them.{stays} (Tried from the process that shows this.)",
+        f"{where} stores, returns and lists objects.{stays} (Tested from the API server.)",
     )

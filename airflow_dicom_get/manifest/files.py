@@ -384,7 +384,7 @@ def _place_of(uri: Any) -> FilesystemDestination | S3Destination:
         raise ManifestError(error.message, hint=error.hint, uri=str(uri)) from None
     if isinstance(place, ForwardDestination):
         raise ManifestError(
-            f"{shown_path(uri)} is a DICOM node, which holds no manifests.",
+            f"{shown_path(uri)} is a DICOM node, which cannot hold manifests.",
             hint="Give the path or URI of a manifest.",
             uri=str(uri),
         )
@@ -403,7 +403,7 @@ def _bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
             how = S3Config(**s3)
         except TypeError:
             raise ManifestError(
-                f"The arguments {', '.join(map(shown, s3))} are not all known.",
+                f"Some of the arguments {', '.join(map(shown, s3))} are unknown.",
                 hint="Give those of s3_config.",
                 uri=str(place),
             ) from None
@@ -453,7 +453,7 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
     version = (file.metadata.metadata or {}).get(f"{_KEY}schema".encode())
     if version is not None and version != str(SCHEMA_VERSION).encode():
         raise ManifestError(
-            f"The manifest {shown_path(name)} is of schema {shown(version.decode('ascii', 'replace'))}, "
+            f"The manifest {shown_path(name)} has schema {shown(version.decode('ascii', 'replace'))}, "
             f"and this version reads schema {SCHEMA_VERSION}.",
             hint="Read it with the version that wrote it, or a newer one.",
             uri=name,
@@ -462,7 +462,7 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
     if version is None or missing:
         what = f"the column {missing[0]}" if missing else "the schema version"
         raise ManifestError(
-            f"The file {shown_path(name)} is no manifest: {what} is missing.",
+            f"The file {shown_path(name)} is not a manifest: {what} is missing.",
             hint="Give a file that a run wrote.",
             uri=name,
         )
@@ -471,8 +471,8 @@ def _open(content: bytes | Path, name: str) -> pq.ParquetFile:
 
 def _broken(name: str) -> ManifestError:
     return ManifestError(
-        f"The file {shown_path(name)} is broken, or no Parquet file.",
-        hint="It is left as it is; a new run writes a new manifest.",
+        f"The file {shown_path(name)} is damaged, or is not a Parquet file.",
+        hint="It was not changed; a new run writes a new manifest.",
         uri=name,
     )
 
@@ -549,7 +549,7 @@ def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
         except (TypeError, ValueError, pa.ArrowException):
             raise ManifestError(
                 f"The column {item.name} of the {name} does not hold values of the type {item.type}.",
-                hint="Give the DataFrame of a retrieval as it is.",
+                hint="Give the DataFrame of a retrieval unchanged.",
             ) from None
     flat = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
     facts = {_KEY + key: str(value) for key, value in frame.attrs.items() if isinstance(value, str)}
@@ -595,7 +595,7 @@ def load_table(manifest: Any, **s3: Any) -> pa.Table:
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(
-        f"{type(manifest).__name__} is no manifest.", hint="Give a DataFrame, a reference, or the URI of a manifest."
+        f"{type(manifest).__name__} is not a manifest.", hint="Give a DataFrame, a reference, or the URI of a manifest."
     )
 
 
@@ -603,10 +603,10 @@ def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
     from hashlib import sha256
 
     if ref.get("kind") != REFERENCE_KIND:
-        raise ManifestError("The mapping is no reference to a manifest.", hint="Give what a retrieval returned.")
+        raise ManifestError("The mapping is not a reference to a manifest.", hint="Give what a retrieval returned.")
     if ref.get("schema") != SCHEMA_VERSION:
         raise ManifestError(
-            f"The reference is of schema {shown(ref.get('schema'))}, and this version reads schema {SCHEMA_VERSION}.",
+            f"The reference has schema {shown(ref.get('schema'))}, and this version reads schema {SCHEMA_VERSION}.",
             hint="Read it with the version that wrote it, or a newer one.",
         )
     uri = ref.get("manifest_uri")
@@ -614,16 +614,16 @@ def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
     digest = sha256(content).hexdigest()
     if digest != ref.get("sha256"):
         raise ManifestError(
-            f"The manifest {shown_path(uri)} is not the one of the reference: its digest is {digest[:16]}…, "
+            f"The manifest {shown_path(uri)} does not match the reference: its digest is {digest[:16]}…, "
             f"not {shown(ref.get('sha256'))[:18]}….",
-            hint="It was replaced since; give the URI alone to read it as it is now.",
+            hint="It was replaced since. Give the URI alone to read its current content.",
             uri=uri,
         )
     table = _table(content, str(uri))
     if table.num_rows != ref.get("rows"):
         raise ManifestError(
             f"The manifest {shown_path(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
-            hint="Give the URI alone to read it as it is now.",
+            hint="Give the URI alone to read its current content.",
             uri=uri,
         )
     return table

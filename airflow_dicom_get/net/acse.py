@@ -72,7 +72,7 @@ def encode_request(
     transfer syntaxes of its receiving side when both roles are proposed.
     """
     if not 0 < len(proposals) <= MAX_CONTEXTS:
-        raise ValueError(f"{len(proposals)} presentation contexts; 1 to {MAX_CONTEXTS} are possible")
+        raise ValueError(f"{len(proposals)} presentation contexts were given; 1 to {MAX_CONTEXTS} are possible")
     primitive = A_ASSOCIATE()
     primitive.application_context_name = _APPLICATION_CONTEXT
     primitive.calling_ae_title = calling
@@ -137,7 +137,7 @@ def decode_accept(data: bytes, proposals: Sequence[Proposal]) -> Accepted:
                 _take_user_information(out, item)
     except Exception as error:  # the decoder raises whatever the bytes make it raise
         raise PeerProtocolError(
-            "The peer's A-ASSOCIATE-AC cannot be decoded.", hint="Is it a DICOM node? Try dicom-get echo."
+            "The peer's A-ASSOCIATE-AC cannot be decoded.", hint="Check with dicom-get echo that it is a DICOM node."
         ) from error
     return out
 
@@ -171,7 +171,7 @@ def _take_context(out: Accepted, item: PresentationContextItemAC, proposals: Seq
     number, result = item.presentation_context_id, item.result
     index, even = divmod((number or 0) - 1, 2)
     if number is None or result is None or even or not 0 <= index < len(proposals) or number in out.results:
-        out.remarks.append(f"context {number} was never proposed, or is answered twice")
+        out.remarks.append(f"context {number} was never proposed, or was answered twice")
         return
     out.results[number] = result
     if result:

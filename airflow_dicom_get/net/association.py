@@ -43,7 +43,26 @@ if TYPE_CHECKING:
     from airflow_dicom_get.config.node import Node
 
 log = logging.getLogger(__name__)
+waits = logging.getLogger("airflow_dicom_get.waits")
+"""Says what is waited for: a name of its own, since the shell shows this where it shows nothing else below WARNING."""
 
+_SILENCE = 5.0
+"""Seconds without an answer after which it is said what is waited for."""
+_WAITED_FOR = {
+    "acse": "to answer the association request",
+    "find_response": "to answer the C-FIND",
+    "next_object": "to send the next instance",
+}
+_TOO_LATE = {
+    "acse": "did not answer",
+    "find_response": "did not answer",
+    "next_object": "sent no instance",
+    "idle": "sent nothing in the middle of a message",
+    "min_rate": "sent less than deadlines.min_rate asks for",
+    "stall": "took no data",
+    "sub_operation": "did not answer the C-STORE",
+    "release": "did not answer the release",
+}
 _BUFFER = 1 << 18
 _SLICE = 0.2
 """Longest single wait in seconds: how soon a cancel is seen."""
@@ -60,7 +79,7 @@ _REJECTED = {
     (3, 2): "local limit exceeded",
 }
 _REJECT_HINT = {
-    (1, 3): "Ask the PACS admin to register the calling AE title.",
+    (1, 3): "Ask the PACS admin to register our calling AE title.",
     (1, 7): "Check the called AE title of the node.",
     (3, 1): "Try again later.",
     (3, 2): "Use fewer associations, or try again later.",
@@ -128,6 +147,10 @@ class Association:
         self._waited_bytes = 0
         self._message_id = 0
         self._open = True
+        self._established = False
+        self.answered = False
+        """Whether the peer has sent anything since it accepted the association."""
+        self._said: set[str] = set()
 
     # --- opening -----------------------------------------------------------------------------
 
@@ -140,8 +163,9 @@ class Association:
         """
         self._send(request, "acse", self.deadlines.acse)
         self.accepted = self._await_accept(proposals, titles)
+        self._established = True
         for remark in self.accepted.remarks:
-            log.warning("%s: %s; not used", self.node, remark)
+            log.warning("%s: %s; ignored", self.node, remark)
 
     def _await_accept(self, proposals: Sequence[Proposal], titles: str) -> Accepted:
         item = self.next_item(time.monotonic() + self.deadlines.acse, "acse")
@@ -155,14 +179,14 @@ class Association:
                 raise AssociationRejected(
                     f"{self.node} rejected the association {'for now' if result == 2 else 'permanently'}: "
                     f"{_REJECTED.get((source, reason), 'unknown reason')} ({titles}).",
-                    hint=_REJECT_HINT.get((source, reason), "Ask the PACS admin what its log says."),
+                    hint=_REJECT_HINT.get((source, reason), "Ask the PACS admin what the log of the PACS says."),
                     node=str(self.node),
                     result=result,
                     source=source,
                     reason=reason,
                 )
             self._unexpected(item)
-        raise PeerProtocolError(f"{self.node} sent data before it had accepted the association.", node=str(self.node))
+        raise PeerProtocolError(f"{self.node} sent data before it accepted the association.", node=str(self.node))
 
     # --- receiving ---------------------------------------------------------------------------
 
@@ -205,12 +229,15 @@ class Association:
                     raise self._late("idle") from None
                 if self.cancel.reason is not None and phase == "next_object":
                     raise CancelSeenError from None
+                if now - began >= _SILENCE and phase in _WAITED_FOR and not inside:
+                    self._say_waiting(phase, limit - now)
                 continue
             except OSError as error:
                 raise self._lost(error) from error
             break
         if not size:
             raise self._lost(None)
+        self.answered = self._established
         now = time.monotonic()
         if now >= limit:
             raise self._late(phase)
@@ -234,13 +261,26 @@ class Association:
             self._waited = 0.0
             self._waited_bytes = 0
 
+    def _say_waiting(self, phase: str, left: float) -> None:
+        """Say what is waited for and until when; once for each kind of wait."""
+        if phase not in self._said:
+            self._said.add(phase)
+            until = time.strftime("%H:%M:%S %Z", time.localtime(time.time() + left))
+            seconds = getattr(self.deadlines, phase)
+            waits.info(
+                "Waiting for %s %s, until %s at most (%g s, deadlines.%s).",
+                self.node, _WAITED_FOR[phase], until, seconds, phase,
+            )  # fmt: skip
+
     def _late(self, phase: str) -> DeadlineExceeded:
         self.abort()
+        if phase == "operation":
+            return time_is_over(self.node, self.deadlines)
         name = "min_rate_window" if phase == "min_rate" else phase
         seconds = float(getattr(self.deadlines, name))
         return DeadlineExceeded(
-            f"{self.node} did not keep the deadline {phase!r} ({seconds:g} s); the association was aborted.",
-            hint=f"If the PACS needs longer, raise the deadline {phase!r}.",
+            f"{self.node} {_TOO_LATE[phase]} within {seconds:g} s (deadlines.{phase}); the association was aborted.",
+            hint=f"If the node needs longer, {'lower' if phase == 'min_rate' else 'raise'} deadlines.{phase}.",
             node=str(self.node),
             phase=phase,
             seconds=seconds,
@@ -250,7 +290,7 @@ class Association:
         self.close()
         what = "closed the connection" if error is None else f"lost the connection ({error.strerror or error})"
         return AssociationAborted(
-            f"{self.node} {what}.", hint="Look into the PACS's log; trying again may help.", node=str(self.node)
+            f"{self.node} {what}.", hint="Check the log of the PACS; running again may help.", node=str(self.node)
         )
 
     def _unexpected(self, item: Pdu) -> None:
@@ -260,7 +300,7 @@ class Association:
             self.close()
             raise AssociationAborted(
                 f"{self.node} aborted the association (source {source}, reason {reason}).",
-                hint="Look into the PACS's log; trying again may help.",
+                hint="Check the log of the PACS; running again may help.",
                 node=str(self.node),
                 source=source,
                 reason=reason,
@@ -271,13 +311,13 @@ class Association:
             finally:
                 self.close()
             raise AssociationAborted(
-                f"{self.node} released the association before the operation had ended.",
+                f"{self.node} released the association before the operation ended.",
                 node=str(self.node),
-                hint="Look into the PACS's log; trying again may help.",
+                hint="Check the log of the PACS; running again may help.",
             )
         self.abort(2)
         raise PeerProtocolError(
-            f"{self.node} sent a PDU of type {item.pdu_type:02X}H where none is allowed.", node=str(self.node)
+            f"{self.node} sent a PDU of type {item.pdu_type:02X}H where it is not allowed.", node=str(self.node)
         )
 
     def wait_for_data(self, limit: float) -> bool:
@@ -376,7 +416,7 @@ class Association:
                         self._send(RELEASE_RP, "release", self.deadlines.release)
                         continue
                     if item.pdu_type != A_RELEASE_RP:
-                        log.info("%s answered the release with a PDU of type %02XH", self.node, item.pdu_type)
+                        log.info("%s answered the release request with a PDU of type %02XH", self.node, item.pdu_type)
                     break
         except (AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled) as error:
             log.info("release: %s", peer_text(error, 200))
@@ -413,6 +453,17 @@ class Association:
             except OSError:
                 pass
             self._sock.close()
+
+
+def time_is_over(node: Node, deadlines: Deadlines) -> DeadlineExceeded:
+    """The error of an operation whose own time, ``deadlines.operation``, has run out."""
+    return DeadlineExceeded(
+        f"The time allowed for the whole transfer with {node} ({deadlines.operation:g} s) ran out.",
+        hint="Run it again: it resumes, and transfers only what is missing.",
+        node=str(node),
+        phase="operation",
+        seconds=deadlines.operation,
+    )
 
 
 class CancelSeenError(Exception):

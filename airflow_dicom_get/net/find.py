@@ -34,7 +34,7 @@ def c_find(
     NotNegotiated
         The peer accepted no context for the model.
     OperationFailed
-        The final status is no success.
+        The final status is not a success.
     ListTooLong
         More than ``max_rows`` rows came.
     """
@@ -71,8 +71,8 @@ def c_find(
             if rows:
                 raise
             raise AssociationAborted(
-                f"{association.node} accepted the association and ended it when the C-FIND was asked for.",
-                hint="If it always does so, our AE title is probably not allowed to query there: ask the PACS admin.",
+                f"{association.node} accepted the association, but closed it on the C-FIND request.",
+                hint="If this persists, our AE title is probably not allowed to query: ask the PACS admin.",
                 node=str(association.node),
             ) from error
         status = answer.status
@@ -81,7 +81,8 @@ def c_find(
             if rows > max_rows:
                 association.abort()
                 raise ListTooLong(
-                    f"{association.node} sent more than {max_rows} rows to one C-FIND.", node=str(association.node)
+                    f"{association.node} sent more than {max_rows} rows in response to one C-FIND.",
+                    node=str(association.node),
                 )
             yield row if row is not None else bytearray()
             continue
@@ -89,7 +90,7 @@ def c_find(
             return
         raise OperationFailed(
             f"{association.node} answered the C-FIND with {describe(status)}.",
-            hint="Does it support the keys and the level that were asked for?",
+            hint="Check that it supports the keys and the level of the query.",
             node=str(association.node),
             status=status or 0,
         )

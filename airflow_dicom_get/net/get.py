@@ -168,7 +168,7 @@ class _Get:
 
     def _command(self, fragment: Fragment) -> GetOutcome | None:
         if self.store is not None or self.final is not None or self.drain is not None:
-            raise self._broken("sent a command where a data set was due")
+            raise self._broken("sent a command where a data set was expected")
         data: bytearray | memoryview = fragment.data
         if self.command or not fragment.last:
             self.command += fragment.data
@@ -180,7 +180,7 @@ class _Get:
         try:
             command = Command(data)
         except PeerProtocolError as error:
-            raise self._broken(f"sent a broken command set ({error})") from error
+            raise self._broken(f"sent an invalid command set ({error})") from error
         self.command = bytearray()
         if command.field == c.C_STORE_RQ:
             self._store_request(command, fragment.context_id)
@@ -201,7 +201,7 @@ class _Get:
         if self.objects > self.max_objects:
             self.association.abort(2)
             raise TooMuch(
-                f"{self.association.node} sent more than {self.max_objects} objects to one C-GET; "
+                f"{self.association.node} sent more than {self.max_objects} objects in response to one C-GET; "
                 "the association was aborted.",
                 node=str(self.association.node),
             )
@@ -402,7 +402,7 @@ def c_get(
         if get.heard or association.cancel.reason is not None:
             raise
         raise NotAuthorised(
-            f"{node} accepted the association and ended it when the C-GET was asked for.",
-            hint="Our AE title is probably not allowed to retrieve there: ask the PACS admin.",
+            f"{node} accepted the association, but closed it on the C-GET request.",
+            hint="Our AE title is probably not allowed to retrieve: ask the PACS admin.",
             node=node,
         ) from error

@@ -36,7 +36,7 @@ def read_response(
             raise broken(f"answered on presentation context {fragment.context_id} instead of {context_id}")
         if fragment.is_command:
             if command is not None:
-                raise broken("sent a command where a data set was due")
+                raise broken("sent a command where a data set was expected")
             raw += fragment.data
             if len(raw) > MAX_COMMAND_LENGTH:
                 raise broken(f"sent a command set of more than {MAX_COMMAND_LENGTH} bytes")
@@ -45,9 +45,9 @@ def read_response(
             try:
                 command = Command(raw)
             except PeerProtocolError as error:
-                raise broken(f"sent a broken command set ({error})") from error
+                raise broken(f"sent an invalid command set ({error})") from error
             if command.field != field:
-                raise broken(f"sent message {command.field:04X}H where {field:04X}H was due")
+                raise broken(f"sent message {command.field:04X}H where {field:04X}H was expected")
             if command.responded_id != message_id:
                 raise broken(f"answered message {command.responded_id} instead of {message_id}")
             if not command.has_dataset:

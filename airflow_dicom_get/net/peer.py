@@ -121,7 +121,7 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
     except TimeoutError:
         raise DeadlineExceeded(
             f"{node} did not answer within {seconds:g} s.",
-            hint="Check host, port and firewall.",
+            hint="Check the host, the port and the firewall.",
             node=str(node),
             phase="connect",
             seconds=seconds,
@@ -129,7 +129,7 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
     except OSError as error:
         raise ConnectFailed(
             f"No connection to {node}: {error.strerror or error}.",
-            hint="Check host and port, and that the PACS is up.",
+            hint="Check the host and the port, and that the node is running.",
             node=str(node),
         ) from error
     _arm(sock)
@@ -142,7 +142,7 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
         sock.close()
         raise DeadlineExceeded(
             f"{node} did not finish the TLS handshake within {seconds:g} s.",
-            hint="Does this port speak TLS?",
+            hint="Check that this port speaks TLS.",
             node=str(node),
             phase="connect",
             seconds=seconds,

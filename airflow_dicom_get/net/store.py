@@ -1,4 +1,4 @@
-"""C-STORE (PS3.4 B) as SCU: the command, then the data set as it comes, then the response.
+"""C-STORE (PS3.4 B) as SCU: the command, then the data set as it arrives, then the response.
 
 The data set is not held: full P-DATA-TF PDUs go out as soon as more follows, and the last one waits
 in the one buffer until the caller says that it is the last.
@@ -55,7 +55,7 @@ class StoreChannel:
         self._message_id = 0
         self._sent = 0
         self._start = 0
-        """Where the PDU at hand begins; the PDUs before it are whole."""
+        """Where the current PDU begins; the PDUs before it are whole."""
         self._end = 0
         self._digest: Any = None
         self._undigested: list[tuple[int, int]] = []

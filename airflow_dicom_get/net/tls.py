@@ -25,30 +25,39 @@ def tls_context(tls: Tls, option: str = "tls") -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise InvalidOption(
             f"{option}: the files of ca, cert or key cannot be used: {peer_text(error, 160)}.",
-            hint="Give PEM files, and the passphrase if the key has one.",
+            hint="Give PEM files, and the passphrase if the key needs one.",
             option=option,
         ) from error
     return context
 
 
-_OURS = "Ask the PACS admin which client certificates it takes; give ours with tls.cert and tls.key."
+_OURS = "Ask the PACS admin which client certificates it accepts, and give ours with tls.cert and tls.key."
 _VERIFICATION = {
-    9: ("is not valid yet", "Check the clocks here and at the PACS."),
-    10: ("has expired", "Ask the PACS admin for a new certificate, and check our clock."),
-    18: ("is signed by itself and not trusted here", "Give the PACS's certificate, or its CA's, with tls.ca."),
+    9: ("is not valid yet", "Check the clocks of this machine and of the PACS."),
+    10: ("has expired", "Ask the PACS admin for a new certificate, and check the clock of this machine."),
+    18: ("is self-signed and not trusted here", "Give the PACS's certificate, or its CA's, with tls.ca."),
     19: ("is signed by a CA that is not trusted here", "Give the CA of the PACS with tls.ca."),
     20: ("is signed by a CA that is not trusted here", "Give the CA of the PACS with tls.ca."),
-    21: ("is signed by a CA that is not trusted here", "Give the CA of the PACS, and those between, with tls.ca."),
+    21: (
+        "is signed by a CA that is not trusted here",
+        "Give the CA of the PACS and the intermediate ones with tls.ca.",
+    ),
     23: ("was revoked", "Ask the PACS admin for a new certificate."),
-    62: ("carries another name", "Give the name in it with tls.server_name, or connect to the host that it names."),
-    64: ("carries another address", "Give the name in it with tls.server_name, or connect to the host that it names."),
+    62: (
+        "is for another host name",
+        "Give the name in the certificate with tls.server_name, or connect to the host that it names.",
+    ),
+    64: (
+        "is for another IP address",
+        "Give the name in the certificate with tls.server_name, or connect to the host that it names.",
+    ),
 }
 """What is wrong with the certificate of the peer, by OpenSSL's code (X509_V_ERR)."""
 _REASONS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": ("asks for a client certificate, and none was given", _OURS),
     "SSLV3_ALERT_HANDSHAKE_FAILURE": ("refused the handshake: no cipher in common, or no client certificate", _OURS),
     "SSLV3_ALERT_BAD_CERTIFICATE": ("refused our client certificate", _OURS),
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("refused the kind of our client certificate", _OURS),
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("does not support the type of our client certificate", _OURS),
     "SSLV3_ALERT_CERTIFICATE_REVOKED": ("says that our client certificate was revoked", _OURS),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": ("says that our client certificate has expired", _OURS),
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": ("refused our client certificate", _OURS),
@@ -63,7 +72,7 @@ _REASONS = {
     ),
     **dict.fromkeys(
         ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"),
-        ("does not speak TLS on this port", "Give the TLS port of the PACS, or leave TLS out."),
+        ("does not speak TLS on this port", "Give the TLS port of the PACS, or switch TLS off."),
     ),
 }
 """What went wrong, by OpenSSL's name for it."""
@@ -81,9 +90,9 @@ def tls_error(node: object, error: Exception) -> ConnectFailed:
     if known is not None:
         return TlsFailed(f"No TLS session with {node}: the peer {known[0]}.", hint=known[1], **facts)
     hung_up = not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-    what = "the peer hung up" if hung_up else peer_text(error, 120)
+    what = "the peer closed the connection" if hung_up else peer_text(error, 120)
     return ConnectFailed(
         f"No TLS session with {node}: {what}.",
-        hint="Does this port speak TLS? Does the PACS ask for a client certificate?",
+        hint="Check that this port speaks TLS, and whether the PACS asks for a client certificate.",
         **facts,
     )

@@ -41,7 +41,9 @@ __all__ = [
 
 _PAGE = 100
 _SECONDS = 60.0
-_NO_ROWS = "Their queries matched nothing, or nothing was retrieved: see the verdict of the runs, or name others."
+_NO_ROWS = (
+    "The queries matched nothing, or nothing was retrieved: check the verdicts of the runs, or name other manifests."
+)
 
 
 def read_manifest(uri: Any, **s3: Any) -> DataFrame:
@@ -152,7 +154,7 @@ def _dataset(item: StoredObject) -> Dataset:
     except (UnreadableError, InvalidDicomError) as error:
         raise ManifestError(
             f"The instance {item.row.sop} cannot be read from {shown_path(item.name)}: {error}.",
-            hint="Was it moved since? verify() compares all; get_study(manifest=…) with what it writes mends them.",
+            hint="It may have been moved. verify() tells what is missing; get_study(manifest=…) fetches it.",
             uri=item.name,
         ) from None
 
@@ -233,7 +235,7 @@ def load_manifests(
     if not frames:
         raise ManifestError(
             f"The run {shown(run)} of {shown(dag_id)} returned no manifest.",
-            hint="Give run_id; or task_id, of a task that retrieves.",
+            hint="Give run_id, or task_id of a retrieving task.",
             uri=None,
         )
     verdicts = {
@@ -258,9 +260,11 @@ class _Api:
     def __init__(self, base_url: str, token: str, ca_file: str | None) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise invalid("base_url", f"{shown(base_url)} is no address", "Give http://host:8080, for example.")
+            raise invalid(
+                "base_url", f"{shown(base_url)} is not a valid address", "For example, give http://host:8080."
+            )
         if not token.isascii() or not token.isprintable() or not token:
-            raise invalid("token", "is no token", "POST /auth/token gives one.")
+            raise invalid("token", "is not a token", "POST /auth/token returns one.")
         self._base = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
         context = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
@@ -270,7 +274,7 @@ class _Api:
         """The run that began last."""
         found = self._get(f"dags/{_part(dag_id)}/dagRuns", order_by="-start_date", limit=1)["dag_runs"]
         if not found:
-            raise ManifestError(f"The DAG {shown(dag_id)} has no run.", hint="Trigger it.", uri=None)
+            raise ManifestError(f"The DAG {shown(dag_id)} has no run.", hint="Trigger a run first.", uri=None)
         return str(found[0]["dag_run_id"])
 
     def entries(self, dag_id: str, run_id: str, task_id: str | None, key: str) -> Iterator[dict[str, Any]]:
@@ -303,17 +307,17 @@ class _Api:
             why = getattr(error, "reason", error)
             raise ManifestError(
                 f"Airflow at {shown(self._base)} does not answer: {type(why).__name__}.",
-                hint="Check base_url, and that Airflow is up.",
+                hint="Check base_url, and that Airflow is running.",
                 uri=None,
             ) from error
 
 
 def _refused(code: int, path: str) -> ManifestError:
     what, hint = {
-        401: ("does not take the token", "It may have expired: POST /auth/token gives a new one."),
-        403: ("does not let you read that", "Ask for the right to read this DAG and its XComs."),
+        401: ("does not accept the token", "It may have expired: POST /auth/token returns a new one."),
+        403: ("does not let you read that", "Ask for permission to read this DAG and its XComs."),
         404: ("does not have that", "Check dag_id, run_id and task_id."),
-    }.get(code, (f"answers with {code}", "Its log says why."))
+    }.get(code, (f"answers with {code}", "Check its log."))
     return ManifestError(f"Airflow {what} ({path.partition('?')[0]}).", hint=hint, uri=None)
 
 
@@ -401,7 +405,7 @@ def _draw_arrival(axes: Any, frame: DataFrame) -> None:
     came = came[came["state"].isin(FETCHED) & came["bytes"].notna()].sort_values("received_at")
     axes.set_title("Received by day (UTC)")
     if not len(came):
-        _say(axes, "Nothing came: it was there before, or is missing.")
+        _say(axes, "Nothing was received: it was there before, or is missing.")
         return
     when, size = came["received_at"].dt.tz_localize(None), came["bytes"].astype(float) / 1e6
     days = size.groupby(when.dt.normalize()).sum()

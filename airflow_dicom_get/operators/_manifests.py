@@ -166,7 +166,11 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
             _check_manifest_place(uri)
         tables += load_tables([one], **how)
     if not tables:
-        raise invalid("manifest", "names none", "Give a manifest, a reference, or an address. Were all tasks skipped?")
+        raise invalid(
+            "manifest",
+            "names none",
+            "Give a manifest, a reference or an address. Check whether all upstream tasks were skipped.",
+        )
     return tables
 
 
@@ -218,7 +222,7 @@ def _conn_id_of(uri: str) -> str | None:
 def _check_manifest_place(uri: str) -> None:
     place = parse_destination(uri, "manifest")
     if isinstance(place, FilesystemDestination) and not place.path.is_absolute():
-        raise invalid("manifest", f"{shown_path(uri)} is no absolute path", "Write it from the root.")
+        raise invalid("manifest", f"{shown_path(uri)} is not an absolute path", "Write an absolute path.")
 
 
 # --- rows without a file ---------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def summary(result: Result, *, studies: int, series: int, manifest: dict[str, An
 
 
 def raise_for(result: Result, accept: Sequence[str]) -> None:
-    """Raise what fits a verdict that is no success: with or without another try."""
+    """Raise what fits a verdict that is not a success: with or without another try."""
     if result.verdict == CANCELLED:
-        raise Cancelled(f"{result.summary()}.", hint="The next run resumes.", node=result.node)
+        raise Cancelled(f"{result.summary()}.", hint="The next try resumes it.", node=result.node)
     try:
         result.raise_for_verdict(accept)
     except IncompleteRetrieval as error:

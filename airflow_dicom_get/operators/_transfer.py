@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._errors import final_errors, said_first
 from airflow_dicom_get.hooks._task import DicomTask
@@ -81,7 +82,7 @@ class TransferOperator(DicomTask):
 
     def execute_after_window(self, context: Context, event: Any = None) -> Any:
         """Go on when the hours of the connection have begun."""
-        self.log.info("The transfer goes on.")
+        self.log.info("The hours of the node have begun; resuming.")
         return self._transfer(context)
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
@@ -110,10 +111,16 @@ class TransferOperator(DicomTask):
             )
             with self._ending_soon():
                 results = transfer.run(progress)
+            if time.monotonic() >= ends and self.execution_timeout is not None:
+                self.log.warning(
+                    "The execution_timeout of the task (%s) was about to end, so the transfer was stopped in time to "
+                    "write its manifest. The next try resumes it; raise execution_timeout if it needs longer.",
+                    self.execution_timeout,
+                )
             result = merge(results)
             self.log.info("%s.", result.summary())
             for error in result.errors:
-                self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
+                self.log.warning("%d × %s", error["count"], sentences(error["error"], error["hint"] or ""))
             if transfer.scratch is not None:
                 for one in results:
                     one.manifest_uri = None
@@ -170,7 +177,7 @@ class TransferOperator(DicomTask):
         consumer = next(self.iter_mapped_dependants(), None)
         if consumer is not None:
             raise AirflowFailException(
-                f"{consumer.node_id} is mapped over the output of {self.task_id}, which is one manifest and no list. "
+                f"{consumer.node_id} is mapped over the output of {self.task_id}, which is one manifest, not a list. "
                 f"Map {self.task_id} itself: {type(self).__name__}.partial(…).expand(…=[…]); or give its output as it "
                 f"is: manifest={self.task_id}.output without expand."
             )
@@ -178,7 +185,9 @@ class TransferOperator(DicomTask):
     def _warn_of_limits(self, context: Context) -> None:
         """Say what the DAG leaves to chance; refuse the default pool where the configuration asks for that."""
         if context["ti"].max_tries == 0:
-            self.log.warning("retries is 0: what interrupts this task ends it. With retries=3, say, it resumes.")
+            self.log.warning(
+                "retries is 0, so any interruption ends this task. With retries=3, for example, a retry resumes it."
+            )
         if self.pool == DEFAULT_POOL:
             text = (
                 "This task runs in default_pool, so nothing keeps the associations of all tasks within what the PACS "
@@ -189,7 +198,7 @@ class TransferOperator(DicomTask):
             self.log.warning(text)
         elif self.pool_slots < self.associations:
             self.log.warning(
-                "associations=%d but pool_slots=%d: the pool %s counts too few. Give pool_slots=%d.",
+                "associations=%d but pool_slots=%d: the pool %s counts too few. Set pool_slots=%d.",
                 self.associations,
                 self.pool_slots,
                 self.pool,
@@ -201,14 +210,14 @@ class TransferOperator(DicomTask):
         given = [name for name in names if self.given(name) is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none of them is given"
-            raise invalid(", ".join(names), what, "Give one of them. Did a template render to nothing?")
+            raise invalid(", ".join(names), what, "Give exactly one. A template may have rendered to nothing.")
         return given[0], self.given(given[0])
 
     def scratch(self) -> TemporaryDirectory[str]:
-        """A folder for what has no root; with a word on what that means."""
+        """A temporary folder where there is no root; logs what that means."""
         self.log.warning(
-            "There is no manifest_root, so what was sent is forgotten when the task ends: another try sends all of it "
-            "again. Give manifest_root, or set [dicom_get] manifest_root."
+            "There is no manifest_root, so nothing records what was sent: a retry sends all of it again. Give "
+            "manifest_root, or set [dicom_get] manifest_root."
         )
         return TemporaryDirectory(prefix="dicom-get-")
 
@@ -250,5 +259,5 @@ class TransferOperator(DicomTask):
 
         assert result.resume_at is not None
         progress.window(result.resume_at)
-        self.log.info("The hours of the PACS are over; the task goes on at %s.", result.resume_at.isoformat())
+        self.log.info("The hours of the node are over; the task is deferred until %s.", result.resume_at.isoformat())
         self.defer(trigger=DateTimeTrigger(moment=result.resume_at), method_name="execute_after_window")

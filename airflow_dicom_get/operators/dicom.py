@@ -21,7 +21,7 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
-from airflow_dicom_get.errors import IncompleteRetrieval
+from airflow_dicom_get.errors import IncompleteRetrieval, sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import (
     Destinations,
@@ -71,21 +71,21 @@ class DicomFindOperator(DicomTask):
     """Find studies on a PACS by C-FIND, and return one Item each: what ``DicomGetOperator`` takes as ``study``.
 
     An Item is a dict of ``study_instance_uid``, ``series_instance_uids`` (None: all), ``expected_instances``
-    (None where the PACS does not say), ``modalities``, ``label`` and ``keys``. It holds nothing of the patient
-    but what ``return_keys`` asks for.
+    (None where the PACS does not say), ``modalities``, ``label`` and ``keys``. It contains no patient data
+    except what ``return_keys`` requests.
 
     :param query: DICOM keywords or tags, and values (templated)
-    :param level: ``STUDY``, or ``SERIES`` to get those series only that match
+    :param level: ``STUDY``, or ``SERIES`` to retrieve only the series that match
     :param study_date: StudyDate of the query: ``20240131``, ``2024-01-31``, ``2024-01-01/2024-01-31``, ``today``,
         ``today-1`` in the connection's time zone (templated)
     :param modalities: one or several modalities, of which a study (or series) has at least one (templated)
-    :param return_keys: keywords whose values stand in each Item's ``keys``. They go to XCom, which every viewer of
+    :param return_keys: keywords whose values go into the ``keys`` of each Item. They go to XCom, which every viewer of
         the DAG can read.
-    :param split_on_truncation: ask again by parts of the date range where the PACS seems to cut its answer
-    :param shard_instances: return lists of Items of about so many instances together, a study over several of them
-        by series if need be; never more lists than tasks can be mapped
+    :param split_on_truncation: query again by parts of the date range if the PACS seems to truncate its answer
+    :param shard_instances: return lists of Items with about this number of instances each; a large study is split by
+        series. There are never more lists than Airflow can map over.
     :param on_empty: what happens if nothing matches: ``return`` an empty list, ``skip`` or ``fail`` the task
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     """
 
@@ -150,16 +150,16 @@ class DicomFindOperator(DicomTask):
             raise invalid("shard_instances", f"{shown(size)} is not allowed", "Give a whole number of at least 1.")
         given = self.given("query")
         if given is not None and not isinstance(given, Mapping):
-            raise invalid("query", "is no mapping", 'Give {"PatientID": "…"}, for example.')
+            raise invalid("query", "is not a mapping", 'For example, give {"PatientID": "…"}.')
         query = dict(given or {})
         if query.pop("QueryRetrieveLevel", self.level) != self.level:
-            raise invalid("query", "holds another QueryRetrieveLevel than level", "Give level alone.")
+            raise invalid("query", "has a different QueryRetrieveLevel than level", "Give level alone.")
         for name, key in (("study_date", "StudyDate"), ("modalities", self._modality_key)):
             if getattr(self, name) and query.get(key):
-                raise invalid(name, f"is given, and {key} in query too", "Give one of them.")
+                raise invalid(name, f"is given, and so is {key} in query", "Give one of them.")
         if self.study_date is not None:
             if not str(self.study_date).strip() or str(self.study_date) == "None":
-                raise invalid("study_date", "rendered to nothing", "Mend its template.")
+                raise invalid("study_date", "rendered to nothing", "Correct its template.")
             query["StudyDate"] = str(self.study_date).strip()
         return query, self._modality_codes()
 
@@ -171,7 +171,7 @@ class DicomFindOperator(DicomTask):
                 hint = (
                     "Give codes such as CT. A list in a template needs render_template_as_native_obj=True on the DAG."
                 )
-                raise invalid("modalities", f"{shown(code)} is no modality", hint)
+                raise invalid("modalities", f"{shown(code)} is not a modality code", hint)
         return codes
 
     @property
@@ -215,9 +215,7 @@ class DicomFindOperator(DicomTask):
             search.queries,
         )
         if search.truncated:
-            self.log.warning(
-                "The PACS seems to have cut its answer: more studies may match than were returned. Ask for less."
-            )
+            self.log.warning("The PACS seems to have truncated its answer: more studies may match. Narrow the query.")
 
     def _empty(self) -> None:
         if self.on_empty == "skip":
@@ -231,7 +229,7 @@ class DicomFindOperator(DicomTask):
         if len(found) > limit and next(self.iter_mapped_dependants(), None) is not None:
             raise AirflowFailException(
                 f"{len(found)} studies match, and Airflow maps over at most {limit} ([core] max_map_length). "
-                "Give shard_instances=2000, say: each mapped task then gets a list of studies."
+                "Set shard_instances=2000, for example: each mapped task then gets a list of studies."
             )
 
 
@@ -243,36 +241,36 @@ class DicomGetOperator(TransferOperator):
         find = DicomFindOperator(task_id="find", study_date="today-1")
         DicomGetOperator.partial(task_id="get", destination="/data/dicom", retries=3).expand(study=find.output)
 
-    The task succeeds if the verdict is one of ``accept``. Else another try, which fetches only what is missing,
-    follows where that can help, and none where it cannot. Whatever the verdict, the manifest file is written, and
-    ``summary`` and ``return_value`` are in XCom.
+    The task succeeds if the verdict is one of ``accept``. Otherwise it is retried if the result
+    is transient, which fetches only what is missing, and fails at once if it is not. Whatever the verdict, the
+    manifest file is written, and ``summary`` and ``return_value`` are in XCom.
 
     :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
     :param query: DICOM keywords or tags, and values, which may match several studies (templated)
     :param manifest: manifest of an earlier retrieval, or several: the instances that they list (templated)
     :param destination: an absolute path or ``file://…``; ``s3://[CONN_ID@]bucket/prefix``; ``dicom://CONN_ID``, the
         node of a ``dicom`` connection with its AE titles, TLS and limits, or ``dicom://[AE@]host:port``: instances
-        go on there as they arrive, and nothing is kept here (templated)
+        are forwarded as they arrive, and nothing is stored here (templated)
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
-    :param associations: associations that the task uses at a time; give as many ``pool_slots``
+    :param associations: number of parallel associations of the task; set ``pool_slots`` to the same number
     :param accept: verdicts that are a success: ``complete``, ``empty``, ``unverified``, ``partial``, ``failed``
     :param strict_forward: end at the first instance that a DICOM node as destination refuses
     :param store_with_file_meta: write DICOM files, not bare data sets
     :param resume: skip what is held and verified
     :param verify_held: ``size``, ``digest`` or ``none``: how what is held is verified
-    :param tags: keywords of attributes that become columns of the manifest. They go to XCom, which every viewer of
+    :param tags: keywords of attributes to add as columns of the manifest. They go to XCom, which every viewer of
         the DAG can read.
     :param checksum: ``sha256``, or None for no digest
-    :param durable: count an instance once it is synced to the disk
+    :param durable: confirm an instance only when it is synced to disk
     :param ack: ``taken`` or ``durable``: when an instance is acknowledged to the PACS
     :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifests and ledger; by default
         ``_manifests`` in the destination, and for a DICOM node ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: ``auto`` returns the manifest as a DataFrame, and a reference to its file where it is larger
         than ``[dicom_get] manifest_xcom_max_bytes``; ``full`` always the DataFrame; ``reference`` always the reference
     :param outside_window: outside the hours of the connection ``defer`` until they begin, ``fail``, or ``ignore`` them
-    :param on_bad_study: a malformed UID in a list makes the task ``fail``, or is left out (``skip``)
+    :param on_bad_study: whether a malformed UID in a list makes the task ``fail`` or is skipped (``skip``)
     :param verbose: log each instance
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     """
 
@@ -358,11 +356,11 @@ class DicomGetOperator(TransferOperator):
         if kind == "manifest":
             return manifest_queries(load_given(value, self.s3_conn_id))
         if not isinstance(value, Mapping) or not value:
-            raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
+            raise invalid("query", "is not a mapping of keys to values", 'For example, give {"PatientID": "…"}.')
         return [dict(value)]
 
     def _left_out(self, error: DicomGetError) -> None:
-        self.log.warning("Left out: %s", error)
+        self.log.warning("Skipped: %s", error)
 
     # --- traffic -----------------------------------------------------------------------------------
 
@@ -424,24 +422,24 @@ class DicomGetOperator(TransferOperator):
 
 
 class DicomStoreOperator(TransferOperator):
-    """Store at a DICOM node what a manifest says is held, or what lies in a folder or a bucket.
+    """Store at a DICOM node what a manifest lists as held, or the files of a folder or bucket.
 
-    Retrieve first, forward later: with the destination's own answer for every instance::
+    Retrieve first, forward later, with the acknowledgement of the node for every instance::
 
         get = DicomGetOperator.partial(task_id="get", destination="/data/dicom", retries=3).expand(study=find.output)
         DicomStoreOperator.partial(task_id="store", dicom_conn_id="archive").expand(manifest=get.output)
 
-    The task succeeds if the verdict is one of ``accept``. Else another try, which sends only what the node has not
-    taken yet, follows where that can help, and none where it cannot.
+    The task succeeds if the verdict is one of ``accept``. Otherwise it is retried if the
+    result is transient, which sends only what the node has not acknowledged yet, and fails at once if it is not.
 
     :param manifest: manifest of a retrieval, of any shape, or several: the objects that they list (templated)
     :param source: an absolute path or ``s3://[CONN_ID@]bucket/prefix``, in place of a manifest (templated)
     :param dicom_conn_id: the ``dicom`` connection of the node to store at (templated)
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of the bucket in which the objects lie; by default the one
         that the address of source or manifest names (templated)
-    :param associations: associations that the task uses at a time; give as many ``pool_slots``
+    :param associations: number of parallel associations of the task; set ``pool_slots`` to the same number
     :param accept: verdicts that are a success: ``complete``, ``partial``, ``failed``
-    :param resume: skip what the node took before
+    :param resume: skip what the node has acknowledged before
     :param strict_forward: end at the first instance that the node refuses
     :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifest and ledger; by default
         ``[dicom_get] manifest_root`` (templated)
@@ -489,7 +487,7 @@ class DicomStoreOperator(TransferOperator):
         if len({place.conn_id for place in buckets}) > 1:
             raise invalid(
                 "manifest_root",
-                f"is reached by the connection {buckets[1].conn_id}, and the objects by {buckets[0].conn_id}",
+                f"uses the connection {buckets[1].conn_id}, but the objects use {buckets[0].conn_id}",
                 "Give one connection for both.",
             )
         scratch = self.scratch() if root is None else None
@@ -517,11 +515,12 @@ class DicomStoreOperator(TransferOperator):
             now = datetime.now(UTC)
             closes = window.closes_at(now, hours.timezone)
             if closes is None:
-                return [Result(PARTIAL, _WINDOW, resume_at=window.opens_at(now, hours.timezone), transient=True)]
+                resume_at = window.opens_at(now, hours.timezone)
+                return [Result(PARTIAL, _WINDOW, resume_at=resume_at, transient=True, kind="store")]
         scu: StoreScu = make(seconds=ends - time.monotonic())
         self._scu = scu
         if self._killed:
-            return [Result(CANCELLED)]
+            return [Result(CANCELLED, kind="store")]
         with _until(closes, ends, scu):
             result = scu.store(
                 **given,
@@ -537,7 +536,7 @@ class DicomStoreOperator(TransferOperator):
         return [result]
 
     def _unusable(self, name: str, why: str) -> None:
-        self.log.warning("Left out: %s %s", name, why)
+        self.log.warning("Skipped: %s %s", name, why)
 
 
 @contextmanager
@@ -567,27 +566,27 @@ def _address(place: ResolvedDestination) -> str:
 
 
 class DicomVerifyOperator(DicomTask):
-    """Compare what a manifest lists, what is there, and what a PACS lists now.
+    """Compare what a manifest lists, what is stored, and what a PACS lists now.
 
-    Three comparisons, by what is given: ``manifest`` alone (is what was retrieved still there, byte for byte),
-    ``manifest`` and ``dicom_conn_id`` (and does the PACS list the same), ``study`` with ``destination`` (and
+    The parameters decide what is compared: ``manifest`` alone (whether what was retrieved is still there, byte for
+    byte), ``manifest`` and ``dicom_conn_id`` (and whether the PACS lists the same), ``study`` with ``destination`` (and
     ``dicom_conn_id``)::
 
         DicomVerifyOperator(task_id="verify", manifest=get.output, dicom_conn_id="pacs")
 
     Returns a DataFrame ``study_instance_uid, series_instance_uid, sop_instance_uid, symbol, what`` of all that is
-    not the same: ``+`` listed and not there, ``-`` there and not listed, ``*`` of other content, ``!`` not readable.
-    A manifest of what was found is written as well; its address is in ``summary``, and ``DicomGetOperator`` takes it.
+    not the same: ``+`` listed but missing, ``-`` present but not listed, ``*`` different, ``!`` not readable.
+    A manifest of the comparison is written as well: ``DicomGetOperator`` accepts it. Its address is in ``summary``.
 
     :param manifest: manifest of a retrieval, of any shape, or several (templated)
     :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
-    :param destination: where to look, if not where the manifest says: an absolute path,
+    :param destination: where to look, if not where the manifest points to: an absolute path,
         ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or ``dicom://[AE@]host:port`` (templated)
     :param dicom_conn_id: the ``dicom`` connection of a PACS whose list is compared (templated)
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
-    :param quick: compare sizes, and read nothing
-    :param fail_on_difference: let the task fail where something is not the same
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param quick: compare sizes only; do not read the objects
+    :param fail_on_difference: whether differences fail the task
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
 
     template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
@@ -629,7 +628,7 @@ class DicomVerifyOperator(DicomTask):
             found, result, conn_id = self._verify(context, scratch)
             self.log.info("%s.", found.summary())
             for error in found.errors:
-                self.log.warning("%d × %s %s", error["count"], error["error"], error["hint"])
+                self.log.warning("%d × %s", error["count"], sentences(error["error"], error["hint"] or ""))
             frame = found.frame()
             summed = self._summary(context, found, result, conn_id)
             size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_hard_max_bytes")
@@ -644,7 +643,7 @@ class DicomVerifyOperator(DicomTask):
             if failing and self.do_xcom_push:
                 ti.xcom_push("return_value", frame)
             if found.differences and self.fail_on_difference:
-                raise AirflowFailException(f"{found.summary()}. XCom return_value names each difference.")
+                raise AirflowFailException(f"{found.summary()}. The XCom return_value lists the differences.")
             if found.uncompared is not None:
                 raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
         return frame
@@ -655,7 +654,7 @@ class DicomVerifyOperator(DicomTask):
         manifest, study = self.given("manifest"), self.given("study")
         if manifest is None and study is None:
             raise invalid(
-                "manifest, study", "none of them is given", "Give one or both. Did a template render to nothing?"
+                "manifest, study", "none of them is given", "Give one or both. A template may have rendered to nothing."
             )
         studies = study_uids(study) if study is not None else []
         tables = load_given(manifest, self.s3_conn_id) if manifest is not None else []
@@ -665,7 +664,7 @@ class DicomVerifyOperator(DicomTask):
             else None
         )
         if manifest is None and place is None:
-            raise invalid("destination", "is missing", "Say where the study should be, or give a manifest.")
+            raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
         objects = place or place_of_objects(tables, self.s3_conn_id or connection_of(manifest))
         root = None if place is not None and not _is_node(place) else resolve_root(None, s3_conn_id=self.s3_conn_id)
         kept = root is not None or (place is not None and not _is_node(place))

@@ -115,7 +115,7 @@ def _draw_speed(chart: Chart, spans: Sequence[Span], step: int, width: float) ->
         chart.lines.append(" ".join(line))
     seconds = sum(span.seconds for span in spans)
     mean = sum(span.bytes for span in spans) / seconds / 1e6 if seconds else None
-    chart.summary = "Nothing came over the line." if mean is None else f"{mean:.1f} MB/s on average."
+    chart.summary = "Nothing was received." if mean is None else f"{mean:.1f} MB/s on average."
 
 
 def _draw_counts(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:

@@ -76,12 +76,12 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
     if isinstance(returned, Mapping):
         uri = returned.get("manifest_uri") or uri
     if not uri:
-        raise ManifestError("There is no manifest.", hint="The task's log says why.", uri=None)
+        raise ManifestError("There is no manifest.", hint="Check the log of the task.", uri=None)
     if not str(uri).startswith(("/", "file:")):
         # The connection to that bucket is the task's, and without one boto would take whatever keys it finds here.
         raise ManifestError(
-            f"The manifest is not in a folder: {shown_path(uri)}.",
-            hint="airflow_dicom_get.notebook.read_manifest() reads it.",
+            f"The manifest is not in a local folder: {shown_path(uri)}.",
+            hint="Read it with airflow_dicom_get.notebook.read_manifest().",
             uri=str(uri),
         )
     from airflow_dicom_get.manifest.files import read_table
@@ -99,7 +99,7 @@ def contents_of(table: pa.Table) -> Contents:
         contents.differences = table.select(wanted).slice(0, MAX_ROWS).to_pylist()
         return contents
     if any(name not in names for name in (*_SHOWN, "study_instance_uid", "bytes")):
-        raise ManifestError("What the task returned is no manifest.", hint="", uri=None)
+        raise ManifestError("The return value of the task is not a manifest.", hint="", uri=None)
     bad = _where(table, NOT_HELD)
     contents.not_held_count, contents.not_held = bad.num_rows, _rows(bad)
     contents.reasons = _reasons(bad)

@@ -45,9 +45,9 @@ class Choice:
                 dates[name] = date.fromisoformat(text.strip()) if text.strip() else None
             except ValueError:
                 dates[name] = None
-                complaints.append(f"{name} is no date: write it as 2026-01-31.")
+                complaints.append(f"{name} is not a valid date: write it like 2026-01-31.")
         if verdict and verdict not in CHOICES:
-            complaints.append("There is no such verdict.")
+            complaints.append("This verdict does not exist.")
             verdict = ""
         # A day more than now: clocks of workers and database differ.
         end = _midnight(dates["until"], 1) if dates["until"] else datetime.now(UTC) + timedelta(days=1)

@@ -96,13 +96,13 @@ def _sentence(task: Task, counts: Mapping[str, Any], resume_at: Any) -> str:
     if task.outcome not in LIVE:
         return f"The task has ended: {texts.label(task.outcome)}."
     if resume_at:
-        return f"Waits for the hours of the PACS, and goes on at {texts.moment(resume_at)} UTC."
+        return f"Waiting for the hours of the PACS; resumes at {texts.moment(resume_at)} UTC."
     if task.state == "deferred":
         return "Waits."
     if task.state not in ("running", "restarting"):
-        return "Waits for its turn."
+        return "Waiting to be scheduled."
     if not counts.get("total"):
-        return "Runs. Numbers follow after a few seconds."
+        return "Running. The first numbers appear after a few seconds."
     parts = [f"{texts.number(counts.get('done', 0))} of {texts.number(counts['total'])} instances"]
     if counts.get("failed"):
         parts.append(f"{texts.number(counts['failed'])} failed")

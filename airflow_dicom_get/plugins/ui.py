@@ -29,7 +29,10 @@ class DicomPlugin(AirflowPlugin):
         try:
             from airflow_dicom_get.plugins.web import app
         except Exception:
-            log.warning("There is no page of DICOM retrievals: it does not fit this Airflow.", exc_info=True)
+            log.warning(
+                "The page of DICOM retrievals is not available: it does not support this version of Airflow.",
+                exc_info=True,
+            )
             return None
         return app
 

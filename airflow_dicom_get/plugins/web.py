@@ -72,8 +72,8 @@ async def _add_headers(request: Request, call_next: Callable[[Request], Awaitabl
 
 _REFUSALS = {
     401: "You are not signed in, or your session has ended. Reload this page to sign in.",
-    403: "You may not see this. An administrator of this Airflow can give you the right.",
-    404: "There is no such page.",
+    403: "You do not have permission to see this. Ask an administrator of this Airflow.",
+    404: "This page does not exist.",
 }
 
 

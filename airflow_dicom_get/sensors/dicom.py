@@ -32,14 +32,14 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     A study has settled once its number of instances has been the same for ``settled_for``. All studies are asked for
     together; the first time by the worker, then by the triggerer.
 
-    :param study: Study Instance UID, Item, or a list of either: all of them are to be there (templated)
-    :param query: DICOM keywords or tags, and values: at least one study is to match, and all that do are to have
+    :param study: Study Instance UID, Item, or a list of either: all of them must be there (templated)
+    :param query: DICOM keywords or tags, and values: at least one study must match, and all that match must have
         settled (templated)
-    :param settled_for: how long the number of instances has to stay the same
-    :param min_instances: how many instances each study has to have
+    :param settled_for: how long the number of instances must not change
+    :param min_instances: how many instances each study must have
     :param deferrable: wait in the triggerer rather than in a worker slot; Airflow's ``[operators]
         default_deferrable`` by default
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     """
 
@@ -107,7 +107,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
             except DicomGetError as error:
                 if not error.transient or self._killed:
                     raise
-                self.log.warning("The PACS could not be asked: %s", error)
+                self.log.warning("The PACS could not be queried: %s", error)
                 return PokeReturnValue(False)
         self._counts = found.counts
         self.log.info("%s.", found.text)
@@ -127,18 +127,18 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         if not isinstance(least, int) or isinstance(least, bool) or least < 1:
             raise invalid("min_instances", f"{shown(least)} is not allowed", "Give a whole number of at least 1.")
         if self.reschedule and settled:
-            hint = "Give deferrable=True, which frees the worker slot too; or settled_for=timedelta(0)."
+            hint = "Set deferrable=True, which frees the worker slot as well, or settled_for=timedelta(0)."
             raise invalid("mode", "reschedule forgets in between what was counted before", hint)
         study, query = self.given("study"), self.given("query")
         if (study is None) == (query is None):
             what = "both are given" if study is not None else "neither is given"
-            raise invalid("study, query", what, "Give one of the two. Did a template render to nothing?")
+            raise invalid("study, query", what, "Give one of the two. A template may have rendered to nothing.")
         if study is not None:
             queries = study_queries(study)
         elif isinstance(query, Mapping) and query:
             queries = [dict(query)]
         else:
-            raise invalid("query", "is no mapping of keys to values", 'Give {"PatientID": "…"}, for example.')
+            raise invalid("query", "is not a mapping of keys to values", 'For example, give {"PatientID": "…"}.')
         queries = [self._frozen(one) for one in queries]
         named = [] if study is None else [uid for one in queries for uid in one["StudyInstanceUID"]]
         if study is not None and not named:

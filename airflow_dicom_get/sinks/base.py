@@ -27,7 +27,7 @@ class Taken(NamedTuple):
 
 
 class Confirmation(NamedTuple):
-    """An instance is now kept for good, or (``error``) could not be.
+    """An instance is now durable, or (``error``) could not be.
 
     It was taken before, or its :meth:`Writer.take` raised :class:`~airflow_dicom_get.errors.ForwardLate`.
     """
@@ -57,7 +57,7 @@ class Held:
 
 
 class Writer(Protocol):
-    """Takes the data set of one instance as it comes."""
+    """Takes the data set of one instance as it arrives."""
 
     def write(self, view: memoryview) -> None:
         """Take the next bytes; the view is void afterwards.

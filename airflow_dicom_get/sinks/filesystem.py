@@ -52,9 +52,9 @@ def sink_error(error: OSError, what: str) -> SinkError:
     text = f"{what}: {error.strerror or error}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DestinationFull(
-            text, hint="Make room and run again: what is held is not fetched again.", errno=error.errno
+            text, hint="Free space and run again: what is held is not fetched again.", errno=error.errno
         )
-    return SinkError(text, hint="Check the destination's permissions and mount.", errno=error.errno)
+    return SinkError(text, hint="Check permissions and mount of the destination.", errno=error.errno)
 
 
 class FilesystemSink:
@@ -204,7 +204,7 @@ class FilesystemSink:
             folder = study.series(instance.series)
             return _FileWriter(self, study, folder, instance)
         except OSError as error:
-            raise sink_error(error, f"The destination cannot begin instance {instance.sop}") from error
+            raise sink_error(error, f"The destination cannot create a file for instance {instance.sop}") from error
 
     def _study(self, uid: str) -> _Study:
         with self._mutex:
@@ -213,7 +213,7 @@ class FilesystemSink:
                 try:
                     study = self._studies[uid] = _Study(self.root / uid, self.ledgers, uid, self.run)
                 except OSError as error:
-                    raise sink_error(error, f"The destination cannot begin study {uid}") from error
+                    raise sink_error(error, f"The destination cannot create a folder for study {uid}") from error
             return study
 
     def taken(self, pending: _Pending) -> None:
@@ -246,7 +246,7 @@ class FilesystemSink:
                     batch.append(item)
             try:
                 results = self._synced(batch)
-            except Exception as error:  # whatever it is: who waits for these must not wait for ever
+            except Exception as error:  # whatever it is: who waits for these must not wait forever
                 log.exception("syncing failed")
                 results = [Confirmation(item.instance, f"sync: unexpected {type(error).__name__}") for item in batch]
             with self._room:
@@ -415,7 +415,7 @@ class _FileWriter:
             else:
                 self._write_all(os.write(self._fd, view), view)
         except OSError as error:
-            raise sink_error(error, f"The destination cannot take instance {self._instance.sop}") from error
+            raise sink_error(error, f"The destination cannot store instance {self._instance.sop}") from error
         self._size += len(view)
         if self._follower is not None:
             self._follower.grown(self._size)
@@ -446,7 +446,7 @@ class _FileWriter:
             return self._place()
         except OSError as error:
             self.abort()
-            failure = sink_error(error, f"The destination cannot take instance {instance.sop}")
+            failure = sink_error(error, f"The destination cannot store instance {instance.sop}")
             full = isinstance(failure, DestinationFull)
             return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
 
@@ -490,7 +490,7 @@ class _FileWriter:
         return Taken(
             s.DUPLICATE_OTHER_CONTENT,
             "different_content",
-            "Another data set is stored under this UID; it was left as it is.",
+            "A different data set is already stored under this UID; it was kept.",
         )
 
     def _drop(self) -> None:

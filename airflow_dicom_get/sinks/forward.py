@@ -29,6 +29,7 @@ from airflow_dicom_get.errors import (
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.peer import Peer
+from airflow_dicom_get.net.retries import no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
@@ -51,7 +52,7 @@ class _Line:
         self.contexts = {proposal: number for number, proposal in association.accepted.contexts.items()}
 
     def hung_up(self) -> bool:
-        """Whether the destination has ended it while nothing was asked: whatever came is no response."""
+        """Whether the destination has ended it while nothing was asked: whatever came is not a response."""
         return self.association.wait_for_data(0.0)
 
 
@@ -79,6 +80,8 @@ class ForwardSink:
         The run's; a hard cancel ends waits here too.
     classes : collection of str
         SOP classes to come, as far as known: proposed in the syntaxes seen with each new association.
+    forwarding : bool
+        Whether a source sends the instances, and not ``store``; for the texts of errors.
     """
 
     def __init__(
@@ -90,8 +93,10 @@ class ForwardSink:
         *,
         cancel: CancelToken,
         classes: Collection[str] = (),
+        forwarding: bool = True,
     ) -> None:
         self.target, self.options, self.cancel = target, options, cancel
+        self._forwarding = forwarding
         self.deadlines = deadlines = options.deadlines
         self.name = str(target)
         self._quick = replace(
@@ -106,6 +111,8 @@ class ForwardSink:
         self._ledger_store, self._run = ledgers, run
         self.opened = 0
         """Associations for storage so far."""
+        self._answered = False
+        """Whether the destination has answered anything yet."""
         self._stopped = False
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
@@ -155,11 +162,12 @@ class ForwardSink:
             association = self.target.open(FIND_PROPOSALS, self.cancel)
             series = None if self.options.trust_destination else {x.series for x in held.values()}
             listed = ask(association, {study: series})[study]
+            self._answered = True
         except PeerError as error:
-            log.info("what %s holds cannot be asked for; our records stand alone: %s", self.name, error.message)
+            log.info("%s cannot be asked what it holds, so our own records decide: %s", self.name, error.message)
             return
         for uid in [uid for uid, x in held.items() if listed.get(uid) != x.series]:
-            log.info("%s does not list an instance any more that was stored there", self.name)
+            log.info("%s no longer lists an instance that was stored there", self.name)
             del held[uid]
         if self.options.trust_destination:
             for uid, where in listed.items():
@@ -177,7 +185,11 @@ class ForwardSink:
         assert instance.sop_class is not None
         assert instance.syntax is not None
         if self._stopped:
-            return _Draining(Taken(s.OUT_OF_RESOURCES, "strict_forward", "An instance before it was not taken."))
+            return _Draining(
+                Taken(
+                    s.OUT_OF_RESOURCES, "strict_forward", "An earlier instance was refused, and strict_forward is set."
+                )
+            )
         known = self._sent.get(instance.study, {}).get(instance.sop)
         if known is not None:
             return _Comparing(self, instance, *known)
@@ -186,7 +198,7 @@ class ForwardSink:
         except OSError as error:
             raise SinkError(
                 f"The ledger of forwards cannot be written: {error.strerror or error}.",
-                hint="Give another manifest_root (--state), or make room there.",
+                hint="Give another manifest_root, or free space there.",
             ) from error
         pair = Proposal(instance.sop_class, instance.syntax)
         line = self._line(pair)
@@ -204,7 +216,8 @@ class ForwardSink:
             return ledger
 
     def _no_context(self, instance: Instance, pair: Proposal) -> Taken:
-        text = f"The destination accepted no context for SOP class {pair.abstract_syntax} in {pair.transfer_syntax}."
+        pair_text = f"SOP class {pair.abstract_syntax} in {pair.transfer_syntax}"
+        text = f"The destination accepted no presentation context for {pair_text}."
         return self._refusal(instance, s.CLASS_NOT_SUPPORTED, "destination_refused", text)
 
     def _refusal(self, instance: Instance, status: int, reason: str, text: str) -> Taken:
@@ -269,9 +282,14 @@ class ForwardSink:
 
     def lost(self, error: PeerError, *, may_pass: bool = True, unreachable: bool = False) -> ForwardLost:
         """An error of the destination's association, as the one that ends the source's."""
-        facts = {name: error.facts[name] for name in ("result", "source", "reason") if name in error.facts}
+        facts: dict[str, Any] = {
+            name: error.facts[name] for name in ("result", "source", "reason") if name in error.facts
+        }
+        worth = no_contact(error, reached=self.opened > 0 or self._answered, answered=self._answered)
+        if worth is not None:
+            facts["retries"] = worth
         return ForwardLost(
-            f"Forwarding failed: {error.message}",
+            f"{'Forwarding' if self._forwarding else 'Storing'} failed. {error.message}",
             hint=error.hint,
             node=self.name,
             may_pass=may_pass,
@@ -284,6 +302,7 @@ class ForwardSink:
     def answered(self, line: _Line, instance: Instance, response: StoreResponse) -> Taken:
         """What the destination's response means for the instance; the line is free again."""
         self._give_back(line)
+        self._answered = True
         status = response.status
         if response.comment:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
@@ -320,8 +339,9 @@ class ForwardSink:
             self._late += 1
         threading.Thread(target=self._wait_late, args=(line, instance), name="dicom-get-late", daemon=True).start()
         return ForwardLate(
-            f"{self.name} did not answer within the deadline 'sub_operation' ({self.deadlines.sub_operation:g} s).",
-            hint="The source was not answered late; what the destination still answers counts.",
+            f"{self.name} did not answer the C-STORE within {self.deadlines.sub_operation:g} s "
+            "(deadlines.sub_operation).",
+            hint="The association with the source was given up; if the node still confirms the instance, it counts.",
             node=self.name,
         )
 
@@ -344,7 +364,7 @@ class ForwardSink:
         limit = time.monotonic() + seconds
         while not line.channel.wait_for_response(min(limit, time.monotonic() + 0.2)):
             if self.cancel.reason is not None:
-                raise Cancelled(f"Cancelled before {self.name} had answered.")
+                raise Cancelled(f"Cancelled before {self.name} answered.")
             if time.monotonic() >= limit:
                 raise SinkError(f"{self.name} did not answer within another {seconds:g} s.")
         response = line.channel.response(time.monotonic() + self.deadlines.idle)
@@ -403,7 +423,7 @@ class _ForwardWriter:
         self._hash = digest
         self._size = 0
         self._seen = time.monotonic()
-        """When the source's latest bytes were at hand."""
+        """When the latest bytes of the source arrived."""
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
@@ -492,7 +512,7 @@ class _Comparing:
             return Taken(
                 s.DUPLICATE_OTHER_CONTENT,
                 "different_content",
-                "Another data set was forwarded under this UID; it was left as it is.",
+                "A different data set was already forwarded under this UID; it was kept.",
             )
         instance.bytes = self._size
         instance.sha256, instance.dataset_offset, instance.uri = self._digest, 0, None

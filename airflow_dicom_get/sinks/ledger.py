@@ -68,7 +68,7 @@ def taken_line(instance: Instance) -> str:
 
 
 def durable_line(uid: str, etag: str | None = None) -> str:
-    """The line that says that an instance is kept for good."""
+    """The record that says that an instance is durable."""
     return json.dumps({"state": "durable", "uid": uid} | ({"etag": etag} if etag else {})) + "\n"
 
 
@@ -84,7 +84,7 @@ class Ledger(Protocol):
         """Record that the whole instance is there, before it gets its final name."""
 
     def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
-        """Record that these are kept for good; ``etag`` is the store's own mark of the content."""
+        """Record that these are durable; ``etag`` is the store's own mark of the content."""
 
     def dropped(self, uid: str) -> None:
         """Take back a ``taken``: the object did not get its final name."""
@@ -229,8 +229,8 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Re
                         records.pop(uid, None)
             except (KeyError, OverflowError, TypeError, ValueError):
                 raise LedgerError(
-                    f"The ledger {path} holds a record that cannot be read.",
-                    hint="It was left as it is. Move it away to have its instances fetched again.",
+                    f"The ledger {path} contains an unreadable record.",
+                    hint="It was not changed. Move it away to fetch its instances again.",
                     study=study,
                     path=path,
                 ) from None
@@ -275,8 +275,8 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
                 raise ValueError
         except (RecursionError, ValueError):
             raise LedgerError(
-                f"The ledger {path} is broken in line {number}.",
-                hint="It was left as it is. Move it away to have its instances fetched again.",
+                f"The ledger {path} is damaged in line {number}.",
+                hint="It was not changed. Move it away to fetch its instances again.",
                 study=study,
                 path=path,
             ) from None

@@ -28,7 +28,7 @@ def hold(path: Path) -> int:
         except FileNotFoundError:
             pass
         except OSError:
-            log.info("%s: no file locks here; leftovers of other runs are kept for a day", path.parent)
+            log.info("%s: no file locks on this file system; leftovers of other runs are kept for a day", path.parent)
             return lock
         os.close(lock)
 

@@ -25,7 +25,7 @@ _OURS = frozenset({"_manifests", ".ledger"})
 
 
 class UnusableError(Exception):
-    """An object is no DICOM instance that could be stored; the text says why."""
+    """An object is not a DICOM instance that could be stored; the text says why."""
 
 
 class UnreadableError(Exception):
@@ -54,7 +54,7 @@ class StoredObject:
                 return self.path.stat().st_size
             return int(self.bucket.call("head_object", self.key)["ContentLength"])
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MissingError("it is not there") from error
+            raise MissingError("it does not exist") from error
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
@@ -115,7 +115,7 @@ def open_object(item: StoredObject) -> Opened:
     elif row is not None and row.dataset_offset == 0 and row.syntax and row.sop_class:
         offset, syntax, sop_class = 0, row.syntax, row.sop_class
     else:
-        raise UnusableError("is no DICOM file with file meta information")
+        raise UnusableError("is not a DICOM file with file meta information")
     scan = h.HeaderScan(syntax, frozenset(_WANTED), max(_WANTED))
     try:
         piece: bytes | memoryview = start[offset:]
@@ -126,7 +126,7 @@ def open_object(item: StoredObject) -> Opened:
                 piece = bytes(nxt)
                 head.append(piece)
     except h.HeaderError as error:
-        raise UnusableError(f"is no instance that can be stored: {error}") from None
+        raise UnusableError(f"is not an instance that can be stored: {error}") from None
     values = scan.values
     study, series, sop = (
         uid_value(values[tag]) for tag in (h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID)
@@ -134,7 +134,7 @@ def open_object(item: StoredObject) -> Opened:
     # Where file meta information and data set disagree, it is the data set that is stored.
     sop_class = uid_value(values.get(h.SOP_CLASS_UID, b"")) or sop_class
     if study is None or series is None or sop is None or not is_uid(sop_class):
-        raise UnusableError("holds a UID that is none")
+        raise UnusableError("contains an invalid UID")
     instance = Instance(study, series, sop, sop_class)
     instance.syntax = syntax
     instance.modality = text_value(values.get(h.MODALITY))
@@ -180,7 +180,9 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
                 if not _OURS.intersection(item.key.split("/")) and not item.key.rpartition("/")[2].startswith(".")
             ]
         else:
-            raise invalid("source", f"{shown_path(source)} is no place of files", "Give paths or s3://bucket/prefix.")
+            raise invalid(
+                "source", f"{shown_path(source)} is not a path or an s3:// address", "Give paths or s3://bucket/prefix."
+            )
     return found
 
 
@@ -226,7 +228,7 @@ def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Insta
     Raises
     ------
     ManifestError
-        It is no address of an object.
+        It is not the address of an object.
     """
     place = parse_destination(uri, "uri")
     if isinstance(place, FilesystemDestination):
@@ -236,7 +238,9 @@ def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Insta
 
         bucket = buckets.setdefault(place.bucket, Bucket(place.bucket, s3))
         return StoredObject(uri, bucket=bucket, key=place.prefix, row=row)
-    raise ManifestError(f"{shown_path(uri)} is no address of an object.", hint="Was the manifest written by us?")
+    raise ManifestError(
+        f"{shown_path(uri)} is not the address of an object.", hint="Check that airflow-dicom-get wrote the manifest."
+    )
 
 
 _COLUMNS: Mapping[str, str] = {
@@ -258,7 +262,9 @@ def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
     rows: list[Instance] = []
     for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         if not (isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)):
-            raise ManifestError("A row of the manifest has no UIDs.", hint="Was it written by this program?")
+            raise ManifestError(
+                "A row of the manifest has no UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
+            )
         row = Instance(study, series, sop)
         for attribute, value in zip(_COLUMNS, values, strict=True):
             setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)

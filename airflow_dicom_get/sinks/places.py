@@ -99,7 +99,7 @@ def open_places(options: GetOptions) -> Places:
     if isinstance(destination, ForwardDestination):
         return Places(ForwardPlace(destination, options), root_for(options))
     raise InvalidOption(
-        "destination: is missing.",
+        "destination is missing.",
         hint="Give destination: a folder, s3://bucket/prefix or dicom://[AE@]host:port.",
         option="destination",
     )
@@ -132,13 +132,13 @@ class FolderPlace:
         if not at.is_dir():
             raise InvalidOption(
                 f"destination: {at} is a file.",
-                hint="Give a folder, or a path where one can be made.",
+                hint="Give a folder, or a path where one can be created.",
                 option="destination",
             )
         if not os.access(at, os.W_OK | os.X_OK):
             raise InvalidOption(
-                f"destination: {at} is not writable for us.",
-                hint="Give us the right, or another folder.",
+                f"destination: {at} is not writable.",
+                hint="Change its permissions, or give another folder.",
                 option="destination",
             )
         self.path = path.absolute()
@@ -163,8 +163,8 @@ class FolderPlace:
         if free.f_bavail * free.f_frsize < _RESERVE:
             raise DestinationFull(
                 f"The destination {self.path} has {free.f_bavail * free.f_frsize >> 20} MiB free; "
-                f"{_RESERVE >> 20} MiB are the least to begin with.",
-                hint="Make room and run again.",
+                f"at least {_RESERVE >> 20} MiB are needed to begin.",
+                hint="Free space and run again.",
             )
 
     def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _MOST_PARTS = 10_000
 _STALE = timedelta(hours=24)
-_OTHER = "Another data set is stored under this UID; it was left as it is."
+_OTHER = "A different data set is already stored under this UID; it was kept."
 
 
 class S3Sink:
@@ -130,7 +130,7 @@ class S3Sink:
                 try:
                     ledger = self.ledgers.open(uid, self.run)
                 except OSError as error:
-                    raise SinkError(f"The ledger of study {uid} cannot be begun: {error.strerror}.") from error
+                    raise SinkError(f"The ledger of study {uid} cannot be created: {error.strerror}.") from error
                 study = _Study(ledger, self._list(uid) if listing is None else listing)
                 self._studies[uid] = study
                 self.uploads.submit(lambda: self._abort_stale(f"{self.prefix}{uid}/"))
@@ -366,7 +366,9 @@ class _Parts:
     def add(self, body: bytearray) -> None:
         """Send the next part. Raises :class:`SinkError` where an earlier one failed."""
         if len(self._parts) >= _MOST_PARTS:
-            raise SinkError(f"The instance is larger than {_MOST_PARTS} parts of {PART_SIZE >> 20} MiB, S3's bound.")
+            raise SinkError(
+                f"The instance is larger than {_MOST_PARTS} parts of {PART_SIZE >> 20} MiB, the limit of S3."
+            )
         for part in self._parts[-2:]:
             if part.done():
                 part.result()
@@ -418,7 +420,7 @@ class _Parts:
             self._sink.bucket.call("abort_multipart_upload", self._key, UploadId=self._begun.result())
         except S3Error as error:
             if error.facts.get("status") != 404:
-                log.warning("a multipart upload stays behind, and is aborted by a run after a day: %s", error)
+                log.warning("a multipart upload was left behind; a run after a day will abort it: %s", error)
 
 
 class _ObjectWriter:

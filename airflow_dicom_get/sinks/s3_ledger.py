@@ -134,4 +134,4 @@ class BucketLedger:
         try:
             self.sync()
         except OSError as error:
-            log.warning("the ledger %s lacks its last records: %s", self._name, error.strerror)
+            log.warning("the last records of the ledger %s could not be written: %s", self._name, error.strerror)

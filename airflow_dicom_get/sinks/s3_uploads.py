@@ -87,8 +87,8 @@ class Uploads:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise SinkError(
-                        f"The bucket has been taking nothing for {self._patience:g} s, and what waits is at its bound.",
-                        hint="Check the service and the line to it; what is missing is asked for again.",
+                        f"The bucket has accepted nothing for {self._patience:g} s, and the upload buffer is full.",
+                        hint="Check the service and the network; missing instances are requested again.",
                     )
                 self._room.wait(min(left, LOOK))
 
@@ -115,7 +115,7 @@ class Uploads:
     def persist(self, request: Callable[[], T]) -> T:
         """Make a request, again and again through an outage.
 
-        A failure that nothing outlasts, while nothing else was stored either, loses the service for good.
+        A failure that nothing outlasts, while nothing else was stored either, gives the service up.
         """
         began = time.monotonic()
         pause, until = 0.5, None

@@ -22,10 +22,10 @@ _CHUNK = 1 << 20
 _CREDENTIALS = "Check the credentials: the access key, the secret key, and the session token if there is one."
 _CLOCK = "Check the clock of this machine."
 _REGION = "Check the region{expected}, and the endpoint."
-_LINE = "The body changed on its way: check the line, and what stands between here and the service."
+_LINE = "The body changed in transit: check the network, and any proxy in between."
 _POLICY = "Check the policy of bucket and user: PutObject, GetObject, ListBucket and AbortMultipartUpload are needed."
-_BUCKET = "Check the bucket's name, the endpoint and the region; the bucket is not made for you."
-_ENDPOINT = "Check the endpoint, the network, and that the service runs."
+_BUCKET = "Check the bucket's name, the endpoint and the region; the bucket is not created automatically."
+_ENDPOINT = "Check the endpoint, the network, and that the service is running."
 _HINTS = {
     "NoSuchBucket": _BUCKET,
     "InvalidBucketName": _BUCKET,
@@ -34,34 +34,36 @@ _HINTS = {
     "Forbidden": f"{_CREDENTIALS} {_POLICY}",
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": f"{_CREDENTIALS} {_CLOCK}",
-    "ExpiredToken": "The credentials have expired: get new ones.",
-    "ExpiredTokenException": "The credentials have expired: get new ones.",
+    "ExpiredToken": "The credentials have expired: obtain new ones.",
+    "ExpiredTokenException": "The credentials have expired: obtain new ones.",
     "InvalidToken": _CREDENTIALS,
     "InvalidTokenId": _CREDENTIALS,
-    "TokenRefreshRequired": "The credentials have expired: get new ones.",
+    "TokenRefreshRequired": "The credentials have expired: obtain new ones.",
     "RequestTimeTooSkewed": _CLOCK,
     "RequestExpired": _CLOCK,
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
-    "NotImplemented": "The service does not know one of sse, kms_key_id and storage_class: leave it out.",
-    "InvalidStorageClass": "The service does not know this storage_class: leave it out.",
+    "NotImplemented": "The service does not support one of sse, kms_key_id and storage_class: omit it.",
+    "InvalidStorageClass": "The service does not support this storage_class: omit it.",
     "InvalidEncryptionAlgorithmError": "Check sse.",
-    "NoCredentialsError": "Give access_key and secret_key or a profile, or set the usual AWS variables.",
+    "NoCredentialsError": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give s3_config.profile.",
     "PartialCredentialsError": _CREDENTIALS,
     "CredentialRetrievalError": _CREDENTIALS,
     "UnauthorizedSSOTokenError": "Log in again: the session of the profile has expired.",
     "SSOTokenLoadError": "Log in again: the session of the profile has expired.",
-    "ProfileNotFound": "Check the profile's name, and the files of the AWS configuration.",
+    "ProfileNotFound": "Check the name of the profile, and the AWS configuration files.",
     "ParamValidationError": "Check bucket, prefix and options.",
     "ValueError": _ENDPOINT,
     "BadDigest": _LINE,
     "XAmzContentSHA256Mismatch": _LINE,
     "XAmzContentChecksumMismatch": _LINE,
     "SSLError": "Check the scheme of the endpoint (https or http) and its certificate; "
-    "ca_bundle names the authorities to trust.",
+    "ca_bundle names the certificate authorities to trust.",
     "InvalidRegionError": _REGION,
 }
+_WORDS = {"NoCredentialsError": "no credentials were found"}
+"""Names of boto3's exceptions that say too little."""
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _PASSING_CODES = frozenset(code for code, hint in _HINTS.items() if hint is _LINE)
 """Answered with 400, and another try may do better."""
@@ -213,7 +215,8 @@ class Bucket:
         )
         where = f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
         return S3Error(
-            f"S3 {operation} on {where} failed: {peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
+            f"S3 {operation} on {where} failed: "
+            f"{_WORDS.get(code) or peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
             hint=hint,
             bucket=self.name,
             key=key,

@@ -285,7 +285,7 @@ class EmbeddedPacs:
 def serve(folder: str | Path, host: str, port: int, ae_title: str) -> None:
     """Serve a folder until SIGINT or SIGTERM. Says on stdout, in one line, when and where it is ready."""
     if not Path(folder).is_dir():
-        raise InvalidOption(f"--dir: {str(folder)!r} is not a folder.", hint="Name an existing one.", option="--dir")
+        raise InvalidOption(f"--dir: {str(folder)!r} is not a folder.", hint="Name an existing folder.", option="--dir")
     with (
         told_to_end() as wait,
         EmbeddedPacs(folder, host=host, port=port, ae_title=ae_title, max_associations=50) as pacs,
@@ -657,7 +657,7 @@ class _Retrieval:
             while left:
                 chunk = file.read(min(size, left))
                 if not chunk:
-                    raise OSError(f"{entry.path} has become shorter")
+                    raise OSError(f"{entry.path} was truncated")
                 left -= len(chunk)
                 yield chunk
 

@@ -33,7 +33,7 @@ def ask(
     """Ask the PACS of a connection once: what the sensor does in a worker, and the trigger in a thread.
 
     :param before: the counts of the last time
-    :param query_model: the connection's by default
+    :param query_model: by default that of the connection
     :param on_scu: takes the client before it is used, to cancel it by
     """
     scu = hook.get_scu(seconds=ASK_SECONDS)
@@ -53,13 +53,13 @@ class DicomStudyTrigger(BaseTrigger):
     for it. Where a PACS is down or busy the trigger goes on asking; the time-out of the sensor ends that.
 
     A triggerer that is restarted takes the trigger up again with what it was made with: what it saw since is then
-    forgotten, and studies have to settle anew.
+    forgotten, and studies have to settle again.
 
     :param awaited: the fields of what is waited for
     :param counts: what the sensor has seen already
     :param poke_interval: seconds between two times
     :param dicom_conn_id: the ``dicom`` connection to the PACS
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; the connection's by default
+    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DicomStudyTrigger(BaseTrigger):
                 if not error.transient:
                     yield TriggerEvent({"error": str(error)})
                     return
-                self.log.warning("The PACS could not be asked: %s", error)
+                self.log.warning("The PACS could not be queried: %s", error)
                 continue
             except TimeoutError:
                 self.log.warning("The PACS did not answer within %d s.", ASK_SECONDS + GRACE_SECONDS)
@@ -131,7 +131,7 @@ class DicomStudyTrigger(BaseTrigger):
 
     def _cancel(self) -> None:
         if self._scu is not None:
-            self._scu.cancel("nobody waits for the answer any more")
+            self._scu.cancel("the trigger no longer waits for the answer")
 
     async def cleanup(self) -> None:
         """End what is under way: the triggerer lets go of the trigger."""

@@ -66,7 +66,7 @@ def test_a_bucket_that_is_missing_is_named_and_not_tried_again(run_dag, load, pa
     assert run.state == "failed"
     assert (run.task("get", 0).state, run.task("get", 0).try_number) == ("failed", 1)
     errors = [line for line in run.log.splitlines() if line.startswith("airflow.sdk.exceptions.AirflowFailException")]
-    assert "Check the bucket's name, the endpoint and the region; the bucket is not made for you." in errors[0]
+    assert "Check the bucket's name, the endpoint and the region; the bucket is not created automatically." in errors[0]
     assert "on s3://nosuchbucket/studies/_manifests/ failed: NoSuchBucket (HTTP 404)" in run.log
 
 
@@ -77,7 +77,7 @@ def test_without_the_connection_of_the_bucket_the_log_says_how_to_make_it(run_da
     assert run.state == "failed"
     assert (run.task("get", 0).state, run.task("get", 0).try_number) == ("failed", 1)
     assert "`dicom_s3_default` isn't defined" in run.log
-    assert "Make it under Admin, Connections, as type DICOM storage (S3)." in run.log
+    assert "Create it under Admin, Connections, as type DICOM storage (S3)." in run.log
 
 
 def test_without_the_connection_of_the_pacs_the_log_says_how_to_make_it(run_dag, load, params, monkeypatch):
@@ -85,7 +85,7 @@ def test_without_the_connection_of_the_pacs_the_log_says_how_to_make_it(run_dag,
     run = run_dag(load("retrieve_studies"), run_conf=params("retrieve_studies"))
     assert run.state == "failed"
     assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
-    assert "Make it under Admin, Connections, as type DICOM (PACS)." in run.log
+    assert "Create it under Admin, Connections, as type DICOM (PACS)." in run.log
 
 
 @pytest.mark.parametrize("name", ["retrieve_then_forward", "relay_pacs_to_pacs"])

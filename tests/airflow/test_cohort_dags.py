@@ -48,9 +48,12 @@ def test_two_labels_of_a_list_of_uids(run_dag, load_dag, cohort, archive):
 
 
 BAD = {
-    "no UID": ("Cohort,StudyInstanceUID\na,{many}\nb,1.2.x\n", "line 3, column StudyInstanceUID: '1.2.x' is no UID."),
-    "no label": ("Cohort,StudyInstanceUID\na,{many}\n,{private}\n", "line 3, column Cohort: is empty."),
-    "no column": ("Arm,StudyInstanceUID\na,{many}\n", "has no column Cohort. Name it in the first line of the file."),
+    "no UID": (
+        "Cohort,StudyInstanceUID\na,{many}\nb,1.2.x\n",
+        "line 3, column StudyInstanceUID: '1.2.x' is not a valid UID.",
+    ),
+    "no label": ("Cohort,StudyInstanceUID\na,{many}\n,{private}\n", "line 3, column Cohort is empty."),
+    "no column": ("Arm,StudyInstanceUID\na,{many}\n", "has no column Cohort. Name it in the header line of the file."),
     "nothing": ("Cohort,StudyInstanceUID\n", "lists no studies. Fill the column StudyInstanceUID."),
 }
 

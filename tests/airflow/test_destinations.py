@@ -211,7 +211,7 @@ def test_the_limits_of_both_nodes_hold(monkeypatch, tmp_path):
     assert hook.options(destination="dicom://archive", associations=2).bytes_per_second == 2_000_000
     with pytest.raises(InvalidOption, match="max_associations of the connection archive, which is 2"):
         hook.options(destination="dicom://archive", associations=3)
-    with pytest.raises(InvalidOption, match="is the source itself"):
+    with pytest.raises(InvalidOption, match="is the source"):
         hook.options(destination="dicom://pacs")
     with pytest.raises(InvalidOption, match="strict_forward"):
         hook.options(destination=str(tmp_path), strict_forward=True)
@@ -372,10 +372,10 @@ BAD = {
     "of_a_bucket": ({"destination": "dicom://half"}, "is not dicom"),
     "half_a_pair": ({"destination": "s3://half@bucket/x"}, "password (secret key)"),
     "other_root": ({"destination": "s3://store@bucket/x", "manifest_root": "s3://other@bucket/m"}, "for both"),
-    "node_as_root": ({"destination": "/data", "manifest_root": "dicom://archive"}, "holds no manifests"),
+    "node_as_root": ({"destination": "/data", "manifest_root": "dicom://archive"}, "cannot hold manifests"),
     "meta": ({"destination": "dicom://archive", "store_with_file_meta": False}, "store_with_file_meta"),
     "strict": ({"destination": "s3://store@bucket/x", "strict_forward": True}, "strict_forward"),
-    "itself": ({"destination": "dicom://pacs"}, "the source itself"),
+    "itself": ({"destination": "dicom://pacs"}, "is the source"),
     "too_many": ({"destination": "dicom://archive", "associations": 2}, "of the connection archive"),
     "manifest": ({"study": None, "manifest": "s3://bucket/m.parquet", "destination": "/data"}, "names no connection"),
 }

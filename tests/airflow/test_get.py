@@ -390,6 +390,8 @@ def test_the_execution_timeout_leaves_a_verdict_and_a_manifest(run_dag, pacs, ar
     run = run_dag(dag)
     assert run.state == "success"
     assert (first["verdict"], first["reason"]) == ("partial", "deadline")
+    assert "The execution_timeout of the task (0:00:05) was about to end" in run.log
+    assert "raise deadlines" not in run.log
     assert first["manifest_rows"] == 60
     assert 5 < first["completed"] < 40
     assert run.xcom("get", "summary")["skipped"] == first["completed"]

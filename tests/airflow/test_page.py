@@ -435,8 +435,8 @@ def test_a_task_that_runs_is_shown_live(page, kept):
     assert told["progress"]["done"] == 40
     assert told["outcome"] == "running"
     assert progress(1)["text"].startswith("Runs.")
-    assert progress(2)["text"] == "Waits for the hours of the PACS, and goes on at 2026-01-02 22:00:00 UTC."
-    assert progress(3)["text"] == "Waits for its turn."
+    assert progress(2)["text"] == "Waiting for the hours of the PACS; resumes at 2026-01-02 22:00:00 UTC."
+    assert progress(3)["text"] == "Waiting to be scheduled."
     ended = progress(4)
     assert (ended["live"], ended["progress"]) == (False, None)
     assert progress(5)["progress"] is None
@@ -539,7 +539,7 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     text = "".join(csv_lines(table))
     assert text.count("\n") == 20_001
     assert ",'=1+1," in text
-    with pytest.raises(ManifestError, match="not in a folder"):
+    with pytest.raises(ManifestError, match="not in a local folder"):
         table_of({"kind": "dicom-manifest", "manifest_uri": "s3://bucket/m.parquet"}, None)
     differences = contents_of(pa.table({"sop_instance_uid": ["1.2"], "symbol": ["<"], "what": ["missing"]}))
     assert differences.differences_count == 1
@@ -576,7 +576,7 @@ def test_without_airflows_internals_there_is_no_page(monkeypatch, caplog):
     plugin = DicomPlugin()
     assert plugin.fastapi_apps == []
     assert plugin.external_views == []
-    assert "does not fit this Airflow" in caplog.text
+    assert "does not support this version of Airflow" in caplog.text
 
 
 def test_the_path_of_the_interface_is_kept(monkeypatch):

@@ -92,15 +92,15 @@ def test_whole_studies_are_one_query_and_parts_are_their_own():
 @pytest.mark.parametrize(
     ("study", "word"),
     [
-        ("", "rendered to nothing"),
-        ("None", "rendered to nothing"),
-        ("1.2.x", "no Study Instance UID"),
+        ("", "rendered to an empty string"),
+        ("None", "rendered to an empty string"),
+        ("1.2.x", "not a valid Study Instance UID"),
         ("['1.2', '1.3']", "render_template_as_native_obj"),
-        ("1.2*", "no Study Instance UID"),
+        ("1.2*", "not a valid Study Instance UID"),
         ({"label": "x"}, "without study_instance_uid"),
-        ({"study_instance_uid": "1.2", "series_instance_uids": []}, "no list of series"),
-        (["1.2", "bad"], "no Study Instance UID"),
-        (12, "no Study Instance UID"),
+        ({"study_instance_uid": "1.2", "series_instance_uids": []}, "an invalid list of series"),
+        (["1.2", "bad"], "not a valid Study Instance UID"),
+        (12, "not a valid Study Instance UID"),
     ],
 )
 def test_a_bad_study_is_named_before_anything_is_sent(study, word):

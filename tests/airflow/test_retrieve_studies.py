@@ -62,7 +62,7 @@ def test_a_failing_task_says_why_in_a_line_of_its_own(run_dag, dag, tmp_path, mo
     # Logged before it is raised, and so before the tracebacks that Airflow writes of what was raised.
     (said,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert said.startswith("No connection to PACS@127.0.0.1:")
-    assert said.endswith("Check host and port, and that the PACS is up.")
+    assert said.endswith("Check the host and the port, and that the node is running.")
     assert run.log.count("Traceback") == 2
 
 

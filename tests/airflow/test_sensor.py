@@ -114,7 +114,7 @@ def test_a_pacs_that_is_down_is_asked_again(run_dag, pacs, archive, deferrable):
     run = run_dag(dag)
     started.join()
     assert run.state == "success"
-    assert "could not be asked" in run.log
+    assert "could not be queried" in run.log
 
 
 BAD = {

@@ -111,9 +111,9 @@ def test_a_pacs_that_cannot_be_asked_is_tried_again(run_dag, pacs, archive, tmp_
 
 BAD = {
     "nothing": ({}, "none of them is given"),
-    "bad_study": ({"study": "1.2.x", "destination": "/data"}, "no Study Instance UID"),
-    "no_place": ({"study": "1.2.3"}, "destination: is missing"),
-    "relative": ({"study": "1.2.3", "destination": "data"}, "no absolute path"),
+    "bad_study": ({"study": "1.2.x", "destination": "/data"}, "not a valid Study Instance UID"),
+    "no_place": ({"study": "1.2.3"}, "destination is missing"),
+    "relative": ({"study": "1.2.3", "destination": "data"}, "not an absolute path"),
     "bucket": ({"study": "1.2.3", "destination": "s3://bucket/x"}, "names no connection"),
     "no_manifest": ({"manifest": "/nowhere/m.parquet"}, "cannot be read"),
     "no_node": ({"study": "1.2.3", "destination": "dicom://nowhere"}, "as type DICOM"),

@@ -23,7 +23,7 @@ FORM_ERRORS = {
         {"calling_ae_title": "AIRFLOW-OF-THE-HOSPITAL"},
         "calling_ae_title: the AE title 'AIRFLOW-OF-THE-HOSPITAL' has 23 characters",
     ),
-    "no-host": ({"login": "PACS"}, {}, "host: is missing"),
+    "no-host": ({"login": "PACS"}, {}, "host is missing"),
     # Airflow's own: it compares the port that it sends, 0, with the one that it stored, none.
     "no-port": ({"host": "127.0.0.1", "port": "", "login": "PACS"}, {}, "Bad Request"),
 }
@@ -33,7 +33,7 @@ S3_FORM_ERRORS = {
     "s3-closed-port": ({"port": "1"}, {}, "at http://127.0.0.1:1: S3 put_object"),
     "s3-wrong-key": ({"password": "not-the-secret"}, {}, "SignatureDoesNotMatch"),
     "s3-no-such-bucket": ({}, {"bucket": "nowhere"}, "NoSuchBucket"),
-    "s3-no-bucket": ({}, {"bucket": ""}, "bucket: is blank, so there is nothing to try"),
+    "s3-no-bucket": ({}, {"bucket": ""}, "bucket is blank, so there is nothing to test"),
     "s3-scheme-in-host": ({"host": "http://127.0.0.1"}, {}, "host: 'http://127.0.0.1' holds a scheme"),
     "s3-https": ({}, {"scheme": "https"}, "SSLError. Check the scheme of the endpoint"),
 }
@@ -166,7 +166,7 @@ def open_list(page: Any) -> Any:
 
 
 def patiently(page: Any, frame: Any, row: Any) -> None:
-    """Load the list anew until it has a row."""
+    """Reload the list until it has a row."""
     until = time.monotonic() + 60
     while not row.count():
         assert time.monotonic() < until

@@ -1,6 +1,6 @@
 """The approval of a DAG of the repository, given in Chromium as the person who is asked gives it.
 
-With SCREENSHOTS=docs/images the picture of the documentation is made anew.
+With SCREENSHOTS=docs/images the screenshot of the documentation is taken again.
 """
 
 from __future__ import annotations

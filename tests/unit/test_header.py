@@ -261,7 +261,7 @@ def test_a_deflate_bomb_is_not_unpacked_to_see_whether_it_is_whole() -> None:
     ("data", "text"),
     [
         (b"", "no \\(0008,0018\\), \\(0020,000D\\), \\(0020,000E\\)"),
-        (b"\0" * 128 + b"DICM", "does not belong into a data set|no known VR"),
+        (b"\0" * 128 + b"DICM", "does not belong in a data set|no known VR"),
         (element(0x00020010, b"1.2.3\0"), "\\(0002,0010\\) does not belong"),
         (dataset()[:20], "runs past the end"),
         (element(0x00080018, b"1.2", length=64), "runs past the end"),
@@ -309,7 +309,7 @@ def test_a_deflate_bomb_costs_no_more_than_the_limit() -> None:
 
 
 def test_small_pieces_do_not_make_it_slow() -> None:
-    """Each try begins anew, so tries must become rarer: else this would take minutes."""
+    """Each try starts from the beginning, so tries must become rarer: else this would take minutes."""
     data = dataset(early=b"".join(element(0x00081140 + n, bytes(30), vr=b"SH") for n in range(4000)))
     assert scan(EXPLICIT_LE, cut(data, [2])) == (UIDS, None)
 
@@ -319,7 +319,7 @@ def test_small_pieces_do_not_make_it_slow() -> None:
 
 @pytest.mark.parametrize("size", [1 << 20, 700, 1])
 def test_damage_behind_the_header_of_a_deflated_data_set(size: int) -> None:
-    """What is behind the header is never decoded: it is stored as it came, whatever the fragments were."""
+    """What is behind the header is never decoded: it is stored as received, whatever the fragments were."""
     good = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     data = good.compress(dataset(late=element(0x00280010, b"\0\1", vr=b"US"))) + good.flush(zlib.Z_FULL_FLUSH)
     # A block of the reserved type 3 (RFC 1951 3.2.3).
