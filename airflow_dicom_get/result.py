@@ -46,6 +46,14 @@ class StudyResult:
     plan_at: datetime | None = None
 
 
+COUNTS: tuple[str, ...] = tuple(
+    item.name for item in fields(StudyResult) if item.type == "int" and item.name != "bytes"
+)
+"""The numbers of instances of a study and of a result, which add up."""
+
+Kind = Literal["get", "store"]
+
+
 @dataclass(slots=True)
 class Result:
     """How a retrieval ended.
@@ -112,7 +120,7 @@ class Result:
     node: str | None = None
     destination: str | None = None
     studies: list[StudyResult] = field(default_factory=list)
-    kind: Literal["get", "store"] = field(default="get", repr=False)
+    kind: Kind = field(default="get", repr=False)
     transient: bool = field(default=False, repr=False)
     rows: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
     _manifest: DataFrame | None = field(default=None, init=False, repr=False, compare=False)
@@ -199,7 +207,7 @@ class Result:
         if self.skipped:
             parts.append(f"{self.skipped} were there before")
         for count, what in (
-            (self.failed, "not stored" if self.kind == "store" else "missing"),
+            (self.failed, "not stored" if self.kind == "store" else "not held"),
             (self.warning, "with a warning"),
             (self.conflicts, "in conflict"),
             (self.withdrawn, "withdrawn"),

@@ -146,7 +146,7 @@ class TestPrivateClass:
         """It ends the whole C-GET at the first instance without a context; the other eleven must still come."""
         ended = get(orthanc.node, private.study)
         assert_end(
-            ended, 3, "partial (class_refused)", "11 of 12 instances listed are held, 1 missing", "class_refused"
+            ended, 3, "partial (class_refused)", "11 of 12 instances listed are held, 1 not held", "class_refused"
         )
         self.check(ended, private, "class_refused")
 
@@ -154,7 +154,7 @@ class TestPrivateClass:
     def test_dcmqrscp_does_not_know_it(self, get: Get, dcmqrscp: Dcmqrscp, private: Holding) -> None:
         """It tells no SOP class, so that the class is refused is not known; that one is missing is."""
         ended = get(dcmqrscp.node, private.study)
-        text = "11 of 12 instances listed are held, 1 missing"
+        text = "11 of 12 instances listed are held, 1 not held"
         assert_end(ended, 3, "partial (sub_operation_failed)", text, "The source ended with A702H")
         self.check(ended, private, "sub_operation_failed")
 
@@ -174,7 +174,7 @@ def test_dcmqrscp_as_it_comes_takes_no_compressed_syntax(get: Get, dcmqrscp: Dcm
     """The rows, and what the user reads, say what was offered, that none was accepted, and what to change there."""
     ended = get(dcmqrscp.node, ct.study)
     text = "It accepted none of the compressed transfer syntaxes offered (MPEG2, "
-    assert_end(ended, 3, "partial (sub_operation_failed)", "26 of 40 instances listed are held, 14 missing", text)
+    assert_end(ended, 3, "partial (sub_operation_failed)", "26 of 40 instances listed are held, 14 not held", text)
     assert (
         "let the PACS accept that syntax from our AE title (dcmqrscp: an association profile, option -xf)"
         in " ".join(ended.notes)
@@ -193,14 +193,14 @@ class TestListedAndNotSent:
     def test_scripted(self, get: Get, peer: Any) -> None:
         pacs = peer("find_lists_more")
         ended = get(node_of(pacs), pacs.study_uid)
-        assert_end(ended, 3, "partial (not_sent)", "8 of 9 instances listed are held, 1 missing", "did not send it")
+        assert_end(ended, 3, "partial (not_sent)", "8 of 9 instances listed are held, 1 not held", "did not send it")
         (row,) = ended.not_held()
         assert (row["state"], row["reason"], row["uri"]) == ("missing", "not_sent", None)
 
     def test_embedded(self, get: Get, embedded: Any, ct: Holding) -> None:
         hidden = sorted(ct.entries)[7]
         ended = get(node_of(embedded(ct.folder, hide=[hidden])), ct.study)
-        assert_end(ended, 3, "partial (not_sent)", "39 of 40 instances listed are held, 1 missing", "did not send it")
+        assert_end(ended, 3, "partial (not_sent)", "39 of 40 instances listed are held, 1 not held", "did not send it")
         assert [row["sop_instance_uid"] for row in ended.not_held()] == [hidden]
 
     @pytest.mark.dcmtk
@@ -210,7 +210,7 @@ class TestListedAndNotSent:
             server.register(images)
             next(server.storage.glob(f"*{images[4].name}")).unlink()
             ended = get(server.node, private.study)
-        text = "9 of 10 instances listed are held, 1 missing"
+        text = "9 of 10 instances listed are held, 1 not held"
         assert_end(ended, 3, "partial (sub_operation_failed)", text, "The source ended with A702H")
 
     @pytest.mark.orthanc
@@ -227,7 +227,7 @@ class TestListedAndNotSent:
             ended,
             3,
             "partial (refused_by_source)",
-            "9 of 10 instances listed are held, 1 missing",
+            "9 of 10 instances listed are held, 1 not held",
             "refused_by_source: The source answered C000H",
         )
 
@@ -237,14 +237,14 @@ class TestNothingSent:
     def test_success_is_no_success(self, mode: str, get: Get, peer: Any) -> None:
         pacs = peer(mode)
         ended = get(node_of(pacs), pacs.study_uid)
-        text = "0 of 8 instances listed are held, 8 missing"
+        text = "0 of 8 instances listed are held, 8 not held"
         assert_end(ended, 1, "failed (not_sent)", text, "The source ended with 0000H (success) and did not send it")
         assert ended.states() == {"missing": 8}
 
     def test_of_half_of_it(self, get: Get, peer: Any) -> None:
         pacs = peer("success_partial")
         ended = get(node_of(pacs), pacs.study_uid)
-        assert_end(ended, 3, "partial (not_sent)", "4 of 8 instances listed are held, 4 missing", "4 × not_sent")
+        assert_end(ended, 3, "partial (not_sent)", "4 of 8 instances listed are held, 4 not held", "4 × not_sent")
 
 
 # --- no list, no study, no association -----------------------------------------------------------------------
@@ -338,7 +338,7 @@ class TestGetNotOffered:
 
     @staticmethod
     def check(ended: Ended, count: int, note: str) -> None:
-        text = f"0 of {count} instances listed are held, {count} missing"
+        text = f"0 of {count} instances listed are held, {count} not held"
         assert_end(ended, 1, "failed (refused_by_source)", text, note)
         assert ended.states() == {"missing": count}
         assert {row["reason"] for row in ended.rows} == {"refused_by_source"}

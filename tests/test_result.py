@@ -124,7 +124,7 @@ class TestRendering:
         assert whole.summary() == "complete: 9 of 9 instances listed are held, 2 were there before"
         part = Result("unverified", "no_list", total=9, completed=8, failed=1, warning=1, conflicts=1)
         assert part.summary() == (
-            "unverified (no_list): 8 of 9 instances sent are held, 1 missing, 1 with a warning, 1 in conflict"
+            "unverified (no_list): 8 of 9 instances sent are held, 1 not held, 1 with a warning, 1 in conflict"
         )
         assert Result("empty").summary() == "empty: the query matched nothing"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.engine.verdict import judge
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.records import Completed, Instance
-from airflow_dicom_get.result import Result, StudyResult
+from airflow_dicom_get.result import COUNTS, Kind, Result, StudyResult
 from airflow_dicom_get.vocabulary import (
     CANCELLED,
     COMPLETE,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 MOST_ERRORS = 10
 """Entries of ``Result.errors``."""
-_COUNTS = ("total", "completed", "skipped", "warning", "failed", "withdrawn", "unexpected", "conflicts")
 
 
 @dataclass(slots=True)
@@ -107,7 +106,7 @@ def assemble(
         expected=_sum_or_none(n.expected for n in numbers) if numbers else None,
         errors=_errors_of_get(end),
         transient=_may_pass(end),
-        **{name: sum(getattr(n, name) for n in numbers) for name in _COUNTS},
+        **{name: sum(getattr(n, name) for n in numbers) for name in COUNTS},
     )
     _clock(result, events)
     result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
@@ -181,6 +180,54 @@ def assemble_store(
         found.append(_entry("A file was not tried before the end.", "", untried))
     result.errors = [*found, *_row_errors(rows, said=True)][:MOST_ERRORS]
     return result
+
+
+def outside_hours(resume_at: datetime | None, kind: Kind = "get") -> Result:
+    """The result of a call that was not begun, since the hours of the node are over."""
+    result = Result(verdict=PARTIAL, kind=kind)
+    wait_for_window(result, resume_at)
+    return result
+
+
+def never_begun(kind: Kind = "get") -> Result:
+    """The result of a call that was cancelled before it began."""
+    return Result(verdict=CANCELLED, kind=kind)
+
+
+def assemble_comparison(
+    counts: Mapping[str, int],
+    *,
+    verdict: Verdict,
+    plan_at: datetime | None,
+    errors: Sequence[Mapping[str, Any]],
+    node: str | None,
+    destination: str | None,
+) -> Result:
+    """A comparison in the numbers of a retrieval: what is the same counts as held.
+
+    Parameters
+    ----------
+    counts : mapping
+        Instances by symbol: ``=`` the same, ``-`` not listed, and the differences.
+    verdict : str
+        See :func:`verdict_of_comparison`.
+    """
+    total, same = sum(counts.values()), counts.get("=", 0)
+    reasons = {COMPLETE: None, PARTIAL: "differences", UNVERIFIED: "not_compared"}
+    return Result(
+        verdict=verdict,
+        reason=reasons[verdict],
+        expected=total,
+        total=total,
+        completed=same,
+        failed=total - same,
+        withdrawn=counts.get("-", 0),
+        plan_at=plan_at,
+        evidence="list" if plan_at is not None else "none",
+        errors=[dict(error) for error in errors],
+        node=node,
+        destination=destination,
+    )
 
 
 def verdict_of_comparison(same: bool, differences: bool) -> Verdict:
@@ -269,6 +316,13 @@ def studies_not_found(result: Result, count: int) -> None:
     result.errors.append(_entry("An accession number matches no study at the PACS.", advice("not_found"), count))
 
 
+def stopped_by_timer(result: Result, resume_at: datetime | None) -> None:
+    """A call that was cancelled for the hours of the node, or the time of the task: it may go on."""
+    result.verdict, result.transient = PARTIAL if result.completed else FAILED, True
+    if result.reason == "window":
+        wait_for_window(result, resume_at)
+
+
 # --- merge ---------------------------------------------------------------------------------------------
 
 
@@ -287,7 +341,7 @@ def merge(results: Sequence[Result]) -> Result:
         # One that waits for its window is the reason to wait, whatever happened to the others.
         reason=next((result.reason for result in results if result.resume_at), deciding[0].reason),
         expected=_sum_or_none(result.expected for result in results),
-        **{name: sum(getattr(result, name) for result in results) for name in (*_COUNTS, "associations")},
+        **{name: sum(getattr(result, name) for result in results) for name in (*COUNTS, "associations")},
         bytes=received,
         duration_seconds=seconds,
         bytes_per_second=received / seconds if seconds else 0.0,

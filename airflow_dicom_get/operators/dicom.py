@@ -18,6 +18,7 @@ from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
 from airflow_dicom_get.config.options import NodeOptions
 from airflow_dicom_get.connections import with_connection
+from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
@@ -50,7 +51,7 @@ from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.vocabulary import CANCELLED, FAILED, PARTIAL, UNVERIFIED
+from airflow_dicom_get.vocabulary import CANCELLED, UNVERIFIED
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 LEVELS = ("STUDY", "SERIES")
 ON_EMPTY = ("return", "skip", "fail")
 ON_BAD_STUDY = ("fail", "skip")
-_WINDOW, _DEADLINE = "window", "deadline"
 
 
 class DicomFindOperator(DicomTask):
@@ -377,7 +377,7 @@ class DicomGetOperator(TransferOperator):
         for number, query in enumerate(queries):
             self._scu = scu = make(query)
             if self._killed:
-                results.append(Result(verdict=CANCELLED))
+                results.append(report.never_begun())
                 break
             result = scu.get_study(
                 query,
@@ -516,11 +516,11 @@ class DicomStoreOperator(TransferOperator):
             closes = window.closes_at(now, hours.timezone)
             if closes is None:
                 resume_at = window.opens_at(now, hours.timezone)
-                return [Result(PARTIAL, _WINDOW, resume_at=resume_at, transient=True, kind="store")]
+                return [report.outside_hours(resume_at, kind="store")]
         scu: StoreScu = make(seconds=ends - time.monotonic())
         self._scu = scu
         if self._killed:
-            return [Result(CANCELLED, kind="store")]
+            return [report.never_begun(kind="store")]
         with _until(closes, ends, scu):
             result = scu.store(
                 **given,
@@ -530,9 +530,9 @@ class DicomStoreOperator(TransferOperator):
                 manifest_name=name,
             )
         if result.verdict == CANCELLED and not self._killed:
-            result.verdict, result.transient = PARTIAL if result.completed else FAILED, True
-            if result.reason == _WINDOW and window is not None:
-                result.verdict, result.resume_at = PARTIAL, window.opens_at(datetime.now(UTC), hours.timezone)
+            report.stopped_by_timer(
+                result, window.opens_at(datetime.now(UTC), hours.timezone) if window is not None else None
+            )
         return [result]
 
     def _unusable(self, name: str, why: str) -> None:
@@ -542,9 +542,9 @@ class DicomStoreOperator(TransferOperator):
 @contextmanager
 def _until(closes: datetime | None, ends: float, scu: StoreScu) -> Iterator[None]:
     """End the transfer when the hours do, or the time of the task."""
-    seconds, reason = ends - time.monotonic(), _DEADLINE
+    seconds, reason = ends - time.monotonic(), "deadline"
     if closes is not None and (left := (closes - datetime.now(UTC)).total_seconds()) < seconds:
-        seconds, reason = left, _WINDOW
+        seconds, reason = left, "window"
     if seconds == float("inf"):
         yield
         return
@@ -719,21 +719,13 @@ def _is_node(place: ResolvedDestination) -> bool:
 
 def _result(found: Verification, source: str | None, destination: str | None) -> Result:
     """The comparison in the words of a retrieval: what is the same counts as held."""
-    from airflow_dicom_get.engine.report import verdict_of_comparison
+    from airflow_dicom_get.engine.report import assemble_comparison, verdict_of_comparison
 
-    total, same = sum(found.counts.values()), found.counts["="]
-    return Result(
-        verdict_of_comparison(found.same, bool(found.differences)),
-        None if found.same else "differences" if found.differences else "not_compared",
-        expected=total,
-        total=total,
-        completed=same,
-        failed=total - same,
-        withdrawn=found.counts["-"],
-        bytes=0,
+    return assemble_comparison(
+        found.counts,
+        verdict=verdict_of_comparison(found.same, bool(found.differences)),
         plan_at=found.plan_at,
-        evidence="list" if found.plan_at is not None else "none",
-        errors=list(found.errors),
+        errors=found.errors,
         node=source,
         destination=destination,
     )
