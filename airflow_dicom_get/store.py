@@ -16,7 +16,7 @@ from airflow_dicom_get.config.checks import about, invalid, shown_path
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
-from airflow_dicom_get.engine.report import assemble_store, completed_event, manifest_not_written
+from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, SinkError
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, SubOperation
@@ -437,16 +437,9 @@ class _Run:
 
     def result(self, node: str) -> Result:
         """What became of the whole."""
+        end = StoreEnd(self._error, self._stopped, self.cancel.reason, self.unusable, self._untried)
         return assemble_store(
-            list(self.rows.values()),
-            events=self._events,
-            node=node,
-            associations=self._sink.opened,
-            error=self._error,
-            stopped=self._stopped,
-            cancelled_by=self.cancel.reason,
-            unusable=self.unusable,
-            untried=self._untried,
+            list(self.rows.values()), end, events=self._events, node=node, associations=self._sink.opened
         )
 
 

@@ -118,31 +118,34 @@ def assemble(
     return result
 
 
-def assemble_store(
-    rows: Sequence[Instance],
-    *,
-    events: Events,
-    node: str,
-    associations: int,
-    error: DicomGetError | None,
-    stopped: bool,
-    cancelled_by: str | None,
-    unusable: Sequence[tuple[str, str]],
-    untried: int,
-) -> Result:
-    """The result of a store.
+@dataclass(frozen=True, slots=True)
+class StoreEnd:
+    """How the work of a store ended.
 
-    Parameters
+    Attributes
     ----------
     error : DicomGetError or None
-        What ended the work.
+        What ended it.
     stopped : bool
         Whether one instance that the node refused ended it (``strict_forward``).
+    cancelled_by : str or None
+        Who cancelled it, if someone did.
     unusable : sequence of (name, why)
         Objects that are no instances.
     untried : int
         Files that were never opened, since the work ended before their turn.
     """
+
+    error: DicomGetError | None
+    stopped: bool
+    cancelled_by: str | None
+    unusable: Sequence[tuple[str, str]]
+    untried: int
+
+
+def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, node: str, associations: int) -> Result:
+    """The result of a store."""
+    error, unusable, untried = end.error, end.unusable, end.untried
     held = [x for x in rows if x.state in HELD]
     result = Result(
         verdict=COMPLETE,
@@ -162,11 +165,11 @@ def assemble_store(
         transient=any_transient(rows) or (error is not None and error.transient),
     )
     _clock(result, events)
-    if cancelled_by is not None or isinstance(error, Cancelled):
-        result.verdict, result.reason = CANCELLED, cancelled_by
+    if end.cancelled_by is not None or isinstance(error, Cancelled):
+        result.verdict, result.reason = CANCELLED, end.cancelled_by
     elif len(held) < len(rows) or error is not None:
         result.verdict = PARTIAL if held else FAILED
-        result.reason = "strict_forward" if stopped else _most_frequent_reason(rows)
+        result.reason = "strict_forward" if end.stopped else _most_frequent_reason(rows)
         if result.reason is None and error is not None:
             result.reason = error.word
     elif unusable:
@@ -213,10 +216,10 @@ def assemble_comparison(
         See :func:`verdict_of_comparison`.
     """
     total, same = sum(counts.values()), counts.get("=", 0)
-    reasons = {COMPLETE: None, PARTIAL: "differences", UNVERIFIED: "not_compared"}
+    unlike = "differences" if verdict == PARTIAL else "not_compared"
     return Result(
         verdict=verdict,
-        reason=reasons[verdict],
+        reason=None if verdict == COMPLETE else unlike,
         expected=total,
         total=total,
         completed=same,

@@ -65,11 +65,11 @@ class Choice:
             complaint=" ".join(complaints),
         )
 
-    def address(self, **changes: str | int) -> str:
-        """The part of an address after the question mark, with changes."""
-        names = ("dag_id", "verdict", "source", "since", "until")
-        values = {name: getattr(self, name) for name in names} | {"page": 1} | changes
-        return urlencode({name: value for name, value in values.items() if value and (name, value) != ("page", 1)})
+    def address(self, verdict: str | None = None, page: int = 1) -> str:
+        """The part of an address after the question mark, with another verdict or page."""
+        values = {name: getattr(self, name) for name in ("dag_id", "verdict", "source", "since", "until")}
+        values |= {"verdict": verdict or self.verdict, "page": page if page > 1 else None}
+        return urlencode({name: value for name, value in values.items() if value})
 
     @property
     def filtered(self) -> bool:

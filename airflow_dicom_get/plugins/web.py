@@ -87,7 +87,7 @@ async def _refuse(request: Request, error: AnyHTTPException) -> Response:
     return HTMLResponse(page.format(f"<p>{escape(str(text))}</p></html>"), error.status_code, error.headers)
 
 
-def _render(request: Request, name: str, **values: Any) -> HTMLResponse:
+def _render(request: Request, name: str, view: object) -> HTMLResponse:
     root = request.scope.get("root_path", "").rstrip("/")
 
     def task_url(task: database.Task) -> str:
@@ -103,7 +103,7 @@ def _render(request: Request, name: str, **values: Any) -> HTMLResponse:
         return f"{root}/assets/{file}?v={_VERSIONS[file]}"
 
     page = _templates.get_template(name)
-    return HTMLResponse(page.render(root=root, task_url=task_url, airflow_url=airflow_url, asset=asset, **values))
+    return HTMLResponse(page.render(root=root, task_url=task_url, airflow_url=airflow_url, asset=asset, view=view))
 
 
 def _places(task: database.Task) -> list[tuple[str, str]]:
@@ -142,7 +142,7 @@ def retrievals(
     """All retrievals of the DAGs that the user may see."""
     chosen = listing.Choice.of(dag_id=dag_id, verdict=verdict, source=source, since=since, until=until, page=page)
     dag_ids = _readable(database.dags_with_retrievals(chosen.begin, chosen.end), user)
-    return _render(request, "list.html", view=listing.view_of(chosen, dag_ids))
+    return _render(request, "list.html", listing.view_of(chosen, dag_ids))
 
 
 # --- one task instance ---------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ _TASK = "/dags/{dag_id}/runs/{run_id}/tasks/{task_id}/{map_index}"
 @app.get(_TASK, dependencies=[_of_dag])
 def task_instance(request: Request, dag_id: str, run_id: str, task_id: str, map_index: str) -> HTMLResponse:
     """What one task retrieved, and all that it did not, with the reasons."""
-    return _render(request, "task.html", view=task_page.view_of(_task(dag_id, run_id, task_id, map_index)))
+    return _render(request, "task.html", task_page.view_of(_task(dag_id, run_id, task_id, map_index)))
 
 
 @app.get(f"{_TASK}/progress", dependencies=[_of_dag])
