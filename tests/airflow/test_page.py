@@ -434,7 +434,7 @@ def test_a_task_that_runs_is_shown_live(page, kept):
     assert told["text"] == "40 of 60 instances, 2 failed, 2.0 MB, 1.0 MB/s"
     assert told["progress"]["done"] == 40
     assert told["outcome"] == "running"
-    assert progress(1)["text"].startswith("Runs.")
+    assert progress(1)["text"].startswith("Running.")
     assert progress(2)["text"] == "Waiting for the hours of the PACS; resumes at 2026-01-02 22:00:00 UTC."
     assert progress(3)["text"] == "Waiting to be scheduled."
     ended = progress(4)
