@@ -281,7 +281,7 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ([], "give either files to store"),
-            (["a", "--manifest", "m"], "give either files to store or --manifest"),
+            (["a", "--manifest", "m"], "give either files"),
             (["nowhere"], "'nowhere' does not exist"),
             (["dicom://h:1"], "is not a path or an s3:// address"),
             (["--manifest", "nothing.parquet"], "cannot be read"),

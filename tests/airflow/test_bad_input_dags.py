@@ -47,7 +47,7 @@ def test_a_pacs_that_is_down_is_tried_again_and_named(run_dag, load, pacs, param
     run = run_dag(load(name), run_conf=params(name))
     assert run.state == "failed"
     assert (run.task("find").state, run.task("find").try_number) == ("failed", 2)
-    assert f"No connection to PACS@127.0.0.1:{pacs.port}: Connection refused. Check host and port" in run.log
+    assert f"No connection to PACS@127.0.0.1:{pacs.port}: Connection refused. Check the host and the port" in run.log
 
 
 def test_a_pacs_that_is_down_when_a_list_is_looked_up(run_dag, load, pacs, tmp_path):
@@ -77,7 +77,7 @@ def test_without_the_connection_of_the_bucket_the_log_says_how_to_make_it(run_da
     assert run.state == "failed"
     assert (run.task("get", 0).state, run.task("get", 0).try_number) == ("failed", 1)
     assert "`dicom_s3_default` isn't defined" in run.log
-    assert "Create it under Admin, Connections, as type DICOM storage (S3)." in run.log
+    assert "Create it under Admin, Connections, with the type DICOM storage (S3)." in run.log
 
 
 def test_without_the_connection_of_the_pacs_the_log_says_how_to_make_it(run_dag, load, params, monkeypatch):
@@ -85,7 +85,7 @@ def test_without_the_connection_of_the_pacs_the_log_says_how_to_make_it(run_dag,
     run = run_dag(load("retrieve_studies"), run_conf=params("retrieve_studies"))
     assert run.state == "failed"
     assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
-    assert "Create it under Admin, Connections, as type DICOM (PACS)." in run.log
+    assert "Create it under Admin, Connections, with the type DICOM (PACS)." in run.log
 
 
 @pytest.mark.parametrize("name", ["retrieve_then_forward", "relay_pacs_to_pacs"])
@@ -110,7 +110,7 @@ def test_a_task_that_ended_without_a_word_is_missed(run_dag, load, params, monke
     run = run_dag(load("retrieve_studies"), run_conf=params("retrieve_studies"))
     assert run.state == "failed"
     assert (run.task("report").state, run.task("report").try_number) == ("failed", 1)
-    assert "Of 1 task there is no summary, its log says why. Clear the failed tasks to go on" in run.log
+    assert "Of 1 task there is no summary; its log says why. Clear the failed tasks to resume" in run.log
 
 
 def test_what_the_other_pacs_does_not_list_fails_the_relay(run_dag, load, params, target, monkeypatch):

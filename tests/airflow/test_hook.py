@@ -86,7 +86,7 @@ def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect, tmp_
 def test_an_unknown_extra_changes_nothing_and_is_named_in_a_warning(connect, caplog):
     hook = connect({**PLAIN, "extra": {"calling_aet": "X", "max_associations": 3}})
     assert hook.config.values == {"max_associations": 3}
-    assert "Connection pacs: the extra field 'calling_aet' is not known" in caplog.text
+    assert "Connection pacs: the extra field 'calling_aet' is unknown" in caplog.text
 
 
 def test_a_blank_called_title_is_any_scp_with_a_warning(connect, caplog):

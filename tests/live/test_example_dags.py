@@ -83,8 +83,8 @@ def test_without_a_bucket_the_night_says_how_to_connect_one_and_writes_a_mail(ho
     (waiting,) = home.call("GET", "/dags/nightly_to_s3/dagRuns", params={"state": "running"})["dag_runs"]
     run = Run(home, "nightly_to_s3", waiting["dag_run_id"])
     assert run.wait() == "failed"
-    assert "Create it under Admin, Connections, as type DICOM storage (S3)." in run.log("get", map_index=0)
-    assert "Of 1 task there is no summary, its log says why." in run.log("report")
+    assert "Create it under Admin, Connections, with the type DICOM storage (S3)." in run.log("get", map_index=0)
+    assert "Of 1 task there is no summary; its log says why." in run.log("report")
     assert run.task("publish")["state"] == "skipped"
     _, letter = eventually("another mail", lambda: mailbox.letters[1:] and mailbox.letters)
     assert letter["subject"] == "nightly_to_s3: report failed"
