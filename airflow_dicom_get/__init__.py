@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines as Deadlines
     from airflow_dicom_get.config.node import Node as Node
     from airflow_dicom_get.getscu import GetScu as GetScu
-    from airflow_dicom_get.manifest.files import combine_manifests as combine_manifests
-    from airflow_dicom_get.manifest.files import load_manifest as load_manifest
-    from airflow_dicom_get.manifest.files import load_manifests as load_manifests
-    from airflow_dicom_get.manifest.files import read_manifest as read_manifest
+    from airflow_dicom_get.manifest.frames import combine_manifests as combine_manifests
+    from airflow_dicom_get.manifest.frames import load_manifest as load_manifest
+    from airflow_dicom_get.manifest.frames import load_manifests as load_manifests
+    from airflow_dicom_get.manifest.frames import read_manifest as read_manifest
     from airflow_dicom_get.records import Completed as Completed
     from airflow_dicom_get.records import SubOperation as SubOperation
     from airflow_dicom_get.result import EchoReport as EchoReport
@@ -35,10 +35,10 @@ _PUBLIC = {
     "SubOperation": "records",
     "Completed": "records",
     "Verification": "verify",
-    "load_manifest": "manifest.files",
-    "load_manifests": "manifest.files",
-    "combine_manifests": "manifest.files",
-    "read_manifest": "manifest.files",
+    "load_manifest": "manifest.frames",
+    "load_manifests": "manifest.frames",
+    "combine_manifests": "manifest.frames",
+    "read_manifest": "manifest.frames",
 }
 
 __all__ = ["__version__", *_PUBLIC]

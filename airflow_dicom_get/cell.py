@@ -8,12 +8,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.records import SubOperation
 from airflow_dicom_get.result import size_text
 
@@ -89,7 +89,7 @@ class _Bar:
         """Take one instance; draw it unless the last drawing was a moment ago."""
         self._event = event
         self._received += event.bytes
-        now = time.monotonic()
+        now = clock.monotonic()
         if self._shown_at is None:
             self._handle.display(self)
         elif now - self._shown_at >= _INTERVAL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import check_folder
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.retrieval import Retrieval
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.sinks.base import Sink
-    from airflow_dicom_get.sinks.places import Place, Places
+    from airflow_dicom_get.sinks.places import OpenDestination, Place
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class GetScu:
             self._profile = read_profile(options.profile, self._peer)
         self._source: Source | None = None
         self._cancelled: str | None = None
-        self._clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self._clock: Callable[[], datetime] = lambda: datetime.fromtimestamp(clock.now(), UTC)
 
     # --- verbs ---------------------------------------------------------------------------------
 
@@ -172,15 +172,14 @@ class GetScu:
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine import report
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.manifest.files import run_name
-        from airflow_dicom_get.sinks.places import open_places
+        from airflow_dicom_get.sinks.places import open_destination
 
-        places = open_places(self._options_for(manifest))
+        places = open_destination(self._options_for(manifest))
         parsed = self._parse(query, query_model) if manifest is None else None
         listed = self._scopes_of(manifest) if manifest is not None else None
         if manifest is not None and query is not None:
             raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
-        run = run_name()
+        run = clock.run_name()
         source = self._open_source()
         with _Reporting(self.options.verbose), at_cell(source.cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
@@ -211,10 +210,10 @@ class GetScu:
         from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
         from airflow_dicom_get.engine.listing import list_study
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
-        from airflow_dicom_get.sinks.places import open_places
+        from airflow_dicom_get.sinks.places import open_destination
 
         parsed = self._parse(query, query_model)
-        places = open_places(self.options) if self.options.destination is not None else None
+        places = open_destination(self.options) if self.options.destination is not None else None
         source = self._open_source()
         try:
             with source.association(FIND_PROPOSALS) as association:
@@ -226,9 +225,7 @@ class GetScu:
         rows = [x for listing in listings for x in listing.instances.values()]
         held = 0
         if places is not None:
-            from airflow_dicom_get.manifest.files import run_name
-
-            sink = places.sink(run_name(), read_only=True)
+            sink = places.sink(clock.run_name(), read_only=True)
             try:
                 for scope, listing in zip(scopes, listings, strict=True):
                     inventory = sink.inventory(scope.study)
@@ -258,7 +255,7 @@ class GetScu:
             contexts=sum(map(len, bins)),
             associations=len(bins),
             evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
-            plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=time.time()), UTC),
+            plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=clock.now()), UTC),
             destination=str(places.place) if places is not None else None,
             rows=rows,
         )
@@ -406,7 +403,7 @@ class GetScu:
     def _retrieve(
         self,
         source: Source,
-        places: Places,
+        places: OpenDestination,
         run: str,
         events: Events,
         parsed: Query | None,
@@ -472,9 +469,11 @@ class GetScu:
         window = self.options.window
         return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
 
-    def _write_manifest(self, result: Result, rows: list[Instance], places: Places, run: str, name: str | None) -> None:
+    def _write_manifest(
+        self, result: Result, rows: list[Instance], places: OpenDestination, run: str, name: str | None
+    ) -> None:
         from airflow_dicom_get.engine.report import manifest_not_written
-        from airflow_dicom_get.manifest.files import manifest_rows, manifest_table
+        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
 
         described: dict[str, Any] = {
             "source": str(self.options.addr),

@@ -6,10 +6,55 @@ from dataclasses import dataclass
 
 from airflow_dicom_get.vocabulary import Exactness, State
 
+_OF_ITSELF = ("sop_class", "syntax", "modality", "series_number", "instance_number")
+"""What both records say of the instance itself, wherever it lies."""
 
-def object_uri(where: str | None, series: str, sop: str) -> str | None:
-    """Where an object lies: ``where`` itself or, if that ends with a slash, its name below that study's place."""
+
+def _uri(where: str | None, series: str, sop: str) -> str | None:
     return f"{where}{series}/{sop}.dcm" if where and where.endswith("/") else where
+
+
+@dataclass(slots=True)
+class Stored:
+    """One instance that is there: as a ledger recorded it, as its object says, or as it was found at a destination.
+
+    Attributes
+    ----------
+    bytes : int or None
+        Size of the object; for a forward of the data set that was sent.
+    sha256 : bytes or None
+        Raw digest of these bytes.
+    dataset_offset : int
+        Where the data set begins in the object.
+    where : str or None
+        As :attr:`Instance.where`.
+    forwarded_to : str or None
+        The node that holds it, if it was sent on.
+    durable : bool
+        A sync, the service's answer or the destination's response is recorded; else it was only taken.
+    etag : str or None
+        The mark that a bucket gave to its content.
+    """
+
+    series: str
+    sop: str
+    sop_class: str | None = None
+    syntax: str | None = None
+    sha256: bytes | None = None
+    bytes: int | None = None
+    dataset_offset: int = 0
+    modality: str | None = None
+    series_number: int | None = None
+    instance_number: int | None = None
+    where: str | None = None
+    forwarded_to: str | None = None
+    durable: bool = False
+    etag: str | None = None
+
+    @property
+    def uri(self) -> str | None:
+        """Where the object lies."""
+        return _uri(self.where, self.series, self.sop)
 
 
 class Instance:
@@ -83,7 +128,7 @@ class Instance:
     @property
     def uri(self) -> str | None:
         """Where the object lies. Set with a slash at its end it is the study's place, one string for all of them."""
-        return object_uri(self.where, self.series, self.sop)
+        return _uri(self.where, self.series, self.sop)
 
     @uri.setter
     def uri(self, where: str | None) -> None:
@@ -93,6 +138,21 @@ class Instance:
     def dataset_bytes(self) -> int | None:
         """Size of the data set alone, without preamble and file meta information."""
         return None if self.bytes is None else self.bytes - (self.dataset_offset or 0)
+
+    def fill(self, other: Instance | Stored) -> None:
+        """Take what ``other`` says of the instance itself, where nothing is known yet."""
+        for name in _OF_ITSELF:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(other, name))
+
+    def adopt(self, stored: Stored) -> None:
+        """Be the instance that is there: its content is what was stored, whatever the list says of it."""
+        self.attempt = 0
+        self.sop_class = stored.sop_class or self.sop_class
+        self.syntax = stored.syntax or self.syntax
+        self.where, self.forwarded_to = stored.where, stored.forwarded_to
+        self.bytes, self.sha256, self.dataset_offset = stored.bytes, stored.sha256, stored.dataset_offset
+        self.fill(stored)
 
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"

@@ -135,7 +135,7 @@ class Result:
             The manifest cannot be read, or none was made.
         """
         if self._manifest is None:
-            from airflow_dicom_get.manifest.files import frame_of, read_manifest
+            from airflow_dicom_get.manifest.frames import frame_of, read_manifest
 
             if self.rows is not None:
                 self._manifest = frame_of(self.rows())
@@ -284,7 +284,8 @@ class Plan:
     @property
     def frame(self) -> DataFrame:
         """The instances listed as a DataFrame with the columns of the manifest."""
-        from airflow_dicom_get.manifest.files import frame_of, manifest_table
+        from airflow_dicom_get.manifest.frames import frame_of
+        from airflow_dicom_get.manifest.schema import manifest_table
 
         return frame_of(manifest_table(self.rows, source=self.node, destination=self.destination or ""))
 

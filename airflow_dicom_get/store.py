@@ -7,11 +7,11 @@ import hashlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import about, invalid, shown_path
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
@@ -19,7 +19,7 @@ from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, SinkError
 from airflow_dicom_get.net.retries import allowed, back_off
-from airflow_dicom_get.records import Completed, Instance, SubOperation
+from airflow_dicom_get.records import Completed, Instance, Stored, SubOperation
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
     Opened,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.net.peer import Peer
-    from airflow_dicom_get.sinks.base import Held, Taken
+    from airflow_dicom_get.sinks.base import Taken
     from airflow_dicom_get.sinks.forward import ForwardSink
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,6 @@ class StoreScu:
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.manifest.files import run_name
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.sinks.places import root_for
 
@@ -169,7 +168,7 @@ class StoreScu:
                     about(named, "holds no files"), hint="Name files, or folders that hold some.", option="source"
                 )
         root = root_for(self.options)
-        name = run_name()
+        name = clock.run_name()
         cancel = CancelToken()
         with at_cell(cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
@@ -186,7 +185,7 @@ class StoreScu:
         return result
 
     def _write_manifest(self, run: _Run, result: Result, root: Any, name: str, path: str, source: str) -> None:
-        from airflow_dicom_get.manifest.files import manifest_rows, manifest_table
+        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
 
         described = {"source": source, "destination": f"dicom://{self._target}"}
         try:
@@ -234,7 +233,7 @@ class _Run:
             forwarding=False,
         )
         self._mutex = threading.Lock()
-        self._held: dict[str, dict[str, Held]] = {}
+        self._held: dict[str, dict[str, Stored]] = {}
         self._error: DicomGetError | None = None
         self._stopped = False
         self._untried = 0
@@ -252,16 +251,11 @@ class _Run:
         self._events.planned(len(objects))
         queue = iter(objects)
         workers = min(self._options.associations, max(len(objects), 1))
-        threads = [
-            threading.Thread(target=self._work, args=(queue,), name=f"dicom-get-store-{n}", daemon=True)
-            for n in range(1, workers)
-        ]
-        for thread in threads:
-            thread.start()
+        beside = [clock.spawn(lambda: self._work(queue), f"dicom-get-store-{n}") for n in range(1, workers)]
         try:
             self._work(queue)
-            for thread in threads:
-                thread.join()
+            for worker in beside:
+                worker.join()
         finally:
             self._sink.close()
         self._untried = sum(item.row is None for item in queue)  # what a manifest names has its row already
@@ -313,14 +307,17 @@ class _Run:
         if record.state in DONE:
             record = instance  # a second object of the same instance: judged by the sink, beside the first one's row
         else:
-            _fill(record, instance)
+            # What is sent is what the object says, and not its manifest.
+            record.sop_class, record.syntax = instance.sop_class, instance.syntax
+            record.fill(instance)
         held = self._inventory(instance.study).get(instance.sop)
         if (
             held is not None
             and held.series == instance.series
             and held.bytes in (None, self._dataset_size(item, opened))
         ):
-            _hold(record, held)
+            record.state = "held"
+            record.adopt(held)
             return
         self._store(item, opened, record)
 
@@ -356,7 +353,7 @@ class _Run:
         except UnreadableError:
             return None
 
-    def _inventory(self, study: str) -> dict[str, Held]:
+    def _inventory(self, study: str) -> dict[str, Stored]:
         if not self._options.resume:
             return {}
         with self._mutex:
@@ -368,7 +365,7 @@ class _Run:
     def _store(self, item: StoredObject, opened: Opened, record: Instance) -> None:
         """Send one instance, also again where its destination went away or has no room for the moment."""
         failures = busy = 0
-        began = time.monotonic()
+        began = clock.monotonic()
         while True:
             try:
                 taken = self._send(item, opened, record)
@@ -389,8 +386,8 @@ class _Run:
             if self.cancel.reason is not None:
                 return
             opened = open_object(item)
-        record.received_at = time.time()
-        record.duration_ms = int((time.monotonic() - began) * 1000)
+        record.received_at = clock.now()
+        record.duration_ms = int((clock.monotonic() - began) * 1000)
         self._settle(record, taken)
 
     def _send(self, item: StoredObject, opened: Opened, record: Instance) -> Taken:
@@ -445,19 +442,6 @@ class _Run:
 
 def _blank(row: Instance) -> Instance:
     """A row of ours for one of another manifest."""
-    instance = Instance(row.study, row.series, row.sop, row.sop_class)
-    instance.modality = row.modality
-    instance.series_number, instance.instance_number = row.series_number, row.instance_number
-    instance.syntax = row.syntax
+    instance = Instance(row.study, row.series, row.sop)
+    instance.fill(row)
     return instance
-
-
-def _fill(record: Instance, found: Instance) -> None:
-    for name in ("sop_class", "syntax", "modality", "series_number", "instance_number"):
-        setattr(record, name, getattr(found, name) if getattr(found, name) is not None else getattr(record, name))
-
-
-def _hold(record: Instance, held: Held) -> None:
-    record.state, record.attempt = "held", 0
-    record.bytes = held.bytes
-    record.sha256, record.dataset_offset, record.forwarded_to = held.sha256, held.dataset_offset, held.forwarded_to

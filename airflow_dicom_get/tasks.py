@@ -109,7 +109,7 @@ def _sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[
 
     :param tasks: how many there were
     """
-    from airflow_dicom_get.manifest.files import load_manifests
+    from airflow_dicom_get.manifest.frames import load_manifests
 
     frame = load_manifests(manifests)
     not_held = frame[frame["state"].isin(NOT_HELD)]

@@ -6,12 +6,12 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import invalid
 from airflow_dicom_get.config.destination import (
     FilesystemDestination,
@@ -24,6 +24,8 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import ConnectionOptions, VerifyOptions
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
+from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.manifest.frames import rows_of
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
@@ -34,14 +36,13 @@ from airflow_dicom_get.sinks.objects import (
     object_at,
     objects_in,
     open_object,
-    rows_of,
 )
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import PRESENT
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from airflow_dicom_get.sinks.ledger import Record
 
 SAME: Final = "="
 NOT_THERE: Final = "+"
@@ -113,7 +114,8 @@ class Verification:
     @property
     def manifest(self) -> DataFrame:
         """The manifest as a DataFrame."""
-        from airflow_dicom_get.manifest.files import frame_of, manifest_table
+        from airflow_dicom_get.manifest.frames import frame_of
+        from airflow_dicom_get.manifest.schema import manifest_table
 
         return frame_of(manifest_table(self.rows, source="", destination=""))
 
@@ -317,9 +319,7 @@ class _Verify:
         for listed in plan.rows:
             item = self._item(listed)
             item.at_source = True
-            for name in ("sop_class", "modality", "series_number", "instance_number"):
-                if getattr(item.row, name) is None:
-                    setattr(item.row, name, getattr(listed, name))
+            item.row.fill(listed)
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message
@@ -350,9 +350,11 @@ class _Verify:
             for records in ledgers.read(study).values():
                 record = records[0]
                 if record.durable:
-                    item = self._item(_instance(study, record))
+                    row = Instance(study, record.series, record.sop)
+                    row.adopt(record)
+                    item = self._item(row)
                     item.in_records = True
-                    item.size, item.sha256 = record.size, record.sha256
+                    item.size, item.sha256 = record.bytes, record.sha256
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
         for item in _instances_in(place, study, self.s3):
@@ -407,7 +409,7 @@ class _Verify:
         for key in gone:  # recorded once, and gone everywhere
             del self.items[key]
         order = sorted(self.items.values(), key=lambda item: (item.row.study, item.row.series, item.row.sop))
-        with ThreadPoolExecutor(_READERS) as pool:
+        with clock.pool(_READERS, "dicom-get-verify") as pool:
             for item, (symbol, what) in zip(order, pool.map(self._judge, order), strict=True):
                 self.found.counts[symbol] += 1
                 self.found.rows.append(_settled(item, symbol, what))
@@ -490,7 +492,7 @@ class _Verify:
         if named is not None:
             return named
         if isinstance(self.place, FilesystemDestination):
-            return FolderRoot(self.place.path.absolute() / "_manifests")
+            return FolderRoot(self.place.path.absolute() / MANIFESTS)
         if isinstance(self.place, S3Destination):
             return self._bucket_root(self.place.bucket, self.place.prefix, whole=True)
         if isinstance(manifest, str | os.PathLike):
@@ -510,9 +512,9 @@ class _Verify:
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""
         from airflow_dicom_get.engine.report import verdict_of_comparison
-        from airflow_dicom_get.manifest.files import manifest_rows, run_name
+        from airflow_dicom_get.manifest.schema import manifest_rows
 
-        run = run_name()
+        run = clock.run_name()
         described = {
             "source": str(self.options.addr or ""),
             "destination": str(self.place) if self.place is not None else "",
@@ -530,20 +532,13 @@ class _Verify:
             found.errors.append({"error": error.message, "count": 1, "hint": error.hint})
 
 
-def _instance(study: str, record: Record) -> Instance:
-    row = Instance(study, record.series, record.sop, record.sop_class)
-    row.syntax, row.modality, row.dataset_offset = record.syntax, record.modality, record.dataset_offset
-    row.series_number, row.instance_number = record.series_number, record.instance_number
-    return row
-
-
 def _instances_in(
     place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None
 ) -> Iterator[StoredObject]:
     """The objects under final names of a study at a destination. Raises :class:`S3Error`."""
     if isinstance(place, FilesystemDestination):
         folder = place.path / study
-        found = objects_in([str(folder.absolute())], s3) if folder.is_dir() else []
+        found = objects_in([str(folder.absolute())], s3) if files.is_folder(folder) else []
     else:
         prefix = f"{place.prefix}/{study}" if place.prefix else study
         found = objects_in([f"s3://{place.bucket}/{prefix}"], s3)
@@ -583,5 +578,5 @@ def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
             row.state, row.reason, row.error = "failed", "size_changed", what
         case _:
             row.state, row.reason, row.error = "failed", "destination_error", what
-    row.received_at = datetime.now(UTC).timestamp()
+    row.received_at = clock.now()
     return row

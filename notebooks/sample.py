@@ -20,7 +20,8 @@ import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from airflow_dicom_get.manifest.files import manifest_rows, write_manifest
+from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.schema import manifest_rows
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import make_uid

@@ -25,7 +25,8 @@ from pydicom.uid import UID
 from rich.console import Console
 from rich.table import Table
 
-from airflow_dicom_get.manifest.files import metadata_of, read_table
+from airflow_dicom_get.manifest.files import read_table
+from airflow_dicom_get.manifest.schema import metadata_of
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 from airflow_dicom_get.vocabulary import worst
 

@@ -27,7 +27,7 @@ from airflow_dicom_get.config.options import OPTIONS  # noqa: E402
 from airflow_dicom_get.dicom import status, syntaxes  # noqa: E402
 from airflow_dicom_get.engine import find, listing, resolve  # noqa: E402
 from airflow_dicom_get.get_provider_info import get_provider_info  # noqa: E402
-from airflow_dicom_get.manifest import files as schema_of_manifest  # noqa: E402
+from airflow_dicom_get.manifest.schema import KINDS  # noqa: E402
 from airflow_dicom_get.net import association  # noqa: E402
 from airflow_dicom_get.vocabulary import CANCELLED, EXIT_CODES, REASONS, VERDICTS  # noqa: E402
 
@@ -216,7 +216,7 @@ _COLUMNS = {
 
 def manifest_columns() -> str:
     """The columns of the manifest."""
-    return rows(("column", "type", ""), ((code(n), kind, _COLUMNS[n]) for n, _, kind in schema_of_manifest._COLUMNS))
+    return rows(("column", "type", ""), ((code(n), kind, _COLUMNS[n]) for n, kind in KINDS.items()))
 
 
 # --- troubleshooting -------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ import pytest
 
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.errors import SinkError
-from airflow_dicom_get.records import Instance, object_uri
-from airflow_dicom_get.sinks.base import Confirmation, Held, Sink, Taken
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.base import Confirmation, Sink, Taken
 from airflow_dicom_get.testing.encoding import identifier
 from airflow_dicom_get.testing.sample_data import make_uid
 
@@ -159,7 +159,7 @@ class SinkContract:
         again.close()
         assert (held.series, held.sop, held.sop_class, held.syntax) == (SERIES, instance.sop, CT, EXPLICIT_LE)
         assert (held.sha256, held.bytes) == (instance.sha256, instance.bytes)
-        assert object_uri(held.uri, held.series, held.sop) == instance.uri
+        assert held.uri == instance.uri
         assert held.dataset_offset == instance.dataset_offset
 
     def test_the_digest_is_of_the_object(self, harness: Harness) -> None:
@@ -300,7 +300,7 @@ class SinkContract:
         assert again.inventory(STUDY).keys() == {instance.sop, other.sop}
         again.close()
         adopting = harness.sink(adopt=True)
-        held: Held = adopting.inventory(STUDY)[stranger.sop]
+        held: Stored = adopting.inventory(STUDY)[stranger.sop]
         assert (held.sop_class, held.bytes, held.sha256) == (CT, len(head + data), hashlib.sha256(head + data).digest())
         adopting.close()
         last = harness.sink()

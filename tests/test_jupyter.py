@@ -12,7 +12,9 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from s3_servers import ACCESS_KEY, SECRET_KEY, Moto
 
-from airflow_dicom_get.manifest.files import manifest_table, run_name, write_manifest
+from airflow_dicom_get import clock
+from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.schema import manifest_table
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 _CELL_SECONDS = 60
@@ -196,7 +198,7 @@ def test_no_manifests_none_with_rows_and_no_bucket(name: str, at_notebooks: Kern
     said = first_cell(at_notebooks, name, DICOM_GET_MANIFESTS=str(tmp_path / "none"))
     assert "No such file or directory. Check the path" in said
     nothing = manifest_table([], source="a:1", destination="b")
-    write_manifest(nothing, tmp_path / "empty.parquet", verdict="empty", evidence="list", run=run_name())
+    write_manifest(nothing, tmp_path / "empty.parquet", verdict="empty", evidence="list", run=clock.run_name())
     said = first_cell(at_notebooks, name, DICOM_GET_MANIFESTS=str(tmp_path))
     assert "have no rows. The queries matched nothing" in said
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}

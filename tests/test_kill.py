@@ -25,7 +25,9 @@ from holdings import Holding, hold
 from relay import Relay
 
 from airflow_dicom_get.dicom.part10 import read_file_meta
-from airflow_dicom_get.manifest.files import manifest_table, read_manifest, read_table, write_manifest
+from airflow_dicom_get.manifest.files import read_table, write_manifest
+from airflow_dicom_get.manifest.frames import read_manifest
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.testing.archive import STUDY_UID, read_header
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_dicom_get.errors import LedgerError
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.sinks.ledger import (
     SCHEMA,
     LedgerWriter,
-    Record,
     dropped_line,
     durable_line,
     header_line,
@@ -35,10 +34,10 @@ def instance(sop: str, size: int = 100, series: str = "1.2.3.4") -> Instance:
     return made
 
 
-def record_of(one: Instance, *, durable: bool) -> Record:
-    return Record(
-        one.series, one.sop, one.sop_class, one.syntax, one.bytes or 0, one.dataset_offset or 0, one.sha256, durable,
-        one.modality, one.series_number, one.instance_number, one.forwarded_to,
+def record_of(one: Instance, *, durable: bool) -> Stored:
+    return Stored(
+        one.series, one.sop, one.sop_class, one.syntax, one.sha256, one.bytes or 0, one.dataset_offset or 0,
+        one.modality, one.series_number, one.instance_number, forwarded_to=one.forwarded_to, durable=durable,
     )  # fmt: skip
 
 
@@ -53,7 +52,7 @@ def write(root: Path, run: str, taken: Sequence[Instance] = (), durable: Sequenc
     return writer.path
 
 
-def parse(content: bytes) -> dict[str, Record]:
+def parse(content: bytes) -> dict[str, Stored]:
     return parse_ledger([("ledger", content)], STUDY)
 
 
@@ -114,7 +113,7 @@ def test_newer_records_come_first_and_durable_ones_before_all(tmp_path: Path) ->
     for run, size, durable in (("20260101", 1, True), ("20260102", 2, False), ("20260103", 3, True)):
         write(tmp_path, run, [instance("1.1", size)], ["1.1"] if durable else [])
     write(tmp_path, "20260104", [instance("1.1", 4)])
-    found = [(record.size, record.durable) for record in read_ledgers(tmp_path, STUDY)["1.1"]]
+    found = [(record.bytes, record.durable) for record in read_ledgers(tmp_path, STUDY)["1.1"]]
     assert found == [(3, True), (1, True), (4, False), (2, False)]
 
 
@@ -195,7 +194,7 @@ def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
         return
     for uid, record in found.items():
         assert record.sop == uid
-        assert isinstance(record.size, int)
+        assert isinstance(record.bytes, int)
         for text in (record.sop_class, record.syntax, record.modality):
             assert text is None or isinstance(text, str)
         for number in (record.series_number, record.instance_number):

@@ -19,7 +19,7 @@ import pytest
 from holdings import Holding
 from relay import Relay
 
-from airflow_dicom_get import GetScu
+from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.config.groups import Deadlines, Window
 from airflow_dicom_get.engine.limits import RateLimit
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
@@ -61,7 +61,7 @@ def test_the_rate_is_held_over_all_associations(tmp_path: Path, associations: in
     assert measured == pytest.approx(rate * share, rel=0.05)
 
 
-def test_the_rate_leaves_no_source_unread() -> None:
+def test_the_rate_leaves_no_source_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four associations at 2 KB/s: each is read every few moments, whatever the sum of their debts is."""
     now, longest = [0.0], [0.0]
 
@@ -70,7 +70,9 @@ def test_the_rate_leaves_no_source_unread() -> None:
         slept[0] = seconds
 
     slept = [0.0]
-    limit = RateLimit(2000, clock=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(clock, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock, "sleep", sleep)
+    limit = RateLimit(2000)
     ready = [0.0] * 4
     total = 0
     while now[0] < 600:
@@ -101,10 +103,12 @@ def test_a_slow_rate_does_not_break_deadlines(tmp_path: Path) -> None:
     assert result.duration_seconds > 2
 
 
-def test_a_wait_for_the_source_is_caught_up_a_little_only() -> None:
+def test_a_wait_for_the_source_is_caught_up_a_little_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     slept: list[float] = []
-    limit = RateLimit(1000, clock=lambda: now[0], sleep=slept.append)
+    monkeypatch.setattr(clock, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock, "sleep", slept.append)
+    limit = RateLimit(1000)
     now[0] = 60.0
     for _ in range(100):
         limit(50)
@@ -243,8 +247,8 @@ def test_a_window_is_as_long_as_the_clock_on_the_wall_makes_it(window: str, day:
 def test_a_clock_that_jumps_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock is put back and forth by a year while instances come; no wait goes by it."""
     jumps = itertools.cycle([0.0, -86400.0 * 400, 86400.0 * 400])
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    real = clock.now
+    monkeypatch.setattr(clock, "now", lambda: real() + next(jumps))
     with MisbehavingPacs(instances=20) as pacs:
         scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path, associations=2)
         result = scu.get_study({"StudyInstanceUID": pacs.study_uid})

@@ -19,23 +19,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airflow_dicom_get.clock import run_name
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest import files as module
-from airflow_dicom_get.manifest.files import (
+from airflow_dicom_get.manifest.files import read_table, safe_name, write_manifest
+from airflow_dicom_get.manifest.frames import (
     combine_manifests,
+    frame_of,
     load_manifest,
     load_manifests,
-    manifest_bytes_of,
-    manifest_rows,
-    manifest_table,
-    metadata_of,
     read_manifest,
-    read_table,
     reference,
-    run_name,
-    safe_name,
-    write_manifest,
+    table_of,
 )
+from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table, metadata_of
 from airflow_dicom_get.records import Instance
 
 # Schema 1, written down by hand: others read these files.
@@ -283,9 +279,7 @@ class TestShapes:
 
     def test_several(self, written: Path) -> None:
         one, ref = read_manifest(written), reference(written)
-        tagged = module.frame_of(
-            manifest_table([instance(9, tags=("x",))], source="s", destination="d", tags=("StudyDate",))
-        )
+        tagged = frame_of(manifest_table([instance(9, tags=("x",))], source="s", destination="d", tags=("StudyDate",)))
         frame = load_manifests([one, ref, None, tagged, str(written)])
         assert len(frame) == 10
         assert frame["StudyDate"].notna().sum() == 1
@@ -321,9 +315,6 @@ class TestShapes:
             combine_manifests([written, "/nowhere.parquet"], tmp_path / "sub" / "a.parquet")
         assert not (tmp_path / "sub").exists()
 
-    def test_bytes(self, written: Path) -> None:
-        assert 0 < manifest_bytes_of(read_manifest(written)) < 20_000
-
     texts = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
     numbers = st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1))
 
@@ -339,7 +330,7 @@ class TestShapes:
             destination="d",
             tags=("StudyDescription",),
         )
-        again = module.table_of(module.frame_of(made))
+        again = table_of(frame_of(made))
         assert again.equals(made)
 
 
@@ -360,6 +351,8 @@ def test_writing_needs_no_pandas(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from airflow_dicom_get.manifest.files import *\n"
+        "from airflow_dicom_get.manifest.frames import *\n"
+        "from airflow_dicom_get.manifest.schema import *\n"
         "from airflow_dicom_get.records import Instance\n"
         "assert 'pyarrow' not in sys.modules\n"
         "t = manifest_rows([Instance('1', '2', '3')], source='s', destination='d')\n"
@@ -376,6 +369,8 @@ def test_memory_of_a_large_manifest(tmp_path: Path) -> None:
     code = (
         "import resource, pyarrow.parquet\n"
         "from airflow_dicom_get.manifest.files import *\n"
+        "from airflow_dicom_get.manifest.frames import *\n"
+        "from airflow_dicom_get.manifest.schema import *\n"
         "from airflow_dicom_get.records import Instance\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "def rows():\n"

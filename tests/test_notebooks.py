@@ -18,7 +18,8 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.manifest.files import manifest_table, write_manifest
+from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.notebook import latest, read_instances, read_manifests
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs

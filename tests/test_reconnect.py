@@ -13,7 +13,7 @@ from holdings import Holding
 from relay import Relay
 from servers import Dcmqrscp, Orthanc
 
-from airflow_dicom_get import GetScu
+from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.engine import source as engine_source
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
@@ -160,8 +160,8 @@ def test_the_default_retries_outlast_half_a_minute(monkeypatch: pytest.MonkeyPat
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr(engine_source.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(engine_source.time, "sleep", sleep)
+    monkeypatch.setattr(clock, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock, "sleep", sleep)
     scu = GetScu("PACS@127.0.0.1:104")
     source = scu._open_source()
     for _ in range(50):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from airflow_dicom_get.engine.report import any_transient
 from airflow_dicom_get.errors import IncompleteRetrieval, ManifestError
-from airflow_dicom_get.manifest.files import manifest_table, write_manifest
+from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import EchoReport, Plan, Result, StudyResult
 from airflow_dicom_get.vocabulary import EXIT_CODES, WORST_FIRST, Verdict, worst

@@ -236,7 +236,7 @@ def test_qrscp_knows_neither_lists_nor_levels(qrscp: Any, ct: Holding, tmp_path:
 @pytest.mark.orthanc
 def test_one_that_is_gone_does_not_cost_the_others(ct: Holding, tmp_path: Path) -> None:
     """Orthanc answers a list with one unknown UID by C000 and sends nothing: it is halved until that one is alone."""
-    from airflow_dicom_get.manifest.files import read_manifest
+    from airflow_dicom_get.manifest.frames import read_manifest
 
     with EmbeddedPacs(ct.folder) as all_of_it:
         first = GetScu(f"PACS@{HOST}:{all_of_it.port}", destination=tmp_path / "first").get_study(

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs, Moto
 
 from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest.files import combine_manifests, load_manifest
+from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
 from airflow_dicom_get.sinks import s3
 from airflow_dicom_get.sinks import s3_places as places
 from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
@@ -530,7 +529,7 @@ class TestKilled:
         size = sum(len(two_sizes.dataset(sop)) for sop in lost)
         assert size < 2 * PART_SIZE + 2 * LARGE
         print(f"killed at {moment:.2f}: {len(begun)} begun, {len(there)} there, {len(again)} sent again, {size} bytes")
-        monkeypatch.setattr(s3, "_STALE", timedelta(0))
+        monkeypatch.setattr(s3, "_STALE_SECONDS", 0)
         get(f"PACS@127.0.0.1:{line.port}", studies, prefix, service.config)
         assert not [key for key in service.uploads() if key.startswith(prefix)]
 

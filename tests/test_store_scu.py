@@ -102,6 +102,11 @@ def test_status_is_given_back(status: int) -> None:
         assert store.response(soon()).status == status
 
 
+def assert_over(association: Association) -> None:
+    with pytest.raises(AssociationAborted):
+        association.send_message(1, b"ab")
+
+
 def test_response_that_does_not_come() -> None:
     with OddDestination(delay=lambda number: 1.0) as destination, channel(destination) as (association, store):
         store.begin(1, CT, "1.2.3")

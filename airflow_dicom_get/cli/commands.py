@@ -168,7 +168,7 @@ def get(typed: Namespace) -> int:
     if options.destination is None:
         raise invalid("--to", "is missing", "Give a folder, s3://bucket/prefix or dicom://[AE@]host:port.")
     if typed.manifest is not None:
-        from airflow_dicom_get.manifest.files import load_table
+        from airflow_dicom_get.manifest.frames import load_table
 
         config = options.s3_config
         table = load_table(typed.manifest, **(config.reach() if config is not None else {}))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.net.acse import Proposal
@@ -26,11 +25,11 @@ def echo(source: Source) -> EchoReport:
     proposals = [Proposal(uid, IMPLICIT_LE) for uid in _SERVICES.values()]
     with source.association(proposals) as association:
         accepted = {p.abstract_syntax for p in association.accepted.contexts.values()}
-        began = time.monotonic()
+        began = clock.monotonic()
         c_echo(association)
         return EchoReport(
             node=str(source.node),
-            round_trip_ms=(time.monotonic() - began) * 1000,
+            round_trip_ms=(clock.monotonic() - began) * 1000,
             accepted={name: uid in accepted for name, uid in _SERVICES.items()},
             implementation_version=association.accepted.implementation or None,
             max_pdu_length=association.accepted.max_pdu_length,

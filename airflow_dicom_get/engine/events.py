@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.records import Completed, Instance, SubOperation
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Events:
         self._on_sub_operation = on_sub_operation
         self._on_completed = on_completed
         self._mutex = threading.Lock()
-        self._began = time.monotonic()
+        self._began = clock.monotonic()
         self.expected = 0
         """Instances planned to be fetched, over all studies so far."""
         self.taken = 0
@@ -33,7 +33,7 @@ class Events:
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
-        return time.monotonic() - self._began
+        return clock.monotonic() - self._began
 
     def planned(self, count: int) -> None:
         """``count`` more instances are to be fetched."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
+
+from airflow_dicom_get import clock
 
 _SLICE = 0.05
 """Seconds that one read may cost at the rate: short, so that each association is read often."""
@@ -22,8 +22,6 @@ class RateLimit:
     ----------
     bytes_per_second : int
         The rate over all who share this object.
-    clock, sleep : callable
-        Injected by tests.
 
     Attributes
     ----------
@@ -34,20 +32,17 @@ class RateLimit:
     def __init__(
         self,
         bytes_per_second: int,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.most = max(int(bytes_per_second * _SLICE), _LEAST_READ)
         self._rate = bytes_per_second
-        self._clock, self._sleep = clock, sleep
         self._mutex = threading.Lock()
-        self._free_at = clock()
+        self._free_at = clock.monotonic()
 
     def __call__(self, size: int) -> None:
         """Account for ``size`` bytes that were read, and wait as long as the rate asks."""
         with self._mutex:
-            now = self._clock()
+            now = clock.monotonic()
             self._free_at = max(self._free_at, now - _CREDIT) + size / self._rate
             wait = self._free_at - now
         if wait > 0:
-            self._sleep(min(wait, _LONGEST_SLEEP))
+            clock.sleep(min(wait, _LONGEST_SLEEP))

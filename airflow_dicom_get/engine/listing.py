@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
@@ -109,7 +109,7 @@ def list_study(
     ------
     NotNegotiated, OperationFailed, ListTooLong, InvalidQuery, and whatever ends an association
     """
-    listing = Listing(at=time.time())
+    listing = Listing(at=clock.now())
     keys = {h.STUDY_INSTANCE_UID: scope.study}
     for row in finder.rows("STUDY", keys, (i.STUDY_RELATED_INSTANCES, i.PATIENT_ID)):
         if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (scope.study, None):

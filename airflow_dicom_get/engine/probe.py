@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
@@ -72,7 +72,9 @@ def probe(source: Source, study: str, max_associations: int) -> Profile:
         Whatever ends an association.
     """
     profile = Profile(
-        node=str(source.peer), calling=source.peer.calling, probed_at=datetime.now(UTC).isoformat(timespec="seconds")
+        node=str(source.peer),
+        calling=source.peer.calling,
+        probed_at=datetime.fromtimestamp(clock.now(), UTC).isoformat(timespec="seconds"),
     )
     with source.association(FIND_PROPOSALS) as association:
         profile.implementation = association.accepted.implementation
@@ -177,5 +179,5 @@ def _associations(source: Source, limit: int) -> int:
                 return number
             except DicomGetError:
                 return number
-            time.sleep(0.01)
+            clock.sleep(0.01)
     return limit

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.storage import files
 
 if TYPE_CHECKING:
     from airflow_dicom_get.net.peer import Peer
@@ -57,13 +58,12 @@ class Profile:
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Write it, whole or not at all. Raises :class:`InvalidOption`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = json.dumps({"profile": SCHEMA, **profile.to_json()}, indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"profile": SCHEMA, **profile.to_json()}, indent=1) + "\n", encoding="ascii")
-        os.replace(temporary, path)
+        files.replace_whole(
+            path, lambda file: file.write(text.encode("ascii")), temporary=f".{path.name}.{clock.token()}.part"
+        )
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise invalid(
             "profile", f"{shown_path(path)} cannot be written: {error.strerror or error}", "Give another file."
         ) from None
@@ -78,8 +78,8 @@ def read_profile(path: Path, peer: Peer) -> Profile:
         The file holds none, or that of another node or of another AE title of ours.
     """
     try:
-        with path.open("rb") as file:
-            values = json.loads(file.read(_LIMIT))
+        with files.opened(path) as fd:
+            values = json.loads(files.disk.read_at(fd, _LIMIT, 0))
         if not isinstance(values, dict) or values.get("profile") != SCHEMA:
             raise ValueError("another schema")
         known = {item.name for item in fields(Profile)}

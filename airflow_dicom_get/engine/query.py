@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
 from typing import Any, Literal, cast
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import about, shown
 from airflow_dicom_get.config.groups import parse_timezone
 from airflow_dicom_get.config.options import OPTIONS
@@ -130,7 +131,7 @@ def parse_query(
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
         if keyword in values
     }
-    today = (now or datetime.now(zone)).astimezone(zone).date()
+    today = (now or datetime.fromtimestamp(clock.now(), zone)).astimezone(zone).date()
     filters = tuple(_parse_filter(attribute, value, today) for attribute, value in values.values())
     level = _level(level_given[1] if level_given else None, uids)
     patient_id = next((item.value for item in filters if item.keyword == "PatientID"), None)

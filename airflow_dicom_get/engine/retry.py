@@ -18,13 +18,9 @@ def names_changes(manifest: Any, s3: Mapping[str, Any]) -> bool:
     ManifestError
         It cannot be read.
     """
-    return "size_changed" in _table(manifest, s3).column("reason").to_pylist()
+    from airflow_dicom_get.manifest.frames import load_table
 
-
-def _table(manifest: Any, s3: Mapping[str, Any]) -> Any:
-    from airflow_dicom_get.manifest.files import load_table
-
-    return manifest if hasattr(manifest, "column_names") else load_table(manifest, **s3)
+    return "size_changed" in load_table(manifest, **s3).column("reason").to_pylist()
 
 
 def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
@@ -33,7 +29,7 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
     Parameters
     ----------
     manifest : pyarrow.Table, DataFrame, reference or URI
-        Any shape that :func:`~airflow_dicom_get.manifest.files.load_manifest` takes.
+        Any shape that :func:`~airflow_dicom_get.manifest.frames.load_manifest` takes.
     s3 : mapping
         How to reach the bucket that a URI names.
 
@@ -45,8 +41,9 @@ def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
         A row has no valid UIDs.
     """
     from airflow_dicom_get.dicom.uids import is_uid
+    from airflow_dicom_get.manifest.frames import load_table
 
-    table = _table(manifest, s3)
+    table = load_table(manifest, **s3)
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
     studies: dict[str, tuple[set[str], set[str]]] = {}
     for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):

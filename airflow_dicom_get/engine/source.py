@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken, Throttle, time_is_over
@@ -41,7 +41,7 @@ class Source:
         self._slots = threading.BoundedSemaphore(max_associations)
         self._mutex = threading.Lock()
         self.operation_limit = (
-            time.monotonic() + peer.deadlines.operation if peer.deadlines.operation is not None else float("inf")
+            clock.monotonic() + peer.deadlines.operation if peer.deadlines.operation is not None else float("inf")
         )
 
     @contextmanager
@@ -80,7 +80,7 @@ class Source:
         """
         if self.cancel.reason is not None:
             raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
-        if time.monotonic() >= self.operation_limit:
+        if clock.monotonic() >= self.operation_limit:
             raise time_is_over(self.node, self.deadlines)
 
     def back_off(self, failures: int, cause: DicomGetError, retries: int) -> None:

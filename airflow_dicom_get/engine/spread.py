@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Collection
+from functools import partial
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
 from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
@@ -41,20 +42,15 @@ class Spread:
             one_by_one(finder, series, list_series)
             return
         queue = deque(series)
-        threads = [
-            threading.Thread(target=self._beside, args=(queue, list_series), name=f"dicom-get-list-{n}", daemon=True)
-            for n in range(more)
-        ]
-        for thread in threads:
-            thread.start()
+        workers = [clock.spawn(partial(self._beside, queue, list_series), f"dicom-get-list-{n}") for n in range(more)]
         try:
             _serve(finder, queue, list_series)
         except BaseException:
             queue.clear()
             raise
         finally:
-            for thread in threads:
-                thread.join()
+            for worker in workers:
+                worker.join()
         _serve(finder, queue, list_series)  # what others have put back
 
     def _beside(self, queue: deque[SeriesInfo], list_series: ListSeries) -> None:

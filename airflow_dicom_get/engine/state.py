@@ -19,13 +19,13 @@ from airflow_dicom_get.errors import (
     NotAuthorised,
     NotNegotiated,
 )
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_THE_DESTINATIONS, STOPS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.listing import Listing
     from airflow_dicom_get.engine.resolve import Scope
-    from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+    from airflow_dicom_get.sinks.base import Confirmation, Taken
 
 UNPLANNED = 200_000
 """Objects that one C-GET may bring where there is no list."""
@@ -103,7 +103,7 @@ class StudyState:
     cancelled_by: str | None = None
     tried_classes: set[str] = field(default_factory=set)
     whole_series: set[str] = field(default_factory=set)
-    inventory: dict[str, Held] = field(default_factory=dict)
+    inventory: dict[str, Stored] = field(default_factory=dict)
     gone: list[Instance] = field(default_factory=list)
     _late: set[str] = field(default_factory=set)
     _refused_in_a_row: int = 0
@@ -143,7 +143,7 @@ class StudyState:
             self.instances.setdefault(uid, instance)
         return changed
 
-    def adopt_inventory(self) -> Iterator[tuple[Instance, Held]]:
+    def adopt_inventory(self) -> Iterator[tuple[Instance, Stored]]:
         """Mark what the list names and the destination holds; gives each pair that it marked."""
         assert self.listing is not None
         for uid, instance in self.listing.instances.items():
@@ -151,7 +151,7 @@ class StudyState:
             if held is None or instance.state is not None or held.series != instance.series:
                 continue
             del self.inventory[uid]
-            _fill(instance, held)
+            instance.adopt(held)
             instance.state = "held"
             if instance.listed_syntax:
                 instance.exactness = "as_listed" if held.syntax == instance.listed_syntax else "converted"
@@ -247,7 +247,7 @@ class StudyState:
         for uid, held in self.inventory.items():
             if uid not in listing.instances and uid not in self.instances:
                 instance = Instance(self.scope.study, held.series, uid)
-                _fill(instance, held)
+                instance.adopt(held)
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
                 self.gone.append(instance)
 
@@ -269,14 +269,3 @@ class StudyState:
             if error.at_fault == "destination":
                 return "destination_error"
         return "not_sent"
-
-
-def _fill(instance: Instance, held: Held) -> None:
-    """What the destination knows of an instance that was there before."""
-    instance.attempt = 0
-    instance.sop_class = held.sop_class or instance.sop_class
-    instance.modality = instance.modality or held.modality
-    instance.syntax, instance.uri = held.syntax, held.uri
-    instance.bytes, instance.sha256 = held.bytes, held.sha256
-    instance.dataset_offset = held.dataset_offset
-    instance.forwarded_to = held.forwarded_to

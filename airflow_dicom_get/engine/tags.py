@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from airflow_dicom_get.dicom.header import MANDATORY, MAX_HEADER, SPECIFIC_CHARACTER_SET, HeaderError, HeaderScan
 from airflow_dicom_get.dicom.syntaxes import EXPLICIT_BE
-from airflow_dicom_get.sinks.base import Held, Sink
+from airflow_dicom_get.records import Stored
+from airflow_dicom_get.sinks.base import Sink
 
 
 class TagDecoder:
@@ -52,7 +53,7 @@ class TagDecoder:
         return tuple(out)
 
 
-def tags_of(held: Held, sink: Sink, tags: TagDecoder) -> tuple[str | None, ...] | None:
+def tags_of(held: Stored, sink: Sink, tags: TagDecoder) -> tuple[str | None, ...] | None:
     """The values of an instance that was there before, read back from its header; None where that cannot be done."""
     data = sink.head(held, MAX_HEADER)[held.dataset_offset :]
     if not data or held.syntax is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow_dicom_get.manifest.files import REFERENCE_KIND
+from airflow_dicom_get.manifest.frames import REFERENCE_KIND
 
 SHOWN_KEYS = frozenset(
     {

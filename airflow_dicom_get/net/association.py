@@ -1,4 +1,4 @@
-"""An association over a blocking socket, with a deadline on every wait.
+"""An association over a transport, with a deadline on every wait.
 
 One thread uses an association; any thread may set its :class:`CancelToken`.
 """
@@ -6,14 +6,12 @@ One thread uses an association; any thread may set its :class:`CancelToken`.
 from __future__ import annotations
 
 import logging
-import select
-import socket
-import ssl
-import time
 from collections import deque
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom.pdata import (
     A_ABORT,
     A_ASSOCIATE_AC,
@@ -41,6 +39,7 @@ from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines
     from airflow_dicom_get.config.node import Node
+    from airflow_dicom_get.net.transport import Transport
 
 log = logging.getLogger(__name__)
 waits = logging.getLogger("airflow_dicom_get.waits")
@@ -64,9 +63,6 @@ _TOO_LATE = {
     "release": "did not answer the release",
 }
 _BUFFER = 1 << 18
-_SLICE = 0.2
-"""Longest single wait in seconds: how soon a cancel is seen."""
-_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
 _REJECTED = {
     (1, 1): "no reason given",
@@ -85,6 +81,8 @@ _REJECT_HINT = {
     (3, 2): "Use fewer associations, or try again later.",
 }
 
+_LOOK = 0.05
+"""Seconds between two looks at whether to go on."""
 _ABORTED = 0.15
 """Seconds that a peer has to hang up after our A-ABORT."""
 
@@ -115,6 +113,12 @@ class CancelToken:
         else:
             self.reason = reason
 
+    def pause(self, seconds: float) -> None:
+        """Wait so many seconds, or until a cancel."""
+        limit = clock.monotonic() + seconds
+        while self.reason is None and (left := limit - clock.monotonic()) > 0:
+            clock.sleep(min(left, _LOOK))
+
 
 class Association:
     """An established association. Made by :meth:`net.peer.Peer.open`.
@@ -126,7 +130,7 @@ class Association:
     """
 
     def __init__(
-        self, sock: socket.socket, node: Node, max_pdu_length: int, deadlines: Deadlines, cancel: CancelToken
+        self, line: Transport, node: Node, max_pdu_length: int, deadlines: Deadlines, cancel: CancelToken
     ) -> None:
         self.node = node
         self.deadlines = deadlines
@@ -137,9 +141,8 @@ class Association:
         self.in_message = False
         """Whether a message is half read: then ``idle`` and ``min_rate`` hold, whatever the PDUs are."""
         self.operation_limit = float("inf")
-        """``time.monotonic()`` value at which the whole operation is over."""
-        sock.settimeout(_SLICE)
-        self._sock = sock
+        """``clock.monotonic()`` value at which the whole operation is over."""
+        self._line = line
         self._deframer = Deframer(max_pdu_length)
         self._view = memoryview(bytearray(_BUFFER))
         self._items: deque[Fragment | Pdu] = deque()
@@ -168,7 +171,7 @@ class Association:
             log.warning("%s: %s; ignored", self.node, remark)
 
     def _await_accept(self, proposals: Sequence[Proposal], titles: str) -> Accepted:
-        item = self.next_item(time.monotonic() + self.deadlines.acse, "acse")
+        item = self.next_item(clock.monotonic() + self.deadlines.acse, "acse")
         if isinstance(item, Pdu):
             if item.pdu_type == A_ASSOCIATE_AC:
                 header = bytes((A_ASSOCIATE_AC, 0)) + len(item.data).to_bytes(4, "big")
@@ -196,7 +199,7 @@ class Association:
         Parameters
         ----------
         limit : float
-            ``time.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
+            ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
         """
         items = self._items
         while not items:
@@ -204,25 +207,20 @@ class Association:
         return items.popleft()
 
     def _read(self, limit: float, phase: str) -> None:
-        sock = self._sock
+        receive = self._line.receive
         view = self._view if self.throttle is None else self._view[: self.throttle.most]
         inside = self.in_message or self._deframer.mid_pdu
-        began = time.monotonic()
+        began = clock.monotonic()
         if self.operation_limit < limit:
             limit, phase = self.operation_limit, "operation"
         idle_limit = began + self.deadlines.idle if inside else limit
         while True:
             if self.cancel.reason is not None and (self.cancel.hard or phase in ("acse", "find_response")):
                 raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
-            if _QUICKACK is not None:  # not sticky: without it each instance waits 40 ms for a delayed ACK
-                try:
-                    sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-                except OSError:
-                    pass
             try:
-                size = sock.recv_into(view)
-            except (TimeoutError, ssl.SSLWantReadError):
-                now = time.monotonic()
+                size = receive(view)
+            except TimeoutError:
+                now = clock.monotonic()
                 if now >= limit:
                     raise self._late(phase) from None
                 if now >= idle_limit:
@@ -238,7 +236,7 @@ class Association:
         if not size:
             raise self._lost(None)
         self.answered = self._established
-        now = time.monotonic()
+        now = clock.monotonic()
         if now >= limit:
             raise self._late(phase)
         if inside:
@@ -265,7 +263,7 @@ class Association:
         """Say what is waited for and until when; once for each kind of wait."""
         if phase not in self._said:
             self._said.add(phase)
-            until = time.strftime("%H:%M:%S %Z", time.localtime(time.time() + left))
+            until = datetime.fromtimestamp(clock.now() + left).astimezone().strftime("%H:%M:%S %Z")
             seconds = getattr(self.deadlines, phase)
             waits.info(
                 "Waiting for %s %s, until %s at most (%g s, deadlines.%s).",
@@ -328,16 +326,11 @@ class Association:
         Cancelled
             By a second, hard cancel.
         """
-        sock = self._sock
-        if self._items or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+        if self._items:
             return True
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
         while True:
-            if _QUICKACK is not None:  # the answer may come in two pieces, the second held back for our ACK
-                sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-            left = limit - time.monotonic()
-            if poll.poll(max(min(left, _SLICE), 0) * 1000):
+            left = limit - clock.monotonic()
+            if self._line.wait(left):
                 return True
             if left <= 0:
                 return False
@@ -366,7 +359,7 @@ class Association:
         )
 
     def _send(self, data: bytes, phase: str, seconds: float) -> None:
-        self.send(memoryview(data), time.monotonic() + seconds, phase)
+        self.send(memoryview(data), clock.monotonic() + seconds, phase)
 
     def send(self, view: memoryview, limit: float, phase: str) -> None:
         """Send bytes as they are.
@@ -374,31 +367,20 @@ class Association:
         Parameters
         ----------
         limit : float
-            ``time.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
+            ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
         """
         try:
             while view:
                 try:
-                    view = view[self._sock.send(view) :]
-                except (TimeoutError, ssl.SSLWantWriteError):
-                    if time.monotonic() >= limit:
+                    view = view[self._line.send(view) :]
+                except TimeoutError:
+                    if clock.monotonic() >= limit:
                         raise self._late(phase) from None
                     if self.cancel.hard:
                         raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
         except OSError as error:
-            cause = self._alert() or error
+            cause = self._line.said() or error
             raise self._lost(cause) from cause
-
-    def _alert(self) -> ssl.SSLError | None:
-        """What a TLS peer said before it hung up on what we sent."""
-        if isinstance(self._sock, ssl.SSLSocket):
-            try:
-                self._sock.recv(1)
-            except ssl.SSLError as alert:
-                return alert
-            except OSError:
-                pass
-        return None
 
     # --- ending ------------------------------------------------------------------------------
 
@@ -408,7 +390,7 @@ class Association:
             return
         try:
             self._send(RELEASE_RQ, "release", self.deadlines.release)
-            limit = time.monotonic() + self.deadlines.release
+            limit = clock.monotonic() + self.deadlines.release
             while True:
                 item = self.next_item(limit, "release")
                 if isinstance(item, Pdu):
@@ -431,28 +413,14 @@ class Association:
         """
         if not self._open:
             return
-        limit = time.monotonic() + _ABORTED
-        try:
-            self._sock.settimeout(0.5)
-            self._sock.send(abort_pdu(source, 6 if source == 2 else 0))
-            while (left := limit - time.monotonic()) > 0:
-                self._sock.settimeout(left)
-                # Not into our buffer: a destination that is late may still be reading from it, in another thread.
-                if not self._sock.recv(_BUFFER):
-                    break
-        except OSError:
-            pass
-        self.close()
+        self._open = False
+        self._line.hang_up(abort_pdu(source, 6 if source == 2 else 0), _ABORTED)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the connection."""
         if self._open:
             self._open = False
-            try:
-                self._sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            self._sock.close()
+            self._line.close()
 
 
 def time_is_over(node: Node, deadlines: Deadlines) -> DeadlineExceeded:

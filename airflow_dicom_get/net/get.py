@@ -6,10 +6,10 @@ Whatever breaks that order aborts the association (PS3.8 E.1).
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.command import Command
@@ -107,7 +107,7 @@ class _Get:
         self.remaining: int | None = None
         self.cancel_sent = False
         self.heard = False
-        self.limit = time.monotonic() + next_object
+        self.limit = clock.monotonic() + next_object
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -317,12 +317,12 @@ class _Get:
 
     def _progress(self) -> None:
         if not self.cancel_sent:
-            self.limit = time.monotonic() + self.next_object
+            self.limit = clock.monotonic() + self.next_object
 
     def _send_cancel(self) -> None:
         """C-CANCEL-RQ (PS3.7 9.3.3.3); it has no response of its own."""
         self.cancel_sent = True
-        self.limit = min(self.limit, time.monotonic() + _CANCEL_GRACE)
+        self.limit = min(self.limit, clock.monotonic() + _CANCEL_GRACE)
         self.association.send_message(
             self.context_id,
             c.encode(

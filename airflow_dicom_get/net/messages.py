@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom.command import MAX_COMMAND_LENGTH, Command
 from airflow_dicom_get.errors import PeerProtocolError
 from airflow_dicom_get.net.association import Association
@@ -71,5 +70,5 @@ def context_for(association: Association, abstract_syntax: str) -> int | None:
 
 
 def deadline(seconds: float) -> float:
-    """``time.monotonic()`` value in ``seconds`` from now."""
-    return time.monotonic() + seconds
+    """``clock.monotonic()`` value in ``seconds`` from now."""
+    return clock.monotonic() + seconds

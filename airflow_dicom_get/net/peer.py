@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 import ssl
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import AssociationAborted, ConnectFailed, DeadlineExceeded
+from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.acse import Proposal, encode_request
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.tls import tls_context, tls_error
@@ -20,6 +19,7 @@ from airflow_dicom_get.net.tls import tls_context, tls_error
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, UserIdentity
     from airflow_dicom_get.config.options import ConnectionOptions
+    from airflow_dicom_get.net.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ class Peer:
             max_pdu_length=self.max_pdu_length,
             user_identity=self.user_identity,
         )
-        sock = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
-        association = Association(sock, self.node, self.max_pdu_length, self.deadlines, cancel)
+        line = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
+        association = Association(line, self.node, self.max_pdu_length, self.deadlines, cancel)
         try:
             association.negotiate(request, proposals, f"calling {self.calling}, called {self.called}")
         except AssociationAborted as lost:
@@ -114,10 +114,20 @@ class Peer:
         return association
 
 
-def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> socket.socket:
-    limit = time.monotonic() + seconds
+def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> Transport:
     try:
-        sock = socket.create_connection((node.host, node.port), timeout=seconds)
+        return transport.connect(node.host, node.port, seconds, tls, server_name)
+    except transport.HandshakeError as failure:
+        error = failure.__cause__
+        if not isinstance(error, TimeoutError):
+            raise tls_error(node, error if isinstance(error, OSError) else failure) from error
+        raise DeadlineExceeded(
+            f"{node} did not finish the TLS handshake within {seconds:g} s.",
+            hint="Check that this port speaks TLS.",
+            node=str(node),
+            phase="connect",
+            seconds=seconds,
+        ) from None
     except TimeoutError:
         raise DeadlineExceeded(
             f"{node} did not answer within {seconds:g} s.",
@@ -132,30 +142,3 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
             hint="Check the host and the port, and that the node is running.",
             node=str(node),
         ) from error
-    _arm(sock)
-    if tls is None:
-        return sock
-    sock.settimeout(max(limit - time.monotonic(), 0.1))
-    try:
-        return tls.wrap_socket(sock, server_hostname=server_name or node.host)
-    except TimeoutError:
-        sock.close()
-        raise DeadlineExceeded(
-            f"{node} did not finish the TLS handshake within {seconds:g} s.",
-            hint="Check that this port speaks TLS.",
-            node=str(node),
-            phase="connect",
-            seconds=seconds,
-        ) from None
-    except OSError as error:
-        sock.close()
-        raise tls_error(node, error) from error
-
-
-def _arm(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)

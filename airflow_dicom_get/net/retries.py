@@ -10,10 +10,9 @@
 from __future__ import annotations
 
 import logging
-import random
-import time
 from typing import TYPE_CHECKING
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.errors import ConnectFailed, DeadlineExceeded, DicomGetError, sentences
 
 if TYPE_CHECKING:
@@ -62,10 +61,8 @@ def back_off(failures: int, why: str, retries: int, cancel: CancelToken, until: 
     retries : int
         What :func:`allowed` says of it.
     cancel, until : CancelToken, float
-        A cancel, or this value of ``time.monotonic()``, cuts the wait short.
+        A cancel, or this value of ``clock.monotonic()``, cuts the wait short.
     """
-    wait = min(_FIRST * _GROWTH ** (failures - 1), _LONGEST) * random.uniform(0.75, 1.25)
+    wait = min(_FIRST * _GROWTH ** (failures - 1), _LONGEST) * clock.jitter(0.75, 1.25)
     log.warning("%s", sentences(why, f"Retrying in {wait:.1f} s ({failures} of {retries})."))
-    limit = min(time.monotonic() + wait, until)
-    while time.monotonic() < limit and cancel.reason is None:
-        time.sleep(0.05)
+    cancel.pause(min(wait, until - clock.monotonic()))

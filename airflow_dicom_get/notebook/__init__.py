@@ -1,15 +1,8 @@
 """For notebooks: manifests out of Airflow's REST interface or out of files, a picture of them, and the pixels."""
 
-from airflow_dicom_get.notebook.frames import (
-    HELD,
-    NOT_HELD,
-    latest,
-    load_manifests,
-    overview,
-    read_instances,
-    read_manifest,
-    read_manifests,
-)
+from airflow_dicom_get.notebook.frames import latest, load_manifests, read_instances, read_manifest, read_manifests
+from airflow_dicom_get.notebook.pictures import overview
+from airflow_dicom_get.vocabulary import HELD, NOT_HELD
 
 __all__ = [
     "HELD",

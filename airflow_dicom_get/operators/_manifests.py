@@ -12,15 +12,9 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import (
-    combine_manifests,
-    frame_of,
-    load_table,
-    load_tables,
-    manifest_table,
-    reference,
-    safe_name,
-)
+from airflow_dicom_get.manifest.files import safe_name
+from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_table, load_tables, reference
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.manifest.xcom import bytes_in_xcom
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.manifest.files import reference
+from airflow_dicom_get.manifest.frames import reference
 from airflow_dicom_get.manifest.xcom import bytes_in_xcom
 from airflow_dicom_get.operators._manifests import (
     connection_of,

@@ -70,6 +70,8 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
     :param uri: where the file is, as the summary says
     :raises ManifestError: there is none, or it cannot be read from here
     """
+    from airflow_dicom_get.manifest.files import read_table
+
     inline = table_in_xcom(returned)
     if inline is not None:
         return inline
@@ -84,8 +86,6 @@ def table_of(returned: Any, uri: str | None) -> pa.Table:
             hint="Read it with airflow_dicom_get.notebook.read_manifest().",
             uri=str(uri),
         )
-    from airflow_dicom_get.manifest.files import read_table
-
     return read_table(uri)
 
 

@@ -7,10 +7,9 @@ final name, and cleans up only after runs that are dead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.vocabulary import State
 
 
@@ -35,25 +34,6 @@ class Confirmation(NamedTuple):
     instance: Instance
     error: str | None = None
     reason: str = "destination_error"
-
-
-@dataclass(slots=True)
-class Held:
-    """What the destination holds of a study, verified as far as ``verify_held`` asks."""
-
-    series: str
-    sop: str
-    sop_class: str | None
-    syntax: str | None
-    uri: str | None
-    """Its own, or with a slash at its end the place of its study: see :func:`~airflow_dicom_get.records.object_uri`."""
-    sha256: bytes | None
-    bytes: int | None
-    dataset_offset: int
-    modality: str | None = None
-    series_number: int | None = None
-    instance_number: int | None = None
-    forwarded_to: str | None = None
 
 
 class Writer(Protocol):
@@ -87,8 +67,8 @@ class Writer(Protocol):
 class Sink(Protocol):
     """A destination. Thread-safe: several associations write at once."""
 
-    def inventory(self, study: str) -> dict[str, Held]:
-        """What is held of a study, by SOP Instance UID.
+    def inventory(self, study: str) -> dict[str, Stored]:
+        """What is held of a study, by SOP Instance UID, verified as far as ``verify_held`` asks.
 
         Raises
         ------
@@ -96,7 +76,7 @@ class Sink(Protocol):
             A ledger file is of a newer schema or broken beyond its last line.
         """
 
-    def head(self, held: Held, size: int) -> bytes:
+    def head(self, held: Stored, size: int) -> bytes:
         """The first bytes of what is held, at most ``size``; empty where it cannot be read back."""
 
     def begin(self, instance: Instance) -> Writer:

@@ -10,31 +10,24 @@ import errno
 import hashlib
 import logging
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
-from airflow_dicom_get.records import Instance, object_uri
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.sinks import locks
-from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
-from airflow_dicom_get.sinks.ledger import Ledgers, Record
-from airflow_dicom_get.storage.files import (
-    Follower,
-    digest_of,
-    digest_of_path,
-    exists,
-    fsync_path,
-    rename_new,
-    same_content,
-    start_write_back,
-)
+from airflow_dicom_get.sinks.base import Confirmation, Taken
+from airflow_dicom_get.sinks.ledger import Ledgers
+from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Follower, digest_of, digest_of_path, same_content, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +77,7 @@ class FilesystemSink:
         read_only: bool = False,
     ) -> None:
         self.root = root
+        self.disk = files.disk
         self.ledgers = ledgers
         self.run = run
         self.options = options
@@ -91,18 +85,18 @@ class FilesystemSink:
         self.replaceable: set[str] = set()
         """UIDs whose file is no longer what the ledger says: it may be replaced."""
         self._mutex = threading.Lock()
-        self._room = threading.Condition(self._mutex)
+        self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
         self._unconfirmed = 0
         self._due = 0
         self._done: list[Confirmation] = []
-        self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._hurry = threading.Event()
+        self._queue: deque[_Pending] = deque()
+        self._syncing = False
+        self._hurry = clock.event()
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Held]:
+    def inventory(self, study: str) -> dict[str, Stored]:
         """See :meth:`sinks.base.Sink.inventory`."""
         if not self._read_only:  # here, too: of a study that is held whole no writer is ever begun
             try:
@@ -110,7 +104,7 @@ class FilesystemSink:
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study)
-        held: dict[str, Held] = {}
+        held: dict[str, Stored] = {}
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
             candidates = [record for record in records.pop(sop, ()) if record.series == series]
@@ -125,9 +119,9 @@ class FilesystemSink:
 
     def _files(self, study: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
         try:
-            for series in os.scandir(self.root / study):
+            for series in self.disk.scan(self.root / study):
                 if series.is_dir(follow_symlinks=False):
-                    for entry in os.scandir(series.path):
+                    for entry in self.disk.scan(series.path):
                         if entry.name.endswith(".dcm") and not entry.name.startswith("."):
                             yield series.name, entry.name[:-4], entry
         except FileNotFoundError:
@@ -135,58 +129,46 @@ class FilesystemSink:
         except OSError as error:
             raise sink_error(error, f"The destination cannot list study {study}") from error
 
-    def _verified(self, study: str, record: Record, entry: os.DirEntry[str], place: str) -> Held | None:
+    def _verified(self, study: str, record: Stored, entry: os.DirEntry[str], place: str) -> Stored | None:
         """The record as held, if the file is still what it says."""
         checkable = record.sha256 is not None
         need_digest = self.options.verify_held == "digest" or not record.durable
         if self.options.verify_held != "none" or not record.durable:
-            if entry.stat(follow_symlinks=False).st_size != record.size:
+            if entry.stat(follow_symlinks=False).st_size != record.bytes:
                 return None
             if need_digest and (not checkable or digest_of_path(entry.path) != record.sha256):
                 return None
         if not record.durable and not self._read_only:
             self._sync_now(entry.path)
-            self._study(study).ledger.taken(_as_instance(study, record))
-            self._study(study).ledger.durable([record.sop])
-        return Held(
-            series=record.series,
-            sop=record.sop,
-            sop_class=record.sop_class,
-            syntax=record.syntax,
-            uri=place,
-            sha256=record.sha256,
-            bytes=record.size,
-            dataset_offset=record.dataset_offset,
-            modality=record.modality,
-            series_number=record.series_number,
-            instance_number=record.instance_number,
-        )
+            self._record(study, record)
+        record.where = place
+        return record
 
-    def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Held | None:
+    def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Stored | None:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
-        from airflow_dicom_get.sinks.adopt import read_instance
+        from airflow_dicom_get.sinks.objects import whole_instance
 
-        found = read_instance(Path(entry.path), study, series, sop)
+        found = whole_instance(Path(entry.path), study, series, sop)
         if found is not None:
             self._sync_now(entry.path)
-            instance = Instance(study, series, sop, found.sop_class)
-            instance.syntax, instance.bytes, instance.sha256 = found.syntax, found.bytes, found.sha256
-            instance.dataset_offset = found.dataset_offset
-            ledger = self._study(study).ledger
-            ledger.taken(instance)
-            ledger.durable([sop])
+            self._record(study, found)
         return found
+
+    def _record(self, study: str, stored: Stored) -> None:
+        ledger = self._study(study).ledger
+        ledger.taken(stored)
+        ledger.durable([stored.sop])
 
     def _sync_now(self, path: str) -> None:
         if self.options.durable:
-            fsync_path(path)
-            fsync_path(os.path.dirname(path))
+            sync_path(path)
+            sync_path(os.path.dirname(path))
 
-    def head(self, held: Held, size: int) -> bytes:
+    def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
         try:
-            with Path(object_uri(held.uri, held.series, held.sop) or "").open("rb") as file:
-                return file.read(size)
+            with files.opened(held.uri or "") as fd:
+                return self.disk.read_at(fd, size, 0)
         except OSError:
             return b""
 
@@ -221,29 +203,23 @@ class FilesystemSink:
         with self._mutex:
             self._unconfirmed += pending.size
             self._due += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._sync_loop, name="dicom-get-sync", daemon=True)
-                self._thread.start()
-        self._queue.put(pending)
+            self._queue.append(pending)
+            begin = not self._syncing
+            self._syncing = True
+        if begin:
+            clock.spawn(self._sync_queued, "dicom-get-sync")
 
-    def _sync_loop(self) -> None:
+    def _sync_queued(self) -> None:
+        """Sync what was taken, until nothing is left for a moment."""
         while True:
-            first = self._queue.get()
-            if first is None:
-                return
             # Each wake-up interrupts the receiver, and each batch costs a commit of the journal.
             self._hurry.wait(_GATHER)
-            batch = [first]
-            last = False
-            while len(batch) < _MAX_QUEUED and not last:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    last = True
-                else:
-                    batch.append(item)
+            with self._mutex:
+                batch = [self._queue.popleft() for _ in range(min(len(self._queue), _MAX_QUEUED))]
+                if not batch:
+                    self._syncing = False
+                    self._room.notify_all()
+                    return
             try:
                 results = self._synced(batch)
             except Exception as error:  # whatever it is: who waits for these must not wait forever
@@ -254,8 +230,6 @@ class FilesystemSink:
                 self._due -= len(batch)
                 self._unconfirmed -= sum(item.size for item in batch)
                 self._room.notify_all()
-            if last:
-                return
 
     def _synced(self, batch: list[_Pending]) -> list[Confirmation]:
         """Sync a batch of files, then each of their folders once, then say so in the ledgers.
@@ -266,22 +240,22 @@ class FilesystemSink:
         good: list[_Pending] = []
         if self.options.durable and len(batch) > 1:
             for item in batch:
-                start_write_back(item.fd)
+                self.disk.start_write_back(item.fd)
         for item in batch:
             try:
                 if self.options.durable:
-                    os.fdatasync(item.fd)
+                    self.disk.sync_data(item.fd)
                 good.append(item)
             except OSError as error:
                 results.append(Confirmation(item.instance, f"sync: {error.strerror}"))
             finally:
-                os.close(item.fd)
+                self.disk.close(item.fd)
         try:
             for item in {item.folder: item for item in good}.values():
                 if self.options.durable:
-                    os.fsync(item.folder)
-                where = os.stat(item.study.path / item.instance.series)
-                if not os.path.samestat(where, os.fstat(item.folder)):  # moved away, or another disk lies over it
+                    self.disk.sync(item.folder)
+                if not self.disk.is_at(item.folder, item.study.path / item.instance.series):
+                    # Moved away, or another disk lies over it.
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             for study in {item.study for item in good}:
                 study.ledger.durable([item.instance.sop for item in good if item.study is study])
@@ -302,10 +276,10 @@ class FilesystemSink:
 
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
-        if self._thread is not None:
-            self._hurry.set()
-            self._queue.put(None)
-            self._thread.join()
+        self._hurry.set()
+        with self._room:
+            while self._syncing:
+                self._room.wait(1.0)
         for study in self._studies.values():
             study.close(self.options.durable)
 
@@ -325,7 +299,8 @@ class _Study:
     def __init__(self, path: Path, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
         self.place = f"{path}/"
-        path.mkdir(parents=True, exist_ok=True)
+        self._disk = files.disk
+        self._disk.make_folder(path)
         self._lock_path = path / f".{run}.lock"
         self._lock = locks.hold(self._lock_path)
         self.ledger = ledgers.open(uid, run)
@@ -339,8 +314,8 @@ class _Study:
             fd = self._folders.get(uid)
             if fd is None:
                 folder = self.path / uid
-                folder.mkdir(exist_ok=True)
-                fd = self._folders[uid] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._disk.make_folder(folder)
+                fd = self._folders[uid] = self._disk.open_folder(folder)
             return fd
 
     def close(self, durable: bool) -> None:
@@ -348,18 +323,18 @@ class _Study:
         try:
             if durable:
                 self.ledger.sync()
-                fsync_path(str(self.path))
-                fsync_path(str(self.path.parent))
+                sync_path(self.path)
+                sync_path(self.path.parent)
         except OSError as error:
             log.warning("%s: %s", self.path, error.strerror)
         self.ledger.close()
         for fd in self._folders.values():
-            os.close(fd)
-        self._lock_path.unlink(missing_ok=True)
-        os.close(self._lock)
+            self._disk.close(fd)
+        self._disk.remove(self._lock_path)
+        self._disk.close(self._lock)
         for folder in (*(self.path / uid for uid in self._folders), self.path):
             try:
-                folder.rmdir()  # only where nothing came
+                self._disk.remove_folder(folder)  # only where nothing came
             except OSError:
                 pass
 
@@ -368,6 +343,7 @@ class _FileWriter:
     """One instance on its way into a file."""
 
     __slots__ = (
+        "_disk",
         "_fd",
         "_folder",
         "_follower",
@@ -384,7 +360,8 @@ class _FileWriter:
     def __init__(self, sink: FilesystemSink, study: _Study, folder: int, instance: Instance) -> None:
         self._sink, self._study, self._folder, self._instance = sink, study, folder, instance
         self._name = f".{instance.sop}.{sink.run}.part"
-        self._fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        self._disk = sink.disk
+        self._fd = self._disk.open(self._name, files.REPLACE, folder)
         head = b""
         if sink.options.store_with_file_meta:
             assert instance.sop_class is not None
@@ -408,12 +385,12 @@ class _FileWriter:
         try:
             if head is not None:
                 self._head = None
-                self._write_all(os.writev(self._fd, (head, view)) - len(head), view, head)
+                self._write_all(self._disk.writev(self._fd, (head, view)) - len(head), view, head)
                 if self._hash is not None:
                     self._hash.update(head)
                 self._size = len(head)
             else:
-                self._write_all(os.write(self._fd, view), view)
+                self._write_all(self._disk.write(self._fd, view), view)
         except OSError as error:
             raise sink_error(error, f"The destination cannot store instance {self._instance.sop}") from error
         self._size += len(view)
@@ -429,7 +406,7 @@ class _FileWriter:
         if written < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         while written < len(view):
-            written += os.write(self._fd, view[written:])
+            written += self._disk.write(self._fd, view[written:])
 
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""
@@ -454,15 +431,15 @@ class _FileWriter:
         instance, folder = self._instance, self._folder
         final = f"{instance.sop}.dcm"
         replace = instance.sop in self._sink.replaceable
-        if not replace and exists(final, folder):
+        if not replace and self._disk.has(final, folder):
             return self._meet_first(final)
         self._study.ledger.taken(instance)
         if replace:
-            os.replace(self._name, final, src_dir_fd=folder, dst_dir_fd=folder)
+            self._disk.rename_over(self._name, final, folder)
             self._sink.replaceable.discard(instance.sop)
         else:
             try:
-                rename_new(self._name, final, folder)
+                self._disk.rename_new(self._name, final, folder)
             except FileExistsError:  # another run was quicker by a moment
                 self._study.ledger.dropped(instance.sop)
                 return self._meet_first(final)
@@ -473,10 +450,10 @@ class _FileWriter:
     def _meet_first(self, final: str) -> Taken:
         """A file of this UID is there: the first stays, and counts only if its data set is the same."""
         instance = self._instance
-        fd = os.open(final, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._folder)
-        meta = read_file_meta(os.pread(fd, META_LIMIT, 0))
+        fd = self._disk.open(final, files.CHANGE, self._folder)
+        meta = read_file_meta(self._disk.read_at(fd, META_LIMIT, 0))
         offset = meta.dataset_offset if meta else 0
-        size = os.fstat(fd).st_size
+        size = self._disk.size(fd)
         if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
             instance.bytes, instance.dataset_offset = size, offset
             if self._hash is not None and self._sink.options.checksum:
@@ -485,7 +462,7 @@ class _FileWriter:
             self._drop()
             self._sink.taken(_Pending(instance, self._study, fd, self._folder, size))
             return Taken(s.SUCCESS)
-        os.close(fd)
+        self._disk.close(fd)
         self.abort()
         return Taken(
             s.DUPLICATE_OTHER_CONTENT,
@@ -494,10 +471,10 @@ class _FileWriter:
         )
 
     def _drop(self) -> None:
-        os.close(self._fd)
+        self._disk.close(self._fd)
         self._fd = -1
         try:
-            os.unlink(self._name, dir_fd=self._folder)
+            self._disk.unlink(self._name, self._folder)
         except OSError:
             pass
 
@@ -508,12 +485,3 @@ class _FileWriter:
                 self._follower.finish()
         if self._fd >= 0:
             self._drop()
-
-
-def _as_instance(study: str, record: Record) -> Instance:
-    instance = Instance(study, record.series, record.sop, record.sop_class)
-    instance.syntax, instance.bytes, instance.sha256 = record.syntax, record.size, record.sha256
-    instance.dataset_offset = record.dataset_offset
-    instance.modality = record.modality
-    instance.series_number, instance.instance_number = record.series_number, record.instance_number
-    return instance

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import ForwardingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.errors import (
@@ -31,8 +31,8 @@ from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.net.retries import no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.base import Confirmation, Held, Taken, Writer
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ForwardSink:
         """Whether the destination has answered anything yet."""
         self._stopped = False
         self._mutex = threading.Lock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = clock.condition(self._mutex)
         self._ledgers: dict[str, Ledger] = {}
         self._idle: list[_Line] = []
         self._classes = classes
@@ -128,33 +128,17 @@ class ForwardSink:
 
     # --- what is held --------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Held]:
+    def inventory(self, study: str) -> dict[str, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: what our ledgers say was stored, and the destination still lists."""
-        held: dict[str, Held] = {}
-        for uid, records in self._ledger_store.read(study, self.name).items():
-            record = records[0]
-            if record.durable:
-                held[uid] = Held(
-                    series=record.series,
-                    sop=uid,
-                    sop_class=record.sop_class,
-                    syntax=record.syntax,
-                    uri=None,
-                    sha256=record.sha256,
-                    bytes=record.size,
-                    dataset_offset=0,
-                    modality=record.modality,
-                    series_number=record.series_number,
-                    instance_number=record.instance_number,
-                    forwarded_to=self.name,
-                )
+        recorded = self._ledger_store.read(study, self.name)
+        held = {uid: records[0] for uid, records in recorded.items() if records[0].durable}
         if self.options.trust_destination or (held and self.options.verify_held != "none"):
             self._hold_against_list(study, held)
         with self._mutex:
             self._sent[study] = {uid: (x.sha256, x.bytes) for uid, x in held.items() if x.bytes is not None}
         return held
 
-    def _hold_against_list(self, study: str, held: dict[str, Held]) -> None:
+    def _hold_against_list(self, study: str, held: dict[str, Stored]) -> None:
         from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
 
         self._release_idle()  # the question counts against the destination's limit, too
@@ -172,11 +156,11 @@ class ForwardSink:
         if self.options.trust_destination:
             for uid, where in listed.items():
                 if uid not in held:
-                    held[uid] = Held(where, uid, None, None, None, None, None, 0, forwarded_to=self.name)
+                    held[uid] = Stored(where, uid, forwarded_to=self.name, durable=True)
 
     # --- writing -------------------------------------------------------------------------------
 
-    def head(self, held: Held, size: int) -> bytes:
+    def head(self, held: Stored, size: int) -> bytes:
         """Nothing: what was forwarded lies with the destination."""
         return b""
 
@@ -337,7 +321,7 @@ class ForwardSink:
         """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
         with self._mutex:
             self._late += 1
-        threading.Thread(target=self._wait_late, args=(line, instance), name="dicom-get-late", daemon=True).start()
+        clock.spawn(lambda: self._wait_late(line, instance), "dicom-get-late")
         return ForwardLate(
             f"{self.name} did not answer the C-STORE within {self.deadlines.sub_operation:g} s "
             "(deadlines.sub_operation).",
@@ -361,15 +345,15 @@ class ForwardSink:
 
     def _late_confirmation(self, line: _Line, instance: Instance) -> Confirmation:
         seconds = self.deadlines.next_object
-        limit = time.monotonic() + seconds
-        while not line.channel.wait_for_response(min(limit, time.monotonic() + 0.2)):
+        limit = clock.monotonic() + seconds
+        while not line.channel.wait_for_response(min(limit, clock.monotonic() + 0.2)):
             if self.cancel.reason is not None:
                 raise Cancelled(f"Cancelled before {self.name} answered.")
-            if time.monotonic() >= limit:
+            if clock.monotonic() >= limit:
                 raise SinkError(f"{self.name} did not answer within another {seconds:g} s.")
-        response = line.channel.response(time.monotonic() + self.deadlines.idle)
+        response = line.channel.response(clock.monotonic() + self.deadlines.idle)
         taken = self.answered(line, instance, response)
-        instance.received_at = time.time()
+        instance.received_at = clock.now()
         instance.dimse_status = taken.status
         return Confirmation(instance, taken.error, taken.reason or "destination_error")
 
@@ -422,14 +406,14 @@ class _ForwardWriter:
         self._line: _Line | None = line
         self._hash = digest
         self._size = 0
-        self._seen = time.monotonic()
+        self._seen = clock.monotonic()
         """When the latest bytes of the source arrived."""
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
         line = self._line
         assert line is not None
-        self._seen = time.monotonic()
+        self._seen = clock.monotonic()
         self._size += len(view)
         try:
             line.channel.write(view, self._seen + self._sink.deadlines.stall)

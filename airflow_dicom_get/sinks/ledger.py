@@ -12,34 +12,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from airflow_dicom_get.errors import LedgerError
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.storage import files
 
 SCHEMA = 1
-
-
-@dataclass(slots=True)
-class Record:
-    """The last word of the ledgers on one instance."""
-
-    series: str
-    sop: str
-    sop_class: str | None
-    syntax: str | None
-    size: int
-    dataset_offset: int
-    sha256: bytes | None
-    durable: bool
-    modality: str | None = None
-    series_number: int | None = None
-    instance_number: int | None = None
-    forwarded_to: str | None = None
-    etag: str | None = None
 
 
 def header_line() -> str:
@@ -47,7 +28,7 @@ def header_line() -> str:
     return json.dumps({"ledger": SCHEMA}) + "\n"
 
 
-def taken_line(instance: Instance) -> str:
+def taken_line(instance: Instance | Stored) -> str:
     """The line that says that an instance is there whole."""
     entry = {
         "state": "taken",
@@ -80,7 +61,7 @@ def dropped_line(uid: str) -> str:
 class Ledger(Protocol):
     """The records of one run for one study. What cannot be recorded raises ``OSError``."""
 
-    def taken(self, instance: Instance) -> None:
+    def taken(self, instance: Instance | Stored) -> None:
         """Record that the whole instance is there, before it gets its final name."""
 
     def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
@@ -102,7 +83,7 @@ class Ledgers(Protocol):
     def open(self, study: str, run: str) -> Ledger:
         """Begin the ledger of a run for a study. Raises ``OSError``."""
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
         """What all runs recorded of a study, as :func:`read_ledgers` gives it. Raises :class:`LedgerError`."""
 
 
@@ -116,7 +97,7 @@ class FolderLedgers:
         """See :meth:`Ledgers.open`."""
         return LedgerWriter(self.root, study, run)
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
         """See :meth:`Ledgers.read`."""
         return read_ledgers(self.root, study, forwarded_to)
 
@@ -126,9 +107,10 @@ class LedgerWriter:
 
     def __init__(self, root: Path, study: str, run: str) -> None:
         folder = root / ".ledger" / study
-        folder.mkdir(parents=True, exist_ok=True)
+        self._disk = files.disk
+        self._disk.make_folder(folder)
         self.path = folder / f"{run}.jsonl"
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()
         self._size = 0
 
@@ -137,12 +119,13 @@ class LedgerWriter:
             if not self._size:
                 lines = header_line() + lines
             data = lines.encode("ascii")
-            if os.write(self._fd, data) != len(data):
-                os.ftruncate(self._fd, self._size)  # part of a line would break what is appended once there is room
+            if self._disk.write(self._fd, data) != len(data):
+                # Part of a line would break what is appended once there is room.
+                self._disk.truncate(self._fd, self._size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(data)
 
-    def taken(self, instance: Instance) -> None:
+    def taken(self, instance: Instance | Stored) -> None:
         """See :meth:`Ledger.taken`."""
         self._append(taken_line(instance))
 
@@ -156,16 +139,16 @@ class LedgerWriter:
 
     def sync(self) -> None:
         """Make the ledger itself durable."""
-        os.fsync(self._fd)
+        self._disk.sync(self._fd)
 
     def close(self) -> None:
         """Close; a ledger that recorded nothing is removed."""
-        os.close(self._fd)
+        self._disk.close(self._fd)
         if not self._size:
-            self.path.unlink(missing_ok=True)
+            self._disk.remove(self.path)
 
 
-def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
+def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
     """What all runs recorded of a study, by SOP Instance UID: the likeliest record first.
 
     One root may serve several destinations: of forwards only those to ``forwarded_to`` are read, and
@@ -179,15 +162,15 @@ def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dic
     """
     folder = root / ".ledger" / study
     try:
-        paths = sorted(folder.glob("*.jsonl"), reverse=True)
+        paths = [folder / name for name in reversed(files.names_in(folder)) if name.endswith(".jsonl")]
     except OSError as error:
         raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
     return merge_records((parse_ledger([(str(path), _content(path, study))], study) for path in paths), forwarded_to)
 
 
-def merge_records(runs: Iterable[Mapping[str, Record]], forwarded_to: str | None = None) -> dict[str, list[Record]]:
+def merge_records(runs: Iterable[Mapping[str, Stored]], forwarded_to: str | None = None) -> dict[str, list[Stored]]:
     """The union of what runs recorded, each given newest first, as :func:`read_ledgers` gives it."""
-    records: dict[str, list[Record]] = {}
+    records: dict[str, list[Stored]] = {}
     for run in runs:
         for uid, record in run.items():
             if record.forwarded_to == forwarded_to:
@@ -199,14 +182,14 @@ def merge_records(runs: Iterable[Mapping[str, Record]], forwarded_to: str | None
 
 def _content(path: Path, study: str) -> bytes:
     try:
-        return path.read_bytes()
+        return files.read_whole(path)
     except OSError as error:
         raise LedgerError(
             f"The ledger {path} cannot be read: {error.strerror}.", study=study, path=str(path)
         ) from error
 
 
-def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Record]:
+def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Stored]:
     """The records of one run, in one file or several: where each lies, and its content.
 
     Raises
@@ -214,7 +197,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Re
     LedgerError
         A part is of a newer schema, or broken before its last line.
     """
-    records: dict[str, Record] = {}
+    records: dict[str, Stored] = {}
     for path, data in parts:
         for entry in _entries(path, data, study):
             try:
@@ -237,17 +220,16 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Re
     return records
 
 
-def _record(uid: str, entry: Mapping[str, Any]) -> Record:
+def _record(uid: str, entry: Mapping[str, Any]) -> Stored:
     digest = entry["sha256"]
-    return Record(
+    return Stored(
         series=sys.intern(str(entry["series"])),
         sop=uid,
         sop_class=_interned(entry["class"]),
         syntax=_interned(entry["syntax"]),
-        size=int(entry["size"]),
+        bytes=int(entry["size"]),
         dataset_offset=int(entry["dataset_offset"]),
         sha256=bytes.fromhex(digest) if digest else None,
-        durable=False,
         modality=_interned(entry.get("modality")),
         series_number=_number(entry.get("series_number")),
         instance_number=_number(entry.get("instance_number")),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from airflow_dicom_get import clock
+from airflow_dicom_get.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -19,56 +19,57 @@ _PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)\.part")
 
 def hold(path: Path) -> int:
     """Make a lock file and lock it; whoever cleans up may have removed it in between."""
+    disk = files.disk
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = disk.open(path, files.CREATE)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
+            disk.lock(lock, wait=True)
+            if disk.is_at(lock, path):
                 return lock
         except FileNotFoundError:
             pass
         except OSError:
             log.info("%s: no file locks on this file system; leftovers of other runs are kept for a day", path.parent)
             return lock
-        os.close(lock)
+        disk.close(lock)
 
 
 def clean_dead_runs(folder: Path, own: str) -> None:
     """Remove temporary files and locks of runs that hold no lock any more."""
     leftovers: dict[str, list[Path]] = {}
-    for path in folder.glob("*/.*.part"):
-        match = _PART.fullmatch(path.name)
-        if match is not None:
-            leftovers.setdefault(match["run"], []).append(path)
-    for path in folder.glob(".*.lock"):
-        leftovers.setdefault(path.name[1 : -len(".lock")], [])
+    for name in files.names_in(folder):
+        if name.startswith(".") and name.endswith(".lock"):
+            leftovers.setdefault(name[1 : -len(".lock")], [])
+        elif files.is_folder(folder / name):
+            for part in files.names_in(folder / name):
+                match = _PART.fullmatch(part)
+                if match is not None:
+                    leftovers.setdefault(match["run"], []).append(folder / name / part)
     leftovers.pop(own, None)
     for run, left in leftovers.items():
         with _if_dead(folder / f".{run}.lock", left) as dead:
             if dead:
                 log.info("removing the leftovers of run %s", run)
                 for path in left:
-                    path.unlink(missing_ok=True)
+                    files.disk.remove(path)
 
 
 @contextmanager
 def _if_dead(lock: Path, left: list[Path]) -> Iterator[bool]:
     """Whether a run is dead; its lock is held meanwhile, and removed then."""
+    disk = files.disk
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        fd = disk.open(lock, files.CHANGE)
     except OSError as error:
         yield isinstance(error, FileNotFoundError)
         return
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            dead = True
-        except BlockingIOError:
-            dead = False
+            dead = disk.lock(fd, wait=False)
         except OSError:  # no locks on this file system
-            dead = all(time.time() - path.stat().st_mtime > _STALE_SECONDS for path in [lock, *left])
+            dead = all(clock.now() - disk.status(path).st_mtime > _STALE_SECONDS for path in [lock, *left])
         yield dead
         if dead:
-            lock.unlink(missing_ok=True)
+            disk.remove(lock)
     finally:
-        os.close(fd)
+        disk.close(fd)

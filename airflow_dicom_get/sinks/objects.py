@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ from airflow_dicom_get.config.destination import FilesystemDestination, S3Destin
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
-from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DicomGetError, ManifestError
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import READABLE
 
-_CHUNK = 1 << 18
+log = logging.getLogger(__name__)
+
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
-_OURS = frozenset({"_manifests", ".ledger"})
+_OURS = frozenset({MANIFESTS, ".ledger"})
 
 
 class UnusableError(Exception):
@@ -51,7 +56,7 @@ class StoredObject:
         """Its size. Raises :class:`MissingError`, :class:`UnreadableError`."""
         try:
             if self.path is not None:
-                return self.path.stat().st_size
+                return files.disk.status(self.path).st_size
             return int(self.bucket.call("head_object", self.key)["ContentLength"])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingError("it does not exist") from error
@@ -68,10 +73,7 @@ class StoredObject:
                 for chunk in self.bucket.read(self.key):
                     yield memoryview(chunk)
                 return
-            view = memoryview(bytearray(_CHUNK))
-            with self.path.open("rb", buffering=0) as file:
-                while size := file.readinto(view):
-                    yield view[:size]
+            yield from files.read_chunks(self.path)
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
@@ -84,6 +86,8 @@ class Opened:
 
     instance: Instance
     dataset_offset: int
+    meta: FileMeta | None
+    """File meta information; None for a bare data set."""
     head: list[bytes] = field(default_factory=list)
     """What was read so far, from the first byte on."""
     rest: Iterator[memoryview] = field(default_factory=lambda: iter(()))
@@ -140,7 +144,49 @@ def open_object(item: StoredObject) -> Opened:
     instance.modality = text_value(values.get(h.MODALITY))
     instance.series_number = int_value(values.get(h.SERIES_NUMBER))
     instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER))
-    return Opened(instance, offset, head, rest)
+    return Opened(instance, offset, meta, head, rest)
+
+
+def whole_instance(path: Path, study: str, series: str, sop: str) -> Stored | None:
+    """A file that no ledger knows, if it is a whole Part 10 file of just this instance, and can be read."""
+    try:
+        return _whole_instance(StoredObject(str(path), path), path, study, series, sop)
+    except (UnusableError, UnreadableError) as error:
+        log.info("the file of instance %s is not adopted: %s", sop, error)
+        return None
+
+
+def _whole_instance(item: StoredObject, path: Path, study: str, series: str, sop: str) -> Stored | None:
+    opened = open_object(item)
+    found, meta = opened.instance, opened.meta
+    assert meta is not None  # without a row of a manifest nothing else opens
+    if (found.study, found.series, found.sop, meta.sop_instance) != (study, series, sop, sop):
+        return None
+    if not _ends_whole(path, meta):
+        return None
+    digest, size = hashlib.sha256(), 0
+    for view in opened.chunks():
+        digest.update(view)
+        size += len(view)
+    return Stored(
+        series,
+        sop,
+        found.sop_class,
+        found.syntax,
+        digest.digest(),
+        size,
+        opened.dataset_offset,
+        found.modality,
+        found.series_number,
+        found.instance_number,
+        where=str(path),
+    )
+
+
+def _ends_whole(path: Path, meta: FileMeta) -> bool:
+    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
+    with files.disk.mapped(path) as view, view[meta.dataset_offset :] as data:
+        return h.ends_whole(data, meta.syntax)
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
@@ -187,15 +233,11 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
 
 
 def _files(path: Path, source: object) -> Iterable[Path]:
-    if not path.exists():
+    if not files.exists(path):
         raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
-    if not path.is_dir():
+    if not files.is_folder(path):
         return [path]
-    found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if name not in _OURS and not name.startswith("."))
-        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return found
+    return files.files_below(path, lambda name: name not in _OURS and not name.startswith("."))
 
 
 def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredObject], list[Instance]]:
@@ -204,7 +246,7 @@ def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredOb
     Parameters
     ----------
     manifest : pyarrow.Table, DataFrame, reference or URI
-        Any shape that :func:`~airflow_dicom_get.manifest.files.load_manifest` takes.
+        Any shape that :func:`~airflow_dicom_get.manifest.frames.load_manifest` takes.
 
     Raises
     ------
@@ -214,6 +256,8 @@ def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredOb
     objects: list[StoredObject] = []
     others: list[Instance] = []
     buckets: dict[str, Any] = {}
+    from airflow_dicom_get.manifest.frames import rows_of
+
     for row in rows_of(manifest, s3):
         if row.state in READABLE and row.uri:
             objects.append(object_at(row.uri, s3, buckets, row))
@@ -241,32 +285,3 @@ def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Insta
     raise ManifestError(
         f"{shown_path(uri)} is not the address of an object.", hint="Check that airflow-dicom-get wrote the manifest."
     )
-
-
-_COLUMNS: Mapping[str, str] = {
-    "sop_class": "sop_class_uid", "syntax": "transfer_syntax_uid", "modality": "modality",
-    "series_number": "series_number", "instance_number": "instance_number", "state": "state", "reason": "reason",
-    "exactness": "exactness", "error": "error", "uri": "uri", "bytes": "bytes", "sha256": "sha256",
-    "dataset_offset": "dataset_offset", "forwarded_to": "forwarded_to",
-    "forward_status": "forward_status", "forward_error": "forward_error",
-}  # fmt: skip
-
-
-def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
-    """The rows of a manifest of any shape. Raises :class:`ManifestError`."""
-    from airflow_dicom_get.manifest.files import load_table
-
-    how = {} if s3 is None else s3.reach()
-    table = manifest if hasattr(manifest, "column_names") else load_table(manifest, **how)
-    names = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", *_COLUMNS.values()]
-    rows: list[Instance] = []
-    for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-        if not (isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)):
-            raise ManifestError(
-                "A row of the manifest has no UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
-            )
-        row = Instance(study, series, sop)
-        for attribute, value in zip(_COLUMNS, values, strict=True):
-            setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
-        rows.append(row)
-    return rows

@@ -1,6 +1,6 @@
 """Where a retrieval puts things: the place of its instances, and the root of its manifests and ledgers.
 
-:func:`open_places` makes both for every kind of destination. ``GetScu`` knows no more of a
+:func:`open_destination` makes both for every kind of destination. ``GetScu`` knows no more of a
 destination than these two protocols.
 """
 
@@ -15,7 +15,9 @@ from airflow_dicom_get.config.destination import FilesystemDestination, ForwardD
 from airflow_dicom_get.config.groups import ForwardTarget
 from airflow_dicom_get.config.options import GetOptions, RootOptions
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
+from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
+from airflow_dicom_get.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,7 +65,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class OpenDestination:
     """Both places of a retrieval."""
 
     place: Place
@@ -79,7 +81,7 @@ class Places:
         return self.place.sink(self.root.ledgers(), run, read_only=read_only)
 
 
-def open_places(options: GetOptions) -> Places:
+def open_destination(options: GetOptions) -> OpenDestination:
     """The places that the options name, as far as they can be looked at without writing.
 
     Raises
@@ -90,14 +92,14 @@ def open_places(options: GetOptions) -> Places:
     destination = options.destination
     if isinstance(destination, FilesystemDestination):
         folder = FolderPlace(destination.path, options)
-        return Places(folder, named_root(options) or FolderRoot(folder.path / "_manifests"))
+        return OpenDestination(folder, named_root(options) or FolderRoot(folder.path / MANIFESTS))
     if isinstance(destination, S3Destination):
         from airflow_dicom_get.sinks.s3_places import BucketPlace, BucketRoot, root_of
 
         bucket = BucketPlace(destination, options)
-        return Places(bucket, named_root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
+        return OpenDestination(bucket, named_root(options) or BucketRoot(bucket.bucket, root_of(destination.prefix)))
     if isinstance(destination, ForwardDestination):
-        return Places(ForwardPlace(destination, options), root_for(options))
+        return OpenDestination(ForwardPlace(destination, options), root_for(options))
     raise InvalidOption(
         "destination is missing.",
         hint="Give destination: a folder, s3://bucket/prefix or dicom://[AE@]host:port.",
@@ -129,13 +131,13 @@ class FolderPlace:
 
     def __init__(self, path: Path, options: GetOptions) -> None:
         at = _nearest(path.absolute())
-        if not at.is_dir():
+        if not files.is_folder(at):
             raise InvalidOption(
                 f"destination: {at} is a file.",
                 hint="Give a folder, or a path where one can be created.",
                 option="destination",
             )
-        if not os.access(at, os.W_OK | os.X_OK):
+        if not files.disk.is_writable(at):
             raise InvalidOption(
                 f"destination: {at} is not writable.",
                 hint="Change its permissions, or give another folder.",
@@ -159,10 +161,10 @@ class FolderPlace:
 
     def check_room(self) -> None:
         """See :meth:`Place.check_room`."""
-        free = os.statvfs(_nearest(self.path))
-        if free.f_bavail * free.f_frsize < _RESERVE:
+        free = files.disk.free(_nearest(self.path))
+        if free < _RESERVE:
             raise DestinationFull(
-                f"The destination {self.path} has {free.f_bavail * free.f_frsize >> 20} MiB free; "
+                f"The destination {self.path} has {free >> 20} MiB free; "
                 f"at least {_RESERVE >> 20} MiB are needed to begin.",
                 hint="Free space and run again.",
             )
@@ -178,7 +180,7 @@ class FolderRoot:
     """Manifests and ledgers in a folder: see :class:`Root`."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not path.is_dir():
+        if files.exists(path) and not files.is_folder(path):
             raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
         self.path = path
 
@@ -253,4 +255,4 @@ class ForwardPlace:
 
 def _nearest(path: Path) -> Path:
     """The path, or the folder nearest to it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
+    return next(p for p in (path, *path.parents) if files.exists(p))

@@ -11,19 +11,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 from airflow_dicom_get.sinks.s3_inventory import Inventory
 from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, compare, metadata_of
@@ -33,7 +32,7 @@ from airflow_dicom_get.storage.bucket import Bucket, Listed
 log = logging.getLogger(__name__)
 
 _MOST_PARTS = 10_000
-_STALE = timedelta(hours=24)
+_STALE_SECONDS = 24 * 3600
 _OTHER = "A different data set is already stored under this UID; it was kept."
 
 
@@ -83,7 +82,7 @@ class S3Sink:
         self._read_only = read_only
         self.replaceable: set[str] = set()
         """UIDs whose object is no longer what the ledger says: it may be replaced."""
-        self._room = threading.Condition()
+        self._room = clock.condition()
         self._studies: dict[str, _Study] = {}
         self._due = 0
         self._done: list[Confirmation] = []
@@ -91,7 +90,7 @@ class S3Sink:
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Held]:
+    def inventory(self, study: str) -> dict[str, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
         listing = self._list(study)
         found = Inventory(self.bucket, study, self.options, adopt=self.options.adopt and not self._read_only)
@@ -100,9 +99,9 @@ class S3Sink:
         if self._read_only:
             return held
         opened = self._study(study, listing)
-        for instance, etag in found.to_record:
-            opened.ledger.taken(instance)
-            opened.ledger.durable([instance.sop], etag)
+        for stored in found.to_record:
+            opened.ledger.taken(stored)
+            opened.ledger.durable([stored.sop], stored.etag)
         return held
 
     def _list(self, study: str) -> dict[str, Listed]:
@@ -110,7 +109,7 @@ class S3Sink:
 
     # --- writing -----------------------------------------------------------------------------
 
-    def head(self, held: Held, size: int) -> bytes:
+    def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
         key = (held.uri or "").removeprefix(self.bucket.uri(""))
         try:
@@ -145,7 +144,7 @@ class S3Sink:
         """
         try:
             for upload in self.bucket.call("list_multipart_uploads", Prefix=prefix).get("Uploads", ()):
-                if upload["Initiated"] < datetime.now(UTC) - _STALE:
+                if upload["Initiated"].timestamp() < clock.now() - _STALE_SECONDS:
                     log.info("aborting a multipart upload that was left behind: %s", upload["Key"])
                     self.bucket.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
         except S3Error as error:  # some may not list them, and nothing hangs on it
@@ -349,7 +348,7 @@ class _Parts:
         self._sink, self._key = sink, key
         self._begun = sink.uploads.hand_over(0, lambda: sink.uploads.persist(lambda: self._begin(instance)))
         self._parts: list[Future[dict[str, Any]]] = []
-        self._over = threading.Event()
+        self._over = clock.event()
         sink.opened(self)
 
     def _begin(self, instance: Instance) -> str:

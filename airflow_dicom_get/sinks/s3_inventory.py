@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import HeldOptions
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.adopt import read_instance
-from airflow_dicom_get.sinks.base import Held
-from airflow_dicom_get.sinks.ledger import Record
+from airflow_dicom_get.records import Stored
+from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.sinks.s3_objects import digest_of, record_of
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 _READERS = 8
@@ -40,13 +36,15 @@ class Inventory:
         self._verify, self._adopt = options.verify_held, adopt
         self.replaceable: set[str] = set()
         """UIDs whose object is no longer what the ledgers say."""
-        self.to_record: list[tuple[Instance, str | None]] = []
-        """What is held and stands in no ledger as kept, with its ETag."""
+        self.to_record: list[Stored] = []
+        """What is held and stands in no ledger as durable."""
 
-    def take(self, listing: Iterable[Listed], records: Mapping[str, Sequence[Record]], prefix: str) -> dict[str, Held]:
+    def take(
+        self, listing: Iterable[Listed], records: Mapping[str, Sequence[Stored]], prefix: str
+    ) -> dict[str, Stored]:
         """What is held, by SOP Instance UID. Raises :class:`S3Error`."""
-        held: dict[str, Held] = {}
-        open_questions: list[tuple[str, str, Listed, list[Record]]] = []
+        held: dict[str, Stored] = {}
+        open_questions: list[tuple[str, str, Listed, list[Stored]]] = []
         for item in listing:
             series, slash, name = item.key.removeprefix(prefix).partition("/")
             if not slash or "/" in name or not name.endswith(".dcm"):
@@ -58,19 +56,19 @@ class Inventory:
                 held[sop] = self._held(found, item)
             else:
                 open_questions.append((series, sop, item, candidates))
-        with ThreadPoolExecutor(_READERS) as pool:
+        with clock.pool(_READERS, "dicom-get-s3-inventory") as pool:
             for answer in pool.map(lambda question: self._ask(*question), open_questions):
                 if answer is not None:
                     held[answer.sop] = answer
         return held
 
-    def _tells(self, record: Record, item: Listed) -> bool:
+    def _tells(self, record: Stored, item: Listed) -> bool:
         """Whether the listing alone shows that the object is what the record says."""
         if not record.durable:
             return False
         return self._verify == "none" or (self._verify == "size" and _fits(record, item))
 
-    def _ask(self, series: str, sop: str, item: Listed, candidates: list[Record]) -> Held | None:
+    def _ask(self, series: str, sop: str, item: Listed, candidates: list[Stored]) -> Stored | None:
         """Look at the object itself; None too where it is gone since it was listed."""
         try:
             return self._looked_at(series, sop, item, candidates)
@@ -79,7 +77,7 @@ class Inventory:
                 return None
             raise
 
-    def _looked_at(self, series: str, sop: str, item: Listed, candidates: list[Record]) -> Held | None:
+    def _looked_at(self, series: str, sop: str, item: Listed, candidates: list[Stored]) -> Stored | None:
         for record in candidates:
             if _fits(record, item) and record.sha256 and digest_of(self._bucket, item.key) == record.sha256:
                 if not record.durable:
@@ -95,44 +93,27 @@ class Inventory:
             return self._adopted(series, sop, item)
         return None
 
-    def _adopted(self, series: str, sop: str, item: Listed) -> Held | None:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, "object")
-            with copy.open("wb") as file:
+    def _adopted(self, series: str, sop: str, item: Listed) -> Stored | None:
+        with files.disk.scratch() as folder:
+            copy = folder / "object"
+            with files.opened(copy, files.NEW) as fd:
                 for chunk in self._bucket.read(item.key):
-                    file.write(chunk)
-            found = read_instance(copy, self._study, series, sop)
+                    files.write_all(fd, chunk)
+            found = whole_instance(copy, self._study, series, sop)
         if found is None:
             return None
-        instance = Instance(self._study, series, sop, found.sop_class)
-        instance.syntax, instance.bytes, instance.sha256 = found.syntax, found.bytes, found.sha256
-        instance.dataset_offset = found.dataset_offset
-        self.to_record.append((instance, item.etag or None))
-        return replace(found, uri=self._bucket.uri(item.key))
+        self._note(found, item.etag)
+        return self._held(found, item)
 
-    def _note(self, record: Record, etag: str | None) -> None:
-        instance = Instance(self._study, record.series, record.sop, record.sop_class)
-        instance.syntax, instance.bytes, instance.sha256 = record.syntax, record.size, record.sha256
-        instance.dataset_offset, instance.modality = record.dataset_offset, record.modality
-        instance.series_number, instance.instance_number = record.series_number, record.instance_number
-        self.to_record.append((instance, etag or None))
+    def _note(self, stored: Stored, etag: str | None) -> None:
+        stored.etag = etag or None
+        self.to_record.append(stored)
 
-    def _held(self, record: Record, item: Listed) -> Held:
-        return Held(
-            series=record.series,
-            sop=record.sop,
-            sop_class=record.sop_class,
-            syntax=record.syntax,
-            uri=self._bucket.uri(item.key),
-            sha256=record.sha256,
-            bytes=record.size,
-            dataset_offset=record.dataset_offset,
-            modality=record.modality,
-            series_number=record.series_number,
-            instance_number=record.instance_number,
-        )
+    def _held(self, stored: Stored, item: Listed) -> Stored:
+        stored.where = self._bucket.uri(item.key)
+        return stored
 
 
-def _fits(record: Record, item: Listed) -> bool:
+def _fits(record: Stored, item: Listed) -> bool:
     """Whether size and ETag are those of the record; not every service tells ETags."""
-    return record.size == item.size and (not record.etag or not item.etag or record.etag == item.etag)
+    return record.bytes == item.size and (not record.etag or not item.etag or record.etag == item.etag)

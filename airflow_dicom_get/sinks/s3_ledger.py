@@ -9,15 +9,13 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.sinks.ledger import (
     Ledger,
-    Record,
     dropped_line,
     durable_line,
     header_line,
@@ -48,10 +46,10 @@ class BucketLedgers:
         """See :meth:`sinks.ledger.Ledgers.open`."""
         return BucketLedger(self.bucket, f"{self._folder(study)}{run}")
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Record]]:
+    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
         """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
         keys = sorted(item.key for item in self.bucket.list(self._folder(study)) if item.key.endswith(".jsonl"))
-        with ThreadPoolExecutor(_READERS) as pool:
+        with clock.pool(_READERS, "dicom-get-s3-ledger") as pool:
             contents = list(pool.map(self.bucket.get, keys))
         runs: dict[str, list[tuple[str, bytes]]] = {}
         for key, content in zip(keys, contents, strict=True):
@@ -70,9 +68,9 @@ class BucketLedger:
         self._lines: list[str] = []
         self._kept = 0
         self._number = 0
-        self._since = time.monotonic()
+        self._since = clock.monotonic()
 
-    def taken(self, instance: Instance) -> None:
+    def taken(self, instance: Instance | Stored) -> None:
         """See :meth:`sinks.ledger.Ledger.taken`."""
         self._add([taken_line(instance)])
 
@@ -88,14 +86,14 @@ class BucketLedger:
     def _add(self, lines: list[str], kept: int = 0) -> None:
         with self._mutex:
             if not self._lines:
-                self._since = time.monotonic()
+                self._since = clock.monotonic()
             self._lines += lines
             self._kept += kept
         self.tick()
 
     def tick(self) -> None:
         """Write what waits, if its time has come; what cannot be written waits on."""
-        due = self._kept >= _EVERY_INSTANCES or time.monotonic() - self._since >= _EVERY_SECONDS
+        due = self._kept >= _EVERY_INSTANCES or clock.monotonic() - self._since >= _EVERY_SECONDS
         if due and self._lines and self._writing.acquire(blocking=False):
             try:
                 self._write()
@@ -116,7 +114,7 @@ class BucketLedger:
         with self._mutex:
             lines, self._lines = self._lines, []
             kept, self._kept = self._kept, 0
-            self._since = time.monotonic()
+            self._since = clock.monotonic()
         if not lines:
             return
         try:

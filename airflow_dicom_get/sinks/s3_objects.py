@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.ledger import Record
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage.bucket import Bucket
 
 CONTENT_TYPE = "application/dicom"
@@ -32,16 +31,16 @@ def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
     }
 
 
-def record_of(series: str, sop: str, head: dict[str, Any]) -> Record | None:
+def record_of(series: str, sop: str, head: dict[str, Any]) -> Stored | None:
     """What an object says of itself in answer to a HEAD; None if it says no digest."""
     said = head.get("Metadata", {})
     try:
-        return Record(
+        return Stored(
             series=series,
             sop=sop,
             sop_class=said["sop-class"],
             syntax=said["transfer-syntax"],
-            size=int(head["ContentLength"]),
+            bytes=int(head["ContentLength"]),
             dataset_offset=int(said["dataset-offset"]),
             sha256=bytes.fromhex(said["sha256"]),
             durable=True,

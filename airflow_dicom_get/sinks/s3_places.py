@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.destination import S3Destination
 from airflow_dicom_get.config.options import GetOptions
+from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -78,7 +79,7 @@ class BucketPlace:
 
 def root_of(prefix: str) -> str:
     """Where manifests and ledgers lie, if nothing else is said."""
-    return f"{prefix}/_manifests" if prefix else "_manifests"
+    return f"{prefix}/{MANIFESTS}" if prefix else MANIFESTS
 
 
 class BucketRoot:

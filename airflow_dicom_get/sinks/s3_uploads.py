@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
@@ -51,8 +49,8 @@ class Uploads:
     def __init__(self, concurrency: int, *, patience: float, outage: float, cancel: CancelToken | None = None) -> None:
         self.most = concurrency * PART_SIZE
         self._patience, self._outage = patience, outage
-        self._pool = ThreadPoolExecutor(concurrency * REQUESTS_PER_SLOT, thread_name_prefix="dicom-get-s3")
-        self._room = threading.Condition()
+        self._pool = clock.pool(concurrency * REQUESTS_PER_SLOT, "dicom-get-s3")
+        self._room = clock.condition()
         self._bytes = 0
         self._stored_at = 0.0
         self._lost: S3Error | None = None
@@ -78,13 +76,13 @@ class Uploads:
         SinkError
             The service is lost, or took nothing for longer than the source may wait.
         """
-        deadline = time.monotonic() + self._patience
+        deadline = clock.monotonic() + self._patience
         with self._room:
             while True:
                 self.check()
                 if self._bytes < self.most:
                     return
-                left = deadline - time.monotonic()
+                left = deadline - clock.monotonic()
                 if left <= 0:
                     raise SinkError(
                         f"The bucket has accepted nothing for {self._patience:g} s, and the upload buffer is full.",
@@ -117,17 +115,17 @@ class Uploads:
 
         A failure that nothing outlasts, while nothing else was stored either, gives the service up.
         """
-        began = time.monotonic()
+        began = clock.monotonic()
         pause, until = 0.5, None
         while True:
             self.check()
             try:
                 found = request()
             except S3Error as error:
-                now = time.monotonic()
+                now = clock.monotonic()
                 until = until or now + self._outage
                 if error.transient and now + pause < until and self._cancel.reason is None:
-                    self._sleep(pause * random.uniform(0.5, 1.0))
+                    self._cancel.pause(pause * clock.jitter(0.5, 1.0))
                     pause = min(2 * pause, _LONGEST_PAUSE)
                     continue
                 if (
@@ -139,13 +137,8 @@ class Uploads:
                 if not error.transient or (self._stored_at < began and self._cancel.reason is None):
                     self._lose(error)
                 raise
-            self._stored_at = time.monotonic()
+            self._stored_at = clock.monotonic()
             return found
-
-    def _sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while self._cancel.reason is None and time.monotonic() < until:
-            time.sleep(LOOK)
 
     def _lose(self, error: S3Error) -> None:
         with self._room:

@@ -233,7 +233,10 @@ def _expected_region(message: str) -> str | None:
 
 
 def make_client(config: S3Config, attempts: int = ATTEMPTS) -> Any:
-    """A boto3 client of a service, set up for many uploads at a time."""
+    """A boto3 client of a service, set up for many uploads at a time.
+
+    :class:`Bucket` asks for it by this name, and calls nothing but its methods: another may be put in its place.
+    """
     from botocore.config import Config
 
     session = config.session()

@@ -1,93 +1,374 @@
-"""What the filesystem sink needs of the operating system beyond ``os``."""
+"""The disk: every call of the operating system that destinations, ledgers, locks and manifests are read and written by.
+
+:data:`disk` is the one that all use. A simulation puts a :class:`Disk` of its own in its place; what stands
+below the class is made of its calls alone.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
+import io
+import mmap
 import os
-import threading
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+
+from airflow_dicom_get import clock
 
 CHUNK = 1 << 18
 """Bytes read at a time: small enough to stay in the cache of a core."""
+READ, CREATE, APPEND = os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND | os.O_CREAT
+CHANGE, REPLACE, NEW = os.O_RDWR, os.O_RDWR | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_EXCL
+"""Ways to open a file."""
 _WRITE_BACK = 8 << 20
 _RENAME_NOREPLACE = 1
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
+Where = str | os.PathLike[str]
 
-def rename_new(old: str, new: str, folder: int) -> None:
-    """Rename within a folder, never over a file that is there.
 
-    One call where kernel and file system know renameat2; a hard link and an unlink where not.
+class Disk:
+    """The calls of the operating system. All raise :class:`OSError`."""
 
-    Raises
-    ------
-    FileExistsError
-        ``new`` is there.
-    OSError
-    """
-    if _renameat2 is not None:
-        if _renameat2(folder, old.encode(), folder, new.encode(), _RENAME_NOREPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), new)
+    # --- open files --------------------------------------------------------------------------
+
+    def open(self, path: Where, how: int, folder: int | None = None) -> int:
+        """Open a file, by its name in an open ``folder`` if one is given; its descriptor."""
+        return os.open(path, how | os.O_CLOEXEC, 0o666, dir_fd=folder)
+
+    def open_folder(self, path: Where) -> int:
+        """Open a folder; its descriptor."""
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        """Write where the file stands; how much it took."""
+        return os.write(fd, data)
+
+    def writev(self, fd: int, data: tuple[bytes | memoryview, ...]) -> int:
+        """As :meth:`write`, of several pieces."""
+        return os.writev(fd, data)
+
+    def read_at(self, fd: int, size: int, position: int) -> bytes:
+        """Read at most so many bytes; none at the end."""
+        return os.pread(fd, size, position)
+
+    def read_into(self, fd: int, view: memoryview, position: int) -> int:
+        """Read into a view; how much, 0 at the end."""
+        return os.preadv(fd, [view], position)
+
+    def size(self, fd: int) -> int:
+        """Bytes of an open file."""
+        return os.fstat(fd).st_size
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut an open file."""
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        """Make a file or a folder durable, as it is now."""
+        os.fsync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        """Make the content of a file durable, and what of its metadata is needed to read it."""
+        os.fdatasync(fd)
+
+    def start_write_back(self, fd: int, begin: int = 0, length: int = 0) -> None:
+        """Let the kernel begin to write a range out, without waiting: many files then share one commit."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)
+
+    def lock(self, fd: int, *, wait: bool) -> bool:
+        """Lock an open file for this process; False if another has it, and ``wait`` is False.
+
+        Raises
+        ------
+        OSError
+            There are no locks on this file system.
+        """
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def is_at(self, fd: int, path: Where) -> bool:
+        """Whether it is this open file or folder that lies under a path."""
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+
+    def close(self, fd: int) -> None:
+        """Close."""
+        os.close(fd)
+
+    # --- names in an open folder -------------------------------------------------------------
+
+    def rename_new(self, old: str, new: str, folder: int) -> None:
+        """Rename within a folder, never over a file that is there.
+
+        One call where kernel and file system know renameat2; a hard link and an unlink where not.
+
+        Raises
+        ------
+        FileExistsError
+            ``new`` is there.
+        """
+        if _renameat2 is not None:
+            if _renameat2(folder, old.encode(), folder, new.encode(), _RENAME_NOREPLACE) == 0:
+                return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), new)
+        try:
+            os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # no hard links either
+        else:
+            os.unlink(old, dir_fd=folder)
+
+    def rename_over(self, old: str, new: str, folder: int) -> None:
+        """Rename within a folder, over whatever is there."""
+        os.replace(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def has(self, name: str, folder: int) -> bool:
+        """Whether there is an entry of this name in an open folder."""
+        try:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def unlink(self, name: str, folder: int) -> None:
+        """Remove a file from an open folder."""
+        os.unlink(name, dir_fd=folder)
+
+    # --- paths -------------------------------------------------------------------------------
+
+    def make_folder(self, path: Where) -> None:
+        """Make a folder and those above it, as far as they are not there."""
+        os.makedirs(path, exist_ok=True)
+
+    def remove_folder(self, path: Where) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path)
+
+    def remove(self, path: Where) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def status(self, path: Where) -> os.stat_result:
+        """What lies under a path: kind, size, age. Raises :class:`FileNotFoundError`."""
+        return os.stat(path)
+
+    def scan(self, path: Where) -> Iterator[os.DirEntry[str]]:
+        """What lies in a folder, in no order. Raises :class:`FileNotFoundError`, :class:`NotADirectoryError`."""
+        with os.scandir(path) as entries:
+            yield from entries
+
+    def is_writable(self, path: Where) -> bool:
+        """Whether we may write in a folder."""
+        return os.access(path, os.W_OK | os.X_OK)
+
+    def free(self, path: Where) -> int:
+        """Bytes that we may still write below a folder."""
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+
+    @contextmanager
+    def mapped(self, path: Where) -> Iterator[memoryview]:
+        """The content of a file, read as it is looked at."""
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
+        ):
+            yield view
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for the time being, on this machine."""
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+disk = Disk()
+"""The disk that all use."""
+
+
+# --- what is made of these calls -------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path: Where, how: int = READ, folder: int | None = None) -> Iterator[int]:
+    """An open file, closed at the end."""
+    fd = disk.open(path, how, folder)
     try:
-        os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # no hard links either
-    else:
-        os.unlink(old, dir_fd=folder)
+        yield fd
+    finally:
+        disk.close(fd)
 
 
-def exists(name: str, folder: int) -> bool:
-    """Whether there is an entry of this name in an open folder."""
+def exists(path: Where) -> bool:
+    """Whether anything lies under a path."""
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
+        disk.status(path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
 
-def start_write_back(fd: int, begin: int = 0, length: int = 0) -> None:
-    """Let the kernel begin to write a range out, without waiting: many files then share one commit."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)
-
-
-def fsync_path(path: str) -> None:
-    """Sync a file or folder by its name."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def is_folder(path: Where) -> bool:
+    """Whether it is a folder that lies under a path."""
     try:
-        os.fsync(fd)
+        return stat.S_ISDIR(disk.status(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def names_in(path: Where) -> list[str]:
+    """What lies in a folder, in order; nothing if it is not there."""
+    try:
+        return sorted(entry.name for entry in disk.scan(path))
+    except FileNotFoundError:
+        return []
+
+
+def files_below(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """The files below a folder in order, through those folders, and of those names, that are ``wanted``.
+
+    Links to folders are not followed, and folders that we may not read are left out.
+    """
+    folders = []
+    try:
+        entries = sorted(disk.scan(path), key=lambda entry: entry.name)
+    except PermissionError:
+        return
+    for entry in entries:
+        if not wanted(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.name)
+        elif entry.is_file():
+            yield path / entry.name
+    for name in folders:
+        yield from files_below(path / name, wanted)
+
+
+def read_chunks(path: Where) -> Iterator[memoryview]:
+    """The content of a file; each view is void when the next one is asked for."""
+    view = memoryview(bytearray(CHUNK))
+    position = 0
+    with opened(path) as fd:
+        while size := disk.read_into(fd, view, position):
+            yield view[:size]
+            position += size
+
+
+def read_whole(path: Where) -> bytes:
+    """The content of a file."""
+    return b"".join(bytes(view) for view in read_chunks(path))
+
+
+def sync_path(path: Where) -> None:
+    """Make a file or folder durable by its name."""
+    with opened(path) as fd:
+        disk.sync(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of it, also where the disk takes a part at a time (a signal, a disk that gets full)."""
+    view = memoryview(data)
+    while view:
+        written = disk.write(fd, view)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        view = view[written:]
+
+
+def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, temporary: str) -> None:
+    """Write a file under a temporary name, sync it, and rename it. An older one is replaced whole.
+
+    Parameters
+    ----------
+    path : Path
+        Where it goes; folders are made.
+    write : callable
+        Called with a file to write to.
+    temporary : str
+        Its name until then.
+
+    Raises
+    ------
+    OSError
+        Nothing is left under ``path`` that was not there before.
+    """
+    disk.make_folder(path.parent)
+    folder = disk.open_folder(path.parent)
+    try:
+        with opened(temporary, NEW, folder) as fd:
+            try:
+                write(_Output(fd))
+                disk.sync(fd)
+                disk.rename_over(temporary, path.name, folder)
+            except BaseException:
+                with suppress(OSError):
+                    disk.unlink(temporary, folder)
+                raise
+        disk.sync(folder)
     finally:
-        os.close(fd)
+        disk.close(folder)
+
+
+class _Output(io.RawIOBase):
+    """An open file of the disk as one of Python, for what writes to such files alone. Closing it closes nothing."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._position = fd, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        write_all(self._fd, data)
+        self._position += size
+        return size
+
+    def tell(self) -> int:
+        return self._position
 
 
 def digest_of(fd: int) -> bytes:
-    """Sha256 of a whole open file, its position left alone."""
+    """Sha256 of a whole open file."""
     digest = hashlib.sha256()
-    pos = 0
-    while chunk := os.pread(fd, CHUNK, pos):
+    position = 0
+    while chunk := disk.read_at(fd, CHUNK, position):
         digest.update(chunk)
-        pos += len(chunk)
+        position += len(chunk)
     return digest.digest()
 
 
-def digest_of_path(path: str) -> bytes:
+def digest_of_path(path: Where) -> bytes:
     """Sha256 of a file by its name."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    for view in read_chunks(path):
+        digest.update(view)
+    return digest.digest()
 
 
 def same_content(one: int, one_pos: int, other: int, other_pos: int) -> bool:
     """Whether two open files are alike from these positions to their ends."""
     while True:
-        a = os.pread(one, CHUNK, one_pos)
-        b = os.pread(other, CHUNK, other_pos)
+        a = disk.read_at(one, CHUNK, one_pos)
+        b = disk.read_at(other, CHUNK, other_pos)
         if a != b:
             return False
         if not a:
@@ -111,10 +392,9 @@ class Follower:
         self._fd, self._digest, self._done = fd, digest, done
         self._written = self._announced = self._pushed = done
         self._ended = False
-        self._wake = threading.Condition()
+        self._wake = clock.condition()
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="dicom-get-digest", daemon=True)
-        self._thread.start()
+        self._worker = clock.spawn(self._run, "dicom-get-digest")
 
     def grown(self, size: int) -> None:
         """The file holds ``size`` bytes now."""
@@ -130,7 +410,7 @@ class Follower:
             self._announced = self._written
             self._ended = True
             self._wake.notify()
-        self._thread.join()
+        self._worker.join()
         if self._error is not None:
             raise self._error
 
@@ -150,11 +430,11 @@ class Follower:
 
     def _read_up_to(self, target: int, view: memoryview) -> None:
         while self._done < target:
-            size = os.preadv(self._fd, [view[: min(target - self._done, CHUNK)]], self._done)
+            size = disk.read_into(self._fd, view[: min(target - self._done, CHUNK)], self._done)
             if not size:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             self._digest.update(view[:size])
             self._done += size
         if self._done - self._pushed >= _WRITE_BACK:
-            start_write_back(self._fd, self._pushed, self._done - self._pushed)
+            disk.start_write_back(self._fd, self._pushed, self._done - self._pushed)
             self._pushed = self._done

@@ -513,7 +513,7 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     import pyarrow as pa
 
     from airflow_dicom_get.errors import ManifestError
-    from airflow_dicom_get.manifest.files import manifest_table
+    from airflow_dicom_get.manifest.schema import manifest_table
     from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines, table_of
     from airflow_dicom_get.records import Instance
 

@@ -15,7 +15,7 @@ import airflow_dicom_get
 PACKAGE = Path(airflow_dicom_get.__file__).parent
 NAME = airflow_dicom_get.__name__
 
-LEAVES = frozenset({"errors", "records", "config", "vocabulary"})
+LEAVES = frozenset({"errors", "records", "clock", "config", "vocabulary"})
 """Anyone may import these."""
 LAYERS = ("dicom", "net", "storage", "sinks", "engine")
 AIRFLOW = frozenset({"hooks", "operators", "sensors", "triggers", "plugins", "tasks"})

@@ -8,8 +8,8 @@ from airflow_dicom_get.engine.listing import Listing, SeriesInfo
 from airflow_dicom_get.engine.query import Filter
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.state import MOST_REFUSED, UNPLANNED, StudyState
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.base import Confirmation, Held, Taken
+from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.base import Confirmation, Taken
 
 STUDY, SERIES = "1.2", "1.2.3"
 CT, EXPLICIT_LE, JPEG = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.50"
@@ -38,8 +38,8 @@ def listed(*numbers: int, **facts: object) -> StudyState:
     return state
 
 
-def held(number: int, series: str = SERIES, syntax: str = EXPLICIT_LE) -> Held:
-    return Held(series, uid(number), CT, syntax, f"file:///d/{number}", b"\1" * 32, 100, 20, "CT")
+def held(number: int, series: str = SERIES, syntax: str = EXPLICIT_LE) -> Stored:
+    return Stored(series, uid(number), CT, syntax, b"\1" * 32, 100, 20, "CT", where=f"file:///d/{number}")
 
 
 class TestLists:

@@ -24,8 +24,7 @@ from airflow_dicom_get.errors import (
     GetNotOffered,
     SinkError,
 )
-from airflow_dicom_get.records import Instance
-from airflow_dicom_get.sinks.base import Held
+from airflow_dicom_get.records import Instance, Stored
 
 STUDY, SERIES = "1.2", "1.2.3"
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -269,8 +268,8 @@ class TestConclude:
         made.conclude()
         assert [(x.state, x.reason) for x in made.rows()] == [("stored", None), ("unexpected", "not_listed")]
 
-    def held(self, number: int) -> Held:
-        return Held(SERIES, f"{SERIES}.{number}", None, None, None, None, 10, 0)
+    def held(self, number: int) -> Stored:
+        return Stored(SERIES, f"{SERIES}.{number}", bytes=10)
 
     def test_what_is_held_of_the_study_and_not_listed_is_withdrawn(self) -> None:
         made = state(instance(1))

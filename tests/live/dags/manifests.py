@@ -53,7 +53,8 @@ class MadeUpOperator(TransferOperator):
             context["ti"].xcom_push("returned_at", time.time())
 
     def prepare(self, context, name, ends):
-        from airflow_dicom_get.manifest.files import manifest_rows, manifest_uri, write_manifest
+        from airflow_dicom_get.manifest.files import manifest_uri, write_manifest
+        from airflow_dicom_get.manifest.schema import manifest_rows
         from airflow_dicom_get.result import Result
 
         count, path = int(self.rows), Path(self.destination) / f"{name}.parquet"

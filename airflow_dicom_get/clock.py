@@ -1,0 +1,103 @@
+"""Time, chance, the names of runs, and who works beside the receiver: all that would make two equal runs differ.
+
+``net``, ``storage``, ``sinks``, ``manifest`` and ``engine`` ask this module and no other::
+
+    from airflow_dicom_get import clock
+
+    limit = clock.monotonic() + 10
+
+:func:`replaced` puts another :class:`Clock` in the place of the real one, as for a simulation in one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Protocol
+
+
+class Worker(Protocol):
+    """What :func:`spawn` has begun."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, or for so many seconds."""
+
+
+class Clock(Protocol):
+    """The functions of this module that :func:`replaced` replaces."""
+
+    def now(self) -> float:
+        """Seconds since the epoch, UTC."""
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that is never set."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait."""
+
+    def jitter(self, least: float, most: float) -> float:
+        """A number between the two, by chance."""
+
+    def token(self) -> str:
+        """Eight hexadecimal digits, by chance."""
+
+    def condition(self, lock: threading.Lock | None = None, /) -> threading.Condition:
+        """A condition to wait for."""
+
+    def event(self) -> threading.Event:
+        """An event to wait for."""
+
+    def spawn(self, work: Callable[[], object], name: str) -> Worker:
+        """Have something done beside the caller."""
+
+    def pool(self, workers: int, name: str) -> Executor:
+        """Have many things done beside the caller, so many at a time."""
+
+
+now = time.time
+monotonic = time.monotonic
+sleep = time.sleep
+jitter = random.uniform
+condition = threading.Condition
+event = threading.Event
+
+
+def token() -> str:
+    """See :meth:`Clock.token`."""
+    return os.urandom(4).hex()
+
+
+def spawn(work: Callable[[], object], name: str) -> Worker:
+    """See :meth:`Clock.spawn`: a thread that does not keep the process."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def pool(workers: int, name: str) -> Executor:
+    """See :meth:`Clock.pool`: threads, which are begun as they are needed."""
+    return ThreadPoolExecutor(workers, thread_name_prefix=name)
+
+
+def run_name(at: datetime | None = None) -> str:
+    """Name of a run: the time in UTC, by default now, and eight hexadecimal digits by chance."""
+    when = at.astimezone(UTC) if at is not None else datetime.fromtimestamp(now(), UTC)
+    return f"{when:%Y%m%dT%H%M%SZ}-{token()}"
+
+
+@contextmanager
+def replaced(by: Clock) -> Iterator[None]:
+    """Take time, chance and helpers from ``by`` for a while, in all threads."""
+    names = [name for name in vars(Clock) if not name.startswith("_")]
+    real = {name: globals()[name] for name in names}
+    globals().update({name: getattr(by, name) for name in names})
+    try:
+        yield
+    finally:
+        globals().update(real)

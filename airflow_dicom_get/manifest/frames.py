@@ -1,0 +1,302 @@
+"""Manifests in any shape: a DataFrame, the URI of a file, or a reference, a small dict that names a file.
+
+:func:`load_manifest` takes each of them, and so does all that takes a manifest. pandas is imported where a
+DataFrame is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from airflow_dicom_get import clock
+from airflow_dicom_get.config.checks import shown, shown_path
+from airflow_dicom_get.config.destination import S3Destination
+from airflow_dicom_get.connections import with_connection
+from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest.files import (
+    bucket_of,
+    content_of,
+    manifest_content,
+    manifest_uri,
+    open_manifest,
+    place_of,
+    read_table,
+    table_in,
+    write_manifest,
+)
+from airflow_dicom_get.manifest.schema import (
+    COLUMNS,
+    KINDS,
+    SCHEMA_VERSION,
+    arrow_schema,
+    as_metadata,
+    instances_of,
+    metadata_of,
+)
+from airflow_dicom_get.vocabulary import UNVERIFIED, Evidence, Verdict, weakest, worst
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pandas import DataFrame
+
+    from airflow_dicom_get.config.groups import S3Config
+    from airflow_dicom_get.records import Instance
+
+__all__ = [
+    "combine_manifests",
+    "frame_of",
+    "load_manifest",
+    "load_manifests",
+    "load_table",
+    "load_tables",
+    "read_manifest",
+    "reference",
+    "rows_of",
+    "table_of",
+]
+
+REFERENCE_KIND = "dicom-manifest"
+_DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UTC]"}
+
+
+def frame_of(table: pa.Table) -> DataFrame:
+    """A table as a DataFrame: text as ``string``, numbers as ``Int64``, times in UTC.
+
+    The metadata stands in ``DataFrame.attrs``.
+    """
+    import pandas as pd
+    import pyarrow as pa
+
+    # "string" would hold one Python object a cell; Arrow memory is shared instead.
+    def dtype(kind: pa.DataType) -> Any:
+        if pa.types.is_string(kind):
+            return pd.StringDtype("pyarrow")
+        return pd.Int64Dtype() if pa.types.is_int64(kind) else None
+
+    frame: DataFrame = table.replace_schema_metadata(None).to_pandas(types_mapper=dtype)
+    frame.attrs.update(metadata_of(table))
+    return frame
+
+
+def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
+    """A DataFrame as a table of schema 1, whatever became of its types on the way.
+
+    Raises
+    ------
+    ManifestError
+        A column is missing, or holds what its type does not allow.
+    """
+    import pandas as pd
+    import pyarrow as pa
+
+    tags = [str(column) for column in frame.columns if column not in COLUMNS]
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise ManifestError(
+            f"The {name} has no column {missing[0]}.", hint="Give the DataFrame of a retrieval, with all its columns."
+        )
+    schema = arrow_schema(tags)
+    columns = []
+    for item in schema:
+        series = frame[item.name]
+        try:
+            if KINDS.get(item.name) == "timestamp":
+                series = pd.to_datetime(series, utc=True, format="ISO8601").astype("datetime64[us, UTC]")
+            else:
+                series = series.astype(_DTYPES[KINDS.get(item.name, "string")])
+            columns.append(pa.array(series, item.type, from_pandas=True))
+        except (TypeError, ValueError, pa.ArrowException):
+            raise ManifestError(
+                f"The column {item.name} of the {name} does not hold values of the type {item.type}.",
+                hint="Give the DataFrame of a retrieval unchanged.",
+            ) from None
+    flat = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
+    facts = as_metadata({key: value for key, value in frame.attrs.items() if isinstance(value, str)})
+    return pa.table(flat, schema=schema).replace_schema_metadata(facts)
+
+
+def read_manifest(uri: Any, **s3: Any) -> DataFrame:
+    """Read the file of a manifest.
+
+    Parameters
+    ----------
+    uri : str or Path
+        A path, ``file://…`` or ``s3://…``.
+    **s3
+        How to reach the bucket, as in ``s3_config``, or ``s3_config`` itself. By default the connection that
+        ``s3://CONN_ID@bucket/…`` names in Airflow, else the usual AWS places.
+
+    Raises
+    ------
+    ManifestError
+        There is no such file, it is broken, or it is of another schema. It is left as it is.
+    """
+    return frame_of(read_table(uri, **s3))
+
+
+def load_manifest(manifest: Any, **s3: Any) -> DataFrame:
+    """Load a manifest of any shape: DataFrame, reference, or URI; ``s3`` as in :func:`read_manifest`.
+
+    Raises
+    ------
+    ManifestError
+        It cannot be read, or is not what its reference says.
+    """
+    return frame_of(load_table(manifest, **s3))
+
+
+def load_table(manifest: Any, **s3: Any) -> pa.Table:
+    """As :func:`load_manifest`, as a table, which it takes too; pandas is imported only for a DataFrame."""
+    if hasattr(manifest, "column_names"):
+        return manifest
+    if isinstance(manifest, Mapping):
+        return _referenced(manifest, s3)
+    if isinstance(manifest, str | os.PathLike):
+        return read_table(manifest, **s3)
+    if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
+        return table_of(manifest)
+    raise ManifestError(
+        f"{type(manifest).__name__} is not a manifest.", hint="Give a DataFrame, a reference, or the URI of a manifest."
+    )
+
+
+def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
+    """The rows of a manifest of any shape as records. Raises :class:`ManifestError`."""
+    return instances_of(load_table(manifest, **({} if s3 is None else s3.reach())))
+
+
+def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
+    from hashlib import sha256
+
+    if ref.get("kind") != REFERENCE_KIND:
+        raise ManifestError("The mapping is not a reference to a manifest.", hint="Give what a retrieval returned.")
+    if ref.get("schema") != SCHEMA_VERSION:
+        raise ManifestError(
+            f"The reference has schema {shown(ref.get('schema'))}, and this version reads schema {SCHEMA_VERSION}.",
+            hint="Read it with the version that wrote it, or a newer one.",
+        )
+    uri = ref.get("manifest_uri")
+    content = content_of(place_of(uri), s3)
+    digest = sha256(content).hexdigest()
+    if digest != ref.get("sha256"):
+        raise ManifestError(
+            f"The manifest {shown_path(uri)} does not match the reference: its digest is {digest[:16]}…, "
+            f"not {shown(ref.get('sha256'))[:18]}….",
+            hint="It was replaced since. Give the URI alone to read its current content.",
+            uri=uri,
+        )
+    table = table_in(content, str(uri))
+    if table.num_rows != ref.get("rows"):
+        raise ManifestError(
+            f"The manifest {shown_path(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
+            hint="Give the URI alone to read its current content.",
+            uri=uri,
+        )
+    return table
+
+
+def _listed(manifests: Any) -> list[Any]:
+    if (
+        isinstance(manifests, str | os.PathLike | Mapping)
+        or hasattr(manifests, "columns")
+        or not isinstance(manifests, Iterable)
+    ):
+        return [manifests]
+    if isinstance(manifests, Sequence):
+        # What mapped tasks left in XCom: Airflow's own iterator asks for one more, and logs an error for it.
+        return [manifests[index] for index in range(len(manifests))]
+    return list(manifests)
+
+
+def load_tables(manifests: Any, **s3: Any) -> list[pa.Table]:
+    """Load one manifest, or several, each of any shape. None stands for a task that was skipped."""
+    return [load_table(item, **s3) for item in _listed(manifests) if item is not None]
+
+
+def load_manifests(manifests: Any, **s3: Any) -> DataFrame:
+    """Load one manifest, or several of any shapes, as one DataFrame; ``s3`` as in :func:`read_manifest`.
+
+    Raises
+    ------
+    ManifestError
+        One of them cannot be read, or is not what its reference says.
+    """
+    return frame_of(_concat(load_tables(manifests, **s3)))
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    plain = [table.replace_schema_metadata(None) for table in tables]
+    if not plain:
+        return pa.table({name: pa.array([], kind) for name, kind in zip(COLUMNS, arrow_schema().types, strict=True)})
+    # A column of tags that one manifest lacks is null there.
+    whole = pa.concat_tables(plain, promote_options="default")
+    return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
+
+
+def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None, **s3: Any) -> dict[str, Any]:
+    """Write several manifests as one, and give its reference.
+
+    The verdict is the worst of theirs, the evidence the weakest.
+
+    Parameters
+    ----------
+    manifests : iterable
+        Of any shapes; None is passed over.
+    to : str or Path
+        The file to write, or a folder or prefix that gets a file with the name of a new run.
+    **s3
+        How to reach the bucket of any of them, as in ``s3_config``.
+
+    Raises
+    ------
+    ManifestError
+        One of them cannot be read, or is not what its reference says. Nothing is written then.
+    """
+    tables = load_tables(manifests, **s3)
+    facts = [metadata_of(table) for table in tables]
+    # A DataFrame may have lost its metadata on the way: nothing is proven then.
+    verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
+    evidence = weakest(cast(Evidence, fact.get("evidence", "none")) for fact in facts)
+    name = run or clock.run_name()
+    place = place_of(to)
+    if isinstance(place, S3Destination):
+        key = place.prefix
+        if not key.endswith(".parquet"):
+            key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
+        bucket = bucket_of(place, s3)
+        bucket.put(key, manifest_content(_concat(tables), verdict=verdict, evidence=evidence, run=name))
+        return reference(with_connection(bucket.uri(key), place.conn_id), **s3)
+    path = place.path
+    if path.suffix != ".parquet":
+        path = path / f"{name}.parquet"
+    write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
+    return reference(path)
+
+
+def reference(uri: str | Path, **s3: Any) -> dict[str, Any]:
+    """The reference to a manifest file: what stands for it where it is too large to be handed on.
+
+    Raises
+    ------
+    ManifestError
+        The file cannot be read.
+    """
+    from hashlib import sha256
+
+    place = place_of(uri)
+    content = content_of(place, s3)
+    file = open_manifest(content, str(uri))
+    return {
+        "kind": REFERENCE_KIND,
+        "schema": SCHEMA_VERSION,
+        "manifest_uri": str(uri) if isinstance(place, S3Destination) else manifest_uri(place.path),
+        "rows": file.metadata.num_rows,
+        "bytes": len(content),
+        "sha256": sha256(content).hexdigest(),
+        "verdict": metadata_of(file.schema_arrow).get("verdict") or None,
+    }

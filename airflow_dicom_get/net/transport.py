@@ -1,0 +1,182 @@
+"""Bytes to and from a peer: the one place that knows sockets, and where another network can be put in.
+
+Whatever :func:`connect` gives is a :class:`Transport`; a simulation puts a function of its own in its place.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Protocol
+
+from airflow_dicom_get import clock
+
+SLICE = 0.2
+"""Longest single wait in seconds: how soon a cancel is seen."""
+_READ = 1 << 18
+_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+
+
+class Transport(Protocol):
+    """A connection with a peer. One thread reads and writes; :meth:`hang_up` and :meth:`close` are any thread's."""
+
+    def receive(self, view: memoryview) -> int:
+        """Read into ``view`` what is there, after at most :data:`SLICE` seconds; 0 where the peer has closed.
+
+        Raises
+        ------
+        TimeoutError
+            Nothing came in that time.
+        OSError
+            The connection is lost.
+        """
+
+    def send(self, view: memoryview) -> int:
+        """Send what the line takes of ``view`` within :data:`SLICE` seconds; how much. Raises as :meth:`receive`."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether something is there to be read, or comes within ``seconds``, at most :data:`SLICE`. Reads nothing."""
+
+    def said(self) -> OSError | None:
+        """What a TLS peer said before it hung up on what we sent."""
+
+    def hang_up(self, last: bytes, seconds: float) -> None:
+        """Send ``last`` as far as it goes, give the peer so many seconds to close, and close. Never raises."""
+
+    def close(self) -> None:
+        """Close, at once."""
+
+
+class SocketTransport:
+    """TCP, or TLS over it; see :class:`Transport`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(SLICE)
+        self._sock = sock
+        self._read, self._option = sock.recv_into, sock.setsockopt
+
+    def receive(self, view: memoryview) -> int:
+        """See :meth:`Transport.receive`."""
+        if _QUICKACK is not None:  # not sticky: without it each instance waits 40 ms for a delayed ACK
+            try:
+                self._option(socket.IPPROTO_TCP, _QUICKACK, 1)
+            except OSError:
+                pass
+        try:
+            return self._read(view)
+        except ssl.SSLWantReadError:
+            raise TimeoutError from None
+
+    def send(self, view: memoryview) -> int:
+        """See :meth:`Transport.send`."""
+        try:
+            return self._sock.send(view)
+        except ssl.SSLWantWriteError:
+            raise TimeoutError from None
+
+    def wait(self, seconds: float) -> bool:
+        """See :meth:`Transport.wait`."""
+        sock = self._sock
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if _QUICKACK is not None:  # the answer may come in two pieces, the second held back for our ACK
+            self._option(socket.IPPROTO_TCP, _QUICKACK, 1)
+        return bool(poll.poll(max(min(seconds, SLICE), 0) * 1000))
+
+    def said(self) -> OSError | None:
+        """See :meth:`Transport.said`."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            try:
+                self._sock.recv(1)
+            except ssl.SSLError as alert:
+                return alert
+            except OSError:
+                pass
+        return None
+
+    def hang_up(self, last: bytes, seconds: float) -> None:
+        """See :meth:`Transport.hang_up`."""
+        limit = clock.monotonic() + seconds
+        try:
+            self._sock.settimeout(0.5)
+            self._sock.send(last)
+            while (left := limit - clock.monotonic()) > 0:
+                self._sock.settimeout(left)
+                # Not into the buffer of the reader: a destination that is late may still be reading from that.
+                if not self._sock.recv(_READ):
+                    break
+        except OSError:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._sock.close()
+
+
+def connect_socket(
+    host: str, port: int, seconds: float, tls: ssl.SSLContext | None = None, server_name: str | None = None
+) -> Transport:
+    """Connect, and shake hands where ``tls`` is given.
+
+    Parameters
+    ----------
+    host, port
+        Where.
+    seconds : float
+        For all of it.
+    tls : ssl.SSLContext, optional
+        How, if it is to be TLS.
+    server_name : str, optional
+        The name that the certificate must have; ``host`` by default.
+
+    Raises
+    ------
+    HandshakeError
+        No TLS session came about; its cause says why, :class:`TimeoutError` where the time was over.
+    OSError
+        There is no connection; :class:`TimeoutError` where the time was over.
+    """
+    limit = clock.monotonic() + seconds
+    sock = socket.create_connection((host, port), timeout=seconds)
+    try:
+        _arm(sock)
+        if tls is not None:
+            sock.settimeout(max(limit - clock.monotonic(), 0.1))
+            sock = _shake_hands(sock, tls, server_name or host)
+        return SocketTransport(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+connect: Callable[..., Transport] = connect_socket
+"""What associations are opened over."""
+
+
+class HandshakeError(Exception):
+    """A TLS session did not come about over a connection that was there; the cause says why."""
+
+
+def _shake_hands(sock: socket.socket, tls: ssl.SSLContext, server_name: str) -> ssl.SSLSocket:
+    try:
+        return tls.wrap_socket(sock, server_hostname=server_name)
+    except OSError as error:
+        raise HandshakeError from error
+
+
+def _arm(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
