@@ -35,14 +35,14 @@ test-engine: setup-engine peers ## Run the tests that need no Airflow, in a ligh
 	@$(VENV)-engine/bin/python -m pytest $(TESTS) --ignore=tests/airflow -m "not airflow" $(ARGS)
 
 test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS and destination; 10 minutes
-	@KILLS=20 $(PY) -m pytest $(addprefix tests/test_,kill.py s3.py forward.py) -k "random_moments or TestKilled or (TestResume and test_kill)" -s --timeout 900 $(ARGS)
+	@KILLS=20 $(PY) -m pytest $(addprefix tests/functional/test_,kill.py s3.py forward.py) -k "random_moments or TestKilled or (TestResume and test_kill)" -s --timeout 900 $(ARGS)
 
 test-cuts: setup peers ## Cut the line at 200 places, kill 20 times, hold a rate for 30 s, wait as long as real sources do; 15 minutes
-	@CUTS=200 KILLS=20 LIMIT_SECONDS=30 LONG=1 $(PY) -m pytest $(addprefix tests/test_,resume.py limits.py slow_destination.py) $(ARGS)
+	@CUTS=200 KILLS=20 LIMIT_SECONDS=30 LONG=1 $(PY) -m pytest $(addprefix tests/functional/test_,resume.py limits.py slow_destination.py) $(ARGS)
 
 fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's; takes an hour
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -o timeout=0 tests/unit $(ARGS)
-	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/test_fuzz.py $(ARGS)
+	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/functional/test_fuzz.py $(ARGS)
 
 test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images takes the screenshots of the docs again
 	@bash scripts/peers.sh chromium=chromium

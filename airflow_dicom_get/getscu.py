@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -207,57 +206,29 @@ class GetScu:
         ------
         InvalidQuery, and any error of the association
         """
-        from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
-        from airflow_dicom_get.engine.listing import list_study
-        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, resolve
+        from airflow_dicom_get.engine.contexts import PeerKnowledge
+        from airflow_dicom_get.engine.planning import list_studies, mark_held, plan_of
         from airflow_dicom_get.sinks.places import open_destination
 
+        o = self.options
         parsed = self._parse(query, query_model)
-        places = open_destination(self.options) if self.options.destination is not None else None
+        places = open_destination(o) if o.destination is not None else None
         source = self._open_source()
         try:
-            with source.association(FIND_PROPOSALS) as association:
-                finder = Finder(association)
-                scopes = resolve(finder, parsed, self.options.max_studies)
-                listings = [list_study(finder, scope, {}) for scope in scopes]
+            listed = list_studies(source, parsed, o.max_studies)
         finally:
             self._source = None
-        rows = [x for listing in listings for x in listing.instances.values()]
-        held = 0
         if places is not None:
             sink = places.sink(clock.run_name(), read_only=True)
             try:
-                for scope, listing in zip(scopes, listings, strict=True):
-                    inventory = sink.inventory(scope.study)
-                    for uid, x in listing.instances.items():
-                        if uid in inventory:
-                            x.state, x.attempt, held = "held", 0, held + 1
+                mark_held(listed, sink)
             finally:
                 sink.close()
-        peer = PeerKnowledge(self.options.transfer_syntaxes, self._profile)
-        pairs: dict[str, tuple[str, ...]] = {}
-        for x in rows:
-            if x.state == "held":
-                continue
-            for sop_class in (x.sop_class,) if x.sop_class else likely_classes(x.modality, ()):
-                pairs[sop_class] = tuple(
-                    dict.fromkeys(pairs.get(sop_class, ()) + peer.syntaxes(sop_class, filter(None, [x.listed_syntax])))
-                )
-        bins = pack(pairs)
-        return Plan(
-            node=str(self.options.addr),
-            studies=[scope.study for scope in scopes],
-            series=sum(len(listing.series) for listing in listings),
-            instances=len(rows),
-            held=held,
-            missing=len(rows) - held,
-            classes=dict(Counter(x.sop_class for x in rows)),
-            contexts=sum(map(len, bins)),
-            associations=len(bins),
-            evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
-            plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=clock.now()), UTC),
+        return plan_of(
+            listed,
+            PeerKnowledge(o.transfer_syntaxes, self._profile),
+            node=str(o.addr),
             destination=str(places.place) if places is not None else None,
-            rows=rows,
         )
 
     def find(

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,7 +21,7 @@ from airflow_dicom_get.config.destination import (
 )
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import ConnectionOptions, VerifyOptions
+from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
@@ -305,21 +305,28 @@ class _Verify:
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
-        from airflow_dicom_get.getscu import GetScu
+        from airflow_dicom_get.engine.planning import list_studies
+        from airflow_dicom_get.engine.query import parse_query
+        from airflow_dicom_get.engine.source import Source
+        from airflow_dicom_get.net.peer import Peer
 
         o = self.options
-        scu = GetScu(node, max_studies=max(len(self.studies), 1), **o.values(ConnectionOptions))
+        query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
         try:
-            plan = scu.plan({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
+            listed = list_studies(Source(Peer.of(node, o), max_associations=1), query, max(len(self.studies), 1))
         except PeerError as error:
             self._uncompared(error)
             return
         self.has_source = True
-        self.found.plan_at = plan.plan_at
-        for listed in plan.rows:
-            item = self._item(listed)
-            item.at_source = True
-            item.row.fill(listed)
+        at = max((listing.at for _, listing in listed), default=clock.now())
+        self.found.plan_at = datetime.fromtimestamp(at, UTC)
+        for _, listing in listed:
+            for instance in listing.instances.values():
+                item = self._item(instance)
+                item.at_source = True
+                for name in ("sop_class", "modality", "series_number", "instance_number"):
+                    if getattr(item.row, name) is None:
+                        setattr(item.row, name, getattr(instance, name))
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message

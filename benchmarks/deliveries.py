@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from clients import DICOM_GET, Bench, Run, give_back
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs
-from servers import Storescp, find_binary
 from sources import Source
 
 from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy, Juicefs
+from airflow_dicom_get.testing.servers import Storescp, find_binary
 
 Runs = Mapping[str, Callable[[Source], Run]]
 SLOTS = 8

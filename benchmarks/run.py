@@ -28,8 +28,9 @@ from clients import Bench, Run
 from deliveries import DELAY, Forward, Runs, buckets, missing
 from report import write_report
 from results import CLIENTS, SINGLE, Results, Series
-from servers import Storescp, find_binary
 from sources import KIB, MIB, Source, memory_source, pacs_sources
+
+from airflow_dicom_get.testing.servers import Storescp, find_binary
 
 ROOT = Path(__file__).parent.parent
 MEMORY = {"ct": (1000, 512 * KIB), "mr": (5000, 7440), "big": (8, 128 * MIB)}

@@ -12,10 +12,7 @@ from pathlib import Path
 from memory_scp import STUDY
 
 from airflow_dicom_get.testing.sample_data import big_study
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from servers import HOST, Dcmqrscp, Orthanc, free_port
+from airflow_dicom_get.testing.servers import HOST, Dcmqrscp, Orthanc, free_port
 
 _HERE = Path(__file__).parent
 KIB, MIB = 1 << 10, 1 << 20

@@ -116,7 +116,12 @@ def types(sources: Path) -> None:
 
 def tests(sources: Path) -> None:
     """A part of the sdist's tests, against what was installed."""
-    chosen = ["tests/unit", "tests/test_manifest.py", "tests/test_testing_pacs.py", "tests/airflow/test_provider.py"]
+    chosen = [
+        "tests/unit",
+        "tests/functional/test_manifest.py",
+        "tests/functional/test_testing_pacs.py",
+        "tests/airflow/test_provider.py",
+    ]
     done = subprocess.run(
         [str(Path(sys.executable).with_name("pytest")), "-q", *chosen], cwd=sources, capture_output=True, text=True
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,15 +13,8 @@ import pytest
 from hypothesis import settings
 from pynetdicom.transport import AssociationSocket
 
-# The helpers beside the tests (servers, relay) are plain modules.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from holdings import Holding, hold
-from relay import Relay
-from s3_servers import Juicefs, Moto
-from servers import Dcmqrscp, Orthanc, Storescp, find_binary
-
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import Juicefs, Moto
 from airflow_dicom_get.testing.sample_data import (
     PRIVATE_CLASS,
     ct_study,
@@ -30,6 +22,9 @@ from airflow_dicom_get.testing.sample_data import (
     private_study,
     usable_pydicom_files,
 )
+from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc, Storescp, find_binary
+from tests.support.holdings import Holding, hold
+from tests.support.relay import Relay
 
 # Servers of other tests share the cores: how long one example takes says nothing.
 settings.register_profile("shared", deadline=None)

@@ -57,7 +57,7 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
     tables = []
     for table in tables_below(where, **s3):
         facts = metadata_of(table)
-        tables.append(_labelled(table, run=facts.get("run"), verdict=facts.get("verdict")))
+        tables.append(_labelled(table, {name: facts.get(name) for name in ("run", "verdict")}))
     frame = frame_of(pa.concat_tables(tables, promote_options="default"))
     return _ordered(frame.assign(run_at=_began(frame["run"])), f"The manifests at {shown_path(where)}")
 
@@ -126,7 +126,7 @@ def _dataset(item: StoredObject) -> Dataset:
         ) from None
 
 
-def _labelled(table: pa.Table, **facts: str | None) -> pa.Table:
+def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:
     import pyarrow as pa
 
     for name, value in facts.items():

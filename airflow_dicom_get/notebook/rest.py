@@ -57,7 +57,7 @@ class RestApi:
 
     def latest_run(self, dag_id: str) -> str:
         """The run that began last."""
-        found = self._get(f"dags/{_part(dag_id)}/dagRuns", order_by="-start_date", limit=1)["dag_runs"]
+        found = self._get(f"dags/{_part(dag_id)}/dagRuns", {"order_by": "-start_date", "limit": 1})["dag_runs"]
         if not found:
             raise ManifestError(f"The DAG {shown(dag_id)} has no run.", hint="Trigger a run first.", uri=None)
         return str(found[0]["dag_run_id"])
@@ -67,7 +67,7 @@ class RestApi:
         path = f"dags/{_part(dag_id)}/dagRuns/{_part(run_id)}/taskInstances/{_part(task_id or '~')}/xcomEntries"
         offset = 0
         while True:
-            page = self._get(path, xcom_key=key, limit=_PAGE, offset=offset)
+            page = self._get(path, {"xcom_key": key, "limit": _PAGE, "offset": offset})
             entries = page["xcom_entries"]
             yield from entries
             offset += len(entries)
@@ -78,9 +78,9 @@ class RestApi:
         """The value of an entry, as XCom holds it."""
         path = f"dags/{_part(dag_id)}/dagRuns/{_part(run_id)}/taskInstances/{_part(entry['task_id'])}"
         query = {"map_index": entry["map_index"], "deserialize": "false", "stringify": "false"}
-        return self._get(f"{path}/xcomEntries/{_part(entry['key'])}", **query)["value"]
+        return self._get(f"{path}/xcomEntries/{_part(entry['key'])}", query)["value"]
 
-    def _get(self, path: str, **query: Any) -> Any:
+    def _get(self, path: str, query: Mapping[str, Any]) -> Any:
         address = f"{self._base}/api/v2/{path}?{urlencode(query)}"
         try:
             with self._opener.open(Request(address, headers=self._headers), timeout=_SECONDS) as answer:

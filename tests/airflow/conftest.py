@@ -250,7 +250,7 @@ def target(tmp_path, monkeypatch):
 @pytest.fixture
 def connect_bucket(monkeypatch):
     """Make the connection ``store`` to an S3 service, as type ``dicom_s3`` or ``aws``."""
-    from s3_servers import ACCESS_KEY, SECRET_KEY
+    from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, SECRET_KEY
 
     def make(server: Any, kind: str = "dicom_s3") -> None:
         keys = {"conn_type": kind, "login": ACCESS_KEY, "password": SECRET_KEY}

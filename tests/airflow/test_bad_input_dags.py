@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from s3_servers import BUCKET
+
+from airflow_dicom_get.testing.s3_servers import BUCKET
 
 pytestmark = pytest.mark.usefixtures("dag_connections")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from pydicom import dcmread
-from servers import HOST, Orthanc
 
 from airflow_dicom_get import load_manifests
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import ct_study, private_study
+from airflow_dicom_get.testing.servers import HOST, Orthanc
 
 SECRET = "0123456789abcdef" * 2
 

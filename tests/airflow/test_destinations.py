@@ -13,7 +13,6 @@ from zoneinfo import ZoneInfo
 import pandas  # noqa: F401  # imported before times are taken
 import pytest
 from airflow.sdk import DAG, task
-from s3_servers import BUCKET, SECRET_KEY, FaultProxy
 
 from airflow_dicom_get import combine_manifests, load_manifest, load_manifests
 from airflow_dicom_get.config.groups import Window
@@ -23,6 +22,7 @@ from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.testing.archive import Archive as Index
+from airflow_dicom_get.testing.s3_servers import BUCKET, SECRET_KEY, FaultProxy
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 

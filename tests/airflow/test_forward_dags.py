@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
-from s3_servers import BUCKET
 
 from airflow_dicom_get.testing.archive import Archive as Index
+from airflow_dicom_get.testing.s3_servers import BUCKET
 
 
 def held(folder) -> int:

@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import pytest
-from mailbox_server import Mailbox, texts
-from s3_servers import BUCKET
 
 from airflow_dicom_get.config.groups import Window
+from airflow_dicom_get.testing.s3_servers import BUCKET
+from tests.support.mailbox_server import Mailbox, texts
 
 pytestmark = pytest.mark.usefixtures("dag_connections")
 

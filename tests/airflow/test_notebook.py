@@ -15,10 +15,9 @@ from airflow.sdk import DAG
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.notebook import latest, load_manifests, overview, read_manifest
 from airflow_dicom_get.operators.dicom import DicomGetOperator
+from notebooks import execute
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-from notebooks import execute  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from servers import free_port
+
+from airflow_dicom_get.testing.servers import free_port
 
 
 @pytest.fixture

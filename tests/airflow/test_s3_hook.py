@@ -8,12 +8,12 @@ import time
 
 import pytest
 from airflow.sdk.exceptions import AirflowNotFoundException
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy
 
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.get_provider_info import get_provider_info
 from airflow_dicom_get.hooks.dicom_s3 import FIELDS, DicomS3Hook
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, FaultProxy
 
 PLAIN = {"conn_type": "dicom_s3", "host": "minio.example", "port": 9000, "login": "key", "password": "hush-hush"}
 FORM = next(x for x in get_provider_info()["connection-types"] if x["connection-type"] == "dicom_s3")

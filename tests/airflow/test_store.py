@@ -10,12 +10,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.sdk import DAG
-from s3_servers import BUCKET, SECRET_KEY
 
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomStoreOperator
 from airflow_dicom_get.testing.archive import Archive as Index
+from airflow_dicom_get.testing.s3_servers import BUCKET, SECRET_KEY
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 from airflow.sdk import DAG, task
-from s3_servers import BUCKET
 
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomVerifyOperator
+from airflow_dicom_get.testing.s3_servers import BUCKET
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 COLUMNS = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", "symbol", "what"]

@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from chromium import MISSING, launched, signed_in_page
-from live_airflow import LiveAirflow
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study, private_study
+from tests.support.chromium import MISSING, launched, signed_in_page
+from tests.support.live_airflow import LiveAirflow
 
 HERE = Path(__file__).parent
 SAMPLE = "test_a_connection_by_the_form"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import take_picture
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
+
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
+from tests.support.chromium import take_picture
 
 FORM_ERRORS = {
     "wrong-ae": ({"host": "127.0.0.1", "login": "NOBODY"}, {}, "called AE title not recognised"),

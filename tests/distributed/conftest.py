@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_airflow import LiveAirflow
-from postgres import Postgres
-from redis_server import Redis
-from s3_servers import ACCESS_KEY, SECRET_KEY, Juicefs, Moto, S3Server
+
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, SECRET_KEY, Juicefs, Moto, S3Server
+from tests.support.live_airflow import LiveAirflow
+from tests.support.postgres import Postgres
+from tests.support.redis_server import Redis
 
 HERE = Path(__file__).parent
 WORKERS = ("worker-1", "worker-2")

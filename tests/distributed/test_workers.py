@@ -7,10 +7,10 @@ import time
 from collections import Counter
 
 import pytest
-from live_airflow import eventually
-from s3_servers import SECRET_KEY
 
+from airflow_dicom_get.testing.s3_servers import SECRET_KEY
 from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.live_airflow import eventually
 
 STUDIES = int(os.environ.get("STUDIES", "300"))
 INSTANCES, PIXELS, PAUSE = 4, 16384, 0.15

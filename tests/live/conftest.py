@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_airflow import LiveAirflow
-from postgres import Postgres
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from tests.support.live_airflow import LiveAirflow
+from tests.support.postgres import Postgres
 
 HERE = Path(__file__).parent
 POSTGRESQL = os.environ.get("LIVE_DATABASE") == "postgresql"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import MISSING, launched, signed_in_page, take_picture
-from holdings import Holding, hold
-from live_airflow import LiveAirflow
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
 
 from airflow_dicom_get.testing.archive import Archive, Entry
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
 from airflow_dicom_get.testing.sample_data import big_study, private_study
+from tests.support.chromium import MISSING, launched, signed_in_page, take_picture
+from tests.support.holdings import Holding, hold
+from tests.support.live_airflow import LiveAirflow
 
 DAGS = Path(__file__).parents[2] / "dags"
 NAME = "retrieve_then_forward"

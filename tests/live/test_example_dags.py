@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live_airflow import LiveAirflow, Run, eventually
-from mailbox_server import Mailbox, texts
-from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
 from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.live_airflow import LiveAirflow, Run, eventually
+from tests.support.mailbox_server import Mailbox, texts
 
 DAGS = Path(__file__).parents[2] / "dags"
 

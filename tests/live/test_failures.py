@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
-from live_airflow import eventually
 
 from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.live_airflow import eventually
 
 INSTANCES = 60
 pytestmark = pytest.mark.timeout(600)

@@ -8,10 +8,10 @@ import time
 from statistics import median
 
 import pytest
-from relay import Relay
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.relay import Relay
 
 STUDIES, INSTANCES, PIXELS = int(os.environ.get("LIVE_STUDIES", "200")), 3, 32768
 

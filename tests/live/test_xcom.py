@@ -8,7 +8,8 @@ from contextlib import closing
 from datetime import datetime
 
 import pytest
-from live_airflow import LiveAirflow
+
+from tests.support.live_airflow import LiveAirflow
 
 pytestmark = pytest.mark.timeout(600)
 

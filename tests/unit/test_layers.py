@@ -1,11 +1,11 @@
-"""Imports point downwards only, and nothing heavy is imported before it is needed."""
+"""Imports point downwards only and in no circle, and nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,97 +15,150 @@ import airflow_dicom_get
 PACKAGE = Path(airflow_dicom_get.__file__).parent
 NAME = airflow_dicom_get.__name__
 
-LEAVES = frozenset({"errors", "records", "clock", "config", "vocabulary"})
-"""Anyone may import these."""
-LAYERS = ("dicom", "net", "storage", "sinks", "engine")
+WORDS = frozenset({"errors", "vocabulary"})
+FACTS = WORDS | {"records", "dicom", "clock", "config"}
+BELOW_SINKS = FACTS | {"net", "storage", "connections", "manifest"}
+BELOW_ENGINE = BELOW_SINKS | {"sinks", "result"}
+BELOW_VERBS = BELOW_ENGINE | {"engine", "cell"}
+VERBS = frozenset({"getscu", "store", "verify", "export"})
+BELOW_AIRFLOW = BELOW_VERBS | VERBS | {"get_provider_info"}
+
+ALLOWED: Mapping[str, frozenset[str]] = {
+    "": BELOW_VERBS | VERBS,  # the public names, for type checkers alone: they load on first use
+    "errors": frozenset({"vocabulary"}),
+    "vocabulary": frozenset(),
+    "records": frozenset({"vocabulary"}),
+    "clock": WORDS,
+    "dicom": WORDS,
+    "config": WORDS | {"dicom"},
+    "net": FACTS,
+    "storage": FACTS,
+    "connections": FACTS | {"hooks.dicom_s3"},
+    "manifest": FACTS | {"storage", "connections"},
+    "sinks": BELOW_SINKS,
+    "result": FACTS | {"manifest"},
+    "engine": BELOW_ENGINE,
+    "cell": BELOW_ENGINE | {"engine"},
+    **dict.fromkeys(VERBS, BELOW_VERBS | {"verify"}),
+    "verify": BELOW_VERBS,
+    "notebook": FACTS | {"connections", "storage", "manifest", "sinks", "result", "engine"},
+    "cli": BELOW_VERBS | VERBS | {"testing", ""},
+    "hooks": BELOW_AIRFLOW,
+    "triggers": BELOW_AIRFLOW | {"hooks"},
+    "sensors": BELOW_AIRFLOW | {"hooks", "triggers"},
+    "operators": BELOW_AIRFLOW | {"hooks", "triggers", "sensors"},
+    "plugins": BELOW_AIRFLOW | {"hooks", ""},
+    "tasks": BELOW_AIRFLOW | {"hooks", "operators"},
+    "get_provider_info": frozenset(),
+    "testing": FACTS,
+}
+"""What each part may import, besides itself. Nothing that is not here."""
+
+NEVER: Mapping[str, frozenset[str]] = {
+    module: frozenset({"engine.study"})
+    for module in (
+        "engine.state",
+        "engine.requests",
+        "engine.receiver",
+        "engine.worker",
+        "engine.strategies",
+        "engine.verdict",
+        "engine.report",
+    )
+}
+"""Inside a part: what a study is made of does not know the loop that runs it."""
+
 AIRFLOW = frozenset({"hooks", "operators", "sensors", "triggers", "plugins", "tasks"})
-TOP, TASKS = len(LAYERS), len(LAYERS) + 1
-UPWARDS = frozenset({("connections", "hooks.dicom_s3")})
-"""An address that names a connection of Airflow: where Airflow is, its hook knows what that is."""
-WORDS = frozenset({"manifest", "result"})
-"""What the engine is asked for and what it fills in: top modules that know nothing of the layers but UID rules."""
 HEAVY = ("airflow", "pandas", "boto3", "botocore", "pyarrow", "rich", "pynetdicom", "pydicom", "numpy")
 
 
-def modules() -> Iterator[tuple[str, Path]]:
+def modules() -> dict[str, Path]:
+    found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield ".".join(part for part in parts if part != "__init__"), path
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
 
 
-def layer(module: str) -> int | None:
-    """The height of a module; None for a leaf, and for what is beside the layers."""
-    head = module.partition(".")[0]
-    if head in LEAVES or head in ("", "testing"):
-        return None
-    if head in AIRFLOW:
-        return TASKS
-    return LAYERS.index(head) if head in LAYERS else TOP
+MODULES = modules()
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """What a module imports, anywhere in it, and whether for its types alone."""
-    tree = ast.parse(path.read_text())
-    typing = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+def part(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a module imports, anywhere in it: inside functions and for its types alone, too."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, id(node) in typing
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             assert node.module is not None
             for alias in node.names:
-                # A name may be a module of its own.
-                below = PACKAGE.parent / Path(*node.module.split("."), alias.name)
-                own = below.with_suffix(".py").exists() or below.is_dir()
-                yield f"{node.module}.{alias.name}" if own else node.module, id(node) in typing
+                name = f"{node.module}.{alias.name}"  # a name may be a module of its own
+                yield name if name.removeprefix(f"{NAME}.") in MODULES else node.module
 
 
-def own_imports(path: Path, *, types: bool = True) -> set[str]:
-    return {
-        name.removeprefix(f"{NAME}.")
-        for name, typing in imports(path)
-        if name.startswith(f"{NAME}.") and (types or not typing)
-    }
+def own_imports(module: str) -> set[str]:
+    found = set()
+    for name in imports(MODULES[module]):
+        if name == NAME or name.startswith(f"{NAME}."):
+            found.add(name.removeprefix(NAME).removeprefix("."))
+    return found - {module}
 
 
-@pytest.mark.parametrize(("module", "path"), [found for found in modules() if layer(found[0]) is not None])
-def test_imports_point_downwards(module: str, path: Path) -> None:
-    mine = layer(module)
-    assert mine is not None
-    for imported in own_imports(path):
-        theirs = layer(imported)
-        if theirs is None:
-            assert not imported.startswith("testing") or module.startswith("cli"), f"{module} imports {imported}"
-        elif imported.partition(".")[0] not in WORDS and (module, imported) not in UPWARDS:
-            assert theirs <= mine, f"{module} imports {imported}"
+ARROWS = {module: own_imports(module) for module in MODULES}
 
 
-@pytest.mark.parametrize(("module", "path"), [found for found in modules() if found[0].startswith("dicom")])
-def test_dicom_does_no_io_reads_no_clock_and_logs_nothing(module: str, path: Path) -> None:
-    used = {name.partition(".")[0] for name, _ in imports(path)}
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_table(module: str) -> None:
+    allowed = ALLOWED[part(module)]
+    for imported in ARROWS[module]:
+        fits = part(imported) == part(module) or part(imported) in allowed or imported in allowed
+        assert fits, f"{module} imports {imported}"
+        assert imported not in NEVER.get(module, frozenset()), f"{module} imports {imported}"
+
+
+def test_the_table_names_every_part_and_no_other() -> None:
+    assert ALLOWED.keys() >= {part(module) for module in MODULES}
+    assert ALLOWED.keys() - {part(module) for module in MODULES} <= {"export"}
+
+
+def test_there_is_no_circle() -> None:
+    above: list[str] = []
+    done: set[str] = set()
+
+    def walk(module: str) -> None:
+        if module in done:
+            return
+        assert module not in above, f"a circle: {' -> '.join([*above[above.index(module) :], module])}"
+        above.append(module)
+        for imported in sorted(ARROWS[module] & MODULES.keys()):
+            walk(imported)
+        done.add(above.pop())
+
+    for module in MODULES:
+        walk(module)
+
+
+def test_every_import_is_of_a_module_that_exists() -> None:
+    for module, found in ARROWS.items():
+        assert found <= MODULES.keys(), f"{module} imports {found - MODULES.keys()}"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if part(module) == "dicom"])
+def test_dicom_does_no_io_reads_no_clock_and_logs_nothing(module: str) -> None:
+    used = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert not used & {"io", "logging", "os", "pathlib", "select", "selectors", "socket", "ssl", "threading", "time"}
-    calls = {node.func.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    calls = {node.func.id for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call)
              and isinstance(node.func, ast.Name)}  # fmt: skip
     assert not calls & {"open", "print"}
 
 
-@pytest.mark.parametrize(("module", "path"), [found for found in modules() if layer(found[0]) not in (None, TASKS)])
-def test_only_the_airflow_layer_knows_airflow(module: str, path: Path) -> None:
-    assert not {name for name, _ in imports(path) if name.partition(".")[0] == "airflow"}
-
-
-def test_testing_knows_no_engine() -> None:
-    """The PACS that prove the engine share none of its code that moves bytes."""
-    for module, path in modules():
-        if module.startswith("testing"):
-            heads = {name.partition(".")[0] for name in own_imports(path)}
-            assert heads <= {"testing", "dicom"} | LEAVES, module
+@pytest.mark.parametrize("module", [module for module in MODULES if part(module) not in AIRFLOW])
+def test_only_the_airflow_layer_knows_airflow(module: str) -> None:
+    assert not {name for name in imports(MODULES[module]) if name.partition(".")[0] == "airflow"}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -125,7 +178,7 @@ def loaded_by(code: str) -> set[str]:
         "import airflow_dicom_get",
         "import airflow_dicom_get; airflow_dicom_get.__version__",
         "import airflow_dicom_get.get_provider_info",
-        "from airflow_dicom_get import errors, records; from airflow_dicom_get.config import node, groups",
+        "from airflow_dicom_get import errors, records, vocabulary; from airflow_dicom_get.config import node, groups",
         "from airflow_dicom_get.cli.main import build_parser; build_parser()",
     ],
 )

@@ -1,0 +1,581 @@
+"""Retrievals into buckets: real services over HTTP, faults on the way, and what is left after them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get import GetScu, read_manifest
+from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
+from airflow_dicom_get.sinks import s3
+from airflow_dicom_get.sinks import s3_places as places
+from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
+from airflow_dicom_get.storage import bucket as s3_client
+from airflow_dicom_get.testing.archive import STUDY_UID, read_header
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import (
+    ACCESS_KEY,
+    BUCKET,
+    SECRET_KEY,
+    FaultProxy,
+    Juicefs,
+    Moto,
+    S3Server,
+    free_port,
+    header_of,
+)
+from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.holdings import Holding, hold
+from tests.support.relay import Relay
+
+Pacs = Callable[..., EmbeddedPacs]
+_CHOOSER = random.Random(os.environ.get("KILL_SEED", "1"))
+MOMENTS = [_CHOOSER.random() for _ in range(int(os.environ["KILLS"]))] if "KILLS" in os.environ else [0.3, 0.9]
+"""At which part of a run's requests it is killed."""
+LARGE = 12 << 20
+
+
+@pytest.fixture(params=["juicefs", "moto"])
+def service(request: pytest.FixtureRequest) -> S3Server:
+    server: S3Server = request.getfixturevalue(request.param)
+    return server
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+
+
+@pytest.fixture
+def proxy(service: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(service) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """150 images of 200 KB."""
+    folder = tmp_path_factory.mktemp("many")
+    return hold(folder, big_study(folder, 150, 200_000, name="many", series=3))
+
+
+@pytest.fixture(scope="session")
+def two_sizes(tmp_path_factory: pytest.TempPathFactory) -> Holding:
+    """60 instances of 200 KB in one study, and two of 12 MiB, which go in parts, in another."""
+    folder = tmp_path_factory.mktemp("two-sizes")
+    big_study(folder / "small", 60, 200_000, name="small")
+    big_study(folder / "large", 2, LARGE, name="large")
+    return hold(folder)
+
+
+@pytest.fixture
+def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_OUTAGE", 2.0)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT", 2)
+
+
+def node_of(pacs: EmbeddedPacs) -> str:
+    return f"{pacs.ae_title}@127.0.0.1:{pacs.port}"
+
+
+def get(pacs: EmbeddedPacs | str, study: str | list[str], prefix: str, config: dict[str, Any], **options: Any) -> Any:
+    node = pacs if isinstance(pacs, str) else node_of(pacs)
+    scu = GetScu(node, destination=f"s3://{BUCKET}/{prefix}", s3_config=config, **options)
+    return scu.get_study({"StudyInstanceUID": study})
+
+
+def instances(service: S3Server, prefix: str) -> dict[str, str]:
+    """Keys of the instances by their SOP Instance UIDs."""
+    keys = service.objects(f"{prefix}/")
+    return {key.rpartition("/")[2].removesuffix(".dcm"): key for key in keys if key.endswith(".dcm")}
+
+
+def assert_holds(
+    service: S3Server,
+    prefix: str,
+    holding: Holding,
+    config: dict[str, Any],
+    result: Any,
+    *,
+    left_in_parts: bool = False,
+) -> None:
+    """All is there as it was sent, listed with its digest, and nothing else is."""
+    keys = instances(service, prefix)
+    assert keys.keys() == holding.entries.keys()
+    rows = read_manifest(result.manifest_uri, **config).set_index("sop_instance_uid")
+    assert rows.index.is_unique
+    assert set(rows.index) == set(keys)
+    for sop, key in keys.items():
+        content = service.read(key)
+        row = rows.loc[sop]
+        assert content[row.dataset_offset :] == holding.dataset(sop), sop
+        assert (row.sha256, row.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert row.uri == f"s3://{BUCKET}/{key}"
+        assert row.state in ("stored", "held")
+    assert left_in_parts or not [key for key in service.uploads() if key.startswith(prefix)]
+
+
+class TestThereAndBack:
+    def test_every_real_file(self, service: S3Server, prefix: str, mixed: Holding, embedded: Pacs) -> None:
+        result = get(embedded(mixed.folder), mixed.study, prefix, service.config)
+        assert (result.verdict, result.completed, result.skipped) == ("complete", len(mixed.entries), 0)
+        assert_holds(service, prefix, mixed, service.config, result)
+        again = get(embedded(mixed.folder), mixed.study, prefix, service.config)
+        assert (again.verdict, again.skipped, again.bytes) == ("complete", len(mixed.entries), 0)
+        assert_holds(service, prefix, mixed, service.config, again)
+
+    def test_the_long_form_and_bare_data_sets(
+        self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs
+    ) -> None:
+        config = {**service.config, "bucket": BUCKET, "prefix": f"/{prefix}/a b/"}
+        scu = GetScu(
+            node_of(embedded(ct.folder)),
+            storage_backend="S3",
+            s3_config=config,
+            store_with_file_meta=False,
+            associations=2,
+        )
+        result = scu.get_study({"StudyInstanceUID": ct.study})
+        assert result.verdict == "complete"
+        assert result.destination == f"s3://{BUCKET}/{prefix}/a b"
+        assert result.manifest_uri.startswith(f"s3://{BUCKET}/{prefix}/a%20b/_manifests/2")
+        keys = instances(service, f"{prefix}/a b")
+        assert {sop: service.read(key) for sop, key in keys.items()} == {sop: ct.dataset(sop) for sop in ct.entries}
+        planned = scu.plan({"StudyInstanceUID": ct.study})
+        assert (planned.held, planned.missing) == (len(ct.entries), 0)
+
+    def test_the_shell(self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path) -> None:
+        environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "HOME": str(tmp_path)}
+
+        def shell(*arguments: str) -> dict[str, Any]:
+            done = subprocess.run(
+                [sys.executable, "-m", "airflow_dicom_get.cli", "get", node_of(pacs), *arguments,
+                 "--to", f"s3://{BUCKET}/{prefix}", "--s3-endpoint-url", service.endpoint, "--s3-region", "us-east-1",
+                 "--json"],
+                capture_output=True, text=True, check=False, env={**os.environ, **environment},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert SECRET_KEY not in done.stdout + done.stderr
+            told: dict[str, Any] = json.loads(done.stdout)
+            return told
+
+        pacs = embedded(ct.folder)
+        first = shell("--study", ct.study)
+        assert (first["verdict"], first["completed"]) == ("complete", len(ct.entries))
+        lost = sorted(instances(service, prefix).values())[:3]
+        for key in lost:
+            service.client().delete_object(Bucket=BUCKET, Key=key)
+        again = shell("--study", ct.study)
+        assert (again["completed"], again["skipped"]) == (len(ct.entries), len(ct.entries) - 3)
+        nothing = shell("--manifest", again["manifest"])
+        assert (nothing["verdict"], nothing["total"]) == ("complete", 0)
+
+    def test_manifests_in_a_bucket(
+        self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        root = f"s3://{BUCKET}/{prefix}/state"
+        options = {"manifest_root": root, "s3_config": service.config}
+        node = node_of(embedded(ct.folder))
+        results = [
+            GetScu(node, destination=tmp_path, **options).get_study({"StudyInstanceUID": ct.study}) for _ in range(2)
+        ]
+        assert [r.verdict for r in results] == ["complete", "complete"]
+        assert [r.skipped for r in results] == [0, len(ct.entries)]
+        assert not (tmp_path / "_manifests").exists()
+        combined = combine_manifests([r.manifest_uri for r in results], f"{root}/all", **service.config)
+        assert combined["rows"] == 2 * len(ct.entries)
+        assert len(load_manifest(combined, **service.config)) == 2 * len(ct.entries)
+        with pytest.raises(ManifestError, match="NoSuchKey"):
+            read_manifest(f"{root}/none.parquet", **service.config)
+
+    def test_ledgers_in_a_folder(
+        self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        pacs = embedded(ct.folder)
+        for skipped in (0, len(ct.entries)):
+            result = get(pacs, ct.study, prefix, service.config, manifest_root=tmp_path)
+            assert (result.verdict, result.skipped) == ("complete", skipped)
+        assert len(list(tmp_path.glob(".ledger/*/*.jsonl"))) == 1
+
+    def test_encryption_and_storage_class(self, moto: Moto, prefix: str, embedded: Pacs, tmp_path: Path) -> None:
+        study = big_study(tmp_path, 1, 10 << 20)
+        wanted = {"sse": "aws:kms", "kms_key_id": "a-key", "storage_class": "STANDARD_IA"}
+        result = get(embedded(tmp_path), study, prefix, {**moto.config, **wanted})
+        assert result.verdict == "complete"
+        for key in moto.objects(f"{prefix}/"):
+            told = moto.client().head_object(Bucket=BUCKET, Key=key)
+            found = (told["ServerSideEncryption"], told["SSEKMSKeyId"], told["StorageClass"])
+            assert found == tuple(wanted.values()), key
+
+    def test_what_an_object_says_holds_no_patient(self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs) -> None:
+        get(embedded(ct.folder), ct.study, prefix, moto.config)
+        for sop, key in list(instances(moto, prefix).items())[:5]:
+            said = moto.client().head_object(Bucket=BUCKET, Key=key)["Metadata"]
+            assert said["sha256"] == hashlib.sha256(moto.read(key)).hexdigest()
+            assert said["transfer-syntax"] == ct.entries[sop].syntax
+            assert said.keys() <= {
+                "sha256", "sop-class", "transfer-syntax", "dataset-offset", "modality", "series-number",
+                "instance-number",
+            }  # fmt: skip
+
+    def test_boto3_is_imported_for_buckets_alone(self, ct: Holding, embedded: Pacs, tmp_path: Path) -> None:
+        code = (
+            "import sys\nfrom airflow_dicom_get import GetScu\n"
+            f"GetScu({node_of(embedded(ct.folder))!r}, destination={str(tmp_path)!r}).get_study("
+            f"{{'StudyInstanceUID': {ct.study!r}}}).raise_for_verdict()\n"
+            "assert not {'boto3', 'botocore', 's3transfer'} & set(sys.modules)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestFaults:
+    @pytest.mark.parametrize("answer", [(500, "InternalError"), (503, "ServiceUnavailable")])
+    def test_every_third_request_fails(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, ct: Holding, embedded: Pacs, answer: tuple[int, str]
+    ) -> None:
+        proxy.fault = lambda number, method, path: answer if number % 3 == 0 else None
+        result = get(embedded(ct.folder), ct.study, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(service, prefix, ct, service.config, result)
+
+    def test_the_service_asks_to_slow_down(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, ct: Holding, embedded: Pacs
+    ) -> None:
+        came: list[float] = []
+        answers: list[bool] = []
+
+        def fault(number: int, method: str, path: str) -> Any:
+            now = time.monotonic()
+            recent = sum(now - moment < 0.5 for moment in came)
+            answers.append(recent > 10)
+            came.append(now)
+            return (503, "SlowDown") if recent > 10 else None
+
+        proxy.fault = fault
+        result = get(embedded(ct.folder), ct.study, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(service, prefix, ct, service.config, result)
+        assert 0 < sum(answers) < len(answers) / 2
+
+    def test_answers_get_lost(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        big_study(tmp_path, 2, 18 << 20, name="late")
+        holding = hold(tmp_path, big_study(tmp_path, 6, 100_000, name="late"))
+        proxy.fault = lambda number, method, path: "late" if ".dcm" in path and number % 3 == 0 else None
+        result = get(embedded(tmp_path), holding.study, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(service, prefix, holding, service.config, result)
+
+    def test_connections_stall(
+        self,
+        service: S3Server,
+        proxy: FaultProxy,
+        prefix: str,
+        ct: Holding,
+        embedded: Pacs,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT", 1)
+        stalls = iter(range(4))
+        proxy.fault = lambda number, method, path: (
+            "stall" if method == "PUT" and number > 8 and next(stalls, None) is not None else None
+        )
+        result = get(embedded(ct.folder), ct.study, prefix, proxy.config)
+        assert next(stalls, None) is None
+        assert result.verdict == "complete"
+        assert_holds(service, prefix, ct, service.config, result)
+
+    def test_the_service_is_killed_and_comes_back(
+        self, tmp_path: Path, many: Holding, embedded: Pacs, prefix: str
+    ) -> None:
+        with Juicefs(tmp_path / "juicefs") as server, FaultProxy(server) as proxy:
+            restarted: list[threading.Thread] = []
+
+            def fault(number: int, method: str, path: str) -> None:
+                if number == 60:
+                    server.stop(kill=True)
+                    timer = threading.Timer(2.0, server.start)
+                    timer.start()
+                    restarted.append(timer)
+
+            proxy.fault = fault
+            result = get(embedded(many.folder), many.study, prefix, proxy.config)
+            assert restarted
+            restarted[0].join()
+            assert result.verdict == "complete", result.errors
+            assert_holds(server, prefix, many, server.config, result)
+
+    @pytest.mark.usefixtures("no_long_waits")
+    def test_the_service_stays_away(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, many: Holding, embedded: Pacs
+    ) -> None:
+        away = threading.Event()
+
+        def fault(number: int, method: str, path: str) -> Any:
+            if number > 40:
+                away.set()
+            return "late" if away.is_set() and number % 2 else (503, "ServiceUnavailable") if away.is_set() else None
+
+        proxy.fault = fault
+        before = time.monotonic()
+        result = get(embedded(many.folder), many.study, prefix, proxy.config)
+        assert time.monotonic() - before < 40
+        assert (result.verdict, result.reason) == ("partial", "destination_error")
+        assert result.transient
+        assert 0 < result.completed < len(many.entries)
+        assert f"s3://{BUCKET}/{prefix}" in result.errors[0]["error"]
+        proxy.fault = lambda number, method, path: None
+        rest = get(embedded(many.folder), many.study, prefix, proxy.config)
+        assert rest.verdict == "complete"
+        assert_holds(service, prefix, many, service.config, rest)
+
+    @pytest.mark.usefixtures("no_long_waits")
+    @pytest.mark.parametrize("answer", [(403, "AccessDenied"), (400, "ExpiredToken")])
+    def test_the_right_is_lost_on_the_way(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, many: Holding, embedded: Pacs, answer: tuple[int, str]
+    ) -> None:
+        pacs = embedded(many.folder)
+        proxy.fault = lambda number, method, path: answer if number > 40 and ".dcm" in path else None
+        result = get(pacs, many.study, prefix, proxy.config)
+        assert (result.verdict, result.reason) == ("partial", "destination_error")
+        rows = read_manifest(result.manifest_uri, **service.config)
+        assert set(rows.state) <= {"stored", "failed", "missing"}
+        assert set(rows.reason.dropna()) == {"destination_error"}
+        assert (rows.state == "stored").sum() == result.completed == len(instances(service, prefix))
+        text = " ".join(f"{e['error']} {e['hint']}" for e in result.errors)
+        assert answer[1] in text
+        assert ("policy" if answer[1] == "AccessDenied" else "expired") in text
+        proxy.fault = lambda number, method, path: None
+        rest = get(pacs, many.study, prefix, proxy.config)
+        assert (rest.verdict, rest.skipped >= result.completed) == ("complete", True)
+        assert_holds(service, prefix, many, service.config, rest)
+
+    def test_another_data_set_under_the_same_uid(
+        self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        get(embedded(ct.folder), ct.study, prefix, service.config)
+        changed = sorted(sop for sop, entry in ct.entries.items() if entry.syntax == "1.2.840.10008.1.2.1")[:3]
+        for sop, entry in ct.entries.items():
+            content = entry.path.read_bytes()
+            (tmp_path / f"{sop}.dcm").write_bytes(content[:-2] + b"\1\2" if sop in changed else content)
+        result = get(embedded(tmp_path), ct.study, prefix, service.config, resume=False)
+        assert (result.verdict, result.conflicts) == ("partial", 3)
+        rows = read_manifest(result.manifest_uri, **service.config)
+        conflicts = rows[rows.state == "conflict"]
+        assert sorted(conflicts.sop_instance_uid) == changed
+        assert set(conflicts.reason) == {"different_content"}
+        for sop, key in instances(service, prefix).items():
+            assert service.read(key).endswith(ct.dataset(sop))
+
+    def test_what_dead_runs_left_in_parts_is_aborted_after_a_day(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs
+    ) -> None:
+        # moto says of each upload that it was begun in 2010.
+        moto.client().create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/{ct.study}/1.2/1.2.3.dcm")
+        other = moto.client().create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/1.2.3/1.2/1.2.3.dcm")
+        assert get(embedded(ct.folder), ct.study, prefix, moto.config).verdict == "complete"
+        left = [key for key in moto.uploads() if key.startswith(prefix)]
+        moto.client().abort_multipart_upload(Bucket=BUCKET, Key=other["Key"], UploadId=other["UploadId"])
+        assert left == [other["Key"]]
+
+
+@pytest.mark.usefixtures("no_long_waits")
+def test_a_body_that_changes_on_the_way_is_refused_and_sent_again(
+    juicefs: Juicefs, prefix: str, two_sizes: Holding, embedded: Pacs
+) -> None:
+    """Every body goes with its digest, signed; of the services here this one verifies it."""
+    changed: list[str] = []
+
+    def fault(number: int, method: str, path: str) -> Any:
+        kind = "part" if "partNumber=" in path else "object"
+        if method == "PUT" and ".dcm" in path and path not in changed and sum(kind in one for one in changed) < 2:
+            changed.append(f"{kind} {path}")
+            return "corrupt"
+        return None
+
+    with FaultProxy(juicefs, fault) as proxy:
+        studies = studies_of(two_sizes)
+        result = get(embedded(two_sizes.folder), studies, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(juicefs, prefix, two_sizes, juicefs.config, result)
+        assert len(changed) == 4
+        refused = [answer[0] for answer in proxy.answers if answer[0].split(b" ")[1][:1] in b"45"]
+        assert len([line for line in refused if b" 400" in line]) == 4, refused
+        paths = Counter(proxy.requests)
+        assert {paths["PUT", one.partition(" ")[2]] for one in changed} == {2}
+        for (method, path), head in zip(proxy.requests, proxy.heads, strict=True):
+            if method == "PUT" and ".dcm" in path:
+                signed = header_of(head, b"x-amz-content-sha256") or b""
+                given = base64.b64decode(header_of(head, b"x-amz-checksum-sha256") or b"").hex()
+                assert signed.decode() == given
+                assert len(given) == 64
+
+
+class TestBeforeAnyTraffic:
+    """The PACS named here does not exist: whoever asked it would fail by that."""
+
+    PACS = "127.0.0.1:1"
+
+    def _fails(self, config: dict[str, Any], *words: str, bucket: str = BUCKET, transient: bool = False) -> None:
+        scu = GetScu(self.PACS, destination=f"s3://{bucket}/x", s3_config=config)
+        result = scu.get_study({"StudyInstanceUID": "1.2.3"})
+        assert (result.verdict, result.reason, result.transient) == ("failed", "destination_error", transient)
+        text = " ".join(f"{e['error']} {e['hint']}" for e in result.errors)
+        for word in (f"s3://{bucket}", *words):
+            assert word in text, text
+        assert SECRET_KEY not in text
+
+    def test_bucket_missing(self, service: S3Server) -> None:
+        self._fails(service.config, "NoSuchBucket", "bucket's name", "list_objects_v2", bucket="no-such-bucket")
+
+    def test_wrong_keys(self, juicefs: Juicefs) -> None:
+        self._fails({**juicefs.config, "secret_key": "wrong"}, "SignatureDoesNotMatch", "credentials", "clock")
+        self._fails({**juicefs.config, "access_key": "nobody"}, "InvalidAccessKeyId", "credentials")
+        self._fails({**juicefs.config, "session_token": "old"}, "InvalidTokenId", "session token")
+
+    @pytest.mark.parametrize(
+        ("answer", "words"),
+        [
+            ((400, "ExpiredToken"), ("have expired",)),
+            ((403, "AccessDenied"), ("policy",)),
+            ((403, "RequestTimeTooSkewed"), ("clock",)),
+            ((301, "PermanentRedirect"), ("region",)),
+            (
+                (400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-central-1'"),
+                ("Check the region: the service expects eu-central-1",),
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("verb", ["GET", "PUT"])
+    def test_refused(self, juicefs: Juicefs, verb: str, answer: Any, words: tuple[str, ...]) -> None:
+        with FaultProxy(juicefs, lambda number, method, path: answer if method == verb else None) as proxy:
+            self._fails(proxy.config, answer[1], *words)
+
+    def test_nobody_there(self, juicefs: Juicefs) -> None:
+        endpoint = f"http://127.0.0.1:{free_port()}"
+        self._fails({**juicefs.config, "endpoint": endpoint}, "EndpointConnectionError", "endpoint", transient=True)
+
+    def test_no_keys_and_no_profile(self, juicefs: Juicefs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        self._fails({"endpoint": juicefs.endpoint}, "NoCredentialsError", "profile")
+        self._fails({"endpoint": juicefs.endpoint, "profile": "nobody"}, "ProfileNotFound", "name of the profile")
+
+
+class TestKilled:
+    @pytest.mark.parametrize("moment", MOMENTS)
+    def test_the_next_run_completes(
+        self,
+        service: S3Server,
+        proxy: FaultProxy,
+        prefix: str,
+        two_sizes: Holding,
+        embedded: Pacs,
+        relay: Callable[..., Relay],
+        monkeypatch: pytest.MonkeyPatch,
+        moment: float,
+    ) -> None:
+        """Whatever has its name is whole, and sent again is what had none yet: what was handed over and not stored."""
+        line = relay(embedded(two_sizes.folder))
+        studies = studies_of(two_sizes)
+        config = {**proxy.config, "max_concurrency": 1}  # else all fits into what may be under way
+        requests = int(moment * (len(two_sizes.entries) + 6))  # two for each large one, and one for each part
+        stop = threading.Event()
+
+        def fault(number: int, method: str, path: str) -> Any:
+            if sum("/_manifests/" not in path and method != "GET" for method, path in proxy.requests) > requests:
+                stop.set()
+            return 0.05
+
+        proxy.fault = fault
+        code = (
+            "from airflow_dicom_get import GetScu\n"
+            f"GetScu('PACS@127.0.0.1:{line.port}', destination='s3://{BUCKET}/{prefix}', s3_config={config!r})"
+            f".get_study({{'StudyInstanceUID': {studies!r}}})\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code])
+        try:
+            assert stop.wait(60)
+            time.sleep(moment / 20)
+        finally:
+            process.kill()
+            process.wait()
+        proxy.fault = lambda number, method, path: None
+        time.sleep(0.3)  # what the service had in hand
+        begun = stores_of(line)
+        there = instances(service, prefix)
+        for sop, key in there.items():
+            assert service.read(key).endswith(two_sizes.dataset(sop)), sop
+        assert there.keys() <= two_sizes.entries.keys()
+        result = get(f"PACS@127.0.0.1:{line.port}", studies, prefix, proxy.config)
+        assert result.verdict == "complete"
+        assert_holds(service, prefix, two_sizes, service.config, result, left_in_parts=True)
+        again = {sop for sop, times in stores_of(line).items() if times > 1}
+        assert set(stores_of(line).values()) <= {1, 2}
+        # What the ledger had not been told yet, the objects say themselves, where their metadata are kept.
+        assert result.skipped == len(there) if service.metadata else result.skipped <= len(there)
+        lost = begun.keys() - there.keys()
+        assert again == lost if service.metadata else again >= lost
+        # The part that waits, the one that is being written, and of large ones those whose last request was due.
+        size = sum(len(two_sizes.dataset(sop)) for sop in lost)
+        assert size < 2 * PART_SIZE + 2 * LARGE
+        print(f"killed at {moment:.2f}: {len(begun)} begun, {len(there)} there, {len(again)} sent again, {size} bytes")
+        monkeypatch.setattr(s3, "_STALE_SECONDS", 0)
+        get(f"PACS@127.0.0.1:{line.port}", studies, prefix, service.config)
+        assert not [key for key in service.uploads() if key.startswith(prefix)]
+
+
+def studies_of(holding: Holding) -> list[str]:
+    """The studies that it holds."""
+    return sorted({read_header(entry.path)[3][STUDY_UID] for entry in holding.entries.values()})
+
+
+def stores_of(line: Relay) -> Counter[str]:
+    """How often each instance was sent."""
+    return Counter(
+        elements[0x1000].decode().strip("\0 ")
+        for direction, kind, elements in list(line.commands)
+        if (direction, kind) == ("down", 0x0001)
+    )
+
+
+def test_a_large_instance_takes_no_more_memory(juicefs: Juicefs, prefix: str, embedded: Pacs, tmp_path: Path) -> None:
+    size = 300 << 20
+    study = big_study(tmp_path, 1, size)
+    # Not ru_maxrss: a new program inherits that of the process that started it.
+    code = (
+        "from airflow_dicom_get import GetScu\n"
+        f"r = GetScu({node_of(embedded(tmp_path))!r}, destination='s3://{BUCKET}/{prefix}',"
+        f" s3_config={juicefs.config!r}).get_study({{'StudyInstanceUID': {study!r}}})\n"
+        "r.raise_for_verdict()\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    # 160 MB, and the bound: 64 MiB that were handed over, and two parts of the one association.
+    assert int(done.stdout) * 1024 < 160_000_000 + (64 << 20) + (16 << 20)
+    (key,) = instances(juicefs, prefix).values()
+    content = juicefs.read(key)
+    (path,) = tmp_path.rglob("*.dcm")
+    assert len(content) > size
+    whole = path.read_bytes()
+    assert hashlib.sha256(content[-size:]).digest() == hashlib.sha256(whole[-size:]).digest()
+    assert juicefs.uploads() == []

@@ -1,0 +1,306 @@
+"""The verb ``store``: files and manifests to a node, resumable, with a manifest of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.groups import Deadlines
+from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.store import StoreScu
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.servers import Orthanc, Storescp
+from tests.support.forwards import datasets, sent_by, states
+from tests.support.holdings import Holding
+from tests.support.odd_destination import DieError, OddDestination, at
+
+Embedded = Callable[..., EmbeddedPacs]
+
+
+def store(destination: Any, state: Path, source: Any = None, manifest: Any = None, **options: Any) -> Result:
+    calls = {name: options.pop(name) for name in ("on_sub_operation", "on_unusable", "on_completed") if name in options}
+    scu = StoreScu(f"{destination.ae_title}@127.0.0.1:{destination.port}", manifest_root=state, **options)
+    return scu.store(source, manifest=manifest, **calls)
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "airflow_dicom_get.cli", "store", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+class TestFiles:
+    def test_every_real_file(self, mixed: Holding, storescp_all: Storescp, tmp_path: Path) -> None:
+        events: list[Any] = []
+        result = store(storescp_all, tmp_path / "state", mixed.folder, on_sub_operation=events.append)
+        assert (result.verdict, result.completed, result.errors) == ("complete", len(mixed.entries), [])
+        assert datasets(storescp_all.received) == sent_by(mixed)
+        assert len(events) == len(mixed.entries)
+        assert events[-1].remaining == 0
+        frame = result.manifest
+        assert set(frame["state"]) == {"forwarded"}
+        assert set(frame["destination"]) == {f"dicom://{storescp_all.node}"}
+        again = store(storescp_all, tmp_path / "state", mixed.folder)
+        assert (again.verdict, again.skipped, again.bytes) == ("complete", len(mixed.entries), 0)
+        assert set(again.manifest["state"]) == {"held"}
+
+    @pytest.mark.orthanc
+    def test_to_orthanc_over_two_associations(self, ct: Holding, tmp_path: Path) -> None:
+        with Orthanc(tmp_path / "orthanc") as destination:
+            result = store(destination, tmp_path / "state", ct.folder, associations=2)
+            assert (result.verdict, result.completed) == ("complete", 40)
+            back = GetScu(destination.node, out_dir=tmp_path / "back").get_study({"StudyInstanceUID": ct.study})
+            assert back.verdict == "complete"
+        assert datasets(tmp_path / "back") == sent_by(ct)
+
+    def test_what_is_refused_is_named(self, mixed: Holding, storescp: Storescp, tmp_path: Path) -> None:
+        result = store(storescp, tmp_path / "state", mixed.folder)
+        assert (result.verdict, result.reason) == ("partial", "destination_refused")
+        arrived = datasets(storescp.received)
+        assert arrived.items() <= sent_by(mixed).items()
+        assert result.completed == len(arrived)
+
+    def test_files_that_cannot_be_stored(self, private: Holding, tmp_path: Path) -> None:
+        folder = tmp_path / "mixed"
+        shutil.copytree(private.folder, folder)
+        (folder / "notes.txt").write_text("no DICOM")
+        (folder / "empty.dcm").write_bytes(b"")
+        entry = next(iter(private.entries.values()))
+        whole = entry.path.read_bytes()
+        (folder / "cut.dcm").write_bytes(whole[: entry.offset + 40])
+        (folder / "no-meta.dcm").write_bytes(whole[entry.offset :])
+        (folder / ".hidden").write_text("not looked at")
+        (folder / "_manifests").mkdir()
+        (folder / "_manifests" / "x.parquet").write_text("not looked at")
+        left: list[tuple[str, str]] = []
+        with OddDestination() as destination:
+            result = store(
+                destination, tmp_path / "state", folder, on_unusable=lambda name, why: left.append((name, why))
+            )
+            assert (result.verdict, result.reason, result.completed) == ("partial", "unusable_files", 12)
+            assert {Path(name).name for name, _ in left} == {"notes.txt", "empty.dcm", "cut.dcm", "no-meta.dcm"}
+            assert result.errors[0]["count"] == 4
+            done = shell(destination.node, folder, "--state", tmp_path / "state2")
+            assert done.returncode == 3
+            assert done.stderr.count("skipped: ") == 4
+            assert "notes.txt is not a DICOM file" in done.stderr
+            only = shell(destination.node, folder / "notes.txt", "--state", tmp_path / "state3")
+            assert (only.returncode, only.stdout.splitlines()[0]) == (1, "failed (unusable_files): nothing was stored")
+
+    def test_same_instance_in_two_files(self, private: Holding, tmp_path: Path) -> None:
+        folder = tmp_path / "twice"
+        folder.mkdir()
+        entry = private.entries[sorted(private.entries)[0]]
+        content = entry.path.read_bytes()
+        (folder / "a.dcm").write_bytes(content)
+        (folder / "b.dcm").write_bytes(content)
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", folder)
+            assert (result.verdict, result.total) == ("complete", 1)
+            assert sum(destination.times.values()) == 1
+            (folder / "c.dcm").write_bytes(content[:-2] + b"zz")
+            result = store(destination, tmp_path / "state2", folder)
+            assert (result.verdict, result.conflicts) == ("failed", 1)
+            assert destination.held()[entry.sop] == private.dataset(entry.sop), "the first stays"
+
+
+class TestFailures:
+    def test_statuses(self, private: Holding, tmp_path: Path) -> None:
+        statuses = {2: 0xC001, 4: 0xB000, 6: 0xA700}
+        with OddDestination(status=lambda number: statuses.get(number, 0)) as destination:
+            result = store(destination, tmp_path, private.folder)
+            assert (result.verdict, result.completed, result.warning, result.failed) == ("partial", 11, 1, 1)
+            assert Counter(destination.times.values()) == {1: 11, 2: 1}, "what has no room is sent again"
+            again = store(destination, tmp_path, private.folder)
+            assert (again.verdict, again.skipped) == ("complete", 11)
+
+    def test_strict(self, private: Holding, tmp_path: Path) -> None:
+        with OddDestination(status=at(3, 0xA700)) as destination:
+            result = store(destination, tmp_path, private.folder, strict_forward=True)
+            assert (result.verdict, result.reason, result.completed) == ("partial", "strict_forward", 2)
+            assert len(destination.stored) == 3
+
+    def test_dies_and_comes_back(self, ct: Holding, tmp_path: Path) -> None:
+        gone = threading.Event()
+
+        def go(number: int, size: int) -> None:
+            if number == 12 and not gone.is_set():
+                gone.set()
+                destination.go_down()
+                threading.Timer(1.0, destination.come_back).start()
+                raise DieError
+
+        with OddDestination(on_data=go) as destination:
+            result = store(destination, tmp_path, ct.folder)
+            assert result.verdict == "complete"
+            assert set(destination.times.values()) == {1}
+
+    def test_gone_for_good(self, ct: Holding, tmp_path: Path) -> None:
+        def go(number: int, size: int) -> None:
+            if number == 12:
+                destination.go_down()
+                raise DieError
+
+        with OddDestination(on_data=go) as destination:
+            result = store(destination, tmp_path, ct.folder, retries=1)
+            assert (result.verdict, result.completed) == ("partial", 11)
+            assert "No connection" in result.errors[0]["error"]
+            assert result.transient
+        result = store(destination, tmp_path / "other", ct.folder, retries=0)
+        assert (result.verdict, result.completed) == ("failed", 0)
+        assert shell(destination.node, ct.folder, "--retries", 0, "--state", tmp_path / "o2").returncode == 1
+
+    def test_slow_answers_are_waited_for(self, private: Holding, tmp_path: Path) -> None:
+        """There is no source that would lose its patience."""
+        with OddDestination(delay=at(3, 1.0, 0.0)) as destination:
+            quick = Deadlines(sub_operation=0.2, stall=0.2)
+            result = store(destination, tmp_path, private.folder, deadlines=quick)
+            assert result.verdict == "complete"
+            assert len(destination.proposed) == 1 or set(destination.times.values()) == {1}
+
+    def test_cancel(self, ct: Holding, tmp_path: Path) -> None:
+        with OddDestination(delay=lambda number: 0.05) as destination:
+            scu = StoreScu(destination.node, manifest_root=tmp_path)
+            threading.Timer(0.5, scu.cancel).start()
+            result = scu.store(ct.folder)
+            assert result.verdict == "cancelled"
+            assert 0 < result.completed == len(destination.held()) < 40
+            again = store(destination, tmp_path, ct.folder)
+            assert (again.verdict, again.skipped) == ("complete", result.completed)
+
+    def test_kill(self, ct: Holding, tmp_path: Path) -> None:
+        with OddDestination(delay=lambda number: 0.02) as destination:
+            command = [sys.executable, "-m", "airflow_dicom_get.cli", "store", destination.node, str(ct.folder),
+                       "--state", str(tmp_path)]  # fmt: skip
+            process = subprocess.Popen(command)
+            limit = time.monotonic() + 20
+            while len(destination.stored) < 15 and time.monotonic() < limit:
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            result = store(destination, tmp_path, ct.folder)
+            assert result.verdict == "complete"
+            assert result.skipped >= 14
+            assert sum(destination.times.values()) <= 41
+
+
+class TestManifest:
+    def retrieved(self, embedded: Embedded, holding: Holding, folder: Path, **options: Any) -> Result:
+        source = embedded(holding.folder)
+        scu = GetScu(f"PACS@127.0.0.1:{source.port}", out_dir=folder, **options)
+        result = scu.get_study({"StudyInstanceUID": holding.study})
+        assert result.verdict == "complete"
+        return result
+
+    @pytest.mark.parametrize("file_meta", [True, False])
+    def test_retrieve_first_forward_later(
+        self, embedded: Embedded, ct: Holding, tmp_path: Path, file_meta: bool
+    ) -> None:
+        got = self.retrieved(embedded, ct, tmp_path / "out", store_with_file_meta=file_meta)
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=got.manifest_uri)
+            assert (result.verdict, result.completed) == ("complete", 40)
+            assert destination.held() == {sop: data for sop, (_, data) in sent_by(ct).items()}
+            assert states(result) == {("forwarded", None, "ok"): 40}
+            frame = store(destination, tmp_path / "state2", manifest=got.manifest)
+            assert frame.verdict == "complete"
+            done = shell(destination.node, "--manifest", got.manifest_uri, "--state", tmp_path / "state", "--json")
+            assert done.returncode == 0, done.stderr
+            said = json.loads(done.stdout)
+            assert (said["verdict"], said["skipped"]) == ("complete", 40)
+
+    def test_objects_that_changed_since(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        got = self.retrieved(embedded, ct, tmp_path / "out")
+        paths = sorted(got.manifest["uri"])
+        Path(paths[0]).unlink()
+        content = Path(paths[1]).read_bytes()
+        Path(paths[1]).write_bytes(content[:-2] + b"zz")
+        Path(paths[2]).write_bytes(content[:-2])
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=got.manifest_uri)
+            assert (result.verdict, result.completed, result.failed) == ("partial", 37, 3)
+            assert states(result)["failed", "size_changed", None] == 3 or result.reason == "size_changed"
+            assert len(destination.held()) == 37
+            assert destination.ends["aborted"] >= 1, "a digest that does not fit is seen before the last fragment"
+
+    def test_rows_without_an_object(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        hidden = sorted(ct.entries)[:2]
+        source = embedded(ct.folder, hide=hidden)
+        got = GetScu(f"PACS@127.0.0.1:{source.port}", out_dir=tmp_path / "out").get_study(
+            {"StudyInstanceUID": ct.study}
+        )
+        assert got.completed == 38
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=got.manifest_uri)
+            assert (result.verdict, result.total, result.completed, result.failed) == ("partial", 40, 38, 2)
+            missing = result.manifest[result.manifest["state"] == "missing"]
+            assert set(missing["sop_instance_uid"]) == set(hidden)
+
+
+class TestBucket:
+    def test_retrieve_to_a_bucket_and_forward_later(
+        self, embedded: Embedded, moto: Moto, ct: Holding, tmp_path: Path
+    ) -> None:
+        place = f"s3://{BUCKET}/store-verb"
+        source = embedded(ct.folder)
+        scu = GetScu(f"PACS@127.0.0.1:{source.port}", destination=place, s3_config=moto.config)
+        got = scu.get_study({"StudyInstanceUID": ct.study})
+        assert got.verdict == "complete"
+        wanted = {sop: data for sop, (_, data) in sent_by(ct).items()}
+        with OddDestination() as destination:
+            by_manifest = store(destination, tmp_path / "a", manifest=got.manifest_uri, s3_config=moto.config)
+            assert (by_manifest.verdict, by_manifest.completed) == ("complete", 40)
+            assert destination.held() == wanted
+        with OddDestination() as destination:
+            by_prefix = store(destination, tmp_path / "b", place, s3_config=moto.config, associations=2)
+            assert (by_prefix.verdict, by_prefix.completed, by_prefix.errors) == ("complete", 40, [])
+            assert destination.held() == wanted
+            assert destination.peak <= 2
+
+    def test_bucket_that_is_not_there(self, moto: Moto, tmp_path: Path) -> None:
+        with pytest.raises(S3Error, match="no-such-bucket"):
+            store(type("X", (), {"ae_title": "X", "port": 1}), tmp_path, "s3://no-such-bucket/x", s3_config=moto.config)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give either files to store"),
+            (["a", "--manifest", "m"], "give either files"),
+            (["nowhere"], "'nowhere' does not exist"),
+            (["dicom://h:1"], "is not a path or an s3:// address"),
+            (["--manifest", "nothing.parquet"], "cannot be read"),
+        ],
+    )
+    def test_shell(self, arguments: list[str], message: str) -> None:
+        done = shell("X@127.0.0.1:1", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+    def test_python(self, tmp_path: Path) -> None:
+        scu = StoreScu("127.0.0.1:1", manifest_root=tmp_path)
+        with pytest.raises(InvalidOption, match=r"^source and manifest are both given, or neither"):
+            scu.store()
+        with pytest.raises(InvalidOption, match="holds no files"):
+            scu.store(tmp_path)
+        with pytest.raises(ManifestError):
+            scu.store(manifest=7)
+        with pytest.raises(InvalidOption):
+            StoreScu("127.0.0.1")
+        with pytest.raises(InvalidOption):
+            StoreScu("127.0.0.1:1", strict_forward="perhaps")

@@ -1,0 +1,307 @@
+"""The verb ``verify``: what is listed, what is there, what the PACS says; and what a get makes of its answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
+from airflow_dicom_get.verify import Verification, verify
+from tests.support.forwards import forward
+from tests.support.holdings import Holding
+from tests.support.odd_destination import OddDestination
+
+Embedded = Callable[..., EmbeddedPacs]
+
+
+class Got:
+    """A study that was retrieved, and its source."""
+
+    def __init__(self, source: EmbeddedPacs, holding: Holding, folder: Path, **options: Any) -> None:
+        self.source, self.study, self.folder = source, holding.study, folder
+        self.result = self.get(**options)
+        assert self.result.verdict == "complete"
+        frame = self.result.manifest
+        self.paths = {sop: Path(uri) for sop, uri in zip(frame["sop_instance_uid"], frame["uri"], strict=True)}
+        self.sops = sorted(self.paths)
+
+    @property
+    def node(self) -> str:
+        return f"PACS@127.0.0.1:{self.source.port}"
+
+    def get(self, query: bool = True, **options: Any) -> Result:
+        manifest = options.pop("manifest", None)
+        scu = GetScu(self.node, out_dir=self.folder, **options)
+        if manifest is not None:
+            return scu.get_study(manifest=manifest)
+        return scu.get_study({"StudyInstanceUID": self.study})
+
+    def spoil(self) -> None:
+        """One file gone, one changed, one cut."""
+        self.paths[self.sops[0]].unlink()
+        content = self.paths[self.sops[1]].read_bytes()
+        self.paths[self.sops[1]].write_bytes(content[:-2] + b"zz")
+        self.paths[self.sops[2]].write_bytes(self.paths[self.sops[2]].read_bytes()[:-2])
+
+
+@pytest.fixture
+def got(embedded: Embedded, ct: Holding, tmp_path: Path) -> Got:
+    return Got(embedded(ct.folder), ct, tmp_path / "out")
+
+
+def marks(found: Verification) -> dict[str, str]:
+    return {x.sop_instance_uid: x.symbol for x in found.differences}
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "airflow_dicom_get.cli", "verify", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+class TestFolder:
+    def test_all_the_same(self, got: Got) -> None:
+        for arguments in (
+            {"manifest": got.result.manifest_uri},
+            {"manifest": got.result.manifest},
+            {"manifest": got.result.manifest_uri, "addr": got.node},
+            {"study": got.study, "destination": got.folder},
+            {"study": got.study, "destination": got.folder, "addr": got.node},
+            {"manifest": got.result.manifest_uri, "destination": got.folder, "addr": got.node},
+        ):
+            for quick in (False, True):
+                found = verify(**arguments, quick=quick)
+                assert (found.same, found.exit_code, found.counts) == (True, 0, {"=": 40}), arguments
+                assert found.manifest_uri is not None
+                assert list(found.frame().columns) == [
+                    "study_instance_uid", "series_instance_uid", "sop_instance_uid", "symbol", "what",
+                ]  # fmt: skip
+
+    @pytest.mark.parametrize("by_manifest", [True, False])
+    def test_differences(self, got: Got, by_manifest: bool) -> None:
+        got.spoil()
+        (got.folder / got.study / "1.2.3").mkdir()
+        stray = got.folder / got.study / "1.2.3" / "1.2.3.4.dcm"
+        stray.write_bytes(b"no DICOM")
+        place = {"manifest": got.result.manifest_uri, "destination": got.folder} if by_manifest else {
+            "study": got.study, "destination": got.folder,
+        }  # fmt: skip
+        found = verify(**place)
+        wanted = {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*", "1.2.3.4": "*"}
+        assert marks(found) == wanted
+        assert (found.exit_code, found.counts["="]) == (3, 37)
+        quick = verify(**place, quick=True)
+        assert marks(quick) == {got.sops[0]: "+", got.sops[2]: "*", "1.2.3.4": "-"}
+        assert len(found.frame()) == 4
+
+    def test_its_output_is_the_input_of_a_get(self, got: Got, ct: Holding) -> None:
+        before = {sop: path.read_bytes() for sop, path in got.paths.items()}
+        got.spoil()
+        found = verify(got.result.manifest_uri, addr=got.node)
+        assert marks(found) == {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*"}
+        got.source.sent.clear()
+        result = got.get(manifest=found.manifest_uri)
+        assert (result.verdict, result.completed) == ("complete", 3)
+        assert set(got.source.sent) == set(got.sops[:3])
+        assert {sop: path.read_bytes() for sop, path in got.paths.items()} == before
+        assert verify(got.result.manifest_uri).same
+
+    def test_what_the_pacs_says(
+        self, embedded: Embedded, got: Got, ct: Holding, private: Holding, tmp_path: Path
+    ) -> None:
+        import shutil
+
+        fewer = tmp_path / "fewer"
+        shutil.copytree(ct.folder, fewer)
+        gone = sorted(ct.entries)[5]
+        (fewer / ct.entries[gone].path.relative_to(ct.folder)).unlink()
+        node = f"PACS@127.0.0.1:{embedded(fewer).port}"
+        for place in (
+            {"manifest": got.result.manifest_uri},
+            {"study": got.study, "destination": got.folder},
+        ):
+            found = verify(**place, addr=node)
+            assert marks(found) == {gone: "-"}
+            assert [x.state for x in found.rows].count("withdrawn") == 1
+        # And the other way: the PACS has one more than was retrieved.
+        less = Got(embedded(fewer), ct, tmp_path / "less")
+        found = verify(less.result.manifest_uri, addr=got.node)
+        assert marks(found) == {gone: "+"}
+        assert "not in the manifest" in found.differences[0].what or "not there" in found.differences[0].what
+        fetched = GetScu(got.node, out_dir=tmp_path / "less").get_study(manifest=found.manifest_uri)
+        assert (fetched.verdict, fetched.completed) == ("complete", 1)
+
+    def test_pacs_that_cannot_be_compared(self, embedded: Embedded, got: Got, ct: Holding) -> None:
+        for node in ("X@127.0.0.1:1", f"PACS@127.0.0.1:{embedded(ct.folder, no_find=True).port}"):
+            found = verify(got.result.manifest_uri, addr=node)
+            assert (found.exit_code, found.differences, found.same) == (4, [], False)
+            assert found.uncompared
+            assert found.counts == {"=": 40}
+
+    def test_rows_that_were_never_there(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        hidden = sorted(ct.entries)[:2]
+        source = embedded(ct.folder, hide=hidden)
+        result = GetScu(f"PACS@127.0.0.1:{source.port}", out_dir=tmp_path / "out").get_study(
+            {"StudyInstanceUID": ct.study}
+        )
+        found = verify(result.manifest_uri)
+        assert marks(found) == dict.fromkeys(hidden, "+")
+
+    def test_bare_data_sets(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        bare = Got(embedded(ct.folder), ct, tmp_path / "bare", store_with_file_meta=False)
+        assert verify(bare.result.manifest_uri).same
+        bare.spoil()
+        assert len(verify(bare.result.manifest_uri).differences) == 3
+
+    def test_a_copy_elsewhere(self, got: Got, tmp_path: Path) -> None:
+        import shutil
+
+        shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
+        found = verify(got.result.manifest_uri, destination=tmp_path / "copy")
+        assert found.same
+        next((tmp_path / "copy").rglob("*.dcm")).unlink()
+        assert verify(got.result.manifest_uri, destination=tmp_path / "copy").exit_code == 3
+
+    def test_files_without_a_record(self, ct: Holding, tmp_path: Path, got: Got) -> None:
+        """Whole instances of their names count, whoever put them there."""
+        import shutil
+
+        shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
+        found = verify(study=got.study, destination=tmp_path / "copy", addr=got.node)
+        assert found.same
+
+
+class TestBucket:
+    def test_differences(self, embedded: Embedded, moto: Moto, ct: Holding) -> None:
+        place = f"s3://{BUCKET}/verify-verb"
+        node = f"PACS@127.0.0.1:{embedded(ct.folder).port}"
+        scu = GetScu(node, destination=place, s3_config=moto.config)
+        result = scu.get_study({"StudyInstanceUID": ct.study})
+        assert result.verdict == "complete"
+        ways = (
+            {"manifest": result.manifest_uri, "addr": node},
+            {"study": ct.study, "destination": place},
+            {"study": ct.study, "destination": place, "addr": node},
+        )
+        for way in ways:
+            found = verify(**way, s3_config=moto.config)
+            assert (found.same, found.counts) == (True, {"=": 40}), way
+        frame = result.manifest
+        keys = {
+            sop: uri.removeprefix(f"s3://{BUCKET}/")
+            for sop, uri in zip(frame["sop_instance_uid"], frame["uri"], strict=True)
+        }
+        gone, cut, other = sorted(keys)[:3]
+        client = moto.client()
+        client.delete_object(Bucket=BUCKET, Key=keys[gone])
+        client.put_object(Bucket=BUCKET, Key=keys[cut], Body=moto.read(keys[cut])[:-2])
+        client.put_object(Bucket=BUCKET, Key=keys[other], Body=moto.read(keys[other])[:-2] + b"zz")
+        for way in ways:
+            found = verify(**way, s3_config=moto.config)
+            assert marks(found) == {gone: "+", cut: "*", other: "*"}, way
+        again = scu.get_study(manifest=found.manifest_uri)
+        assert (again.verdict, again.completed) == ("complete", 3)
+        assert verify(**ways[0], s3_config=moto.config).same
+
+
+class TestForwards:
+    @pytest.mark.dcmtk
+    def test_dcmqrscp(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        with Dcmqrscp(tmp_path / "qr", ae_title="DEST", sop_classes={"1.2.840.10008.5.1.4.1.1.2"}) as destination:
+            source = embedded(ct.folder)
+            result = forward(source, destination, tmp_path / "state", ct.study)
+            assert result.verdict == "complete"
+            by_manifest = verify(result.manifest_uri, manifest_root=tmp_path / "v")
+            assert (by_manifest.same, by_manifest.counts) == (True, {"=": 40})
+            by_study = verify(
+                study=ct.study, destination=f"dicom://{destination.node}", addr=f"PACS@127.0.0.1:{source.port}",
+                manifest_root=tmp_path / "v",
+            )  # fmt: skip
+            assert (by_study.same, by_study.counts) == (True, {"=": 40})
+
+    def test_what_the_destination_lost(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
+        (tmp_path / "dest").mkdir()
+        destination = embedded(tmp_path / "dest", ae_title="DEST")
+        source = embedded(private.folder)
+        result = forward(source, destination, tmp_path / "state", private.study)
+        port = destination.port
+        destination.stop()
+        lost = next((tmp_path / "dest").rglob("*.dcm"))
+        lost.unlink()
+        embedded(tmp_path / "dest", ae_title="DEST", port=port)
+        found = verify(result.manifest_uri, addr=f"PACS@127.0.0.1:{source.port}")
+        assert [x.symbol for x in found.differences] == ["+"]
+        again = GetScu(
+            f"PACS@127.0.0.1:{source.port}",
+            destination=f"dicom://DEST@127.0.0.1:{port}",
+            manifest_root=tmp_path / "state",
+        ).get_study(manifest=found.manifest_uri)
+        assert (again.verdict, again.completed) == ("complete", 1)
+        assert verify(result.manifest_uri).same
+
+    def test_destination_that_cannot_be_asked(
+        self, embedded: Embedded, private: Holding, storescp: Storescp, tmp_path: Path
+    ) -> None:
+        with OddDestination() as destination:
+            result = forward(embedded(private.folder), destination, tmp_path, private.study)
+            found = verify(result.manifest_uri)
+            assert (found.exit_code, found.differences) == (4, [])
+            assert "does not offer C-FIND" in str(found.uncompared)
+
+
+class TestShell:
+    def test_one_line_per_difference(self, got: Got, tmp_path: Path) -> None:
+        same = shell("--manifest", got.result.manifest_uri, got.node)
+        assert (same.returncode, same.stdout) == (0, ""), same.stderr
+        assert "40 of 40 instances are the same" in same.stderr
+        got.spoil()
+        done = shell("--manifest", got.result.manifest_uri)
+        assert done.returncode == 3
+        lines = done.stdout.splitlines()
+        assert [line[:2] for line in sorted(lines)] == ["* ", "* ", "+ "]
+        assert all(got.study in line for line in lines)
+        quick = shell("--study", got.study, "--to", got.folder, "--quick")
+        assert (quick.returncode, len(quick.stdout.splitlines())) == (3, 2)
+        said = json.loads(shell("--manifest", got.result.manifest_uri, "--json").stdout)
+        assert said["counts"] == {"=": 37, "+": 1, "-": 0, "*": 2, "!": 0}
+        assert len(said["differences"]) == 3
+        get = [sys.executable, "-m", "airflow_dicom_get.cli", "get", got.node, "--manifest", said["manifest"],
+               "--to", str(got.folder)]  # fmt: skip
+        assert subprocess.run(get, capture_output=True, timeout=60).returncode == 0
+        assert shell("--manifest", got.result.manifest_uri).returncode == 0
+        unreachable = shell("X@127.0.0.1:1", "--manifest", got.result.manifest_uri)
+        assert unreachable.returncode == 4
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "nothing to verify"),
+            (["--study", "1.2"], "destination"),
+            (["--study", "1.2.x", "--to", "out"], "is not a valid UID"),
+            (["--manifest", "nothing.parquet"], "cannot be read"),
+            (["--manifest", "m", "--to", "dicom://PACS_B"], "names a connection of Airflow"),
+        ],
+    )
+    def test_bad_input(self, arguments: list[str], message: str) -> None:
+        done = shell(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption):
+        verify()
+    with pytest.raises(InvalidOption):
+        verify(study="1.2.3")
+    with pytest.raises(ManifestError):
+        verify(tmp_path / "nothing.parquet")
