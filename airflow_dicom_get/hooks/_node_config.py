@@ -33,20 +33,29 @@ class NodeConfig:
     """A ``dicom`` connection, all of it checked."""
 
     conn_id: str
-    node: Node
-    query_model: str
-    """It belongs to a call, not to a client."""
+    own: CallOptions
+    """The options of a client that the connection makes by itself."""
     values: Mapping[str, Any]
     """The options that the connection gives, by their names in :class:`~airflow_dicom_get.GetScu`."""
+
+    @property
+    def node(self) -> Node:
+        """Its address."""
+        return self.own.addr
+
+    @property
+    def query_model(self) -> str:
+        """Its information model, which belongs to a call, not to a client."""
+        return self.own.query_model
 
     @property
     def timezone(self) -> str:
         """The time zone of the node, for ``today``."""
         return str(self.values.get("timezone", OPTIONS["timezone"].default))
 
-    def options(self, overrides: Mapping[str, Any] | None = None) -> GetOptions:
+    def options(self, overrides: Mapping[str, Any]) -> GetOptions:
         """The options of a client, checked, with those that win over the connection's."""
-        return GetOptions.check({"addr": self.node, **self.values, **(overrides or {})})
+        return GetOptions.check({"addr": self.node, **self.values, **overrides}) if overrides else self.own
 
     def store_options(self, overrides: Mapping[str, Any]) -> StoreOptions:
         """The options of a client that stores at this node: the connection's limits as a source are not its own."""
@@ -54,11 +63,10 @@ class NodeConfig:
 
     def forward_target(self) -> ForwardTarget:
         """How the node is called where instances are forwarded to it."""
-        options = self.options()
         return ForwardTarget(
             calling_ae_title=self.values.get("calling_ae_title", ForwardTarget().calling_ae_title),
-            max_pdu_length=min(options.max_pdu_length, MAX_PDU_LENGTH),
-            tls=options.tls,
+            max_pdu_length=min(self.own.max_pdu_length, MAX_PDU_LENGTH),
+            tls=self.own.tls,
         )
 
     def limits_as_target(self, options: GetOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +76,7 @@ class NodeConfig:
         :param overrides: what the caller gave, which wins
         :raises InvalidOption: it uses more associations than this node admits, or their hours never overlap
         """
-        own = self.options()
+        own = self.own
         if options.associations > own.max_associations:
             raise invalid(
                 "associations",
@@ -110,8 +118,8 @@ def _parse(conn: Connection, conn_id: str) -> NodeConfig:
     if conn.password:
         flat["tls.key_password"] = conn.password
     values = nested(flat, field_name)
-    checked = CallOptions.check({"addr": node, **values}, field_name)  # here the names of the fields are known
-    return NodeConfig(conn_id, node, checked.query_model, GetOptions.own(values))
+    own = CallOptions.check({"addr": node, **values}, field_name)  # here the names of the fields are known
+    return NodeConfig(conn_id, own, GetOptions.own(values))
 
 
 def _node(conn: Connection, conn_id: str) -> Node:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -25,13 +26,13 @@ from airflow_dicom_get.engine.search import Search
 from airflow_dicom_get.errors import IncompleteRetrieval, sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import (
-    Destinations,
     ResolvedDestination,
     resolve_destination,
     resolve_destinations,
     resolve_root,
 )
 from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._node_config import within
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
@@ -56,7 +57,7 @@ from airflow_dicom_get.vocabulary import CANCELLED, UNVERIFIED
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.config.options import GetOptions
+    from airflow_dicom_get.config.options import GetOptions, StoreOptions
     from airflow_dicom_get.errors import DicomGetError
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.store import StoreScu
@@ -337,13 +338,26 @@ class DicomGetOperator(TransferOperator):
         model = self.query_model or hook.query_model
         for query in queries:
             parse_query(query, query_model=model, timezone=hook.timezone)
-        options: dict[str, Any] = {}
+        more: dict[str, Any] = {} if self.outside_window != "ignore" else {"window": None}
         scratch = None
         if destinations.root is None and isinstance(destinations.destination.destination, ForwardDestination):
             scratch = self.scratch()
-            options["manifest_root"] = scratch.name
-        make = partial(self._make_scu, hook, destinations, ends, options)
-        make({})  # what is wrong with the options shows here
+            more["manifest_root"] = scratch.name
+        options = hook.get_scu(
+            destinations=destinations,
+            associations=self.associations,
+            strict_forward=self.strict_forward,
+            store_with_file_meta=self.store_with_file_meta,
+            resume=self.resume,
+            verify_held=self.verify_held,
+            tags=tuple(self.tags),
+            checksum=self.checksum,
+            durable=self.durable,
+            ack=self.ack,
+            verbose=self.verbose,
+            **more,
+        ).options
+        make = partial(_client, options, ends)
         return Transfer(partial(self._run, queries, model, name, make), name, destinations.manifest_conn_id, scratch)
 
     def _queries(self) -> list[dict[str, Any]]:
@@ -391,34 +405,16 @@ class DicomGetOperator(TransferOperator):
                 break
         return results
 
-    def _make_scu(
-        self,
-        hook: DicomHook,
-        destinations: Destinations,
-        ends: float,
-        more: Mapping[str, Any],
-        query: Mapping[str, Any],
-    ) -> GetScu:
-        studies = query.get("StudyInstanceUID")
-        options: dict[str, Any] = {
-            "associations": self.associations,
-            "strict_forward": self.strict_forward,
-            "store_with_file_meta": self.store_with_file_meta,
-            "resume": self.resume,
-            "verify_held": self.verify_held,
-            "tags": tuple(self.tags),
-            "checksum": self.checksum,
-            "durable": self.durable,
-            "ack": self.ack,
-            "verbose": self.verbose,
-            **more,
-        }
-        if self.outside_window == "ignore":
-            options["window"] = None
-        if isinstance(studies, list):
-            # Whoever names each of them knows how many they are.
-            options["max_studies"] = max(len(studies), 100)
-        return hook.get_scu(seconds=ends - time.monotonic(), destinations=destinations, **options)
+
+def _client(options: GetOptions, ends: float, query: Mapping[str, Any]) -> GetScu:
+    """The client for one query, with what is left of the task's time."""
+    from airflow_dicom_get.getscu import GetScu
+
+    studies = query.get("StudyInstanceUID")
+    # Whoever names each of them knows how many they are.
+    most = max(len(studies), options.max_studies) if isinstance(studies, list) else options.max_studies
+    deadlines = within(options.deadlines, ends - time.monotonic())
+    return GetScu.of(replace(options, max_studies=most, deadlines=deadlines))
 
 
 class DicomStoreOperator(TransferOperator):
@@ -498,16 +494,21 @@ class DicomStoreOperator(TransferOperator):
             "resume": self.resume,
         }
         hook = self.hook
-        hours = hook.options()
-        make = partial(hook.get_store_scu, associations=self.associations, **options)
-        make()  # what is wrong with the options shows here
-        run = partial(self._run, make, given, name, hours, ends)
+        hours = hook.config.own
+        scu = hook.get_store_scu(associations=self.associations, **options)
+        run = partial(self._run, scu.options, given, name, hours, ends)
         return Transfer(run, name, root.conn_id if root is not None else None, scratch)
 
     # --- traffic -----------------------------------------------------------------------------------
 
     def _run(
-        self, make: Any, given: dict[str, Any], name: str, hours: GetOptions, ends: float, progress: Progress
+        self,
+        options: StoreOptions,
+        given: dict[str, Any],
+        name: str,
+        hours: GetOptions,
+        ends: float,
+        progress: Progress,
     ) -> list[Result]:
         window = None if self.outside_window == "ignore" else hours.window
         closes = None
@@ -517,7 +518,9 @@ class DicomStoreOperator(TransferOperator):
             if closes is None:
                 resume_at = window.opens_at(now, hours.timezone)
                 return [report.outside_hours(resume_at, kind="store")]
-        scu: StoreScu = make(seconds=ends - time.monotonic())
+        from airflow_dicom_get.store import StoreScu
+
+        scu = StoreScu.of(replace(options, deadlines=within(options.deadlines, ends - time.monotonic())))
         self._scu = scu
         if self._killed:
             return [report.never_begun(kind="store")]
@@ -680,7 +683,7 @@ class DicomVerifyOperator(DicomTask):
         if self.dicom_conn_id is not None:
             hook = DicomHook(self.dicom_conn_id)
             source = str(hook.node)
-            options |= hook.options().values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
+            options |= hook.config.own.values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
         found = verify(
             one_table(tables) if tables else None,
             study=studies or None,
