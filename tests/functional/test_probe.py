@@ -148,7 +148,7 @@ def test_a_profile_that_cannot_be_written_is_refused_before_traffic(ct: Holding,
     (tmp_path / "file").touch()
     with pytest.raises(InvalidOption, match=r"^profile: "):
         GetScu("PACS@127.0.0.1:1").echo(study=ct.study, profile=tmp_path / "file" / "pacs.json")
-    with pytest.raises(InvalidOption, match=r"^profile: is given without a study"):
+    with pytest.raises(InvalidOption, match=r"^profile is given without a study"):
         GetScu("PACS@127.0.0.1:1").echo(profile=tmp_path / "pacs.json")
 
 
@@ -167,7 +167,7 @@ def test_from_the_shell(embedded: Embedded, ct: Holding, file: Path, tmp_path: P
     assert main(["echo", node, "--study", ct.study]) == 0
     out = capsys.readouterr().out
     assert "converts uncompressed instances: no" in out
-    assert "takes UID lists: yes" in out
+    assert "accepts UID lists: yes" in out
     assert main(["echo", node, "--study", ct.study, "--profile", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["profile"]["takes_lists"] is True
     to = str(tmp_path / "to")
