@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,11 @@ class Kernel:
     """A Jupyter kernel: runs cells and gives what a person would see of them."""
 
     def __init__(self, folder: Any) -> None:
-        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+        # It is killed in the end, before it removes the folders that it made.
+        self.scratch = tempfile.TemporaryDirectory()
+        self.manager, self.client = start_new_kernel(
+            kernel_name="python3", cwd=str(folder), env={**os.environ, "TMPDIR": self.scratch.name}
+        )
 
     def run(self, code: str, *, interrupt_at: str | None = None) -> list[tuple[str, Any]]:
         """Run a cell; ``interrupt_at`` interrupts the kernel when an output of that type comes."""
@@ -47,6 +53,7 @@ class Kernel:
     def close(self) -> None:
         self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
+        self.scratch.cleanup()
 
 
 @pytest.fixture(scope="module")
