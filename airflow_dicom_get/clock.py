@@ -22,6 +22,16 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 
+class Event(Protocol):
+    """What :func:`event` makes: something to wait for."""
+
+    def set(self) -> None:
+        """Let those go on who wait."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, or for so many seconds; whether it was set."""
+
+
 class Worker(Protocol):
     """What :func:`spawn` has begun."""
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
@@ -65,7 +64,7 @@ class Receiver:
 
     def begin(self, request: StoreRequest) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
-        self._began = time.monotonic()
+        self._began = clock.monotonic()
         self._request = request
         self._writer = self._instance = self._refusal = None
         self._size = 0
@@ -87,7 +86,7 @@ class Receiver:
         self._size += len(view)
         if last:
             self.limit = self._deadlines.sub_operation
-        self.came_at = time.monotonic()
+        self.came_at = clock.monotonic()
         if self._refusal is None:
             self._write(view, last)
             if not last:
@@ -97,7 +96,7 @@ class Receiver:
 
     def _hold(self, deadline: str, what: str) -> None:
         """Give the association up where the destination has kept it waiting too long; never answer late."""
-        waited, limit = time.monotonic() - self.came_at, self.limit
+        waited, limit = clock.monotonic() - self.came_at, self.limit
         if waited > limit:
             raise DestinationSlow(
                 f"The destination {what} {waited:.1f} s; the deadline {deadline!r} is {limit:g} s. "
@@ -223,8 +222,8 @@ class Receiver:
         instance = self._instance
         if instance is not None:
             instance.association = self._association
-            instance.received_at = time.time()
-            instance.duration_ms = int((time.monotonic() - self._began) * 1000)
+            instance.received_at = clock.now()
+            instance.duration_ms = int((clock.monotonic() - self._began) * 1000)
             instance.dimse_status = taken.status
         assert self._request is not None
         self._intake.answer(self._request.sop_instance, instance, taken, self._size)
@@ -261,22 +260,21 @@ class Receiver:
 @contextmanager
 def attended(association: Association, receiver: Receiver) -> Iterator[None]:
     """Abort an association as soon as the destination is late with what came over it."""
-    over = threading.Event()
-    thread = threading.Thread(target=_attend, args=(association, receiver, over), name="dicom-get-attend", daemon=True)
-    thread.start()
+    over = clock.event()
+    beside = clock.spawn(lambda: _attend(association, receiver, over), "dicom-get-attend")
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        beside.join()
 
 
-def _attend(association: Association, receiver: Receiver, over: threading.Event) -> None:
+def _attend(association: Association, receiver: Receiver, over: clock.Event) -> None:
     while not over.wait(_INTERVAL):
         limit, cancel = receiver.limit, association.cancel
         if cancel.reason is not None:
             limit = 0.0 if cancel.hard else min(limit, _CANCEL_GRACE)
-        waited = time.monotonic() - receiver.came_at
+        waited = clock.monotonic() - receiver.came_at
         if waited > limit:
             log.warning(
                 "The destination has not returned for %.1f s; aborting the association with %s.",

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
@@ -86,14 +87,10 @@ class Pass:
             The first error that ended the pass; what arrived before is kept.
         """
         workers = self._workers = min(associations, sum(map(_pieces, self._queue)))
-        threads = [
-            threading.Thread(target=self._work, name=f"dicom-get-{number}", daemon=True) for number in range(1, workers)
-        ]
-        for thread in threads:
-            thread.start()
+        beside = [clock.spawn(self._work, f"dicom-get-{number}") for number in range(1, workers)]
         self._work()
-        for thread in threads:
-            thread.join()
+        for worker in beside:
+            worker.join()
         if self._error is not None:
             raise self._error
 
