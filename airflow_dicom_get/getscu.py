@@ -362,9 +362,7 @@ class GetScu:
         from airflow_dicom_get.engine.source import Source
 
         o = self.options
-        throttle = None
-        if o.bytes_per_second is not None:
-            throttle = RateLimit(max(o.bytes_per_second * o.associations // o.max_associations, 1))
+        throttle = RateLimit(o.bytes_per_second) if o.bytes_per_second is not None else None
         source = Source(self._peer, max_associations=o.max_associations, throttle=throttle)
         self._source = source
         if self._cancelled is not None:

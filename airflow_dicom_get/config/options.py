@@ -305,7 +305,7 @@ class LimitOptions(AdmissionOptions):
     bytes_per_second: int | None = setting(
         None,
         Bytes(1000, optional=True),
-        "Rate that the source allows for max_associations together; a run uses the share of its own.",
+        "Most bytes per second that a run takes from the source, over all its associations.",
         unit="bytes/s",
         shell=("--rate", "--bytes-per-second"),
         metavar="RATE",

@@ -270,7 +270,7 @@ def signalled(command: list[str], ready: Callable[[], object], number: signal.Si
 def test_a_signal_ends_a_run_in_order(source: Source, tmp_path: Path, number: signal.Signals) -> None:
     """By C-CANCEL, between two instances or after the one that is under way."""
     source.studies = [source.holding.study]
-    command = source.command(tmp_path, "--rate", "4M")  # half of the rate is one association's
+    command = source.command(tmp_path, "--rate", "2M")
     value, seconds = signalled(command, lambda: len(list(tmp_path.glob("*/*/*.dcm"))) >= 2, number)
     assert seconds < WITHIN
     assert ("up", C_CANCEL_RQ) in {(direction, kind) for direction, kind, _ in source.relay.commands}
