@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.checks import Integer, invalid
 from airflow_dicom_get.config.destination import check_folder
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
@@ -25,8 +25,6 @@ from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import EchoReport, Plan, Result
 
 if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
-
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.engine.profile import Profile
     from airflow_dicom_get.engine.query import Query
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.resolve import Scope
     from airflow_dicom_get.engine.retrieval import Retrieval
     from airflow_dicom_get.engine.source import Source
+    from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.places import OpenDestination, Place
 
@@ -202,6 +201,8 @@ class GetScu:
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
         """List what a get would fetch, and what is already held. Nothing is fetched or written.
 
+        Rows of the source that contradict what was asked for are left out; ``errors`` of the plan says so.
+
         Raises
         ------
         InvalidQuery, and any error of the association
@@ -239,24 +240,36 @@ class GetScu:
         query_model: str = "StudyRoot",
         return_keys: Any = (),
         as_frame: bool = False,
+        limit: int | None = None,
+        on_remark: Callable[[str], object] | None = None,
     ) -> Any:
         """Query the source by C-FIND.
+
+        A row that contradicts the query is left out, and a study, series or instance
+        that the source answers several times is one row.
 
         Parameters
         ----------
         query : mapping
-            Keys as in :meth:`get_study`; at least one must have a value.
+            Keys as in :meth:`get_study`; at least one must have a value. Here a lone ``*`` as the value of any key
+            matches everything.
         level : {"STUDY", "SERIES", "IMAGE"}
             Level of the rows.
         return_keys : sequence of str
             Further keywords to ask for.
         as_frame : bool
             Return a DataFrame with one text column per keyword.
+        limit : int
+            Rows after which the C-FIND is cancelled (PS3.4 C.4.1.3); none by default.
+        on_remark : callable
+            Called with each line that is to be said of the answer: rows left out, and that it was cancelled. By
+            default these are logged as warnings.
 
         Returns
         -------
         list of Dataset, or DataFrame
-            Text is decoded by the row's Specific Character Set.
+            Text is decoded by the row's Specific Character Set. ``cut`` of the list (in ``attrs`` of the DataFrame)
+            says whether it was cancelled.
 
         Raises
         ------
@@ -268,13 +281,50 @@ class GetScu:
             raise InvalidOption(
                 f"level: {str(level)[:32]!a} is not a query level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
             )
-        parsed = self._parse(query, query_model)
+        most = None if limit is None else Integer(1)("limit", limit)
+        parsed = self._parse(query, query_model, selective=False)
         source = self._open_source()
         try:
-            rows: list[Dataset] = find_rows(source, parsed, level, tuple(return_keys))
+            rows = find_rows(source, parsed, level, tuple(return_keys), most)
         finally:
             self._source = None
-        return frame_of_rows(rows) if as_frame else rows
+        for text in rows.remark_texts():
+            if on_remark is None:
+                log.warning("%s: %s", source.node, text)
+            else:
+                on_remark(text)
+        if not as_frame:
+            return rows
+        frame = frame_of_rows(rows)
+        frame.attrs["cut"] = rows.cut
+        return frame
+
+    def find_listed(self, listed: Sequence[ListedStudy]) -> FoundList:
+        """Find the studies of a list by C-FIND, over one association.
+
+        Parameters
+        ----------
+        listed : sequence of ListedStudy
+            As :func:`~airflow_dicom_get.engine.study_list.read_study_list` reads them.
+
+        Returns
+        -------
+        FoundList
+            Per entry the studies that the source has, or why there are none: another entry does not suffer for it.
+
+        Raises
+        ------
+        InvalidQuery
+            The source does not support the key by which the list names its studies.
+        NotNegotiated, OperationFailed, and whatever ends an association
+        """
+        from airflow_dicom_get.engine.study_list import find_listed
+
+        source = self._open_source()
+        try:
+            return find_listed(source, listed, self.options.retries)
+        finally:
+            self._source = None
 
     def echo(self, *, study: str | None = None, profile: str | Path | None = None) -> EchoReport:
         """Send a C-ECHO, and find out which services the node accepts.
@@ -321,12 +371,12 @@ class GetScu:
 
     # --- before traffic ------------------------------------------------------------------------
 
-    def _parse(self, query: Mapping[str, Any] | None, query_model: str) -> Query:
+    def _parse(self, query: Mapping[str, Any] | None, query_model: str, *, selective: bool = True) -> Query:
         from airflow_dicom_get.engine.query import parse_query
 
         if query is None:
             raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to resume from.")
-        return parse_query(query, query_model=query_model, timezone=self.options.timezone)
+        return parse_query(query, query_model=query_model, timezone=self.options.timezone, selective=selective)
 
     def _scopes_of(self, manifest: Any) -> list[Scope]:
         from airflow_dicom_get.engine.retry import scopes_of
@@ -379,6 +429,7 @@ class GetScu:
         listed: list[Scope] | None,
         query_model: str,
     ) -> End:
+        from airflow_dicom_get.engine.matching import Dropped
         from airflow_dicom_get.engine.report import End, end_of
         from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
         from airflow_dicom_get.engine.spread import resolve_and_list
@@ -391,10 +442,10 @@ class GetScu:
         try:
             places.place.attend(source.cancel)
             places.prepare()
-            scopes, first = listed, None
+            scopes, first, dropped = listed, None, Dropped()
             if scopes is None:
                 assert parsed is not None
-                scopes, first = source.with_retries(
+                scopes, first, dropped = source.with_retries(
                     o.retries,
                     FIND_PROPOSALS,
                     lambda association: resolve_and_list(source, association, parsed, o.max_studies, o.associations),
@@ -404,7 +455,7 @@ class GetScu:
                 states = run_studies(self._retrieval(source, places.place, sink, events, query_model), scopes, first)
             finally:
                 sink.close()
-            return end_of(states)
+            return end_of(states, dropped)
         except (InvalidQuery, InvalidOption):
             raise
         except DicomGetError as error:

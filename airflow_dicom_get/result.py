@@ -263,6 +263,8 @@ class Plan:
         ``list+counts``, ``list`` or ``none``.
     plan_at : datetime or None
         When the list was made, in UTC.
+    errors : list of dict
+        C-FIND rows that were left out because they contradict the query, as ``{"error": …, "count": …, "hint": …}``.
     rows : sequence of Instance
         One per instance listed; ``state`` is ``held`` or None.
     """
@@ -279,6 +281,7 @@ class Plan:
     evidence: Evidence
     plan_at: datetime | None = None
     destination: str | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
     rows: Sequence[Instance] = field(default=(), repr=False, compare=False)
 
     @property

@@ -12,6 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.engine.items import Item, make_item, pack
+from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
@@ -168,23 +169,19 @@ def find_cohort(
         if unknown not in UNKNOWN:
             raise invalid("unknown", f"{shown(unknown)} is not allowed", f"Give {' or '.join(UNKNOWN)}.")
         rows = read_study_list(path, label=label)
-        hook = DicomHook(dicom_conn_id)
-        scu = hook.get_scu()
+        found = DicomHook(dicom_conn_id).get_scu().find_listed(rows)
         items: dict[str, Item] = {}
-        nowhere: list[ListedStudy] = []
-        for row in rows:
-            found = scu.find({row.key: row.value}, level="STUDY", query_model=hook.query_model)
-            for answer in found:
-                study = str(answer.StudyInstanceUID)
-                item = items.setdefault(study, {**make_item(study), "label": row.label})
-                if item["label"] != row.label:
-                    what = (
-                        f"{shown_path(path)}, line {row.line}: its study appears in an earlier line with another label"
-                    )
+        for entry in found.entries:
+            for study in entry.uids:
+                item = items.setdefault(study, {**make_item(study), "label": entry.listed.label})
+                if item["label"] != entry.listed.label:
+                    line = entry.listed.line
+                    what = f"{shown_path(path)}, line {line}: its study appears in an earlier line with another label"
                     raise invalid("csv", what, "Give both lines the same label, or remove one of them.")
-            if not found:
-                nowhere.append(row)
         log.info("%d rows name %d studies.", len(rows), len(items))
+        for remark in found.remarks:
+            log.warning("%s", remark_text(remark))
+        nowhere = [entry.listed for entry in found.entries if not entry.uids]
         if nowhere:
             _say_unknown(path, nowhere, unknown)
     return pack(list(items.values()), target=1, at_most=max_map_length())

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -23,7 +23,7 @@ from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, 
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerError, SinkError
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.frames import rows_of
 from airflow_dicom_get.records import Instance
@@ -313,20 +313,18 @@ class _Verify:
         o = self.options
         query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
         try:
-            listed = list_studies(Source(Peer.of(node, o), max_associations=1), query, max(len(self.studies), 1))
-        except PeerError as error:
+            planned = list_studies(Source(Peer.of(node, o), max_associations=1), query, max(len(self.studies), 1))
+        except (PeerError, InvalidQuery) as error:  # InvalidQuery: its responses leave out the UID of the study
             self._uncompared(error)
             return
         self.has_source = True
-        at = max((listing.at for _, listing in listed), default=clock.now())
-        self.found.plan_at = datetime.fromtimestamp(at, UTC)
-        for _, listing in listed:
+        self.found.errors += planned.dropped.remarks()
+        self.found.plan_at = planned.at
+        for listing in planned.listings:
             for instance in listing.instances.values():
                 item = self._item(instance)
                 item.at_source = True
-                for name in ("sop_class", "modality", "series_number", "instance_number"):
-                    if getattr(item.row, name) is None:
-                        setattr(item.row, name, getattr(instance, name))
+                item.row.fill(instance)
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message

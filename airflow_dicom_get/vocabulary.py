@@ -280,6 +280,11 @@ REASONS: Mapping[str, Reason] = {
     "not_found": Reason(
         "The PACS does not have some studies of the list.", "Check these accession numbers.", of="result"
     ),
+    "key_not_matched": Reason(
+        "All rows of the PACS contradict the query: it writes a value in another way, or returned other studies.",
+        "The errors name the key. Give its value as the PACS writes it, or use another key.",
+        of="result",
+    ),
     "unusable_files": Reason(
         "Some files are not DICOM instances that can be stored.", "Leave these files out, or correct them.", of="result"
     ),

@@ -6,13 +6,13 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, MutableSequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get.cli import output
 from airflow_dicom_get.cli.config import NamedNode, find_node
-from airflow_dicom_get.cli.inputs import StudyList, query_of, read_studies
+from airflow_dicom_get.cli.inputs import query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
 from airflow_dicom_get.config.checks import invalid, shown
@@ -28,13 +28,16 @@ from airflow_dicom_get.config.options import (
 )
 from airflow_dicom_get.config.shell import in_shell, options_from_shell, shell_name
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
+from airflow_dicom_get.engine.study_list import UID
 from airflow_dicom_get.vocabulary import COMPLETE
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.query import Query
+    from airflow_dicom_get.engine.study_list import ListedStudy
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.result import Result
 
@@ -83,9 +86,9 @@ def _client(options: GetOptions) -> GetScu:
     return GetScu.of(options)
 
 
-def _parse(options: CallOptions, query: Mapping[str, Any]) -> Query:
+def _parse(options: CallOptions, query: Mapping[str, Any], *, selective: bool = True) -> Query:
     """Refuse a bad query before any traffic."""
-    return parse_query(query, query_model=options.query_model, timezone=options.timezone)
+    return parse_query(query, query_model=options.query_model, timezone=options.timezone, selective=selective)
 
 
 def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]:
@@ -108,21 +111,23 @@ def echo(typed: Namespace) -> int:
 
 def find(typed: Namespace) -> int:
     options = _checked(typed, CallOptions)
-    query = query_of(typed.study, typed.key)
-    level = typed.level or _parse(options, query).level
+    query = {UID: "*"} if typed.all else query_of(typed.study, typed.key)
+    level = typed.level or _parse(options, query, selective=False).level
     rows = _client(options).find(
         query,
         level="STUDY" if level == "PATIENT" else level,
         query_model=options.query_model,
         return_keys=_return_keys(typed.return_key),
+        limit=typed.limit or None,
+        on_remark=lambda text: output.note(text.replace("raise limit", "raise --limit")),
     )
     values = [_values(row) for row in rows]
     if typed.json:
         output.emit_json(values)
     elif values:
-        output.emit(output.table_lines(values, aligned=sys.stdout.isatty()))
+        output.emit_table(values)
     output.note(f"{len(values)} matches")
-    return 0 if values else 5
+    return 4 if rows.cut else 0 if values else 5
 
 
 def _return_keys(typed: Iterable[str]) -> list[str]:
@@ -152,10 +157,13 @@ _NO_RESULT = frozenset({"SpecificCharacterSet", "QueryRetrieveLevel"})
 
 def plan(typed: Namespace) -> int:
     options, studies = _checked(typed, CallOptions), _studies(typed)
-    scu, query, unknown = _resolved(options, typed, studies)
-    if query is None:
-        return _nothing(unknown)
-    planned = scu.plan(query, query_model=options.query_model)
+    meant = _meant(options, typed, studies)
+    if meant.query is None:
+        return _nothing(meant)
+    planned = meant.scu.plan(meant.query, query_model=options.query_model)
+    planned.errors[:0] = meant.remarks
+    for remark in planned.errors:
+        output.note(remark_text(remark))
     if typed.json:
         output.emit_json(planned.to_json())
     else:
@@ -172,56 +180,64 @@ def get(typed: Namespace) -> int:
 
         config = options.s3_config
         table = load_table(typed.manifest, **(config.reach() if config is not None else {}))
-        scu, query, unknown = _client(options), None, 0
+        meant = _Meant(_client(options), None)
     else:
         table = None
-        scu, query, unknown = _resolved(options, typed, studies)
-        if query is None:
-            return _nothing(unknown)
+        meant = _meant(options, typed, studies)
+        if meant.query is None:
+            return _nothing(meant)
+    scu = meant.scu
     with cancelling(scu.cancel), progress_bar(not options.verbose) as show:
         result = scu.get_study(
-            query,
+            meant.query,
             query_model=options.query_model,
             on_sub_operation=show,
             **({} if table is None else {"manifest": table}),
         )
-    if unknown:
-        from airflow_dicom_get.engine.report import studies_not_found
+    if studies is not None:
+        from airflow_dicom_get.engine.report import add_search_of_list
 
-        studies_not_found(result, unknown)
+        add_search_of_list(result, meant.unknown, meant.remarks)
     _show(result, typed)
     return result.exit_code
 
 
-def _studies(typed: Namespace) -> StudyList | None:
+def _studies(typed: Namespace) -> list[ListedStudy] | None:
     return read_studies(typed.from_file) if typed.from_file is not None else None
 
 
-def _resolved(
-    options: CallOptions, typed: Namespace, listed: StudyList | None
-) -> tuple[GetScu, dict[str, Any] | None, int]:
-    """The client and the query to ask it, and how many accession numbers have no study."""
+@dataclass(slots=True)
+class _Meant:
+    """What was asked for: the client, the query to ask it, and what is to be said of the search for a list."""
+
+    scu: GetScu
+    query: dict[str, Any] | None
+    """None where nothing of a list is at the node."""
+    unknown: int = 0
+    """Accession numbers that have no study there."""
+    remarks: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _meant(options: CallOptions, typed: Namespace, listed: list[ListedStudy] | None) -> _Meant:
+    scu = _client(options)
     if listed is None:
         query = query_of(typed.study, typed.key)
         _parse(options, query)
-        return _client(options), query, 0
-    # max_studies guards against a query that matches more than was meant; a list means what it says.
-    count = max(options.max_studies, len(listed.uids) + len(listed.accessions))
-    scu = _client(replace(options, max_studies=count))
-    uids, unknown = list(listed.uids), 0
-    for line, accession in listed.accessions:
-        rows = scu.find({"AccessionNumber": accession}, level="STUDY", query_model=options.query_model)
-        found = [str(row.StudyInstanceUID) for row in rows]
-        if not found:
-            unknown += 1
-            output.note(f"{typed.from_file}, line {line}: no study has this accession number")
-        uids += found
-    uids = list(dict.fromkeys(uids))
-    return scu, {"StudyInstanceUID": uids} if uids else None, unknown
+        return _Meant(scu, query)
+    if listed[0].key == UID:
+        return _Meant(scu, {UID: [one.value for one in listed]})
+    found = scu.find_listed(listed)
+    nowhere = [entry for entry in found.entries if not entry.uids]
+    for entry in nowhere:
+        output.note(f"{typed.from_file}, line {entry.listed.line}: no study {entry.problem}")
+    uids = list(dict.fromkeys(uid for entry in found.entries for uid in entry.uids))
+    return _Meant(scu, {UID: uids} if uids else None, len(nowhere), found.remarks)
 
 
-def _nothing(unknown: int) -> int:
-    output.note(f"none of the {unknown} accession numbers matches a study")
+def _nothing(meant: _Meant) -> int:
+    for remark in meant.remarks:
+        output.note(remark_text(remark))
+    output.note(f"none of the {meant.unknown} accession numbers matches a study")
     output.emit(["empty: no study matches"])
     return 5
 

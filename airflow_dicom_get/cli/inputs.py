@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.engine.study_list import ACCESSION, UID, read_study_list
+from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 
 
 def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
@@ -32,18 +31,6 @@ def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class StudyList:
-    """The studies of a file: by their UIDs, or by accession numbers with the lines where these stand."""
-
-    uids: tuple[str, ...] = ()
-    accessions: tuple[tuple[int, str], ...] = ()
-
-
-def read_studies(name: str) -> StudyList:
+def read_studies(name: str) -> list[ListedStudy]:
     """Read the file of ``--from-file``; see :func:`~airflow_dicom_get.engine.study_list.read_study_list`."""
-    rows = read_study_list(name, option="--from-file")
-    return StudyList(
-        uids=tuple(row.value for row in rows if row.key == UID),
-        accessions=tuple((row.line, row.value) for row in rows if row.key == ACCESSION),
-    )
+    return read_study_list(name, option="--from-file")

@@ -34,6 +34,15 @@ exit codes:
   130, 143      cancelled by SIGINT, SIGTERM
 """
 
+_FIND_EXIT_CODES = """\
+exit codes:
+  0             matches
+  1             the node cannot be reached, or refuses the query
+  2             bad usage or input; or the node does not support a key that was asked for
+  4             there may be more matches than are listed
+  5             nothing matches
+"""
+
 _STORE_EXIT_CODES = """\
 exit codes:
   0 complete    all instances are stored at the node: it has confirmed each of them
@@ -92,9 +101,14 @@ def build_parser() -> ArgumentParser:
     echo.add_argument("--profile", metavar="FILE", help="Write what --study found out to this file, for get --profile.")
     add_shell_options(echo, EchoOptions)
 
-    find = verb("find", f"NODE ({_KEYS})", "Query a node by C-FIND.")
+    find = verb("find", f"NODE ({_KEYS} | --all)", "Query a node by C-FIND.", epilog=_FIND_EXIT_CODES)
     _node(find)
     _what(find)
+    find.add_argument("--all", action="store_true", help="List everything: for a small PACS.")
+    find.add_argument(
+        "--limit", default=1000, type=_count, metavar="N",
+        help="Cancel the C-FIND after so many rows; 0: never. [%(default)s]",
+    )  # fmt: skip
     find.add_argument(
         "--level", choices=("STUDY", "SERIES", "IMAGE"), type=str.upper, metavar="LEVEL",
         help="Level of the rows: STUDY, SERIES or IMAGE. Default: the lowest level that a key is given for.",
@@ -209,6 +223,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ArgumentTypeError(f"{text[:32]!a} is not a number of rows. Give a whole number, 0 for no limit.")
+    return int(text)
+
+
 def _ae_title(text: str) -> str:
     try:
         return str(AETitle()("--ae-title", text))
@@ -235,8 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if len(given) > 1 and typed.verb != "verify":
         parser.error(f"{given[1]} is given together with {given[0]}. Give one of the two.")
-    if typed.verb in ("find", "plan", "get") and not given:
-        parser.error("no studies are selected. Give --study UID or -k KEY=VALUE.")
+    if typed.verb == "find" and typed.all:
+        if given:
+            parser.error(f"--all is given together with {given[0]}. Give one of the two.")
+    elif typed.verb in ("find", "plan", "get") and not given:
+        more = ", or --all" if typed.verb == "find" else ""
+        parser.error(f"no studies are selected. Give --study UID or -k KEY=VALUE{more}.")
     if typed.verb == "verify" and not (typed.manifest or typed.study):
         parser.error("nothing to verify. Give --manifest URI, or --study UID --to DEST.")
     if typed.verb == "store" and bool(typed.paths) == bool(typed.manifest):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -95,14 +97,63 @@ _PROBED = {
 }
 
 
-def table_lines(rows: Sequence[Mapping[str, Any]], *, aligned: bool) -> list[str]:
-    """Rows under a head: in columns for people, separated by tabs for programs."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    if not aligned:
-        return ["\t".join(line) for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+_FIRST = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+_WIDEST = 28
+"""Columns of the terminal that a value takes at most, but for UIDs: those are to be copied."""
+
+
+def emit_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows under a head: at a terminal in columns that fit it, else separated by tabs."""
+    if not sys.stdout.isatty():
+        emit("\t".join(line) for line in _table(rows))
+        return
+    lines, left_out = fitted(_table(rows), shutil.get_terminal_size().columns)
+    emit(lines)
+    if left_out:
+        note(f"no room for {', '.join(left_out)}: widen the terminal, or use --json or a pipe")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A head of keywords, UIDs first, and the values of each row."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    columns = [*(key for key in _FIRST if key in found), *(key for key in found if key not in _FIRST)]
+    return [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+
+
+def fitted(table: Sequence[Sequence[str]], width: int) -> tuple[list[str], list[str]]:
+    """The lines of a table that is no wider than ``width``, and the columns that there was no room for.
+
+    UIDs are whole, as long as one fits at all; other values are cut. Columns without any value are not shown.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    chosen: list[int] = []
+    left_out: list[str] = []
+    room = width
+    for number, name in enumerate(table[0]):
+        longest = max(cell_len(line[number]) for line in table[1:])
+        if not longest:
+            continue
+        uid = name in _FIRST
+        needed = max(longest, cell_len(name)) if uid else min(max(longest, cell_len(name)), _WIDEST)
+        if chosen and needed > room:
+            left_out.append(name)
+            continue
+        chosen.append(number)
+        shown.add_column(
+            Text(name), overflow="fold" if uid else "ellipsis", no_wrap=not uid or needed <= room, max_width=needed
+        )
+        room -= needed + 2
+    for line in table[1:]:
+        shown.add_row(*(Text(line[number]) for number in chosen))
+    console = Console(width=max(width, 1), color_system=None, file=io.StringIO(), legacy_windows=False)
+    with console.capture() as lines:
+        console.print(shown)
+    return [line.rstrip() for line in lines.get().splitlines()], left_out
 
 
 def _cell(value: object) -> str:

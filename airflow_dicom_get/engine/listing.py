@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Row, Scope, matches, note_patient
+from airflow_dicom_get.engine.matching import Dropped, Row
+from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, note_patient
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.records import Instance
 
@@ -49,6 +50,8 @@ class Listing:
     at: float = 0.0
     unreadable: int = 0
     """Rows that could not be read."""
+    dropped: Dropped = field(default_factory=Dropped)
+    """Rows that contradict what was asked for."""
 
     def counts_contradict(self) -> bool:
         """Whether a related-instance count is above the list, or rows of it could not be read."""
@@ -111,28 +114,31 @@ def list_study(
     """
     listing = Listing(at=clock.now())
     keys = {h.STUDY_INSTANCE_UID: scope.study}
-    for row in finder.rows("STUDY", keys, (i.STUDY_RELATED_INSTANCES, i.PATIENT_ID)):
-        if i.text_value(row.get(h.STUDY_INSTANCE_UID)) in (scope.study, None):
-            note_patient(scope, row)
-            if scope.whole_study:
-                listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+    for row in finder.rows("STUDY", keys, (i.STUDY_RELATED_INSTANCES, i.PATIENT_ID), dropped=listing.dropped):
+        note_patient(scope, row)
+        if scope.whole_study:
+            listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
     series_filters = [f for f in scope.filters if f.level == "SERIES"]
     image_filters = [f for f in scope.filters if f.level == "IMAGE"]
     keys = {h.STUDY_INSTANCE_UID: scope.study, **{f.tag: f.value for f in series_filters}}
-    for row in finder.rows("SERIES", keys, _SERIES_KEYS):
+    dropped = Dropped()
+    for row in finder.rows("SERIES", keys, _SERIES_KEYS, dropped=dropped):
         uid = i.text_value(row.get(h.SERIES_INSTANCE_UID))
-        if uid is None or not is_uid(uid) or i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
+        if uid is None or not is_uid(uid):
             continue
         if scope.series is not None and uid not in scope.series:
             continue
-        if uid not in listing.series and matches(row, series_filters):
+        if uid not in listing.series:
             listing.series[uid] = SeriesInfo(
                 uid,
                 i.text_value(row.get(h.MODALITY)),
                 i.int_value(row.get(h.SERIES_NUMBER)),
                 None if scope.instances or image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
             )
+    if not listing.series and (unsupported := dropped.unsupported()) is not None:
+        raise unsupported
     unreadable: Counter[str] = Counter()
+    of_series: dict[str, Dropped] = {}
 
     def list_series(finder: Finder, series: SeriesInfo) -> None:
         keys = {
@@ -143,20 +149,29 @@ def list_study(
         limit = _most_rows(series)
         before, series.rows = finder.unreadable, 0
         new = 0
-        for row in _image_rows(finder, scope, keys, limit):
+        here = of_series[series.uid] = Dropped()
+        for row in _image_rows(finder, scope, keys, limit, here):
             series.rows += 1
-            new += _take_row(listing, scope, series, row, image_filters, known)
+            new += _take_row(listing, scope, series, row, known)
             if series.rows > 10 * new + _SLACK:
                 raise ListTooLong(f"The source repeats the same C-FIND rows without end for series {series.uid}.")
+        series.rows += here.total
         unreadable[series.uid] = finder.unreadable - before
 
     above = finder.unreadable
     each(finder, listing.series.values(), list_series)
     listing.unreadable = above + unreadable.total()
+    below = Dropped()
+    for here in of_series.values():
+        below.update(here)
+    if not listing.instances and image_filters and (unsupported := below.unsupported()) is not None:
+        raise unsupported
+    listing.dropped.update(dropped)
+    listing.dropped.update(below)
     return listing
 
 
-def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: int) -> Iterator[Row]:
+def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: int, dropped: Dropped) -> Iterator[Row]:
     """The rows of a series: with the UIDs alone where the source fails at the other keys.
 
     One looks those up in its files, and fails as a whole where a single file is lost.
@@ -164,7 +179,7 @@ def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: in
     wanted = _IMAGE_KEYS if scope.tells_syntaxes else _IMAGE_KEYS[:-1]
     rows = told = 0
     try:
-        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *wanted), limit):
+        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *wanted), limit, dropped):
             rows += 1
             told += bool(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
             yield row
@@ -172,7 +187,7 @@ def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: in
             scope.tells_syntaxes = False
     except OperationFailed as error:
         log.info("%s Asking for the UIDs only.", error.message)
-        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit)
+        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit, dropped)
 
 
 def _most_rows(series: SeriesInfo) -> int:
@@ -183,8 +198,7 @@ def _take_row(
     listing: Listing,
     scope: Scope,
     series: SeriesInfo,
-    row: dict[int, bytes],
-    filters: Iterable[object],
+    row: Row,
     known: dict[str, Instance],
 ) -> bool:
     """Put the instance of a row into the list; whether it was not there."""
@@ -192,13 +206,7 @@ def _take_row(
     if sop is None or not is_uid(sop):
         log.warning("a C-FIND row of series %s has no valid SOP Instance UID and is ignored", series.uid)
         return False
-    if i.text_value(row.get(h.STUDY_INSTANCE_UID)) not in (scope.study, None):
-        return False
-    if i.text_value(row.get(h.SERIES_INSTANCE_UID)) not in (series.uid, None):
-        return False
     if scope.instances is not None and sop not in scope.instances:
-        return False
-    if not matches(row, filters):  # type: ignore[arg-type]
         return False
     instance = known.get(sop)
     if instance is None or instance.series != series.uid:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
 from airflow_dicom_get.engine.listing import Listing, list_study
+from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
 from airflow_dicom_get.engine.source import Source
@@ -18,40 +20,64 @@ from airflow_dicom_get.result import Plan
 from airflow_dicom_get.sinks.base import Sink
 
 
-def list_studies(source: Source, query: Query, max_studies: int) -> list[tuple[Scope, Listing]]:
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The lists of some studies.
+
+    Attributes
+    ----------
+    scopes, listings : list
+        The studies that the query means, and the list of each.
+    dropped : Dropped
+        The rows that contradict what was asked for.
+    """
+
+    scopes: list[Scope]
+    listings: list[Listing]
+    dropped: Dropped
+
+    @property
+    def at(self) -> datetime:
+        """When the last of the lists was made, in UTC."""
+        return datetime.fromtimestamp(max((x.at for x in self.listings), default=clock.now()), UTC)
+
+
+def list_studies(source: Source, query: Query, max_studies: int) -> Listed:
     """List the studies that a query means, over one association.
 
     Raises
     ------
     InvalidQuery
-        It means more than ``max_studies`` studies.
+        It means more than ``max_studies`` studies, or names a key that the source does not support.
     NotNegotiated, OperationFailed, and whatever ends an association
     """
     with source.association(FIND_PROPOSALS) as association:
         finder = Finder(association)
-        return [(scope, list_study(finder, scope, {})) for scope in resolve(finder, query, max_studies)]
+        scopes = resolve(finder, query, max_studies)
+        listings = [list_study(finder, scope, {}) for scope in scopes]
+    for listing in listings:
+        finder.dropped.update(listing.dropped)
+    return Listed(scopes, listings, finder.dropped)
 
 
-def mark_held(listed: Iterable[tuple[Scope, Listing]], sink: Sink) -> None:
+def mark_held(listed: Listed, sink: Sink) -> None:
     """Mark what the destination holds."""
-    for scope, listing in listed:
+    for scope, listing in zip(listed.scopes, listed.listings, strict=True):
         inventory = sink.inventory(scope.study)
         for uid, instance in listing.instances.items():
             if uid in inventory:
                 instance.state, instance.attempt = "held", 0
 
 
-def plan_of(
-    listed: Sequence[tuple[Scope, Listing]], peer: PeerKnowledge, *, node: str, destination: str | None = None
-) -> Plan:
+def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str | None = None) -> Plan:
     """Sum the lists up, with the presentation contexts that a get would propose."""
-    listings = [listing for _, listing in listed]
+    listings = listed.listings
     rows = [instance for listing in listings for instance in listing.instances.values()]
     missing = [instance for instance in rows if instance.state is None]
     bins = _contexts(missing, peer)
     return Plan(
         node=node,
-        studies=[scope.study for scope, _ in listed],
+        studies=[scope.study for scope in listed.scopes],
         series=sum(len(listing.series) for listing in listings),
         instances=len(rows),
         held=len(rows) - len(missing),
@@ -60,8 +86,9 @@ def plan_of(
         contexts=sum(map(len, bins)),
         associations=len(bins),
         evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
-        plan_at=datetime.fromtimestamp(max((x.at for x in listings), default=clock.now()), UTC),
+        plan_at=listed.at,
         destination=destination,
+        errors=listed.dropped.remarks(),
         rows=rows,
     )
 

@@ -95,6 +95,7 @@ def parse_query(
     query_model: str = "StudyRoot",
     timezone: str | tzinfo = "UTC",
     now: datetime | None = None,
+    selective: bool = True,
 ) -> Query:
     r"""Check a query and take it apart.
 
@@ -111,6 +112,9 @@ def parse_query(
         Time zone of ``today``.
     now : datetime, optional
         The present, with a time zone; the clock by default.
+    selective : bool
+        Whether a key has to select, as for whatever fetches. If not, a lone ``*`` is allowed as the value of any key
+        and matches everything (universal matching, PS3.4 C.2.2.2.3).
 
     Raises
     ------
@@ -125,6 +129,12 @@ def parse_query(
     if not isinstance(query, Mapping):
         raise _bad("query", f"{type(query).__name__} is not a mapping", 'Give {"StudyInstanceUID": "1.2.3"}.')
     values = _by_attribute(query)
+    everything = [keyword for keyword, (_, value) in values.items() if not selective and value == "*"]
+    for keyword in everything:
+        if keyword in _UNIQUE_KEYS:
+            del values[keyword]  # asked for all the same, and never sent by a user as empty
+        else:
+            values[keyword] = (values[keyword][0], "")
     level_given = values.pop("QueryRetrieveLevel", None)
     uids: dict[str, tuple[str, ...]] = {
         keyword: _parse_uids(keyword, values.pop(keyword)[1], unique=True)
@@ -139,7 +149,7 @@ def parse_query(
         raise _bad("QueryRetrieveLevel", "PATIENT exists only in PatientRoot", "Set query_model to PatientRoot.")
     if level == "PATIENT" and patient_id is None:
         raise _bad("PatientID", "is missing, and QueryRetrieveLevel PATIENT needs it", "Give it, or use STUDY.")
-    if not uids and not any(item.value.strip("*? -") for item in filters):
+    if not everything and not uids and not any(item.value.strip("*? -") for item in filters):
         raise _bad(
             "query", "selects nothing", "Give at least one key with a value, such as StudyInstanceUID or StudyDate."
         )
@@ -152,6 +162,13 @@ def parse_query(
         uids.get("SOPInstanceUID", ()),
         filters,
     )
+
+
+def level_of(keyword: str) -> FilterLevel:
+    """The level on which a keyword is a key; those of the patient count as the study's."""
+    if keyword in _SERIES_KEYS or keyword == "SeriesInstanceUID":
+        return "SERIES"
+    return "IMAGE" if keyword in _IMAGE_KEYS or keyword == "SOPInstanceUID" else "STUDY"
 
 
 def _bad(key: str, what: str, hint: str) -> InvalidQuery:
@@ -242,8 +259,7 @@ def _parse_filter(attribute: Attribute, value: Any, today: date) -> Filter:
         if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
             raise _bad(keyword, "contains a control character", "Remove it.")
         _check_text(keyword, vr, text)
-    level: FilterLevel = "SERIES" if keyword in _SERIES_KEYS else "IMAGE" if keyword in _IMAGE_KEYS else "STUDY"
-    return Filter(attribute.tag, keyword, vr, text, level)
+    return Filter(attribute.tag, keyword, vr, text, level_of(keyword))
 
 
 _TIME = r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:[0-5]\d(?:\.\d{1,6})?)?)?"

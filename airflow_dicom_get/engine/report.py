@@ -34,6 +34,7 @@ from airflow_dicom_get.vocabulary import (
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.engine.matching import Dropped
     from airflow_dicom_get.engine.state import StudyState
 
 MOST_ERRORS = 10
@@ -54,20 +55,38 @@ class End:
         What ended the call outside of its studies.
     resume_at : datetime or None
         When the hours of the source begin, where they are over.
+    dropped : Dropped or None
+        Rows of the search that contradict the query.
     """
 
     states: list[StudyState] = field(default_factory=list)
     numbers: list[StudyResult] = field(default_factory=list)
     error: DicomGetError | None = None
     resume_at: datetime | None = None
+    dropped: Dropped | None = None
+
+    def all_dropped(self) -> Dropped:
+        """Rows that contradict what was asked for: those of the search, and those of the last list of each study."""
+        from airflow_dicom_get.engine.matching import Dropped
+
+        found = Dropped()
+        if self.dropped is not None:
+            found.update(self.dropped)
+        for state in self.states:
+            if state.listing is not None:
+                found.update(state.listing.dropped)
+        return found
 
     def rows(self) -> list[Instance]:
         """The rows of the manifest."""
         return [row for state in self.states for row in state.rows()]
 
 
-def end_of(states: Sequence[StudyState]) -> End:
-    """Judge the studies. One of which a filter on series or instances leaves nothing is not meant by the query."""
+def end_of(states: Sequence[StudyState], dropped: Dropped | None = None) -> End:
+    """Judge the studies of a search, and keep the rows that it dropped.
+
+    A study of which a filter on series or instances leaves nothing is not meant by the query.
+    """
     judged = [(state, judge(state)) for state in states]
     meant = [
         (state, numbers)
@@ -75,7 +94,7 @@ def end_of(states: Sequence[StudyState]) -> End:
         if not (state.scope.filters and numbers.verdict == EMPTY and not state.rows())
     ]
     kept = meant or judged
-    return End([state for state, _ in kept], [numbers for _, numbers in kept])
+    return End([state for state, _ in kept], [numbers for _, numbers in kept], dropped=dropped)
 
 
 # --- assemble ----------------------------------------------------------------------------------------
@@ -110,6 +129,8 @@ def assemble(
     )
     _clock(result, events)
     result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
+    if result.verdict == EMPTY and end.all_dropped():
+        result.reason = "key_not_matched"
     if error is not None:
         cancelled = isinstance(error, Cancelled)
         result.verdict = CANCELLED if cancelled else FAILED
@@ -312,11 +333,14 @@ def manifest_not_written(result: Result, error: DicomGetError) -> None:
         result.verdict, result.reason = PARTIAL, error.word
 
 
-def studies_not_found(result: Result, count: int) -> None:
-    """Some entries of a list of studies name none that the source has."""
+def add_search_of_list(result: Result, unknown: int, remarks: Sequence[dict[str, Any]]) -> None:
+    """What the search for a list of studies had to say: remarks, and how many entries name none that is there."""
+    result.errors += remarks
+    if not unknown:
+        return
     result.verdict = worst((result.verdict, EMPTY))
     result.reason = result.reason or "not_found"
-    result.errors.append(_entry("An accession number matches no study at the PACS.", advice("not_found"), count))
+    result.errors.append(_entry("An accession number matches no study at the PACS.", advice("not_found"), unknown))
 
 
 def stopped_by_timer(result: Result, resume_at: datetime | None) -> None:
@@ -376,7 +400,7 @@ def _entry(error: str, hint: str, count: int = 1) -> dict[str, Any]:
 
 
 def _errors_of_get(end: End) -> list[dict[str, Any]]:
-    """What went wrong, most telling first: errors that ended something, then rows, then strays."""
+    """What went wrong, most telling first: errors that ended something, then rows, then strays, then C-FIND rows."""
     raised = ([end.error] if end.error is not None else []) + [e for state in end.states for e in state.errors]
     ended = [_entry(*said, count) for said, count in Counter((e.message, e.hint) for e in raised).items()]
     strays = sum((state.strays for state in end.states), Counter())
@@ -384,7 +408,7 @@ def _errors_of_get(end: End) -> list[dict[str, Any]]:
         _entry(f"{reason}: {STRAYS.get(reason, 'an object was refused')}", "", count)
         for reason, count in strays.most_common()
     ]
-    return [*ended, *_row_errors(end.rows(), said=bool(raised)), *refused][:MOST_ERRORS]
+    return [*ended, *_row_errors(end.rows(), said=bool(raised)), *refused, *end.all_dropped().remarks()][:MOST_ERRORS]
 
 
 def _row_errors(rows: Iterable[Instance], *, said: bool) -> list[dict[str, Any]]:

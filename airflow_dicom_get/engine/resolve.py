@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
 from airflow_dicom_get.engine.query import Filter, Query
 from airflow_dicom_get.errors import InvalidQuery, NotNegotiated, OperationFailed, peer_text
 from airflow_dicom_get.net.acse import Proposal
@@ -30,11 +30,8 @@ _STUDY_KEYS = (
     i.STUDY_RELATED_SERIES,
     i.STUDY_RELATED_INSTANCES,
 )
-_EXACT_VRS = frozenset({"UI", "CS", "SH", "LO", "IS", "AE", "DA"})
 _LIST = 100
 """UIDs in one C-FIND."""
-
-Row = dict[int, bytes]
 
 
 @dataclass(slots=True)
@@ -75,6 +72,8 @@ class Finder:
         self._model = next((m for m in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if m in offered), None)
         self.unreadable = 0
         """Rows that could not be read, or had no identifier."""
+        self.dropped = Dropped()
+        """Rows that contradict what was asked for, where a call names no other place to count them."""
 
     @property
     def offered(self) -> bool:
@@ -92,40 +91,74 @@ class Finder:
         return self._model
 
     def rows(
-        self, level: str, keys: Mapping[int, str | Iterable[str]], returned: Iterable[int], max_rows: int = MAX_ROWS
+        self,
+        level: str,
+        keys: Mapping[int, str | Iterable[str]],
+        returned: Iterable[int],
+        max_rows: int = MAX_ROWS,
+        dropped: Dropped | None = None,
     ) -> Iterator[Row]:
-        """The wanted elements of each row of one C-FIND."""
+        """The wanted elements of each row of one C-FIND; see :meth:`answers`."""
+        for row, _ in self.answers(level, keys, returned, max_rows, dropped):
+            yield row
+
+    def answers(
+        self,
+        level: str,
+        keys: Mapping[int, str | Iterable[str]],
+        returned: Iterable[int],
+        max_rows: int = MAX_ROWS,
+        dropped: Dropped | None = None,
+        enough: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[Row, bytearray]]:
+        """Each row of one C-FIND that does not contradict ``keys``: its wanted elements, and its bytes.
+
+        Parameters
+        ----------
+        dropped : Dropped, optional
+            Takes the rows that contradict; those of the Finder by default.
+        enough : callable, optional
+            Asked after each row; once it is true, the C-FIND is cancelled.
+        """
         model = self.require_model()
+        dropped = dropped if dropped is not None else self.dropped
         elements: dict[int, str | Iterable[str]] = dict.fromkeys(returned, "")
         elements.update(keys)
         elements[i.QUERY_RETRIEVE_LEVEL] = level
         wanted = frozenset(elements) | {h.SPECIFIC_CHARACTER_SET}
         identifier = i.encode_identifier(elements, _UIDS)
+        matcher = Matcher(level, keys)
         for raw in c_find(
             self._association,
             model,
             identifier,
             row_seconds=self._association.deadlines.find_response,
             max_rows=max_rows,
+            enough=enough,
         ):
             try:
                 row = i.decode_identifier(raw, wanted)
             except h.HeaderError as error:
                 log.warning("%s sent a C-FIND row that cannot be read: %s", self._association.node, peer_text(error))
                 row = {}
-            if row:
-                yield row
-            else:
+            if not row:
                 self.unreadable += 1
+            elif (why := matcher.contradiction(row)) is not None:
+                dropped.add(why)
+            else:
+                yield row, raw
 
 
 def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
     """The studies that a query means; empty if it matches nothing.
 
+    Of several that are named, those that the peer does not know are among them: each ends as ``empty``.
+
     Raises
     ------
     InvalidQuery
-        More than ``max_studies`` match, or the peer ignores a key that the query depends on.
+        More than ``max_studies`` match a query that names none, or the peer leaves a key of the query out of all
+        its answers, and so does not match on it.
     NotNegotiated, OperationFailed
         C-FIND is needed and not to be had.
     """
@@ -136,26 +169,42 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> list[Scope]:
     if not query.studies and not any(f.value for f in study_filters):
         return _from_below(finder, query, lower, max_studies)
     found: dict[str, Scope] = {}
-    for row in _study_rows(finder, query.studies, study_filters):
+    for row in study_rows(finder, query.studies, study_filters):
         uid = i.text_value(row.get(h.STUDY_INSTANCE_UID))
-        if uid is None or not is_uid(uid) or (query.studies and uid not in query.studies):
-            continue
-        if not matches(row, study_filters):
-            continue
-        if uid not in found:
+        if uid is not None and is_uid(uid) and uid not in found:
             scope = found[uid] = _scope(query, uid, lower)
             note_patient(scope, row)
             classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
             scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
-    if len(found) > max_studies:
-        raise _too_many(len(found), max_studies)
-    if not found and finder.unreadable:
+    if not found:
+        check_answered(finder)
+    if not query.studies:
+        _check_count(len(found), max_studies)
+    elif found and not any(f.value for f in study_filters):
+        for study in query.studies:
+            found.setdefault(study, _scope(query, study, lower))
+    return list(found.values())
+
+
+def check_answered(finder: Finder, dropped: Dropped | None = None) -> None:
+    """Say why a search has found nothing, where the peer's answers are to blame.
+
+    Raises
+    ------
+    InvalidQuery
+        The peer leaves a key out of all its answers.
+    OperationFailed
+        It sent rows that cannot be read.
+    """
+    unsupported = (finder.dropped if dropped is None else dropped).unsupported()
+    if unsupported is not None:
+        raise unsupported
+    if finder.unreadable:
         raise OperationFailed(
             f"The source answered the C-FIND with {finder.unreadable} unreadable rows.",
             hint="Ask the PACS admin what its log says about the query.",
             status=0,
         )
-    return list(found.values())
 
 
 def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool = True) -> Scope:
@@ -176,30 +225,40 @@ def note_patient(scope: Scope, row: Row) -> None:
         scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
 
 
-def _study_rows(finder: Finder, studies: Sequence[str], filters: Sequence[Filter]) -> Iterator[Row]:
+def study_rows(
+    finder: Finder, studies: Sequence[str], filters: Sequence[Filter] = (), returned: Iterable[int] = _STUDY_KEYS
+) -> Iterator[Row]:
+    """The rows of studies that filters select; of named ones by lists, and then one by one what they did not bring."""
     keys: dict[int, str | Iterable[str]] = {f.tag: f.value for f in filters}
     if not studies:
-        yield from finder.rows("STUDY", keys, (h.STUDY_INSTANCE_UID, *_STUDY_KEYS))
+        yield from finder.rows("STUDY", keys, (h.STUDY_INSTANCE_UID, *returned))
         return
+    answered: set[str | None] = set()
     for start in range(0, len(studies), _LIST):
         part = studies[start : start + _LIST]
+        refused = False
         try:
-            yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: part}, _STUDY_KEYS)
-            continue
-        except OperationFailed:
+            for row in finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: part}, returned):
+                answered.add(i.text_value(row.get(h.STUDY_INSTANCE_UID)))
+                yield row
+        except OperationFailed:  # the peer takes no UID lists, perhaps
             if len(part) == 1:
                 raise
-        for study in part:  # the peer takes no UID lists
-            yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: study}, _STUDY_KEYS)
+            refused = True
+        if refused or (len(part) > 1 and not any(f.value for f in filters)):
+            for study in part:
+                if study not in answered:
+                    yield from finder.rows("STUDY", {**keys, h.STUDY_INSTANCE_UID: study}, returned)
 
 
-def _too_many(count: int, limit: int) -> InvalidQuery:
-    return InvalidQuery(
-        f"The query matches {count} studies; max_studies is {limit}. Nothing was fetched.",
-        hint="Narrow the query, or raise max_studies.",
-        count=count,
-        max_studies=limit,
-    )
+def _check_count(count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidQuery(
+            f"The query matches {count} studies; max_studies is {limit}. Nothing was fetched.",
+            hint="Narrow the query, or raise max_studies.",
+            count=count,
+            max_studies=limit,
+        )
 
 
 def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_studies: int) -> list[Scope]:
@@ -220,46 +279,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         uid = i.text_value(row.get(h.STUDY_INSTANCE_UID))
         if uid and is_uid(uid):
             studies.setdefault(uid)
-    if len(studies) > max_studies:
-        raise _too_many(len(studies), max_studies)
+    if not studies:
+        check_answered(finder)
+    _check_count(len(studies), max_studies)
     return [_scope(query, study, filters) for study in studies]
-
-
-def matches(row: Row, filters: Iterable[Filter]) -> bool:
-    """Whether a row satisfies the filters as far as its own values tell.
-
-    Raises
-    ------
-    InvalidQuery
-        The peer left the key out of its answer: it does not match on it, and would match everything.
-    """
-    for f in filters:
-        if not f.value:
-            continue
-        raw = row.get(f.tag)
-        if raw is None:
-            raise InvalidQuery(
-                f"The PACS does not support the key {f.keyword} at {f.level} level: its response does not contain it.",
-                hint="Omit this key, or use another one.",
-                keyword=f.keyword,
-            )
-        if f.vr in _EXACT_VRS and not _value_matches(f, raw):
-            return False
-    return True
-
-
-def _value_matches(f: Filter, raw: bytes) -> bool:
-    if not raw.isascii() or not f.value.isascii():
-        return True
-    have = [part.strip("\0 ") for part in raw.decode("ascii").split("\\")]
-    for wanted in f.value.split("\\"):
-        if f.vr == "DA" and "-" in wanted:
-            low, _, high = wanted.partition("-")
-            if any((not low or v >= low) and (not high or v <= high) for v in have if v):
-                return True
-        elif f.vr == "IS":
-            if any(v == wanted or v.lstrip("+0") == wanted.lstrip("+0") for v in have):
-                return True
-        elif any(fnmatchcase(v.upper(), wanted.upper().replace("[", "[[]")) for v in have):
-            return True
-    return False

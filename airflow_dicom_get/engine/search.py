@@ -25,7 +25,7 @@ from airflow_dicom_get.errors import InvalidQuery, OperationFailed
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-Find = Callable[[Mapping[str, Any], str, Sequence[str]], Iterable[Any]]
+Find = Callable[[Mapping[str, Any], str, Sequence[str]], Sequence[Any]]
 
 ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
 """Row counts at which a PACS that cuts its answer without a word does so."""
@@ -131,7 +131,14 @@ class Search:
         # Only UIDs are matched by lists in one query (PS3.4 C.2.2.2.2).
         for modality in self._modalities or [""]:
             asked = modality or study_keys.get("ModalitiesInStudy", "")
-            self._collect({**study_keys, "ModalitiesInStudy": asked}, rows)
+            try:
+                self._collect({**study_keys, "ModalitiesInStudy": asked}, rows)
+            except InvalidQuery as error:
+                # Some PACS know no ModalitiesInStudy, and match everything: then their series tell.
+                if not modality or error.facts.get("key") != "ModalitiesInStudy" or not _selects(study_keys):
+                    raise
+                self._collect({**study_keys, "ModalitiesInStudy": ""}, rows)
+                break
         found = []
         by_series = self._level == "SERIES" or bool(series_keys)
         for uid in sorted(rows):
@@ -186,9 +193,9 @@ class Search:
             by_level["SERIES"]["SeriesInstanceUID"] = list(parsed.series)
         return by_level["STUDY"], by_level["SERIES"]
 
-    def _ask(self, query: Mapping[str, Any], level: str) -> list[Any]:
+    def _ask(self, query: Mapping[str, Any], level: str) -> Sequence[Any]:
         self.queries += 1
-        return list(self._find(query, level, self._return_keys if level == "STUDY" else ()))
+        return self._find(query, level, self._return_keys if level == "STUDY" else ())
 
     def _collect(self, query: Mapping[str, Any], into: dict[str, Any]) -> None:
         """Ask, and by halves where the answer seems to be cut, down to a minute of a day."""
@@ -207,14 +214,14 @@ class Search:
             for row in rows:
                 if uid := first(getattr(row, "StudyInstanceUID", None)):
                     into.setdefault(uid, row)
-            if len(rows) in ROUND_CAPS:
+            # Counted as they came: a PACS cuts before we leave out what was not asked for.
+            if getattr(rows, "came", len(rows)) in ROUND_CAPS:
                 self.truncated = self.truncated or not halves
                 pending += halves
 
     def _study_item(self, row: Any, uid: str) -> Item | None:
         modalities = modalities_of(getattr(row, "ModalitiesInStudy", None))
         if self._modalities:
-            # Some PACS know no ModalitiesInStudy, and match everything.
             if not modalities:
                 modalities = _modalities_of_series(self._series(uid, {}).values())
             if not set(modalities) & set(self._modalities):
@@ -253,6 +260,10 @@ class Search:
             modalities=_modalities_of_series(series.values()),
             keys=self._keys(row),
         )
+
+
+def _selects(keys: Mapping[str, Any]) -> bool:
+    return any(bool(value) for key, value in keys.items() if key != "ModalitiesInStudy")
 
 
 def _modalities_of_series(rows: Iterable[Any]) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
+from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
 from airflow_dicom_get.engine.source import Source
@@ -76,14 +77,14 @@ def _serve(finder: Finder, queue: deque[SeriesInfo], list_series: ListSeries) ->
 
 def resolve_and_list(
     source: Source, association: Association, query: Query, max_studies: int, associations: int
-) -> tuple[list[Scope], Listing | None]:
-    """The studies that a query means, and the first list where it is a single one that can be listed."""
+) -> tuple[list[Scope], Listing | None, Dropped]:
+    """The studies that a query means, the first list where it is a single one that can be listed, and other rows."""
     finder = Finder(association)
     scopes = resolve(finder, query, max_studies)
     if len(scopes) != 1 or not scopes[0].listed:
-        return scopes, None
+        return scopes, None, finder.dropped
     try:
-        return scopes, list_study(finder, scopes[0], {}, Spread(source, associations))
+        return scopes, list_study(finder, scopes[0], {}, Spread(source, associations)), finder.dropped
     except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
         log.debug("could not be listed together with the others: %s", error.message)  # the study's own run will say it
-        return scopes, None
+        return scopes, None, finder.dropped

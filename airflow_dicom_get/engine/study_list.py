@@ -1,15 +1,24 @@
-"""Lists of studies in CSV files: named by UID or accession number, and labelled where that is asked for."""
+"""Lists of studies: in CSV files, by UID or accession number, labelled if asked for; and what a PACS has of them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.engine.matching import Dropped
+from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, check_answered, study_rows
+from airflow_dicom_get.errors import InvalidOption, InvalidQuery
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.source import Source
+    from airflow_dicom_get.net.association import Association
 
 UID, ACCESSION = "StudyInstanceUID", "AccessionNumber"
 
@@ -24,6 +33,87 @@ class ListedStudy:
     """``StudyInstanceUID`` or ``AccessionNumber``, the same for all of a file."""
     value: str
     label: str = ""
+
+
+@dataclass(slots=True)
+class FoundStudies:
+    """What a PACS has of one entry of a list."""
+
+    listed: ListedStudy
+    uids: tuple[str, ...] = ()
+    """Study Instance UIDs; an accession number may stand for several studies."""
+    problem: str = ""
+    """Why there are none, as the end of "no study …"; empty where there are some."""
+
+
+@dataclass(slots=True)
+class FoundList:
+    """What a PACS has of a list."""
+
+    entries: list[FoundStudies]
+    remarks: list[dict[str, Any]] = field(default_factory=list)
+    """What is to be said of the answers, as in ``Result.errors``; nothing of a patient."""
+
+
+def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int) -> FoundList:
+    """Find the studies of a list at a PACS, over one association.
+
+    An entry that the PACS does not know, or answers with other studies alone, costs itself and no other.
+
+    Parameters
+    ----------
+    retries : int
+        New associations in a row that may fail without progress; what was answered is not asked for again.
+
+    Raises
+    ------
+    InvalidQuery
+        The PACS does not support the key by which the list names its studies.
+    NotNegotiated, OperationFailed, and whatever ends an association
+    """
+    done: dict[ListedStudy, FoundStudies] = {}
+    dropped = Dropped()
+    unsupported: list[InvalidQuery] = []
+
+    def ask(association: Association) -> None:
+        finder = Finder(association)
+        uids = [one.value for one in listed if one.key == UID and one not in done]
+        if uids:
+            known = {i.text_value(row.get(h.STUDY_INSTANCE_UID)) for row in study_rows(finder, uids, returned=())}
+            for one in listed:
+                if one.key == UID:
+                    there = one.value in known
+                    done[one] = FoundStudies(one, (one.value,) if there else (), "" if there else "has this UID")
+            if not known:
+                check_answered(finder)
+            dropped.update(finder.dropped)
+        for one in listed:
+            if one not in done:
+                done[one] = by_accession(finder, one)
+
+    def by_accession(finder: Finder, one: ListedStudy) -> FoundStudies:
+        here = Dropped()
+        rows = finder.rows("STUDY", {i.ACCESSION_NUMBER: one.value}, (h.STUDY_INSTANCE_UID,), dropped=here)
+        uids = dict.fromkeys(
+            uid for row in rows if (uid := i.text_value(row.get(h.STUDY_INSTANCE_UID))) and is_uid(uid)
+        )
+        problem = ""
+        if not uids:
+            problem = "has this accession number"
+            try:
+                check_answered(finder, here)
+            except InvalidQuery as error:
+                unsupported.append(error)
+                problem += f": {error.message}"
+            else:
+                problem += "".join(f". {remark['error']}" for remark in here.remarks()).rstrip(".")
+        dropped.update(here)
+        return FoundStudies(one, tuple(uids), problem)
+
+    source.with_retries(retries, FIND_PROPOSALS, ask)
+    if unsupported and len(unsupported) == len(done):
+        raise unsupported[0]
+    return FoundList([done[one] for one in listed], dropped.remarks())
 
 
 def read_study_list(path: str, *, label: str | None = None, option: str = "csv") -> list[ListedStudy]:

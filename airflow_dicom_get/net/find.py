@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom.identifier import MAX_IDENTIFIER
-from airflow_dicom_get.dicom.status import describe, is_pending
-from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.dicom.status import CANCEL, describe, is_pending
+from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed, PeerError
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
 
+log = logging.getLogger(__name__)
+
+_CANCEL_GRACE = 5.0
+"""Seconds that a peer may go on with its answer after the C-CANCEL."""
+
 
 def c_find(
-    association: Association, model: str, identifier: bytes, *, row_seconds: float, max_rows: int
+    association: Association,
+    model: str,
+    identifier: bytes,
+    *,
+    row_seconds: float,
+    max_rows: int,
+    enough: Callable[[], bool] | None = None,
 ) -> Iterator[bytearray]:
     """Send a C-FIND and yield each matching identifier (implicit VR).
 
@@ -28,6 +41,9 @@ def c_find(
         Deadline per row, ``find_response``.
     max_rows : int
         A peer that sends more is aborted: the answer is without end.
+    enough : callable, optional
+        Asked after each row; once it is true, a C-CANCEL-RQ is sent (PS3.7 9.3.2.3) and what still comes is not
+        yielded. A peer that does not end its answer within five seconds is aborted; no error is raised then.
 
     Raises
     ------
@@ -85,6 +101,9 @@ def c_find(
                     node=str(association.node),
                 )
             yield row if row is not None else bytearray()
+            if enough is not None and enough():
+                _cancel(association, context_id, message_id)
+                return
             continue
         if status == 0:
             return
@@ -94,3 +113,26 @@ def c_find(
             node=str(association.node),
             status=status or 0,
         )
+
+
+def _cancel(association: Association, context_id: int, message_id: int) -> None:
+    """Cancel a C-FIND (PS3.4 C.4.1.3) and read what is on its way, so that the association can be used on."""
+    association.send_message(
+        context_id,
+        c.encode({c.COMMAND_FIELD: c.C_CANCEL_RQ, c.RESPONDED_MESSAGE_ID: message_id, c.DATASET_TYPE: c.NO_DATASET}),
+    )
+    limit = deadline(_CANCEL_GRACE)
+    try:
+        while True:
+            answer, _ = read_response(
+                association, context_id, message_id, c.C_FIND_RSP, limit, "find_response", MAX_IDENTIFIER
+            )
+            if answer.status is None or not is_pending(answer.status):
+                if answer.status not in (CANCEL, 0):
+                    log.info("%s answered the C-CANCEL with %s", association.node, describe(answer.status or 0))
+                return
+            if clock.monotonic() >= limit:
+                break
+    except PeerError as error:
+        log.info("after the C-CANCEL: %s", error.message)
+    association.abort()

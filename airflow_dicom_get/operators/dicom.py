@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -184,7 +184,7 @@ class DicomFindOperator(DicomTask):
         self._scu = scu = hook.get_scu()
         model = self.query_model or hook.query_model
 
-        def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Iterable[Any]:
+        def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Any:
             return scu.find(query, level=level, query_model=model, return_keys=return_keys)
 
         return Search(
@@ -383,13 +383,13 @@ class DicomGetOperator(TransferOperator):
         queries: Sequence[Mapping[str, Any]],
         model: str,
         name: str,
-        make: Callable[[Mapping[str, Any]], GetScu],
+        make: Callable[[], GetScu],
         progress: Progress,
     ) -> list[Result]:
         """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
         results: list[Result] = []
         for number, query in enumerate(queries):
-            self._scu = scu = make(query)
+            self._scu = scu = make()
             if self._killed:
                 results.append(report.never_begun())
                 break
@@ -406,15 +406,11 @@ class DicomGetOperator(TransferOperator):
         return results
 
 
-def _client(options: GetOptions, ends: float, query: Mapping[str, Any]) -> GetScu:
+def _client(options: GetOptions, ends: float) -> GetScu:
     """The client for one query, with what is left of the task's time."""
     from airflow_dicom_get.getscu import GetScu
 
-    studies = query.get("StudyInstanceUID")
-    # Whoever names each of them knows how many they are.
-    most = max(len(studies), options.max_studies) if isinstance(studies, list) else options.max_studies
-    deadlines = within(options.deadlines, ends - time.monotonic())
-    return GetScu.of(replace(options, max_studies=most, deadlines=deadlines))
+    return GetScu.of(replace(options, deadlines=within(options.deadlines, ends - time.monotonic())))
 
 
 class DicomStoreOperator(TransferOperator):

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from airflow_dicom_get.cli import main as cli
 from airflow_dicom_get.cli.inputs import query_of, read_studies
-from airflow_dicom_get.cli.output import printable, table_lines
+from airflow_dicom_get.cli.output import fitted, printable
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import read_manifest
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from tests.support.relay import Relay
 
 Run = subprocess.CompletedProcess[str]
 COMMAND = (sys.executable, "-m", "airflow_dicom_get.cli")
@@ -210,7 +212,14 @@ REFUSED: list[tuple[list[str], str]] = [
     (["get", "NODE", *WHAT, "--to", "out", "--called-ae", " "], "--called-ae: the AE title '' is blank"),
     (["get", "NODE", *WHAT, "--to", "out", "--no-such"], "--no-such is not an option of this verb"),
     (["get", "NODE", *WHAT, "--to", "out", "--verb"], "Did you mean --verbose?"),
-    (["find", "NODE"], "no studies are selected"),
+    (["find", "NODE"], "Give --study UID or -k KEY=VALUE, or --all."),
+    (["find", "NODE", "--all", *WHAT], "--all is given together with --study or -k"),
+    (["find", "NODE", "--all", "--limit", "few"], "--limit: 'few' is not a number of rows"),
+    (["get", "NODE", "--all", "--to", "out"], "--all is not an option of this verb"),
+    (["get", "NODE", "-k", "AccessionNumber=*", "--to", "out"], "selects nothing"),
+    (["get", "NODE", "-k", "StudyInstanceUID=*", "--to", "out"], "StudyInstanceUID contains a wildcard"),
+    (["plan", "NODE", "-k", "PatientID=*"], "PatientID contains a wildcard"),
+    (["find", "NODE", "-k", "PatientID=A*"], "PatientID contains a wildcard"),
     (["find", "NODE", "-k", "StudyDate=20240230"], "StudyDate contains a day that does not exist"),
     (["find", "NODE", *WHAT, "--level", "FRAME"], "--level: invalid choice"),
     (["find", "NODE", *WHAT, "--return-key", "Xyzzy"], "--return-key: 'Xyzzy' is not a DICOM keyword"),
@@ -332,12 +341,18 @@ class TestInputs:
     def test_csv(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "studies.csv"
         path.write_text(text, "utf-8", newline="")
-        assert read_studies(str(path)).uids == ("1.2", "1.3")
+        assert [(one.key, one.value) for one in read_studies(str(path))] == [
+            ("StudyInstanceUID", "1.2"),
+            ("StudyInstanceUID", "1.3"),
+        ]
 
     def test_csv_of_accession_numbers(self, tmp_path: Path) -> None:
         path = tmp_path / "studies.csv"
         path.write_text("AccessionNumber\nA1\nA2\nA1\n")
-        assert read_studies(str(path)).accessions == ((2, "A1"), (3, "A2"))
+        assert [(one.line, one.key, one.value) for one in read_studies(str(path))] == [
+            (2, "AccessionNumber", "A1"),
+            (3, "AccessionNumber", "A2"),
+        ]
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -361,10 +376,20 @@ class TestOutput:
     def test_text_of_a_peer_cannot_reach_the_terminal(self) -> None:
         assert printable("A\x1b[2J\tB\nC\x00é") == "A\\x1b[2J\\tB\\nC\\x00é"
 
-    def test_table(self) -> None:
-        rows: list[dict[str, Any]] = [{"a": "1", "b": None}, {"a": "long", "c": "x\ty"}]
-        assert table_lines(rows, aligned=False) == ["a\tb\tc", "1\t\t", "long\t\tx\\ty"]
-        assert table_lines(rows, aligned=True) == ["a     b  c", "1", "long     x\\ty"]
+    @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+    def test_a_table_fits_the_terminal(self, width: int) -> None:
+        uid = "1.2.826.0.1.3680043.8.498.12345678901234567890"
+        names = ["StudyInstanceUID", "PatientName", "StudyDate", "StudyDescription", "Empty"]
+        table = [names, [uid, "Ä^山田 [bold]", "20240131", "a description of more than twenty-eight", ""]]
+        lines, left_out = fitted(table, width)
+        assert max(map(cell_len, lines)) <= width
+        assert "".join(lines).replace(" ", "").startswith("StudyInstanceUID")
+        assert (uid in lines[-1]) == (width >= len(uid))
+        assert uid in "".join(line.split(" ")[0] for line in lines[1:])
+        assert left_out == {20: names[1:4], 40: names[1:4], 60: names[1:2] + names[3:4], 80: names[3:4]}.get(width, [])
+        if width >= 120:
+            assert "Ä^山田 [bold]" in lines[-1]
+            assert "a description of more than …" in lines[-1]
 
 
 # --- end to end --------------------------------------------------------------------------------------
@@ -599,6 +624,70 @@ class TestEnds:
                 get.send_signal(signal.SIGINT)
                 assert get.wait(30) == 130
         assert b"\r\x1b[2Kdicom-get: SIGINT, stopping" in shown
+
+
+class TestFindAll:
+    def test_everything_is_listed(self, run: Callable[..., Run], real: Any) -> None:
+        with EmbeddedPacs(real.folder) as server:
+            done = run("find", node_of(server), "--all", "--json")
+            studies = {row["StudyInstanceUID"] for row in json.loads(done.stdout)}
+            series = run("find", node_of(server), "--all", "--level", "series", "--json")
+        assert done.returncode == 0
+        held = set(server.archive.studies())
+        assert len(held) > 2
+        assert studies == {row["StudyInstanceUID"] for row in json.loads(series.stdout)} == held
+
+    @pytest.mark.parametrize(
+        "key", ["PatientName=*", "StudyInstanceUID=*", "PatientID=*", "AccessionNumber=*", "StudyDate=*"]
+    )
+    def test_a_lone_star_matches_everything(self, run: Callable[..., Run], pacs: EmbeddedPacs, key: str) -> None:
+        done = run("find", node_of(pacs), "-k", key)
+        assert done.returncode == 0
+        assert done.stderr == "dicom-get: 1 matches\n"
+
+    @pytest.mark.parametrize("mode", [None, "no_counts"])
+    def test_after_the_limit_it_is_cancelled_and_said(self, run: Callable[..., Run], mode: str | None) -> None:
+        with MisbehavingPacs(mode, series=1, instances=3000) as server, Relay("127.0.0.1", server.port) as relay:
+            node = f"PACS@127.0.0.1:{relay.port}"
+            done = run("find", node, "--all", "--level", "IMAGE", "--limit", "7")
+            commands = [kind for direction, kind, _ in relay.commands if direction == "up"]
+            exactly = run("find", node, "--all", "--level", "SERIES", "--limit", "1")
+            whole = run("find", node, "--all", "--level", "IMAGE", "--limit", "0")
+        assert done.returncode == 4
+        assert len(done.stdout.splitlines()) == 8
+        assert "cancelled after 7 rows: there may be more. Narrow the query, or raise --limit." in done.stderr
+        assert 0x0FFF in commands  # C-CANCEL-RQ (PS3.7 9.3.2.3)
+        assert (exactly.returncode, len(exactly.stdout.splitlines())) == (0, 2)
+        assert (whole.returncode, len(whole.stdout.splitlines())) == (0, 3001)
+        assert server.faults == []
+
+    def test_a_peer_that_ignores_the_cancel_is_aborted(self, run: Callable[..., Run]) -> None:
+        with MisbehavingPacs("find_endless") as server:
+            done = run("find", node_of(server), "--all", "--level", "IMAGE", "--limit", "5")
+        assert done.returncode == 4
+        assert len(done.stdout.splitlines()) == 6
+
+    def test_one_row_each_where_the_pacs_repeats_them(self, run: Callable[..., Run]) -> None:
+        for mode in ("find_row_per_instance", "find_duplicates"):
+            with MisbehavingPacs(mode) as server:
+                for level, count in (("STUDY", 1), ("SERIES", 2), ("IMAGE", 8)):
+                    done = run("find", node_of(server), "--all", "--level", level, "--limit", count)
+                    assert (done.returncode, len(done.stdout.splitlines())) == (0, count + 1), (mode, done.stderr)
+
+    def test_a_table_at_a_terminal_and_tabs_in_a_pipe(
+        self, environment: dict[str, str], run: Callable[..., Run], pacs: EmbeddedPacs, ct: Any, tmp_path: Path
+    ) -> None:
+        piped = run("find", node_of(pacs), "--all").stdout.splitlines()
+        assert piped[0].split("\t")[0] == "StudyInstanceUID"
+        assert piped[1].split("\t")[0] == ct.study
+        environment = {**environment, "TERM": "xterm", "COLUMNS": "90"}
+        argv = [*COMMAND, "find", node_of(pacs), "--all"]
+        with terminal() as (theirs, shown):
+            subprocess.run(argv, env=environment, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+        lines = shown.decode().splitlines()
+        assert lines[0].startswith("StudyInstanceUID ")
+        assert lines[1].startswith(ct.study + " ")
+        assert max(map(len, lines)) <= 90
 
 
 class TestPacs:

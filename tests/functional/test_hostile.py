@@ -171,6 +171,7 @@ def _cases() -> Iterator[Case]:
         "same_msgid", "pipelined", "dup_same", "failed_list_lies", "failed_list_in_command", "counters_lie",
         "no_pending", "unknown_status", "nostatus", "msgid", "b000_all_sent", "a702_all_sent", "second_final",
         "store_after_final", "lists_refused", "find_duplicates", "find_foreign_rows", "find_row_per_instance",
+        "find_prefix", "find_ignores_keys", "find_leaves_keys_out", "find_empties_keys", "find_folds",
         "no_counts", "no_classes", "abort_end", "stall_end", "reject_once_then_ok", "a702_then_ok",
     ):  # fmt: skip
         yield Case(mode, COMPLETE, (ALL, ALL))

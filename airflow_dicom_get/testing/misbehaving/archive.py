@@ -21,6 +21,8 @@ FOREIGN_STUDY_UID = "2.25.339999999999999999999999999999999999"
 
 PATIENT_NAME = "HOSTILE^PATIENT"
 PATIENT_ID = "HOSTILE1"
+ACCESSION = "HOSTILE-ACC"
+STUDY_DATE = "20240131"
 
 _BLOCK = 1 << 20
 _LONG_VRS = frozenset({b"OB", b"OW", b"SQ", b"UN", b"UT"})
@@ -53,6 +55,9 @@ class Instance:
     sop_class: str = CT
     syntax: str = wire.EXPLICIT_LE
     salt: int = 0
+    patient_id: str = PATIENT_ID
+    accession: str = ACCESSION
+    date: str = STUDY_DATE
 
     def elements(self) -> list[Element]:
         """All elements before the pixel data."""
@@ -60,11 +65,11 @@ class Instance:
             (0x00080005, b"CS", "ISO_IR 100"),
             (0x00080016, b"UI", self.sop_class),
             (0x00080018, b"UI", self.sop),
-            (0x00080020, b"DA", "20240131"),
+            (0x00080020, b"DA", self.date),
             (0x00080030, b"TM", "101112"),
             (0x00080060, b"CS", "CT"),
             (0x00100010, b"PN", PATIENT_NAME),
-            (0x00100020, b"LO", PATIENT_ID),
+            (0x00100020, b"LO", self.patient_id),
             (0x0020000D, b"UI", self.study),
             (0x0020000E, b"UI", self.series),
             (0x00200010, b"SH", "1"),
@@ -169,6 +174,18 @@ def another(like: Instance, number: int, *, study: str | None = None) -> Instanc
     return replace(like, study=study, series=series, sop=f"{series}{number:03}", number=number)
 
 
+def others(size: int) -> list[Instance]:
+    """Three more studies, of other patients: keys that begin alike, and keys that are altogether other ones."""
+    keys = (("HOSTILE12", f"{ACCESSION}2", "20240201"), ("HOSTILE13", f"{ACCESSION}33", "20230131"),
+            ("OTHER", "OTHER-ACC", "20240131"))  # fmt: skip
+    made = []
+    for number, (patient_id, accession, date) in enumerate(keys, 1):
+        study = f"2.25.{331 * 10**33 + number * 10**12}"
+        for instance in build(series=1, instances=2, size=size, pairs=((CT, wire.EXPLICIT_LE),), study=study):
+            made.append(replace(instance, patient_id=patient_id, accession=accession, date=date))
+    return made
+
+
 # --- identifiers -------------------------------------------------------------------------------
 
 
@@ -208,7 +225,7 @@ def _wanted(tag: int, value: str, wanted: str) -> bool:
         first, last = wanted.split("-", 1)
         return (first or "0") <= value <= (last or "9")
     pattern = re.escape(wanted).replace(r"\*", ".*").replace(r"\?", ".")
-    return any(re.fullmatch(pattern, v, re.IGNORECASE) for v in values)
+    return any(re.fullmatch(pattern, v, re.IGNORECASE if vr == b"PN" else 0) for v in values)
 
 
 def attributes(level: str, group: Sequence[Instance]) -> Row:
@@ -217,11 +234,11 @@ def attributes(level: str, group: Sequence[Instance]) -> Row:
     row = {
         0x00080052: level,
         0x00080054: "MISBEHAVING",
-        0x00080020: "20240131",
+        0x00080020: first.date,
         0x00080030: "101112",
-        0x00080050: "HOSTILE-ACC",
+        0x00080050: first.accession,
         0x00100010: PATIENT_NAME,
-        0x00100020: PATIENT_ID,
+        0x00100020: first.patient_id,
         0x00200010: "1",
         0x00081030: "HOSTILE STUDY",
         0x0020000D: first.study,
@@ -296,7 +313,7 @@ def select(request: Row, holdings: Sequence[Instance]) -> list[Instance]:
 
     def named(i: Instance) -> bool:
         if level == "PATIENT":
-            return PATIENT_ID in wanted
+            return i.patient_id in wanted
         own = {"STUDY": i.study, "SERIES": i.series, "IMAGE": i.sop}
         return own[level] in wanted and all(own[upper] == request[_UNIQUE_KEYS[upper]] for upper in above)
 

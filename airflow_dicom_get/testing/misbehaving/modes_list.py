@@ -106,6 +106,67 @@ class FindForeignRows(_AtFind):
         yield from archive.find(level, dict.fromkeys(query, ""), foreign, self.describe)
 
 
+class _Archive(Behaviour):
+    """Holds three more studies, of other patients, and sends them to whoever asks."""
+
+    stages = frozenset({FIND, GET})
+
+    def listing(self) -> Sequence[Instance]:
+        held = self.site.instances
+        return [*held, *archive.others(held[0].size)]
+
+    def holdings(self) -> Sequence[Instance]:
+        return self.listing()
+
+
+_UIDS = frozenset({0x00080018, 0x0020000D, 0x0020000E})
+_LEVEL = 0x00080052
+
+
+@mode("find_prefix")
+class FindPrefix(_Archive):
+    """Holds three more studies, and takes the beginning of an accession number or patient ID for all of it."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        prefixes = {t: v + "*" for t, v in query.items() if t in (0x00080050, 0x00100020) and v}
+        yield from super().rows(level, query | prefixes)
+
+
+@mode("find_ignores_keys")
+class FindIgnoresKeys(_Archive):
+    """Holds three more studies, and answers every C-FIND with all of the level, with the true values of the keys."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from super().rows(level, dict.fromkeys(query, "") | {_LEVEL: level})
+
+
+@mode("find_leaves_keys_out")
+class FindLeavesKeysOut(_Archive):
+    """Holds three more studies, ignores all keys but UIDs, and leaves them out of its answers."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from super().rows(level, {t: v for t, v in query.items() if t in _UIDS or t == _LEVEL or not v})
+
+
+@mode("find_empties_keys")
+class FindEmptiesKeys(FindLeavesKeysOut):
+    """Holds three more studies, ignores all keys but UIDs, and answers them with empty values."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        ignored = [tag for tag, value in query.items() if tag not in _UIDS and tag != _LEVEL and value]
+        for row in super().rows(level, query):
+            yield row | dict.fromkeys(ignored, "")
+
+
+@mode("find_folds")
+class FindFolds(_Archive):
+    """Holds three more studies, and matches text without regard to case and to leading zeros."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        folded = {t: v.lstrip("0").upper() for t, v in query.items() if t not in _UIDS and t != _LEVEL}
+        yield from super().rows(level, query | folded)
+
+
 @mode("find_hostile_rows")
 class FindHostileRows(_AtFind):
     """Adds rows of the study that was asked for with UIDs that are paths, empty, or hold control characters."""
