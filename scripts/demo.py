@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -146,9 +147,9 @@ def show_half(console: Console) -> bool:
         found = re.search(r"study ([\d.]+)", ready)
         assert found is not None
         study, (host, port) = found[1], node.split(":")
-        getscu = shutil.which("getscu")
+        getscu = dcmtk_getscu()
         if getscu is None:
-            console.print("  getscu is not installed; to see what it says: sudo apt-get install dcmtk\n")
+            console.print("  DCMTK's getscu is not installed; to see what it says: sudo apt-get install dcmtk\n")
         else:
             folder = HALF / "getscu"
             folder.mkdir(parents=True)
@@ -160,13 +161,29 @@ def show_half(console: Console) -> bool:
         )
 
 
+def dcmtk_getscu() -> str | None:
+    """DCMTK's getscu, if it is installed. In an activated environment pynetdicom's has the same name."""
+    own = Path(sys.executable).parent
+    folders = [folder for folder in os.get_exec_path() if Path(folder) != own]
+    return shutil.which("getscu", path=os.pathsep.join(folders))
+
+
 def run(console: Console, command: list[str]) -> int:
     """Run a command in the project's folder; print it, what it says and its exit status, which is returned."""
     console.print(f"  $ {shlex.join([Path(command[0]).name, *command[1:]])}", markup=False)
-    done = subprocess.run(command, cwd=home.ROOT, capture_output=True, text=True, timeout=120, check=False)
-    for line in (done.stderr + done.stdout).splitlines():
+    done = subprocess.run(
+        command,
+        cwd=home.ROOT,
+        stdout=subprocess.PIPE,
+        # In the order in which a terminal shows them.
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    for line in done.stdout.splitlines():
         console.print(f"  {line}", markup=False)
-    said = "" if done.stderr or done.stdout else ", not a word"
+    said = "" if done.stdout else ", not a word"
     console.print(f"  [bold]exit status {done.returncode}[/]{said}")
     return done.returncode
 

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("airflow") is None, reason="needs the airflow extra"),
 ]
 
+PATH = os.pathsep.join(folder for folder in os.get_exec_path() if Path(folder) != Path(sys.executable).parent)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 
 
@@ -34,7 +35,12 @@ def printed(folder: Path) -> list[str]:
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, str(SCRIPT)],
-            env={**os.environ, "DICOM_DEMO_FOLDER": str(folder)},
+            # As in an activated environment, in which pynetdicom has a getscu too.
+            env={
+                **os.environ,
+                "DICOM_DEMO_FOLDER": str(folder),
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), PATH]),
+            },
             capture_output=True,
             text=True,
             check=False,
@@ -60,7 +66,7 @@ def test_half_a_study_is_noticed_and_getscu_does_not(printed: list[str], folder:
         ours = half.partition("$ dicom-get get")[2]
         assert "4 of 8 instances listed are held, 4 not held" in ours
         assert ours.rstrip().endswith("exit status 3")
-        if shutil.which("getscu"):
+        if shutil.which("getscu", path=PATH):
             theirs = half.partition("$ getscu")[2].partition("$ dicom-get")[0]
             assert "exit status 0, not a word" in theirs
             assert "4 files in " in theirs
