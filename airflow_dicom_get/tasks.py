@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import task, task_group
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.engine.items import Item, make_item, pack
-from airflow_dicom_get.engine.matching import remark_text
-from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.engine.study_list import ListedStudy
 
 __all__ = ["final_errors", "find_cohort", "report", "retrieve"]
 
@@ -165,6 +166,9 @@ def find_cohort(
     :return: lists of one Item each, or of more if there are more than Airflow can map over
     :raises AirflowFailException: the file is malformed, a row has no study, or the PACS refuses
     """
+    from airflow_dicom_get.engine.matching import remark_text
+    from airflow_dicom_get.engine.study_list import read_study_list
+
     with final_errors():
         if unknown not in UNKNOWN:
             raise invalid("unknown", f"{shown(unknown)} is not allowed", f"Give {' or '.join(UNKNOWN)}.")
