@@ -41,7 +41,7 @@ def _close(self: AssociationSocket) -> None:
 
 
 # pynetdicom, the tests' client, leaves a socket open whose peer was quicker to shut it down.
-AssociationSocket._shutdown_socket = _close
+AssociationSocket._shutdown_socket = _close  # type: ignore[method-assign]
 
 _NEEDS = {"dcmtk": ("dcmqrscp", "dcmtk"), "orthanc": ("Orthanc", "orthanc")}
 

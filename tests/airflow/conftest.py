@@ -95,7 +95,7 @@ class Run:
         from airflow import settings
 
         wanted = {"dag_id": self.dag_id, "run_id": self.run_id, "task_id": task_id, "map_index": map_index, **more}
-        with settings.Session() as session:
+        with settings.get_session()() as session:
             return list(session.query(model).filter_by(**wanted))
 
     def task(self, task_id: str, map_index: int = -1) -> Any:
@@ -253,7 +253,7 @@ def connect_bucket(monkeypatch):
     from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, SECRET_KEY
 
     def make(server: Any, kind: str = "dicom_s3") -> None:
-        keys = {"conn_type": kind, "login": ACCESS_KEY, "password": SECRET_KEY}
+        keys: dict[str, Any] = {"conn_type": kind, "login": ACCESS_KEY, "password": SECRET_KEY}
         if kind == "aws":
             keys["extra"] = {"endpoint_url": f"http://127.0.0.1:{server.port}"}
         else:

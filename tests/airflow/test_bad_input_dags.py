@@ -133,7 +133,7 @@ def test_there_is_no_night_to_analyse(run_dag, load, tmp_path):
     from airflow import settings
     from airflow.models.asset import AssetEvent  # noqa: TID251
 
-    with settings.Session() as session:
+    with settings.get_session()() as session:
         session.query(AssetEvent).delete()
         session.commit()
     run = run_dag(load("analyse_manifest"), run_conf={"folder": str(tmp_path)})

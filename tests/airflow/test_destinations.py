@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pandas  # noqa: F401  # imported before times are taken
@@ -207,6 +208,7 @@ def test_the_limits_of_both_nodes_hold(monkeypatch, tmp_path):
     hook = DicomHook("pacs")
     options = hook.options(destination="dicom://archive", associations=1)
     assert options.bytes_per_second == 1_000_000
+    assert options.forward_target is not None
     assert options.forward_target.calling_ae_title == "SENDER"
     assert hook.options(destination="dicom://archive", associations=2).bytes_per_second == 2_000_000
     with pytest.raises(InvalidOption, match="max_associations of the connection archive, which is 2"):
@@ -228,6 +230,7 @@ def test_the_hours_of_both_nodes_hold(monkeypatch, tmp_path):
     )
     hook = DicomHook("pacs")
     options = hook.options(destination="dicom://archive")
+    assert options.window is not None
     noon = datetime(2026, 1, 10, 12, tzinfo=UTC)
     # 20:00 to 02:00 in New York is 01:00 to 07:00 in UTC.
     assert options.window.opens_at(noon, options.timezone) == datetime(2026, 1, 11, 1, tzinfo=UTC)
@@ -251,7 +254,7 @@ def test_the_hours_of_both_nodes_hold(monkeypatch, tmp_path):
 @pytest.fixture
 def sigterm():
     """Kill the task once, and take the time until its end."""
-    times = {}
+    times: dict[str, Any] = {}
 
     def kill():
         if "killed" not in times:
@@ -364,7 +367,7 @@ def test_sigterm_ends_uploads_soon_though_the_service_does_not_answer(
 
 # --- bad input -------------------------------------------------------------------------------------
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no_connection": ({"destination": "s3://nowhere@bucket/x"}, "nowhere"),
     "no_node": ({"destination": "dicom://nowhere"}, "as type DICOM"),
     "nothing_named": ({"destination": "s3://bucket/x"}, "names no connection"),

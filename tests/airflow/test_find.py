@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from types import MethodType
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG
@@ -80,7 +81,7 @@ def test_nothing_found_is_what_the_dag_says_it_is(run_dag, pacs):
     assert run.xcom("skip", "summary")["matched"] == 0
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "nothing": {"study_date": None},
     "blank": {"study_date": "{{ '' }}"},
     "twice": {"query": {"StudyDate": "20240101"}},

@@ -31,7 +31,7 @@ def answer(target):
 
     def wait_and_say(word):
         while not over.wait(0.3):
-            with settings.Session() as session:
+            with settings.get_session()() as session:
                 waiting = session.query(TaskInstance, HITLDetail).join(HITLDetail, HITLDetail.ti_id == TaskInstance.id)
                 found = waiting.filter(TaskInstance.state == "awaiting_input").first()
                 if found is None:

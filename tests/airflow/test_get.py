@@ -8,6 +8,7 @@ import signal
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -232,7 +233,7 @@ def test_a_pacs_that_is_down_is_tried_again_and_one_without_the_study_is_not(
     assert len(run.xcom("unknown")) == 0
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "nothing": {"study": None},
     "both": {"query": {"StudyDate": STUDY_DATE}},
     "blank_study": {"study": "{{ '' }}"},
@@ -342,7 +343,7 @@ def test_a_manifest_over_the_hard_limit_is_said_to_be_and_not_tried_again(
 
 
 def test_sigterm_ends_the_task_soon_and_the_next_try_resumes(run_dag, pacs, archive, tmp_path):
-    times = {}
+    times: dict[str, Any] = {}
 
     def kill(uid):
         time.sleep(0.02)
@@ -431,7 +432,7 @@ def test_the_timeout_of_airflow_itself_leaves_nothing_behind(run_dag, pacs, arch
 @pytest.fixture
 def hours(monkeypatch):
     """Let the connection have hours, which the test sets to the second."""
-    spans = []
+    spans: list[tuple[datetime, datetime]] = []
     monkeypatch.setattr(Window, "_around", lambda self, moment, zone: spans)
     monkeypatch.setenv("AIRFLOW_CONN_PACS", os.environ["AIRFLOW_CONN_PACS"] + "/?window=22%3A00-06%3A00")
     return spans

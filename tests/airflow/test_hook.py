@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowNotFoundException
@@ -74,7 +75,7 @@ def test_numbers_and_texts_mean_the_same(connect, write):
 
 
 def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect, tmp_path):
-    extra = {"use_tls": True}
+    extra: dict[str, Any] = {"use_tls": True}
     for field in ("tls_cert_file", "tls_key_file"):
         extra[field] = str(tmp_path / field)
         (tmp_path / field).touch()

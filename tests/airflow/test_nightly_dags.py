@@ -28,7 +28,7 @@ def events(name: str) -> list[dict]:
     from airflow import settings
     from airflow.models.asset import AssetEvent, AssetModel  # noqa: TID251
 
-    with settings.Session() as session:
+    with settings.get_session()() as session:
         found = session.query(AssetEvent).join(AssetModel, AssetModel.id == AssetEvent.asset_id)
         return [event.extra for event in found.filter(AssetModel.name == name).order_by(AssetEvent.id)]
 
@@ -102,7 +102,7 @@ def test_a_night_with_something_missing_is_published_and_fails_and_tells(
 
 
 def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, prefix, monkeypatch):
-    spans = []
+    spans: list[tuple[datetime, datetime]] = []
 
     def soon(self, moment, zone):
         # Hours that begin a second after somebody first asks for them.
@@ -142,6 +142,7 @@ def test_a_night_that_is_late_tells(load_dag, letters, monkeypatch):
     from airflow.models.deadline import Deadline  # noqa: TID251
     from airflow.models.serialized_dag import SerializedDagModel  # noqa: TID251
     from airflow.triggers.callback import CallbackTrigger
+    from airflow.utils.state import DagRunState
     from airflow.utils.types import DagRunTriggeredByType, DagRunType
 
     # Other tests may have stored it a moment ago, without its deadline.
@@ -150,13 +151,15 @@ def test_a_night_that_is_late_tells(load_dag, letters, monkeypatch):
     bag = DagBag(dag_folder=os.devnull, bundle_name="dags-folder")
     bag.bag_dag(load_dag("nightly_to_s3"))
     sync_bag_to_db(bag, "dags-folder", None)
-    with settings.Session() as session:
-        run = SerializedDagModel.get_dag("nightly_to_s3", session=session).create_dagrun(
+    with settings.get_session()() as session:
+        dag = SerializedDagModel.get_dag("nightly_to_s3", session=session)
+        assert dag is not None
+        run = dag.create_dagrun(
             run_id="scheduled__late",
             run_after=datetime.now(UTC),
             run_type=DagRunType.SCHEDULED,
             triggered_by=DagRunTriggeredByType.TEST,
-            state="queued",
+            state=DagRunState.QUEUED,
             session=session,
         )
         session.flush()

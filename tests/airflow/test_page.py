@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG
@@ -105,6 +106,7 @@ def kept():
     from airflow.models.dagrun import DagRun  # noqa: TID251
     from airflow.models.task_state_store import TaskStateStoreModel  # noqa: TID251
     from airflow.models.xcom import XComModel  # noqa: TID251
+    from airflow.utils.state import DagRunState
     from sqlalchemy import delete, insert
 
     dag_ids = set()
@@ -112,8 +114,8 @@ def kept():
     def keep(dag_id: str, tasks: list[dict], run_id: str = "manual__1", moment: datetime | None = None) -> None:
         dag_ids.add(dag_id)
         moment = moment or datetime.now(UTC) - timedelta(hours=1)
-        with settings.Session() as session:
-            run = DagRun(dag_id=dag_id, run_id=run_id, run_type="manual", state="running", run_after=moment)
+        with settings.get_session()() as session:
+            run = DagRun(dag_id=dag_id, run_id=run_id, run_type="manual", state=DagRunState.RUNNING, run_after=moment)
             session.add(run)
             session.flush()
             instances, xcoms, stored = [], [], []
@@ -151,7 +153,7 @@ def kept():
             session.commit()
 
     yield keep
-    with settings.Session() as session:
+    with settings.get_session()() as session:
         for dag_id in dag_ids:
             session.execute(delete(TaskInstance).where(TaskInstance.dag_id == dag_id))
             session.execute(delete(DagRun).where(DagRun.dag_id == dag_id))
@@ -170,11 +172,11 @@ def test_every_route_asks_for_a_session_the_view_and_the_dag(server, page, kept)
 
     kept(SECRET_DAG, [{"state": "success", "summary": summary()}])
     kept("page_open", [{"state": "success", "summary": summary()}])
-    routes = [route.path for route in app.routes]
+    routes: list[Any] = list(app.routes)
     assert len(routes) == 5
-    assert all(route.methods == {"GET"} for route in app.routes)
+    assert all(route.methods == {"GET"} for route in routes)
     for route in routes:
-        path = route.replace("{run_id}", "manual__1").replace("{task_id}", "get").replace("{map_index}", "0")
+        path = route.path.replace("{run_id}", "manual__1").replace("{task_id}", "get").replace("{map_index}", "0")
         path = path.replace("{name}", "page.css")
         secret, shown = path.replace("{dag_id}", SECRET_DAG), path.replace("{dag_id}", "page_open")
         assert "{" not in secret
@@ -299,7 +301,7 @@ def test_filters_stand_in_the_address(page, kept):
 
     def found(query: str) -> list[str]:
         rows = rows_of(page(f"/?dag_id=page_filters&{query}").text)
-        return sorted(re.search(r"2\.\d", row)[0] for row in rows)
+        return sorted(re.findall(r"2\.\d", row)[0] for row in rows)
 
     assert found("") == []
     assert found("since=2026-03-05&until=2026-03-05") == ["2.1", "2.2", "2.3", "2.4"]
@@ -364,6 +366,7 @@ def test_the_chart_says_how_fast_it_was(kept):
         tasks[0] = {"state": "failed", "summary": summary("partial", 1, bytes=0, duration_seconds=50)}
         kept("page_chart", tasks, run_id=f"manual__{day}", moment=begin + timedelta(days=day))
     chart = chart_of(retrievals(["page_chart"], begin, begin + timedelta(days=20)))
+    assert chart is not None
     assert chart.step == "6 hours"
     assert len(chart.dots) == 10
     assert [y for _, y, _ in chart.dots] == sorted((y for _, y, _ in chart.dots), reverse=True)

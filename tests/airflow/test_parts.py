@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -109,7 +110,7 @@ def test_a_bad_study_is_named_before_anything_is_sent(study, word):
 
 
 def test_bad_studies_of_a_list_can_be_left_out_but_not_all_of_them():
-    left_out = []
+    left_out: list[Any] = []
     assert study_queries(["1.2", "bad"], skip=left_out.append)[0]["StudyInstanceUID"] == ["1.2"]
     assert [error.option for error in left_out] == ["study"]
     with pytest.raises(InvalidOption, match="without a valid study"):
@@ -141,8 +142,12 @@ def test_the_configured_root_is_for_transfers_to_a_node(monkeypatch):
     assert resolve_destinations("dicom://B@host:104").root is None
     monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_ROOT", "/manifests")
     assert resolve_destinations("/data").root is None
-    assert str(resolve_destinations("/data", manifest_root="/own").root.destination) == "/own"
-    assert str(resolve_destinations("dicom://B@host:104").root.destination) == "/manifests"
+    own = resolve_destinations("/data", manifest_root="/own").root
+    assert own is not None
+    assert str(own.destination) == "/own"
+    configured = resolve_destinations("dicom://B@host:104").root
+    assert configured is not None
+    assert str(configured.destination) == "/manifests"
 
 
 # --- outcome ---------------------------------------------------------------------------------------
@@ -231,7 +236,8 @@ class Clock:
 
 class Store:
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.writes = clock, []
+        self.clock = clock
+        self.writes: list[tuple[float, str, Any]] = []
 
     def set(self, key, value):
         self.writes.append((self.clock.now, key, value))

@@ -84,9 +84,10 @@ def test_airflow_finds_the_connection_type_and_the_configuration():
     from airflow.sdk.configuration import conf
     from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 
-    hooks = ProvidersManagerTaskRuntime().hooks
-    assert hooks["dicom"].hook_class_name == "airflow_dicom_get.hooks.dicom.DicomHook"
-    assert hooks["dicom"].connection_id_attribute_name == "dicom_conn_id"
+    hook = ProvidersManagerTaskRuntime().hooks["dicom"]
+    assert hook is not None
+    assert hook.hook_class_name == "airflow_dicom_get.hooks.dicom.DicomHook"
+    assert hook.connection_id_attribute_name == "dicom_conn_id"
     assert conf.getint("dicom_get", "manifest_xcom_max_bytes") == 1048576
 
 

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG
@@ -117,7 +118,7 @@ def test_a_pacs_that_is_down_is_asked_again(run_dag, pacs, archive, deferrable):
     assert "could not be queried" in run.log
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "nothing": {},
     "both": {"study": "1.2", "query": {"StudyDate": "today"}},
     "blank": {"study": "{{ '' }}"},

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG
@@ -136,7 +137,7 @@ def test_another_try_sends_what_is_missing(run_dag, pacs, archive, target, tmp_p
 def test_sigterm_ends_it_soon_and_the_next_try_goes_on(run_dag, archive, target, tmp_path, root, monkeypatch):
     from airflow_dicom_get.net.store import StoreChannel
 
-    times = {"sent": 0}
+    times: dict[str, Any] = {"sent": 0}
     begin = StoreChannel.begin
 
     def slowly(self, *args):
@@ -169,7 +170,7 @@ def test_sigterm_ends_it_soon_and_the_next_try_goes_on(run_dag, archive, target,
 @pytest.fixture
 def hours(monkeypatch, target):
     """Let the connection have hours, which the test sets to the second."""
-    spans = []
+    spans: list[tuple[datetime, datetime]] = []
     monkeypatch.setattr(Window, "_around", lambda self, moment, zone: spans)
     monkeypatch.setenv("AIRFLOW_CONN_ARCHIVE", os.environ["AIRFLOW_CONN_ARCHIVE"] + "/?window=22%3A00-06%3A00")
     return spans
@@ -210,7 +211,7 @@ def test_outside_the_hours_it_can_fail_or_not_mind(run_dag, archive, target, roo
     assert run.task("ignores").state == "success"
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "manifest, source: none"),
     "both": ({"manifest": "/m.parquet", "source": "/data"}, "manifest and source are given"),
     "blank": ({"source": "{{ '' }}"}, "rendered to an empty string"),

@@ -17,6 +17,7 @@ from airflow import settings  # noqa: E402
 from airflow.models import TaskInstance  # noqa: E402, TID251
 from airflow.models.dagrun import DagRun  # noqa: E402, TID251
 from airflow.models.xcom import XComModel  # noqa: E402, TID251
+from airflow.utils.state import DagRunState  # noqa: E402
 from sqlalchemy import insert  # noqa: E402
 
 DAG_ID = "nightly_archive"
@@ -27,11 +28,11 @@ def main(a_night: int | None = None) -> None:
     chance = random.Random(7)
     settings.initialize()
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    with settings.Session() as session:
+    with settings.get_session()() as session:
         for night in range(NIGHTS, 0, -1):
             begun = midnight - timedelta(days=night, hours=2)
             run_id = f"scheduled__{begun.isoformat()}"
-            run = DagRun(dag_id=DAG_ID, run_id=run_id, run_type="scheduled", state="success", run_after=begun)
+            run = DagRun(dag_id=DAG_ID, run_id=run_id, run_type="scheduled", state=DagRunState.SUCCESS, run_after=begun)
             session.add(run)
             session.flush()
             instances, xcoms = [], []

@@ -120,7 +120,7 @@ def _texts_of_the_code() -> list[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                texts.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+                texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
     return texts
 
 

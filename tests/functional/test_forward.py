@@ -581,9 +581,9 @@ class TestResume:
         for sop in sorted(held.entries)[:3]:
             held.entries[sop].path.unlink()
         emptied = embedded(tmp_path / "dest", ae_title="DEST", port=0)
-        moved = type("Moved", (), {"ae_title": "DEST", "port": destination.port})
+        port = destination.port
         destination.stop()
-        renewed = embedded(tmp_path / "dest", ae_title="DEST", port=moved.port)
+        renewed = embedded(tmp_path / "dest", ae_title="DEST", port=port)
         result = forward(embedded(private.folder), renewed, tmp_path / "state", private.study)
         assert (result.verdict, result.skipped) == ("complete", 9)
         assert emptied.total_associations == 0
@@ -617,8 +617,8 @@ class TestResume:
         """kill -9 at a random moment: the resume completes, and at most one instance goes twice."""
         rng = random.Random(f"{os.environ.get('KILL_SEED', '1')} {to} {seed}")
         with OddDestination(delay=lambda number: 0.01) as odd:
-            target = odd if to == "odd" else request.getfixturevalue("storescp_all")
-            line = relay(target, latency=0.002)
+            target: Any = odd if to == "odd" else request.getfixturevalue("storescp_all")
+            line: Any = relay(target, latency=0.002)
             line.ae_title = target.ae_title
 
             def began() -> Counter[str]:

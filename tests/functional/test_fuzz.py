@@ -32,7 +32,7 @@ from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 
 EXAMPLES = int(os.environ.get("FUZZ_ASSOCIATIONS", "12"))
-SHORT = {
+SHORT: dict[str, Any] = {
     "connect": 1.0, "acse": 0.3, "find_response": 0.3, "next_object": 0.3, "idle": 0.3, "min_rate_window": 0.3,
     "release": 0.1, "operation": 3.0,
 }  # fmt: skip

@@ -34,7 +34,7 @@ from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE,
 pytestmark = pytest.mark.slow
 
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
-DEADLINES = {
+DEADLINES: dict[str, Any] = {
     "connect": 2.0,
     "acse": 0.8,
     "find_response": 0.8,
@@ -276,7 +276,7 @@ def _growing(record: dict[str, Any]) -> None:
 def _borders(size: int, count: int) -> list[int]:
     """Where the PDUs of the first ``count`` instances end in the answer to a C-GET-RQ of a study."""
     uid = build(series=1, instances=1, size=size, pairs=[(CT, EXPLICIT_LE)])[0].sop
-    store = {
+    store: dict[int, wire.Value] = {
         wire.CLASS: CT,
         wire.FIELD: 1,
         wire.MESSAGE_ID: 1,
@@ -285,7 +285,13 @@ def _borders(size: int, count: int) -> list[int]:
         wire.INSTANCE: uid,
     }
     counters = dict.fromkeys((wire.REMAINING, wire.COMPLETED, wire.FAILED, wire.WARNING), 0)
-    answer = {wire.CLASS: STUDY_ROOT_GET, wire.FIELD: 1, wire.RESPONDED_ID: 1, wire.DATA_SET_TYPE: 1, wire.STATUS: 1}
+    answer: dict[int, wire.Value] = {
+        wire.CLASS: STUDY_ROOT_GET,
+        wire.FIELD: 1,
+        wire.RESPONDED_ID: 1,
+        wire.DATA_SET_TYPE: 1,
+        wire.STATUS: 1,
+    }
     room = 131072 - 6
     data = [min(room, size - at) + 12 for at in range(0, size, room)]
     one = [len(wire.command(store)) + 12, *data, len(wire.command(answer | counters)) + 12]
@@ -300,7 +306,7 @@ def _more_cases() -> Iterator[tuple[str, Case]]:
         "cmd_garbage", "pdu_huge", "pdu_unknown", "pdv_short", "interleave", "ctx_switch", "pending_slow", "find_drops",
         "find_silent", "success_zero", "get_fails",
     ):  # fmt: skip
-        peer = {"heal_after": 1}
+        peer: dict[str, Any] = {"heal_after": 1}
         yield (
             f"{mode}, healed",
             Case(mode, COMPLETE, (ALL, ALL), peer, alone=mode in ("ac_huge", "pdu_huge"), seconds=12),
@@ -529,11 +535,8 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Run:
     root = tmp_path_factory.mktemp("hostile")
-    wanted = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if "name" in getattr(item, "callspec", _NONE).params
-    }
+    every = [getattr(item, "callspec", _NONE).params for item in request.session.items]
+    wanted = {params["name"] for params in every if "name" in params}
     names = [name for name in CASES if name in wanted or not wanted]
     # One arena for all threads: what is measured is what is in use, not what malloc keeps for each thread.
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_ARENA_MAX": "1"}

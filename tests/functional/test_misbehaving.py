@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
 
 from airflow_dicom_get.testing import misbehave
 from airflow_dicom_get.testing.misbehave import MODES, MisbehavingPacs, many_pairs
@@ -46,15 +48,19 @@ class Client:
         pairs = sorted({(i.sop_class, i.syntax) for i in pacs.instances})[:120]
         for sop_class, syntax in pairs:
             ae.add_requested_context(sop_class, syntax)
-        items = [build_role(c, scp_role=True) for c in sorted({c for c, _ in pairs})] if roles else []
-        handlers = [(evt.EVT_C_STORE, self._store)]
+        items: list[Any] = [build_role(c, scp_role=True) for c in sorted({c for c, _ in pairs})] if roles else []
+        handlers: list[Any] = [(evt.EVT_C_STORE, self._store)]
         self.assoc: Association = ae.associate(
             "127.0.0.1", pacs.port, ae_title=called, ext_neg=items, evt_handlers=handlers
         )
 
     def _store(self, event: evt.Event) -> int:
-        data = event.request.DataSet.getvalue()
-        self.received.append((event.request.AffectedSOPInstanceUID, event.context.transfer_syntax, data))
+        request = event.request
+        assert isinstance(request, C_STORE)
+        assert request.DataSet is not None
+        assert request.AffectedSOPInstanceUID is not None
+        data = request.DataSet.getvalue()
+        self.received.append((request.AffectedSOPInstanceUID, event.context.transfer_syntax, data))
         return 0x0000
 
     def find(self, level: str, **keys: str) -> list[Dataset]:
@@ -62,7 +68,7 @@ class Client:
         query.QueryRetrieveLevel = level
         for keyword, value in keys.items():
             setattr(query, keyword, value)
-        answers = list(self.assoc.send_c_find(query, FIND))
+        answers: list[tuple[Dataset, Any]] = list(self.assoc.send_c_find(query, FIND))
         assert answers[-1][0].Status == 0x0000
         return [row for status, row in answers if status.Status == 0xFF00]
 
@@ -155,14 +161,20 @@ class Raw:
         """Send a C-GET-RQ for the study."""
         self._request(3, GET, wire.C_GET, [(0x00080052, b"CS", "STUDY"), (0x0020000D, b"UI", archive.STUDY_UID)])
 
-    def list(self) -> None:
+    def ask_list(self) -> None:
         """Send a C-FIND-RQ for the instances of the study."""
         level = (0x00080052, b"CS", "IMAGE")
         keys = [(0x00080016, b"UI", ""), (0x00080018, b"UI", ""), (0x0020000D, b"UI", archive.STUDY_UID)]
         self._request(1, FIND, wire.C_FIND, [*keys[:2], level, keys[2]])
 
     def _request(self, context: int, sop_class: str, field: int, keys: list[archive.Element]) -> None:
-        fields = {wire.CLASS: sop_class, wire.FIELD: field, wire.MESSAGE_ID: 7, wire.PRIORITY: 0, wire.DATA_SET_TYPE: 1}
+        fields: dict[int, wire.Value] = {
+            wire.CLASS: sop_class,
+            wire.FIELD: field,
+            wire.MESSAGE_ID: 7,
+            wire.PRIORITY: 0,
+            wire.DATA_SET_TYPE: 1,
+        }
         identifier = archive.encode(keys, wire.IMPLICIT_LE)
         self.sock.sendall(wire.p_data(context, 3, wire.command(fields)) + wire.p_data(context, 2, identifier))
 
@@ -177,7 +189,8 @@ class Raw:
 
     def message(self) -> tuple[int, dict[int, bytes], list[bytes]]:
         """The next message: context of its command, command elements, data fragments."""
-        command, data, fields, context = b"", [], None, 0
+        data: list[bytes] = []
+        command, fields, context = b"", None, 0
         while True:
             for number, flags, payload in self.items():
                 if flags & 1:
@@ -350,7 +363,7 @@ def _naive(mode: str) -> list[str]:
                 kind, _ = raw.pdu() if mode != "ac_huge" else raw.header()
                 if kind == wire.ASSOCIATE_AC:
                     if "find" in MODE_CLASSES[mode].stages:
-                        raw.list()
+                        raw.ask_list()
                         for _ in range(20):
                             if raw.message()[1][wire.STATUS] != b"\x00\xff":
                                 break

@@ -62,7 +62,7 @@ def test_the_metadata(metadata, wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     needs = metadata.get_all("Requires-Dist")
-    plain = {re.match(r"[\w-]+", need)[0] for need in needs if "extra ==" not in need}
+    plain = {re.findall(r"^[\w-]+", need)[0] for need in needs if "extra ==" not in need}
     assert plain == {"boto3", "pandas", "pyarrow", "pynetdicom", "pydicom", "rich"}
     assert [need for need in needs if need.startswith("apache-airflow<")] == [
         "apache-airflow<4,>=3.3.1; extra == 'airflow'",

@@ -135,7 +135,7 @@ def test_a_profile_that_is_not_there_is_refused(file: Path) -> None:
     ("addr", "options"), [("OTHER@{}", {}), ("PACS@{}", {"calling_ae_title": "OTHER"}), ("PACS@127.0.0.1:104", {})]
 )
 def test_a_profile_of_another_node_is_refused(
-    embedded: Embedded, ct: Holding, file: Path, addr: str, options: dict[str, str]
+    embedded: Embedded, ct: Holding, file: Path, addr: str, options: dict[str, Any]
 ) -> None:
     host = f"127.0.0.1:{embedded(ct.folder).port}"
     probed(host, ct.study, file, called_ae_title="PACS")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu, clock
-from airflow_dicom_get.engine import source as engine_source
+from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc
@@ -44,7 +44,7 @@ class AfterSome:
 
 
 @pytest.mark.parametrize("options", [{}, FOUR], ids=["one", "four"])
-def test_the_embedded_pacs_restarts(ct: Holding, tmp_path: Path, options: dict[str, int]) -> None:
+def test_the_embedded_pacs_restarts(ct: Holding, tmp_path: Path, options: dict[str, Any]) -> None:
     with EmbeddedPacs(ct.folder) as first:
         later: list[EmbeddedPacs] = []
         threads: list[threading.Thread] = []
@@ -127,7 +127,7 @@ def _start_on(server: Dcmqrscp | Orthanc, port: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, FOUR], ids=["one", "four"])
-def test_no_room_for_some_seconds(ct: Holding, embedded: Embedded, tmp_path: Path, options: dict[str, int]) -> None:
+def test_no_room_for_some_seconds(ct: Holding, embedded: Embedded, tmp_path: Path, options: dict[str, Any]) -> None:
     pacs = embedded(ct.folder)
 
     def full() -> None:
@@ -167,7 +167,7 @@ def test_the_default_retries_outlast_half_a_minute(monkeypatch: pytest.MonkeyPat
     for _ in range(50):
         begun = now[0]
         for failures in range(1, scu.options.retries + 1):
-            source.back_off(failures, engine_source.DicomGetError("Full."), 5)
+            source.back_off(failures, DicomGetError("Full."), 5)
         waited.append(now[0] - begun)
     assert min(waited) > 30
     assert max(waited) < 75
@@ -176,7 +176,7 @@ def test_the_default_retries_outlast_half_a_minute(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("options", [{}, FOUR], ids=["one", "four"])
 def test_fewer_associations_than_we_ask_for(
-    ct: Holding, embedded: Embedded, tmp_path: Path, options: dict[str, int]
+    ct: Holding, embedded: Embedded, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     pacs = embedded(ct.folder, max_associations=2)
     result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path, **options).get_study(

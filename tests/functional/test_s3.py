@@ -153,6 +153,7 @@ class TestThereAndBack:
         result = scu.get_study({"StudyInstanceUID": ct.study})
         assert result.verdict == "complete"
         assert result.destination == f"s3://{BUCKET}/{prefix}/a b"
+        assert result.manifest_uri is not None
         assert result.manifest_uri.startswith(f"s3://{BUCKET}/{prefix}/a%20b/_manifests/2")
         keys = instances(service, f"{prefix}/a b")
         assert {sop: service.read(key) for sop, key in keys.items()} == {sop: ct.dataset(sop) for sop in ct.entries}
@@ -189,7 +190,7 @@ class TestThereAndBack:
         self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
     ) -> None:
         root = f"s3://{BUCKET}/{prefix}/state"
-        options = {"manifest_root": root, "s3_config": service.config}
+        options: dict[str, Any] = {"manifest_root": root, "s3_config": service.config}
         node = node_of(embedded(ct.folder))
         results = [
             GetScu(node, destination=tmp_path, **options).get_study({"StudyInstanceUID": ct.study}) for _ in range(2)

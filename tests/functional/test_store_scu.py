@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ EXPLICIT = "1.2.840.10008.1.2.1"
 
 
 @contextmanager
-def channel(destination: OddDestination, **deadlines: float) -> Iterator[tuple[Association, StoreChannel]]:
+def channel(destination: OddDestination, **deadlines: Any) -> Iterator[tuple[Association, StoreChannel]]:
     peer = Peer(Node.parse(destination.node), "TEST", destination.ae_title, Deadlines(**deadlines))
     association = peer.open([Proposal(CT, EXPLICIT)], CancelToken())
     try:

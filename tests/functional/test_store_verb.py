@@ -303,4 +303,4 @@ class TestBadInput:
         with pytest.raises(InvalidOption):
             StoreScu("127.0.0.1")
         with pytest.raises(InvalidOption):
-            StoreScu("127.0.0.1:1", strict_forward="perhaps")
+            StoreScu("127.0.0.1:1", strict_forward="perhaps")  # type: ignore[arg-type]

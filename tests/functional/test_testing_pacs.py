@@ -113,7 +113,9 @@ def test_never_converts(embedded: Embedded, ct: Holding) -> None:
     assert result.final.Status == 0xB000
     assert result.final.NumberOfCompletedSuboperations == syntaxes[EXPLICIT]
     assert result.final.NumberOfFailedSuboperations == len(ct.entries) - syntaxes[EXPLICIT]
-    assert set(result.identifiers[-1].FailedSOPInstanceUIDList) == ct.entries.keys() - result.datasets.keys()
+    listed = result.identifiers[-1]
+    assert listed is not None
+    assert set(listed.FailedSOPInstanceUIDList) == ct.entries.keys() - result.datasets.keys()
 
     result = get(pacs, "STUDY", {"StudyInstanceUID": ct.study}, [(CT, IMPLICIT)])
     assert (result.datasets, result.final.Status) == ({}, 0xA702)
@@ -226,7 +228,9 @@ def test_hidden_instances_are_listed_and_not_sent(embedded: Embedded, private: H
     assert result.datasets.keys() == private.entries.keys() - {hidden, failing}
     assert result.final.Status == 0xB000
     assert result.final.NumberOfFailedSuboperations == 1
-    assert result.identifiers[-1].FailedSOPInstanceUIDList == failing
+    listed = result.identifiers[-1]
+    assert listed is not None
+    assert listed.FailedSOPInstanceUIDList == failing
 
 
 def test_switches_of_the_responses(embedded: Embedded, private: Holding) -> None:
@@ -460,7 +464,9 @@ def test_association_limit_and_counters(embedded: Embedded, ct: Holding) -> None
         assert pacs.associations == 2
         with associate(pacs, verification) as third:
             assert third.is_rejected
-            assert third.acceptor.primitive.result == 0x02
+            answer = third.acceptor.primitive
+            assert answer is not None
+            assert answer.result == 0x02
     # A place is free as soon as the release is answered.
     with associate(pacs, verification) as fourth:
         assert fourth.is_established

@@ -285,7 +285,8 @@ def test_refusals_have_their_own_sentence(nodes: Any, made: Files, tmp_path: Pat
         scu.echo()
     assert str(caught.value).startswith("No TLS session with ")
     assert hint in caught.value.hint
-    assert caught.value.node == str(scu.options.addr)
+    # Facts are attributes, which no class declares.
+    assert caught.value.node == str(scu.options.addr)  # type: ignore[attr-defined]
     if isinstance(caught.value, TlsFailed):
         assert not caught.value.transient
         result = scu.get_study({"StudyInstanceUID": "1.2.3"})
@@ -396,8 +397,12 @@ _listening = _Listening
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes.fromhex("07000000000400000200")])
 def test_a_port_without_tls(made: Files, answer: bytes) -> None:
+    def reply(sock: socket.socket) -> None:
+        sock.recv(1000)
+        sock.sendall(answer)
+
     with (
-        _listening(lambda sock: (sock.recv(1000), sock.sendall(answer))) as port,
+        _listening(reply) as port,
         pytest.raises(TlsFailed, match=r"does not speak TLS on this port") as caught,
     ):
         GetScu(f"PACS@127.0.0.1:{port}", tls={"ca": made.ours.ca}).echo()
@@ -405,7 +410,11 @@ def test_a_port_without_tls(made: Files, answer: bytes) -> None:
 
 
 def test_a_port_that_says_nothing(made: Files) -> None:
-    with _listening(lambda sock: sock.recv(1 << 20) and time.sleep(2)) as port:
+    def say_nothing(sock: socket.socket) -> None:
+        if sock.recv(1 << 20):
+            time.sleep(2)
+
+    with _listening(say_nothing) as port:
         scu = GetScu(f"PACS@127.0.0.1:{port}", tls={"ca": made.ours.ca}, deadlines={"connect": 0.5})
         begun = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"did not finish the TLS handshake within 0.5 s"):
@@ -465,7 +474,7 @@ def test_the_user_is_named(
     embedded: Embedded, ct: Holding, tmp_path: Path, identity: dict[str, str], expected: tuple[int, bytes, bytes]
 ) -> None:
     pacs = embedded(ct.folder)
-    seen: list[tuple[int, bytes, bytes]] = []
+    seen: list[tuple[int | None, bytes | None, bytes]] = []
     admit = pacs._supported
 
     def look(proposed: Any) -> Any:

@@ -188,7 +188,7 @@ class TestBucket:
         scu = GetScu(node, destination=place, s3_config=moto.config)
         result = scu.get_study({"StudyInstanceUID": ct.study})
         assert result.verdict == "complete"
-        ways = (
+        ways: tuple[dict[str, Any], ...] = (
             {"manifest": result.manifest_uri, "addr": node},
             {"study": ct.study, "destination": place},
             {"study": ct.study, "destination": place, "addr": node},

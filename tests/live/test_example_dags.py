@@ -64,7 +64,11 @@ def home(tmp_path_factory, pacs, mailbox) -> Iterator[LiveAirflow]:
 
 def unpause(home: LiveAirflow, *names: str) -> None:
     for name in names:
-        eventually(name, lambda name=name: home.answer("GET", f"/api/v2/dags/{name}").status_code == 200)
+
+        def known(path: str = f"/api/v2/dags/{name}") -> bool:
+            return bool(home.answer("GET", path).status_code == 200)
+
+        eventually(name, known)
         home.call("PATCH", f"/dags/{name}", json={"is_paused": False})
 
 

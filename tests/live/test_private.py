@@ -131,8 +131,8 @@ def test_nobody_sees_the_patient(airflow, serve, held, tmp_path, record):
         EmbeddedPacs(tmp_path / "archive", ae_title="ARCHIVE") as archive,
         MisbehavingPacs("error_comment") as hostile,
     ):
-        for name, server in {"archive": archive, "hostile": hostile}.items():
-            airflow.connect(name, conn_type="dicom", host="127.0.0.1", port=server.port, login=name.upper())
+        for name, port in {"archive": archive.port, "hostile": hostile.port}.items():
+            airflow.connect(name, conn_type="dicom", host="127.0.0.1", port=port, login=name.upper())
         run = airflow.trigger("live_private", destination=str(out), hostile=hostile.study_uid)
         run.wait_task("wait", ["deferred"])
         seen = answers(airflow, run, "viewer")

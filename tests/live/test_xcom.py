@@ -45,7 +45,7 @@ def backend(request, airflow, objects, tmp_path_factory, here):
     }
     with LiveAirflow(tmp_path_factory.mktemp("backend"), dags=here / "dags", environment=environment) as live:
         live.make_pool("pacs", 2)
-        live.kind = request.param
+        live.kind = request.param  # type: ignore[attr-defined]
         yield live
 
 

@@ -36,7 +36,7 @@ def _demo_home(folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"home_of_{folder.name}", SCRIPTS / "demo_home.py")
     assert spec is not None
     assert spec.loader is not None
-    home = importlib.util.module_from_spec(spec)
+    home: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(home)
     home.FOLDER = folder
     home.AIRFLOW_HOME, home.LOGS = folder / "airflow", folder / "logs"

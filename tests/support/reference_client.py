@@ -10,6 +10,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
 
 IMPLICIT = "1.2.840.10008.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -67,10 +68,11 @@ def find(
     node: Any, level: str, keys: Mapping[str, Any], *, model: str = "StudyRoot", syntax: str = IMPLICIT
 ) -> list[Dataset]:
     """The rows of a C-FIND that succeeds."""
-    rows = []
+    rows: list[Dataset] = []
     with associate(node, [(FIND[model], syntax)]) as association:
         for status, row in association.send_c_find(identifier(level, keys), FIND[model]):
             if status.Status == 0xFF00:
+                assert row is not None
                 rows.append(row)
         assert status.Status == 0, hex(status.Status)
     return rows
@@ -92,6 +94,8 @@ def get(
 
     def store(event: evt.Event) -> int:
         request = event.request
+        assert isinstance(request, C_STORE)
+        assert request.DataSet is not None
         data = request.DataSet.getvalue()
         result.datasets[str(request.AffectedSOPInstanceUID)] = (str(event.context.transfer_syntax), data)
         if on_store is not None:

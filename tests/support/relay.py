@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -158,7 +158,7 @@ class _Line:
     def _pump(self, direction: str) -> None:
         source, target = (self.client, self.server) if direction == "up" else (self.server, self.client)
         reader = _Reader(self, direction)
-        send = target.sendall
+        send: Callable[[bytes], object] = target.sendall
         delayed: _Delayed | None = None
         if self.relay.latency:
             delayed = _Delayed(target, self.relay.latency)
@@ -193,8 +193,7 @@ class _Line:
             self.client.close()
             self.server.close()
 
-    def _pass_down(self, data: bytes, reader: _Reader, send: object) -> bool:
-        assert callable(send)
+    def _pass_down(self, data: bytes, reader: _Reader, send: Callable[[bytes], object]) -> bool:
         for limit, end in ((self.cut, self.reset), (self.stall, self._fall_silent)):
             if limit is not None and self.passed + len(data) >= limit:
                 data = data[: max(limit - self.passed, 0)]

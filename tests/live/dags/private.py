@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from airflow.sdk import DAG, Param
 
@@ -15,7 +16,7 @@ from airflow_dicom_get.operators.dicom import (
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 
 WHO = {"PatientID": "{{ var.value.who }}"}
-ROOM = {"pool": "pacs"}
+ROOM: dict[str, Any] = {"pool": "pacs"}
 
 with DAG(
     "live_private",

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from datetime import UTC, datetime, time
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -370,7 +371,7 @@ BAD = [
 class TestRefusals:
     @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: ascii(value)[:40])
     def test_bad_value_names_the_option_and_the_way_out(self, name: str, value: object) -> None:
-        values: dict[str, object] = {"addr": "h:104", name: value}
+        values: dict[str, Any] = {"addr": "h:104", name: value}
         if name == "adopt":
             values["resume"] = False
         with pytest.raises(InvalidOption) as caught:
@@ -413,7 +414,7 @@ class TestRefusals:
             ({"ack": "durable", "durable": False}, "ack: durable waits"),
         ],
     )
-    def test_contradictions(self, values: dict[str, object], start: str) -> None:
+    def test_contradictions(self, values: dict[str, Any], start: str) -> None:
         with pytest.raises(InvalidOption) as caught:
             check_options("h:104", **values)
         assert str(caught.value).startswith(start)

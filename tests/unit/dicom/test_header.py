@@ -80,7 +80,8 @@ def scan(syntax: str, pieces: Iterable[bytes]) -> Outcome:
 
 
 def cut(data: bytes, sizes: list[int]) -> list[bytes]:
-    out, at = [], 0
+    out: list[bytes] = []
+    at = 0
     while at < len(data):
         size = sizes[len(out) % len(sizes)]
         out.append(data[at : at + size])

@@ -107,7 +107,7 @@ def refuse(at: Situation, *proposals: Proposal, accepted: Sequence[Proposal] = (
     """Let the peer have accepted some proposals and refused the others."""
     every = [Proposal("1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.1.2"), *accepted, *proposals]
     contexts = {2 * n + 1: p for n, p in enumerate(every[: 1 + len(accepted)])}
-    at.peer.learn(Accepted(contexts=contexts, max_pdu_length=0, implementation="", refused_roles=frozenset()), every)
+    at.peer.learn(Accepted(contexts=contexts, max_pdu_length=0, implementation="", refused_roles=set()), every)
 
 
 class TestFallBacks:
