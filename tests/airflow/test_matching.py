@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG, task
@@ -16,7 +17,7 @@ ASKED = {"AccessionNumber": "HOSTILE-ACC"}
 
 def the_dag(folder) -> DAG:
     (folder / "list.csv").write_text("Cohort,AccessionNumber\na,HOSTILE-ACC\nb,hostile-acc\n")
-    at_once = {"settled_for": timedelta(0), "poke_interval": 0.2, "timeout": 20}
+    at_once: dict[str, Any] = {"settled_for": timedelta(0), "poke_interval": 0.2, "timeout": 20}
     with DAG("matching") as dag:
         DicomFindOperator(task_id="find", query=ASKED, dicom_conn_id="lying")
         DicomFindOperator(task_id="date", study_date="20240131", modalities="CT", dicom_conn_id="lying")
