@@ -54,7 +54,7 @@ BAD = {
     ),
     "no label": ("Cohort,StudyInstanceUID\na,{many}\n,{private}\n", "line 3, column Cohort is empty."),
     "no column": ("Arm,StudyInstanceUID\na,{many}\n", "has no column Cohort. Name it in the header line of the file."),
-    "nothing": ("Cohort,StudyInstanceUID\n", "lists no studies. Fill the column StudyInstanceUID."),
+    "nothing": ("Cohort,StudyInstanceUID\n", "lists no studies. Give a value in the column StudyInstanceUID."),
 }
 
 
