@@ -369,7 +369,7 @@ def test_sigterm_ends_uploads_soon_though_the_service_does_not_answer(
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no_connection": ({"destination": "s3://nowhere@bucket/x"}, "nowhere"),
-    "no_node": ({"destination": "dicom://nowhere"}, "as type DICOM"),
+    "no_node": ({"destination": "dicom://nowhere"}, "with the type DICOM"),
     "nothing_named": ({"destination": "s3://bucket/x"}, "names no connection"),
     "of_a_node": ({"destination": "s3://archive@bucket/x"}, "neither dicom_s3 nor aws"),
     "of_a_bucket": ({"destination": "dicom://half"}, "is not dicom"),

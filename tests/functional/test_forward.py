@@ -25,6 +25,7 @@ from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import PRIVATE_CLASS, big_study
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc, Storescp
+from tests.support.certificates import Authority
 from tests.support.forwards import datasets, forward, sent_by, states
 from tests.support.holdings import Holding, hold
 from tests.support.odd_destination import DieError, OddDestination, accept_only, at
@@ -714,10 +715,9 @@ class TestSink:
             assert result.manifest["forwarded_to"].iloc[0] == f"OTHER@127.0.0.1:{destination.port}"
 
     def test_tls(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
-        certificates = pytest.importorskip("test_tls")
         (tmp_path / "ca").mkdir()
         (tmp_path / "dest").mkdir()
-        authority = certificates.Authority(tmp_path / "ca", "authority")
+        authority = Authority(tmp_path / "ca", "authority")
         pair = authority.issue("destination")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(pair.cert, pair.key)

@@ -478,7 +478,7 @@ class TestBeforeAnyTraffic:
         monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        self._fails({"endpoint": juicefs.endpoint}, "NoCredentialsError", "profile")
+        self._fails({"endpoint": juicefs.endpoint}, "no credentials were found", "profile")
         self._fails({"endpoint": juicefs.endpoint, "profile": "nobody"}, "ProfileNotFound", "name of the profile")
 
 
