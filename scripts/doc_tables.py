@@ -260,7 +260,7 @@ _ERRORS = {
     "ListTooLong": "The answer to a C-FIND has no end. Narrow the query; tell the vendor of the PACS.",
     "OperationFailed": "The message has the status; see [statuses](conformance.md#c-get-responses).",
     "SinkError": "Check permissions, mount and network of the destination.",
-    "DestinationFull": "Make room, and run again.",
+    "DestinationFull": "Free space, and run again.",
     "DestinationSlow": "Run again. If it happens often, the destination is too slow for this PACS: look at its load, "
     "or get into a folder near by, and `store` from there.",
     "ForwardLost": "The node to forward to is away or too slow. Check it, and run again.",

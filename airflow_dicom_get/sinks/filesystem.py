@@ -300,7 +300,7 @@ class _Study:
         self.path = path
         self.place = f"{path}/"
         self._disk = files.disk
-        self._disk.make_folder(path)
+        self._disk.make_folders(path)
         self._lock_path = path / f".{run}.lock"
         self._lock = locks.hold(self._lock_path)
         self.ledger = ledgers.open(uid, run)

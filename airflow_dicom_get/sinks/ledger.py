@@ -108,7 +108,7 @@ class LedgerWriter:
     def __init__(self, root: Path, study: str, run: str) -> None:
         folder = root / ".ledger" / study
         self._disk = files.disk
-        self._disk.make_folder(folder)
+        self._disk.make_folders(folder)
         self.path = folder / f"{run}.jsonl"
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()

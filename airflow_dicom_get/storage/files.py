@@ -7,6 +7,7 @@ below the class is made of its calls alone.
 from __future__ import annotations
 
 import ctypes
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -151,9 +152,14 @@ class Disk:
 
     # --- paths -------------------------------------------------------------------------------
 
-    def make_folder(self, path: Where) -> None:
+    def make_folders(self, path: Where) -> None:
         """Make a folder and those above it, as far as they are not there."""
         os.makedirs(path, exist_ok=True)
+
+    def make_folder(self, path: Where) -> None:
+        """Make a folder if it is not there; the one above it must be."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
 
     def remove_folder(self, path: Where) -> None:
         """Remove an empty folder."""
@@ -310,7 +316,7 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
     OSError
         Nothing is left under ``path`` that was not there before.
     """
-    disk.make_folder(path.parent)
+    disk.make_folders(path.parent)
     folder = disk.open_folder(path.parent)
     try:
         with opened(temporary, NEW, folder) as fd:

@@ -52,7 +52,7 @@ def test_a_run_with_a_study_that_is_not_whole_fails_and_says_so(run_dag, dag, pa
     assert sorted(run.task("get", index).state for index in range(2)) == ["failed", "success"]
     assert run.task("report").state == "failed"
     assert "67 of 72 instances of 2 studies are held (1 partial, 1 complete)." in run.log
-    assert "Why the others are not: 5 sub_operation_failed." in run.log
+    assert "Reasons of the others: 5 sub_operation_failed." in run.log
 
 
 def test_a_failing_task_says_why_in_a_line_of_its_own(run_dag, dag, tmp_path, monkeypatch, caplog):

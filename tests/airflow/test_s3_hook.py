@@ -157,7 +157,7 @@ def test_each_bad_field_is_named_with_its_connection(connect, change, field):
 def test_a_connection_that_is_not_there_is_an_error_and_nothing_is_taken_in_its_place(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-machine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-machine")
-    with pytest.raises(AirflowNotFoundException, match=r"nowhere.* as type DICOM storage \(S3\)"):
+    with pytest.raises(AirflowNotFoundException, match=r"nowhere.* with the type DICOM storage \(S3\)"):
         DicomS3Hook("nowhere").config  # noqa: B018
 
 
@@ -252,7 +252,7 @@ def test_the_round_trip_of_a_bucket(connect, request, server):
     hook = connect(of(service))
     before = service.objects()
     ok, message = hook.test_connection()
-    assert (ok, message.partition(" takes")[0]) == (True, f"The bucket {BUCKET} at {service.endpoint}")
+    assert (ok, message.partition(" stores")[0]) == (True, f"The bucket {BUCKET} at {service.endpoint}")
     assert service.objects() == before
     assert hook.get_conn().list_buckets()["Buckets"][0]["Name"] == BUCKET
 

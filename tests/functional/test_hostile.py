@@ -200,12 +200,12 @@ def _cases() -> Iterator[Case]:
 
     # One sub-operation is spoiled for good, the others are not. A deadline is named in the error.
     deadlines = {
-        "stall_mid": "'idle'",
-        "trickle": "'min_rate'",
-        "trickle_pdus": "'min_rate'",
-        "pending_slow": "'next_object'",
-        "pending_flood": "'next_object'",
-        "pending_wobble": "'next_object'",
+        "stall_mid": "deadlines.idle",
+        "trickle": "deadlines.min_rate",
+        "trickle_pdus": "deadlines.min_rate",
+        "pending_slow": "deadlines.next_object",
+        "pending_flood": "deadlines.next_object",
+        "pending_wobble": "deadlines.next_object",
     }
     for mode in (
         "pdu_huge", "pdu_over_max", "pdu_unknown", "pdu_length_lies", "garbage", "pdv_short", "pdv_no_header",

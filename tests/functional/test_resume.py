@@ -195,9 +195,9 @@ def test_a_torn_ledger_loses_nothing_that_it_still_records(pacs: MisbehavingPacs
     ("spoil", "words"),
     [
         (lambda content: content.replace(b'{"ledger": 1}', b'{"ledger": 2}'), "has schema 2"),
-        (lambda content: content.replace(b'"state"', b'"sta', 1), "broken in line 2"),
+        (lambda content: content.replace(b'"state"', b'"sta', 1), "is damaged in line 2"),
         (lambda content: content.replace(b'"size": ', b'"size": "x', 1).replace(b', "dataset', b'", "dataset', 1),
-         "cannot be read"),
+         "contains an unreadable record"),
     ],
     ids=["of a newer version", "broken before its end", "a record of another kind"],
 )  # fmt: skip
@@ -329,7 +329,7 @@ def test_a_full_disk_ends_the_run_in_order_and_it_goes_on_after_room_is_made(tmp
         assert 60 < result.completed < 80
         assert result.transient
         assert any("No space left" in e["error"] for e in result.errors), result.errors
-        assert any("Make room" in e["hint"] for e in result.errors)
+        assert any("Free space" in e["hint"] for e in result.errors)
         assert 0xA700 in pacs.statuses
         assert 0xFE00 in pacs.finals  # cancelled, not cut off
         assert sum(pacs.sent.values()) <= result.completed + 2 * associations
