@@ -7,7 +7,6 @@ below the class is made of its calls alone.
 from __future__ import annotations
 
 import ctypes
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -158,7 +157,7 @@ class Disk:
 
     def make_folder(self, path: Where) -> None:
         """Make a folder if it is not there; the one above it must be."""
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             os.mkdir(path)
 
     def remove_folder(self, path: Where) -> None:
