@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,8 +94,10 @@ def well(tmp_path: Path) -> Streams:
 
 
 @pytest.fixture
-def pacs(ct: Any) -> Iterator[EmbeddedPacs]:
-    with EmbeddedPacs(ct.folder) as server:
+def pacs(ct: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPacs]:
+    # A copy: what is stored at it lies in its folder, and the study of the session is for all tests.
+    folder = shutil.copytree(ct.folder, tmp_path_factory.mktemp("streams") / "ct")
+    with EmbeddedPacs(folder) as server:
         yield server
 
 
