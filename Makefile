@@ -28,7 +28,7 @@ ui: setup-demo ## Start Airflow's web interface and the embedded PACS on the dem
 notebooks: setup ## Execute the notebooks and save their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
-test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'; 10 minutes on two cores
+test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'; 12 minutes on two cores
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own; 6 minutes on two cores
