@@ -77,14 +77,9 @@ def _attribute(tag: int) -> tuple[str, str] | None:
         attribute = find_attribute(f"{tag:08x}")
     except UnknownAttributeError:
         return None
-    return (
-        None
-        if attribute.keyword in ("QueryRetrieveLevel", "SpecificCharacterSet")
-        else (
-            attribute.keyword,
-            attribute.vr,
-        )
-    )
+    if attribute.keyword in ("QueryRetrieveLevel", "SpecificCharacterSet"):
+        return None
+    return attribute.keyword, attribute.vr
 
 
 class _Test:

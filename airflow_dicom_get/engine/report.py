@@ -127,7 +127,7 @@ def assemble(
         transient=_may_pass(end),
         **{name: sum(getattr(n, name) for n in numbers) for name in COUNTS},
     )
-    _clock(result, events)
+    _measure(result, events)
     result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
     if result.verdict == EMPTY and end.all_dropped():
         result.reason = "key_not_matched"
@@ -185,7 +185,7 @@ def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, n
         kind="store",
         transient=any_transient(rows) or (error is not None and error.transient),
     )
-    _clock(result, events)
+    _measure(result, events)
     if end.cancelled_by is not None or isinstance(error, Cancelled):
         result.verdict, result.reason = CANCELLED, end.cancelled_by
     elif len(held) < len(rows) or error is not None:
@@ -276,7 +276,7 @@ def completed_event(result: Result) -> Completed:
     )
 
 
-def _clock(result: Result, events: Events) -> None:
+def _measure(result: Result, events: Events) -> None:
     seconds = events.elapsed()
     result.bytes, result.duration_seconds = events.bytes, seconds
     result.bytes_per_second = events.bytes / seconds if seconds > 0 else 0.0
