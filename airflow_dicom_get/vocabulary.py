@@ -308,7 +308,6 @@ REASONS: Mapping[str, Reason] = {
 }
 """The closed vocabulary of ``Result.reason``; those ``of`` rows are that of the manifest's column ``reason``."""
 
-ROW_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.of == "row")
 LOCAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.local)
 """Reasons that asking in another way does not change."""
 FATAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.fatal)
