@@ -10,6 +10,10 @@ _OF_ITSELF = ("sop_class", "syntax", "modality", "series_number", "instance_numb
 """What both records say of the instance itself, wherever it lies."""
 
 
+Key = tuple[str, str]
+"""What makes an instance within its study: Series and SOP Instance UID. One SOP UID in two series is two instances."""
+
+
 def _uri(where: str | None, series: str, sop: str) -> str | None:
     return f"{where}{series}/{sop}.dcm" if where and where.endswith("/") else where
 
@@ -50,6 +54,11 @@ class Stored:
     forwarded_to: str | None = None
     durable: bool = False
     etag: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What makes it an instance of its study."""
+        return self.series, self.sop
 
     @property
     def uri(self) -> str | None:
@@ -126,6 +135,11 @@ class Instance:
         self.study, self.series, self.sop, self.sop_class = study, series, sop, sop_class
 
     @property
+    def key(self) -> Key:
+        """What makes it an instance of its study."""
+        return self.series, self.sop
+
+    @property
     def uri(self) -> str | None:
         """Where the object lies. Set with a slash at its end it is the study's place, one string for all of them."""
         return _uri(self.where, self.series, self.sop)
@@ -153,6 +167,11 @@ class Instance:
         self.where, self.forwarded_to = stored.where, stored.forwarded_to
         self.bytes, self.sha256, self.dataset_offset = stored.bytes, stored.sha256, stored.dataset_offset
         self.fill(stored)
+
+    def become(self, other: Instance) -> None:
+        """Be another record of the same instance, which took its place."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(other, name))
 
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"

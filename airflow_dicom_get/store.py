@@ -19,7 +19,7 @@ from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, SinkError
 from airflow_dicom_get.net.retries import allowed, back_off
-from airflow_dicom_get.records import Completed, Instance, Stored, SubOperation
+from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
     Opened,
@@ -77,7 +77,7 @@ class StoreScu:
         associations: int = 1,
         max_associations: int = 2,
         resume: bool = True,
-        verify_held: Literal["size", "digest", "none"] = "size",
+        verify_held: Literal["size", "digest"] = "size",
         retries: int = 5,
         checksum: Literal["sha256"] | None = "sha256",
         manifest_root: str | Path | None = None,
@@ -172,7 +172,8 @@ class StoreScu:
         cancel = CancelToken()
         with at_cell(cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
-            run = self._run = _Run(self, self._target, root.ledgers(), name, events, on_unusable, cancel)
+            ledgers = root.ledgers(f"dicom://{self._target}")
+            run = self._run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
             if self._cancelled is not None:
                 cancel.cancel(self._cancelled)
             try:
@@ -218,7 +219,7 @@ class _Run:
 
         o = scu.options
         self.cancel = cancel
-        self.rows: dict[str, Instance] = {}
+        self.rows: dict[tuple[str, Key], Instance] = {}
         self.unusable: list[tuple[str, str]] = []
         self.strict = o.strict_forward
         self._options, self._events, self._on_unusable = o, events, on_unusable
@@ -233,7 +234,7 @@ class _Run:
             forwarding=False,
         )
         self._mutex = threading.Lock()
-        self._held: dict[str, dict[str, Stored]] = {}
+        self._held: dict[str, dict[Key, Stored]] = {}
         self._error: DicomGetError | None = None
         self._stopped = False
         self._untried = 0
@@ -247,7 +248,7 @@ class _Run:
             self._not_there(row)
         for item in objects:
             if item.row is not None:  # the manifest names them: each gets its row, also where the run ends early
-                self.rows.setdefault(item.row.sop, _blank(item.row))
+                self.rows.setdefault(_identity(item.row), _blank(item.row))
         self._events.planned(len(objects))
         queue = iter(objects)
         workers = min(self._options.associations, max(len(objects), 1))
@@ -267,7 +268,7 @@ class _Run:
         """A row of the manifest that has no object of its own is listed, and is not stored."""
         if row.state == "withdrawn":
             return
-        listed = self.rows.setdefault(row.sop, _blank(row))
+        listed = self.rows.setdefault(_identity(row), _blank(row))
         listed.state, listed.reason = "missing", row.reason or "not_sent"
         listed.error = "The manifest names no readable object for it."
 
@@ -303,19 +304,15 @@ class _Run:
             return
         instance = opened.instance
         with self._mutex:
-            record = self.rows.setdefault(instance.sop, instance)
+            record = self.rows.setdefault(_identity(instance), instance)
         if record.state in DONE:
             record = instance  # a second object of the same instance: judged by the sink, beside the first one's row
         else:
             # What is sent is what the object says, and not its manifest.
             record.sop_class, record.syntax = instance.sop_class, instance.syntax
             record.fill(instance)
-        held = self._inventory(instance.study).get(instance.sop)
-        if (
-            held is not None
-            and held.series == instance.series
-            and held.bytes in (None, self._dataset_size(item, opened))
-        ):
+        held = self._inventory(instance.study).get(instance.key)
+        if held is not None and held.bytes in (None, self._dataset_size(item, opened)):
             record.state = "held"
             record.adopt(held)
             return
@@ -328,12 +325,12 @@ class _Run:
             if row is not None and row.bytes is not None and item.size() != row.bytes:
                 raise UnreadableError("its size differs from the recorded one")
             opened = open_object(item)
-            if row is not None and (opened.instance.sop, opened.instance.series) != (row.sop, row.series):
+            if row is not None and _identity(opened.instance) != _identity(row):
                 raise UnreadableError("it is not the instance that the manifest names")
         except (UnreadableError, UnusableError) as error:
             if row is None:
                 raise
-            self._changed(self.rows[row.sop], f"{item.name}: {error}")
+            self._changed(self.rows[_identity(row)], f"{item.name}: {error}")
             return None
         return opened
 
@@ -353,7 +350,7 @@ class _Run:
         except UnreadableError:
             return None
 
-    def _inventory(self, study: str) -> dict[str, Stored]:
+    def _inventory(self, study: str) -> dict[Key, Stored]:
         if not self._options.resume:
             return {}
         with self._mutex:
@@ -407,8 +404,8 @@ class _Run:
                 raise UnreadableError("its digest differs from the recorded one")
             return writer.take()
         except ForwardLate:
-            for instance, error, _ in self._sink.confirmations(wait=True):
-                if instance is record and error is None:
+            for one in self._sink.confirmations(wait=True):
+                if one.instance is record and one.error is None:
                     return self._sink.taken_late(record)
             raise
         except BaseException:
@@ -416,7 +413,7 @@ class _Run:
             raise
 
     def _settle(self, record: Instance, taken: Taken) -> None:
-        first = self.rows[record.sop]
+        first = self.rows[_identity(record)]
         record.dimse_status, record.attempt = taken.status, 1
         if taken.reason is None:
             record.state, record.reason, record.error = taken.state, None, None
@@ -438,6 +435,10 @@ class _Run:
         return assemble_store(
             list(self.rows.values()), end, events=self._events, node=node, associations=self._sink.opened
         )
+
+
+def _identity(row: Instance) -> tuple[str, Key]:
+    return row.study, row.key
 
 
 def _blank(row: Instance) -> Instance:

@@ -26,7 +26,7 @@ from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.frames import rows_of
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
     MissingError,
@@ -273,14 +273,14 @@ class _Verify:
     ) -> None:
         self.options, self.place, self.s3 = options, options.destination, options.s3_config
         self.quick, self.on_difference = quick, on_difference
-        self.items: dict[tuple[str, str], _Item] = {}
+        self.items: dict[tuple[str, Key], _Item] = {}
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
         self.found = Verification()
         self._buckets: dict[str, Any] = {}
 
     def _item(self, row: Instance) -> _Item:
-        return self.items.setdefault((row.study, row.sop), _Item(row))
+        return self.items.setdefault((row.study, row.key), _Item(row))
 
     # --- what is listed ------------------------------------------------------------------------
 
@@ -350,7 +350,8 @@ class _Verify:
         """Our own ledgers at the destination: sizes and digests, where no manifest tells them."""
         if self.has_manifest:
             return
-        ledgers = self._root().ledgers()
+        assert isinstance(self.place, FilesystemDestination | S3Destination)
+        ledgers = self._root().ledgers(self.place.uri)
         for study in self.studies:
             for records in ledgers.read(study).values():
                 record = records[0]
@@ -363,10 +364,8 @@ class _Verify:
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
         for item in _instances_in(place, study, self.s3):
-            series, sop = _names(item)
-            found = self._item(Instance(study, series, sop))
-            if found.row.series == series:
-                found.there, found.item = True, item
+            found = self._item(Instance(study, *_names(item)))
+            found.there, found.item = True, item
 
     def _ask_where_forwarded(self) -> None:
         forwarded: dict[str, list[Instance]] = {}
@@ -394,12 +393,12 @@ class _Verify:
             return
         if rows is not None:
             for row in rows:
-                self._item(row).there = listed[row.study].get(row.sop) == row.series
+                self._item(row).there = row.key in listed[row.study]
             return
         for study, instances in listed.items():
-            for sop, series in instances.items():
-                item = self._item(Instance(study, series, sop))
-                item.there = item.row.series == series
+            for key in sorted(instances):
+                item = self._item(Instance(study, *key))
+                item.there = True
                 item.row.forwarded_to = str(target)
 
     # --- the comparison ------------------------------------------------------------------------

@@ -144,6 +144,8 @@ class Reason:
         retrieval alone; ``error``: of a retrieval that such an error ended.
     local : bool
         Decided here or at the destination: asking the source in another way changes nothing.
+    remark : bool
+        Said of an instance that is held all the same.
     fatal : bool
         The instance took its association with it: it is not asked for in the first way again.
     """
@@ -154,6 +156,7 @@ class Reason:
     of: Literal["row", "result", "error"] = "row"
     local: bool = False
     fatal: bool = False
+    remark: bool = False
 
 
 REASONS: Mapping[str, Reason] = {
@@ -226,8 +229,14 @@ REASONS: Mapping[str, Reason] = {
     ),
     "different_content": Reason(
         "A different data set is already stored under its UIDs. It was kept.",
-        "Compare the two. To take what the PACS sends, move the stored file away and run again.",
+        "Compare the two. To take what the PACS sends, move the stored one away and run again, or run once with "
+        "`on_conflict` set to `replace` and without `resume`.",
         local=True,
+    ),
+    "replaced": Reason(
+        "A different data set was stored under its UIDs. It was replaced, as `on_conflict` says.",
+        "None needed.",
+        remark=True,
     ),
     "destination_refused": Reason(
         "The node to store it at refused it.",
@@ -310,6 +319,8 @@ REASONS: Mapping[str, Reason] = {
 
 LOCAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.local)
 """Reasons that asking in another way does not change."""
+REMARKS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.remark)
+"""Reasons of instances that are held, and of which something is to be said: they count as warnings."""
 FATAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.fatal)
 """Reasons of an instance that was asked for alone and took the association with it."""
 SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"})

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.config.node import Node
@@ -29,6 +29,11 @@ class FilesystemDestination:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def uri(self) -> str:
+        """Its address as manifests and ledgers have it."""
+        return self.path.absolute().as_uri()
+
 
 @dataclass(frozen=True, slots=True)
 class S3Destination:
@@ -41,6 +46,11 @@ class S3Destination:
     def __str__(self) -> str:
         at = f"{self.conn_id}@" if self.conn_id else ""
         return f"s3://{at}{self.bucket}/{self.prefix}" if self.prefix else f"s3://{at}{self.bucket}"
+
+    @property
+    def uri(self) -> str:
+        """Its address as manifests and ledgers have it."""
+        return f"s3://{self.bucket}/{quote(self.prefix)}".rstrip("/")
 
 
 @dataclass(frozen=True, slots=True)

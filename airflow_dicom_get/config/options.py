@@ -423,8 +423,8 @@ class HeldOptions(Options):
         off=("--no-resume",),
         off_doc="Fetch everything again, also what is held.",
     )
-    verify_held: Literal["size", "digest", "none"] = setting(
-        "size", Choice("size", "digest", "none"), "How to verify an instance that is held.", shell=("--verify-held",)
+    verify_held: Literal["size", "digest"] = setting(
+        "size", Choice("size", "digest"), "How to verify an instance that is held.", shell=("--verify-held",)
     )
     checksum: Literal["sha256"] | None = setting(
         "sha256",
@@ -456,6 +456,12 @@ class WritingOptions(NodeOptions, HeldOptions):
         "Write DICOM files with preamble and file meta information, rather than bare data sets.",
         off=("--no-file-meta", "--no-store-with-file-meta"),
         off_doc="Write bare data sets, without preamble and file meta information.",
+    )
+    on_conflict: Literal["keep", "replace"] = setting(
+        "keep",
+        Choice("keep", "replace"),
+        "Whether a different, whole instance at the destination is kept or replaced.",
+        shell=("--on-conflict",),
     )
     adopt: bool = setting(
         False, Flag(), "Adopt files under their final names that no ledger knows.", shell=("--adopt",)
@@ -769,7 +775,11 @@ def _check_destination(options: GetOptions, destination: Destination | None, spe
         assert destination.node is not None
         if _endpoint(options.addr) == _endpoint(destination.node):
             raise invalid(spelling(form), f"{destination} is the source", "Give another node.")
-        for name, given in (("adopt", options.adopt), ("store_with_file_meta", not options.store_with_file_meta)):
+        for name, given in (
+            ("adopt", options.adopt),
+            ("on_conflict", options.on_conflict == "replace"),
+            ("store_with_file_meta", not options.store_with_file_meta),
+        ):
             if given:
                 raise invalid(spelling(name), "has no effect for a DICOM node as destination", "Leave it out.")
         return

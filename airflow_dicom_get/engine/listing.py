@@ -15,7 +15,7 @@ from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.matching import Dropped, Row
 from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, note_patient
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class SeriesInfo:
 class Listing:
     """What the source lists of a scope, at one moment."""
 
-    instances: dict[str, Instance] = field(default_factory=dict)
+    instances: dict[Key, Instance] = field(default_factory=dict)
     series: dict[str, SeriesInfo] = field(default_factory=dict)
     related_instances: int | None = None
     """Of the whole study; set only where the scope is the whole study."""
@@ -98,10 +98,10 @@ def one_by_one(finder: Finder, series: Collection[SeriesInfo], list_series: List
 def list_study(
     finder: Finder,
     scope: Scope,
-    known: dict[str, Instance],
+    known: dict[Key, Instance],
     each: Callable[[Finder, Collection[SeriesInfo], ListSeries], None] = one_by_one,
 ) -> Listing:
-    """List the instances of ``scope``; objects in ``known`` are used again, by SOP Instance UID.
+    """List the instances of ``scope``; objects in ``known`` are used again.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def _take_row(
     scope: Scope,
     series: SeriesInfo,
     row: Row,
-    known: dict[str, Instance],
+    known: dict[Key, Instance],
 ) -> bool:
     """Put the instance of a row into the list; whether it was not there."""
     sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
@@ -208,8 +208,8 @@ def _take_row(
         return False
     if scope.instances is not None and sop not in scope.instances:
         return False
-    instance = known.get(sop)
-    if instance is None or instance.series != series.uid:
+    instance = known.get((series.uid, sop))
+    if instance is None:
         instance = Instance(scope.study, series.uid, sop)
     sop_class = i.text_value(row.get(h.SOP_CLASS_UID))
     if instance.sop_class is None and sop_class and is_uid(sop_class):
@@ -220,6 +220,7 @@ def _take_row(
     instance.modality = instance.modality or series.modality
     instance.series_number = series.number
     instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
-    new = instance.sop not in listing.instances
-    listing.instances.setdefault(instance.sop, instance)  # one string for all tables
+    key = instance.key
+    new = key not in listing.instances
+    listing.instances.setdefault(key, instance)
     return new

@@ -64,8 +64,8 @@ def mark_held(listed: Listed, sink: Sink) -> None:
     """Mark what the destination holds."""
     for scope, listing in zip(listed.scopes, listed.listings, strict=True):
         inventory = sink.inventory(scope.study)
-        for uid, instance in listing.instances.items():
-            if uid in inventory:
+        for key, instance in listing.instances.items():
+            if key in inventory:
                 instance.state, instance.attempt = "held", 0
 
 

@@ -163,9 +163,9 @@ class Receiver:
             )
         if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
-        instance = self._state.instances.get(sop)
-        if instance is not None and instance.series != series:
-            return self._refuse(s.MISMATCH, "uid_mismatch", "The instance is listed in another series.")
+        if self._state.listed_elsewhere(series, sop):
+            return self._refuse(s.MISMATCH, "uid_mismatch", f"Its data set names series {series}, the list another.")
+        instance = self._state.instances.get((series, sop))
         if instance is None and not self._state.in_scope(series, sop):
             return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside the scope of the request.")
         if instance is None:

@@ -19,7 +19,7 @@ from airflow_dicom_get.errors import (
     NotAuthorised,
     NotNegotiated,
 )
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_THE_DESTINATIONS, STOPS
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class StudyState:
     strict : bool
         Whether one instance that the destination refuses ends the run.
     instances : dict
-        Every instance of the study that was ever listed, held or sent, by SOP Instance UID.
+        Every instance of the study that was ever listed, held or sent, by Series and SOP Instance UID.
     listing : Listing or None
         The last list; None where there is none.
     lists_agree, still_growing : bool
         Whether the last two lists are the same set; whether the rounds were spent while they still differed.
-    unlisted : set of str
+    unlisted : set of (series, sop)
         Instances that were sent though no list had named them by then.
     rounds : int
         Rounds of list and get so far.
@@ -89,11 +89,11 @@ class StudyState:
 
     scope: Scope
     strict: bool = False
-    instances: dict[str, Instance] = field(default_factory=dict)
+    instances: dict[Key, Instance] = field(default_factory=dict)
     listing: Listing | None = None
     lists_agree: bool = False
     still_growing: bool = False
-    unlisted: set[str] = field(default_factory=set)
+    unlisted: set[Key] = field(default_factory=set)
     rounds: int = 0
     progress: int = 0
     errors: list[DicomGetError] = field(default_factory=list)
@@ -103,9 +103,10 @@ class StudyState:
     cancelled_by: str | None = None
     tried_classes: set[str] = field(default_factory=set)
     whole_series: set[str] = field(default_factory=set)
-    inventory: dict[str, Stored] = field(default_factory=dict)
+    inventory: dict[Key, Stored] = field(default_factory=dict)
     gone: list[Instance] = field(default_factory=list)
-    _late: set[str] = field(default_factory=set)
+    _series: set[str] = field(default_factory=set)
+    _late: set[Key] = field(default_factory=set)
     _refused_in_a_row: int = 0
 
     # --- questions -----------------------------------------------------------------------------
@@ -118,6 +119,15 @@ class StudyState:
         if scope.series is not None:
             return series in scope.series
         return not scope.filters or (self.listing is not None and series in self.listing.series)
+
+    def of(self, sop: str) -> list[Instance]:
+        """The instances of a SOP Instance UID: one in each series that has it."""
+        return [x for series in self._series if (x := self.instances.get((series, sop))) is not None]
+
+    def listed_elsewhere(self, series: str, sop: str) -> bool:
+        """Whether the list names the SOP Instance UID, and not in this series."""
+        listed = self.listing.instances if self.listing is not None else {}
+        return (series, sop) not in listed and any(x.key in listed for x in self.of(sop))
 
     def refused_here(self, instance: Instance) -> bool:
         """Whether it was refused in this round, for a reason that asking again does not change."""
@@ -139,18 +149,17 @@ class StudyState:
         changed = self.listing is not None and listing.instances.keys() != self.listing.instances.keys()
         self.lists_agree = self.listing is not None and not changed
         self.listing = listing
-        for uid, instance in listing.instances.items():
-            self.instances.setdefault(uid, instance)
+        self._series.update(series for series, _ in listing.instances)
+        for key, instance in listing.instances.items():
+            self.instances.setdefault(key, instance)
         return changed
 
     def adopt_inventory(self) -> Iterator[tuple[Instance, Stored]]:
         """Mark what the list names and the destination holds; gives each pair that it marked."""
         assert self.listing is not None
-        for uid, instance in self.listing.instances.items():
-            held = self.inventory.get(uid)
-            if held is None or instance.state is not None or held.series != instance.series:
+        for key, instance in self.listing.instances.items():
+            if instance.state is not None or (held := self.inventory.pop(key, None)) is None:
                 continue
-            del self.inventory[uid]
             instance.adopt(held)
             instance.state = "held"
             if instance.listed_syntax:
@@ -161,29 +170,39 @@ class StudyState:
 
     def add_unlisted(self, series: str, sop: str, sop_class: str | None) -> Instance:
         """The record of an instance that was sent, or asked for, and is not listed."""
-        self.unlisted.add(sop)
-        return self.instances.setdefault(sop, Instance(self.scope.study, series, sop, sop_class))
+        self._series.add(series)
+        self.unlisted.add((series, sop))
+        return self.instances.setdefault((series, sop), Instance(self.scope.study, series, sop, sop_class))
 
     def answer(self, uid: str, instance: Instance | None, taken: Taken) -> Answered:
-        """An object was answered; ``instance`` is its record, or one of its own where the first one stays."""
-        record = self.instances.get(uid)
+        """An object was answered.
+
+        Parameters
+        ----------
+        uid : str
+            The SOP Instance UID that its C-STORE-RQ names.
+        instance : Instance or None
+            Its record, or one of its own where the first one stays; None where its data set names none of ours.
+        """
+        record = self.instances.get(instance.key) if instance is not None else None
         if taken.reason is None:
             assert instance is not None
             assert record is not None
             self._refused_in_a_row = 0
-            if instance is record:
-                record.state, record.reason, record.error = taken.state, None, None
+            if taken.remark == "replaced":
+                record.become(instance)
+            if instance is record or taken.remark == "replaced":
+                record.state, record.reason, record.error = taken.state, taken.remark, None
                 self._came(record)
             return Answered(record, new=instance is record)
         error = taken.error or taken.reason
-        if record is None:
+        meant = [record] if record is not None else self.of(uid)
+        if not meant:
             self.strays[taken.reason] += 1
-            record = Instance(self.scope.study, "", uid)
-        elif record.state not in DONE or taken.reason == "different_content":
-            record.state = "conflict" if taken.reason == "different_content" else "failed"
-            record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
-            record.attempt = self.rounds
-        stop = None
+            meant = [Instance(self.scope.study, "", uid)]
+        for one in meant:
+            self._refuse(one, taken)
+        record, stop = meant[0], None
         if taken.reason == "destination_full":
             stop = taken.reason
         elif self.strict and record.forward_status == "error":
@@ -192,32 +211,49 @@ class StudyState:
             stop = self._refused_again()
         return Answered(record, error, stop=stop)
 
+    def _refuse(self, record: Instance, taken: Taken) -> None:
+        """What was sent for it was not taken; one that is held stays held, unless its content is another."""
+        if taken.reason == "different_content":
+            record.state = "conflict"
+        elif record.state in DONE:
+            return
+        else:  # an object that names another instance is none of this one
+            record.state = "missing" if taken.reason == "uid_mismatch" else "failed"
+        record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
+        record.attempt = self.rounds
+
     def left_to_destination(self, instance: Instance) -> None:
         """The source was aborted before the destination answered: a confirmation will tell whether it stored it."""
-        self._late.add(instance.sop)
+        self._late.add(instance.key)
 
     def confirm(self, confirmation: Confirmation) -> Answered | None:
         """The destination has confirmed an instance, or could not; None where nothing is new by that."""
-        instance, error, reason = confirmation
+        instance, error, reason, remark = confirmation
+        record = self.instances.get(instance.key, instance)
         if error is not None:
             conflict = reason == "different_content"
-            instance.state = "conflict" if conflict else "failed"
-            instance.reason, instance.attempt = reason, self.rounds
-            told = conflict or instance.forward_status == "error"
-            instance.error = error if told else f"Received, but not confirmed: {error}"
             stop = None if reason in NOT_THE_DESTINATIONS else self._refused_again()
-            return Answered(instance, instance.error, stop=stop)
-        if instance.sop not in self._late or self.instances.get(instance.sop) is not instance:
+            if record is not instance and not conflict:  # sent a second time in vain: the first one's row stands
+                return Answered(instance, error, stop=stop)
+            record.state = "conflict" if conflict else "failed"
+            record.reason, record.attempt = reason, self.rounds
+            told = conflict or record.forward_status == "error"
+            record.error = error if told else f"Received, but not confirmed: {error}"
+            return Answered(record, record.error, stop=stop)
+        if remark == "replaced":
+            record.become(instance)
+            record.state, record.reason, record.attempt = "stored", remark, self.rounds
+        if record is not instance or record.key not in self._late:
             return None
         # It said so too late for the source: taken only now.
-        self._late.discard(instance.sop)
-        instance.state, instance.reason, instance.error = "forwarded", None, None
-        self._came(instance)
-        return Answered(instance, new=True)
+        self._late.discard(record.key)
+        record.state, record.reason, record.error = "forwarded", None, None
+        self._came(record)
+        return Answered(record, new=True)
 
     def _came(self, record: Instance) -> None:
         record.attempt = self.rounds
-        self.progress += record.sop not in self.unlisted or self.listing is None
+        self.progress += record.key not in self.unlisted or self.listing is None
 
     def _refused_again(self) -> str | None:
         self._refused_in_a_row += 1
@@ -233,20 +269,20 @@ class StudyState:
     def conclude(self) -> None:
         """Give every record its final state: what no outcome has reached is missing, what no list names is outside."""
         listing = self.listing
-        for uid, instance in self.instances.items():
-            if listing is None or uid in listing.instances:
+        for key, instance in self.instances.items():
+            if listing is None or key in listing.instances:
                 if instance.state is None:
                     instance.state, instance.reason = "missing", self._why_untried()
-            elif uid in self.unlisted:
+            elif key in self.unlisted:
                 instance.state = "unexpected"
                 instance.reason = instance.reason or "not_listed"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
         if listing is None or not self.scope.whole_study:
             return
-        for uid, held in self.inventory.items():
-            if uid not in listing.instances and uid not in self.instances:
-                instance = Instance(self.scope.study, held.series, uid)
+        for key, held in self.inventory.items():
+            if key not in listing.instances and key not in self.instances:
+                instance = Instance(self.scope.study, held.series, held.sop)
                 instance.adopt(held)
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
                 self.gone.append(instance)

@@ -145,7 +145,7 @@ class StudyRun:
                 if self._list_again() is None:
                     return
                 assert state.listing is not None
-                left = [x for x in left if x.sop in state.listing.instances]
+                left = [x for x in left if x.key in state.listing.instances]
             if not left:
                 return
             started = False
@@ -206,7 +206,7 @@ class StudyRun:
         wanted = self._options.sop_classes
         if wanted is not None:
             listing.instances = {
-                uid: x for uid, x in listing.instances.items() if x.sop_class is None or x.sop_class in wanted
+                key: x for key, x in listing.instances.items() if x.sop_class is None or x.sop_class in wanted
             }
             listing.related_instances = None
         return listing

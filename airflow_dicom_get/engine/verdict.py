@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from airflow_dicom_get.errors import Cancelled
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.result import StudyResult
 from airflow_dicom_get.vocabulary import (
     CANCELLED,
@@ -19,6 +19,7 @@ from airflow_dicom_get.vocabulary import (
     OUTSIDE_LIST,
     PARTIAL,
     RECEIVED,
+    REMARKS,
     UNVERIFIED,
     Evidence,
     Verdict,
@@ -47,7 +48,7 @@ def judge(state: StudyState) -> StudyResult:
         total=total,
         completed=len(held),
         skipped=states["held"],
-        warning=sum(x.exactness == "converted" or x.forward_status == "warning" for x in held),
+        warning=sum(x.exactness == "converted" or x.forward_status == "warning" or x.reason in REMARKS for x in held),
         failed=total - len(held),
         withdrawn=states["withdrawn"],
         unexpected=states["unexpected"],
@@ -81,11 +82,11 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
     return PARTIAL, _why(state, scope)
 
 
-def contradicted(listing: Listing, unlisted: Collection[str]) -> bool:
+def contradicted(listing: Listing, unlisted: Collection[Key]) -> bool:
     """Whether something that the source said, or sent without having listed it, denies its list."""
     if listing.counts_contradict():
         return True
-    return listing.on_round_cap() and any(uid not in listing.instances for uid in unlisted)
+    return listing.on_round_cap() and any(key not in listing.instances for key in unlisted)
 
 
 def _evidence(state: StudyState) -> Evidence:

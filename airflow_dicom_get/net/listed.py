@@ -12,14 +12,15 @@ from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
 from airflow_dicom_get.net.messages import context_for
+from airflow_dicom_get.records import Key
 
 FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
 _MAX_ROWS = 200_000
 _UIDS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID})
 
 
-def list_instances(association: Association, study: str, series: Collection[str] | None = None) -> dict[str, str]:
-    """The instances of a study that the node lists: Series by SOP Instance UID.
+def list_instances(association: Association, study: str, series: Collection[str] | None = None) -> set[Key]:
+    """The instances of a study that the node lists.
 
     Parameters
     ----------
@@ -46,17 +47,17 @@ def list_instances(association: Association, study: str, series: Collection[str]
             if (uid := i.text_value(row.get(h.SERIES_INSTANCE_UID)))
         }
     )
-    found: dict[str, str] = {}
+    found: set[Key] = set()
     for uid in sorted(wanted):
         keys = {h.STUDY_INSTANCE_UID: study, h.SERIES_INSTANCE_UID: uid, h.SOP_INSTANCE_UID: ""}
         for row in _rows(association, model, "IMAGE", keys):
             sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
             if sop and i.text_value(row.get(h.SERIES_INSTANCE_UID)) in (uid, None):
-                found[sop] = uid
+                found.add((uid, sop))
     return found
 
 
-def ask(association: Association, series: Mapping[str, Collection[str] | None]) -> dict[str, dict[str, str]]:
+def ask(association: Association, series: Mapping[str, Collection[str] | None]) -> dict[str, set[Key]]:
     """What :func:`list_instances` finds, by study, for the ``series`` of each; the association is ended with it.
 
     Raises

@@ -258,7 +258,7 @@ class DicomGetOperator(TransferOperator):
     :param strict_forward: end at the first instance that a DICOM node as destination refuses
     :param store_with_file_meta: write DICOM files, not bare data sets
     :param resume: skip what is held and verified
-    :param verify_held: ``size``, ``digest`` or ``none``: how what is held is verified
+    :param verify_held: ``size`` or ``digest``: how what is held is verified
     :param tags: keywords of attributes to add as columns of the manifest. They go to XCom, which every viewer of
         the DAG can read.
     :param checksum: ``sha256``, or None for no digest

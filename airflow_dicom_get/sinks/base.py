@@ -1,7 +1,7 @@
 """The sink contract: where instances go, whatever lies behind it.
 
 ``take`` decides what the source is told; only a confirmation makes an instance count. A sink is
-idempotent by SOP Instance UID, names objects by their UIDs alone, shows nothing half-written under a
+idempotent by Series and SOP Instance UID, names objects by their UIDs alone, shows nothing half-written under a
 final name, and cleans up only after runs that are dead.
 """
 
@@ -9,24 +9,26 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.vocabulary import State
 
 
 class Taken(NamedTuple):
     """The sink's answer for a whole instance: the DIMSE status for the source, and why if it was not taken.
 
-    It was taken where ``reason`` is None, also with the status of a warning; ``state`` is what it is then.
+    It was taken where ``reason`` is None, also with the status of a warning; ``state`` is what it is then, and
+    ``remark`` a reason that its row shows nevertheless.
     """
 
     status: int
     reason: str | None = None
     error: str | None = None
     state: State = "stored"
+    remark: str | None = None
 
 
 class Confirmation(NamedTuple):
-    """An instance is now durable, or (``error``) could not be.
+    """An instance is now durable, or (``error``) could not be; ``remark`` as in :class:`Taken`.
 
     It was taken before, or its :meth:`Writer.take` raised :class:`~airflow_dicom_get.errors.ForwardLate`.
     """
@@ -34,6 +36,7 @@ class Confirmation(NamedTuple):
     instance: Instance
     error: str | None = None
     reason: str = "destination_error"
+    remark: str | None = None
 
 
 class Writer(Protocol):
@@ -67,8 +70,8 @@ class Writer(Protocol):
 class Sink(Protocol):
     """A destination. Thread-safe: several associations write at once."""
 
-    def inventory(self, study: str) -> dict[str, Stored]:
-        """What is held of a study, by SOP Instance UID, verified as far as ``verify_held`` asks.
+    def inventory(self, study: str) -> dict[Key, Stored]:
+        """What is held of a study, by series and SOP Instance UID, verified as far as ``verify_held`` asks.
 
         Raises
         ------
@@ -89,4 +92,10 @@ class Sink(Protocol):
         """Those that came since the last call; with ``wait`` all that are still due."""
 
     def close(self) -> None:
-        """Confirm what is due, give back locks and files."""
+        """Confirm what is due, give back locks and files.
+
+        Raises
+        ------
+        SinkError
+            What was recorded may be lost. All is closed nevertheless.
+        """

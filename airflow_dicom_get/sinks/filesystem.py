@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from typing import Any
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Taken
-from airflow_dicom_get.sinks.ledger import Ledgers
+from airflow_dicom_get.sinks.ledger import Ledgers, contradict
+from airflow_dicom_get.sinks.objects import ends_whole, whole_instance
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import Follower, digest_of, digest_of_path, same_content, sync_path
+from airflow_dicom_get.storage.files import Follower, digest_of, digest_of_path, same_content, starts_alike, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ class FilesystemSink:
         self.run = run
         self.options = options
         self._read_only = read_only
-        self.replaceable: set[str] = set()
-        """UIDs whose file is no longer what the ledger says: it may be replaced."""
+        self.torn: set[Key] = set()
+        """Instances whose file was written and never synced, and is not what was written: a crash tore it."""
         self._mutex = threading.Lock()
         self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
@@ -96,7 +97,7 @@ class FilesystemSink:
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Stored]:
+    def inventory(self, study: str) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`."""
         if not self._read_only:  # here, too: of a study that is held whole no writer is ever begun
             try:
@@ -104,17 +105,15 @@ class FilesystemSink:
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study)
-        held: dict[str, Stored] = {}
+        held: dict[Key, Stored] = {}
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
-            candidates = [record for record in records.pop(sop, ()) if record.series == series]
-            found = next((h for record in candidates if (h := self._verified(study, record, entry, place))), None)
-            if found is None and candidates:
-                self.replaceable.add(sop)
-            elif found is None and self.options.adopt and not self._read_only:
+            candidates = records.pop((series, sop), [])
+            found = self._verified(study, candidates, entry, place)
+            if found is None and not candidates and self.options.adopt and not self._read_only:
                 found = self._adopted(study, series, sop, entry)
             if found is not None:
-                held[sop] = found
+                held[found.key] = found
         return held
 
     def _files(self, study: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
@@ -129,25 +128,31 @@ class FilesystemSink:
         except OSError as error:
             raise sink_error(error, f"The destination cannot list study {study}") from error
 
-    def _verified(self, study: str, record: Stored, entry: os.DirEntry[str], place: str) -> Stored | None:
-        """The record as held, if the file is still what it says."""
-        checkable = record.sha256 is not None
-        need_digest = self.options.verify_held == "digest" or not record.durable
-        if self.options.verify_held != "none" or not record.durable:
-            if entry.stat(follow_symlinks=False).st_size != record.bytes:
+    def _verified(self, study: str, candidates: Sequence[Stored], entry: os.DirEntry[str], place: str) -> Stored | None:
+        """The record that the file still is as it says; where it was never synced, it is now."""
+        if not candidates:
+            return None
+        size = entry.stat(follow_symlinks=False).st_size
+        fits = [record for record in candidates if record.bytes == size]
+        if not fits:
+            return None
+        found = fits[0]
+        if self.options.verify_held == "digest" or not found.durable or contradict(candidates):
+            digest = digest_of_path(entry.path)
+            told = next((record for record in fits if record.sha256 == digest), None)
+            if told is None:
+                if not any(record.durable for record in candidates):
+                    self.torn.add(found.key)
                 return None
-            if need_digest and (not checkable or digest_of_path(entry.path) != record.sha256):
-                return None
-        if not record.durable and not self._read_only:
+            found = told
+        if not found.durable and not self._read_only:
             self._sync_now(entry.path)
-            self._record(study, record)
-        record.where = place
-        return record
+            self._record(study, found)
+        found.where = place
+        return found
 
     def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Stored | None:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
-        from airflow_dicom_get.sinks.objects import whole_instance
-
         found = whole_instance(Path(entry.path), study, series, sop)
         if found is not None:
             self._sync_now(entry.path)
@@ -155,14 +160,16 @@ class FilesystemSink:
         return found
 
     def _record(self, study: str, stored: Stored) -> None:
-        ledger = self._study(study).ledger
-        ledger.taken(stored)
-        ledger.durable([stored.sop])
+        if self.options.durable:
+            ledger = self._study(study).ledger
+            ledger.taken(stored)
+            ledger.durable([stored.key])
 
     def _sync_now(self, path: str) -> None:
         if self.options.durable:
-            sync_path(path)
-            sync_path(os.path.dirname(path))
+            folder = os.path.dirname(path)
+            for each in (path, folder, os.path.dirname(folder), self.root):
+                sync_path(each)
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
@@ -183,8 +190,10 @@ class FilesystemSink:
             self._hurry.clear()
         try:
             study = self._study(instance.study)
-            folder = study.series(instance.series)
-            return _FileWriter(self, study, folder, instance)
+            try:
+                return _FileWriter(self, study, study.series(instance.series), instance)
+            except FileNotFoundError:  # another run found the folder empty at its end, and removed it
+                return _FileWriter(self, study, study.series(instance.series, anew=True), instance)
         except OSError as error:
             raise sink_error(error, f"The destination cannot create a file for instance {instance.sop}") from error
 
@@ -254,11 +263,12 @@ class FilesystemSink:
             for item in {item.folder: item for item in good}.values():
                 if self.options.durable:
                     self.disk.sync(item.folder)
+                    item.study.sync_folders()
                 if not self.disk.is_at(item.folder, item.study.path / item.instance.series):
                     # Moved away, or another disk lies over it.
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            for study in {item.study for item in good}:
-                study.ledger.durable([item.instance.sop for item in good if item.study is study])
+            for study in {item.study for item in good} if self.options.durable else ():
+                study.ledger.durable([item.instance.key for item in good if item.study is study])
             results += [Confirmation(item.instance) for item in good]
         except OSError as error:
             results += [Confirmation(item.instance, f"sync: {error.strerror}") for item in good]
@@ -280,8 +290,14 @@ class FilesystemSink:
         with self._room:
             while self._syncing:
                 self._room.wait(1.0)
+        failed: OSError | None = None
         for study in self._studies.values():
-            study.close(self.options.durable)
+            try:
+                study.close(self.options.durable)
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise sink_error(failed, "The ledger of what is held cannot be written") from failed
 
 
 class _Pending:
@@ -301,34 +317,59 @@ class _Study:
         self.place = f"{path}/"
         self._disk = files.disk
         self._disk.make_folders(path)
+        self._unsynced = [path, *path.parents]
+        """Folders whose entries may not be durable: a run that was killed may have made what is in them."""
         self._lock_path = path / f".{run}.lock"
         self._lock = locks.hold(self._lock_path)
         self.ledger = ledgers.open(uid, run)
+        self.placed: set[Key] = set()
+        """What this run put here; filled where a file of another run may be replaced."""
         self._folders: dict[str, int] = {}
+        self._gone: list[int] = []
+        """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
         locks.clean_dead_runs(path, run)
 
-    def series(self, uid: str) -> int:
-        """An open descriptor of the series folder, made if absent."""
+    def series(self, uid: str, *, anew: bool = False) -> int:
+        """An open descriptor of the series folder, made if absent; ``anew`` where the one that was open is gone."""
         with self._mutex:
             fd = self._folders.get(uid)
+            if anew and fd is not None:
+                self._gone.append(self._folders.pop(uid))
+                fd = None
             if fd is None:
                 folder = self.path / uid
+                self._unsynced.append(self.path)
                 self._disk.make_folder(folder)
                 fd = self._folders[uid] = self._disk.open_folder(folder)
             return fd
 
+    def sync_folders(self) -> None:
+        """Make the folders durable: what lies in them is only as durable as they are."""
+        with self._mutex:
+            unsynced, self._unsynced = self._unsynced, []
+        try:
+            for folder in dict.fromkeys(unsynced):
+                try:
+                    sync_path(folder)
+                except PermissionError:  # far above the destination one may not look
+                    if folder in (self.path, self.path.parent):
+                        raise
+        except OSError:
+            with self._mutex:
+                self._unsynced += unsynced
+            raise
+
     def close(self, durable: bool) -> None:
-        """Sync the ledger and the folders above the series, give back the lock."""
+        """Sync the ledger, give back the lock. Raises :class:`OSError` where what was recorded may be lost."""
+        failed: OSError | None = None
         try:
             if durable:
                 self.ledger.sync()
-                sync_path(self.path)
-                sync_path(self.path.parent)
         except OSError as error:
-            log.warning("%s: %s", self.path, error.strerror)
+            failed = error
         self.ledger.close()
-        for fd in self._folders.values():
+        for fd in (*self._folders.values(), *self._gone):
             self._disk.close(fd)
         self._disk.remove(self._lock_path)
         self._disk.close(self._lock)
@@ -337,6 +378,8 @@ class _Study:
                 self._disk.remove_folder(folder)  # only where nothing came
             except OSError:
                 pass
+        if failed is not None:
+            raise failed
 
 
 class _FileWriter:
@@ -428,47 +471,76 @@ class _FileWriter:
             return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
 
     def _place(self) -> Taken:
-        instance, folder = self._instance, self._folder
+        """Give the file its final name, which never takes the place of a whole other one."""
+        instance, folder, study = self._instance, self._folder, self._study
         final = f"{instance.sop}.dcm"
-        replace = instance.sop in self._sink.replaceable
-        if not replace and self._disk.has(final, folder):
+        if self._disk.has(final, folder):
             return self._meet_first(final)
-        self._study.ledger.taken(instance)
-        if replace:
-            self._disk.rename_over(self._name, final, folder)
-            self._sink.replaceable.discard(instance.sop)
-        else:
-            try:
-                self._disk.rename_new(self._name, final, folder)
-            except FileExistsError:  # another run was quicker by a moment
-                self._study.ledger.dropped(instance.sop)
-                return self._meet_first(final)
+        study.ledger.taken(instance)
+        try:
+            self._disk.rename_new(self._name, final, folder)
+        except FileExistsError:  # another run was quicker by a moment
+            return self._meet_first(final)
+        return self._placed()
+
+    def _placed(self) -> Taken:
         fd, self._fd = self._fd, -1
-        self._sink.taken(_Pending(instance, self._study, fd, folder, self._size))
+        if self._sink.options.on_conflict == "replace":
+            self._study.placed.add(self._instance.key)
+        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, self._size))
         return Taken(s.SUCCESS)
 
     def _meet_first(self, final: str) -> Taken:
-        """A file of this UID is there: the first stays, and counts only if its data set is the same."""
+        """A file is there under the final name: it counts if its data set is the same, and stays if it is whole."""
         instance = self._instance
-        fd = self._disk.open(final, files.CHANGE, self._folder)
-        meta = read_file_meta(self._disk.read_at(fd, META_LIMIT, 0))
-        offset = meta.dataset_offset if meta else 0
-        size = self._disk.size(fd)
-        if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
-            instance.bytes, instance.dataset_offset = size, offset
-            if self._hash is not None and self._sink.options.checksum:
-                instance.sha256 = digest_of(fd)
-            self._study.ledger.taken(instance)
-            self._drop()
-            self._sink.taken(_Pending(instance, self._study, fd, self._folder, size))
-            return Taken(s.SUCCESS)
-        self._disk.close(fd)
+        fd = self._disk.open(final, files.READ, self._folder)
+        try:
+            meta = read_file_meta(self._disk.read_at(fd, META_LIMIT, 0))
+            offset = meta.dataset_offset if meta else 0
+            size = self._disk.size(fd)
+            if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
+                instance.bytes, instance.dataset_offset = size, offset
+                if self._hash is not None and self._sink.options.checksum:
+                    instance.sha256 = digest_of(fd)
+                self._study.ledger.taken(instance)
+                self._drop()
+                pending, fd = _Pending(instance, self._study, fd, self._folder, size), -1
+                self._sink.taken(pending)
+                return Taken(s.SUCCESS)
+            if self._is_torn(fd, size, offset, meta):
+                return self._put_over(final)
+        finally:
+            if fd >= 0:
+                self._disk.close(fd)
+        if self._sink.options.on_conflict == "replace" and instance.key not in self._study.placed:
+            return self._put_over(final)._replace(remark="replaced")
         self.abort()
         return Taken(
             s.DUPLICATE_OTHER_CONTENT,
             "different_content",
             "A different data set is already stored under this UID; it was kept.",
         )
+
+    def _is_torn(self, fd: int, size: int, offset: int, meta: FileMeta | None) -> bool:
+        """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
+        if self._instance.key in self._sink.torn or size <= offset:
+            return True
+        if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
+            return True
+        if meta is None:  # a bare data set, or no DICOM file: but for a file of zeros, as crashes leave them, it stays
+            return not any(self._disk.read_at(fd, META_LIMIT, 0))
+        return not ends_whole(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
+
+    def _put_over(self, final: str) -> Taken:
+        """Take the place of what is there, and let nothing that was recorded of it count for this one."""
+        ledger = self._study.ledger
+        ledger.dropped(self._instance.key)
+        if self._sink.options.durable:
+            ledger.sync()
+        ledger.taken(self._instance)
+        self._disk.rename_over(self._name, final, self._folder)
+        self._sink.torn.discard(self._instance.key)
+        return self._placed()
 
     def _drop(self) -> None:
         self._disk.close(self._fd)

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import ForwardingOptions
@@ -31,7 +31,7 @@ from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.net.retries import no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 
@@ -39,6 +39,14 @@ log = logging.getLogger(__name__)
 
 _RELEASE, _CONNECT, _ACSE = 0.15, 0.35, 0.5
 """Shares of ``stall`` that a change of associations may take, while the source is left unread."""
+
+
+class _Sent(NamedTuple):
+    """What a node holds under a SOP Instance UID."""
+
+    series: str
+    sha256: bytes | None
+    bytes: int | None
 
 
 class _Line:
@@ -73,8 +81,8 @@ class ForwardSink:
         Name of this run, unique.
     options : ForwardingOptions
         Of its deadlines ``sub_operation`` and ``stall`` bound how long the source waits; ``next_object`` is how
-        long a late response of the destination is waited for after that. Unless ``verify_held`` is ``"none"``,
-        what the destination does not list any more is not held. Without ``checksum`` a duplicate is told by its
+        long a late response of the destination is waited for after that. What the destination does not list any
+        more is not held. Without ``checksum`` a duplicate is told by its
         size alone.
     cancel : CancelToken
         The run's; a hard cancel ends waits here too.
@@ -121,24 +129,27 @@ class ForwardSink:
         self._classes = classes
         self._pairs: dict[Proposal, None] = {}  # seen, the latest last
         self._refused: set[Proposal] = set()
-        self._sent: dict[str, dict[str, tuple[bytes | None, int | None]]] = {}
+        self._sent: dict[str, dict[str, _Sent]] = {}
+        """What the destination took, by study and SOP Instance UID: a node holds one instance of a UID."""
         self._late = 0
         self._done: list[Confirmation] = []
         self._closed = False
 
     # --- what is held --------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Stored]:
+    def inventory(self, study: str) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: what our ledgers say was stored, and the destination still lists."""
-        recorded = self._ledger_store.read(study, self.name)
-        held = {uid: records[0] for uid, records in recorded.items() if records[0].durable}
-        if self.options.trust_destination or (held and self.options.verify_held != "none"):
+        recorded = self._ledger_store.read(study)
+        held = {key: records[0] for key, records in recorded.items() if records[0].durable}
+        if held or self.options.trust_destination:
             self._hold_against_list(study, held)
         with self._mutex:
-            self._sent[study] = {uid: (x.sha256, x.bytes) for uid, x in held.items() if x.bytes is not None}
+            self._sent[study] = {
+                x.sop: _Sent(x.series, x.sha256, x.bytes) for x in held.values() if x.bytes is not None
+            }
         return held
 
-    def _hold_against_list(self, study: str, held: dict[str, Stored]) -> None:
+    def _hold_against_list(self, study: str, held: dict[Key, Stored]) -> None:
         from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
 
         self._release_idle()  # the question counts against the destination's limit, too
@@ -150,13 +161,13 @@ class ForwardSink:
         except PeerError as error:
             log.info("%s cannot be asked what it holds, so our own records decide: %s", self.name, error.message)
             return
-        for uid in [uid for uid, x in held.items() if listed.get(uid) != x.series]:
+        for key in held.keys() - listed:
             log.info("%s no longer lists an instance that was stored there", self.name)
-            del held[uid]
-        if self.options.trust_destination:
-            for uid, where in listed.items():
-                if uid not in held:
-                    held[uid] = Stored(where, uid, forwarded_to=self.name, durable=True)
+            del held[key]
+        sent = {sop for _, sop in held}
+        for series_uid, sop in sorted(listed - held.keys()):
+            if self.options.trust_destination or sop in sent:
+                held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -176,7 +187,7 @@ class ForwardSink:
             )
         known = self._sent.get(instance.study, {}).get(instance.sop)
         if known is not None:
-            return _Comparing(self, instance, *known)
+            return _Comparing(self, instance, known)
         try:
             self._ledger(instance.study)
         except OSError as error:
@@ -309,11 +320,13 @@ class ForwardSink:
     def _record(self, instance: Instance) -> None:
         """Write down that the destination has it."""
         with self._mutex:
-            self._sent.setdefault(instance.study, {})[instance.sop] = (instance.sha256, instance.bytes)
+            self._sent.setdefault(instance.study, {})[instance.sop] = _Sent(
+                instance.series, instance.sha256, instance.bytes
+            )
         try:
             ledger = self._ledger(instance.study)
             ledger.taken(instance)
-            ledger.durable([instance.sop])
+            ledger.durable([instance.key], forwarded_to=self.name)
         except OSError as error:  # it is there all the same; only a later run would send it again
             log.warning("the ledger of forwards cannot be written: %s", error.strerror or error)
 
@@ -388,12 +401,18 @@ class ForwardSink:
             while self._late:
                 self._changed.wait(1.0)
         self._release_idle()
+        failed: OSError | None = None
         for ledger in self._ledgers.values():
             try:
                 ledger.sync()
             except OSError as error:
-                log.warning("the ledger of forwards cannot be synced: %s", error.strerror or error)
+                failed = error
             ledger.close()
+        if failed is not None:
+            raise SinkError(
+                f"The ledger of forwards cannot be written: {failed.strerror or failed}.",
+                hint="Give another manifest_root, or free space there.",
+            ) from failed
 
 
 class _ForwardWriter:
@@ -477,10 +496,10 @@ class _Draining:
 class _Comparing:
     """An instance whose UID was forwarded before: the first stays, and this one counts if it is the same."""
 
-    __slots__ = ("_digest", "_hash", "_instance", "_known_size", "_sink", "_size")
+    __slots__ = ("_first", "_hash", "_instance", "_sink", "_size")
 
-    def __init__(self, sink: ForwardSink, instance: Instance, digest: bytes | None, size: int | None) -> None:
-        self._sink, self._instance, self._digest, self._known_size = sink, instance, digest, size
+    def __init__(self, sink: ForwardSink, instance: Instance, first: _Sent) -> None:
+        self._sink, self._instance, self._first = sink, instance, first
         self._hash: Any = hashlib.sha256()
         self._size = 0
 
@@ -491,15 +510,22 @@ class _Comparing:
 
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""
-        instance = self._instance
-        if self._size != self._known_size or self._digest not in (None, self._hash.digest()):
+        instance, first = self._instance, self._first
+        if instance.series != first.series:
+            return Taken(
+                s.DUPLICATE_OTHER_CONTENT,
+                "different_content",
+                f"An instance with this SOP Instance UID was already forwarded in series {first.series}; "
+                "a node holds one of a UID.",
+            )
+        if self._size != first.bytes or first.sha256 not in (None, self._hash.digest()):
             return Taken(
                 s.DUPLICATE_OTHER_CONTENT,
                 "different_content",
                 "A different data set was already forwarded under this UID; it was kept.",
             )
         instance.bytes = self._size
-        instance.sha256, instance.dataset_offset, instance.uri = self._digest, 0, None
+        instance.sha256, instance.dataset_offset, instance.uri = first.sha256, 0, None
         instance.forwarded_to, instance.forward_status, instance.forward_error = self._sink.name, "ok", None
         self._sink.confirm(instance)
         return Taken(s.SUCCESS, state="forwarded")

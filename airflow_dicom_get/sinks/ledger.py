@@ -2,6 +2,10 @@
 
 One writer a file, one file a run and study; readers take the union of all runs. A line is written
 whole by one ``write``, so a killed process loses nothing that was written before.
+
+One root may serve several destinations, so each ``taken`` says where; a ``durable`` counts for the
+``taken`` before it in its own file alone. Before an object is replaced, a synced ``dropped`` ends all
+that was recorded of its instance, in older runs too.
 """
 
 from __future__ import annotations
@@ -11,16 +15,20 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from airflow_dicom_get.errors import LedgerError
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import sync_path
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE_SCHEMAS = frozenset({1, SCHEMA})
+OWN = "."
+"""How a ledger calls the destination that it lies in: it may be moved as a whole."""
 
 
 def header_line() -> str:
@@ -28,12 +36,13 @@ def header_line() -> str:
     return json.dumps({"ledger": SCHEMA}) + "\n"
 
 
-def taken_line(instance: Instance | Stored) -> str:
+def taken_line(instance: Instance | Stored, destination: str) -> str:
     """The line that says that an instance is there whole."""
     entry = {
         "state": "taken",
-        "uid": instance.sop,
+        "destination": destination,
         "series": instance.series,
+        "uid": instance.sop,
         "class": instance.sop_class,
         "syntax": instance.syntax,
         "size": instance.bytes,
@@ -43,19 +52,22 @@ def taken_line(instance: Instance | Stored) -> str:
         "series_number": instance.series_number,
         "instance_number": instance.instance_number,
     }
-    if instance.forwarded_to is not None:
-        entry["forwarded_to"] = instance.forwarded_to
     return json.dumps(entry) + "\n"
 
 
-def durable_line(uid: str, etag: str | None = None) -> str:
-    """The record that says that an instance is durable."""
-    return json.dumps({"state": "durable", "uid": uid} | ({"etag": etag} if etag else {})) + "\n"
+def durable_line(key: Key, etag: str | None = None, forwarded_to: str | None = None) -> str:
+    """The line that says that an instance is durable."""
+    entry = {"state": "durable", "series": key[0], "uid": key[1]}
+    if etag:
+        entry["etag"] = etag
+    if forwarded_to:
+        entry["forwarded_to"] = forwarded_to
+    return json.dumps(entry) + "\n"
 
 
-def dropped_line(uid: str) -> str:
-    """The line that takes a ``taken`` back."""
-    return json.dumps({"state": "dropped", "uid": uid}) + "\n"
+def dropped_line(key: Key, destination: str) -> str:
+    """The line that ends all that was recorded of an instance."""
+    return json.dumps({"state": "dropped", "destination": destination, "series": key[0], "uid": key[1]}) + "\n"
 
 
 class Ledger(Protocol):
@@ -64,11 +76,19 @@ class Ledger(Protocol):
     def taken(self, instance: Instance | Stored) -> None:
         """Record that the whole instance is there, before it gets its final name."""
 
-    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
-        """Record that these are durable; ``etag`` is the store's own mark of the content."""
+    def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
+        """Record that these are durable.
 
-    def dropped(self, uid: str) -> None:
-        """Take back a ``taken``: the object did not get its final name."""
+        Parameters
+        ----------
+        etag : str, optional
+            The store's own mark of the content.
+        forwarded_to : str, optional
+            The node that said so.
+        """
+
+    def dropped(self, key: Key) -> None:
+        """Record that nothing that was recorded of this instance counts any more."""
 
     def sync(self) -> None:
         """Make the ledger itself durable."""
@@ -78,37 +98,53 @@ class Ledger(Protocol):
 
 
 class Ledgers(Protocol):
-    """The ledgers of all runs, wherever they lie."""
+    """The ledgers of all runs for one destination, wherever they lie."""
 
     def open(self, study: str, run: str) -> Ledger:
         """Begin the ledger of a run for a study. Raises ``OSError``."""
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
-        """What all runs recorded of a study, as :func:`read_ledgers` gives it. Raises :class:`LedgerError`."""
+    def read(self, study: str) -> dict[Key, list[Stored]]:
+        """What all runs recorded of a study, as :func:`merge_records` gives it.
+
+        Raises
+        ------
+        LedgerError
+            A file is of a newer schema, or broken before its last line; it is left as it is.
+        """
 
 
 class FolderLedgers:
-    """The ledgers below a folder."""
+    """The ledgers below a folder, for one destination."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, destination: str) -> None:
+        self.root, self.destination = root, destination
 
     def open(self, study: str, run: str) -> Ledger:
         """See :meth:`Ledgers.open`."""
-        return LedgerWriter(self.root, study, run)
+        return LedgerWriter(self.root, self.destination, study, run)
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
+    def read(self, study: str) -> dict[Key, list[Stored]]:
         """See :meth:`Ledgers.read`."""
-        return read_ledgers(self.root, study, forwarded_to)
+        folder = self.root / ".ledger" / study
+        try:
+            paths = [folder / name for name in reversed(files.names_in(folder)) if name.endswith(".jsonl")]
+        except OSError as error:
+            raise LedgerError(
+                f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
+            ) from error
+        return merge_records(
+            parse_ledger([(str(path), _content(path, study))], study, self.destination) for path in paths
+        )
 
 
 class LedgerWriter:
     """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
 
-    def __init__(self, root: Path, study: str, run: str) -> None:
+    def __init__(self, root: Path, destination: str, study: str, run: str) -> None:
         folder = root / ".ledger" / study
         self._disk = files.disk
-        self._disk.make_folders(folder)
+        self._destination = destination
+        self._new_in = files.make_folders(folder)
         self.path = folder / f"{run}.jsonl"
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()
@@ -127,19 +163,23 @@ class LedgerWriter:
 
     def taken(self, instance: Instance | Stored) -> None:
         """See :meth:`Ledger.taken`."""
-        self._append(taken_line(instance))
+        self._append(taken_line(instance, self._destination))
 
-    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
+    def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
         """See :meth:`Ledger.durable`; one write."""
-        self._append("".join(durable_line(uid, etag) for uid in uids))
+        self._append("".join(durable_line(key, etag, forwarded_to) for key in keys))
 
-    def dropped(self, uid: str) -> None:
+    def dropped(self, key: Key) -> None:
         """See :meth:`Ledger.dropped`."""
-        self._append(dropped_line(uid))
+        self._append(dropped_line(key, self._destination))
 
     def sync(self) -> None:
-        """Make the ledger itself durable."""
+        """See :meth:`Ledger.sync`: the file, and the folders in which it is new."""
         self._disk.sync(self._fd)
+        sync_path(self.path.parent)
+        for folder in self._new_in:
+            sync_path(folder)
+        self._new_in = []
 
     def close(self) -> None:
         """Close; a ledger that recorded nothing is removed."""
@@ -148,36 +188,34 @@ class LedgerWriter:
             self._disk.remove(self.path)
 
 
-def read_ledgers(root: Path, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
-    """What all runs recorded of a study, by SOP Instance UID: the likeliest record first.
+class RunRecords(NamedTuple):
+    """What one run recorded of a study, for one destination."""
 
-    One root may serve several destinations: of forwards only those to ``forwarded_to`` are read, and
-    without it none. Durable ones come before those that were only taken, newer ones before older ones. A torn last
-    line is ignored.
+    stored: dict[Key, Stored]
+    dropped: frozenset[Key]
+    """Instances of which older records do not count any more."""
 
-    Raises
-    ------
-    LedgerError
-        A file is of a newer schema, or broken before its last line; it is left as it is.
+
+def merge_records(runs: Iterable[RunRecords]) -> dict[Key, list[Stored]]:
+    """The union of what runs recorded, given the newest first: by instance, the likeliest record first.
+
+    Durable ones come before those that were only taken, newer ones before older ones.
     """
-    folder = root / ".ledger" / study
-    try:
-        paths = [folder / name for name in reversed(files.names_in(folder)) if name.endswith(".jsonl")]
-    except OSError as error:
-        raise LedgerError(f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study) from error
-    return merge_records((parse_ledger([(str(path), _content(path, study))], study) for path in paths), forwarded_to)
-
-
-def merge_records(runs: Iterable[Mapping[str, Stored]], forwarded_to: str | None = None) -> dict[str, list[Stored]]:
-    """The union of what runs recorded, each given newest first, as :func:`read_ledgers` gives it."""
-    records: dict[str, list[Stored]] = {}
+    records: dict[Key, list[Stored]] = {}
+    dropped: set[Key] = set()
     for run in runs:
-        for uid, record in run.items():
-            if record.forwarded_to == forwarded_to:
-                records.setdefault(uid, []).append(record)
+        for key, record in run.stored.items():
+            if key not in dropped:
+                records.setdefault(key, []).append(record)
+        dropped |= run.dropped
     for candidates in records.values():
         candidates.sort(key=lambda record: not record.durable)
     return records
+
+
+def contradict(records: Sequence[Stored]) -> bool:
+    """Whether the records of one instance name more than one content: then sizes do not tell what is there."""
+    return len({record.sha256 for record in records}) > 1
 
 
 def _content(path: Path, study: str) -> bytes:
@@ -189,27 +227,41 @@ def _content(path: Path, study: str) -> bytes:
         ) from error
 
 
-def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, Stored]:
-    """The records of one run, in one file or several: where each lies, and its content.
+def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: str) -> RunRecords:
+    """The records of one run for one destination, in one file or several: where each lies, and its content.
+
+    A torn last line is ignored. In schema 1 no destination is named: what was recorded as durable
+    counts where it must be this one, and only if one series of the SOP Instance UID was taken.
 
     Raises
     ------
     LedgerError
         A part is of a newer schema, or broken before its last line.
     """
-    records: dict[str, Stored] = {}
+    stored: dict[Key, Stored] = {}
+    dropped: set[Key] = set()
+    taken: dict[str, list[Key]] = {}  # of schema 1, whose other records do not name the series
     for path, data in parts:
-        for entry in _entries(path, data, study):
+        for schema, entry in _entries(path, data, study):
             try:
-                uid = str(entry["uid"])
-                match entry["state"]:
-                    case "taken":
-                        records[uid] = _record(uid, entry)
-                    case "durable" if uid in records:
-                        records[uid].durable = True
-                        records[uid].etag = entry.get("etag")
-                    case "dropped":
-                        records.pop(uid, None)
+                uid, state, where = str(entry["uid"]), entry["state"], entry.get("destination")
+                if schema == 1 and state == "taken":
+                    where = _destination_of_schema_1(entry, destination)
+                    taken.setdefault(uid, []).append((str(entry["series"]), uid))
+                keys = taken.get(uid, []) if schema == 1 else [(str(entry["series"]), uid)]
+                if state == "taken" and where == destination:
+                    stored[keys[-1]] = _record(keys[-1], entry)
+                elif state == "durable" and len(set(keys)) == 1 and keys[0] in stored:
+                    record = stored[keys[0]]
+                    record.durable = schema == SCHEMA or destination == OWN or record.forwarded_to is not None
+                    record.etag = entry.get("etag")
+                    record.forwarded_to = _interned(entry.get("forwarded_to")) or record.forwarded_to
+                elif state == "dropped" and schema == 1:  # took back a record of its own file
+                    for key in keys:
+                        stored.pop(key, None)
+                elif state == "dropped" and where == destination:
+                    stored.pop(keys[0], None)
+                    dropped.add(keys[0])
             except (KeyError, OverflowError, TypeError, ValueError):
                 raise LedgerError(
                     f"The ledger {path} contains an unreadable record.",
@@ -217,14 +269,22 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str) -> dict[str, St
                     study=study,
                     path=path,
                 ) from None
-    return records
+    return RunRecords(stored, frozenset(dropped))
 
 
-def _record(uid: str, entry: Mapping[str, Any]) -> Stored:
+def _destination_of_schema_1(entry: Mapping[str, Any], destination: str) -> str | None:
+    """The destination of a record that names none: the node that it was forwarded to, or the one that is asked for."""
+    node = entry.get("forwarded_to")
+    if node is not None:
+        return f"dicom://{node}"
+    return None if destination.startswith("dicom://") else destination
+
+
+def _record(key: Key, entry: Mapping[str, Any]) -> Stored:
     digest = entry["sha256"]
     return Stored(
-        series=sys.intern(str(entry["series"])),
-        sop=uid,
+        series=sys.intern(key[0]),
+        sop=key[1],
         sop_class=_interned(entry["class"]),
         syntax=_interned(entry["syntax"]),
         bytes=int(entry["size"]),
@@ -247,7 +307,9 @@ def _number(value: Any) -> int | None:
     return value
 
 
-def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
+def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with the schema of its file."""
+    schema = 0
     for number, line in enumerate(BytesIO(data), 1):  # not all lines at once: a ledger may be large
         if not line.endswith(b"\n"):
             return  # torn
@@ -264,8 +326,10 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[dict[str, Any]]:
             ) from None
         version = entry.get("ledger")
         if version is None:
-            yield entry
-        elif version != SCHEMA:
+            yield schema or SCHEMA, entry
+        elif version in READABLE_SCHEMAS:
+            schema = version
+        else:
             raise LedgerError(
                 f"The ledger {path} has schema {version}; this version reads {SCHEMA}.",
                 hint="Use the version of airflow-dicom-get that wrote it, or a newer one.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from airflow_dicom_get import clock
@@ -24,6 +24,8 @@ def hold(path: Path) -> int:
         lock = disk.open(path, files.CREATE)
         try:
             disk.lock(lock, wait=True)
+            with suppress(OSError):  # a full disk: then it counts as one of this machine
+                files.write_all(lock, disk.host().encode())
             if disk.is_at(lock, path):
                 return lock
         except FileNotFoundError:
@@ -65,11 +67,21 @@ def _if_dead(lock: Path, left: list[Path]) -> Iterator[bool]:
         return
     try:
         try:
-            dead = disk.lock(fd, wait=False)
+            # A lock that another machine holds may not be seen here, on a network file system.
+            old = not _seen_here(disk.read_at(fd, 256, 0))
+            dead = not old and disk.lock(fd, wait=False)
         except OSError:  # no locks on this file system
+            old = True
+        if old:
             dead = all(clock.now() - disk.status(path).st_mtime > _STALE_SECONDS for path in [lock, *left])
         yield dead
         if dead:
             disk.remove(lock)
     finally:
         disk.close(fd)
+
+
+def _seen_here(holder: bytes) -> bool:
+    """Whether a lock file was written on this machine: in this boot of it, or in another of the same name."""
+    ours = files.disk.host().encode()
+    return not holder or holder == ours or holder.split(b" ")[0] == ours.split(b" ")[0]

@@ -162,7 +162,7 @@ def _whole_instance(item: StoredObject, path: Path, study: str, series: str, sop
     assert meta is not None  # without a row of a manifest nothing else opens
     if (found.study, found.series, found.sop, meta.sop_instance) != (study, series, sop, sop):
         return None
-    if not _ends_whole(path, meta):
+    if not ends_whole(path, meta):
         return None
     digest, size = hashlib.sha256(), 0
     for view in opened.chunks():
@@ -183,7 +183,7 @@ def _whole_instance(item: StoredObject, path: Path, study: str, series: str, sop
     )
 
 
-def _ends_whole(path: Path, meta: FileMeta) -> bool:
+def ends_whole(path: Path, meta: FileMeta) -> bool:
     """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
     with files.disk.mapped(path) as view, view[meta.dataset_offset :] as data:
         return h.ends_whole(data, meta.syntax)

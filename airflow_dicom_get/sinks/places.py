@@ -16,7 +16,7 @@ from airflow_dicom_get.config.groups import ForwardTarget
 from airflow_dicom_get.config.options import GetOptions, RootOptions
 from airflow_dicom_get.errors import DestinationFull, InvalidOption
 from airflow_dicom_get.manifest.files import MANIFESTS
-from airflow_dicom_get.sinks.ledger import FolderLedgers, Ledgers
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, Ledgers
 from airflow_dicom_get.storage import files
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Root(Protocol):
     def prepare(self) -> None:
         """Find out before any traffic to the source whether it can be used. Raises :class:`SinkError`."""
 
-    def ledgers(self) -> Ledgers:
-        """The ledgers of all runs."""
+    def ledgers(self, destination: str) -> Ledgers:
+        """The ledgers of all runs for a destination, given by the address of its :class:`Place`."""
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """Write ``<root>/<name>.parquet`` whole or not at all, and give its URI. Raises :class:`SinkError`."""
@@ -78,7 +78,7 @@ class OpenDestination:
 
     def sink(self, run: str, *, read_only: bool = False) -> Sink:
         """The sink of one run, with its ledgers under the root."""
-        return self.place.sink(self.root.ledgers(), run, read_only=read_only)
+        return self.place.sink(self.root.ledgers(self.place.uri), run, read_only=read_only)
 
 
 def open_destination(options: GetOptions) -> OpenDestination:
@@ -144,7 +144,7 @@ class FolderPlace:
                 option="destination",
             )
         self.path = path.absolute()
-        self.uri = self.path.as_uri()
+        self.uri = FilesystemDestination(self.path).uri
         self._options = options
 
     def __str__(self) -> str:
@@ -187,9 +187,10 @@ class FolderRoot:
     def prepare(self) -> None:
         """See :meth:`Root.prepare`: the options were checked against the folder already."""
 
-    def ledgers(self) -> Ledgers:
+    def ledgers(self, destination: str) -> Ledgers:
         """See :meth:`Root.ledgers`."""
-        return FolderLedgers(self.path)
+        own = FilesystemDestination(self.path).uri == f"{destination}/{MANIFESTS}"
+        return FolderLedgers(self.path, OWN if own else destination)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """See :meth:`Root.write_manifest`."""

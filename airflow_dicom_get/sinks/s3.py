@@ -21,11 +21,11 @@ from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
 from airflow_dicom_get.sinks.s3_inventory import Inventory
-from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, compare, metadata_of
+from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, OurFile, compare, metadata_of
 from airflow_dicom_get.sinks.s3_uploads import LOOK, PART_SIZE, Uploads
 from airflow_dicom_get.storage.bucket import Bucket, Listed
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _MOST_PARTS = 10_000
 _STALE_SECONDS = 24 * 3600
+_LEDGER_HINT = "Run again: what the ledger lacks is compared with what is stored."
 _OTHER = "A different data set is already stored under this UID; it was kept."
 
 
@@ -80,8 +81,6 @@ class S3Sink:
         self.options, self.uploads = options, uploads
         self.conditional = conditional
         self._read_only = read_only
-        self.replaceable: set[str] = set()
-        """UIDs whose object is no longer what the ledger says: it may be replaced."""
         self._room = clock.condition()
         self._studies: dict[str, _Study] = {}
         self._due = 0
@@ -90,18 +89,17 @@ class S3Sink:
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[str, Stored]:
+    def inventory(self, study: str) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
         listing = self._list(study)
         found = Inventory(self.bucket, study, self.options, adopt=self.options.adopt and not self._read_only)
         held = found.take(listing.values(), self.ledgers.read(study), f"{self.prefix}{study}/")
-        self.replaceable |= found.replaceable
         if self._read_only:
             return held
         opened = self._study(study, listing)
         for stored in found.to_record:
             opened.ledger.taken(stored)
-            opened.ledger.durable([stored.sop], stored.etag)
+            opened.ledger.durable([stored.key], stored.etag)
         return held
 
     def _list(self, study: str) -> dict[str, Listed]:
@@ -154,9 +152,9 @@ class S3Sink:
         """Take a whole instance; what was taken in this run under its UID stays."""
         instance = upload.instance
         with self._room:
-            first = study.taken.get(instance.sop)
+            first = study.taken.get(instance.key)
             if first is None:
-                study.taken[instance.sop] = _Entry(upload.sha256, waiting=[instance])
+                study.taken[instance.key] = _Entry(upload.sha256, waiting=[instance])
                 self._due += 1
             elif first.sha256 == upload.sha256:
                 if first.kept:
@@ -183,7 +181,7 @@ class S3Sink:
                 error, reason = _OTHER, "different_content"
             else:
                 study.ledger.taken(upload.instance)
-                study.ledger.durable([upload.instance.sop], etag)
+                study.ledger.durable([upload.instance.key], etag)
         except (SinkError, OSError) as failure:
             error = str(failure)
         except BaseException as failure:  # whatever it is, the instance must be confirmed one way or the other
@@ -191,34 +189,33 @@ class S3Sink:
             error = f"Unexpected {type(failure).__name__}."
         if upload.parts is not None:
             upload.parts.abort()
-            if error is not None:
-                self._take_back(study, upload.instance.sop)
         upload.forget()
         with self._room:
-            entry = study.taken[upload.instance.sop]
+            entry = study.taken[upload.instance.key]
             waiting, entry.waiting = entry.waiting, []
             entry.kept = error is None
             if error is not None:
-                del study.taken[upload.instance.sop]
-            self._done += [Confirmation(x, error, reason) for x in waiting]
+                del study.taken[upload.instance.key]
+            self._done += [Confirmation(x, error, reason, upload.remark) for x in waiting]
             self._due -= len(waiting)
             self._room.notify_all()
 
     def _store(self, study: _Study, upload: _Upload) -> str | None:
-        """Store an instance unless its key holds something; the ETag, or None where that is another data set."""
-        replace = upload.instance.sop in self.replaceable
-        there = upload.key in study.existing and not replace
+        """Store an instance unless its key holds a whole other one; the ETag, or None where it does."""
+        there = upload.key in study.existing
+        condition = {"IfNoneMatch": "*"} if self.conditional else {}
         if upload.parts is not None:
             upload.parts.wait()
         for _ in range(2):
             if there:
-                existing = self.uploads.persist(lambda: compare(self.bucket, upload.key, upload.sha256, upload.head))
-                if existing is not None:
-                    if not existing.same:
-                        return None
+                existing = self.uploads.persist(lambda: compare(self.bucket, upload.key, upload.file()))
+                if existing is not None and existing.same:
                     self._is(upload.instance, existing)
                     return existing.etag
-            condition = {} if replace or not self.conditional else {"IfNoneMatch": "*"}
+                if existing is not None:
+                    if existing.whole and self.options.on_conflict != "replace":
+                        return None
+                    condition = self._in_place_of(study, upload, existing)
             try:
                 if upload.parts is not None:
                     study.ledger.taken(upload.instance)
@@ -231,12 +228,20 @@ class S3Sink:
                 there, lost = True, error
         raise lost
 
-    @staticmethod
-    def _take_back(study: _Study, uid: str) -> None:
-        try:
-            study.ledger.dropped(uid)
-        except OSError as error:  # a record of something taken proves nothing by itself
-            log.info("the ledger: %s", error)
+    def _in_place_of(self, study: _Study, upload: _Upload, existing: Existing) -> dict[str, str]:
+        """Let nothing that was recorded of an object count any more; on which condition it may be replaced."""
+        study.ledger.dropped(upload.instance.key)
+        study.ledger.sync()
+        if existing.whole:
+            upload.remark = "replaced"
+        if existing.etag and self.bucket.replaces_conditionally():
+            return {"IfMatch": existing.etag}
+        log.warning(
+            "%s is replaced without a condition: this service does not know If-Match, and another writer at this "
+            "moment would not be noticed.",
+            self.bucket.uri(upload.key),
+        )
+        return {}
 
     def _is(self, instance: Instance, existing: Existing) -> None:
         """The object that was there first is the instance's; its file meta information may be another run's."""
@@ -269,8 +274,14 @@ class S3Sink:
         self.uploads.close()
         for parts in () if self.uploads.abandoned else list(self._parted):
             parts.abort()
+        failed: OSError | None = None
         for study in self._studies.values():
-            study.ledger.close()
+            try:
+                study.ledger.close()
+            except OSError as error:
+                failed = error
+        if failed is not None and not self.uploads.abandoned:
+            raise SinkError(f"The ledger cannot be written: {failed.strerror or failed}.", hint=_LEDGER_HINT)
 
     def opened(self, parts: _Parts) -> None:
         """A multipart upload was begun: it is to be completed or aborted."""
@@ -296,13 +307,13 @@ class _Study:
 
     def __init__(self, ledger: Ledger, existing: dict[str, Listed]) -> None:
         self.ledger, self.existing = ledger, existing
-        self.taken: dict[str, _Entry] = {}
+        self.taken: dict[Key, _Entry] = {}
 
 
 class _Upload:
     """A whole instance on its way into the bucket."""
 
-    __slots__ = ("_sink", "body", "head", "instance", "key", "parts", "sha256", "size")
+    __slots__ = ("_sink", "body", "head", "instance", "key", "parts", "remark", "sha256", "size")
 
     def __init__(
         self,
@@ -317,6 +328,12 @@ class _Upload:
         self._sink, self.instance, self.key, self.head = sink, instance, key, head
         self.body, self.sha256, self.parts = body, sha256, parts
         self.size = len(body)
+        self.remark: str | None = None
+        """A reason that its row shows, though it is stored."""
+
+    def file(self) -> OurFile:
+        """What is to be stored."""
+        return OurFile(self.head, self.instance.bytes or 0, self.sha256)
 
     def store(self, condition: dict[str, str]) -> str:
         """Store it, or make one object of its parts; the ETag."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import HeldOptions
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Stored
+from airflow_dicom_get.records import Key, Stored
+from airflow_dicom_get.sinks.ledger import contradict
 from airflow_dicom_get.sinks.objects import whole_instance
-from airflow_dicom_get.sinks.s3_objects import digest_of, record_of
-from airflow_dicom_get.storage import files
+from airflow_dicom_get.sinks.s3_objects import copied, digest_of, head_of, proves_itself, record_of
 from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 _READERS = 8
@@ -34,41 +34,39 @@ class Inventory:
     def __init__(self, bucket: Bucket, study: str, options: HeldOptions, *, adopt: bool) -> None:
         self._bucket, self._study = bucket, study
         self._verify, self._adopt = options.verify_held, adopt
-        self.replaceable: set[str] = set()
-        """UIDs whose object is no longer what the ledgers say."""
         self.to_record: list[Stored] = []
         """What is held and stands in no ledger as durable."""
 
     def take(
-        self, listing: Iterable[Listed], records: Mapping[str, Sequence[Stored]], prefix: str
-    ) -> dict[str, Stored]:
-        """What is held, by SOP Instance UID. Raises :class:`S3Error`."""
-        held: dict[str, Stored] = {}
-        open_questions: list[tuple[str, str, Listed, list[Stored]]] = []
+        self, listing: Iterable[Listed], records: Mapping[Key, Sequence[Stored]], prefix: str
+    ) -> dict[Key, Stored]:
+        """What is held. Raises :class:`S3Error`."""
+        held: dict[Key, Stored] = {}
+        open_questions: list[tuple[str, str, Listed, Sequence[Stored]]] = []
         for item in listing:
             series, slash, name = item.key.removeprefix(prefix).partition("/")
             if not slash or "/" in name or not name.endswith(".dcm"):
                 continue
             sop = name.removesuffix(".dcm")
-            candidates = [record for record in records.get(sop, ()) if record.series == series]
-            found = next((record for record in candidates if self._tells(record, item)), None)
+            candidates = records.get((series, sop), ())
+            found = None if contradict(candidates) else next((x for x in candidates if self._tells(x, item)), None)
             if found is not None:
-                held[sop] = self._held(found, item)
+                held[found.key] = self._held(found, item)
             else:
                 open_questions.append((series, sop, item, candidates))
         with clock.pool(_READERS, "dicom-get-s3-inventory") as pool:
             for answer in pool.map(lambda question: self._ask(*question), open_questions):
                 if answer is not None:
-                    held[answer.sop] = answer
+                    held[answer.key] = answer
         return held
 
     def _tells(self, record: Stored, item: Listed) -> bool:
         """Whether the listing alone shows that the object is what the record says."""
         if not record.durable:
             return False
-        return self._verify == "none" or (self._verify == "size" and _fits(record, item))
+        return self._verify == "size" and _fits(record, item)
 
-    def _ask(self, series: str, sop: str, item: Listed, candidates: list[Stored]) -> Stored | None:
+    def _ask(self, series: str, sop: str, item: Listed, candidates: Sequence[Stored]) -> Stored | None:
         """Look at the object itself; None too where it is gone since it was listed."""
         try:
             return self._looked_at(series, sop, item, candidates)
@@ -77,28 +75,28 @@ class Inventory:
                 return None
             raise
 
-    def _looked_at(self, series: str, sop: str, item: Listed, candidates: list[Stored]) -> Stored | None:
-        for record in candidates:
-            if _fits(record, item) and record.sha256 and digest_of(self._bucket, item.key) == record.sha256:
-                if not record.durable:
-                    self._note(record, item.etag)
-                return self._held(record, item)
-        said = record_of(series, sop, self._bucket.call("head_object", item.key))
-        if said is not None and (self._verify != "digest" or digest_of(self._bucket, item.key) == said.sha256):
+    def _looked_at(self, series: str, sop: str, item: Listed, candidates: Sequence[Stored]) -> Stored | None:
+        fits = [record for record in candidates if _fits(record, item) and record.sha256]
+        if fits:
+            digest = digest_of(self._bucket, item.key)
+            for record in fits:
+                if digest == record.sha256:
+                    if not record.durable:
+                        self._note(record, item.etag)
+                    return self._held(record, item)
+        if any(record.durable for record in candidates):
+            return None  # what it was is recorded, and it is that no longer
+        head = head_of(self._bucket, item.key)
+        said = record_of(series, sop, head)
+        if said is not None and (
+            (self._verify != "digest" and proves_itself(head)) or digest_of(self._bucket, item.key) == said.sha256
+        ):
             self._note(said, said.etag)
             return self._held(said, item)
-        if any(record.durable for record in candidates):
-            self.replaceable.add(sop)
-        elif self._adopt:
-            return self._adopted(series, sop, item)
-        return None
+        return self._adopted(series, sop, item) if self._adopt and not candidates else None
 
     def _adopted(self, series: str, sop: str, item: Listed) -> Stored | None:
-        with files.disk.scratch() as folder:
-            copy = folder / "object"
-            with files.opened(copy, files.NEW) as fd:
-                for chunk in self._bucket.read(item.key):
-                    files.write_all(fd, chunk)
+        with copied(self._bucket, item.key) as copy:
             found = whole_instance(copy, self._study, series, sop)
         if found is None:
             return None

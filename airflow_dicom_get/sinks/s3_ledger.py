@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import (
     Ledger,
     dropped_line,
@@ -33,10 +33,10 @@ _READERS = 8
 
 
 class BucketLedgers:
-    """The ledgers below a prefix."""
+    """The ledgers below a prefix, for one destination."""
 
-    def __init__(self, bucket: Bucket, root: str) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: Bucket, root: str, destination: str) -> None:
+        self.bucket, self.destination = bucket, destination
         self._root = f"{root}/" if root else ""
 
     def _folder(self, study: str) -> str:
@@ -44,9 +44,9 @@ class BucketLedgers:
 
     def open(self, study: str, run: str) -> Ledger:
         """See :meth:`sinks.ledger.Ledgers.open`."""
-        return BucketLedger(self.bucket, f"{self._folder(study)}{run}")
+        return BucketLedger(self.bucket, self.destination, f"{self._folder(study)}{run}")
 
-    def read(self, study: str, forwarded_to: str | None = None) -> dict[str, list[Stored]]:
+    def read(self, study: str) -> dict[Key, list[Stored]]:
         """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
         keys = sorted(item.key for item in self.bucket.list(self._folder(study)) if item.key.endswith(".jsonl"))
         with clock.pool(_READERS, "dicom-get-s3-ledger") as pool:
@@ -55,14 +55,14 @@ class BucketLedgers:
         for key, content in zip(keys, contents, strict=True):
             runs.setdefault(key.removesuffix(".jsonl").rpartition(".")[0], []).append((self.bucket.uri(key), content))
         newest_first = sorted(runs.items(), reverse=True)
-        return merge_records((parse_ledger(parts, study) for _, parts in newest_first), forwarded_to)
+        return merge_records(parse_ledger(parts, study, self.destination) for _, parts in newest_first)
 
 
 class BucketLedger:
     """The records of one run for one study; see :class:`sinks.ledger.Ledger`. Thread-safe."""
 
-    def __init__(self, bucket: Bucket, name: str) -> None:
-        self._bucket, self._name = bucket, name
+    def __init__(self, bucket: Bucket, destination: str, name: str) -> None:
+        self._bucket, self._destination, self._name = bucket, destination, name
         self._mutex = threading.Lock()
         self._writing = threading.Lock()
         self._lines: list[str] = []
@@ -72,16 +72,16 @@ class BucketLedger:
 
     def taken(self, instance: Instance | Stored) -> None:
         """See :meth:`sinks.ledger.Ledger.taken`."""
-        self._add([taken_line(instance)])
+        self._add([taken_line(instance, self._destination)])
 
-    def durable(self, uids: Iterable[str], etag: str | None = None) -> None:
+    def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
         """See :meth:`sinks.ledger.Ledger.durable`."""
-        lines = [durable_line(uid, etag) for uid in uids]
+        lines = [durable_line(key, etag, forwarded_to) for key in keys]
         self._add(lines, len(lines))
 
-    def dropped(self, uid: str) -> None:
+    def dropped(self, key: Key) -> None:
         """See :meth:`sinks.ledger.Ledger.dropped`."""
-        self._add([dropped_line(uid)])
+        self._add([dropped_line(key, self._destination)])
 
     def _add(self, lines: list[str], kept: int = 0) -> None:
         with self._mutex:
@@ -128,8 +128,5 @@ class BucketLedger:
             raise
 
     def close(self) -> None:
-        """See :meth:`sinks.ledger.Ledger.close`."""
-        try:
-            self.sync()
-        except OSError as error:
-            log.warning("the last records of the ledger %s could not be written: %s", self._name, error.strerror)
+        """See :meth:`sinks.ledger.Ledger.close`. Raises ``OSError`` where the last records cannot be written."""
+        self.sync()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.objects import ends_whole
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket
 
 CONTENT_TYPE = "application/dicom"
@@ -57,46 +63,89 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None else None
 
 
+def proves_itself(head: Mapping[str, Any]) -> bool:
+    """Whether the digest that an object names in its metadata is the checksum that the service has of its content.
+
+    Metadata alone prove nothing: whoever overwrites an object may leave them as they were. ``head`` is the answer to
+    :func:`head_of`.
+    """
+    said, checked = head.get("Metadata", {}).get("sha256", ""), head.get("ChecksumSHA256", "")
+    try:
+        return bool(said and checked) and base64.b64decode(checked, validate=True) == bytes.fromhex(said)
+    except ValueError:  # a multipart upload has a checksum of its parts' checksums
+        return False
+
+
+def head_of(bucket: Bucket, key: str) -> dict[str, Any]:
+    """What the service says of an object, its checksum included. Raises :class:`S3Error`."""
+    return bucket.call("head_object", key, ChecksumMode="ENABLED")
+
+
 class Existing(NamedTuple):
-    """An object that was there first, and whether its data set is the same."""
+    """An object that was there first.
+
+    Attributes
+    ----------
+    same : bool
+        Its data set is ours.
+    whole : bool
+        It is a whole instance, whichever; always where it is the same.
+    """
 
     same: bool
+    whole: bool
     size: int
     sha256: bytes
     dataset_offset: int
     etag: str
 
 
-def compare(bucket: Bucket, key: str, sha256: bytes, head: bytes) -> Existing | None:
-    """Hold an object against a file of this digest that begins with ``head``; None if there is no object.
+def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
+    """Hold an object against a file of ours; None if there is no object.
 
-    Where the object says its digest, that tells. Else it is read, and its data set behind our own
-    ``head`` must have our digest: file meta information names who fetched it, and may differ.
+    Where the object proves to be the very same file, that tells. Else it is read, and its data set behind our own
+    head must have our digest: file meta information names who fetched it, and may differ.
     """
     try:
-        told = bucket.call("head_object", key)
+        told = head_of(bucket, key)
     except S3Error as error:
         if error.facts["status"] == 404:
             return None
         raise
     size, etag = int(told["ContentLength"]), str(told.get("ETag") or "")
-    if told.get("Metadata", {}).get("sha256") == sha256.hex():
-        return Existing(True, size, sha256, len(head), etag)
-    whole, ours = hashlib.sha256(), hashlib.sha256(head)
-    start: bytes | None = b""
-    offset = 0
-    for chunk in bucket.read(key):
-        whole.update(chunk)
-        if start is None:
-            ours.update(chunk)
-            continue
-        start += chunk
-        if len(start) >= min(META_LIMIT, size):
-            meta = read_file_meta(start[:META_LIMIT])
-            offset = meta.dataset_offset if meta else 0
-            ours.update(start[offset:])
-            start = None
-    return Existing(ours.digest() == sha256, size, whole.digest(), offset, etag)
+    if size == ours.size and told.get("Metadata", {}).get("sha256") == ours.sha256.hex() and proves_itself(told):
+        return Existing(True, True, size, ours.sha256, len(ours.head), etag)
+    with copied(bucket, key) as copy:
+        whole, behind_our_head = hashlib.sha256(), hashlib.sha256(ours.head)
+        with files.opened(copy) as fd:
+            meta = read_file_meta(files.disk.read_at(fd, META_LIMIT, 0))
+        offset, position = (meta.dataset_offset if meta is not None else 0), 0
+        for chunk in files.read_chunks(copy):
+            whole.update(chunk)
+            behind_our_head.update(chunk[max(offset - position, 0) :])
+            position += len(chunk)
+        same = behind_our_head.digest() == ours.sha256
+        complete = same or (size > offset and (meta is None or ends_whole(copy, meta)))
+    return Existing(same, complete, size, whole.digest(), offset, etag)
+
+
+class OurFile(NamedTuple):
+    """A file that is to be stored: what it begins with, before the data set, and its size and digest."""
+
+    head: bytes
+    size: int
+    sha256: bytes
+
+
+@contextmanager
+def copied(bucket: Bucket, key: str) -> Iterator[Path]:
+    """A copy of an object on this machine, for a moment."""
+    with files.disk.scratch() as folder:
+        copy = folder / "object"
+        with files.opened(copy, files.NEW) as fd:
+            for chunk in bucket.read(key):
+                files.write_all(fd, chunk)
+        yield copy
 
 
 def digest_of(bucket: Bucket, key: str) -> bytes:

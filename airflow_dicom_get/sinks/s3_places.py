@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.destination import S3Destination
 from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.sinks.ledger import OWN
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -30,7 +31,7 @@ class BucketPlace:
     def __init__(self, destination: S3Destination, options: GetOptions) -> None:
         self._destination, self._options = destination, options
         self.bucket = Bucket(destination.bucket, options.s3_config)
-        self.uri = self.bucket.uri(destination.prefix).rstrip("/")
+        self.uri = destination.uri
         self._conditional = False
         self._cancel: CancelToken | None = None
 
@@ -92,9 +93,10 @@ class BucketRoot:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.prepare`."""
         self.bucket.reach(f"{self.prefix}/" if self.prefix else "")
 
-    def ledgers(self) -> Ledgers:
+    def ledgers(self, destination: str) -> Ledgers:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.ledgers`."""
-        return BucketLedgers(self.bucket, self.prefix)
+        own = S3Destination(self.bucket.name, self.prefix).uri == f"{destination}/{MANIFESTS}"
+        return BucketLedgers(self.bucket, self.prefix, OWN if own else destination)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.write_manifest`: one PUT."""

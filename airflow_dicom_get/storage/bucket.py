@@ -96,15 +96,17 @@ class Bucket:
         self.name = name
         self.config = config or S3Config()
         self._attempts = ATTEMPTS if attempts is None else attempts
-        self._mutex = threading.Lock()
+        self._mutex, self._making = threading.Lock(), threading.Lock()
         self._made: Any = None
+        self._probe: str | None = None
+        self._replaces: bool | None = None
 
     def uri(self, key: str) -> str:
         """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
 
     def _client(self) -> Any:
-        with self._mutex:
+        with self._making:
             if self._made is None:
                 self._made = make_client(self.config, self._attempts)
             return self._made
@@ -182,9 +184,10 @@ class Bucket:
         S3Error
             It cannot be written.
         """
+        self._probe = key
         for _ in range(2):
             try:
-                self.put(key, b"Says whether If-None-Match works here.\n", IfNoneMatch="*")
+                self.put(key, b"Says which conditional writes work here.\n", IfNoneMatch="*")
             except S3Error as error:
                 if error.facts["status"] in (409, 412):
                     return True
@@ -192,6 +195,20 @@ class Bucket:
                     return False
                 raise
         return False
+
+    def replaces_conditionally(self) -> bool:
+        """Whether the service can be told to replace one certain object and no other (``If-Match``).
+
+        It is tried once, at the object that :meth:`writes_conditionally` wrote; without that the answer is no.
+        """
+        with self._mutex:
+            if self._replaces is None and self._probe is not None:
+                self._replaces = False
+                try:
+                    self.put(self._probe, b"", IfMatch='"00000000000000000000000000000000"')
+                except S3Error as error:
+                    self._replaces = error.facts["status"] == 412
+            return bool(self._replaces)
 
     def _error(self, error: Exception, operation: str, key: str | None) -> S3Error:
         response = getattr(error, "response", None) or {}

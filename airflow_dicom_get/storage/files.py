@@ -98,6 +98,12 @@ class Disk:
             return False
         return True
 
+    def host(self) -> str:
+        """The machine and its boot, whose locks are seen here: they may not reach across a network file system."""
+        with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{os.uname().nodename} {file.read().strip()}"
+        return os.uname().nodename
+
     def is_at(self, fd: int, path: Where) -> bool:
         """Whether it is this open file or folder that lies under a path."""
         return os.path.samestat(os.fstat(fd), os.stat(path))
@@ -246,6 +252,17 @@ def names_in(path: Where) -> list[str]:
         return []
 
 
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; those in which one is new, to be synced for it to last, innermost first."""
+    changed = []
+    for folder in (path, *path.parents):
+        if exists(folder):
+            break
+        changed.append(folder.parent)
+    disk.make_folders(path)
+    return changed
+
+
 def files_below(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """The files below a folder in order, through those folders, and of those names, that are ``wanted``.
 
@@ -315,7 +332,7 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
     OSError
         Nothing is left under ``path`` that was not there before.
     """
-    disk.make_folders(path.parent)
+    new_in = make_folders(path.parent)
     folder = disk.open_folder(path.parent)
     try:
         with opened(temporary, NEW, folder) as fd:
@@ -328,6 +345,8 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
                     disk.unlink(temporary, folder)
                 raise
         disk.sync(folder)
+        for above in new_in:
+            sync_path(above)
     finally:
         disk.close(folder)
 
@@ -380,6 +399,16 @@ def same_content(one: int, one_pos: int, other: int, other_pos: int) -> bool:
             return True
         one_pos += len(a)
         other_pos += len(b)
+
+
+def starts_alike(short: int, short_pos: int, long: int, long_pos: int) -> bool:
+    """Whether an open file is, from its position to its end, the beginning of another from its own."""
+    while piece := disk.read_at(short, CHUNK, short_pos):
+        if piece != disk.read_at(long, len(piece), long_pos):
+            return False
+        short_pos += len(piece)
+        long_pos += len(piece)
+    return True
 
 
 class Follower:

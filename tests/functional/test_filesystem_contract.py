@@ -17,7 +17,7 @@ import pytest
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
-from airflow_dicom_get.sinks.ledger import FolderLedgers
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers
 from tests.support.sink_contract import Harness, SinkContract, written
 
 
@@ -30,7 +30,7 @@ class FolderHarness(Harness):
     def sink(self, *, read_only: bool = False, **options: Any) -> FilesystemSink:
         return FilesystemSink(
             self.root,
-            FolderLedgers(self.ledgers),
+            FolderLedgers(self.ledgers, OWN),
             f"20260101T000000Z-{next(self._runs):08x}",
             written(**options),
             read_only=read_only,

@@ -43,11 +43,13 @@ class ForwardHarness(Harness):
 
         return ForwardSink(
             Recorded(Node.parse(self.destination.node), "CALLING", "ODD", Deadlines()),
-            FolderLedgers(self.folder),
+            FolderLedgers(self.folder, f"dicom://{self.destination.node}"),
             f"20260101T000000Z-{next(self._runs):08x}",
             ForwardingOptions.check({"addr": self.destination.node, **options}),
             cancel=CancelToken(),
         )
+
+    holds_a_uid_twice = False
 
     def crash(self, sink: Any) -> None:
         for association in self.opened:

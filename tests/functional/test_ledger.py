@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_dicom_get.errors import LedgerError
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import (
+    OWN,
     SCHEMA,
-    LedgerWriter,
+    FolderLedgers,
     dropped_line,
     durable_line,
     header_line,
     parse_ledger,
-    read_ledgers,
     taken_line,
 )
 
-STUDY = "1.2.3"
+STUDY, SERIES = "1.2.3", "1.2.3.4"
 
 
-def instance(sop: str, size: int = 100, series: str = "1.2.3.4") -> Instance:
+def instance(sop: str, size: int = 100, series: str = SERIES) -> Instance:
     made = Instance(STUDY, series, sop, "1.2.840.10008.5.1.4.1.1.2")
     made.syntax, made.bytes, made.dataset_offset = "1.2.840.10008.1.2.1", size, 50
     made.sha256 = bytes(range(32))
@@ -41,19 +41,29 @@ def record_of(one: Instance, *, durable: bool) -> Stored:
     )  # fmt: skip
 
 
-def write(root: Path, run: str, taken: Sequence[Instance] = (), durable: Sequence[str] = ()) -> Path:
-    writer = LedgerWriter(root, STUDY, run)
+def key(sop: str) -> Key:
+    return SERIES, sop
+
+
+def read(root: Path, study: str = STUDY, destination: str = OWN) -> dict[Key, list[Stored]]:
+    return FolderLedgers(root, destination).read(study)
+
+
+def write(
+    root: Path, run: str, taken: Sequence[Instance] = (), durable: Sequence[str] = (), destination: str = OWN
+) -> Path:
+    writer = FolderLedgers(root, destination).open(STUDY, run)
     for one in taken:
         writer.taken(one)
     if durable:
-        writer.durable(durable)
+        writer.durable(map(key, durable))
     writer.sync()
     writer.close()
-    return writer.path
+    return root / ".ledger" / STUDY / f"{run}.jsonl"
 
 
-def parse(content: bytes) -> dict[str, Stored]:
-    return parse_ledger([("ledger", content)], STUDY)
+def parse(content: bytes, destination: str = OWN) -> dict[Key, Stored]:
+    return parse_ledger([("ledger", content)], STUDY, destination).stored
 
 
 # --- what is written ------------------------------------------------------------------------------------
@@ -62,7 +72,6 @@ def parse(content: bytes) -> dict[str, Stored]:
 def test_a_record_before_the_rename_and_one_after_the_sync(tmp_path: Path) -> None:
     one, two = instance("1.1"), instance("1.2")
     path = write(tmp_path, "r", [one, two], ["1.1"])
-    assert path == tmp_path / ".ledger" / STUDY / "r.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert entries[0] == {"ledger": SCHEMA}
     assert [(entry["state"], entry["uid"]) for entry in entries[1:]] == [
@@ -70,26 +79,26 @@ def test_a_record_before_the_rename_and_one_after_the_sync(tmp_path: Path) -> No
     ]  # fmt: skip
     assert entries[1]["sha256"] == one.sha256.hex() if one.sha256 else False
     assert {"series", "class", "syntax", "size", "dataset_offset"} <= entries[1].keys()
-    assert read_ledgers(tmp_path, STUDY) == {
-        "1.1": [record_of(one, durable=True)],
-        "1.2": [record_of(two, durable=False)],
+    assert read(tmp_path) == {
+        key("1.1"): [record_of(one, durable=True)],
+        key("1.2"): [record_of(two, durable=False)],
     }
 
 
 def test_no_patient_data_can_get_in() -> None:
-    keys = json.loads(taken_line(instance("1.1"))).keys()
-    assert keys == {"state", "uid", "series", "class", "syntax", "size", "dataset_offset", "sha256", "modality",
-                    "series_number", "instance_number"}  # fmt: skip
+    keys = json.loads(taken_line(instance("1.1"), OWN)).keys()
+    assert keys == {"state", "destination", "uid", "series", "class", "syntax", "size", "dataset_offset", "sha256",
+                    "modality", "series_number", "instance_number"}  # fmt: skip
 
 
 def test_each_line_is_written_by_one_write(tmp_path: Path) -> None:
     """So that a kill leaves whole lines: here after every call, before the file is closed."""
-    writer = LedgerWriter(tmp_path, STUDY, "r")
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "r")
     for number in range(3):
         writer.taken(instance(f"1.{number}"))
-        assert len(read_ledgers(tmp_path, STUDY)) == number + 1
-    writer.durable(["1.0", "1.2"])
-    assert [read_ledgers(tmp_path, STUDY)[f"1.{n}"][0].durable for n in range(3)] == [True, False, True]
+        assert len(read(tmp_path)) == number + 1
+    writer.durable([key("1.0"), key("1.2")])
+    assert [read(tmp_path)[key(f"1.{n}")][0].durable for n in range(3)] == [True, False, True]
     writer.close()
 
 
@@ -98,12 +107,12 @@ def test_a_run_that_recorded_nothing_leaves_no_ledger(tmp_path: Path) -> None:
 
 
 def test_what_was_taken_back_is_not_there(tmp_path: Path) -> None:
-    writer = LedgerWriter(tmp_path, STUDY, "r")
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "r")
     writer.taken(instance("1.1"))
-    writer.dropped("1.1")
-    writer.durable(["1.1"])
+    writer.dropped(key("1.1"))
+    writer.durable([key("1.1")])
     writer.close()
-    assert read_ledgers(tmp_path, STUDY) == {}
+    assert read(tmp_path) == {}
 
 
 # --- the union of all runs --------------------------------------------------------------------------------
@@ -113,39 +122,109 @@ def test_newer_records_come_first_and_durable_ones_before_all(tmp_path: Path) ->
     for run, size, durable in (("20260101", 1, True), ("20260102", 2, False), ("20260103", 3, True)):
         write(tmp_path, run, [instance("1.1", size)], ["1.1"] if durable else [])
     write(tmp_path, "20260104", [instance("1.1", 4)])
-    found = [(record.bytes, record.durable) for record in read_ledgers(tmp_path, STUDY)["1.1"]]
+    found = [(record.bytes, record.durable) for record in read(tmp_path)[key("1.1")]]
     assert found == [(3, True), (1, True), (4, False), (2, False)]
 
 
 def test_a_durable_of_another_run_says_nothing_of_this_one(tmp_path: Path) -> None:
     write(tmp_path, "a", [instance("1.1", 1)])
     write(tmp_path, "b", [], ["1.1"])
-    assert [record.durable for record in read_ledgers(tmp_path, STUDY)["1.1"]] == [False]
+    assert [record.durable for record in read(tmp_path)[key("1.1")]] == [False]
 
 
 def test_other_studies_are_not_read(tmp_path: Path) -> None:
     write(tmp_path, "a", [instance("1.1")])
     (tmp_path / ".ledger" / "9.9").mkdir()
     (tmp_path / ".ledger" / "9.9" / "a.jsonl").write_bytes(b"broken\n")
-    assert read_ledgers(tmp_path, STUDY).keys() == {"1.1"}
-    assert read_ledgers(tmp_path, "7.7") == {}
+    assert read(tmp_path).keys() == {key("1.1")}
+    assert read(tmp_path, "7.7") == {}
     with pytest.raises(LedgerError):
-        read_ledgers(tmp_path, "9.9")
+        read(tmp_path, "9.9")
 
 
-def test_forwards_are_read_by_their_destination(tmp_path: Path) -> None:
-    one = instance("1.1")
-    one.forwarded_to = "A@host:1"
-    write(tmp_path, "a", [one], ["1.1"])
-    assert read_ledgers(tmp_path, STUDY) == {}
-    assert read_ledgers(tmp_path, STUDY, "B@host:1") == {}
-    assert read_ledgers(tmp_path, STUDY, "A@host:1") == {"1.1": [record_of(one, durable=True)]}
+def test_records_count_for_their_own_destination(tmp_path: Path) -> None:
+    """One root may serve several: nodes, and folders."""
+    write(tmp_path, "a", [instance("1.1")], ["1.1"], destination="dicom://A@host:1")
+    write(tmp_path, "b", [instance("1.1", 7)], ["1.1"], destination="file:///data/one")
+    assert read(tmp_path) == {}
+    assert read(tmp_path, destination="dicom://B@host:1") == {}
+    assert [x.bytes for x in read(tmp_path, destination="dicom://A@host:1")[key("1.1")]] == [100]
+    assert [x.bytes for x in read(tmp_path, destination="file:///data/one")[key("1.1")]] == [7]
+
+
+def test_one_uid_in_two_series_is_two_records(tmp_path: Path) -> None:
+    write(tmp_path, "a", [instance("1.1"), instance("1.1", 7, "1.2.3.5")], ["1.1"])
+    found = read(tmp_path)
+    assert {k: (x.bytes, x.durable) for k, (x,) in found.items()} == {
+        (SERIES, "1.1"): (100, True),
+        ("1.2.3.5", "1.1"): (7, False),
+    }
+
+
+def test_a_replacement_ends_what_older_runs_recorded_and_no_newer_one(tmp_path: Path) -> None:
+    write(tmp_path, "20260101", [instance("1.1", 1), instance("1.2", 1)], ["1.1", "1.2"])
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "20260102")
+    writer.dropped(key("1.1"))
+    writer.sync()
+    assert read(tmp_path).keys() == {key("1.2")}
+    writer.taken(instance("1.1", 2))
+    writer.close()
+    write(tmp_path, "20260103", [instance("1.1", 3)])
+    assert [x.bytes for x in read(tmp_path)[key("1.1")]] == [3, 2]
+
+
+def test_a_replacement_at_another_destination_ends_nothing_here(tmp_path: Path) -> None:
+    write(tmp_path, "a", [instance("1.1")], ["1.1"], destination="file:///one")
+    other = FolderLedgers(tmp_path, "file:///two").open(STUDY, "b")
+    other.dropped(key("1.1"))
+    other.close()
+    assert read(tmp_path, destination="file:///one").keys() == {key("1.1")}
+
+
+# --- schema 1 -----------------------------------------------------------------------------------------------
+
+
+def old(*lines: dict[str, object]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in ({"ledger": 1}, *lines)).encode()
+
+
+def old_taken(series: str = SERIES, **more: object) -> dict[str, object]:
+    line: dict[str, object] = json.loads(taken_line(instance("1.1", series=series), OWN))
+    del line["destination"]
+    return {**line, **more}
+
+
+OLD_DURABLE: dict[str, object] = {"state": "durable", "uid": "1.1"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "destination", "durable"),
+    [
+        ((old_taken(), OLD_DURABLE), OWN, {key("1.1"): True}),
+        ((old_taken(),), OWN, {key("1.1"): False}),
+        # It does not say for which of the two.
+        ((old_taken(), old_taken("1.2.3.5"), OLD_DURABLE), OWN, {key("1.1"): False, ("1.2.3.5", "1.1"): False}),
+        # Nor where.
+        ((old_taken(), OLD_DURABLE), "file:///data", {key("1.1"): False}),
+        ((old_taken(forwarded_to="A@h:1"), OLD_DURABLE), "dicom://A@h:1", {key("1.1"): True}),
+        ((old_taken(forwarded_to="A@h:1"), OLD_DURABLE), "dicom://B@h:1", {}),
+        ((old_taken(forwarded_to="A@h:1"), OLD_DURABLE), OWN, {}),
+        ((old_taken(), OLD_DURABLE), "dicom://A@h:1", {}),
+        ((old_taken(), {"state": "dropped", "uid": "1.1"}), OWN, {}),
+    ],
+)
+def test_a_ledger_of_schema_1(lines: Sequence[dict[str, object]], destination: str, durable: dict[Key, bool]) -> None:
+    assert {k: x.durable for k, x in parse(old(*lines), destination).items()} == durable
 
 
 # --- any bytes ----------------------------------------------------------------------------------------------
 
 UIDS = st.sampled_from(("1.1", "1.2", "1.3"))
-LINES = st.one_of(UIDS.map(lambda uid: taken_line(instance(uid))), UIDS.map(durable_line), UIDS.map(dropped_line))
+LINES = st.one_of(
+    UIDS.map(lambda uid: taken_line(instance(uid), OWN)),
+    UIDS.map(lambda uid: durable_line(key(uid))),
+    UIDS.map(lambda uid: dropped_line(key(uid), OWN)),
+)
 LEDGERS = st.lists(LINES, max_size=12).map(lambda lines: (header_line() + "".join(lines)).encode())
 
 
@@ -159,7 +238,11 @@ def test_a_torn_last_line_is_ignored(content: bytes, cut: int) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(("taken", "durable", "dropped")), UIDS), max_size=20))
 def test_the_last_word_counts(steps: list[tuple[str, str]]) -> None:
-    lines = {"taken": lambda uid: taken_line(instance(uid)), "durable": durable_line, "dropped": dropped_line}
+    lines: dict[str, Callable[[str], str]] = {
+        "taken": lambda uid: taken_line(instance(uid), OWN),
+        "durable": lambda uid: durable_line(key(uid)),
+        "dropped": lambda uid: dropped_line(key(uid), OWN),
+    }
     expected: dict[str, bool] = {}
     for state, uid in steps:
         if state == "taken":
@@ -169,7 +252,7 @@ def test_the_last_word_counts(steps: list[tuple[str, str]]) -> None:
         elif uid in expected:
             expected[uid] = True
     found = parse("".join([header_line(), *(lines[state](uid) for state, uid in steps)]).encode())
-    assert {uid: record.durable for uid, record in found.items()} == expected
+    assert {sop: record.durable for (_, sop), record in found.items()} == expected
 
 
 SPOILED = st.tuples(LEDGERS, st.integers(0, 5000), st.binary(max_size=8)).map(
@@ -180,9 +263,9 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
     max_leaves=5,
 )
-KEYS = sorted(json.loads(taken_line(instance("1.1"))))
+KEYS = sorted(json.loads(taken_line(instance("1.1"), OWN)))
 ODD = st.tuples(st.sampled_from(KEYS), JSON).map(
-    lambda x: (json.dumps({**json.loads(taken_line(instance("1.1"))), x[0]: x[1]}) + "\n").encode()
+    lambda x: (json.dumps({**json.loads(taken_line(instance("1.1"), OWN)), x[0]: x[1]}) + "\n").encode()
 )
 
 
@@ -192,8 +275,8 @@ def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
         found = parse(content)
     except LedgerError:
         return
-    for uid, record in found.items():
-        assert record.sop == uid
+    for at, record in found.items():
+        assert record.key == at
         assert isinstance(record.bytes, int)
         for text in (record.sop_class, record.syntax, record.modality):
             assert text is None or isinstance(text, str)
@@ -201,14 +284,14 @@ def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
             assert number is None or type(number) is int
 
 
-TAKEN = taken_line(instance("1.1")).encode()
+TAKEN = taken_line(instance("1.1"), OWN).encode()
 
 
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (b'{"ledger": 2}\n', "has schema 2; this version reads 1"),
-        (b'{"ledger": "1"}\n', "has schema 1; this version reads 1"),
+        (b'{"ledger": 3}\n', "has schema 3; this version reads 2"),
+        (b'{"ledger": "1"}\n', "has schema 1; this version reads 2"),
         (b"{}\n", "contains an unreadable record"),
         (b'{"state": "taken", "uid": "1.1"}\n', "contains an unreadable record"),
         (b'{"state": "taken"\n', "is damaged in line 2"),
@@ -225,7 +308,7 @@ def test_what_is_broken_is_said_and_left_as_it_is(tmp_path: Path, line: bytes, t
     content = header_line().encode() + line + path.read_bytes()
     path.write_bytes(content)
     with pytest.raises(LedgerError, match=text) as caught:
-        read_ledgers(tmp_path, STUDY)
+        read(tmp_path)
     assert str(path) in str(caught.value)
     assert caught.value.hint
     assert not caught.value.transient
@@ -234,5 +317,7 @@ def test_what_is_broken_is_said_and_left_as_it_is(tmp_path: Path, line: bytes, t
 
 
 def test_records_of_a_state_to_come_are_passed_over() -> None:
-    content = header_line() + taken_line(instance("1.1")) + '{"state": "seen", "uid": "1.1"}\n'
-    assert parse(content.encode()).keys() == {"1.1"}
+    content = (
+        header_line() + taken_line(instance("1.1"), OWN) + '{"state": "seen", "series": "1.2.3.4", "uid": "1.1"}\n'
+    )
+    assert parse(content.encode()).keys() == {key("1.1")}

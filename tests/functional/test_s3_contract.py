@@ -13,6 +13,7 @@ import pytest
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.sinks.ledger import OWN
 from airflow_dicom_get.sinks.s3 import S3Sink
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.sinks.s3_uploads import Uploads
@@ -37,7 +38,7 @@ class BucketHarness(Harness):
         return S3Sink(
             bucket,
             self.prefix,
-            BucketLedgers(bucket, f"{self.prefix}/_manifests"),
+            BucketLedgers(bucket, f"{self.prefix}/_manifests", OWN),
             f"20260101T000000Z-{next(self._runs):08x}",
             written(**options),
             Uploads(bucket.config.max_concurrency, patience=20.0, outage=1.5),

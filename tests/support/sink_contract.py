@@ -43,6 +43,8 @@ class Harness:
     """Bytes that may be taken and not yet confirmed, less one instance for each writer."""
     keeps_what_was_confirmed = True
     """Whether a crash right after a confirmation leaves the instance held."""
+    holds_a_uid_twice = True
+    """Whether one SOP Instance UID in two series is two instances here."""
     tells_runs_apart = True
     """Whether two runs at the same time that bring different data sets under one UID are told apart."""
 
@@ -137,6 +139,15 @@ def outcome(sink: Sink, instance: Instance, data: bytes) -> str:
     return "kept" if confirmation.error is None else confirmation.reason
 
 
+def told(sink: Sink, instance: Instance, data: bytes) -> tuple[str, str | None]:
+    """As :func:`outcome`, with the remark."""
+    taken = send(sink, instance, data)
+    if taken.reason is not None:
+        return taken.reason, taken.remark
+    (confirmation,) = (c for c in sink.confirmations(wait=True) if c.instance is instance)
+    return ("kept" if confirmation.error is None else confirmation.reason), taken.remark or confirmation.remark
+
+
 class SinkContract:
     @pytest.mark.parametrize("size", [0, 2, 100_000, LARGE])
     def test_what_was_taken_is_held_as_it_was_sent(self, harness: Harness, size: int) -> None:
@@ -145,7 +156,7 @@ class SinkContract:
         assert taken.status == 0, taken
         assert taken.reason is None
         (confirmation,) = sink.confirmations(wait=True)
-        assert confirmation == (instance, None, confirmation.reason)
+        assert (confirmation.instance, confirmation.error, confirmation.remark) == (instance, None, None)
         assert sink.confirmations(wait=True) == []
         data = dataset_of(instance, size)
         assert harness.dataset(instance) == data
@@ -153,7 +164,7 @@ class SinkContract:
         sink.close()
         assert harness.leftovers() == []
         again = harness.sink()
-        held = again.inventory(STUDY)[instance.sop]
+        held = again.inventory(STUDY)[instance.key]
         again.close()
         assert (held.series, held.sop, held.sop_class, held.syntax) == (SERIES, instance.sop, CT, EXPLICIT_LE)
         assert (held.sha256, held.bytes) == (instance.sha256, instance.bytes)
@@ -225,7 +236,7 @@ class SinkContract:
         assert harness.dataset(first) == dataset_of(first, size)
         assert harness.leftovers() == []
         last = harness.sink()
-        assert last.inventory(STUDY)[first.sop].sha256 == first.sha256
+        assert last.inventory(STUDY)[first.key].sha256 == first.sha256
         last.close()
 
     def test_a_crash_in_the_middle_of_an_instance(self, harness: Harness) -> None:
@@ -239,14 +250,14 @@ class SinkContract:
         harness.crash(dead)
         sink = harness.sink()
         held = sink.inventory(STUDY)
-        assert half.sop not in held
-        assert (whole.sop in held) or not harness.keeps_what_was_confirmed
+        assert half.key not in held
+        assert (whole.key in held) or not harness.keeps_what_was_confirmed
         assert harness.dataset(half) is None
         for instance, size in ((whole, 3000), (half, LARGE)):
             assert outcome(sink, new(1 if instance is whole else 2), dataset_of(instance, size)) == "kept"
         sink.close()
         last = harness.sink()
-        assert last.inventory(STUDY).keys() == {whole.sop, half.sop}
+        assert last.inventory(STUDY).keys() == {whole.key, half.key}
         last.close()
         assert harness.dataset(half) == data
 
@@ -255,14 +266,14 @@ class SinkContract:
         taken = [put(dead, number)[0] for number in range(20)]
         harness.crash(dead)
         sink = harness.sink()
-        for sop, held in sink.inventory(STUDY).items():
-            (instance,) = (x for x in taken if x.sop == sop)
+        for key, held in sink.inventory(STUDY).items():
+            (instance,) = (x for x in taken if x.key == key)
             assert held.sha256 == instance.sha256
         for number, instance in enumerate(taken):
             assert outcome(sink, new(number), dataset_of(instance)) == "kept"
         sink.close()
         last = harness.sink()
-        assert last.inventory(STUDY).keys() == {x.sop for x in taken}
+        assert last.inventory(STUDY).keys() == {x.key for x in taken}
         last.close()
 
     def test_what_another_program_replaced_is_not_held(self, harness: Harness) -> None:
@@ -274,14 +285,36 @@ class SinkContract:
         harness.tamper(instances[0], content[:-2])
         harness.tamper(instances[1], content[:-2] + b"xx")
         again = harness.sink(verify_held="digest")
-        assert again.inventory(STUDY).keys() == {instances[2].sop}
-        for number in range(2):
-            assert outcome(again, new(number), dataset_of(instances[number])) == "kept"
+        assert again.inventory(STUDY).keys() == {instances[2].key}
+        assert outcome(again, new(0), dataset_of(instances[0])) == "kept"  # what is torn is fetched again
+        assert outcome(again, new(1), dataset_of(instances[1])) == "different_content"  # what is whole stays
         again.close()
-        assert [harness.dataset(x) for x in instances] == [dataset_of(x) for x in instances]
-        last = harness.sink(verify_held="digest")
-        assert len(last.inventory(STUDY)) == 3
+        assert harness.content(instances[1]) == content[:-2] + b"xx"
+        last = harness.sink(verify_held="digest", on_conflict="replace")
+        assert last.inventory(STUDY).keys() == {instances[0].key, instances[2].key}
+        assert [told(last, new(1), dataset_of(instances[1], variant=v)) for v in (0, 1)] == [
+            ("kept", "replaced"),
+            ("different_content", None),  # what this run has put there is not replaced by it
+        ]
         last.close()
+        assert [harness.dataset(x) for x in instances] == [dataset_of(x) for x in instances]
+        after = harness.sink(verify_held="digest")
+        assert len(after.inventory(STUDY)) == 3
+        after.close()
+
+    def test_one_uid_in_two_series(self, harness: Harness) -> None:
+        sink = harness.sink()
+        one, other = new(1), new(1)
+        other.series = f"{SERIES}.2"
+        assert outcome(sink, one, dataset_of(one)) == "kept"
+        second = outcome(sink, other, dataset_of(other))
+        sink.close()
+        again = harness.sink()
+        held = set(again.inventory(STUDY))
+        again.close()
+        assert (second, held) == (
+            ("kept", {one.key, other.key}) if harness.holds_a_uid_twice else ("different_content", {one.key})
+        )
 
     def test_an_object_without_record_is_not_held_unless_adopted(self, harness: Harness) -> None:
         sink = harness.sink()
@@ -295,14 +328,14 @@ class SinkContract:
         assert len(stranger.sop) == len(instance.sop)
         harness.tamper(stranger, head + data)
         again = harness.sink()
-        assert again.inventory(STUDY).keys() == {instance.sop, other.sop}
+        assert again.inventory(STUDY).keys() == {instance.key, other.key}
         again.close()
         adopting = harness.sink(adopt=True)
-        held: Stored = adopting.inventory(STUDY)[stranger.sop]
+        held: Stored = adopting.inventory(STUDY)[stranger.key]
         assert (held.sop_class, held.bytes, held.sha256) == (CT, len(head + data), hashlib.sha256(head + data).digest())
         adopting.close()
         last = harness.sink()
-        assert stranger.sop in last.inventory(STUDY)
+        assert stranger.key in last.inventory(STUDY)
         last.close()
 
     @pytest.mark.parametrize("line", [b'{"ledger": 99}\n', b"{broken\n{}\n"])
@@ -423,7 +456,7 @@ class SinkContract:
             assert told in ("destination_error", "destination_full"), name
             last = harness.sink()
             held = last.inventory(STUDY)
-            assert instance.sop not in held or harness.dataset(instance) == data, name
+            assert instance.key not in held or harness.dataset(instance) == data, name
             assert outcome(last, new(number), data) == "kept", name
             last.close()
             assert harness.leftovers() == [], name

@@ -165,7 +165,7 @@ def test_another_disk_holds_for_ledgers_that_are_opened_from_then_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from airflow_dicom_get.records import Instance
-    from airflow_dicom_get.sinks.ledger import LedgerWriter, read_ledgers
+    from airflow_dicom_get.sinks.ledger import FolderLedgers
 
     class Torn(files.Disk):
         """Every write takes half of what it is given."""
@@ -174,11 +174,12 @@ def test_another_disk_holds_for_ledgers_that_are_opened_from_then_on(
             return super().write(fd, data[: (len(data) + 1) // 2])
 
     monkeypatch.setattr(files, "disk", Torn())
-    writer = LedgerWriter(tmp_path, "1.2", "run")
+    ledgers = FolderLedgers(tmp_path, "file:///d")
+    writer = ledgers.open("1.2", "run")
     with pytest.raises(OSError, match="No space"):
         writer.taken(Instance("1.2", "1.2.3", "1.2.3.4"))
     writer.close()
-    assert read_ledgers(tmp_path, "1.2") == {}
+    assert ledgers.read("1.2") == {}
     files.replace_whole(tmp_path / "whole", lambda file: file.write(bytes(1001)), temporary=".part")
     assert [(x.name, x.stat().st_size) for x in tmp_path.iterdir() if x.is_file()] == [("whole", 1001)]
 

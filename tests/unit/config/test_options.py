@@ -70,6 +70,7 @@ DEFAULTS = {
     "profile": None,
     "resume": True,
     "verify_held": "size",
+    "on_conflict": "keep",
     "adopt": False,
     "retries": 5,
     "checksum": "sha256",

@@ -108,8 +108,9 @@ class Desk:
         self.state = StudyState(Scope(STUDY), rounds=1)
         if listed:
             found = Listing(series={SERIES: SeriesInfo(SERIES)})
-            found.instances[SOP] = Instance(STUDY, SERIES, SOP, CT)
-            found.instances[SOP].listed_syntax = listed_syntax
+            one = Instance(STUDY, SERIES, SOP, CT)
+            one.listed_syntax = listed_syntax
+            found.instances[one.key] = one
             self.state.take_list(found)
         self.sink, self.source, self.events = Sink(), Source(), list[SubOperation]()
         self.retrieval = Retrieval(
@@ -138,7 +139,7 @@ class Desk:
 
     @property
     def row(self) -> Instance:
-        return self.state.instances[SOP]
+        return self.state.instances[SERIES, SOP]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 4096])
@@ -177,7 +178,7 @@ def test_what_contradicts_is_refused_and_nothing_of_it_is_taken(
     desk = Desk()
     assert desk.send(data, **arguments) == status  # type: ignore[arg-type]
     assert desk.sink.taken == {}
-    found = desk.row.reason if desk.row.state == "failed" else next(iter(desk.state.strays), None)
+    found = desk.row.reason if desk.row.state in ("failed", "missing") else next(iter(desk.state.strays), None)
     assert found == reason
 
 
@@ -191,7 +192,7 @@ def test_outside_of_the_scope_nothing_is_taken() -> None:
 def test_an_unlisted_one_of_the_scope_is_taken() -> None:
     desk = Desk(listed=False)
     assert desk.send() == 0x0000
-    assert desk.state.unlisted == {SOP}
+    assert desk.state.unlisted == {(SERIES, SOP)}
 
 
 def test_one_that_comes_again_is_judged_by_the_sink_beside_the_first_row() -> None:

@@ -8,7 +8,7 @@ from airflow_dicom_get.engine.listing import Listing, SeriesInfo
 from airflow_dicom_get.engine.query import Filter
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.state import MOST_REFUSED, UNPLANNED, StudyState
-from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 
 STUDY, SERIES = "1.2", "1.2.3"
@@ -24,11 +24,16 @@ def uid(number: int) -> str:
     return f"{SERIES}.{number}"
 
 
+def key(number: int) -> Key:
+    return SERIES, uid(number)
+
+
 def listing(*numbers: int, syntax: str | None = None) -> Listing:
     found = Listing(series={SERIES: SeriesInfo(SERIES)})
     for number in numbers:
-        found.instances[uid(number)] = Instance(STUDY, SERIES, uid(number), CT)
-        found.instances[uid(number)].listed_syntax = syntax
+        one = Instance(STUDY, SERIES, uid(number), CT)
+        one.listed_syntax = syntax
+        found.instances[one.key] = one
     return found
 
 
@@ -55,7 +60,7 @@ class TestLists:
         state = listed(1, 2)
         assert state.take_list(listing(*second)) is True
         assert not state.lists_agree
-        assert set(state.instances) == {uid(n) for n in (1, 2, *second)}
+        assert set(state.instances) == {key(n) for n in (1, 2, *second)}
 
     def test_a_later_list_can_agree_again(self) -> None:
         state = listed(1)
@@ -71,45 +76,45 @@ class TestLists:
 class TestInventory:
     def test_what_is_listed_and_held_is_held(self) -> None:
         state = listed(1, 2)
-        state.inventory = {uid(1): held(1)}
+        state.inventory = {key(1): held(1)}
         assert [x.sop for x, _ in state.adopt_inventory()] == [uid(1)]
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         assert (one.state, one.attempt, one.bytes, one.dataset_offset, one.syntax) == ("held", 0, 100, 20, EXPLICIT_LE)
         assert state.inventory == {}
         assert [x.sop for x in state.missing()] == [uid(2)]
 
     def test_an_object_of_another_series_is_none_of_it(self) -> None:
         state = listed(1)
-        state.inventory = {uid(1): held(1, series="1.2.4")}
+        state.inventory = {("1.2.4", uid(1)): held(1, series="1.2.4")}
         assert list(state.adopt_inventory()) == []
         assert [x.sop for x in state.missing()] == [uid(1)]
 
     def test_an_outcome_of_this_run_outweighs_the_inventory(self) -> None:
         state = listed(1)
-        state.not_received(state.instances[uid(1)], "not_sent", "It did not come.")
-        state.inventory = {uid(1): held(1)}
+        state.not_received(state.instances[key(1)], "not_sent", "It did not come.")
+        state.inventory = {key(1): held(1)}
         assert list(state.adopt_inventory()) == []
 
     @pytest.mark.parametrize(("syntax", "exactness"), [(EXPLICIT_LE, "as_listed"), (JPEG, "converted"), (None, None)])
     def test_exactness_is_held_against_the_list(self, syntax: str | None, exactness: str | None) -> None:
         state = StudyState(Scope(STUDY))
         state.take_list(listing(1, syntax=syntax))
-        state.inventory = {uid(1): held(1)}
+        state.inventory = {key(1): held(1)}
         list(state.adopt_inventory())
-        assert state.instances[uid(1)].exactness == exactness
+        assert state.instances[key(1)].exactness == exactness
 
 
 class TestAnswers:
     def test_one_that_was_taken_is_progress(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         answered = state.answer(uid(1), one, STORED)
         assert (answered.record, answered.error, answered.new, answered.stop) == (one, None, True, None)
         assert (one.state, one.attempt, state.progress) == ("stored", 1, 1)
 
     def test_a_second_object_of_it_is_none(self) -> None:
         state = listed(1)
-        state.answer(uid(1), state.instances[uid(1)], STORED)
+        state.answer(uid(1), state.instances[key(1)], STORED)
         again = state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), STORED)
         assert (again.new, again.error, state.progress) == (False, None, 1)
 
@@ -123,7 +128,7 @@ class TestAnswers:
 
     def test_a_refusal_is_failed_and_a_later_success_mends_it(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         assert (
             state.answer(uid(1), one, Taken(0xC000, "unparsable", "It cannot be read.")).error == "It cannot be read."
         )
@@ -134,7 +139,7 @@ class TestAnswers:
 
     def test_other_bytes_make_a_conflict_of_what_was_stored(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), OTHER)
         assert (one.state, one.reason) == ("conflict", "different_content")
@@ -142,7 +147,7 @@ class TestAnswers:
 
     def test_another_refusal_leaves_what_was_stored(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), BROKEN)
         assert (one.state, one.reason) == ("stored", None)
@@ -152,11 +157,65 @@ class TestAnswers:
         answered = state.answer("1.9.9", None, Taken(0x0124, "foreign_study", "Another study."))
         assert state.strays == {"foreign_study": 1}
         assert answered.error == "Another study."
-        assert "1.9.9" not in state.instances
+        assert len(state.instances) == 1
+
+    def test_one_uid_in_two_series_is_two_instances(self) -> None:
+        state = listed(1)
+        other = Instance(STUDY, "1.2.4", uid(1), CT)
+        both = Listing(dict(state.instances), {name: SeriesInfo(name) for name in (SERIES, "1.2.4")})
+        both.instances[other.key] = other
+        assert state.take_list(both) is True
+        assert {x.series for x in state.of(uid(1))} == {SERIES, "1.2.4"}
+        state.answer(uid(1), state.instances[key(1)], STORED)
+        assert [x.key for x in state.missing()] == [other.key]
+        assert not state.listed_elsewhere("1.2.4", uid(1))
+
+    def test_one_that_moves_between_series_changes_the_list(self) -> None:
+        state = listed(1)
+        assert state.listed_elsewhere("1.2.4", uid(1))
+        moved = Listing(series={"1.2.4": SeriesInfo("1.2.4")})
+        other = Instance(STUDY, "1.2.4", uid(1), CT)
+        moved.instances[other.key] = other
+        assert state.take_list(moved) is True
+        state.answer(uid(1), state.instances[other.key], STORED)
+        state.conclude()
+        assert {x.key: x.state for x in state.rows()} == {key(1): "withdrawn", other.key: "stored"}
+
+    def test_an_object_that_names_another_series_leaves_its_instance_missing(self) -> None:
+        state = listed(1)
+        state.answer(uid(1), None, Taken(0xA900, "uid_mismatch", "Its data set names series 1.2.4."))
+        one = state.instances[key(1)]
+        assert (one.state, one.reason) == ("missing", "uid_mismatch")
+        assert "1.2.4" in str(one.error)
+
+    def test_a_conflict_that_is_found_later_is_that_of_the_row(self) -> None:
+        """Also where it was sent again, and the first one's row says that it is held."""
+        state = listed(1)
+        state.inventory = {key(1): held(1)}
+        list(state.adopt_inventory())
+        state.confirm(Confirmation(Instance(STUDY, SERIES, uid(1)), NOT_KEPT, "different_content"))
+        assert state.instances[key(1)].state == "conflict"
+
+    def test_a_second_one_that_could_not_be_confirmed_leaves_the_first(self) -> None:
+        state = listed(1)
+        state.inventory = {key(1): held(1)}
+        list(state.adopt_inventory())
+        assert state.confirm(Confirmation(Instance(STUDY, SERIES, uid(1)), NOT_KEPT)) is not None
+        assert state.instances[key(1)].state == "held"
+
+    def test_one_that_took_the_place_of_another_is_stored_with_a_remark(self) -> None:
+        state = listed(1)
+        state.inventory = {key(1): held(1)}
+        list(state.adopt_inventory())
+        new = Instance(STUDY, SERIES, uid(1), CT)
+        new.bytes = 77
+        state.answer(uid(1), new, STORED._replace(remark="replaced"))
+        one = state.instances[key(1)]
+        assert (one.state, one.reason, one.bytes) == ("stored", "replaced", 77)
 
     def test_a_full_destination_ends_the_run(self) -> None:
         state = listed(1)
-        assert state.answer(uid(1), state.instances[uid(1)], FULL).stop == "destination_full"
+        assert state.answer(uid(1), state.instances[key(1)], FULL).stop == "destination_full"
 
     def test_a_destination_that_fails_again_and_again_ends_the_run(self) -> None:
         state = listed(*range(MOST_REFUSED + 1))
@@ -174,7 +233,7 @@ class TestAnswers:
     @pytest.mark.parametrize(("strict", "stop"), [(False, None), (True, "strict_forward")])
     def test_strict_forward_ends_at_the_first_refusal_of_the_node(self, strict: bool, stop: str | None) -> None:
         state = listed(1, strict=strict)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         one.forward_status = "error"
         assert state.answer(uid(1), one, Taken(0x0122, "destination_refused", "Refused.")).stop == stop
 
@@ -182,14 +241,14 @@ class TestAnswers:
 class TestConfirmations:
     def test_a_confirmation_changes_nothing_of_what_was_taken(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         assert state.confirm(Confirmation(one)) is None
         assert one.state == "stored"
 
     def test_one_that_cannot_be_confirmed_is_missing_again(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         answered = state.confirm(Confirmation(one, NOT_KEPT))
         assert answered is not None
@@ -199,7 +258,7 @@ class TestConfirmations:
 
     def test_a_conflict_found_late_is_one(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         state.confirm(Confirmation(one, "Another data set.", "different_content"))
         assert (one.state, one.reason, one.error) == ("conflict", "different_content", "Another data set.")
@@ -214,7 +273,7 @@ class TestConfirmations:
 
     def test_what_was_left_to_the_destination_is_taken_when_it_says_so(self) -> None:
         state = listed(1)
-        one = state.instances[uid(1)]
+        one = state.instances[key(1)]
         state.left_to_destination(one)
         answered = state.confirm(Confirmation(one))
         assert answered is not None

@@ -33,7 +33,7 @@ def situation(
         for number in range(count):
             one = Instance(STUDY, name, f"{name}.{number}", sop_class)
             one.modality = "CT"
-            found.instances[one.sop] = one
+            found.instances[one.key] = one
     state.take_list(found)
     return Situation(state, PeerKnowledge(), GetOptions.check({"addr": "PACS@localhost:104", **options}))
 
@@ -57,17 +57,17 @@ class TestAsPlanned:
 
     def test_a_part_of_a_series_is_asked_for_by_uids(self) -> None:
         at = situation({"1.2.3": 40})
-        at.state.instances["1.2.3.0"].state = "held"
+        at.state.instances["1.2.3", "1.2.3.0"].state = "held"
         assert shape(run(PLANNED, at)) == [("IMAGE", "1.2.3", 39)]
 
     def test_lists_are_cut(self) -> None:
         at = situation({"1.2.3": 2 * MAX_LIST + 1})
-        at.state.instances["1.2.3.0"].state = "held"
+        at.state.instances["1.2.3", "1.2.3.0"].state = "held"
         assert shape(run(PLANNED, at)) == [("IMAGE", "1.2.3", MAX_LIST)] * 2
 
     def test_a_source_that_takes_no_lists_is_asked_one_by_one(self) -> None:
         at = situation({"1.2.3": 4})
-        at.state.instances["1.2.3.0"].state = "held"
+        at.state.instances["1.2.3", "1.2.3.0"].state = "held"
         at.peer.takes_lists = False
         assert shape(run(PLANNED, at)) == [("IMAGE", "1.2.3", 1)] * 3
 
@@ -119,7 +119,7 @@ class TestFallBacks:
     def test_the_ladder_passes_over_what_has_a_listed_syntax(self) -> None:
         at = situation({"1.2.3": 1})
         refuse(at, accepted=[Proposal(CT, JPEG)])
-        at.state.instances["1.2.3.0"].listed_syntax = JPEG
+        at.state.instances["1.2.3", "1.2.3.0"].listed_syntax = JPEG
         assert shape(run(LADDER, at)) == []
 
     def test_every_class_is_for_unknown_ones_and_tries_none_twice(self) -> None:
@@ -136,7 +136,7 @@ class TestFallBacks:
     @pytest.mark.parametrize("reason", ["class_refused", "refused_by_source"])
     def test_what_the_source_refused_is_not_asked_for_alone(self, reason: str) -> None:
         at = situation({"1.2.3": 1})
-        at.state.not_received(at.state.instances["1.2.3.0"], reason, "It refuses.")
+        at.state.not_received(at.state.instances["1.2.3", "1.2.3.0"], reason, "It refuses.")
         assert shape(run(SINGLY, at)) == []
 
     def test_many_are_not_asked_for_alone(self) -> None:
@@ -144,13 +144,13 @@ class TestFallBacks:
 
     def test_a_series_of_which_nothing_came_is_asked_for_whole(self) -> None:
         at = situation({"1.2.3": 2, "1.2.4": 2})
-        at.state.instances["1.2.3.0"].state = "stored"
+        at.state.instances["1.2.3", "1.2.3.0"].state = "stored"
         assert shape(run(SERIES, at)) == [("SERIES", "1.2.4", 2)]
 
     def test_a_study_of_which_nothing_came_is_asked_for_whole(self) -> None:
         at = situation({"1.2.3": 2, "1.2.4": 2})
         assert shape(run(WHOLE, at)) == [("STUDY", None, 4)]
-        at.state.instances["1.2.3.0"].state = "stored"
+        at.state.instances["1.2.3", "1.2.3.0"].state = "stored"
         assert shape(run(WHOLE, at)) == []
 
     def test_a_part_of_a_study_is_never_asked_for_as_the_study(self) -> None:

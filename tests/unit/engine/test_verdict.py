@@ -39,7 +39,7 @@ def instance(number: int, state: str | None = "stored", reason: str | None = Non
 
 
 def listing(instances: Iterable[Instance], count: int | None, of_study: int | None, unreadable: int) -> Listing:
-    listed = {x.sop: x for x in instances}
+    listed = {x.key: x for x in instances}
     info = SeriesInfo(SERIES, "CT", 1, count, len(listed))
     return Listing(listed, {SERIES: info}, of_study, AT.timestamp(), unreadable)
 
@@ -55,8 +55,8 @@ def state(
     """A study whose last list names ``listed``; ``others`` were sent as well."""
     made = StudyState(Scope(STUDY))
     made.listing = listing(listed, count, of_study, unreadable)
-    made.instances = {x.sop: x for x in (*listed, *others)}
-    made.unlisted = {x.sop for x in others}
+    made.instances = {x.key: x for x in (*listed, *others)}
+    made.unlisted = {x.key for x in others}
     made.lists_agree, made.rounds = agree, 1
     return made
 
@@ -64,7 +64,7 @@ def state(
 def unlisted(*sent: Instance) -> StudyState:
     """A study that cannot be listed."""
     made = StudyState(Scope(STUDY), rounds=1)
-    made.instances = {x.sop: x for x in sent}
+    made.instances = {x.key: x for x in sent}
     made.unlisted = set(made.instances)
     return made
 
@@ -259,7 +259,7 @@ class TestConclude:
 
     def test_one_that_left_the_list_is_withdrawn_also_when_it_is_held(self) -> None:
         made = state(instance(1))
-        made.instances["1.2.3.7"] = instance(7)
+        made.instances[SERIES, "1.2.3.7"] = instance(7)
         made.conclude()
         assert [(x.state, x.reason) for x in made.rows()] == [("stored", None), ("withdrawn", "gone_from_list")]
 
@@ -273,20 +273,20 @@ class TestConclude:
 
     def test_what_is_held_of_the_study_and_not_listed_is_withdrawn(self) -> None:
         made = state(instance(1))
-        made.inventory = {x.sop: x for x in (self.held(8), self.held(1))}
+        made.inventory = {x.key: x for x in (self.held(8), self.held(1))}
         made.conclude()
         assert [(x.sop, x.state) for x in made.gone] == [("1.2.3.8", "withdrawn")]
 
     def test_of_a_part_of_a_study_nothing_else_is_withdrawn(self) -> None:
         made = state(instance(1))
         made.scope = Scope(STUDY, series=frozenset({SERIES}))
-        made.inventory = {"1.2.3.8": self.held(8)}
+        made.inventory = {(SERIES, "1.2.3.8"): self.held(8)}
         made.conclude()
         assert made.gone == []
 
     def test_without_a_list_nothing_is_withdrawn(self) -> None:
         made = unlisted(instance(1))
-        made.inventory = {"1.2.3.8": self.held(8)}
+        made.inventory = {(SERIES, "1.2.3.8"): self.held(8)}
         made.conclude()
         assert made.gone == []
 
