@@ -83,7 +83,7 @@ def assert_whole(destination: Path, private: Holding) -> None:
 # --- the second run ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verify", ["size", "digest", "none"])
+@pytest.mark.parametrize("verify", ["size", "digest"])
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_second_run_fetches_nothing(
     verify: str, durable: bool, pacs: EmbeddedPacs, private: Holding, fetched: Fetched, tmp_path: Path
@@ -183,14 +183,10 @@ def replace_by_a_folder(path: Path) -> None:
     [
         (delete, "size", True),
         (delete, "digest", True),
-        (delete, "none", True),
         (truncate, "size", True),
         (truncate, "digest", True),
-        (truncate, "none", False),
         (empty, "size", True),
         (alter, "size", False),
-        (alter, "digest", True),
-        (alter, "none", False),
     ],
 )
 def test_damage(
@@ -232,6 +228,56 @@ def test_a_whole_series_that_is_gone_is_fetched_again(
     assert retrieve(pacs, private.study, tmp_path).verdict == "complete"
     assert fetched() == Counter(lost)
     assert_whole(tmp_path, private)
+
+
+def test_one_that_somebody_changed_in_place_is_kept_and_said(
+    pacs: EmbeddedPacs, private: Holding, fetched: Fetched, tmp_path: Path
+) -> None:
+    """A whole file is never replaced without being asked for: it may be one that was de-identified."""
+    retrieve(pacs, private.study, tmp_path)
+    sop, path = sorted(files(tmp_path).items())[3]
+    alter(path)
+    changed = path.read_bytes()
+    fetched()
+    result = retrieve(pacs, private.study, tmp_path, verify_held="digest")
+    assert (result.verdict, result.reason, result.conflicts) == ("partial", "different_content", 1)
+    assert fetched() == Counter([sop])
+    assert path.read_bytes() == changed
+    again = retrieve(pacs, private.study, tmp_path, verify_held="digest", on_conflict="replace")
+    assert (again.verdict, again.warning) == ("complete", 1)
+    assert (rows(again)[sop]["state"], rows(again)[sop]["reason"]) == ("stored", "replaced")
+    assert_whole(tmp_path, private)
+    assert retrieve(pacs, private.study, tmp_path, verify_held="digest").skipped == COUNT
+
+
+def test_a_correction_at_the_pacs_takes_the_place_of_what_is_held(
+    pacs: EmbeddedPacs, private: Holding, changed: tuple[EmbeddedPacs, str], tmp_path: Path
+) -> None:
+    server, sop = changed
+    first = retrieve(pacs, private.study, tmp_path)
+    result = retrieve(server, private.study, tmp_path, resume=False, on_conflict="replace")
+    assert (result.verdict, result.completed, result.warning) == ("complete", COUNT, 1)
+    assert rows(result)[sop]["sha256"] != rows(first)[sop]["sha256"]
+    last = retrieve(server, private.study, tmp_path, verify_held="digest")
+    assert (last.verdict, last.skipped) == ("complete", COUNT)
+    assert rows(last)[sop]["sha256"] == rows(result)[sop]["sha256"]
+
+
+def test_an_equal_file_that_may_not_be_written_is_held(pacs: EmbeddedPacs, private: Holding, tmp_path: Path) -> None:
+    retrieve(pacs, private.study, tmp_path)
+    forget(tmp_path)
+    for path in files(tmp_path).values():
+        path.chmod(0o444)
+    result = retrieve(pacs, private.study, tmp_path)
+    assert (result.verdict, result.completed) == ("complete", COUNT)
+
+
+def test_without_sync_nothing_is_recorded_as_durable(pacs: EmbeddedPacs, private: Holding, tmp_path: Path) -> None:
+    retrieve(pacs, private.study, tmp_path, durable=False)
+    (ledger,) = tmp_path.glob("_manifests/.ledger/*/*.jsonl")
+    assert {json.loads(line).get("state") for line in ledger.read_text().splitlines()} == {None, "taken"}
+    assert retrieve(pacs, private.study, tmp_path).skipped == COUNT
+    assert sum("durable" in x.read_text() for x in tmp_path.glob("_manifests/.ledger/*/*.jsonl")) == 1
 
 
 def test_something_else_under_a_final_name_is_left_alone(
@@ -292,9 +338,14 @@ def swap_uid(path: Path) -> None:
     path.write_bytes(other.read_bytes())
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, swap_uid])
+@pytest.mark.parametrize(("damage", "torn"), [(truncate, True), (empty, True), (swap_uid, False)])
 def test_what_is_no_whole_instance_of_its_name_is_not_adopted(
-    damage: Callable[[Path], None], pacs: EmbeddedPacs, private: Holding, fetched: Fetched, tmp_path: Path
+    damage: Callable[[Path], None],
+    torn: bool,
+    pacs: EmbeddedPacs,
+    private: Holding,
+    fetched: Fetched,
+    tmp_path: Path,
 ) -> None:
     retrieve(pacs, private.study, tmp_path)
     forget(tmp_path)
@@ -304,7 +355,11 @@ def test_what_is_no_whole_instance_of_its_name_is_not_adopted(
     content = path.read_bytes()
     result = retrieve(pacs, private.study, tmp_path, adopt=True)
     assert fetched() == Counter([path.stem])
-    # It is not ours to replace: no ledger says that we wrote it.
+    if torn:
+        assert (result.verdict, result.completed) == ("complete", COUNT)
+        assert_whole(tmp_path, private)
+        return
+    # It is whole: not ours to replace.
     assert (result.verdict, result.conflicts) == ("partial", 1)
     assert rows(result)[path.stem]["state"] == "conflict"
     assert path.read_bytes() == content

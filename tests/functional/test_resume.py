@@ -194,7 +194,7 @@ def test_a_torn_ledger_loses_nothing_that_it_still_records(pacs: MisbehavingPacs
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda content: content.replace(b'{"ledger": 1}', b'{"ledger": 2}'), "has schema 2"),
+        (lambda content: content.replace(b'{"ledger": 2}', b'{"ledger": 3}'), "has schema 3"),
         (lambda content: content.replace(b'"state"', b'"sta', 1), "is damaged in line 2"),
         (lambda content: content.replace(b'"size": ', b'"size": "x', 1).replace(b', "dataset', b'", "dataset', 1),
          "contains an unreadable record"),
@@ -248,8 +248,11 @@ def test_a_file_that_no_longer_is_what_the_ledger_says_is_fetched_again(pacs: Mi
     assert retrieve(pacs.port, pacs.study_uid, tmp_path).verdict == "complete"
     assert (pacs.sent - before) == Counter([short])
     before = pacs.sent
-    assert retrieve(pacs.port, pacs.study_uid, tmp_path, verify_held="digest").verdict == "complete"
+    kept = retrieve(pacs.port, pacs.study_uid, tmp_path, verify_held="digest")
+    assert (kept.verdict, kept.conflicts) == ("partial", 1)  # it is whole
     assert (pacs.sent - before) == Counter([other])
+    again = retrieve(pacs.port, pacs.study_uid, tmp_path, verify_held="digest", on_conflict="replace")
+    assert (again.verdict, again.warning) == ("complete", 1)
     assert_whole(pacs, tmp_path)
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class TestFolder:
         found = verify(got.result.manifest_uri, addr=got.node)
         assert marks(found) == {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*"}
         got.source.sent.clear()
-        result = got.get(manifest=found.manifest_uri)
+        result = got.get(manifest=found.manifest_uri, on_conflict="replace")
         assert (result.verdict, result.completed) == ("complete", 3)
         assert set(got.source.sent) == set(got.sops[:3])
         assert {sop: path.read_bytes() for sop, path in got.paths.items()} == before
@@ -209,7 +210,7 @@ class TestBucket:
         for way in ways:
             found = verify(**way, s3_config=moto.config)
             assert marks(found) == {gone: "+", cut: "*", other: "*"}, way
-        again = scu.get_study(manifest=found.manifest_uri)
+        again = GetScu.of(replace(scu.options, on_conflict="replace")).get_study(manifest=found.manifest_uri)
         assert (again.verdict, again.completed) == ("complete", 3)
         assert verify(**ways[0], s3_config=moto.config).same
 
@@ -276,7 +277,7 @@ class TestShell:
         assert said["counts"] == {"=": 37, "+": 1, "-": 0, "*": 2, "!": 0}
         assert len(said["differences"]) == 3
         get = [sys.executable, "-m", "airflow_dicom_get.cli", "get", got.node, "--manifest", said["manifest"],
-               "--to", str(got.folder)]  # fmt: skip
+               "--to", str(got.folder), "--on-conflict", "replace"]  # fmt: skip
         assert subprocess.run(get, capture_output=True, timeout=60).returncode == 0
         assert shell("--manifest", got.result.manifest_uri).returncode == 0
         unreachable = shell("X@127.0.0.1:1", "--manifest", got.result.manifest_uri)
