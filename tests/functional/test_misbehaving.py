@@ -41,7 +41,8 @@ class Client:
     def __init__(self, pacs: MisbehavingPacs, *, roles: bool = True, called: str = "ANY-SCP") -> None:
         self.received: list[tuple[str, str, bytes]] = []
         ae = AE(ae_title="CLIENT")
-        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 3
+        ae.acse_timeout = 30  # a busy machine may take longer than three seconds to answer
+        ae.dimse_timeout = ae.network_timeout = 3
         ae.add_requested_context(VERIFICATION)
         ae.add_requested_context(FIND, wire.IMPLICIT_LE)
         ae.add_requested_context(GET, wire.IMPLICIT_LE)
