@@ -12,14 +12,13 @@ manifest, with a further column `cohort`. The files stay as they are in the PACS
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM
+* pool `pacs`, with as many slots as the PACS allows associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `csv`: the file, which every worker sees. Its accession numbers stay out of logs and XCom.
 * param `label`: the column with the labels. They go to XCom and manifest, so no names.
 * param `unknown`: what happens with rows that the PACS has no study for
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
-
-To keep several DAGs together within the limit of the PACS, create a pool and give it to `get`:
-`airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
 from __future__ import annotations
@@ -76,6 +75,8 @@ with DAG(
         # A retry after a lost connection, a restarted worker or a full disk fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to the PACS has one association, and so one slot.
+        "pool": "pacs",
     },
 ) as dag:
     # Reads the file, then queries the PACS row by row, in one task: what passes between tasks is stored in XCom, where
@@ -95,12 +96,11 @@ with DAG(
         task_id="get",
         dicom_conn_id="dicom_default",
         destination="{{ params.destination }}",
-        # No more of these in parallel than the PACS allows associations. A pool limits them over all DAGs.
         max_active_tis_per_dag=2,
     ).expand(study=found)
 
     # One manifest with the labels beside the instances. Written also where something is missing: its verdict says so.
-    @task(trigger_rule="all_done_min_one_success", multiple_outputs=False)
+    @task(trigger_rule="all_done_min_one_success", pool="default_pool", multiple_outputs=False)
     def label(parts: list, manifests, to: str) -> dict:
         from airflow_dicom_get import combine_manifests, load_manifest
 
@@ -117,4 +117,4 @@ with DAG(
     label(found, get.output, "{{ params.destination }}/_manifests/cohorts")
 
     # The result: fails unless everything is held. With `label` it decides the state of the run.
-    report(found, get.output["summary"], get.output)
+    report.override(pool="default_pool")(found, get.output["summary"], get.output)

@@ -8,7 +8,8 @@ What it reads:
 
 * connection `dicom_default`: the PACS to retrieve from, as type DICOM
 * connection `dicom_target`: the node to store the copies at, as type DICOM
-* pool `pacs`: `airflow pools set pacs 2 'associations of the PACS'`
+* pool `pacs`, with as many slots as each PACS allows associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * variable `dicom_deidentify_secret`: from it come the new UIDs, IDs, names and dates. At least 32 characters; whoever
   has it can tell whether a copy belongs to a patient whose ID they know. Another secret gives every copy other UIDs:
   `airflow variables set dicom_deidentify_secret "$(openssl rand -hex 32)"`
@@ -108,6 +109,9 @@ with DAG(
         # A retry after a lost connection, a restarted worker or a full disk does only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to a PACS has at most one association with it, and so one slot. One pool serves both: its
+        # slots are the lower of the two limits.
+        "pool": "pacs",
     },
 ) as dag:
     # One C-FIND. Its output is a list of Items, one for each study, without patient data.
@@ -124,11 +128,10 @@ with DAG(
         task_id="get",
         dicom_conn_id="dicom_default",
         destination="{{ params.destination }}",
-        pool="pacs",
         manifest_xcom="reference",
     ).expand(study=find.output)
 
-    @task(max_active_tis_per_dag=2)
+    @task(max_active_tis_per_dag=2, pool="default_pool")
     def deidentify(manifest, originals: str, copies: str) -> str:
         """Copy what a manifest lists, de-identified, and return the folder of the copy."""
         from urllib.parse import unquote, urlsplit

@@ -12,13 +12,12 @@ minutes before it is retrieved. Waiting occupies no worker: the triggerer does i
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM
+* pool `pacs`, with as many slots as the PACS allows associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study`: its Study Instance UID
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
 * environment variable `DICOM_SETTLED_MINUTES`: how long the study must not change, 10 by default
-
-To keep several DAGs together within the limit of the PACS, create a pool and give it to `get`:
-`airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
 from __future__ import annotations
@@ -62,9 +61,12 @@ with DAG(
         # A retry after a lost connection, a restarted worker or a full disk fetches only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to the PACS has one association, and so one slot.
+        "pool": "pacs",
     },
 ) as dag:
-    # Asks by C-FIND once a minute. A PACS that is down or busy is asked again.
+    # Sends a C-FIND once a minute; a PACS that is down or busy is tried again. While it waits in the triggerer it
+    # occupies no slot of the pool.
     arrived = DicomStudySensor(
         task_id="arrived",
         dicom_conn_id="dicom_default",

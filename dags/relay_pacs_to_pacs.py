@@ -8,6 +8,8 @@ What it reads:
 * connection `dicom_default`: the PACS to retrieve from, as type DICOM
 * connection `dicom_target`: the PACS to forward to, as type DICOM. The hours and limits of both apply: tasks
   wait for hours in which both may be used, and the lower rate is used.
+* pool `pacs`, with as many slots as each PACS allows associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * configuration `[dicom_get] manifest_root`: where the records of what was forwarded are kept, UIDs and sizes: an
   absolute path that all workers share, or `s3://CONN_ID@bucket/prefix`. Without it, a retry sends the whole study
@@ -42,13 +44,15 @@ with DAG(
         # A retry after a lost connection or at a busy PACS sends only what is not acknowledged yet.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to a PACS has at most one association with it, and so one slot. One pool serves both: its
+        # slots are the lower of the two limits.
+        "pool": "pacs",
     },
 ) as dag:
     # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
     # studies is a success, and what follows is skipped.
     # get: one task a study. "complete" means here: the other PACS has acknowledged every instance that the first one
-    # lists. An instance that it refuses is named in the manifest, and the rest is still sent. One association
-    # with each PACS a task; a pool holds the number over all DAGs.
+    # lists. An instance that it refuses is named in the manifest, and the rest is still sent.
     # report: what came of it. It runs too where some studies failed, and fails then itself.
     relayed = retrieve(
         dicom_conn_id="dicom_default",

@@ -8,14 +8,13 @@ What it reads:
 * connection `dicom_default`: the PACS to retrieve from, as type DICOM
 * connection `dicom_target`: the PACS to forward to, as type DICOM; its AE titles, TLS, hours and limits hold
 * connection `dicom_s3_default`: the bucket's service, as type DICOM storage (S3), or a stock Amazon Web Services one
+* pool `pacs`, with as many slots as each PACS allows associations:
+  `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
 
 The DAG can be cleared and run again safely: what is in the bucket is not fetched again, and what the other PACS has
 acknowledged is not sent again. A run asks for approval every time.
-
-To keep several DAGs together within the limit of each PACS, create pools and give them to `get` and `store`:
-`airflow pools set pacs 2 ''`, `pool="pacs"`.
 """
 
 from __future__ import annotations
@@ -62,6 +61,9 @@ with DAG(
         # A retry after a lost connection, a restarted worker or a busy PACS does only what is missing.
         "retries": 3,
         "retry_delay": timedelta(minutes=5),
+        # Each task that talks to a PACS has at most one association with it, and so one slot. One pool serves both: its
+        # slots are the lower of the two limits.
+        "pool": "pacs",
     },
 ) as dag:
     # One C-FIND. Its output is a list of Items, one for each study, without patient data.
@@ -89,7 +91,7 @@ with DAG(
     check = DicomVerifyOperator.partial(task_id="check", dicom_conn_id="dicom_default").expand(manifest=get.output)
 
     # What the person decides on: numbers, without patient data.
-    @task
+    @task(pool="default_pool")
     def describe(summaries) -> str:
         summaries = list(summaries)
         lines = [f"{len(summaries)} studies, {sum(summary['completed'] for summary in summaries)} instances:", ""]
@@ -110,6 +112,7 @@ with DAG(
         response_timeout=timedelta(days=3),
         defaults="Reject",
         retries=0,
+        pool="default_pool",
     )
 
     # Each instance from the bucket; the other PACS acknowledges each. Ledger and manifest go into the bucket as well,

@@ -52,10 +52,21 @@ def test_each_explains_itself(bag, name):
         assert dag.params.get_param(key).schema["title"], key
     for task in dag.tasks:
         assert task.retries >= 3 or task.task_id in WITHOUT_RETRIES, task.task_id
-    # Whoever reads the text of a DAG may set what it names.
+    # Who reads the text of a DAG can set up what it names.
     for line in dag.doc_md.splitlines():
         if line.startswith("* connection `"):
             assert line.split("`")[1] in Path(FOLDER / f"{name}.py").read_text().partition('"""')[2].partition('"""')[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_talks_to_a_pacs_runs_in_its_pool(bag, name):
+    from airflow_dicom_get.hooks._task import DicomTask
+
+    dag = bag.dags[name]
+    classes = {task.task_id: getattr(task, "operator_class", type(task)) for task in dag.tasks}
+    talks = {task_id for task_id, cls in classes.items() if issubclass(cls, DicomTask)}
+    assert [task_id for task_id in talks if dag.task_dict[task_id].pool != "pacs"] == []
+    assert not talks or "* pool `pacs`" in dag.doc_md or "the pool `pacs`" in dag.doc_md
 
 
 @pytest.mark.parametrize("name", NAMES)

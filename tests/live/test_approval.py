@@ -71,6 +71,7 @@ def home(tmp_path, source, target, juicefs) -> Iterator[LiveAirflow]:
         "AIRFLOW_CONN_DICOM_TARGET": f"dicom://ARCHIVE@127.0.0.1:{target.port}",
     }
     with LiveAirflow(folder, dags=folder / "dags", environment=environment) as live:
+        live.make_pool("pacs", 2)
         keys = {"login": ACCESS_KEY, "password": SECRET_KEY, "extra": {"scheme": "http"}}
         live.connect("dicom_s3_default", conn_type="dicom_s3", host=juicefs.host, port=juicefs.port, **keys)
         yield live

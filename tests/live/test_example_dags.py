@@ -116,6 +116,7 @@ def test_a_night_sets_off_its_report(home, tmp_path):
 
 def test_a_new_study_is_waited_for_in_the_triggerer(home, archive, tmp_path):
     unpause(home, "on_new_study")
+    home.make_pool("pacs", 2)
     run = home.trigger("on_new_study", study=archive[1], destination=str(tmp_path))
     run.wait_task("arrived", ["deferred"])
     assert run.wait() == "success"
