@@ -205,7 +205,7 @@ class Result:
             listed = "listed" if self.expected is not None else "sent"
             parts = [f"{self.completed} of {self.total} instances {listed} are held"]
         if self.skipped:
-            parts.append(f"{self.skipped} were there before")
+            parts.append(f"{self.skipped} already there")
         for count, what in (
             (self.failed, "not stored" if self.kind == "store" else "not held"),
             (self.warning, "with a warning"),
@@ -225,7 +225,7 @@ class Result:
         rows: list[tuple[str, object]] = [
             ("node", self.node),
             ("destination", self.destination),
-            ("held", f"{self.completed} of {self.total}, {self.skipped} were there before"),
+            ("held", f"{self.completed} of {self.total}, {self.skipped} already there"),
             ("not held", self.failed),
             ("withdrawn, not listed, in conflict", f"{self.withdrawn}, {self.unexpected}, {self.conflicts}"),
             (

@@ -16,7 +16,7 @@ from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
-from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, worst
+from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, noun, worst
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study_list import ListedStudy
@@ -133,13 +133,14 @@ def _sum_up(tasks: int, summaries: list[Mapping[str, Any]], manifests: Iterable[
 
 def _text(whole: Mapping[str, Any]) -> str:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in whole["verdicts"].items())
-    text = f"{whole['held']} of {whole['instances']} instances of {whole['studies']} studies are held"
+    studies = f"{whole['studies']} {noun(whole['studies'], 'study', 'studies')}"
+    text = f"{whole['held']} of {whole['instances']} instances of {studies} are held"
     text += f" ({verdicts})." if verdicts else "."
     if whole["reasons"]:
         text += f" Reasons of the others: {', '.join(f'{count} {word}' for word, count in whole['reasons'].items())}."
     if whole["silent"]:
         tasks, logs = ("task", "its log says") if whole["silent"] == 1 else ("tasks", "their logs say")
-        text += f" Of {whole['silent']} {tasks} there is no summary; {logs} why."
+        text += f" {whole['silent']} {tasks} left no summary; {logs} why."
     return text
 
 
@@ -182,7 +183,7 @@ def find_cohort(
                     line = entry.listed.line
                     what = f"{shown_path(path)}, line {line}: its study appears in an earlier line with another label"
                     raise invalid("csv", what, "Give both lines the same label, or remove one of them.")
-        log.info("%d rows name %d studies.", len(rows), len(items))
+        log.info("Rows: %d. Studies found: %d.", len(rows), len(items))
         for remark in found.remarks:
             log.warning("%s", remark_text(remark))
         nowhere = [entry.listed for entry in found.entries if not entry.uids]
@@ -197,4 +198,4 @@ def _say_unknown(path: str, nowhere: list[ListedStudy], unknown: str) -> None:
     text = f"{shown_path(path)}: the PACS has no study for column {nowhere[0].key} of line {lines}{more}."
     if unknown == "fail":
         raise AirflowFailException(f"{text} Correct these lines, or skip them with unknown='skip'.")
-    log.warning("%s They are skipped.", text)
+    log.warning("%s Skipping.", text)

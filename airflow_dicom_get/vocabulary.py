@@ -11,6 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def noun(number: float, one: str, many: str = "") -> str:
+    """The noun that fits a number: ``one`` for 1, else ``many``, by default ``one`` with an *s*."""
+    return one if number == 1 else many or f"{one}s"
+
+
 # --- verdicts --------------------------------------------------------------------------------------
 
 Verdict = Literal["complete", "partial", "unverified", "empty", "failed", "cancelled"]

@@ -109,7 +109,7 @@ with DAG(
             # One by one: each keeps its own verdict, and the whole gets the worst of them.
             frames = [load_manifest(manifest) for manifest in manifests[:]]
             if not frames:
-                raise AirflowSkipException("No study left a manifest: the log of `report` says why.")
+                raise AirflowSkipException("No manifest was left. The log of `report` says why.")
             return combine_manifests(
                 [frame.assign(cohort=frame["study_instance_uid"].map(labels)) for frame in frames], to
             )

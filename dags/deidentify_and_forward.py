@@ -183,7 +183,8 @@ with DAG(
             folders.add(folder)
         if len(written) != len(rows) or len(folders) != 1:
             raise AirflowFailException(
-                f"{len(rows)} instances became {len(written)} in {len(folders)} studies; nothing is forwarded."
+                f"{len(rows)} instances of one study gave {len(written)} copies in {len(folders)} studies. Nothing is "
+                "forwarded."
             )
         (folder,) = folders
         # What a killed try, or an original that the PACS has withdrawn since, has left.

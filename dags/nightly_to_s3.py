@@ -157,7 +157,7 @@ with DAG(
         # None stands for a shard whose manifest could not be written. A slice is one request to Airflow.
         manifests = [manifest for manifest in manifests[:] if manifest is not None]
         if not manifests:
-            raise AirflowSkipException(f"None of {len(shards)} shards left a manifest: the log of `report` says why.")
+            raise AirflowSkipException(f"No manifest was left (shards: {len(shards)}). The log of `report` says why.")
         with final_errors():
             reference = combine_manifests(manifests, to)
             frame = load_manifest(reference)

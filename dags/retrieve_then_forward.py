@@ -94,9 +94,10 @@ with DAG(
     @task(pool="default_pool")
     def describe(summaries) -> str:
         summaries = list(summaries)
-        lines = [f"{len(summaries)} studies, {sum(summary['completed'] for summary in summaries)} instances:", ""]
+        instances = sum(summary["completed"] for summary in summaries)
+        lines = [f"Studies: {len(summaries)}. Instances: {instances}.", ""]
         lines += [
-            f"* {summary['completed']} instances in {summary['series']} series, as of {summary['plan_at']}"
+            f"* instances: {summary['completed']}, series: {summary['series']}, as of {summary['plan_at']}"
             for summary in summaries
         ]
         return "\n".join(lines)

@@ -104,9 +104,9 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     as_held = exactness.pop("as_listed", 0)
     otherwise = "".join(f"; {count} {word}" for word, count in exactness.items())
     before = whole["state"].to_pylist().count(WAS_THERE)
-    news = f"{whole.num_rows - before} fetched, {before} were there before"
+    news = f"{whole.num_rows - before} fetched, {before} already there"
     if before == whole.num_rows:
-        news = "all of them were there before: nothing was fetched"
+        news = "all of them already there: nothing was fetched"
     colour = "green" if verdict == "complete" else "red"
     console.print(
         f"\n[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"

@@ -31,7 +31,7 @@ from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attri
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.study_list import UID
-from airflow_dicom_get.vocabulary import COMPLETE
+from airflow_dicom_get.vocabulary import COMPLETE, noun
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -126,7 +126,7 @@ def find(typed: Namespace) -> int:
         output.emit_json(values)
     elif values:
         output.emit_table(values)
-    output.note(f"{len(values)} matches")
+    output.note(f"{len(values)} {noun(len(values), 'match', 'matches')}")
     return 4 if rows.cut else 0 if values else 5
 
 

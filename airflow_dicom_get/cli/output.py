@@ -12,6 +12,7 @@ from typing import Any
 from airflow_dicom_get.config.shell import in_shell
 from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.result import EchoReport, Plan, Result, size_text
+from airflow_dicom_get.vocabulary import noun
 
 
 def note(text: str) -> None:
@@ -65,12 +66,17 @@ def result_notes(result: Result) -> list[str]:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    listed = f"{len(plan.studies)} studies, {plan.series} series, {plan.instances} instances"
-    contexts = f"{len(plan.classes)} SOP classes, {plan.contexts} presentation contexts"
-    return [
-        f"{listed}: {plan.held} held, {plan.missing} to fetch",
-        f"{contexts}, {plan.associations} associations; evidence: {plan.evidence}",
+    studies, classes = len(plan.studies), len(plan.classes)
+    counts = [
+        f"{studies} {noun(studies, 'study', 'studies')}, {plan.series} series",
+        f"{plan.instances} {noun(plan.instances, 'instance')}: {plan.held} held, {plan.missing} to fetch",
     ]
+    needs = [
+        f"{classes} {noun(classes, 'SOP class', 'SOP classes')}",
+        f"{plan.contexts} {noun(plan.contexts, 'presentation context')}",
+        f"{plan.associations} {noun(plan.associations, 'association')}; evidence: {plan.evidence}",
+    ]
+    return [", ".join(counts), ", ".join(needs)]
 
 
 def echo_lines(report: EchoReport) -> list[str]:

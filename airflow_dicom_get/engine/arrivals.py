@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.engine.items import Item, make_item
 from airflow_dicom_get.engine.search import Find, Search
+from airflow_dicom_get.vocabulary import noun
 
 if TYPE_CHECKING:
     from datetime import tzinfo
@@ -101,11 +102,11 @@ def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[
         elif now - since < awaited.settled_seconds:
             growing += 1
     missing = len(set(awaited.named) - counts.keys())
-    parts = [f"{len(found)} studies are there"]
+    parts = [f"{len(found)} {noun(len(found), 'study', 'studies')} found"]
     for number, what in (
-        (missing, "are missing"),
-        (few, f"have fewer than {awaited.min_instances} instances"),
-        (growing, "have not settled"),
+        (missing, "missing"),
+        (few, f"with fewer than {awaited.min_instances} instances"),
+        (growing, "not settled yet"),
     ):
         if number:
             parts.append(f"{number} {what}")

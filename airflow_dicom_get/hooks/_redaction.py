@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow_dicom_get.manifest.frames import REFERENCE_KIND
+from airflow_dicom_get.vocabulary import noun
 
 SHOWN_KEYS = frozenset(
     {
@@ -54,16 +55,20 @@ def shown_study(study: Any) -> Any:
     return study
 
 
+def _of_rows(rows: Any) -> str:
+    return f"manifest of {rows} {noun(rows, 'row')}"
+
+
 def shown_manifest(manifest: Any) -> Any:
     """``manifest of N rows`` for a frame; a reference or an address says nothing of a patient and stays."""
     if manifest is None or isinstance(manifest, str):
         return manifest
     if isinstance(manifest, Mapping):
         if manifest.get("kind") == REFERENCE_KIND:
-            return f"manifest of {manifest.get('rows')} rows: {manifest.get('manifest_uri')}"
-        return f"{len(manifest)} keys"
+            return f"{_of_rows(manifest.get('rows'))}: {manifest.get('manifest_uri')}"
+        return f"{len(manifest)} {noun(len(manifest), 'key')}"
     if hasattr(manifest, "columns"):
-        return f"manifest of {len(manifest)} rows"
+        return _of_rows(len(manifest))
     if isinstance(manifest, Sequence):
         return [shown_manifest(one) for one in manifest[:_LISTED]]
     return type(manifest).__name__

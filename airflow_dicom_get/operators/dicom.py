@@ -210,9 +210,9 @@ class DicomFindOperator(DicomTask):
         }
         context["ti"].xcom_push("summary", summary)
         self.log.info(
-            "%d studies match, %s instances, %d queries.",
+            "Studies found: %d. Instances in them: %s. C-FIND queries: %d.",
             summary["matched"],
-            "an unknown number of" if instances is None else instances,
+            "unknown" if instances is None else instances,
             search.queries,
         )
         if search.truncated:

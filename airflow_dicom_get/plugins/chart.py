@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from airflow_dicom_get.plugins.database import Retrieval
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, ENDED_WELL
+from airflow_dicom_get.vocabulary import noun
 
 WIDTH, LEFT, RIGHT = 960, 64, 8
 SPEED_TOP, SPEED_HEIGHT = 24, 84
@@ -140,7 +141,7 @@ def _draw_counts(chart: Chart, spans: Sequence[Span], step: int, width: float) -
             below += count
     bad = sum(span.incomplete for span in spans)
     count = sum(span.count for span in spans)
-    chart.summary += f" {count} retrievals, {bad} not complete."
+    chart.summary += f" {count} {noun(count, 'retrieval')}, {bad} not complete."
 
 
 def _draw_time(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:

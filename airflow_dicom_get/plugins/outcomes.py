@@ -24,9 +24,9 @@ def _meanings(verdicts: Iterable[Verdict]) -> dict[str, str]:
 
 OUTCOMES: Mapping[str, str] = {
     **_meanings(_BAD),
-    NONE: "The task ended without a result: it was killed, or failed before it began. Check its log.",
+    NONE: "The task ended without a result: it was killed, or failed before it started. Check its log.",
     RUNNING: "The task is running.",
-    WAITING: "The task is waiting to be scheduled, or for the hours of the PACS.",
+    WAITING: "The task is waiting to be scheduled, or for the window of the PACS.",
     **_meanings(_GOOD),
 }
 """The outcomes, in the order of the page: what needs somebody comes first."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from airflow_dicom_get.plugins.outcomes import LABELS
 from airflow_dicom_get.result import size_text
-from airflow_dicom_get.vocabulary import REASONS
+from airflow_dicom_get.vocabulary import REASONS, noun
 
 NOTHING = "–"
 
@@ -72,6 +72,7 @@ def reason(word: str | None) -> str:
 
 FILTERS: Mapping[str, Callable[..., str]] = {
     "number": number,
+    "noun": noun,
     "size": size,
     "speed": speed,
     "duration": duration,

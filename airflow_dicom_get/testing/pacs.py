@@ -49,6 +49,7 @@ from airflow_dicom_get.testing.encoding import (
     part10_header,
 )
 from airflow_dicom_get.testing.ending import told_to_end
+from airflow_dicom_get.vocabulary import noun
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,8 @@ def serve(folder: str | Path, host: str, port: int, ae_title: str) -> None:
     ):
         shown = f"[{host}]" if ":" in host else host
         instances, studies = len(pacs.archive.entries()), len(pacs.archive.studies())
-        print(f"PACS {ae_title}@{shown}:{pacs.port} serving {instances} instances of {studies} studies", flush=True)
+        held = f"{instances} {noun(instances, 'instance')} of {studies} {noun(studies, 'study', 'studies')}"
+        print(f"PACS {ae_title}@{shown}:{pacs.port} serving {held}", flush=True)
         wait()
 
 

@@ -111,7 +111,7 @@ def test_a_task_that_ended_without_a_word_is_missed(run_dag, load, params, monke
     run = run_dag(load("retrieve_studies"), run_conf=params("retrieve_studies"))
     assert run.state == "failed"
     assert (run.task("report").state, run.task("report").try_number) == ("failed", 1)
-    assert "Of 1 task there is no summary; its log says why. Clear the failed tasks to resume" in run.log
+    assert "1 task left no summary; its log says why. Clear the failed tasks to resume" in run.log
 
 
 def test_what_the_other_pacs_does_not_list_fails_the_relay(run_dag, load, params, target, monkeypatch):

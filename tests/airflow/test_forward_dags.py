@@ -63,7 +63,7 @@ def test_an_approved_day_is_at_the_other_pacs(run_dag, load_dag, archive, moto, 
     run = run_dag(load_dag("retrieve_then_forward"), run_conf={"bucket": f"{BUCKET}/{prefix}"})
     assert run.state == "success"
     assert seen["associations"] == 0
-    assert str(seen["body"]).startswith("2 studies, 72 instances:")
+    assert str(seen["body"]).startswith("Studies: 2. Instances: 72.")
     assert len([key for key in moto.objects(prefix) if key.endswith(".dcm")]) == 72
     assert sorted(run.xcom("store", "summary", index)["completed"] for index in range(2)) == [12, 60]
     assert sorted(run.xcom("confirm", "summary", index)["symbols"]["="] for index in range(2)) == [12, 60]

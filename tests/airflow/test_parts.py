@@ -72,7 +72,7 @@ def test_manifests_are_shown_by_their_size():
         ([], None, None, "no study"),
         (None, {"QueryRetrieveLevel": "STUDY", "PatientID": "4711", "StudyDate": "20240115"}, None,
          "PatientID=*** StudyDate=20240115"),
-        (None, None, pd.DataFrame({"a": [1]}), "manifest of 1 rows"),
+        (None, None, pd.DataFrame({"a": [1]}), "manifest of 1 row"),
     ],
 )  # fmt: skip
 def test_labels_name_studies_and_nothing_of_the_patient(study, query, manifest, expected):

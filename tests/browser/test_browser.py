@@ -204,7 +204,7 @@ def test_a_retrieval_is_watched_and_listed(site, signed_in, picture):
     assert tab.get_by_text("60 of 60").is_visible()
     picture("tab-complete")
     with page.expect_download() as download:
-        tab.get_by_role("link", name="Download all 60 rows").click()
+        tab.get_by_role("link", name="Download as CSV (60 rows)").click()
     assert len(Path(download.value.path()).read_text().splitlines()) == 61
     tab.get_by_role("link", name="All DICOM retrievals").click()
     page.wait_for_url(re.compile("/plugin/dicom-get"))

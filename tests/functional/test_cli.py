@@ -643,7 +643,7 @@ class TestFindAll:
     def test_a_lone_star_matches_everything(self, run: Callable[..., Run], pacs: EmbeddedPacs, key: str) -> None:
         done = run("find", node_of(pacs), "-k", key)
         assert done.returncode == 0
-        assert done.stderr == "dicom-get: 1 matches\n"
+        assert done.stderr == "dicom-get: 1 match\n"
 
     @pytest.mark.parametrize("mode", [None, "no_counts"])
     def test_after_the_limit_it_is_cancelled_and_said(self, run: Callable[..., Run], mode: str | None) -> None:

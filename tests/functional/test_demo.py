@@ -54,8 +54,8 @@ def test_the_second_run_says_that_all_was_there_before(printed: list[str]) -> No
     first, second = printed
     assert "Verdict   complete: 7 of 7 studies complete" in first
     assert "58 of 58 instances held and verified" in first
-    assert "; 58 fetched, 0 were there before" in first
-    assert "all of them were there before: nothing was fetched" in second
+    assert "; 58 fetched, 0 already there" in first
+    assert "all of them already there: nothing was fetched" in second
     assert "makes its database" in first
     assert "makes its database" not in second
 

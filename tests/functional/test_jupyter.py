@@ -105,7 +105,7 @@ def test_a_bar_an_interrupt_and_going_on(kernel: Kernel, associations: int) -> N
     seen = kernel.run("slow = 0; print(result.completed, scu.get_study(study).summary())")
     (line,) = text_of(seen, "stream")
     held = int(line.split()[0])
-    assert line == f"{held} complete: 30 of 30 instances listed are held, {held} were there before\n"
+    assert line == f"{held} complete: 30 of 30 instances listed are held, {held} already there\n"
     last = (text_of(seen, "update_display_data") or text_of(seen, "display_data"))[-1]
     assert f"{30 - held} of {30 - held} instances, " in last
     assert not last.endswith("/s")

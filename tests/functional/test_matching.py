@@ -236,7 +236,7 @@ class TestShell:
         assert len(done.stdout.splitlines()) == 2
         lines = done.stderr.splitlines()
         assert lines[0].startswith("dicom-get: 2 × A C-FIND row was ignored: its AccessionNumber does not")
-        assert lines[1:] == ["dicom-get: 1 matches"]
+        assert lines[1:] == ["dicom-get: 1 match"]
 
 
 # --- an honest PACS loses nothing --------------------------------------------------------------------

@@ -546,7 +546,7 @@ def test_serve_says_when_it_is_ready_and_ends_cleanly(ct: Holding, number: signa
     assert process.stdout is not None
     line = process.stdout.readline()
     port = int(line.split()[1].rpartition(":")[2])
-    assert line == f"PACS DEMO@127.0.0.1:{port} serving 40 instances of 1 studies\n"
+    assert line == f"PACS DEMO@127.0.0.1:{port} serving 40 instances of 1 study\n"
     with associate(SimpleNamespace(port=port), [("1.2.840.10008.1.1", IMPLICIT)]) as association:
         assert association.is_established
         os.kill(process.pid, number)

@@ -88,7 +88,7 @@ def test_without_a_bucket_the_night_says_how_to_connect_one_and_writes_a_mail(ho
     run = Run(home, "nightly_to_s3", waiting["dag_run_id"])
     assert run.wait() == "failed"
     assert "Create it under Admin, Connections, with the type DICOM storage (S3)." in run.log("get", map_index=0)
-    assert "Of 1 task there is no summary; its log says why." in run.log("report")
+    assert "1 task left no summary; its log says why." in run.log("report")
     assert run.task("publish")["state"] == "skipped"
     _, letter = eventually("another mail", lambda: mailbox.letters[1:] and mailbox.letters)
     assert letter["subject"] == "nightly_to_s3: report failed"
@@ -101,7 +101,7 @@ def test_a_night_sets_off_its_report(home, tmp_path):
         home.connect("dicom_s3_default", conn_type="dicom_s3", host="127.0.0.1", port=service.port, **keys)
         run = home.trigger("nightly_to_s3", study_date="2024-01-15", bucket=f"{BUCKET}/night")
         assert run.wait() == "success"
-        assert "60 of 60 instances of 1 studies are held (1 complete)." in run.log("report")
+        assert "60 of 60 instances of 1 study are held (1 complete)." in run.log("report")
         found = eventually(
             "a run of analyse_manifest", lambda: home.call("GET", "/dags/analyse_manifest/dagRuns")["dag_runs"]
         )

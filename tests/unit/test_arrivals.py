@@ -43,12 +43,12 @@ def test_studies_settle_once_their_numbers_have_stayed_the_same() -> None:
     awaited = Awaited(BOTH, [ONE, TWO], settled_seconds=60)
     pacs = Pacs({ONE: 3, TWO: 5})
     found = ask(pacs, awaited, None, 1000)
-    assert (found.all_settled, found.text) == (False, "2 studies are there, 2 have not settled")
+    assert (found.all_settled, found.text) == (False, "2 studies found, 2 not settled yet")
     pacs.sizes[TWO] = 6
     found = ask(pacs, awaited, found, 1059)
     assert found.counts == {ONE: [3, 1000], TWO: [6, 1059]}
     found = ask(pacs, awaited, found, 1060)
-    assert (found.all_settled, found.text) == (False, "2 studies are there, 1 have not settled")
+    assert (found.all_settled, found.text) == (False, "2 studies found, 1 not settled yet")
     found = ask(pacs, awaited, found, 1119)
     assert found.all_settled
     assert [item["expected_instances"] for item in found.items] == [3, 6]
@@ -57,9 +57,9 @@ def test_studies_settle_once_their_numbers_have_stayed_the_same() -> None:
 @pytest.mark.parametrize(
     ("sizes", "least", "text"),
     [
-        ({ONE: 3}, 1, "1 studies are there, 1 are missing"),
-        ({ONE: 3, TWO: 1}, 2, "2 studies are there, 1 have fewer than 2 instances"),
-        ({}, 1, "0 studies are there, 2 are missing"),
+        ({ONE: 3}, 1, "1 study found, 1 missing"),
+        ({ONE: 3, TWO: 1}, 2, "2 studies found, 1 with fewer than 2 instances"),
+        ({}, 1, "0 studies found, 2 missing"),
     ],
 )
 def test_what_is_not_there_is_waited_for(sizes: dict[str, int], least: int, text: str) -> None:

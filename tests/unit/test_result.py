@@ -122,7 +122,7 @@ class TestRendering:
 
     def test_summary_is_one_line(self) -> None:
         whole = Result("complete", expected=9, total=9, completed=9, skipped=2)
-        assert whole.summary() == "complete: 9 of 9 instances listed are held, 2 were there before"
+        assert whole.summary() == "complete: 9 of 9 instances listed are held, 2 already there"
         part = Result("unverified", "no_list", total=9, completed=8, failed=1, warning=1, conflicts=1)
         assert part.summary() == (
             "unverified (no_list): 8 of 9 instances sent are held, 1 not held, 1 with a warning, 1 in conflict"
