@@ -1,6 +1,6 @@
-"""Every night, the studies of the day before into a folder: one C-FIND, then one task for each study.
+"""Every night, retrieve the studies of the day before into a folder: one C-FIND, then one task for each study.
 
-What it reads: the connection `dicom_default` (the PACS), and the pool `pacs` (a slot for each association it admits).
+What it reads: the connection `dicom_default` (the PACS), and the pool `pacs` (a slot for each association it allows).
 """
 
 from pathlib import Path
@@ -10,16 +10,16 @@ from airflow.sdk import DAG
 
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 
-# A folder that every worker sees and may write to; a bucket, as s3://bucket/prefix; or another PACS.
+# A folder that all workers can write to, a bucket (s3://bucket/prefix), or another PACS (dicom://CONN_ID).
 DESTINATION = str(Path.home() / "dicom")
-# Of the run, not of the clock: the same day if the run is tried again, cleared or backfilled.
+# From the run, not from the clock: the same day if the run is retried, cleared or backfilled.
 DAY_BEFORE = "{{ (dag_run.run_after.astimezone(dag.timezone) - macros.timedelta(days=1)).strftime('%Y%m%d') }}"
 
 with DAG(
     "minimal",
     schedule="@daily",
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),  # the time zone of the PACS
-    is_paused_upon_creation=True,  # until you switch it on
+    is_paused_upon_creation=True,  # until you unpause it
     default_args={"retries": 3, "pool": "pacs"},
     tags=["dicom"],
     doc_md=__doc__,
