@@ -74,7 +74,7 @@ def aims(results: Results) -> Iterator[Aim]:
     for key, one in series.items():
         if key not in ("help", "small", "tiny", "many") and (peak := one.rss("process")) is not None:
             yield Aim(f"peak memory of `dicom-get get`, {one.title}", 160, peak / MB, "MB")
-    yield Aim("memory for each further instance of the plan", 1.0, growth(results), "KB")
+    yield Aim("memory for each additional instance of the plan", 1.0, growth(results), "KB")
     for key, what, limit in (("small", "10 instances, end to end", 0.8), ("help", "`dicom-get --help`", 0.25)):
         yield Aim(what, limit, series[key].wall("process") if key in series else None, "s")
 

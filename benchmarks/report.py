@@ -42,9 +42,9 @@ def _compared(results: Results) -> list[Series]:
 
 def _page(results: Results) -> Iterator[str]:
     yield "# How fast it is\n"
-    yield "Written by `make bench`, which measures this package and its peers in the same run, by turns.\n"
+    yield "Written by `make bench`, which measures this package and other clients in the same run, in turn.\n"
     if results.quick:
-        yield "**A quick look on small samples (`--quick`): it shows that the script works, not how fast it is.**\n"
+        yield "**A quick run on small samples (`--quick`): it proves that the script works, and measures nothing.**\n"
     yield from (f"- {name}: {value}" for name, value in results.about.items())
     if results.skipped:
         yield from (f"- not measured: {what}" for what in results.skipped)
@@ -63,7 +63,7 @@ def _page(results: Results) -> Iterator[str]:
             words = "" if key in ("help", "small") else f" ({one.words})"
             yield f"| {title}{words} | {len(runs)} | {_spread(runs)} | {_cpu(runs):.2f} | {_peak(runs)} |"
     if (more := growth(results)) is not None:
-        yield f"\nEach further instance takes {more:.2f} KB."
+        yield f"\nEach additional instance takes {more:.2f} KB."
     yield from _profiles(results)
     yield _METHOD
 
@@ -72,7 +72,7 @@ def _aims(results: Results) -> Iterator[str]:
     found = list(aims(results))
     reached = sum(aim.measured is not None and aim.reached for aim in found)
     measured = sum(aim.measured is not None for aim in found)
-    yield f"## Aims\n\n{reached} of {measured} reached. Times are medians; memory is the highest of all runs.\n"
+    yield f"## Aims\n\n{reached} of {measured} reached. Times are medians; memory is the maximum of all runs.\n"
     yield "| aim | limit | measured | |\n| --- | --- | --- | --- |"
     yield from (aim.row for aim in found)
 
@@ -98,9 +98,10 @@ def _profiles(results: Results) -> Iterator[str]:
         return
     yield "\n## Where the time goes\n"
     yield (
-        "One more retrieval each by `GetScu` with digest, sync, ledger and manifest, not in the tables above, in which"
-        " all threads are looked at every few milliseconds: in which line of the package each of them is, waiting"
-        " included. Shares are of the wall time; threads run side by side, so they add up to more than 100 %.\n"
+        "One additional retrieval each by `GetScu` with digest, sync, ledger and manifest, not in the tables above, with"
+        " a sampling profiler: every few milliseconds it records the line of the package that each thread is in,"
+        " including waits. Shares are of the wall time; threads run in parallel, so the shares add up to more than"
+        " 100 %.\n"
     )
     for key, lines in results.profiles.items():
         yield f"### From {results.series[key].title}\n"
@@ -172,23 +173,23 @@ def _draw_panel(panel: Axes, one: Series) -> None:
 _METHOD = """
 ## How it was measured
 
-- *GetScu, warm process*: a process that has imported everything and retrieved once; the time of the call. Digest,
-  sync, ledger and manifest as by default; *no digest, no sync* is `checksum=None, durable=False`.
-- *Whole process* and all peers: from before the process is made until it has ended, by a launcher that itself takes
-  next to no memory (`benchmarks/launch.py`), so what an interpreter takes to start is in it.
-- *Control*: what this machine needs to hash, write and sync as many files of that size, one after the other in groups
-  of 64, with nothing received. A client that proves what it holds cannot be much faster, unless it does two of these at
-  a time.
-- Each run goes into a new, empty folder. Before it all dirty pages are written (`sync`), after it exit status, verdict,
-  number and size of the files are checked. Clients take turns, in another order each round.
-- *From memory*: `benchmarks/memory_scp.py`, which sends objects framed beforehand, one write each, and waits for each
-  response. All its data sets are labelled CT, the small ones too. *Orthanc* and *dcmqrscp*: Debian's packages,
-  `TCP_NODELAY` not set, one generated CT study of four series, loaded by REST and by `dcmqridx`.
-- Server and client share the machine and talk over loopback, where a round trip takes next to no time.
-- *To storescp*: from that dcmqrscp to storescp as Debian ships it, started with `+xa +B`. *To S3*: juicefs' gateway,
-  which is MinIO's, on a folder of the same disk; with a delay, a proxy in Python waits before it passes a request on,
-  and what that takes all clients bear. We have up to 32 requests under way (`max_concurrency=8`). *boto3 alone* uploads
-  files that are there already: the time to retrieve them is not in its figure.
-- *getscu* and *pynetdicom* hash, sync and prove nothing. *getscu as shipped* is run once and *pynetdicom* twice, since
-  they take long; *as shipped*, 5000 instances would take four minutes.
+- *GetScu, warm process*: the time of the call in a process that has imported everything and retrieved once before.
+  Digest, sync, ledger and manifest are as by default; *no digest, no sync* is `checksum=None, durable=False`.
+- *Whole process*, and all other clients: from before the process is created until it has ended, including the start of
+  the interpreter, measured by a launcher that itself uses almost no memory (`benchmarks/launch.py`).
+- *Control*: the time this machine needs to hash, write and sync as many files of that size, one after the other in
+  groups of 64, without receiving anything. A client that verifies what it stores cannot be much faster, unless it does
+  two of these at the same time.
+- Each run writes into a new, empty folder. Before it, all dirty pages are written (`sync`); after it, exit status,
+  verdict, number and size of the files are checked. The clients run in turn, in a different order each round.
+- *From memory*: `benchmarks/memory_scp.py`, which sends prepared objects, one write each, and waits for each response.
+  All its data sets are labelled CT, including the small ones. *Orthanc* and *dcmqrscp*: Debian's packages, without
+  `TCP_NODELAY`, with one generated CT study of four series, loaded by REST and by `dcmqridx`.
+- Server and client run on the same machine and use the loopback interface, which has almost no round-trip time.
+- *To storescp*: from that dcmqrscp to Debian's storescp, started with `+xa +B`. *To S3*: the gateway of juicefs, which
+  is MinIO's, on a folder of the same disk; with a delay, a proxy in Python waits before it passes a request on, and its
+  CPU time slows all clients. We have up to 32 requests in progress (`max_concurrency=8`). *boto3 alone* uploads files
+  that are already there: its figure does not include retrieving them.
+- *getscu* and *pynetdicom* do not hash, sync or verify anything. Because they take long, *getscu as shipped* is run
+  once and *pynetdicom* twice; *as shipped*, 5000 instances would take four minutes.
 """

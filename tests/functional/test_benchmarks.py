@@ -47,7 +47,7 @@ def test_each_client_is_measured(report: Path) -> None:
 @pytest.mark.dcmtk
 def test_report_has_a_table_for_each_source_and_a_plot(report: Path) -> None:
     page = (report / "performance.md").read_text()
-    for text in ("From memory, 20 × 512 KiB", "From dcmqrscp", "| getscu as shipped | 1 |", "A quick look"):
+    for text in ("From memory, 20 × 512 KiB", "From dcmqrscp", "| getscu as shipped | 1 |", "A quick run"):
         assert text in page
     # A sample says nothing about the aims.
     assert "## Aims" not in page
@@ -55,7 +55,7 @@ def test_report_has_a_table_for_each_source_and_a_plot(report: Path) -> None:
 
 
 @pytest.mark.dcmtk
-def test_report_is_written_anew_with_aims_and_keeps_what_was_added_by_hand(report: Path, tmp_path: Path) -> None:
+def test_report_is_written_again_with_aims_and_keeps_what_was_added_by_hand(report: Path, tmp_path: Path) -> None:
     data = json.loads((report / "performance.json").read_text())
     series = data["series"]
     data["quick"] = False
