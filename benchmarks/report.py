@@ -98,8 +98,8 @@ def _profiles(results: Results) -> Iterator[str]:
         return
     yield "\n## Where the time goes\n"
     yield (
-        "One additional retrieval each by `GetScu` with digest, sync, ledger and manifest, not in the tables above, with"
-        " a sampling profiler: every few milliseconds it records the line of the package that each thread is in,"
+        "One additional retrieval each by `GetScu` with digest, sync, ledger and manifest, not in the tables above,"
+        " with a sampling profiler: every few milliseconds it records the line of the package that each thread is in,"
         " including waits. Shares are of the wall time; threads run in parallel, so the shares add up to more than"
         " 100 %.\n"
     )
