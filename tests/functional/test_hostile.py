@@ -490,12 +490,12 @@ _INTRODUCTION = """\
 # How a retrieval ends with a peer that misbehaves
 
 Written by `HOSTILE_TABLE=1 make test ARGS=tests/functional/test_hostile.py`, which retrieves a study of eight instances
-from each mode of the misbehaving PACS with short deadlines (about one second each) and one retry. Each mode breaks
-one rule, and but for those with "once" or "then ok" in their names it never heals; the lines marked *healed* show
-what becomes of a retrieval where it happens the first time only.
+from the misbehaving PACS in each of its modes, with short deadlines (about one second each) and one retry. Each mode
+breaks one rule, and keeps breaking it unless its name contains "once" or "then ok". The rows marked *healed* show the
+result if it happens only the first time.
 
-Use the same PACS in your own tests: `from airflow_dicom_get.testing.misbehave import MisbehavingPacs`, or
-`dicom-get pacs --misbehave MODE` in a shell (`list` shows the modes; `MODE:PARAM` gives a mode its parameter).
+You can use this PACS in your own tests: `from airflow_dicom_get.testing.misbehave import MisbehavingPacs`, or, in a
+shell, `dicom-get pacs --misbehave MODE` (`list` shows the modes; `MODE:PARAM` sets a mode's parameter).
 
 """
 
@@ -511,12 +511,12 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         if name in MODES or name.endswith(", healed"):
             result = records[name]["result"]
             verdict = result["verdict"] + (f", {result['reason']}" if result["reason"] else "")
-            what = _plain(MODES[case.mode]) if name in MODES else "The first time only."
+            what = _plain(MODES[case.mode]) if name in MODES else "Only the first time."
             held = f"{result['completed']} of {result['total']}"
             lines.append(f"| `{name}` | {what} | {verdict} | {held} | {records[name]['seconds']:.1f} s |")
     floods = max(record["rss"] for name, record in records.items() if name and CASES[name].alone)
     growth = (floods - records["well"]["rss"]) >> 20
-    lines += ["", f"The floods took {growth} MiB of memory beyond a good retrieval, the peer's part included."]
+    lines += ["", f"The floods took {growth} MiB more memory than a normal retrieval, including the peer's own."]
     return _INTRODUCTION + "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ class _AtAssociate(Behaviour):
 
 @mode("connect_close")
 class ConnectClose(_AtAssociate):
-    """Reads the A-ASSOCIATE-RQ and closes the connection without an answer."""
+    """Reads the A-ASSOCIATE-RQ and closes the connection without answering."""
 
     def associate(self, request: AssociateRequest) -> bool:
         return False
@@ -46,7 +46,7 @@ class AssocTrickle(_AtAssociate):
 
 @mode("assoc_abort")
 class AssocAbort(_AtAssociate):
-    """Answers the A-ASSOCIATE-RQ by an A-ABORT."""
+    """Answers the A-ASSOCIATE-RQ with an A-ABORT."""
 
     def associate(self, request: AssociateRequest) -> bool:
         self.link.send(wire.abort())
@@ -73,7 +73,7 @@ class AcTrunc(_AtAssociate):
 
 @mode("ac_not_dicom")
 class AcNotDicom(_AtAssociate):
-    """Answers the A-ASSOCIATE-RQ as a web server would, and closes."""
+    """Answers the A-ASSOCIATE-RQ as a web server would, and closes the connection."""
 
     def associate(self, request: AssociateRequest) -> bool:
         self.link.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -82,7 +82,7 @@ class AcNotDicom(_AtAssociate):
 
 @mode("ac_unknown_ctx")
 class AcUnknownCtx(_AtAssociate):
-    """Answers storage contexts under ids that were never proposed, and sends every object on them."""
+    """Accepts storage contexts with IDs that were never proposed, and sends every object on them."""
 
     def negotiate(self, request: AssociateRequest) -> list[Answer]:
         proposed = {p.id for p in request.proposals}
@@ -122,28 +122,28 @@ class AcTwoTs(AcOtherTs):
 
 @mode("ac_small_pdu")
 class AcSmallPdu(_AtAssociate):
-    """Announces that it takes PDUs of 128 bytes at most, and works well."""
+    """Announces a maximum PDU length of 128 bytes; otherwise behaves correctly."""
 
     max_pdu = 128
 
 
 @mode("ac_unlimited_pdu")
 class AcUnlimitedPdu(_AtAssociate):
-    """Announces a maximum PDU length of 0, which stands for no limit, and works well."""
+    """Announces a maximum PDU length of 0, which means no limit; otherwise behaves correctly."""
 
     max_pdu = 0
 
 
 @mode("ac_hostile_text")
 class AcHostileText(_AtAssociate):
-    """Calls its implementation version by a patient's name, a line break and an escape, and works well."""
+    """Puts a patient's name, a line break and an escape into its implementation version name; otherwise correct."""
 
     version = b"HOSTILE\n\x1b[31mX"
 
 
 @mode("norole")
 class NoRole(Behaviour):
-    """Answers no role selection item, and sends the objects all the same, as some archives do."""
+    """Answers no role selection item, but sends the objects anyway, as some archives do."""
 
     stages = frozenset({ASSOCIATE, GET})
 
@@ -157,7 +157,7 @@ class NoRole(Behaviour):
 
 @mode("role_refused")
 class RoleRefused(_AtAssociate):
-    """Refuses the SCP role for every class, so that every sub-operation fails: A702."""
+    """Rejects the SCP role for every class, so that every sub-operation fails: A702."""
 
     def roles(self, request: AssociateRequest) -> list[Role]:
         return [replace(role, scp=0) for role in request.roles]
@@ -183,7 +183,7 @@ class RejectLocalLimit(WrongCalledAe):
 
 @mode("reject_once_then_ok")
 class RejectOnce(WrongCalledAe):
-    """Rejects the first association for temporary congestion (2/3/1) and takes the later ones."""
+    """Rejects the first association for temporary congestion (2/3/1) and accepts later ones."""
 
     codes = (2, 3, 1)
     heal_after = 1
@@ -191,21 +191,21 @@ class RejectOnce(WrongCalledAe):
 
 @mode("no_find")
 class NoFind(_AtAssociate):
-    """Refuses the C-FIND contexts; C-GET works."""
+    """Rejects the C-FIND contexts; C-GET works."""
 
     refused_classes = wire.FIND
 
 
 @mode("no_get")
 class NoGet(_AtAssociate):
-    """Refuses the C-GET contexts; C-FIND works."""
+    """Rejects the C-GET contexts; C-FIND works."""
 
     refused_classes = wire.GET
 
 
 @mode("no_storage")
 class NoStorage(_AtAssociate):
-    """Refuses every storage context; C-FIND and C-GET are taken."""
+    """Rejects every storage context; accepts C-FIND and C-GET."""
 
     def negotiate(self, request: AssociateRequest) -> list[Answer]:
         services = wire.FIND | wire.GET | {wire.VERIFICATION}
@@ -224,7 +224,7 @@ class NoReleaseRp(Behaviour):
 
 @mode("release_collision")
 class ReleaseCollision(Behaviour):
-    """Answers an A-RELEASE-RQ by an A-RELEASE-RQ of its own, then waits for the answer to it."""
+    """Answers an A-RELEASE-RQ with an A-RELEASE-RQ, then waits for the response."""
 
     stages = frozenset({RELEASE})
 

@@ -24,7 +24,7 @@ def _ghost(instances: Sequence[Instance]) -> Instance:
 
 @mode("find_fails")
 class FindFails(_AtFind):
-    """Answers every C-FIND by the failure status ``param`` (0xC001)."""
+    """Answers every C-FIND with the failure status ``param`` (0xC001)."""
 
     param = 0xC001
 
@@ -34,7 +34,7 @@ class FindFails(_AtFind):
 
 @mode("find_silent")
 class FindSilent(_AtFind):
-    """Takes the C-FIND-RQ and never sends a byte again."""
+    """Receives the C-FIND-RQ and never sends a byte again."""
 
     def find(self, message: Message) -> None:
         self.link.hold()
@@ -51,7 +51,7 @@ class FindDrops(_AtFind):
 
 @mode("find_wrong_msgid")
 class FindWrongMsgId(_AtFind):
-    """Answers a C-FIND under a message id that nobody sent."""
+    """Answers a C-FIND with a message ID that nobody sent."""
 
     def send_response(self, message: Message, fields: dict[int, wire.Value], data: bytes = b"") -> None:
         super().send_response(message, fields | {wire.RESPONDED_ID: message.number(wire.MESSAGE_ID) + 1000}, data)
@@ -59,7 +59,7 @@ class FindWrongMsgId(_AtFind):
 
 @mode("find_garbage")
 class FindGarbage(_AtFind):
-    """Answers a C-FIND by rows of random bytes."""
+    """Answers a C-FIND with rows of random bytes."""
 
     def find(self, message: Message) -> None:
         for salt in range(3):
@@ -69,7 +69,7 @@ class FindGarbage(_AtFind):
 
 @mode("find_empty_rows")
 class FindEmptyRows(_AtFind):
-    """Answers a C-FIND by Pending responses without a data set."""
+    """Answers a C-FIND with Pending responses that have no data set."""
 
     def find(self, message: Message) -> None:
         for _ in range(3):
@@ -88,7 +88,7 @@ class FindListsMore(_AtFind):
 
 @mode("find_cut_at")
 class FindCutAt(_AtFind):
-    """Cuts every C-FIND at ``param`` rows (500) and says Success; the counts of related instances tell the truth."""
+    """Truncates every C-FIND at ``param`` rows (500) and says Success; the numbers of related instances are correct."""
 
     param = 500
 
@@ -98,7 +98,7 @@ class FindCutAt(_AtFind):
 
 @mode("find_foreign_rows")
 class FindForeignRows(_AtFind):
-    """Adds two rows of another study, which was not asked for, to the answer to every C-FIND."""
+    """Adds two rows of a study that was not requested to the answer to every C-FIND."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         yield from super().rows(level, query)
@@ -125,7 +125,7 @@ _LEVEL = 0x00080052
 
 @mode("find_prefix")
 class FindPrefix(_Archive):
-    """Holds three more studies, and takes the beginning of an accession number or patient ID for all of it."""
+    """Holds three more studies, and matches accession numbers and patient IDs by prefix."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         prefixes = {t: v + "*" for t, v in query.items() if t in (0x00080050, 0x00100020) and v}
@@ -134,7 +134,7 @@ class FindPrefix(_Archive):
 
 @mode("find_ignores_keys")
 class FindIgnoresKeys(_Archive):
-    """Holds three more studies, and answers every C-FIND with all of the level, with the true values of the keys."""
+    """Holds three more studies, and answers every C-FIND with everything at that level, with true values."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         yield from super().rows(level, dict.fromkeys(query, "") | {_LEVEL: level})
@@ -160,7 +160,7 @@ class FindEmptiesKeys(FindLeavesKeysOut):
 
 @mode("find_folds")
 class FindFolds(_Archive):
-    """Holds three more studies, and matches text without regard to case and to leading zeros."""
+    """Holds three more studies, and ignores case and leading zeros when it matches text."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         folded = {t: v.lstrip("0").upper() for t, v in query.items() if t not in _UIDS and t != _LEVEL}
@@ -169,7 +169,7 @@ class FindFolds(_Archive):
 
 @mode("find_hostile_rows")
 class FindHostileRows(_AtFind):
-    """Adds rows of the study that was asked for with UIDs that are paths, empty, or hold control characters."""
+    """Adds rows of the requested study whose UIDs are paths, are empty, or contain control characters."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         for row in super().rows(level, query):
@@ -199,7 +199,7 @@ class FindRowPerInstance(_AtFind):
 
 @mode("find_endless")
 class FindEndless(_AtFind):
-    """Answers a C-FIND for instances by new instances without end."""
+    """Answers a C-FIND for instances with an endless series of new instances."""
 
     def rows(self, level: str, query: Row) -> Iterable[Row]:
         found = super().rows(level, query)
@@ -215,7 +215,7 @@ class FindEndless(_AtFind):
 
 @mode("find_repeats")
 class FindRepeats(_AtFind):
-    """Answers a C-FIND by its first row without end, with ``param`` seconds (0) after each."""
+    """Answers a C-FIND by repeating its first row endlessly, with ``param`` seconds (0) after each."""
 
     param = 0.0
 
@@ -259,7 +259,7 @@ class NoClasses(_AtFind):
 
 @mode("counts_lie")
 class CountsLie(_AtFind):
-    """Gives a number of related instances that is ``param`` (1) above the length of its list."""
+    """Returns a number of related instances that is ``param`` (1) larger than its list."""
 
     param = 1
 
@@ -289,7 +289,7 @@ class _Changes(Behaviour):
 
 @mode("list_grows")
 class ListGrows(_Changes):
-    """Begins without its last ``param`` instances (2) and adds one of them after each C-GET."""
+    """Starts without its last ``param`` instances (2) and adds one of them after each C-GET."""
 
     param = 2
 
@@ -300,7 +300,7 @@ class ListGrows(_Changes):
 
 @mode("list_grows_endless")
 class ListGrowsEndless(_Changes):
-    """Adds a new instance to the study after each C-GET, without end."""
+    """Adds a new instance to the study after each C-GET, endlessly."""
 
     def present(self) -> Sequence[Instance]:
         held = self.site.instances
@@ -322,7 +322,7 @@ class ListShrinks(_Changes):
 
 @mode("one_unknown_fails_list")
 class OneUnknownFailsList(Behaviour):
-    """Lists one instance that it does not hold, and answers a C-GET that names an unknown UID by C000 alone."""
+    """Lists one instance that it does not hold, and answers a C-GET that names an unknown UID only with C000."""
 
     stages = frozenset({FIND, GET})
 

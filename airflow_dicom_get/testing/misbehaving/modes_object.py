@@ -112,7 +112,7 @@ class DsGroup2(_OtherBytes):
 
 @mode("ds_preamble")
 class DsPreamble(_OtherBytes):
-    """Sends a whole Part 10 file, preamble and all, as a data set."""
+    """Sends a complete Part 10 file, including the preamble, as a data set."""
 
     def bytes_for(self, instance: Instance) -> Iterable[bytes]:
         meta = archive.encode(
@@ -165,7 +165,7 @@ class DsGarbage(_OtherBytes):
 
 @mode("deflate_bomb")
 class DeflateBomb(_AtGet):
-    """Sends, on deflated contexts where there are some, objects of 1 MiB that inflate to 1 GiB before the Study UID."""
+    """Sends, on deflated contexts if there are any, objects of 1 MiB that inflate to 1 GiB before the Study UID."""
 
     def context_for(self, instance: Instance) -> int | None:
         deflated = super().context_for(replace(instance, syntax=wire.DEFLATED_LE))
@@ -225,7 +225,7 @@ class EndlessObject(Spoiler):
 
 @mode("foreign_study")
 class ForeignStudy(_AtGet):
-    """Sends an object of another study before those that were asked for."""
+    """Sends an object of another study before those that were requested."""
 
     def before(self, retrieval: Retrieval) -> None:
         for instance in self.unasked(retrieval.instances):
@@ -241,7 +241,7 @@ class ForeignStudy(_AtGet):
 
 @mode("extra_instance")
 class ExtraInstance(ForeignStudy):
-    """Sends, before those that were asked for, an object of the same series that C-FIND never lists."""
+    """Sends, before those that were requested, an object of the same series that C-FIND never lists."""
 
     def unasked(self, asked: Sequence[Instance]) -> Iterable[Instance]:
         return [archive.another(asked[0], 901)] if asked else []
@@ -268,7 +268,7 @@ class DupDiff(DupSame):
 
 @mode("endless_objects")
 class EndlessObjects(ForeignStudy):
-    """Sends new objects of the study that was asked for, without end."""
+    """Sends new objects of the requested study, endlessly."""
 
     def unasked(self, asked: Sequence[Instance]) -> Iterable[Instance]:
         return (archive.another(asked[0], number) for number in count(1001)) if asked else []
@@ -315,7 +315,7 @@ class NCreate(_Request):
 
 @mode("same_msgid")
 class SameMsgId(_AtGet):
-    """Gives every C-STORE-RQ the message id of the C-GET-RQ."""
+    """Gives every C-STORE-RQ the message ID of the C-GET-RQ."""
 
     def store_fields(self, retrieval: Retrieval, instance: Instance) -> dict[int, wire.Value]:
         number = retrieval.message.number(wire.MESSAGE_ID)
@@ -324,7 +324,7 @@ class SameMsgId(_AtGet):
 
 @mode("slow_objects")
 class SlowObjects(_AtGet):
-    """Works well, but waits ``param`` seconds (1) before each object."""
+    """Behaves correctly, but waits ``param`` seconds (1) before each object."""
 
     param = 1.0
 
@@ -335,7 +335,7 @@ class SlowObjects(_AtGet):
 
 @mode("pipelined")
 class Pipelined(_AtGet):
-    """Sends all objects without waiting for the answers, and reads these at the end."""
+    """Sends all objects without waiting for the responses, and reads these at the end."""
 
     def operate(self, retrieval: Retrieval, instance: Instance) -> None:
         context = self.context_for(instance)

@@ -15,7 +15,7 @@ class _AtGet(Behaviour):
 
 
 class _Withholds(_AtGet):
-    """Never sends the instances of even number, whatever is asked for."""
+    """Never sends the even-numbered instances, whatever is requested."""
 
     def select(self, request: Row) -> list[Instance]:
         return [i for i in super().select(request) if i.number % 2]
@@ -97,7 +97,7 @@ class A702AllSent(_AllSent):
 
 @mode("unknown_status")
 class UnknownStatus(_AllSent):
-    """Sends every instance and ends with the status 1234H, which no standard knows."""
+    """Sends every instance and ends with the status 1234H, which no standard defines."""
 
     status = 0x1234
 
@@ -113,7 +113,7 @@ class FailedListLies(_AtGet):
 
 @mode("failed_list_in_command")
 class FailedListInCommand(_AtGet):
-    """Ends with B000 and the Failed SOP Instance UID List in the command set, as Orthanc does, though all was sent."""
+    """Ends with B000 and the Failed SOP Instance UID List in the command set, as Orthanc does, although all was sent."""
 
     def final(self, retrieval: Retrieval) -> None:
         raw = wire.uid_list([i.sop for i in retrieval.instances])
@@ -132,7 +132,7 @@ class FailedListInCommand(_AtGet):
 
 @mode("counters_lie")
 class CountersLie(_AtGet):
-    """Sends every instance with counters that add up to nothing in all responses, and says Success."""
+    """Sends every instance with meaningless counters in all responses, and says Success."""
 
     def pending(self, retrieval: Retrieval) -> None:
         wild = retrieval.index * 7919
@@ -183,14 +183,14 @@ class C000Half(_Ends):
 
 @mode("fe00_unasked")
 class Fe00Unasked(_Ends):
-    """Sends the first half of the instances and ends with FE00, cancelled, though nobody asked for it."""
+    """Sends the first half of the instances and ends with FE00, cancelled, although nobody cancelled."""
 
     status = 0xFE00
 
 
 @mode("a702_then_ok")
 class A702ThenOk(_AtGet):
-    """Answers the first C-GET by A702 and nothing else, and is well later."""
+    """Answers the first C-GET only with A702, and later ones correctly."""
 
     heal_after = 1
 
@@ -200,7 +200,7 @@ class A702ThenOk(_AtGet):
 
 @mode("get_fails")
 class GetFails(_AtGet):
-    """Answers every C-GET by the failure status ``param`` (0xC001) and nothing else."""
+    """Answers every C-GET only with the failure status ``param`` (0xC001)."""
 
     param = 0xC001
 
@@ -218,7 +218,7 @@ class NoStatus(_AtGet):
 
 @mode("msgid")
 class MsgId(_AtGet):
-    """Sends every instance and a final response to a message id that nobody sent."""
+    """Sends every instance and a final response to a message ID that nobody sent."""
 
     def final(self, retrieval: Retrieval) -> None:
         fields: dict[int, wire.Value] = {
@@ -252,7 +252,7 @@ class StoreAfterFinal(_AtGet):
 
 @mode("pending_flood")
 class PendingFlood(Spoiler):
-    """Sends Pending responses without end in place of an object, as fast as it can."""
+    """Sends Pending responses instead of an object, endlessly and as fast as it can."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         fields = retrieval.counters() | {
@@ -268,7 +268,7 @@ class PendingFlood(Spoiler):
 
 @mode("pending_wobble")
 class PendingWobble(Spoiler):
-    """Sends a Pending response every ``param`` seconds (0.1) without end, whose remaining goes up and down."""
+    """Sends a Pending response every ``param`` seconds (0.1), endlessly, with a remaining count that varies."""
 
     param = 0.1
 
@@ -280,7 +280,7 @@ class PendingWobble(Spoiler):
 
 @mode("pending_slow")
 class PendingSlow(Spoiler):
-    """Sends a Pending response every ``param`` seconds (1) without end, and no object."""
+    """Sends a Pending response every ``param`` seconds (1), endlessly, and no object."""
 
     param = 1.0
 
@@ -292,7 +292,7 @@ class PendingSlow(Spoiler):
 
 @mode("error_comment")
 class ErrorComment(_AtGet):
-    """Answers every C-GET by C000 with an Error Comment that holds a patient's name, a line break and an escape."""
+    """Answers every C-GET with C000 and an Error Comment with a patient's name, a line break and an escape."""
 
     def get(self, message: Message) -> None:
         fields: dict[int, wire.Value] = {
@@ -324,7 +324,7 @@ class CancelIgnored(_AtGet):
 
 @mode("lists_refused")
 class ListsRefused(_AtGet):
-    """Answers a C-GET for more than one UID by C413, as pynetdicom's qrscp does."""
+    """Answers a C-GET for more than one UID with C413, as pynetdicom's qrscp does."""
 
     def select(self, request: Row) -> list[Instance]:
         if len(archive.asked_uids(request)[1]) > 1:

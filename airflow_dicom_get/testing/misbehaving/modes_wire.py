@@ -71,7 +71,7 @@ class PduZero(_AtGet):
 
 @mode("pdu_unknown")
 class PduUnknown(Spoiler):
-    """Sends a PDU of type 42H in place of an object, then nothing."""
+    """Sends a PDU of type 42H instead of an object, then nothing."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.link.send(wire.pdu(0x42, bytes(10)))
@@ -80,7 +80,7 @@ class PduUnknown(Spoiler):
 
 @mode("pdu_length_lies")
 class PduLengthLies(Spoiler):
-    """Understates the length of a data PDU, so that the rest of it stands where a PDU should begin."""
+    """Understates the length of a data PDU, so that the rest of it is where a PDU should begin."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.store_command(retrieval, instance, context)
@@ -174,7 +174,7 @@ class PdvReserved(_Fragments):
 
 @mode("pdv_short")
 class PdvShort(_MidObject):
-    """Sends a fragment whose length goes beyond the end of its PDU, then nothing."""
+    """Sends a fragment whose length exceeds its PDU, then nothing."""
 
     def strike(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.link.send(struct.pack(">BBIIBB", wire.P_DATA, 0, 100, 5000, context, 0) + bytes(94))
@@ -192,7 +192,7 @@ class PdvNoHeader(_MidObject):
 
 @mode("interleave")
 class Interleave(Spoiler):
-    """Sends the fragments of two objects in turn."""
+    """Interleaves the fragments of two objects."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         other = retrieval.instances[0]
@@ -231,7 +231,7 @@ class CtxWrong(Spoiler):
 
 @mode("cmd_bomb")
 class CmdBomb(Spoiler):
-    """Sends command fragments without end in place of an object."""
+    """Sends command fragments instead of an object, endlessly."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         size = self.link.fragment_size
@@ -311,7 +311,7 @@ class FinalMidStore(_MidObject):
 
 @mode("silent")
 class Silent(_AtGet):
-    """Takes the C-GET-RQ and never sends a byte again."""
+    """Receives the C-GET-RQ and never sends a byte again."""
 
     def get(self, message: Message) -> None:
         self.link.hold()
@@ -319,7 +319,7 @@ class Silent(_AtGet):
 
 @mode("stall_mid")
 class StallMid(_MidObject):
-    """Goes quiet in the middle of an object."""
+    """Stops sending in the middle of an object."""
 
     def strike(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.link.hold()
@@ -367,7 +367,7 @@ class TricklePdus(_MidObject):
 
 @mode("slow_line")
 class SlowLine(_AtGet):
-    """Works well, but sends its data sets at ``param`` bytes a second (10000), in PDUs of a tenth of that."""
+    """Behaves correctly, but sends its data sets at ``param`` bytes per second (10000), in PDUs of a tenth of that."""
 
     param = 10_000
 
@@ -396,7 +396,7 @@ class Reset(_MidObject):
 
 @mode("drop_on_get")
 class DropOnGet(_AtGet):
-    """Closes the connection on the C-GET-RQ, as Orthanc does for an AE title that may not ask."""
+    """Closes the connection on the C-GET-RQ, as Orthanc does for an AE title that is not allowed to retrieve."""
 
     def get(self, message: Message) -> None:
         raise GoneError("dropped on purpose")
@@ -413,7 +413,7 @@ class AbortMid(_MidObject):
 
 @mode("abort_end")
 class AbortEnd(_AtGet):
-    """Sends every object and then an A-ABORT in place of the final response."""
+    """Sends every object and then an A-ABORT instead of the final response."""
 
     def final(self, retrieval: Retrieval) -> None:
         self.link.send(wire.abort(0))
@@ -422,7 +422,7 @@ class AbortEnd(_AtGet):
 
 @mode("release_mid")
 class ReleaseMid(Spoiler):
-    """Sends an A-RELEASE-RQ in place of the second half of the objects and of the final response."""
+    """Sends an A-RELEASE-RQ instead of the second half of the objects and of the final response."""
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.link.send(wire.pdu(wire.RELEASE_RQ, bytes(4)))
@@ -440,7 +440,7 @@ class _AtByte(_AtGet):
 
 @mode("stall_at")
 class StallAt(_AtByte):
-    """Goes quiet after byte ``param`` (0) of its answer to the C-GET-RQ."""
+    """Stops sending after byte ``param`` (0) of its answer to the C-GET-RQ."""
 
     fault = "stall"
 
