@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from airflow_dicom_get.vocabulary import Exactness, State
+from airflow_dicom_get.vocabulary import REMARKS, Exactness, State
 
 _OF_ITSELF = ("sop_class", "syntax", "modality", "series_number", "instance_number")
 """What both records say of the instance itself, wherever it lies."""
@@ -152,6 +152,11 @@ class Instance:
     def dataset_bytes(self) -> int | None:
         """Size of the data set alone, without preamble and file meta information."""
         return None if self.bytes is None else self.bytes - (self.dataset_offset or 0)
+
+    @property
+    def remarked(self) -> bool:
+        """Whether there is something to say of it where it is held: what ``warning`` counts."""
+        return self.exactness == "converted" or self.forward_status == "warning" or self.reason in REMARKS
 
     def fill(self, other: Instance | Stored) -> None:
         """Take what ``other`` says of the instance itself, where nothing is known yet."""

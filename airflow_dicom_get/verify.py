@@ -22,6 +22,7 @@ from airflow_dicom_get.config.destination import (
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import VerifyOptions
+from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
@@ -262,6 +263,7 @@ class _Item:
     size: int | None = None
     sha256: bytes | None = None
     trouble: str | None = None
+    remark: str | None = None
 
 
 class _Verify:
@@ -405,6 +407,8 @@ class _Verify:
 
     def compare(self) -> Verification:
         """Hold the three against each other, and settle the row of each instance."""
+        from airflow_dicom_get.engine.report import remarks_of
+
         gone = [
             key
             for key, item in self.items.items()
@@ -424,6 +428,7 @@ class _Verify:
                 self.found.differences.append(difference)
                 if self.on_difference is not None:
                     self.on_difference(difference)
+        self.found.errors += remarks_of(self.found.rows)
         return self.found
 
     def _judge(self, item: _Item) -> tuple[Symbol, str]:
@@ -467,21 +472,20 @@ class _Verify:
                 return DIFFERENT, f"{size} bytes, but {item.size} are recorded"
             if self.quick:
                 return SAME, "of the same size" if item.size is not None else "there"
+            row = item.row
             if item.sha256 is not None:
-                digest = hashlib.sha256()
-                for view in stored.chunks():
-                    digest.update(view)
-                same = digest.digest() == item.sha256
+                _, digest, item.remark = _read(stored.chunks(), row.syntax, row.dataset_offset)
+                same = digest == item.sha256
                 return (SAME, "of the same digest") if same else (DIFFERENT, "digest differs from the recorded one")
             opened = open_object(stored)
-            read = sum(len(view) for view in opened.chunks())
+            read, _, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)
         except MissingError:
             return NOT_THERE, f"{self._listed(item)[1]}, not there"
         except UnreadableError as error:
             return UNREADABLE, f"cannot be read: {error}"
         except UnusableError as error:
             return DIFFERENT, str(error)
-        found, row = opened.instance, item.row
+        found = opened.instance
         if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
             return DIFFERENT, "not the instance that its name says"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
@@ -560,6 +564,21 @@ def _names(item: StoredObject) -> tuple[str, str]:
     return parts[-2], parts[-1].removesuffix(".dcm")
 
 
+def _read(
+    views: Iterable[memoryview], syntax: str | None, offset: int | None
+) -> tuple[int, bytes, Literal["truncated_dataset"] | None]:
+    """Read an object: its size, its digest, and what there is to say of its data set."""
+    digest, size = hashlib.sha256(), 0
+    walk, ahead = (None, 0) if syntax is None or offset is None else (walk_of(syntax), offset)
+    for view in views:
+        digest.update(view)
+        size += len(view)
+        if walk is not None:
+            walk.feed(view[ahead:])
+            ahead = max(ahead - len(view), 0)
+    return size, digest.digest(), "truncated_dataset" if walk is not None and not walk.whole else None
+
+
 def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
     """The row of the new manifest."""
     row = item.row
@@ -569,7 +588,7 @@ def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
         row.uri = item.item.name
     match symbol:
         case "=":
-            row.state = "held"
+            row.state, row.reason = "held", item.remark
             row.bytes, row.sha256 = item.size, item.sha256
         case "-":
             row.state = "withdrawn" if item.in_manifest or item.in_records else "unexpected"

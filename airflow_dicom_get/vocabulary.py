@@ -285,6 +285,12 @@ REASONS: Mapping[str, Reason] = {
         "It was sent, but the PACS does not list it. It is stored.",
         "None needed, unless the verdict is `unverified`: then the list of the PACS may be truncated.",
     ),
+    # Beside an instance that is held
+    "truncated_dataset": Reason(
+        "An element of its data set runs past the end, or cannot be read. It is stored as the PACS sent it.",
+        "Ask the PACS admin to look at the file, which may be damaged there. Fetching it again brings the same bytes.",
+        remark=True,
+    ),
     # Of a whole retrieval
     "still_growing": Reason(
         "The list of the PACS was still changing after the last round.", "Run again later.", transient=True, of="result"

@@ -193,7 +193,8 @@ _COLUMNS = {
     "series_number": "Series Number",
     "instance_number": "Instance Number",
     "state": "`stored` or `forwarded` now, `held` before; `failed`, `missing`, `conflict`; `withdrawn`, `unexpected`",
-    "reason": "why it is not held, in one of the [words below](#reasons); null where all is well",
+    "reason": "why it is not held, or what there is to say of it all the same, in one of the [words below](#reasons); "
+    "null where all is well",
     "exactness": "what is known of a conversion by the PACS, see [below](#exactness)",
     "dimse_status": "the status with which its C-STORE request was answered",
     "error": "the same as `reason` in a sentence, without patient data",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Collection
+from typing import Protocol
 
 from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, IMPLICIT_LE, UNCOMPRESSED
 
@@ -32,7 +33,11 @@ _SHORT_VRS = frozenset(
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 32
+_LONGEST_HEADER = 12
+_NEVER = 1 << 62
 _INFLATE_CHUNK = 1 << 16
+_MOST_STEPS, _MOST_INFLATED = 100_000, 64 << 20
+"""Elements that are followed, and bytes that are inflated, while a data set arrives: a few hundredths of a second."""
 
 
 class HeaderError(ValueError):
@@ -71,19 +76,15 @@ def encoding_of(syntax: str) -> Encoding:
 
 
 def scan_elements(
-    data: bytes | bytearray | memoryview, encoding: Encoding, wanted: Collection[int], last: int, *, whole: bool = False
-) -> tuple[dict[int, bytes], bool]:
+    data: bytes | bytearray | memoryview, encoding: Encoding, wanted: Collection[int], last: int
+) -> tuple[dict[int, bytes], bool, int]:
     """Collect the ``wanted`` top-level elements up to tag ``last``.
-
-    Parameters
-    ----------
-    whole : bool
-        ``data`` is all there is: an element that runs past its end is an error.
 
     Returns
     -------
-    (values, done)
-        Raw values by tag; ``done`` is false if more bytes are needed.
+    (values, done, at)
+        Raw values by tag; ``done`` is false if more bytes are needed; ``at`` is where the first element begins
+        that was not stepped over. That may lie beyond ``data``.
 
     Raises
     ------
@@ -91,10 +92,12 @@ def scan_elements(
         Not a data set in this encoding.
     """
     values: dict[int, bytes] = {}
-    pos, end = 0, len(data)
+    pos = at = 0
+    end = len(data)
     implicit, unpack_short = encoding.implicit, encoding.explicit_header.unpack_from
     try:
         while pos < end:
+            at = pos
             if implicit or end - pos < 8:
                 tag, length, pos = _element_header(data, pos, encoding)
             else:  # nearly all elements are short ones: read them without a call each
@@ -108,9 +111,9 @@ def scan_elements(
                 if tag < 0x00040000 or tag >> 16 == 0xFFFE:
                     raise HeaderError(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) does not belong in a data set")
             elif tag > last and (values.keys() >= MANDATORY or tag >= 0x7FE00000):
-                return values, True
+                return values, True, at if length == _UNDEFINED else pos + length
             if length == _UNDEFINED:
-                pos = _skip_undefined(data, pos, encoding, 0)
+                pos = _skip_undefined(data, pos, encoding)
                 continue
             stop = pos + length
             if stop > end:
@@ -119,10 +122,8 @@ def scan_elements(
                 values.setdefault(tag, bytes(data[pos:stop]))
             pos = stop
     except _NeedMoreError:
-        if whole:
-            raise HeaderError("an element runs past the end of the data set") from None
-        return values, False
-    return values, whole
+        return values, False, at
+    return values, False, pos
 
 
 def _element_header(data: bytes | bytearray | memoryview, pos: int, encoding: Encoding) -> tuple[int, int, int]:
@@ -146,80 +147,242 @@ def _element_header(data: bytes | bytearray | memoryview, pos: int, encoding: En
     return group << 16 | element, length, pos + 12
 
 
-def _skip_undefined(data: bytes | bytearray | memoryview, pos: int, encoding: Encoding, depth: int) -> int:
+_Level = tuple[bool, Encoding]
+"""What was begun without a length: whether it is a sequence, else an item, and how it is laid out."""
+
+
+def _skip_undefined(data: bytes | bytearray | memoryview, pos: int, encoding: Encoding) -> int:
     """Position after a sequence (or UN, PS3.5 6.2.2) of undefined length whose items begin at ``pos``."""
-    if depth > _MAX_DEPTH:
-        raise HeaderError(f"sequences nest deeper than {_MAX_DEPTH} levels")
-    while True:
+    levels: list[_Level] = [(True, encoding)]
+    while levels:
+        pos = _step_inside(data, pos, levels)
+    return pos
+
+
+def _step_inside(data: bytes | bytearray | memoryview, pos: int, levels: list[_Level]) -> int:
+    """Step over one item, element or delimiter inside ``levels``, outermost first; the position behind it.
+
+    That may lie beyond ``data``. What begins without a length becomes a level, what ends is one no more.
+    """
+    in_sequence, encoding = levels[-1]
+    if in_sequence:
         if pos + 8 > len(data):
             raise _NeedMoreError
         group, element, length = encoding.implicit_header.unpack_from(data, pos)
-        tag = group << 16 | element
-        pos += 8
+        tag, pos = group << 16 | element, pos + 8
         if tag == _SEQUENCE_END:
+            levels.pop()
             return pos
         if tag != _ITEM:
             raise HeaderError("a sequence holds something that is not an item")
-        if length != _UNDEFINED:
-            pos += length
-            continue
-        items = encoding
-        while True:
-            if not items.implicit and pos + 6 <= len(data) and bytes(data[pos : pos + 2]) != b"\xfe\xff":
-                # A UN of undefined length holds implicit VR items inside an explicit VR data set.
-                vr = bytes(data[pos + 4 : pos + 6])
-                if items is _LITTLE and vr not in _SHORT_VRS and vr not in _LONG_VRS:
-                    items = _IMPLICIT
-            tag, length, pos = _element_header(data, pos, items)
-            if tag == _ITEM_END:
-                break
-            pos = _skip_undefined(data, pos, items, depth + 1) if length == _UNDEFINED else pos + length
+    else:
+        if encoding is _LITTLE and pos + 6 <= len(data) and bytes(data[pos : pos + 2]) != b"\xfe\xff":
+            # A UN of undefined length holds implicit VR items inside an explicit VR data set.
+            encoding = levels[-1][1] if _has_vr(data, pos) else _IMPLICIT
+            levels[-1] = False, encoding
+        tag, length, pos = _element_header(data, pos, encoding)
+        if tag == _ITEM_END:
+            levels.pop()
+            return pos
+    if length != _UNDEFINED:
+        return pos + int(length)
+    if len(levels) > 2 * _MAX_DEPTH:
+        raise HeaderError(f"sequences nest deeper than {_MAX_DEPTH} levels")
+    levels.append((not in_sequence, encoding))
+    return pos
+
+
+def _has_vr(data: bytes | bytearray | memoryview, pos: int) -> bool:
+    vr = bytes(data[pos + 4 : pos + 6])
+    return vr in _SHORT_VRS or vr in _LONG_VRS
+
+
+class Walk(Protocol):
+    """Follows a data set as its bytes arrive, to see whether it ends where it says it does.
+
+    One that ends between two elements, though more were to come, is whole: nothing in it says so.
+    """
+
+    def feed(self, view: bytes | bytearray | memoryview) -> None:
+        """The next bytes, of any number."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether what was fed is a whole data set; true, too, where following it to its end would cost too much."""
+
+
+class ElementWalk:
+    """The :class:`Walk` over elements: what it costs grows with their number, not with their bytes.
+
+    Parameters
+    ----------
+    encoding : Encoding
+        How they are laid out.
+    at : int
+        Where the first element begins that is to be looked at.
+    seen : int
+        How many bytes stand before the first one that is fed, at most ``at`` where that element was fed in part.
+    most : int
+        Elements and items after which it follows no further.
+    """
+
+    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_size", "_steps")
+
+    def __init__(self, encoding: Encoding, at: int = 0, seen: int = 0, most: int = _NEVER) -> None:
+        self._encoding, self._steps = encoding, most
+        self._size = seen
+        self._next = at
+        """Where the next header begins, counted from the start of the data set."""
+        self._piece = b""
+        """The first bytes of a header that goes on in the next view."""
+        self._levels: list[_Level] = []
+        self._known: bool | None = None
+
+    def feed(self, view: bytes | bytearray | memoryview) -> None:
+        """See :meth:`Walk.feed`."""
+        before = self._size
+        self._size = before + len(view)
+        if self._next < self._size:
+            self._follow(view, before)
+
+    @property
+    def whole(self) -> bool:
+        """See :attr:`Walk.whole`."""
+        return self._known if self._known is not None else self._next == self._size and not self._levels
+
+    def _follow(self, view: bytes | bytearray | memoryview, before: int) -> None:
+        data, base = view, before
+        if self._piece:
+            data, base = self._piece + bytes(view[:_LONGEST_HEADER]), before - len(self._piece)
+        try:
+            while self._next < self._size:
+                self._next = base + self._step(data, self._next - base)
+                if data is not view:
+                    self._piece, data, base = b"", view, before
+                self._steps -= 1
+                if not self._steps:
+                    return self._end(True)
+        except _NeedMoreError:
+            self._piece = bytes(data[self._next - base :])
+        except HeaderError:
+            self._end(False)
+
+    def _step(self, data: bytes | bytearray | memoryview, pos: int) -> int:
+        if self._levels:
+            return _step_inside(data, pos, self._levels)
+        tag, length, pos = _element_header(data, pos, self._encoding)
+        if tag < 0x00040000 or tag >> 16 == 0xFFFE:
+            raise HeaderError("an element does not belong in a data set")
+        if length == _UNDEFINED:
+            self._levels.append((True, self._encoding))
+            return pos
+        return pos + length
+
+    def _end(self, known: bool) -> None:
+        self._known, self._next, self._piece = known, _NEVER, b""
+
+
+class DeflateWalk:
+    """The :class:`Walk` over a deflated data set, whose stream says where it ends.
+
+    Parameters
+    ----------
+    most : int
+        Bytes of the inflated data set after which it follows no further.
+    """
+
+    __slots__ = ("_inflate", "_known", "_left")
+
+    def __init__(self, most: int = _NEVER) -> None:
+        self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._left = most
+        self._known: bool | None = None
+
+    def feed(self, view: bytes | bytearray | memoryview) -> None:
+        """See :meth:`Walk.feed`."""
+        inflate = self._inflate
+        try:
+            for start in range(0, len(view), _INFLATE_CHUNK):
+                rest: bytes | bytearray | memoryview = view[start : start + _INFLATE_CHUNK]
+                while rest and not inflate.eof and self._known is None:
+                    self._left -= len(inflate.decompress(rest, MAX_HEADER))
+                    rest = inflate.unconsumed_tail
+                    if self._left <= 0:
+                        self._known = True
+        except zlib.error:
+            self._known = False
+
+    @property
+    def whole(self) -> bool:
+        """See :attr:`Walk.whole`."""
+        return self._known if self._known is not None else self._inflate.eof
+
+
+class _EitherWalk:
+    """Two walks over one data set, of which one lays its elements out as they are."""
+
+    def __init__(self, *walks: Walk) -> None:
+        self._walks = walks
+
+    def feed(self, view: bytes | bytearray | memoryview) -> None:
+        """See :meth:`Walk.feed`."""
+        for walk in self._walks:
+            walk.feed(view)
+
+    @property
+    def whole(self) -> bool:
+        """See :attr:`Walk.whole`."""
+        return any(walk.whole for walk in self._walks)
+
+
+def walk_of(syntax: str) -> Walk:
+    """Follow a data set of a transfer syntax from its first byte, however long that takes."""
+    if syntax == DEFLATED_LE:
+        return DeflateWalk()
+    if syntax in UNCOMPRESSED:
+        return ElementWalk(encoding_of(syntax))
+    return _EitherWalk(ElementWalk(_LITTLE), ElementWalk(_IMPLICIT))  # see HeaderScan
 
 
 def ends_whole(data: memoryview, syntax: str) -> bool:
-    """Whether no element of a data set runs past its end. One that was cut between two elements is not noticed."""
-    if syntax == DEFLATED_LE:
-        return _inflates_whole(data)
-    for encoding in (encoding_of(syntax), *(() if syntax in UNCOMPRESSED else (_IMPLICIT,))):
-        try:
-            scan_elements(data, encoding, (), 0xFFFFFFFF, whole=True)
-            return True
-        except HeaderError:
-            continue
-    return False
-
-
-def _inflates_whole(data: memoryview) -> bool:
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        for start in range(0, len(data), _INFLATE_CHUNK):
-            rest: bytes | memoryview = data[start : start + _INFLATE_CHUNK]
-            while rest and not inflate.eof:
-                inflate.decompress(rest, MAX_HEADER)
-                rest = inflate.unconsumed_tail
-    except zlib.error:
-        return False
-    return inflate.eof
+    """Whether a data set that is there is whole, as :attr:`Walk.whole` has it."""
+    walk = walk_of(syntax)
+    walk.feed(data)
+    return walk.whole
 
 
 class HeaderScan:
     """Scan one instance's data set while its fragments arrive.
 
-    Feed it until :attr:`done`; then :attr:`values` holds the raw values found.
+    Feed it until :attr:`done`; then :attr:`values` holds the raw values found, and :attr:`walk` goes on from there.
     """
 
-    __slots__ = ("_encoding", "_inflate", "_last", "_next_try", "_plain", "_syntax", "_wanted", "done", "values")
+    __slots__ = (
+        "_encoding",
+        "_inflate",
+        "_last",
+        "_next_try",
+        "_plain",
+        "_syntax",
+        "_wanted",
+        "done",
+        "values",
+        "walk",
+    )
 
     def __init__(self, syntax: str, wanted: frozenset[int], last: int) -> None:
         self._syntax = syntax
         self._encoding = encoding_of(syntax)
         self._wanted = wanted
         self._last = last
-        self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if syntax == DEFLATED_LE else None
+        deflated = syntax == DEFLATED_LE
+        self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
         self._plain = bytearray()
         self._next_try = 0
         self.values: dict[int, bytes] = {}
         self.done = False
+        self.walk: Walk | None = DeflateWalk(_MOST_INFLATED) if deflated else None
+        """Once it is done: what was fed so far is behind it; feed it what follows, to know whether it ends whole."""
 
     def feed(self, view: bytes | bytearray | memoryview, *, last: bool = False) -> None:
         """Take the next bytes of the data set; ``last`` if none follow.
@@ -231,26 +394,42 @@ class HeaderScan:
         """
         data: bytes | bytearray | memoryview = view
         damaged = False
+        beyond: bytes | bytearray | memoryview = b""
         if self._inflate is not None:
+            assert self.walk is not None
+            self.walk.feed(view)
             damaged = not self._inflated(self._inflate, view)
             data = self._plain
-        elif self._plain:
-            self._plain += view[: MAX_HEADER - len(self._plain)]
-            data = self._plain
+        elif len(self._plain) + len(view) > MAX_HEADER or self._plain:
+            room = MAX_HEADER - len(self._plain)
+            data, beyond = view[:room], view[room:]
+            if self._plain:
+                self._plain += data
+                data = self._plain
         full = len(data) >= MAX_HEADER
         if len(data) < self._next_try and not (last or full or damaged):
             return
         if full:
             data = data[:MAX_HEADER]
-        self.values, self.done = self._scan(data, whole=last and not (full or damaged))
+        self.values, self.done, at = self._scan(data)
         if damaged and not (self.done or full):
             raise HeaderError("the deflated data set cannot be inflated")
+        broken_off = last and not (self.done or full) and at < len(data)
         if last or full:
             self.done = True
         if self.done:
             if not self.values.keys() >= MANDATORY:
+                if broken_off:
+                    raise HeaderError("an element runs past the end of the data set")
                 missing = sorted(MANDATORY - self.values.keys())
                 raise HeaderError("no " + ", ".join(f"({t >> 16:04X},{t & 0xFFFF:04X})" for t in missing))
+            if self.walk is None:
+                seen = len(data)
+                self.walk = ElementWalk(self._encoding, at, min(at, seen), _MOST_STEPS)
+                if at < seen:
+                    self.walk.feed(data[at:])
+                if beyond:
+                    self.walk.feed(beyond)
             self._plain = bytearray()
             return
         if data is view:
@@ -275,11 +454,13 @@ class HeaderScan:
             pass
         return False
 
-    def _scan(self, data: bytes | bytearray | memoryview, whole: bool) -> tuple[dict[int, bytes], bool]:
+    def _scan(self, data: bytes | bytearray | memoryview) -> tuple[dict[int, bytes], bool, int]:
         try:
-            return scan_elements(data, self._encoding, self._wanted, self._last, whole=whole)
+            return scan_elements(data, self._encoding, self._wanted, self._last)
         except HeaderError:
             if self._syntax in UNCOMPRESSED:
                 raise
             # Seen in the field: encapsulated pixel data in a data set of implicit VR.
-            return scan_elements(data, _IMPLICIT, self._wanted, self._last, whole=whole)
+            found = scan_elements(data, _IMPLICIT, self._wanted, self._last)
+            self._encoding = _IMPLICIT
+            return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterable, Mapping
 
-from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, encoding_of, scan_elements
+from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 
 QUERY_RETRIEVE_LEVEL = 0x00080052
@@ -60,7 +60,9 @@ def decode_identifier(data: bytes | bytearray, wanted: Collection[int]) -> dict[
     HeaderError
         The bytes are no data set in implicit VR.
     """
-    values, _ = scan_elements(data, _IMPLICIT, wanted, 0x7FDFFFFF, whole=True)
+    values, done, at = scan_elements(data, _IMPLICIT, wanted, 0x7FDFFFFF)
+    if not done and at < len(data):
+        raise HeaderError("an element runs past the end of the data set")
     return values
 
 

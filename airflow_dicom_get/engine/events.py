@@ -46,7 +46,7 @@ class Events:
             if error is None and new:
                 self.taken += 1
                 self.bytes += size
-                self.warning += instance.forward_status == "warning"
+                self.warning += instance.remarked
             elif error is not None:
                 self.failed += 1
             if self._on_sub_operation is None:

@@ -56,6 +56,7 @@ class Receiver:
         """Seconds that it has for them."""
         self._request: StoreRequest | None = None
         self._scan: h.HeaderScan | None = None
+        self._walk: h.Walk | None = None
         self._head = bytearray()
         self._writer: Writer | None = None
         self._instance: Instance | None = None
@@ -66,7 +67,7 @@ class Receiver:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._began = clock.monotonic()
         self._request = request
-        self._writer = self._instance = self._refusal = None
+        self._writer = self._instance = self._refusal = self._walk = None
         self._size = 0
         self.limit = self._deadlines.stall
         self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
@@ -109,6 +110,8 @@ class Receiver:
         try:
             if self._writer is not None:
                 self._writer.write(view)
+                if self._walk is not None:
+                    self._walk.feed(view)
             else:
                 self._begin_writing(view, last)
         except h.HeaderError as error:
@@ -150,7 +153,7 @@ class Receiver:
         assert request is not None
         assert scan is not None
         values = scan.values
-        self._scan = None
+        self._walk, self._scan = scan.walk, None
         sop = uid_value(values[h.SOP_INSTANCE_UID])
         study = uid_value(values[h.STUDY_INSTANCE_UID])
         series = uid_value(values[h.SERIES_INSTANCE_UID])
@@ -216,6 +219,9 @@ class Receiver:
                 assert self._instance is not None
                 self._intake.left_to_destination(self._instance)
                 raise
+            odd = taken.reason is None and taken.remark is None
+            if odd and self._walk is not None and not self._walk.whole:
+                taken = taken._replace(remark="truncated_dataset")
         elif self._writer is not None:
             self._writer.abort()
         self._writer = None

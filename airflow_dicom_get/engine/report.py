@@ -23,6 +23,8 @@ from airflow_dicom_get.vocabulary import (
     HELD,
     NOT_HELD,
     PARTIAL,
+    REASONS,
+    REMARKS,
     STRAYS,
     UNVERIFIED,
     Verdict,
@@ -174,7 +176,7 @@ def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, n
         total=len(rows) + untried,
         completed=len(held),
         skipped=sum(x.state == "held" for x in held),
-        warning=sum(x.forward_status == "warning" for x in held),
+        warning=sum(x.remarked for x in held),
         failed=len(rows) + untried - len(held),
         conflicts=sum(x.state == "conflict" for x in rows),
         associations=associations,
@@ -408,7 +410,15 @@ def _errors_of_get(end: End) -> list[dict[str, Any]]:
         _entry(f"{reason}: {STRAYS.get(reason, 'an object was refused')}", "", count)
         for reason, count in strays.most_common()
     ]
-    return [*ended, *_row_errors(end.rows(), said=bool(raised)), *refused, *end.all_dropped().remarks()][:MOST_ERRORS]
+    rows = end.rows()
+    found = [*ended, *_row_errors(rows, said=bool(raised)), *refused, *remarks_of(rows), *end.all_dropped().remarks()]
+    return found[:MOST_ERRORS]
+
+
+def remarks_of(rows: Iterable[Instance]) -> list[dict[str, Any]]:
+    """What there is to say of rows that are held."""
+    counts = Counter(x.reason for x in rows if x.state in HELD and x.reason in REMARKS)
+    return [_entry(f"{word}: {REASONS[str(word)].text}", advice(word), count) for word, count in counts.most_common()]
 
 
 def _row_errors(rows: Iterable[Instance], *, said: bool) -> list[dict[str, Any]]:

@@ -244,6 +244,54 @@ def test_any_bytes_end_whole_or_do_not(syntax: str, data: bytes) -> None:
     assert h.ends_whole(memoryview(data), syntax) in (True, False)
 
 
+def arrives_whole(syntax: str, pieces: Iterable[bytes]) -> bool | None:
+    """What is said of a data set that arrives in pieces; None where its header is refused."""
+    scanner, pieces = HeaderScan(syntax, WANTED, LAST), list(pieces) or [b""]
+    try:
+        for number, piece in enumerate(pieces, 1):
+            if scanner.done:
+                assert scanner.walk is not None
+                scanner.walk.feed(memoryview(piece))
+            else:
+                scanner.feed(memoryview(piece), last=number == len(pieces))
+    except HeaderError:
+        return None
+    assert scanner.walk is not None
+    return scanner.walk.whole
+
+
+@given(st.one_of(elements(), spoiled()), SIZES, st.integers(0, 80))
+def test_whether_it_ends_whole_is_seen_in_any_chunking(case: tuple[str, bytes], sizes: list[int], less: int) -> None:
+    syntax, data = case
+    data = data[: max(len(data) - less, 0)]
+    outcome = arrives_whole(syntax, [data])
+    assert arrives_whole(syntax, cut(data, sizes)) == outcome
+    assert arrives_whole(syntax, cut(data, [1])) == outcome
+
+
+@pytest.mark.parametrize("size", [1 << 21, 16384, 1000, 17])
+def test_real_files_that_arrive_whole_or_cut(size: int) -> None:
+    for name, (syntax, data, _) in real_files().items():
+        whole = h.ends_whole(memoryview(data), syntax)
+        assert arrives_whole(syntax, cut(data, [size])) == whole, name
+        for less in (1, 2, 7, len(data) // 3) if whole and syntax != DEFLATED_LE else ():
+            cut_off = data[: len(data) - less]
+            # A third less may end between two elements, or before the UIDs.
+            expected = h.ends_whole(memoryview(cut_off), syntax) if less > 7 else False
+            assert arrives_whole(syntax, cut(cut_off, [size])) in (expected, None), (name, less)
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_following_a_data_set_is_bounded(deflate: bool) -> None:
+    """One that would cost too much to follow is taken for whole."""
+    many = dataset() + element(0x7FE10010, b"", vr=b"LO") * 150_000 + element(0x7FE20010, b"", vr=b"LO", length=8)
+    bomb = deflated(dataset() + bytes(80 << 20))[:-5]
+    cases = ((DEFLATED_LE, bomb),) if deflate else ((EXPLICIT_LE, many),)
+    for syntax, data in cases:
+        assert not h.ends_whole(memoryview(data), syntax)
+        assert arrives_whole(syntax, cut(data, [16384]))
+
+
 def test_a_deflate_bomb_is_not_unpacked_to_see_whether_it_is_whole() -> None:
     squeeze = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
     bomb = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(64)) + squeeze.flush()

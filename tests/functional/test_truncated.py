@@ -1,0 +1,64 @@
+"""Data sets whose last element runs past their end: kept, since the PACS has no better ones, and said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.cli.main import main
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
+from airflow_dicom_get.verify import verify
+
+WORD = "truncated_dataset"
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, JPEG_2000, DEFLATED_LE])
+@pytest.mark.parametrize("size", [2000, 700_000])
+def test_it_is_stored_with_a_remark(syntax: str, size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MisbehavingPacs("ds_truncated", series=1, instances=3, size=size, pairs=[(CT, syntax)]) as pacs:
+        node, study = f"PACS@127.0.0.1:{pacs.port}", pacs.instances[0].study
+        scu = GetScu(node, destination=tmp_path, retries=0)
+        result = scu.get_study({"StudyInstanceUID": study})
+        assert (result.verdict, result.completed, result.warning) == ("complete", 3, 1)
+        assert [(e["count"], e["error"].split(":")[0]) for e in result.errors] == [(1, WORD)]
+        rows = result.manifest
+        odd = rows[rows["reason"].notna()]
+        assert list(odd["state"]) == ["stored"]
+        assert list(odd["reason"]) == [WORD]
+        # Fetching it again would bring the same: it is held, and a comparison says what it is.
+        again = scu.get_study({"StudyInstanceUID": study})
+        assert (again.verdict, again.skipped) == ("complete", 3)
+    for found in (verify(result.manifest_uri), verify(study=study, destination=tmp_path)):
+        assert found.same
+        assert [e["error"].split(":")[0] for e in found.errors] == [WORD]
+        assert [row.reason for row in found.rows if row.reason] == [WORD]
+    assert not verify(result.manifest_uri, quick=True).errors
+    assert main(["verify", "--manifest", str(result.manifest_uri), "--json"]) == 0
+    assert WORD in json.loads(capsys.readouterr().out)["errors"][0]["error"]
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT_LE, JPEG_2000])
+def test_one_whose_elements_before_the_pixels_are_cut_is_kept_too(
+    syntax: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the three UIDs are needed to give it its place."""
+    from airflow_dicom_get.testing.misbehaving.modes_object import DsTruncated
+
+    whole: Callable[..., object] = DsTruncated.bytes_for
+
+    def without_pixels(mode: DsTruncated, instance: object) -> list[bytes]:
+        data = b"".join(whole(mode, instance))  # type: ignore[arg-type]
+        return [data[: data.index(b"\xe0\x7f\x10\x00") - 3]]
+
+    monkeypatch.setattr(DsTruncated, "bytes_for", without_pixels)
+    with MisbehavingPacs("ds_truncated", series=1, instances=3, pairs=[(CT, syntax)]) as pacs:
+        result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path, retries=0).get_study(
+            {"StudyInstanceUID": pacs.instances[0].study}
+        )
+    assert (result.verdict, result.completed, result.warning) == ("complete", 3, 1)
