@@ -76,6 +76,7 @@ class Instance:
     __slots__ = (
         "association",
         "attempt",
+        "availability",
         "bytes",
         "dataset_offset",
         "dimse_status",
@@ -123,6 +124,7 @@ class Instance:
     forwarded_to: str | None
     forward_status: str | None
     forward_error: str | None
+    availability: str | None
     attempt: int | None
     association: int | None
     received_at: float | None

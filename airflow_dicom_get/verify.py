@@ -327,6 +327,7 @@ class _Verify:
                 item = self._item(instance)
                 item.at_source = True
                 item.row.fill(instance)
+                item.row.availability = instance.availability
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message

@@ -151,7 +151,7 @@ class Reason:
         ``row``: of an instance and, where it is the most frequent one, of the result; ``result``: of a whole
         retrieval alone; ``error``: of a retrieval that such an error ended.
     local : bool
-        Decided here or at the destination: asking the source in another way changes nothing.
+        Decided here or at the destination, or said by the source beforehand: asking it in another way changes nothing.
     remark : bool
         Said of an instance that is held all the same.
     fatal : bool
@@ -191,6 +191,16 @@ REASONS: Mapping[str, Reason] = {
         "If the error names the transfer syntax in which the PACS stores the instance, let the PACS accept that syntax "
         "from our AE title (dcmqrscp: an association profile, option -xf), and run again. Otherwise its log says why.",
         transient=True,
+    ),
+    "offline": Reason(
+        "The PACS lists it as OFFLINE, and did not send it on request.",
+        "Ask the PACS admin to bring it online, then run again.",
+        local=True,
+    ),
+    "unavailable": Reason(
+        "The PACS lists it as UNAVAILABLE, and did not send it on request.",
+        "Ask the PACS admin which node holds it.",
+        local=True,
     ),
     "association_lost": Reason(
         "The association ended before it was received, also on retries.",
@@ -330,6 +340,11 @@ REASONS: Mapping[str, Reason] = {
     "error": Reason("Something unexpected happened.", of="error"),
 }
 """The closed vocabulary of ``Result.reason``; those ``of`` rows are that of the manifest's column ``reason``."""
+
+NOT_AVAILABLE: Mapping[str, str] = {"OFFLINE": "offline", "UNAVAILABLE": "unavailable"}
+"""Why an instance did not come that the source lists with this Instance Availability."""
+NOT_BROUGHT: frozenset[str] = frozenset({"not_sent", "sub_operation_failed", "refused_by_source", "deadline"})
+"""Reasons of instances that the source was asked for and did not bring: what it said of them beforehand tells why."""
 
 LOCAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.local)
 """Reasons that asking in another way does not change."""

@@ -208,6 +208,8 @@ _COLUMNS = {
     "forward_error": "that status in words",
     "source": "the node that it came from",
     "destination": "where the retrieval wrote to",
+    "availability": "Instance Availability (0008,0056) as the PACS lists it: `ONLINE`, `NEARLINE`, `OFFLINE`, "
+    "`UNAVAILABLE`; null where it does not say",
     "attempt": "round of the retrieval in which it was settled; 0 where it was held before",
     "association": "number of the association that it came over",
     "received_at": "when it was whole, in UTC",

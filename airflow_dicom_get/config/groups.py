@@ -68,7 +68,7 @@ class Deadlines(Checked):
     next_object: float = setting(
         300.0,
         Seconds(),
-        "Until the next instance arrives, and the first one.",
+        "Until the next instance arrives, and the first one; four times as long for a first one listed as NEARLINE.",
         unit="s",
         shell=("--next-object-timeout",),
         connection="next_object_timeout",

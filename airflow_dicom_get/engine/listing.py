@@ -25,7 +25,9 @@ ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
 _SLACK = 10_000
 """Rows that a source may send beyond what is known."""
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
-_IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER, i.AVAILABLE_TRANSFER_SYNTAX)
+_IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
+_MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
+"""Keys that some look up in their files: asked for as long as they are told at all."""
 
 
 @dataclass(slots=True)
@@ -176,15 +178,16 @@ def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: in
 
     One looks those up in its files, and fails as a whole where a single file is lost.
     """
-    wanted = _IMAGE_KEYS if scope.tells_syntaxes else _IMAGE_KEYS[:-1]
-    rows = told = 0
+    wanted = (h.SOP_INSTANCE_UID, *_IMAGE_KEYS, *(tag for tag in _MAY_COST if tag not in scope.untold))
+    rows = 0
+    told: set[int] = set()
     try:
-        for row in finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID, *wanted), limit, dropped):
+        for row in finder.rows("IMAGE", keys, wanted, limit, dropped):
             rows += 1
-            told += bool(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
+            told.update(tag for tag in _MAY_COST if row.get(tag))
             yield row
-        if rows and not told:
-            scope.tells_syntaxes = False
+        if rows:
+            scope.untold |= set(_MAY_COST) - told
     except OperationFailed as error:
         log.info("%s Asking for the UIDs only.", error.message)
         yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit, dropped)
@@ -217,6 +220,7 @@ def _take_row(
     syntax = i.text_value(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
     if syntax and "\\" not in syntax and is_uid(syntax):
         instance.listed_syntax = sys.intern(syntax)
+    instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
     instance.modality = instance.modality or series.modality
     instance.series_number = series.number
     instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))

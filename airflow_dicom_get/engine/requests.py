@@ -27,6 +27,10 @@ class Request:
     cuts: int = 0
     """How often the association was lost over it without any of it arriving."""
 
+    def nearline(self) -> bool:
+        """Whether the source lists some of it as not at hand."""
+        return any(target.availability == "NEARLINE" for target in self.targets)
+
     def keys(self, scope: Scope, query_model: str) -> dict[int, str | bytes | list[str]]:
         """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3)."""
         keys: dict[int, str | bytes | list[str]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
@@ -47,8 +47,8 @@ class Scope:
     instances: frozenset[str] | None = None
     filters: tuple[Filter, ...] = ()
     sop_classes: tuple[str, ...] = ()
-    tells_syntaxes: bool = True
-    """Whether to ask for transfer syntaxes: one server reads every file for a key that it then leaves empty."""
+    untold: set[int] = field(default_factory=set)
+    """Keys not to ask for any more: one server reads every file for a key that it then leaves empty."""
     listed: bool = True
     """Whether the study was found by C-FIND."""
 

@@ -20,7 +20,7 @@ from airflow_dicom_get.errors import (
     NotNegotiated,
 )
 from airflow_dicom_get.records import Instance, Key, Stored
-from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_THE_DESTINATIONS, STOPS
+from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_AVAILABLE, NOT_BROUGHT, NOT_THE_DESTINATIONS, STOPS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.listing import Listing
@@ -261,6 +261,8 @@ class StudyState:
 
     def not_received(self, instance: Instance, reason: str, error: str) -> None:
         """An instance was asked for and did not come."""
+        if reason in NOT_BROUGHT:
+            reason = NOT_AVAILABLE.get(instance.availability or "", reason)
         instance.state, instance.reason, instance.error = "missing", reason, error
         instance.attempt = self.rounds
 

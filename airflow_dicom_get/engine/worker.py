@@ -44,6 +44,8 @@ _LEAST_PIECE = 8
 """Instances below which a list is not divided among associations: each request costs a round trip."""
 _UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
 _LAST_CUTS = 2
+_FROM_NEARLINE = 4
+"""How many times longer the first object may take where it comes from a tape or another slow store."""
 _MOST_SINGLED_OUT = 20
 _WHOLE = frozenset({s.SUCCESS, s.SUB_OPERATIONS_WARNING, 0xA702})
 """Final statuses after which the source has tried all that was asked for."""
@@ -239,12 +241,14 @@ class Pass:
                     with self._mutex:
                         self._queue.extendleft(reversed(lists_of(left)))
                     return
+        next_object = self._source.deadlines.next_object
         outcome = c_get(
             association,
             self._model,
             i.encode_identifier(request.keys(self._state.scope, self._retrieval.query_model), _UIDS),
             receiver,
-            next_object=self._source.deadlines.next_object,
+            next_object=next_object,
+            first_object=_FROM_NEARLINE * next_object if request.nearline() else None,
             max_objects=self._state.most_objects(),
         )
         with self._mutex:

@@ -55,6 +55,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("forward_error", "forward_error", "string"),
     ("source", "", "string"),
     ("destination", "", "string"),
+    ("availability", "availability", "string"),
     ("attempt", "attempt", "int64"),
     ("association", "association", "int64"),
     ("received_at", "received_at", "timestamp"),

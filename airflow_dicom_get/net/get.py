@@ -89,13 +89,14 @@ class _Get:
         receiver: ObjectReceiver,
         max_objects: int,
         next_object: float,
+        first_object: float,
     ) -> None:
         self.association = association
         self.context_id = context_id
         self.message_id = message_id
         self.receiver = receiver
         self.max_objects = max_objects
-        self.next_object = next_object
+        self.next_object, self.first_object = next_object, first_object
         self.objects = 0
         self.command = bytearray()
         self.store: Command | None = None  # the C-STORE-RQ whose data set is due
@@ -107,7 +108,7 @@ class _Get:
         self.remaining: int | None = None
         self.cancel_sent = False
         self.heard = False
-        self.limit = clock.monotonic() + next_object
+        self.limit = clock.monotonic() + first_object
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class _Get:
                     if self.cancel_sent and late.facts.get("phase") == "next_object":
                         self._abandon()
                         return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True)
-                    raise
+                    raise self._late(late) from None
                 self.heard = True
                 if fragment.is_command:
                     outcome = self._command(fragment)
@@ -317,7 +318,21 @@ class _Get:
 
     def _progress(self) -> None:
         if not self.cancel_sent:
-            self.limit = clock.monotonic() + self.next_object
+            self.limit = clock.monotonic() + (self.next_object if self.objects else self.first_object)
+
+    def _late(self, late: DeadlineExceeded) -> DeadlineExceeded:
+        """The error of a deadline, with the time that was really given."""
+        times = self.first_object / self.next_object
+        if self.objects or times == 1 or late.facts.get("phase") != "next_object":
+            return late
+        return DeadlineExceeded(
+            f"{self.association.node} sent no first instance within {self.first_object:g} s, {times:g} times "
+            "deadlines.next_object, since it lists some as NEARLINE; the association was aborted.",
+            hint=late.hint,
+            node=str(self.association.node),
+            phase="next_object",
+            seconds=self.first_object,
+        )
 
     def _send_cancel(self) -> None:
         """C-CANCEL-RQ (PS3.7 9.3.3.3); it has no response of its own."""
@@ -348,6 +363,7 @@ def c_get(
     receiver: ObjectReceiver,
     *,
     next_object: float,
+    first_object: float | None = None,
     max_objects: int,
 ) -> GetOutcome:
     """Run one C-GET and feed ``receiver``.
@@ -360,6 +376,8 @@ def c_get(
         Level and unique keys, implicit VR.
     next_object : float
         Seconds that may pass without an object or a changed number of remaining ones.
+    first_object : float
+        The same before the first object; ``next_object`` by default.
     max_objects : int
         A source that sends more is aborted.
 
@@ -395,7 +413,8 @@ def c_get(
         ),
         identifier,
     )
-    get = _Get(association, context_id, message_id, receiver, max_objects, next_object)
+    first = next_object if first_object is None else first_object
+    get = _Get(association, context_id, message_id, receiver, max_objects, next_object, first)
     try:
         return get.run()
     except AssociationAborted as error:

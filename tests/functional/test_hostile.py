@@ -255,6 +255,8 @@ def _cases() -> Iterator[Case]:
             mode, _all("unverified", "failed", "partial"), (0, ALL), {"max_bytes": 64 << 20}, alone=True, seconds=40.0
         )
     yield Case("find_hostile_rows", _all("complete", "partial", "unverified"), (ALL, ALL), check=_uids_are_plain)
+    yield Case("nearline", COMPLETE, (ALL, ALL))
+    yield Case("not_online", PARTIAL, (ALL - 1, ALL - 1), reason="offline")
     yield Case("find_lists_more", PARTIAL, (ALL, ALL), reason="not_sent")
     yield Case("one_unknown_fails_list", PARTIAL, (ALL, ALL), reason="refused_by_source")
     yield Case("find_cut_at", UNVERIFIED, (6, 6), {"param": 3}, check=_number("unexpected", 2))

@@ -41,7 +41,7 @@ SCHEMA = {
     "instance_number": "int64", "state": "string", "reason": "string", "exactness": "string", "dimse_status": "int64",
     "error": "string", "uri": "string", "bytes": "int64", "sha256": "string", "dataset_offset": "int64",
     "dataset_bytes": "int64", "forwarded_to": "string", "forward_status": "string", "forward_error": "string",
-    "source": "string", "destination": "string", "attempt": "int64", "association": "int64",
+    "source": "string", "destination": "string", "availability": "string", "attempt": "int64", "association": "int64",
     "received_at": "timestamp[us, tz=UTC]", "duration_ms": "int64",
 }  # fmt: skip
 

@@ -7,10 +7,11 @@ from itertools import chain, count, islice
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
-from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, Behaviour, mode
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, Behaviour, Retrieval, Spoiler, mode
 from airflow_dicom_get.testing.misbehaving.wire import GoneError, Message
 
 _PENDING = 0xFF00
+_AVAILABILITY = 0x00080056
 
 
 class _AtFind(Behaviour):
@@ -94,6 +95,38 @@ class FindCutAt(_AtFind):
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         return islice(iter(super().rows(level, query)), int(self.number))
+
+
+@mode("nearline")
+class Nearline(Behaviour):
+    """Lists all instances as NEARLINE, and waits ``param`` seconds (1) before the first object of each C-GET."""
+
+    stages = frozenset({FIND, GET})
+    param = 1.0
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        return super().describe(level, group) | {_AVAILABILITY: "NEARLINE"}
+
+    def before(self, retrieval: Retrieval) -> None:
+        self.link.wait(self.number)
+
+
+@mode("not_online")
+class NotOnline(Spoiler):
+    """Lists its last instance with the Instance Availability ``param`` (OFFLINE), and does not send it."""
+
+    stages = frozenset({FIND, GET})
+    param = "OFFLINE"
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        last = level == "IMAGE" and group[0] is self.site.instances[-1]
+        return super().describe(level, group) | {_AVAILABILITY: str(self.param) if last else "ONLINE"}
+
+    def strikes(self, retrieval: Retrieval, instance: Instance) -> bool:
+        return instance is self.site.instances[-1]
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        retrieval.failed.append(instance.sop)
 
 
 @mode("find_foreign_rows")
