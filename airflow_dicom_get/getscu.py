@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.profile import Profile
     from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.engine.report import End
-    from airflow_dicom_get.engine.resolve import Scope
     from airflow_dicom_get.engine.retrieval import Retrieval
+    from airflow_dicom_get.engine.retry import Asked
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
     from airflow_dicom_get.sinks.base import Sink
@@ -154,7 +154,8 @@ class GetScu:
         on_completed : callable
             Called once with a :class:`Completed`, on every end.
         manifest : manifest, reference or URI
-            Instead of a query: fetch its rows that are not held.
+            Instead of a query: every instance that it lists (``withdrawn`` and ``unexpected`` rows aside). What is held
+            at this destination is skipped; what the source lists no longer is ``missing`` unless held.
         manifest_name : str
             Path of the new manifest below the manifest root, without its ending; the run's name by default.
 
@@ -165,7 +166,7 @@ class GetScu:
 
         Raises
         ------
-        InvalidQuery, InvalidOption
+        InvalidQuery, InvalidOption, ManifestError
             Bad input; nothing was fetched.
         """
         from airflow_dicom_get.cell import at_cell
@@ -173,16 +174,16 @@ class GetScu:
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.sinks.places import open_destination
 
-        places = open_destination(self._options_for(manifest))
-        parsed = self._parse(query, query_model) if manifest is None else None
-        listed = self._scopes_of(manifest) if manifest is not None else None
         if manifest is not None and query is not None:
             raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
+        asked = self._asked_by(manifest) if manifest is not None else None
+        parsed = self._parse(query, query_model) if manifest is None else None
+        places = open_destination(self._options_for(asked))
         run = clock.run_name()
         source = self._open_source()
         with _Reporting(self.options.verbose), at_cell(source.cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
-            end = self._retrieve(source, places, run, events, parsed, listed, query_model)
+            end = self._retrieve(source, places, run, events, parsed, asked, query_model)
             result = report.assemble(
                 end,
                 events=events,
@@ -193,8 +194,6 @@ class GetScu:
             )
             if end.resume_at is not None or result.reason == "window":
                 report.wait_for_window(result, end.resume_at or self._next_opening())
-            if listed == []:
-                report.nothing_to_fetch(result)
             self._write_manifest(result, end.rows(), places, run, manifest_name)
         events.completed(report.completed_event(result))
         return result
@@ -379,22 +378,18 @@ class GetScu:
             raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to resume from.")
         return parse_query(query, query_model=query_model, timezone=self.options.timezone, selective=selective)
 
-    def _scopes_of(self, manifest: Any) -> list[Scope]:
-        from airflow_dicom_get.engine.retry import scopes_of
+    def _asked_by(self, manifest: Any) -> Asked:
+        from airflow_dicom_get.engine.retry import asked_by
+        from airflow_dicom_get.manifest.frames import load_table
 
-        config = self.options.s3_config
-        return scopes_of(manifest, config.reach() if config is not None else {})
+        return asked_by(load_table(manifest, self.options.s3_config))
 
-    def _options_for(self, manifest: Any) -> GetOptions:
-        """The options, with digests compared where the manifest names objects that were changed."""
-        from airflow_dicom_get.engine.retry import names_changes
-
+    def _options_for(self, asked: Asked | None) -> GetOptions:
+        """The options, with digests compared where the manifest names objects whose content is in doubt."""
         o = self.options
-        if manifest is None or o.checksum is None or o.verify_held == "digest":
+        if asked is None or not asked.by_digest or o.checksum is None:
             return o
-        config = o.s3_config
-        changed = names_changes(manifest, config.reach() if config is not None else {})
-        return replace(o, verify_held="digest") if changed else o
+        return replace(o, verify_held="digest")
 
     def _closed_until(self) -> datetime | None:
         """When the source's window opens, if it is closed now."""
@@ -427,7 +422,7 @@ class GetScu:
         run: str,
         events: Events,
         parsed: Query | None,
-        listed: list[Scope] | None,
+        asked: Asked | None,
         query_model: str,
     ) -> End:
         from airflow_dicom_get.engine.matching import Dropped
@@ -436,6 +431,8 @@ class GetScu:
         from airflow_dicom_get.engine.spread import resolve_and_list
         from airflow_dicom_get.engine.study import run_studies
 
+        if asked is not None and not asked.scopes:
+            return End(nothing_asked=True)
         resume_at = self._closed_until()
         if resume_at is not None:
             return End(resume_at=resume_at)
@@ -443,7 +440,7 @@ class GetScu:
         try:
             places.place.attend(source.cancel)
             places.prepare()
-            scopes, first, dropped = listed, None, Dropped()
+            scopes, first, dropped = asked.scopes if asked is not None else None, None, Dropped()
             if scopes is None:
                 assert parsed is not None
                 scopes, first, dropped = source.with_retries(

@@ -289,7 +289,8 @@ REASONS: Mapping[str, Reason] = {
     # Beside the list
     "gone_from_list": Reason(
         "The PACS listed it before, and no longer does. If it is held, it stays.",
-        "None needed: studies are corrected, and instances are rejected or moved.",
+        "None needed where it is `withdrawn`: studies are corrected, and instances are rejected or moved. Where it is "
+        "`missing`, a manifest asks for it: ask the PACS admin what became of it, or retrieve the study by its UID.",
     ),
     "not_listed": Reason(
         "It was sent, but the PACS does not list it. It is stored.",
@@ -356,6 +357,8 @@ SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"
 """Reasons that asking one by one does not change."""
 NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled"})
 """Reasons of instances that were not kept, and that say nothing of the destination's health."""
+CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "different_content"})
+"""Reasons of instances of which another object than the recorded one may lie at the destination."""
 STOPS: frozenset[str] = frozenset({"window", "strict_forward", "destination_error", "destination_full"})
 """Reasons for which a run is ended in order, and which the instances not tried then have."""
 

@@ -176,13 +176,8 @@ def get(typed: Namespace) -> int:
     if options.destination is None:
         raise invalid("--to", "is missing", "Give a folder, s3://bucket/prefix or dicom://[AE@]host:port.")
     if typed.manifest is not None:
-        from airflow_dicom_get.manifest.frames import load_table
-
-        config = options.s3_config
-        table = load_table(typed.manifest, **(config.reach() if config is not None else {}))
         meant = _Meant(_client(options), None)
     else:
-        table = None
         meant = _meant(options, typed, studies)
         if meant.query is None:
             return _nothing(meant)
@@ -192,7 +187,7 @@ def get(typed: Namespace) -> int:
             meant.query,
             query_model=options.query_model,
             on_sub_operation=show,
-            **({} if table is None else {"manifest": table}),
+            manifest=typed.manifest,
         )
     if studies is not None:
         from airflow_dicom_get.engine.report import add_search_of_list

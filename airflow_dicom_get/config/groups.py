@@ -6,7 +6,6 @@ A leaf module: ``net``, ``sinks`` and ``engine`` take these objects as they are.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta, tzinfo
@@ -320,11 +319,6 @@ class S3Config(Checked):
             aws_session_token=self.session_token,
             profile_name=self.profile,
         )
-
-    def reach(self) -> dict[str, Any]:
-        """How to reach the service, without the place in it: arguments of ``read_manifest``."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None and name not in ("bucket", "prefix")}
 
 
 def _parse_node(option: str, value: Any) -> Node:

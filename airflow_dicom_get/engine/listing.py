@@ -209,7 +209,7 @@ def _take_row(
     if sop is None or not is_uid(sop):
         log.warning("a C-FIND row of series %s has no valid SOP Instance UID and is ignored", series.uid)
         return False
-    if scope.instances is not None and sop not in scope.instances:
+    if not scope.names(series.uid, sop):
         return False
     instance = known.get((series.uid, sop))
     if instance is None:

@@ -59,6 +59,8 @@ class End:
         When the hours of the source begin, where they are over.
     dropped : Dropped or None
         Rows of the search that contradict the query.
+    nothing_asked : bool
+        Whether a manifest was given that asks for nothing.
     """
 
     states: list[StudyState] = field(default_factory=list)
@@ -66,6 +68,7 @@ class End:
     error: DicomGetError | None = None
     resume_at: datetime | None = None
     dropped: Dropped | None = None
+    nothing_asked: bool = False
 
     def all_dropped(self) -> Dropped:
         """Rows that contradict what was asked for: those of the search, and those of the last list of each study."""
@@ -133,6 +136,8 @@ def assemble(
     result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
     if result.verdict == EMPTY and end.all_dropped():
         result.reason = "key_not_matched"
+    elif end.nothing_asked:
+        result.reason = "nothing_asked"
     if error is not None:
         cancelled = isinstance(error, Cancelled)
         result.verdict = CANCELLED if cancelled else FAILED
@@ -319,11 +324,6 @@ def wait_for_window(result: Result, resume_at: datetime | None) -> None:
     """The hours of the source are over: it may go on at ``resume_at``."""
     result.verdict, result.reason = PARTIAL, "window"
     result.resume_at, result.transient = resume_at, True
-
-
-def nothing_to_fetch(result: Result) -> None:
-    """A manifest was given in which nothing is missing."""
-    result.verdict = COMPLETE
 
 
 def manifest_not_written(result: Result, error: DicomGetError) -> None:

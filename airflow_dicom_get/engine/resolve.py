@@ -16,6 +16,7 @@ from airflow_dicom_get.errors import InvalidQuery, NotNegotiated, OperationFaile
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+from airflow_dicom_get.records import Key
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Scope:
     """Specific Character Set of the row that ``patient_id`` came from."""
     series: frozenset[str] | None = None
     instances: frozenset[str] | None = None
+    named: frozenset[Key] = frozenset()
+    """Series and SOP Instance UIDs that a manifest lists: missing unless held, also where the source lists them no
+    longer."""
     filters: tuple[Filter, ...] = ()
     sop_classes: tuple[str, ...] = ()
     untold: set[int] = field(default_factory=set)
@@ -61,6 +65,12 @@ class Scope:
     def whole_study(self) -> bool:
         """Whether the scope is the study, so that counts of the study apply."""
         return self.series is None and self.instances is None and not self.filters
+
+    def names(self, series: str, sop: str) -> bool:
+        """Whether an instance is among those that were given by their UIDs; where none were, every one is."""
+        if self.named:
+            return (series, sop) in self.named
+        return self.instances is None or sop in self.instances
 
 
 class Finder:

@@ -1,87 +1,70 @@
-"""From a manifest to what is still to be fetched: the input of the next get."""
+"""From a manifest to what a get asks for: the one meaning of ``manifest=``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.errors import InvalidQuery
-from airflow_dicom_get.vocabulary import HELD, OUTSIDE_LIST
+from airflow_dicom_get.records import Key
+from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, OUTSIDE_LIST
 
 
-def names_changes(manifest: Any, s3: Mapping[str, Any]) -> bool:
-    """Whether it names objects that were changed: then sizes alone do not tell what is held.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a manifest asks for.
 
-    Raises
-    ------
-    ManifestError
-        It cannot be read.
+    Attributes
+    ----------
+    scopes : list of Scope
+        Its studies, each with the instances that it lists.
+    by_digest : bool
+        Whether it names objects whose content is in doubt: sizes alone do not tell then what is held.
     """
-    from airflow_dicom_get.manifest.frames import load_table
 
-    return "size_changed" in load_table(manifest, **s3).column("reason").to_pylist()
+    scopes: list[Scope]
+    by_digest: bool
 
 
-def scopes_of(manifest: Any, s3: Mapping[str, Any]) -> list[Scope]:
-    """The rows that are not held, by study; nothing to fetch gives an empty list.
+def asked_by(manifest: Any) -> Asked:
+    """Every instance that a manifest lists, by study; what lies beside the list of its run is left out.
+
+    What it says is held does not count: that was another moment, and perhaps another destination. What this
+    destination holds is found there.
 
     Parameters
     ----------
-    manifest : pyarrow.Table, DataFrame, reference or URI
-        Any shape that :func:`~airflow_dicom_get.manifest.frames.load_manifest` takes.
-    s3 : mapping
-        How to reach the bucket that a URI names.
+    manifest : pyarrow.Table
 
     Raises
     ------
-    ManifestError
-        It cannot be read.
     InvalidQuery
         A row has no valid UIDs.
     """
-    from airflow_dicom_get.dicom.uids import is_uid
-    from airflow_dicom_get.manifest.frames import load_table
-
-    table = load_table(manifest, **s3)
-    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
-    studies: dict[str, tuple[set[str], set[str]]] = {}
-    for study, series, sop, state in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
-        if state in HELD | OUTSIDE_LIST:
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state", "reason")
+    studies: dict[str, set[Key]] = {}
+    by_digest = False
+    rows = zip(*(manifest.column(name).to_pylist() for name in columns), strict=True)
+    for number, (study, series, sop, state, reason) in enumerate(rows, 1):
+        if state in OUTSIDE_LIST:
             continue
         if not all(isinstance(uid, str) and is_uid(uid) for uid in (study, series, sop)):
             raise InvalidQuery(
-                "A row of the manifest has no valid UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
+                f"Row {number} of the manifest names no instance that can be asked for: a UID is missing or malformed.",
+                hint="Leave such rows out of the DataFrame that you give, or retrieve the study by its UID.",
+                row=number,
             )
-        found = studies.setdefault(study, (set(), set()))
-        found[0].add(series)
-        found[1].add(sop)
-    return [
-        Scope(study, series=frozenset(series), instances=frozenset(sops)) for study, (series, sops) in studies.items()
-    ]
+        studies.setdefault(study, set()).add((series, sop))
+        by_digest = by_digest or reason in CONTENT_IN_DOUBT
+    return Asked([_scope(study, frozenset(named)) for study, named in studies.items()], by_digest)
 
 
-def manifest_queries(tables: Sequence[Any]) -> list[dict[str, Any]]:
-    """One query for each study of some manifests, with the instances that they list.
-
-    All of them, held or not: what this destination holds is found there, and an earlier retrieval may have had
-    another one.
-
-    :param tables: the manifests, loaded
-    """
-    studies: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
-    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state")
-    for table in tables:
-        for study, series, sop, state in zip(*(table[name].to_pylist() for name in columns), strict=True):
-            if state not in OUTSIDE_LIST:
-                of_series, of_instances = studies.setdefault(study, ({}, {}))
-                of_series[series] = of_instances[sop] = None
-    return [
-        {
-            "QueryRetrieveLevel": "IMAGE",
-            "StudyInstanceUID": study,
-            "SeriesInstanceUID": list(series),
-            "SOPInstanceUID": list(instances),
-        }
-        for study, (series, instances) in studies.items()
-    ]
+def _scope(study: str, named: frozenset[Key]) -> Scope:
+    return Scope(
+        study,
+        series=frozenset(series for series, _ in named),
+        instances=frozenset(sop for _, sop in named),
+        named=named,
+    )

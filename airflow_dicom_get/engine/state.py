@@ -20,7 +20,7 @@ from airflow_dicom_get.errors import (
     NotNegotiated,
 )
 from airflow_dicom_get.records import Instance, Key, Stored
-from airflow_dicom_get.vocabulary import DONE, LOCAL_REASONS, NOT_AVAILABLE, NOT_BROUGHT, NOT_THE_DESTINATIONS, STOPS
+from airflow_dicom_get.vocabulary import DONE, HELD, LOCAL_REASONS, NOT_AVAILABLE, NOT_BROUGHT, NOT_THE_DESTINATIONS, STOPS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.listing import Listing
@@ -115,7 +115,7 @@ class StudyState:
         """Whether an instance that no list names may still be meant by the query."""
         scope = self.scope
         if scope.instances is not None:
-            return sop in scope.instances
+            return scope.names(series, sop)
         if scope.series is not None:
             return series in scope.series
         return not scope.filters or (self.listing is not None and series in self.listing.series)
@@ -270,7 +270,7 @@ class StudyState:
 
     def conclude(self) -> None:
         """Give every record its final state: what no outcome has reached is missing, what no list names is outside."""
-        listing = self.listing
+        listing, named = self.listing, self.scope.named
         for key, instance in self.instances.items():
             if listing is None or key in listing.instances:
                 if instance.state is None:
@@ -278,12 +278,17 @@ class StudyState:
             elif key in self.unlisted:
                 instance.state = "unexpected"
                 instance.reason = instance.reason or "not_listed"
+            elif key in named and instance.state not in HELD:
+                instance.state, instance.reason = "missing", "gone_from_list"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
-        if listing is None or not self.scope.whole_study:
+        if listing is None or not (self.scope.whole_study or named):
             return
+        for series, sop in sorted(named - self.instances.keys() - self.inventory.keys()):
+            instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
+            instance.state, instance.reason = "missing", "gone_from_list"
         for key, held in self.inventory.items():
-            if key not in listing.instances and key not in self.instances:
+            if key not in listing.instances and key not in self.instances and (not named or key in named):
                 instance = Instance(self.scope.study, held.series, held.sop)
                 instance.adopt(held)
                 instance.state, instance.reason = "withdrawn", "gone_from_list"

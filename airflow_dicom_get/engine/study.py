@@ -20,7 +20,7 @@ from airflow_dicom_get.engine.worker import Pass
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, LOCAL_REASONS
 
 log = logging.getLogger(__name__)
@@ -251,9 +251,12 @@ class StudyRun:
 
     def _unlisted_requests(self) -> list[Request]:
         scope = self._state.scope
+        named: Sequence[Key] = sorted(scope.named)
         if scope.instances and scope.series and len(scope.series) == 1:
             (series,) = scope.series
-            wanted = [self._intake.add_unlisted(series, sop, None) for sop in sorted(scope.instances)]
+            named = [(series, sop) for sop in sorted(scope.instances)]
+        if named:
+            wanted = [self._intake.add_unlisted(series, sop, None) for series, sop in named]
             return lists_of([x for x in wanted if x.state not in DONE])
         if scope.series and not scope.instances:
             return [Request("SERIES", series) for series in sorted(scope.series)]

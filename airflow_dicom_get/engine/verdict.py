@@ -36,7 +36,7 @@ def judge(state: StudyState) -> StudyResult:
     scope = [x for x in rows if x.state not in OUTSIDE_LIST]
     held = [x for x in scope if x.state in HELD]
     states = Counter(x.state for x in rows)
-    expected = len(listing.instances) if listing is not None else None
+    expected = len(listing.instances) + _lost(state, listing) if listing is not None else None
     total = expected if expected is not None else len(scope)
     verdict, reason = _verdict(state, scope, len(held), total)
     return StudyResult(
@@ -79,6 +79,11 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
     if held == 0 and not conflicts and state.stop_reason != "window":
         return FAILED, _why(state, scope)
     return PARTIAL, _why(state, scope)
+
+
+def _lost(state: StudyState, listing: Listing) -> int:
+    """Instances that a manifest asks for, and that are neither listed nor held."""
+    return sum(key not in listing.instances and x.state not in OUTSIDE_LIST for key, x in state.instances.items())
 
 
 def contradicted(listing: Listing, unlisted: Collection[Key]) -> bool:

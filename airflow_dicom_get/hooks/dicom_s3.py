@@ -62,7 +62,7 @@ class DicomS3Hook(BaseHook):
     In a ``@task`` function::
 
         hook = DicomS3Hook("archive")
-        manifest = load_manifest(uri, **hook.reach())
+        manifest = load_manifest(uri, hook.config)
 
     :param s3_conn_id: the connection: host and port = endpoint (blank: AWS), login and password = keys
     """
@@ -91,10 +91,6 @@ class DicomS3Hook(BaseHook):
     def bucket(self) -> str | None:
         """The bucket that the connection names; the Test button tries it, and nothing else uses it."""
         return self._settings()[1]
-
-    def reach(self) -> dict[str, Any]:
-        """Arguments of ``load_manifest``, ``read_manifest`` and ``combine_manifests`` for this service."""
-        return {"s3_config": self.config}
 
     def get_bucket(self, name: str) -> Bucket:
         """A bucket of the service; nothing is opened yet."""
@@ -258,10 +254,6 @@ class _RoleConfig(S3Config):
     def session(self) -> Any:
         """The provider's session."""
         return self.provider_session
-
-    def reach(self) -> dict[str, Any]:
-        """Itself: its credentials change."""
-        return {"s3_config": self}
 
 
 def _blank(value: Any) -> str | None:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.config.checks import shown, shown_path
+from airflow_dicom_get.config.checks import Group, shown, shown_path
 from airflow_dicom_get.config.destination import (
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.connections import s3_config_of
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.manifest.schema import BATCH, COLUMNS, SCHEMA_VERSION, as_metadata, metadata_of
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from airflow_dicom_get.config.groups import S3Config
     from airflow_dicom_get.storage.bucket import Bucket
 
 __all__ = [
     "MANIFESTS",
+    "S3",
     "bucket_of",
     "content_of",
     "manifest_content",
@@ -52,6 +53,9 @@ __all__ = [
 
 MANIFESTS = "_manifests"
 """The folder at a destination that manifests and ledger lie in."""
+S3 = S3Config | Mapping[str, Any] | None
+"""How a bucket is reached, as the option ``s3_config``."""
+_S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
 
@@ -123,15 +127,15 @@ def manifest_content(rows: pa.Table | pa.RecordBatchReader, *, verdict: str, evi
     return buffer.getvalue()
 
 
-def read_table(uri: Any, **s3: Any) -> pa.Table:
+def read_table(uri: Any, s3_config: S3 = None) -> pa.Table:
     """Read the file of a manifest, without pandas.
 
     Parameters
     ----------
     uri : str or Path
         A path, ``file://…`` or ``s3://…``.
-    **s3
-        How to reach the bucket, as in ``s3_config``.
+    s3_config : S3Config or mapping, optional
+        How to reach the bucket; see :func:`bucket_of`.
 
     Raises
     ------
@@ -139,18 +143,18 @@ def read_table(uri: Any, **s3: Any) -> pa.Table:
         There is no such file, it is broken, or it is of another schema. It is left as it is.
     """
     place = place_of(uri)
-    return table_in(content_of(place, s3), str(place.path if isinstance(place, FilesystemDestination) else uri))
+    return table_in(content_of(place, s3_config), str(place.path if isinstance(place, FilesystemDestination) else uri))
 
 
-def tables_below(where: Any, **s3: Any) -> Iterator[pa.Table]:
+def tables_below(where: Any, s3_config: S3 = None) -> Iterator[pa.Table]:
     """Read all manifests at a place: a file, a folder of manifests, or a destination of retrievals.
 
     Parameters
     ----------
     where : str or Path
         A path, ``file://…`` or ``s3://…``. Of a destination those in ``_manifests`` are read.
-    **s3
-        How to reach the bucket, as in ``s3_config``.
+    s3_config : S3Config or mapping, optional
+        How to reach the bucket; see :func:`bucket_of`.
 
     Raises
     ------
@@ -160,10 +164,10 @@ def tables_below(where: Any, **s3: Any) -> Iterator[pa.Table]:
     place = place_of(where)
     found = False
     if isinstance(place, S3Destination):
-        bucket = bucket_of(place, s3)
+        bucket = bucket_of(place, s3_config)
         for key in _keys_below(bucket, place):
             found = True
-            yield table_in(_fetch(replace(place, prefix=key), s3, bucket), bucket.uri(key))
+            yield table_in(_fetch(replace(place, prefix=key), bucket), bucket.uri(key))
     else:
         for path in _files_below(place.path):
             found = True
@@ -223,30 +227,28 @@ def place_of(uri: Any) -> FilesystemDestination | S3Destination:
     return place
 
 
-def bucket_of(place: S3Destination, s3: Mapping[str, Any]) -> Bucket:
-    """The bucket of an address, reached as ``s3`` says. Raises :class:`ManifestError`."""
-    from airflow_dicom_get.config.groups import S3Config
+def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:
+    """The bucket of an address.
+
+    Parameters
+    ----------
+    s3_config : S3Config or mapping, optional
+        How to reach it. By default as the connection says that the address names in Airflow, else the usual AWS places.
+
+    Raises
+    ------
+    ManifestError, InvalidOption
+        There is no such connection, or a setting is malformed.
+    """
     from airflow_dicom_get.storage.bucket import Bucket
 
-    how: S3Config | None = s3.get("s3_config")
-    if not s3:
-        how = s3_config_of(place)
-    elif how is None:
-        try:
-            how = S3Config(**s3)
-        except TypeError:
-            raise ManifestError(
-                f"Some of the arguments {', '.join(map(shown, s3))} are unknown.",
-                hint="Give those of s3_config.",
-                uri=str(place),
-            ) from None
-    return Bucket(place.bucket, how)
+    return Bucket(place.bucket, s3_config_of(place) if s3_config is None else _S3("s3_config", s3_config))
 
 
-def content_of(place: FilesystemDestination | S3Destination, s3: Mapping[str, Any]) -> bytes:
+def content_of(place: FilesystemDestination | S3Destination, s3_config: S3 = None) -> bytes:
     """The file of a manifest, as bytes. Raises :class:`ManifestError`."""
     if isinstance(place, S3Destination):
-        return _fetch(place, s3)
+        return _fetch(place, bucket_of(place, s3_config))
     return _read(place.path)
 
 
@@ -261,10 +263,10 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _fetch(place: S3Destination, s3: Mapping[str, Any], bucket: Bucket | None = None) -> bytes:
+def _fetch(place: S3Destination, bucket: Bucket) -> bytes:
     """The content of an object. Raises :class:`ManifestError`."""
     try:
-        return (bucket or bucket_of(place, s3)).get(place.prefix)
+        return bucket.get(place.prefix)
     except S3Error as error:
         raise ManifestError(
             f"The manifest {shown_path(place)} cannot be read. {error.message}", hint=error.hint, uri=str(place)

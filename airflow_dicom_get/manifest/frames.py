@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from airflow_dicom_get.config.destination import S3Destination
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import (
+    S3,
     bucket_of,
     content_of,
     manifest_content,
@@ -42,19 +44,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pandas import DataFrame
 
-    from airflow_dicom_get.config.groups import S3Config
     from airflow_dicom_get.records import Instance
 
 __all__ = [
+    "bytes_in_xcom",
     "combine_manifests",
+    "each_of",
     "frame_of",
     "load_manifest",
     "load_manifests",
     "load_table",
     "load_tables",
+    "one_table",
     "read_manifest",
     "reference",
     "rows_of",
+    "table_in_xcom",
     "table_of",
 ]
 
@@ -118,44 +123,44 @@ def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
     return pa.table(flat, schema=schema).replace_schema_metadata(facts)
 
 
-def read_manifest(uri: Any, **s3: Any) -> DataFrame:
+def read_manifest(uri: Any, s3_config: S3 = None) -> DataFrame:
     """Read the file of a manifest.
 
     Parameters
     ----------
     uri : str or Path
         A path, ``file://…`` or ``s3://…``.
-    **s3
-        How to reach the bucket, as in ``s3_config``, or ``s3_config`` itself. By default the connection that
-        ``s3://CONN_ID@bucket/…`` names in Airflow, else the usual AWS places.
+    s3_config : S3Config or mapping, optional
+        How to reach the bucket. By default as the connection says that ``s3://CONN_ID@bucket/…`` names in Airflow,
+        else the usual AWS places.
 
     Raises
     ------
     ManifestError
         There is no such file, it is broken, or it is of another schema. It is left as it is.
     """
-    return frame_of(read_table(uri, **s3))
+    return frame_of(read_table(uri, s3_config))
 
 
-def load_manifest(manifest: Any, **s3: Any) -> DataFrame:
-    """Load a manifest of any shape: DataFrame, reference, or URI; ``s3`` as in :func:`read_manifest`.
+def load_manifest(manifest: Any, s3_config: S3 = None) -> DataFrame:
+    """Load a manifest of any shape: DataFrame, reference, or URI; ``s3_config`` as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
         It cannot be read, or is not what its reference says.
     """
-    return frame_of(load_table(manifest, **s3))
+    return frame_of(load_table(manifest, s3_config))
 
 
-def load_table(manifest: Any, **s3: Any) -> pa.Table:
+def load_table(manifest: Any, s3_config: S3 = None) -> pa.Table:
     """As :func:`load_manifest`, as a table, which it takes too; pandas is imported only for a DataFrame."""
     if hasattr(manifest, "column_names"):
         return manifest
     if isinstance(manifest, Mapping):
-        return _referenced(manifest, s3)
+        return _referenced(manifest, s3_config)
     if isinstance(manifest, str | os.PathLike):
-        return read_table(manifest, **s3)
+        return read_table(manifest, s3_config)
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(
@@ -163,12 +168,12 @@ def load_table(manifest: Any, **s3: Any) -> pa.Table:
     )
 
 
-def rows_of(manifest: Any, s3: S3Config | None = None) -> list[Instance]:
+def rows_of(manifest: Any, s3_config: S3 = None) -> list[Instance]:
     """The rows of a manifest of any shape as records. Raises :class:`ManifestError`."""
-    return instances_of(load_table(manifest, **({} if s3 is None else s3.reach())))
+    return instances_of(load_table(manifest, s3_config))
 
 
-def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
+def _referenced(ref: Mapping[str, Any], s3_config: S3) -> pa.Table:
     from hashlib import sha256
 
     if ref.get("kind") != REFERENCE_KIND:
@@ -179,7 +184,7 @@ def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
             hint="Read it with the version that wrote it, or a newer one.",
         )
     uri = ref.get("manifest_uri")
-    content = content_of(place_of(uri), s3)
+    content = content_of(place_of(uri), s3_config)
     digest = sha256(content).hexdigest()
     if digest != ref.get("sha256"):
         raise ManifestError(
@@ -198,7 +203,8 @@ def _referenced(ref: Mapping[str, Any], s3: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def _listed(manifests: Any) -> list[Any]:
+def each_of(manifests: Any) -> list[Any]:
+    """One manifest of any shape as a list, or several."""
     if (
         isinstance(manifests, str | os.PathLike | Mapping)
         or hasattr(manifests, "columns")
@@ -211,23 +217,24 @@ def _listed(manifests: Any) -> list[Any]:
     return list(manifests)
 
 
-def load_tables(manifests: Any, **s3: Any) -> list[pa.Table]:
+def load_tables(manifests: Any, s3_config: S3 = None) -> list[pa.Table]:
     """Load one manifest, or several, each of any shape. None stands for a task that was skipped."""
-    return [load_table(item, **s3) for item in _listed(manifests) if item is not None]
+    return [load_table(item, s3_config) for item in each_of(manifests) if item is not None]
 
 
-def load_manifests(manifests: Any, **s3: Any) -> DataFrame:
-    """Load one manifest, or several of any shapes, as one DataFrame; ``s3`` as in :func:`read_manifest`.
+def load_manifests(manifests: Any, s3_config: S3 = None) -> DataFrame:
+    """Load one manifest, or several of any shapes, as one DataFrame; ``s3_config`` as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
         One of them cannot be read, or is not what its reference says.
     """
-    return frame_of(_concat(load_tables(manifests, **s3)))
+    return frame_of(one_table(load_tables(manifests, s3_config)))
 
 
-def _concat(tables: list[pa.Table]) -> pa.Table:
+def one_table(tables: Sequence[pa.Table]) -> pa.Table:
+    """Several manifests as one; of one alone the metadata stays."""
     import pyarrow as pa
 
     plain = [table.replace_schema_metadata(None) for table in tables]
@@ -238,7 +245,9 @@ def _concat(tables: list[pa.Table]) -> pa.Table:
     return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
 
 
-def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None, **s3: Any) -> dict[str, Any]:
+def combine_manifests(
+    manifests: Any, to: str | Path, s3_config: S3 = None, *, run: str | None = None
+) -> dict[str, Any]:
     """Write several manifests as one, and give its reference.
 
     The verdict is the worst of theirs, the evidence the weakest.
@@ -249,15 +258,15 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None,
         Of any shapes; None is passed over.
     to : str or Path
         The file to write, or a folder or prefix that gets a file with the name of a new run.
-    **s3
-        How to reach the bucket of any of them, as in ``s3_config``.
+    s3_config : S3Config or mapping, optional
+        How to reach the bucket of any of them, as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
         One of them cannot be read, or is not what its reference says. Nothing is written then.
     """
-    tables = load_tables(manifests, **s3)
+    tables = load_tables(manifests, s3_config)
     facts = [metadata_of(table) for table in tables]
     # A DataFrame may have lost its metadata on the way: nothing is proven then.
     verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
@@ -268,17 +277,17 @@ def combine_manifests(manifests: Any, to: str | Path, *, run: str | None = None,
         key = place.prefix
         if not key.endswith(".parquet"):
             key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
-        bucket = bucket_of(place, s3)
-        bucket.put(key, manifest_content(_concat(tables), verdict=verdict, evidence=evidence, run=name))
-        return reference(with_connection(bucket.uri(key), place.conn_id), **s3)
+        bucket = bucket_of(place, s3_config)
+        bucket.put(key, manifest_content(one_table(tables), verdict=verdict, evidence=evidence, run=name))
+        return reference(with_connection(bucket.uri(key), place.conn_id), s3_config)
     path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
-    write_manifest(_concat(tables), path, verdict=verdict, evidence=evidence, run=name)
+    write_manifest(one_table(tables), path, verdict=verdict, evidence=evidence, run=name)
     return reference(path)
 
 
-def reference(uri: str | Path, **s3: Any) -> dict[str, Any]:
+def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:
     """The reference to a manifest file: what stands for it where it is too large to be handed on.
 
     Raises
@@ -289,7 +298,7 @@ def reference(uri: str | Path, **s3: Any) -> dict[str, Any]:
     from hashlib import sha256
 
     place = place_of(uri)
-    content = content_of(place, s3)
+    content = content_of(place, s3_config)
     file = open_manifest(content, str(uri))
     return {
         "kind": REFERENCE_KIND,
@@ -300,3 +309,40 @@ def reference(uri: str | Path, **s3: Any) -> dict[str, Any]:
         "sha256": sha256(content).hexdigest(),
         "verdict": metadata_of(file.schema_arrow).get("verdict") or None,
     }
+
+
+# --- in XCom ---------------------------------------------------------------------------------------
+
+
+def table_in_xcom(value: Any) -> pa.Table | None:
+    """The table of a DataFrame in an XCom, where it is Parquet in hexadecimal; None if the XCom holds something else.
+
+    Parameters
+    ----------
+    value
+        As it is stored, not deserialized by Airflow.
+
+    Raises
+    ------
+    ManifestError
+        It says that it is a DataFrame, and cannot be read.
+    """
+    if not isinstance(value, Mapping) or not str(value.get("__classname__", "")).endswith(".DataFrame"):
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(BytesIO(bytes.fromhex(value["__data__"])))
+    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as error:
+        raise ManifestError("A task returned a DataFrame that cannot be read.", hint="", uri=None) from error
+
+
+def bytes_in_xcom(frame: DataFrame) -> int:
+    """How many bytes a DataFrame takes in XCom."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pandas(frame), buffer, compression="snappy")
+    return 2 * int(buffer.tell())

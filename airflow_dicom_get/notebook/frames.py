@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown, shown_path
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest.files import tables_below
-from airflow_dicom_get.manifest.frames import REFERENCE_KIND, frame_of, load_manifest, read_manifest
+from airflow_dicom_get.manifest.files import S3, tables_below
+from airflow_dicom_get.manifest.frames import REFERENCE_KIND, frame_of, load_manifest, table_in_xcom
 from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
-from airflow_dicom_get.manifest.xcom import table_in_xcom
 from airflow_dicom_get.notebook.rest import RestApi
 
 if TYPE_CHECKING:
@@ -29,6 +28,24 @@ __all__ = ["latest", "load_manifests", "read_instances", "read_manifest", "read_
 _NO_ROWS = (
     "The queries matched nothing, or nothing was retrieved: check the verdicts of the runs, or name other manifests."
 )
+
+
+def read_manifest(uri: Any, **s3: Any) -> DataFrame:
+    """Read the file of a manifest.
+
+    Parameters
+    ----------
+    uri : str or Path
+        A path, ``file://…`` or ``s3://…``.
+    **s3
+        How to reach the bucket, as in ``s3_config`` of ``GetScu``; the usual AWS places by default.
+
+    Raises
+    ------
+    ManifestError
+        There is no such file, it is broken, or it is of another schema.
+    """
+    return load_manifest(uri, s3 or None)
 
 
 def read_manifests(where: Any, **s3: Any) -> DataFrame:
@@ -55,7 +72,7 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
     import pyarrow as pa
 
     tables = []
-    for table in tables_below(where, **s3):
+    for table in tables_below(where, s3 or None):
         facts = metadata_of(table)
         tables.append(_labelled(table, {name: facts.get(name) for name in ("run", "verdict")}))
     frame = frame_of(pa.concat_tables(tables, promote_options="default"))
@@ -193,7 +210,7 @@ def load_manifests(
     run = api.latest_run(dag_id) if run_id is None else run_id
     frames = []
     for entry in api.entries(dag_id, run, task_id, "return_value"):
-        frame = _frame(api.value(dag_id, run, entry), s3)
+        frame = _frame(api.value(dag_id, run, entry), s3 or None)
         if frame is None:
             continue
         task, index = entry["task_id"], entry["map_index"]
@@ -214,10 +231,10 @@ def load_manifests(
     return _ordered(frame.astype({"run": "string"}), f"The manifests of the run {shown(run)}")
 
 
-def _frame(value: Any, s3: Mapping[str, Any]) -> DataFrame | None:
+def _frame(value: Any, s3_config: S3) -> DataFrame | None:
     """A manifest out of what a task returned; None if it is something else."""
     if isinstance(value, Mapping) and value.get("kind") == REFERENCE_KIND:
-        return load_manifest(value, **s3)
+        return load_manifest(value, s3_config)
     table = table_in_xcom(value)
     # A verification returns a frame too, of another shape.
     return None if table is None or not set(COLUMNS) <= set(table.column_names) else frame_of(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
@@ -13,9 +13,17 @@ from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
 from airflow_dicom_get.manifest.files import safe_name
-from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_table, load_tables, reference
+from airflow_dicom_get.manifest.frames import (
+    bytes_in_xcom,
+    combine_manifests,
+    each_of,
+    frame_of,
+    load_table,
+    load_tables,
+    one_table,
+    reference,
+)
 from airflow_dicom_get.manifest.schema import manifest_table
-from airflow_dicom_get.manifest.xcom import bytes_in_xcom
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,8 +148,8 @@ def _remove(uri: str) -> None:
 # --- what is given ---------------------------------------------------------------------------------
 
 
-def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
-    """Load the manifests that a task was given, as tables.
+def load_given(manifest: Any, s3_conn_id: str | None) -> Any:
+    """Load the manifests that a task was given, as one table.
 
     :param manifest: of any shape, or several
     :param s3_conn_id: the connection of those in a bucket whose address names none
@@ -149,54 +157,39 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> list[Any]:
     :raises InvalidOption: there is none
     """
     tables = []
-    for one in _each(manifest):
+    for one in each_of(manifest):
         uri = _uri_of(one)
-        how: dict[str, Any] = {}
+        how = None
         if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
             from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
-            how = DicomS3Hook(s3_conn_id).reach()
+            how = DicomS3Hook(s3_conn_id).config
         elif uri is not None:
             _check_manifest_place(uri)
-        tables += load_tables([one], **how)
+        tables += load_tables([one], how)
     if not tables:
         raise invalid(
             "manifest",
             "names none",
             "Give a manifest, a reference or an address. Check whether all upstream tasks were skipped.",
         )
-    return tables
+    return one_table(tables)
 
 
-def one_table(tables: Sequence[Any]) -> Any:
-    """Several manifests as one."""
-    import pyarrow as pa
+def place_of_objects(manifest: Any, conn_id: str | None) -> ResolvedDestination | None:
+    """The bucket that the rows of a manifest name, if they name one.
 
-    plain = [table.replace_schema_metadata(None) for table in tables]
-    return plain[0] if len(plain) == 1 else pa.concat_tables(plain, promote_options="default")
-
-
-def place_of_objects(tables: Iterable[Any], conn_id: str | None) -> ResolvedDestination | None:
-    """The bucket that the rows of some manifests name, if they name one.
-
+    :param manifest: loaded
     :param conn_id: the connection by which it is reached
     """
-    for table in tables:
-        uri = next((uri for uri in table["uri"].to_pylist() if uri and uri.startswith("s3://")), None)
-        if uri is not None:
-            return resolve_destination(uri, "manifest (the objects that it lists)", conn_id)
-    return None
+    uri = next((uri for uri in manifest["uri"].to_pylist() if uri and uri.startswith("s3://")), None)
+    return resolve_destination(uri, "manifest (the objects that it lists)", conn_id) if uri is not None else None
 
 
 def connection_of(manifest: Any) -> str | None:
     """The connection that the address of a manifest names, the first of several."""
-    found = (_uri_of(one) for one in _each(manifest))
+    found = (_uri_of(one) for one in each_of(manifest))
     return next((conn_id for uri in found if uri is not None and (conn_id := _conn_id_of(uri))), None)
-
-
-def _each(manifest: Any) -> Iterable[Any]:
-    """One manifest of any shape, or several."""
-    return [manifest] if isinstance(manifest, str | Mapping) or hasattr(manifest, "columns") else manifest
 
 
 def _uri_of(manifest: Any) -> str | None:

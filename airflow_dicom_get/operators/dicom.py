@@ -38,12 +38,10 @@ from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.manifest.frames import reference
-from airflow_dicom_get.manifest.xcom import bytes_in_xcom
+from airflow_dicom_get.manifest.frames import bytes_in_xcom, reference
 from airflow_dicom_get.operators._manifests import (
     connection_of,
     load_given,
-    one_table,
     part_name,
     place_of_objects,
     run_name_of,
@@ -333,11 +331,12 @@ class DicomGetOperator(TransferOperator):
         destinations = resolve_destinations(
             self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id
         )
-        queries = self._queries()
+        calls = self._calls()
         hook = self.hook
         model = self.query_model or hook.query_model
-        for query in queries:
-            parse_query(query, query_model=model, timezone=hook.timezone)
+        for call in calls:
+            if "query" in call:
+                parse_query(call["query"], query_model=model, timezone=hook.timezone)
         more: dict[str, Any] = {} if self.outside_window != "ignore" else {"window": None}
         scratch = None
         if destinations.root is None and isinstance(destinations.destination.destination, ForwardDestination):
@@ -358,20 +357,19 @@ class DicomGetOperator(TransferOperator):
             **more,
         ).options
         make = partial(_client, options, ends)
-        return Transfer(partial(self._run, queries, model, name, make), name, destinations.manifest_conn_id, scratch)
+        return Transfer(partial(self._run, calls, model, name, make), name, destinations.manifest_conn_id, scratch)
 
-    def _queries(self) -> list[dict[str, Any]]:
-        """What to retrieve, as queries for one call of the engine each."""
-        from airflow_dicom_get.engine.retry import manifest_queries
-
+    def _calls(self) -> list[dict[str, Any]]:
+        """What to retrieve: query or manifest for one call of the engine each."""
         kind, value = self.one_of("study", "query", "manifest")
-        if kind == "study":
-            return study_queries(value, skip=self._left_out if self.on_bad_study == "skip" else None)
         if kind == "manifest":
-            return manifest_queries(load_given(value, self.s3_conn_id))
+            return [{"manifest": load_given(value, self.s3_conn_id)}]
+        if kind == "study":
+            queries = study_queries(value, skip=self._left_out if self.on_bad_study == "skip" else None)
+            return [{"query": query} for query in queries]
         if not isinstance(value, Mapping) or not value:
             raise invalid("query", "is not a mapping of keys to values", 'For example, give {"PatientID": "…"}.')
-        return [dict(value)]
+        return [{"query": dict(value)}]
 
     def _left_out(self, error: DicomGetError) -> None:
         self.log.warning("Skipped: %s", error)
@@ -380,7 +378,7 @@ class DicomGetOperator(TransferOperator):
 
     def _run(
         self,
-        queries: Sequence[Mapping[str, Any]],
+        calls: Sequence[Mapping[str, Any]],
         model: str,
         name: str,
         make: Callable[[], GetScu],
@@ -388,17 +386,17 @@ class DicomGetOperator(TransferOperator):
     ) -> list[Result]:
         """Retrieve one part after the other, until one is cancelled or has to wait for its hours."""
         results: list[Result] = []
-        for number, query in enumerate(queries):
+        for number, call in enumerate(calls):
             self._scu = scu = make()
             if self._killed:
                 results.append(report.never_begun())
                 break
             result = scu.get_study(
-                query,
+                **call,
                 query_model=model,
                 on_sub_operation=progress.on_sub_operation,
                 on_completed=progress.on_completed,
-                manifest_name=part_name(name, number, len(queries)),
+                manifest_name=part_name(name, number, len(calls)),
             )
             results.append(result)
             if result.verdict == CANCELLED or result.resume_at is not None:
@@ -468,9 +466,9 @@ class DicomStoreOperator(TransferOperator):
         objects: ResolvedDestination | None
         given: dict[str, Any]
         if kind == "manifest":
-            tables = load_given(value, self.s3_conn_id)
-            objects = place_of_objects(tables, self.s3_conn_id or connection_of(value))
-            given = {"manifest": one_table(tables)}
+            table = load_given(value, self.s3_conn_id)
+            objects = place_of_objects(table, self.s3_conn_id or connection_of(value))
+            given = {"manifest": table}
         else:
             place = objects = resolve_destination(value, "source", self.s3_conn_id)
             given = {"source": _address(place)}
@@ -656,7 +654,7 @@ class DicomVerifyOperator(DicomTask):
                 "manifest, study", "none of them is given", "Give one or both. A template may have rendered to nothing."
             )
         studies = study_uids(study) if study is not None else []
-        tables = load_given(manifest, self.s3_conn_id) if manifest is not None else []
+        table = load_given(manifest, self.s3_conn_id) if manifest is not None else None
         place = (
             resolve_destination(self.destination, "destination", self.s3_conn_id)
             if self.destination is not None
@@ -664,7 +662,9 @@ class DicomVerifyOperator(DicomTask):
         )
         if manifest is None and place is None:
             raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
-        objects = place or place_of_objects(tables, self.s3_conn_id or connection_of(manifest))
+        objects = place
+        if objects is None and table is not None:
+            objects = place_of_objects(table, self.s3_conn_id or connection_of(manifest))
         root = None if place is not None and not _is_node(place) else resolve_root(None, s3_conn_id=self.s3_conn_id)
         kept = root is not None or (place is not None and not _is_node(place))
         buckets = [one for one in (objects, root) if one is not None and one.s3_config is not None]
@@ -681,7 +681,7 @@ class DicomVerifyOperator(DicomTask):
             source = str(hook.node)
             options |= hook.config.own.values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
         found = verify(
-            one_table(tables) if tables else None,
+            table,
             study=studies or None,
             destination=place.destination if place is not None else None,  # type: ignore[arg-type]
             quick=self.quick,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest.xcom import table_in_xcom
+from airflow_dicom_get.manifest.frames import table_in_xcom
 from airflow_dicom_get.vocabulary import NOT_HELD, OUTSIDE_LIST
 
 if TYPE_CHECKING:

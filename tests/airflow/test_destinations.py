@@ -129,8 +129,8 @@ def test_a_task_without_a_connection_reads_no_manifest_with_the_credentials_of_t
             bare = reference["manifest_uri"].replace("store@", "")
             with pytest.raises(ManifestError, match="names no connection"):
                 load_manifest(bare)
-            assert len(load_manifest(bare, **DicomS3Hook("store").reach())) == 12
-            return len(load_manifest({**reference, "manifest_uri": bare}, **DicomS3Hook("store").reach()))
+            assert len(load_manifest(bare, DicomS3Hook("store").config)) == 12
+            return len(load_manifest({**reference, "manifest_uri": bare}, DicomS3Hook("store").config))
 
         read(first.output)
     run = run_dag(dag)

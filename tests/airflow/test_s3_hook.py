@@ -83,7 +83,6 @@ def test_a_connection_is_a_configuration(connect):
     )  # fmt: skip
     assert hook.bucket == "trial"
     assert "hush-hush" not in repr(hook.config)
-    assert hook.reach() == {"s3_config": hook.config}
 
 
 def test_a_uri_is_a_whole_connection(connect):

@@ -117,7 +117,7 @@ def assert_holds(
     """All is there as it was sent, listed with its digest, and nothing else is."""
     keys = instances(service, prefix)
     assert keys.keys() == holding.entries.keys()
-    rows = read_manifest(result.manifest_uri, **config).set_index("sop_instance_uid")
+    rows = read_manifest(result.manifest_uri, config).set_index("sop_instance_uid")
     assert rows.index.is_unique
     assert set(rows.index) == set(keys)
     for sop, key in keys.items():
@@ -198,11 +198,11 @@ class TestThereAndBack:
         assert [r.verdict for r in results] == ["complete", "complete"]
         assert [r.skipped for r in results] == [0, len(ct.entries)]
         assert not (tmp_path / "_manifests").exists()
-        combined = combine_manifests([r.manifest_uri for r in results], f"{root}/all", **service.config)
+        combined = combine_manifests([r.manifest_uri for r in results], f"{root}/all", service.config)
         assert combined["rows"] == 2 * len(ct.entries)
-        assert len(load_manifest(combined, **service.config)) == 2 * len(ct.entries)
+        assert len(load_manifest(combined, service.config)) == 2 * len(ct.entries)
         with pytest.raises(ManifestError, match="NoSuchKey"):
-            read_manifest(f"{root}/none.parquet", **service.config)
+            read_manifest(f"{root}/none.parquet", service.config)
 
     def test_ledgers_in_a_folder(
         self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
@@ -355,7 +355,7 @@ class TestFaults:
         proxy.fault = lambda number, method, path: answer if number > 40 and ".dcm" in path else None
         result = get(pacs, many.study, prefix, proxy.config)
         assert (result.verdict, result.reason) == ("partial", "destination_error")
-        rows = read_manifest(result.manifest_uri, **service.config)
+        rows = read_manifest(result.manifest_uri, service.config)
         assert set(rows.state) <= {"stored", "failed", "missing"}
         assert set(rows.reason.dropna()) == {"destination_error"}
         assert (rows.state == "stored").sum() == result.completed == len(instances(service, prefix))
@@ -377,7 +377,7 @@ class TestFaults:
             (tmp_path / f"{sop}.dcm").write_bytes(content[:-2] + b"\1\2" if sop in changed else content)
         result = get(embedded(tmp_path), ct.study, prefix, service.config, resume=False)
         assert (result.verdict, result.conflicts) == ("partial", 3)
-        rows = read_manifest(result.manifest_uri, **service.config)
+        rows = read_manifest(result.manifest_uri, service.config)
         conflicts = rows[rows.state == "conflict"]
         assert sorted(conflicts.sop_instance_uid) == changed
         assert set(conflicts.reason) == {"different_content"}

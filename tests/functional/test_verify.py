@@ -112,7 +112,7 @@ class TestFolder:
         assert marks(found) == {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*"}
         got.source.sent.clear()
         result = got.get(manifest=found.manifest_uri, on_conflict="replace")
-        assert (result.verdict, result.completed) == ("complete", 3)
+        assert (result.verdict, result.completed, result.skipped) == ("complete", 40, 37)
         assert set(got.source.sent) == set(got.sops[:3])
         assert {sop: path.read_bytes() for sop, path in got.paths.items()} == before
         assert verify(got.result.manifest_uri).same
@@ -140,7 +140,7 @@ class TestFolder:
         assert marks(found) == {gone: "+"}
         assert "not in the manifest" in found.differences[0].what or "not there" in found.differences[0].what
         fetched = GetScu(got.node, out_dir=tmp_path / "less").get_study(manifest=found.manifest_uri)
-        assert (fetched.verdict, fetched.completed) == ("complete", 1)
+        assert (fetched.verdict, fetched.completed, fetched.skipped) == ("complete", 40, 39)
 
     def test_pacs_that_cannot_be_compared(self, embedded: Embedded, got: Got, ct: Holding) -> None:
         for node in ("X@127.0.0.1:1", f"PACS@127.0.0.1:{embedded(ct.folder, no_find=True).port}"):
@@ -211,7 +211,7 @@ class TestBucket:
             found = verify(**way, s3_config=moto.config)
             assert marks(found) == {gone: "+", cut: "*", other: "*"}, way
         again = GetScu.of(replace(scu.options, on_conflict="replace")).get_study(manifest=found.manifest_uri)
-        assert (again.verdict, again.completed) == ("complete", 3)
+        assert (again.verdict, again.completed, again.skipped) == ("complete", 40, 37)
         assert verify(**ways[0], s3_config=moto.config).same
 
 
@@ -247,7 +247,7 @@ class TestForwards:
             destination=f"dicom://DEST@127.0.0.1:{port}",
             manifest_root=tmp_path / "state",
         ).get_study(manifest=found.manifest_uri)
-        assert (again.verdict, again.completed) == ("complete", 1)
+        assert (again.verdict, again.completed, again.skipped) == ("complete", 12, 11)
         assert verify(result.manifest_uri).same
 
     def test_destination_that_cannot_be_asked(

@@ -40,8 +40,8 @@ HANDED_ON = frozenset(
     }
 )
 """What takes ``**`` by its nature."""
-READERS = ("manifest/", "notebook/")
-"""Readers of manifests take ``**s3`` by the contract."""
+READERS = "notebook/"
+"""What reads manifests in a notebook takes ``**s3`` by the contract."""
 AIRFLOW_FOLDERS = ("hooks", "operators", "sensors", "triggers")
 """Airflow's classes have the parameters of their tasks, and hand ``**kwargs`` on to Airflow."""
 
