@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.retrieval import Retrieval
     from airflow_dicom_get.engine.retry import Asked
     from airflow_dicom_get.engine.source import Source
+    from airflow_dicom_get.engine.state import StudyState
     from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.places import OpenDestination, Place
@@ -192,8 +193,10 @@ class GetScu:
                 associations=source.opened,
                 cancelled_by=source.cancel.reason,
             )
-            if end.resume_at is not None or result.reason == "window":
-                report.wait_for_window(result, end.resume_at or self._next_opening())
+            if end.resume_at is not None:
+                report.wait_for_window(result, end.resume_at)
+            elif end.waits:
+                report.resume_later(result, self._next_opening())
             self._write_manifest(result, end.rows(), places, run, manifest_name)
         events.completed(report.completed_event(result))
         return result
@@ -437,10 +440,12 @@ class GetScu:
         if resume_at is not None:
             return End(resume_at=resume_at)
         o = self.options
+        states: list[StudyState] = []
+        dropped = Dropped()
         try:
             places.place.attend(source.cancel)
             places.prepare()
-            scopes, first, dropped = asked.scopes if asked is not None else None, None, Dropped()
+            scopes, first = asked.scopes if asked is not None else None, None
             if scopes is None:
                 assert parsed is not None
                 scopes, first, dropped = source.with_retries(
@@ -454,10 +459,10 @@ class GetScu:
             finally:
                 sink.close()
             return end_of(states, dropped)
-        except (InvalidQuery, InvalidOption):
-            raise
         except DicomGetError as error:
-            return End(error=error)
+            if isinstance(error, InvalidQuery | InvalidOption) and not states:
+                raise
+            return end_of(states, dropped, error)
         finally:
             self._source = None
 

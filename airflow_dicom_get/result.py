@@ -185,7 +185,7 @@ class Result:
             return f"It may be resumed at {_iso(self.resume_at)}."
         if self.verdict == EMPTY:
             return "Check the query, and whether the study is at this node."
-        if self.verdict == UNVERIFIED:
+        if self.verdict == UNVERIFIED and not self.transient:
             return "All that was sent is held, but no list proves that it is all: compare with the source yourself."
         hints = [str(error["hint"]) for error in self.errors if error.get("hint")]
         if self._may_pass() and (self.total or not hints):

@@ -45,7 +45,7 @@ WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPT
 NOTHING_TO_MEND: frozenset[Verdict] = frozenset({COMPLETE, EMPTY})
 """Verdicts after which nobody has to look."""
 
-MAY_PASS: frozenset[Verdict] = frozenset({PARTIAL, FAILED, CANCELLED})
+MAY_PASS: frozenset[Verdict] = frozenset({PARTIAL, UNVERIFIED, FAILED, CANCELLED})
 """Verdicts that another run may better, where what they rest on is transient."""
 
 ACCEPTABLE: tuple[Verdict, ...] = tuple(verdict for verdict in reversed(WORST_FIRST) if verdict != CANCELLED)
@@ -310,7 +310,12 @@ REASONS: Mapping[str, Reason] = {
     "list_contradicted": Reason(
         "The PACS contradicts its own list.", "Compare with the PACS by other means.", of="result"
     ),
-    "list_not_repeated": Reason("The second list could not be obtained.", "Run again.", of="result"),
+    "list_not_repeated": Reason(
+        "The second list could not be obtained.",
+        "Run again: what is held is not fetched again.",
+        transient=True,
+        of="result",
+    ),
     "not_found": Reason(
         "The PACS does not have some studies of the list.", "Check these accession numbers.", of="result"
     ),

@@ -82,13 +82,18 @@ class End:
                 found.update(state.listing.dropped)
         return found
 
+    @property
+    def waits(self) -> bool:
+        """Whether the hours of the source ended before one of its studies did."""
+        return any(state.stop_reason == "window" for state in self.states)
+
     def rows(self) -> list[Instance]:
         """The rows of the manifest."""
         return [row for state in self.states for row in state.rows()]
 
 
-def end_of(states: Sequence[StudyState], dropped: Dropped | None = None) -> End:
-    """Judge the studies of a search, and keep the rows that it dropped.
+def end_of(states: Sequence[StudyState], dropped: Dropped | None = None, error: DicomGetError | None = None) -> End:
+    """Judge the studies of a search, and keep the rows that it dropped, and what ended the call after them.
 
     A study of which a filter on series or instances leaves nothing is not meant by the query.
     """
@@ -99,7 +104,7 @@ def end_of(states: Sequence[StudyState], dropped: Dropped | None = None) -> End:
         if not (state.scope.filters and numbers.verdict == EMPTY and not state.rows())
     ]
     kept = meant or judged
-    return End([state for state, _ in kept], [numbers for _, numbers in kept], dropped=dropped)
+    return End([state for state, _ in kept], [numbers for _, numbers in kept], error=error, dropped=dropped)
 
 
 # --- assemble ----------------------------------------------------------------------------------------
@@ -220,6 +225,17 @@ def outside_hours(resume_at: datetime | None, kind: Kind = "get") -> Result:
     return result
 
 
+def broken_off(error: DicomGetError, kind: Kind = "get") -> Result:
+    """The result of a call that an error ended before anything came of it, where earlier calls have theirs."""
+    return Result(
+        verdict=FAILED,
+        reason=error.word,
+        transient=error.transient,
+        errors=[_entry(error.message, error.hint)],
+        kind=kind,
+    )
+
+
 def never_begun(kind: Kind = "get") -> Result:
     """The result of a call that was cancelled before it began."""
     return Result(verdict=CANCELLED, kind=kind)
@@ -309,7 +325,8 @@ def _may_pass(end: End) -> bool:
         if numbers.verdict == FAILED and state.errors and not state.errors[0].transient:
             return False
     raised = [error for state in end.states for error in state.errors]
-    return any_transient(end.rows()) or any(error.transient for error in raised)
+    reasons = [n.reason for n in end.numbers if n.verdict != CANCELLED and n.reason is not None]
+    return any_transient(end.rows()) or any(error.transient for error in raised) or any(map(is_transient, reasons))
 
 
 def _most_frequent_reason(rows: Iterable[Instance]) -> str | None:
@@ -323,6 +340,11 @@ def _most_frequent_reason(rows: Iterable[Instance]) -> str | None:
 def wait_for_window(result: Result, resume_at: datetime | None) -> None:
     """The hours of the source are over: it may go on at ``resume_at``."""
     result.verdict, result.reason = PARTIAL, "window"
+    resume_later(result, resume_at)
+
+
+def resume_later(result: Result, resume_at: datetime | None) -> None:
+    """Something of it had to wait for the hours of the source; whatever the verdict, they begin at ``resume_at``."""
     result.resume_at, result.transient = resume_at, True
 
 
@@ -383,7 +405,7 @@ def merge(results: Sequence[Result]) -> Result:
         destination=results[0].destination,
         studies=[study for result in results for study in result.studies],
         kind=results[0].kind,
-        transient=any(result.transient for result in deciding),
+        transient=any(result.transient for result in deciding) or any(result.resume_at for result in results),
     )
 
 

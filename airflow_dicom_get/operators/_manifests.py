@@ -121,8 +121,8 @@ class Manifest:
 def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict[str, Any] | None:
     """The reference to the one manifest of a task; None if there is no file."""
     uris = [with_connection(result.manifest_uri, conn_id) for result in results if result.manifest_uri]
-    if not uris or len(uris) < len(results):
-        return None
+    if not uris or any(result.rows is not None and not result.manifest_uri for result in results):
+        return None  # one that has neither rows nor a file was never begun
     if len(uris) == 1:
         return reference(uris[0])
     folder = uris[0].rpartition("/")[0]

@@ -23,7 +23,7 @@ from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
-from airflow_dicom_get.errors import IncompleteRetrieval, sentences
+from airflow_dicom_get.errors import DicomGetError, IncompleteRetrieval, sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import (
     ResolvedDestination,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from airflow_dicom_get.config.options import GetOptions, StoreOptions
-    from airflow_dicom_get.errors import DicomGetError
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.store import StoreScu
     from airflow_dicom_get.verify import Verification
@@ -391,13 +390,18 @@ class DicomGetOperator(TransferOperator):
             if self._killed:
                 results.append(report.never_begun())
                 break
-            result = scu.get_study(
-                **call,
-                query_model=model,
-                on_sub_operation=progress.on_sub_operation,
-                on_completed=progress.on_completed,
-                manifest_name=part_name(name, number, len(calls)),
-            )
+            try:
+                result = scu.get_study(
+                    **call,
+                    query_model=model,
+                    on_sub_operation=progress.on_sub_operation,
+                    on_completed=progress.on_completed,
+                    manifest_name=part_name(name, number, len(calls)),
+                )
+            except DicomGetError as error:
+                if not results:
+                    raise
+                result = report.broken_off(error)  # the rows of the calls before it stay
             results.append(result)
             if result.verdict == CANCELLED or result.resume_at is not None:
                 break

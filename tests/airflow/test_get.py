@@ -487,3 +487,71 @@ def test_waiting_for_the_hours_can_be_refused_or_the_hours_ignored(run_dag, pacs
     assert (run.task("fails").state, run.task("fails").try_number) == ("failed", 1)
     assert run.xcom("fails", "summary")["reason"] == "window"
     assert run.task("ignores").state == "success"
+
+
+# --- a second list that cannot be had --------------------------------------------------------------
+
+
+def test_the_hours_end_when_all_is_held_and_the_task_defers(run_dag, pacs, archive, tmp_path, monkeypatch):
+    """The verdict is unverified by then: no failure for good, but a look at the list within the next hours."""
+    begun = []
+
+    def around(self, moment, zone):
+        begun.append(datetime.now(UTC))
+        closes = begun[0] + timedelta(seconds=4)
+        return [(begun[0] - timedelta(hours=1), closes), (closes + timedelta(seconds=2), closes + timedelta(hours=1))]
+
+    def last_one_waits(uid):
+        if sum(pacs.sent.values()) == 11:
+            time.sleep(max(0.0, (begun[0] + timedelta(seconds=4.1) - datetime.now(UTC)).total_seconds()))
+
+    monkeypatch.setattr(Window, "_around", around)
+    monkeypatch.setenv("AIRFLOW_CONN_PACS", os.environ["AIRFLOW_CONN_PACS"] + "/?window=22%3A00-06%3A00")
+    pacs.before_send = last_one_waits
+    with DAG("late") as dag:
+        get(study=archive.private, destination=str(tmp_path))
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert run.log.count("Pausing task as DEFERRED") == 1
+    assert "unverified (list_not_repeated): 12 of 12" in run.log
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["skipped"], summary["try_number"]) == ("complete", 12, 1)
+    assert sum(pacs.sent.values()) == 12
+
+
+def test_the_pacs_is_gone_when_all_is_held_and_the_task_is_tried_again(run_dag, pacs, archive, tmp_path):
+    def leave(uid):
+        pacs.no_find = sum(pacs.sent.values()) == 11
+
+    def come_back(context):
+        pacs.no_find = False
+
+    pacs.before_send = leave
+    with DAG("gone") as dag:
+        get(study=archive.private, destination=str(tmp_path), on_retry_callback=come_back, **AT_ONCE)
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert "unverified (list_not_repeated): 12 of 12" in run.log
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["skipped"], summary["try_number"]) == ("complete", 12, 2)
+
+
+def test_an_error_at_a_later_part_keeps_the_rows_of_the_first(run_dag, pacs, archive, tmp_path, monkeypatch):
+    """The PACS no longer tells the UIDs of studies when the second part is resolved: that is no input to be had."""
+    tells = pacs.unsupported
+
+    def unsupported():
+        asked = pacs.requests[-1][2].get(0x0020000D, "")
+        return frozenset({0x0020000D}) if archive.private in asked else tells()
+
+    (row,) = pacs.archive.find("SERIES", {0x0020000D: archive.private, 0x0020000E: ""})[:1]
+    monkeypatch.setattr(pacs, "unsupported", unsupported)
+    with DAG("parts", default_args=AT_ONCE) as dag:
+        get(study=[archive.many, make_item(archive.private, series=[row[0x0020000E]])], destination=str(tmp_path))
+    run = run_dag(dag)
+    assert (run.task("get").state, run.task("get").try_number) == ("failed", 1)
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["reason"], summary["completed"]) == ("failed", "invalid_query", 60)
+    assert "StudyInstanceUID" in summary["errors"][0]["error"]
+    assert run.xcom("get")["state"].tolist() == ["stored"] * 60
+    assert len(load_manifest(summary["manifest_uri"])) == 60

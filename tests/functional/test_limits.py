@@ -20,6 +20,7 @@ import pytest
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.config.groups import Deadlines, Window
 from airflow_dicom_get.engine.limits import RateLimit
+from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
@@ -296,3 +297,60 @@ def test_a_window_that_closes_stops_all_associations_and_later_studies(embedded:
         time.sleep(0.01)
     assert not pacs.associations
     assert threading.active_count() < 60
+
+
+# --- a second list that cannot be had --------------------------------------------------------------
+
+
+def test_the_hours_end_before_the_second_list(embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+    """All that was listed is held: nothing is missing, nothing is proven, and it may go on."""
+    pacs = embedded(ct.folder)
+    clock = Clock(datetime(2026, 1, 20, 23, 0, tzinfo=BERLIN))
+    scu = scu_at(pacs, tmp_path, clock, window="22:00-06:00")
+    ends = datetime(2026, 1, 21, 6, 0, tzinfo=BERLIN)
+    result = scu.get_study({"StudyInstanceUID": ct.study}, on_sub_operation=clock.goes_to(ends, 40))
+    assert (result.verdict, result.reason, result.completed) == ("unverified", "list_not_repeated", 40)
+    assert result.transient
+    assert result.resume_at == datetime(2026, 1, 21, 22, 0, tzinfo=BERLIN)
+    with pytest.raises(IncompleteRetrieval) as raised:
+        result.raise_for_verdict()
+    assert raised.value.transient
+    clock.now = result.resume_at
+    again = scu_at(pacs, tmp_path, clock, window="22:00-06:00").get_study({"StudyInstanceUID": ct.study})
+    assert (again.verdict, again.skipped) == ("complete", 40)
+
+
+@pytest.mark.parametrize("gone", ["no_find", "max_associations"])
+def test_the_pacs_is_gone_before_the_second_list(embedded: Embedded, ct: Holding, tmp_path: Path, gone: str) -> None:
+    pacs = embedded(ct.folder)
+    seen: list[Any] = []
+
+    def leave(event: Any) -> None:
+        seen.append(event)
+        if len(seen) == 40:
+            setattr(pacs, gone, 0 if gone == "max_associations" else True)
+
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path, retries=0)
+    result = scu.get_study({"StudyInstanceUID": ct.study}, on_sub_operation=leave)
+    assert (result.verdict, result.reason, result.completed) == ("unverified", "list_not_repeated", 40)
+    assert (result.transient, result.resume_at) == (True, None)
+    assert "Run it again" in result.hint()
+
+
+def test_hours_that_end_are_read_of_every_study(embedded: Embedded, tmp_path: Path) -> None:
+    """The first study decides on the verdict; the others wait all the same."""
+    folder = tmp_path / "pacs"
+    for n in range(3):
+        big_study(folder / str(n), 4, 2000, name=f"two {n}")
+    pacs = embedded(folder)
+    studies = pacs.archive.studies()
+    pacs.fail = {entry.sop for entry in pacs.archive.entries(studies[0])}
+    clock = Clock(datetime(2026, 1, 20, 23, 0, tzinfo=BERLIN))
+    scu = scu_at(pacs, tmp_path / "to", clock, window="22:00-06:00")
+    ends = datetime(2026, 1, 21, 6, 0, tzinfo=BERLIN)
+    result = scu.get_study({"StudyInstanceUID": studies}, on_sub_operation=clock.goes_to(ends, 2))
+    verdicts = {study.study_instance_uid: (study.verdict, study.reason) for study in result.studies}
+    assert verdicts[studies[0]] == ("failed", "sub_operation_failed")
+    assert ("partial", "window") in verdicts.values()
+    assert (result.verdict, result.transient) == ("failed", True)
+    assert result.resume_at == datetime(2026, 1, 21, 22, 0, tzinfo=BERLIN)
