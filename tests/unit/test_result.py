@@ -92,7 +92,7 @@ class TestRaise:
 
     @pytest.mark.parametrize(
         ("verdict", "transient"),
-        [("partial", True), ("failed", True), ("cancelled", True), ("unverified", False), ("empty", False)],
+        [("partial", True), ("failed", True), ("cancelled", True), ("unverified", True), ("empty", False)],
     )
     def test_only_what_may_pass_is_transient(self, verdict: Verdict, transient: bool) -> None:
         with pytest.raises(IncompleteRetrieval) as caught:
