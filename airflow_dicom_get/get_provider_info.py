@@ -89,6 +89,11 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "description": "Of the hours above and of dates such as today, for example Europe/Berlin.",
                         "schema": {"type": ["string", "null"], "default": "UTC"},
                     },
+                    "list_limit": {
+                        "label": "Rows at which the PACS cuts its lists",
+                        "description": "For example 500, or 100,1000. 0: never. Blank: not known.",
+                        "schema": {"type": ["string", "null"]},
+                    },
                     "connect_timeout": {
                         "label": "Seconds to connect",
                         "schema": {"type": ["number", "null"], "default": 10},

@@ -77,6 +77,7 @@ class GetScu:
         window: str | Window | None = None,
         timezone: Any = "UTC",
         max_studies: int = 100,
+        list_limit: Any = None,
         profile: str | Path | None = None,
         resume: bool = True,
         verify_held: Literal["size", "digest"] = "size",
@@ -430,9 +431,9 @@ class GetScu:
     ) -> End:
         from airflow_dicom_get.engine.matching import Dropped
         from airflow_dicom_get.engine.report import End, end_of
-        from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
         from airflow_dicom_get.engine.spread import resolve_and_list
         from airflow_dicom_get.engine.study import run_studies
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         if asked is not None and not asked.scopes:
             return End(nothing_asked=True)

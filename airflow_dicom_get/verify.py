@@ -179,6 +179,7 @@ def verify(
     calling_ae_title: str = "GET-SCU",
     called_ae_title: str = "ANY-SCP",
     max_pdu_length: int = 131072,
+    list_limit: Any = None,
     verbose: bool = False,
     tls: Tls | Mapping[str, Any] | None = None,
     user_identity: UserIdentity | Mapping[str, Any] | None = None,
@@ -210,8 +211,8 @@ def verify(
         Called with each :class:`Difference` as it is found.
     manifest_name : str
         Path of the new manifest below its root, without its ending.
-    calling_ae_title, called_ae_title, max_pdu_length, verbose, tls, user_identity, deadlines
-        How the PACS is called, as for :class:`~airflow_dicom_get.GetScu`.
+    calling_ae_title, called_ae_title, max_pdu_length, list_limit, verbose, tls, user_identity, deadlines
+        How the PACS is called, and where it cuts its lists, as for :class:`~airflow_dicom_get.GetScu`.
 
     Raises
     ------
@@ -381,7 +382,8 @@ class _Verify:
     def _ask(self, node: Node, studies: list[str], rows: list[Instance] | None) -> None:
         """What another node lists; of ``rows`` alone if given."""
         from airflow_dicom_get.net.association import CancelToken
-        from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
+        from airflow_dicom_get.net.listed import ask
         from airflow_dicom_get.net.peer import Peer
 
         o = self.options

@@ -92,6 +92,23 @@ def _parse_uids(option: str, value: Any) -> tuple[str, ...]:
     return tuple(uids)
 
 
+def _parse_list_limit(option: str, value: Any) -> tuple[int, ...] | None:
+    """The numbers of rows at which a PACS may cut its answers; none for 0: it never does."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    numbers = []
+    for word in _items(option, [str(x) for x in value] if isinstance(value, list | tuple) else value):
+        if not word.isascii() or not word.isdigit() or int(word) > _MOST_ROWS:
+            raise invalid(option, f"{shown(word)} is not a number of rows", "Give 0, or numbers such as 100,1000.")
+        numbers.append(int(word))
+    if not numbers or (0 in numbers and len(numbers) > 1):
+        what = "names 0, which is never, beside other numbers" if numbers else "is an empty list"
+        raise invalid(option, what, "Give 0 alone for never, or the numbers alone.")
+    return () if numbers == [0] else tuple(numbers)
+
+
+_MOST_ROWS = 1_000_000
+
 _NOT_TEXT = frozenset({"SQ", "OB", "OW", "OF", "OD", "OL", "OV", "OB or OW", "UN", "NONE"})
 
 
@@ -322,7 +339,23 @@ class LimitOptions(AdmissionOptions):
 
 
 @option_group
-class ScopeOptions(Options):
+class ListOptions(Options):
+    """What is known of the lists of a source."""
+
+    title = "limits of the source"
+
+    list_limit: tuple[int, ...] | None = setting(
+        None,
+        Parsed(_parse_list_limit, "0, or numbers such as 100,1000", optional=True),
+        "Rows at which the source cuts its C-FIND answers; 0: never. Default: not known, so round numbers.",
+        shell=("--list-limit",),
+        metavar="N,…",
+        connection="list_limit",
+    )
+
+
+@option_group
+class ScopeOptions(ListOptions):
     """What a query may mean."""
 
     title = "query"
@@ -619,7 +652,7 @@ class CallOptions(GetOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(ConnectionOptions, PlaceOptions, ModelOptions):
+class VerifyOptions(ConnectionOptions, PlaceOptions, ModelOptions, ListOptions):
     """The options of :func:`~airflow_dicom_get.verify.verify`."""
 
     addr: Node | None = setting(None, OPTIONAL_NODE, "Address of a PACS to compare with, [AE@]host:port.")
@@ -666,7 +699,7 @@ _PARTS: Mapping[str, type[Any]] = {
 
 GROUPS: tuple[type[Options], ...] = (
     ModelOptions, ScopeOptions, PlaceOptions, RootOptions, HeldOptions, WritingOptions, ForwardingOptions, GetOptions,
-    TransferOptions, AdmissionOptions, LimitOptions, NodeOptions, ConnectionOptions,
+    TransferOptions, AdmissionOptions, LimitOptions, ListOptions, NodeOptions, ConnectionOptions,
 )  # fmt: skip
 """The classes that declare options, in the order of ``--help`` and the documentation."""
 

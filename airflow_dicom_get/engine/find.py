@@ -11,9 +11,10 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, check_answered
+from airflow_dicom_get.engine.resolve import Finder, check_answered
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import InvalidOption, peer_text
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 if TYPE_CHECKING:
     from pandas import DataFrame

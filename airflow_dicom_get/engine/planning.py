@@ -12,9 +12,10 @@ from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pac
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
+from airflow_dicom_get.engine.resolve import Finder, Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Plan
 from airflow_dicom_get.sinks.base import Sink

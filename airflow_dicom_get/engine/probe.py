@@ -17,11 +17,12 @@ from airflow_dicom_get.dicom.syntaxes import EXPLICIT_LE, IMPLICIT_LE, UNCOMPRES
 from airflow_dicom_get.engine.contexts import likely_classes, pack
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.profile import Profile
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
+from airflow_dicom_get.engine.resolve import Finder, Scope
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import AssociationRejected, DicomGetError, InvalidQuery
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.echo import VERIFICATION
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.net.get import STUDY_ROOT_GET, StoreRequest, c_get
 from airflow_dicom_get.records import Instance
 

@@ -8,19 +8,16 @@ from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
 from airflow_dicom_get.engine.query import Filter, Query
 from airflow_dicom_get.errors import InvalidQuery, NotNegotiated, OperationFailed, peer_text
-from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
 from airflow_dicom_get.records import Key
 
 log = logging.getLogger(__name__)
 
-FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
 MAX_ROWS = 200_000
 """Rows of one C-FIND, where nothing tells how many there should be."""
 _UIDS = frozenset({h.SOP_CLASS_UID, h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})

@@ -11,10 +11,11 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
 from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope, resolve
+from airflow_dicom_get.engine.resolve import Finder, Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 log = logging.getLogger(__name__)
 

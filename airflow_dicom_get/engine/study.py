@@ -10,7 +10,7 @@ from airflow_dicom_get.dicom.syntaxes import all_storage_classes
 from airflow_dicom_get.engine.contexts import pack
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.requests import Request, lists_of
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, Scope
+from airflow_dicom_get.engine.resolve import Finder, Scope
 from airflow_dicom_get.engine.retrieval import Intake, Retrieval
 from airflow_dicom_get.engine.spread import Spread
 from airflow_dicom_get.engine.state import StudyState
@@ -20,6 +20,7 @@ from airflow_dicom_get.engine.worker import Pass
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, LOCAL_REASONS
 

@@ -13,8 +13,9 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.matching import Dropped
-from airflow_dicom_get.engine.resolve import FIND_PROPOSALS, Finder, check_answered, study_rows
+from airflow_dicom_get.engine.resolve import Finder, check_answered, study_rows
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
+from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.source import Source

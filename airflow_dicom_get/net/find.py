@@ -9,12 +9,15 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom.identifier import MAX_IDENTIFIER
 from airflow_dicom_get.dicom.status import CANCEL, describe, is_pending
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed, PeerError
+from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
+FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
 
 log = logging.getLogger(__name__)
 

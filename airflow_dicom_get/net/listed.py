@@ -6,15 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.errors import NotNegotiated, PeerProtocolError
-from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
 from airflow_dicom_get.net.messages import context_for
 from airflow_dicom_get.records import Key
 
-FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_FIND, IMPLICIT_LE))
 _MAX_ROWS = 200_000
 _UIDS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID})
 

@@ -150,7 +150,8 @@ class ForwardSink:
         return held
 
     def _hold_against_list(self, study: str, held: dict[Key, Stored]) -> None:
-        from airflow_dicom_get.net.listed import FIND_PROPOSALS, ask
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
+        from airflow_dicom_get.net.listed import ask
 
         self._release_idle()  # the question counts against the destination's limit, too
         try:

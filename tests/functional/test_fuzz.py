@@ -243,8 +243,8 @@ _PDUS = st.one_of(
 @pytest.fixture(scope="module")
 def accept(pacs: MisbehavingPacs) -> bytes:
     """What a good PACS answers to the association request of a C-FIND."""
-    from airflow_dicom_get.engine.resolve import FIND_PROPOSALS
     from airflow_dicom_get.net.acse import encode_request
+    from airflow_dicom_get.net.find import FIND_PROPOSALS
 
     with socket.create_connection(("127.0.0.1", pacs.port)) as sock:
         sock.sendall(encode_request("GET-SCU", "PACS", FIND_PROPOSALS, max_pdu_length=131072))

@@ -67,6 +67,7 @@ DEFAULTS = {
     "window": None,
     "timezone": UTC,
     "max_studies": 100,
+    "list_limit": None,
     "profile": None,
     "resume": True,
     "verify_held": "size",
@@ -102,7 +103,8 @@ SHELL = {
 }  # fmt: skip
 CONNECTION = {
     "calling_ae_title": "GET-SCU", "query_model": "StudyRoot", "max_pdu_length": 131072, "max_associations": 2,
-    "bytes_per_second": None, "window": None, "timezone": "UTC", "connect_timeout": 10, "acse_timeout": 30,
+    "bytes_per_second": None, "window": None, "timezone": "UTC", "list_limit": None, "connect_timeout": 10,
+    "acse_timeout": 30,
     "next_object_timeout": 300, "idle_timeout": 60, "operation_timeout": None, "use_tls": False, "tls_ca_file": None,
     "tls_cert_file": None, "tls_key_file": None, "tls_server_name": None, "tls_check_hostname": True,
     "tls_min_version": "1.2",
@@ -272,6 +274,13 @@ class TestShell:
         assert made.associations == 8
         assert made.sop_classes == ("1.2.840.10008.5.1.4.1.1.2",)
 
+    @pytest.mark.parametrize(
+        ("given", "made"),
+        [(None, None), (0, ()), ("0", ()), (500, (500,)), ("100, 1000", (100, 1000)), ([100, "1000"], (100, 1000))],
+    )  # fmt: skip
+    def test_list_limit(self, given: object, made: tuple[int, ...] | None) -> None:
+        assert check_options("h:104", list_limit=given).list_limit == made
+
     def test_nothing_typed_gives_nothing(self) -> None:
         assert typed() == {}
 
@@ -341,7 +350,9 @@ BAD = [
     ("window", "22-06"), ("window", "25:00-06:00"), ("window", "06:00-06:00"), ("window", "22:00-24:30"),
     ("window", 22),
     ("timezone", "Berlin/Europe"), ("timezone", "../../etc/passwd"), ("timezone", ""), ("timezone", 3),
-    ("max_studies", 0), ("profile", 7), ("profile", ""), ("profile", "/nowhere"),
+    ("max_studies", 0), ("list_limit", -1), ("list_limit", "100,x"), ("list_limit", "0,100"), ("list_limit", 1.5),
+    ("list_limit", []), ("list_limit", True), ("list_limit", 10**7),
+    ("profile", 7), ("profile", ""), ("profile", "/nowhere"),
     ("verify_held", "md5"), ("verify_held", None), ("retries", -1), ("checksum", "md5"),
     ("ack", "never"), ("tags", ["PatientNam"]), ("tags", ["PixelData"]), ("tags", [7]), ("tags", {"a": 1}),
     ("tags", ["TransferSyntaxUID"]), ("manifest_root", "dicom://h:1"), ("manifest_root", "/dev/null/x"),
