@@ -21,7 +21,6 @@ import ipaddress
 import socket
 import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
@@ -37,9 +36,11 @@ from airflow_dicom_get.testing.misbehaving import (
     wire,
 )
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
-from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, MODES, Behaviour, Site, Stage
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, MODES, Site
+from airflow_dicom_get.testing.misbehaving.line import SocketLine
 from airflow_dicom_get.testing.misbehaving.link import Link
-from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, GoneError
+from airflow_dicom_get.testing.misbehaving.scp import Scp
+from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE
 
 __all__ = ["MODES", "MisbehavingPacs", "many_pairs", "serve"]
 
@@ -130,10 +131,9 @@ class MisbehavingPacs:
             raise ValueError(f"there is no mode {name!r}, but {near}; 'list' shows all {len(MODES)}")
         self.mode = name or None
         self.host = host
-        self._ill_class: type[Behaviour] | None = MODE_CLASSES.get(name)
-        self._heal_after = heal_after
-        if heal_after is None and self._ill_class is not None:
-            self._heal_after = self._ill_class.heal_after
+        ill = MODE_CLASSES.get(name)
+        if heal_after is None and ill is not None:
+            heal_after = ill.heal_after
         held = archive.build(series=series, instances=instances, size=size, pairs=pairs)
         self._site = Site(
             held,
@@ -142,12 +142,11 @@ class MisbehavingPacs:
             list_syntaxes,
             None if victim is None else held[victim].sop,
         )
-        self._limits = (max_seconds, max_bytes)
+        self._scp = Scp(self._site, ill, heal_after, (max_seconds, max_bytes))
         self._closing = threading.Event()
-        self._links: set[Link] = set()
+        self._lines: set[SocketLine] = set()
         self._threads: list[threading.Thread] = []
         self._connections = 0
-        self.faults: list[str] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -208,6 +207,11 @@ class MisbehavingPacs:
         """Connections accepted so far."""
         return self._connections
 
+    @property
+    def faults(self) -> list[str]:
+        """See the class."""
+        return self._scp.faults
+
     # --- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -223,10 +227,9 @@ class MisbehavingPacs:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._site.lock:
-            links = list(self._links)
-        for link in links:
-            with contextlib.suppress(OSError):
-                link.sock.shutdown(socket.SHUT_RDWR)
+            lines = list(self._lines)
+        for line in lines:
+            line.close()
         for thread in self._threads:
             thread.join(_JOIN_SECONDS)
 
@@ -248,67 +251,20 @@ class MisbehavingPacs:
             except OSError:
                 return
             self._connections += 1
-            link = Link(sock, self._connections, self._closing)
+            line = SocketLine(sock)
             with self._site.lock:
-                self._links.add(link)
-            thread = threading.Thread(target=self._serve, args=(link,), daemon=True)
+                self._lines.add(line)
+            thread = threading.Thread(target=self._serve, args=(line, self._connections), daemon=True)
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, line: SocketLine, number: int) -> None:
         try:
-            self._converse(link)
-        except GoneError:
-            pass
-        except Exception:
-            self.faults.append(traceback.format_exc())
+            self._scp.serve(Link(line, number))
         finally:
             with self._site.lock:
-                self._links.discard(link)
-            with contextlib.suppress(OSError):
-                link.sock.shutdown(socket.SHUT_RDWR)
-            link.sock.close()
-
-    def _behaviour(self, link: Link, stage: Stage) -> Behaviour:
-        ill = self._ill_class
-        if ill is None or stage not in ill.stages:
-            return Behaviour(link, self._site)
-        with self._site.lock:
-            if not link.ill:
-                if self._heal_after is not None and self._site.ill_associations >= self._heal_after:
-                    return Behaviour(link, self._site)
-                self._site.ill_associations += 1
-                link.ill = True
-                seconds, size = self._limits
-                whole = sum(i.size for i in self._site.instances)
-                link.bound(seconds or ill.max_seconds, size or ill.max_bytes + whole)
-        return ill(link, self._site)
-
-    def _converse(self, link: Link) -> None:
-        kind, body = link.read_pdu()
-        if kind != wire.ASSOCIATE_RQ:
-            return
-        request = wire.parse_associate(body)
-        link.peer_max_pdu = request.max_pdu
-        if not self._behaviour(link, "associate").associate(request):
-            return
-        while True:
-            message = link.read()
-            if message is None:
-                self._behaviour(link, "release").release()
-                return
-            field = message.number(wire.FIELD)
-            if field == wire.C_ECHO:
-                Behaviour(link, self._site).echo(message)
-            elif field == wire.C_FIND:
-                self._behaviour(link, "find").find(message)
-            elif field == wire.C_GET:
-                self._behaviour(link, "get").get(message)
-            elif field & wire.RESPONSE or field == wire.C_CANCEL:
-                continue  # late: an answer after the final response, a cancel of what has ended
-            else:
-                link.send(wire.abort())
-                return
+                self._lines.discard(line)
+            line.free()
 
 
 def serve(mode: str | None, host: str = "127.0.0.1", port: int = 11112, **options: object) -> int:

@@ -376,9 +376,9 @@ def _naive(mode: str) -> list[str]:
             except (OSError, EOFError, AssertionError, struct.error, KeyError):
                 pass  # that is what the mode is for
         end = time.monotonic() + 3
-        while pacs._links and time.monotonic() < end:
+        while pacs._lines and time.monotonic() < end:
             time.sleep(0.005)
-        outlived = ["the association outlives its connection"] if pacs._links else []
+        outlived = ["the association outlives its connection"] if pacs._lines else []
     return outlived + pacs.faults
 
 

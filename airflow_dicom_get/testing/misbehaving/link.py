@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import random
-import select
-import socket
 import struct
-import threading
-import time
 from collections.abc import Iterable
 
 from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving.line import Line
 from airflow_dicom_get.testing.misbehaving.wire import Answer, GoneError, Message
 
 _IDLE_SECONDS = 600.0
-_PEER_LEFT = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 class Link:
     """One accepted connection.
 
     Every method raises :class:`~airflow_dicom_get.testing.misbehaving.wire.GoneError` when the peer has
-    left, the server closes, or a bound set by :meth:`bound` is reached.
+    left, the server closes the line, or a bound set by :meth:`bound` is reached.
 
     Parameters
     ----------
-    sock : socket.socket
-        The accepted socket.
+    line : Line
+        Its bytes.
     number : int
         1 for the first connection of the server.
-    closing : threading.Event
-        Set when the server closes.
     """
 
-    def __init__(self, sock: socket.socket, number: int, closing: threading.Event) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
+    def __init__(self, line: Line, number: int) -> None:
+        self.line = line
         self.number = number
         self.answers: list[Answer] = []
         self.scp_classes: frozenset[str] = frozenset()
         self.peer_max_pdu = 0
         self.bytes_sent = 0
         self.ill = False
-        self._closing = closing
         self._deadline: float | None = None
         self._last_byte: int | None = None
         self._fault_at: int | None = None
@@ -54,7 +46,7 @@ class Link:
 
     def bound(self, seconds: float, size: int) -> None:
         """From now on send at most ``size`` bytes and end after ``seconds``."""
-        self._deadline = time.monotonic() + seconds
+        self._deadline = self.line.now() + seconds
         self._last_byte = self.bytes_sent + size
 
     def fault_at(self, offset: int, fault: str) -> None:
@@ -66,11 +58,9 @@ class Link:
         self._noise = random.Random(seed)
 
     def _remaining(self) -> float:
-        if self._closing.is_set():
-            raise GoneError("the server closes")
         if self._deadline is None:
             return _IDLE_SECONDS
-        left = self._deadline - time.monotonic()
+        left = self._deadline - self.line.now()
         if left <= 0:
             raise GoneError("the time bound is reached")
         return left
@@ -103,9 +93,8 @@ class Link:
     def _write(self, data: bytes | memoryview) -> None:
         if self._noise is not None:
             data = mutated(bytes(data), self._noise)
-        self.sock.settimeout(self._remaining())
         try:
-            self.sock.sendall(data)
+            self.line.send(data, self._remaining())
         except OSError as error:
             raise GoneError(f"send: {error}") from error
         self.bytes_sent += len(data)
@@ -151,12 +140,8 @@ class Link:
 
     def wait(self, seconds: float) -> None:
         """Wait without reading; ends early, with ``GoneError``, when the peer leaves."""
-        poller = select.poll()
-        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        end = time.monotonic() + seconds
-        while (left := min(end - time.monotonic(), self._remaining())) > 0:
-            if any(event & _PEER_LEFT for _, event in poller.poll(min(left, 0.25) * 1000)):
-                raise GoneError("the peer left")
+        if self.line.left(min(seconds, self._remaining())):
+            raise GoneError("the peer left")
 
     def hold(self) -> None:
         """Neither send nor read until the peer leaves or the time bound is reached."""
@@ -165,22 +150,20 @@ class Link:
 
     def reset(self) -> None:
         """End the connection by a TCP reset."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        self.line.reset()
         raise GoneError("reset on purpose")
 
     # --- receiving ---------------------------------------------------------------------------
 
     def readable(self) -> bool:
         """Whether something waits to be read, without waiting for it."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        return self.line.readable()
 
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:
-            self.sock.settimeout(self._remaining())
             try:
-                chunk = self.sock.recv(min(size - len(data), 1 << 20))
+                chunk = self.line.receive(min(size - len(data), 1 << 20), self._remaining())
             except OSError as error:
                 raise GoneError(f"receive: {error}") from error
             if not chunk:
