@@ -335,9 +335,9 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
     new_in = make_folders(path.parent)
     folder = disk.open_folder(path.parent)
     try:
-        with opened(temporary, NEW, folder) as fd:
+        with opened(temporary, NEW, folder) as fd, _Output(fd) as output:
             try:
-                write(_Output(fd))
+                write(output)
                 disk.sync(fd)
                 disk.rename_over(temporary, path.name, folder)
             except BaseException:
@@ -352,7 +352,11 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
 
 
 class _Output(io.RawIOBase):
-    """An open file of the disk as one of Python, for what writes to such files alone. Closing it closes nothing."""
+    """An open file of the disk as one of Python, for what writes to such files alone.
+
+    Closing it closes nothing, and ends all writing: who failed half-way may try to end his file when he is cleared away,
+    and by then the descriptor may be another file's.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd, self._position = fd, 0
@@ -361,6 +365,8 @@ class _Output(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
+        if self.closed:
+            raise ValueError("The file is closed.")
         size = memoryview(data).nbytes
         write_all(self._fd, data)
         self._position += size

@@ -1,0 +1,261 @@
+"""Histories: what a PACS holds and how it changes, runs with their faults, and what happens between them.
+
+A history is plain data, made from a seed by :func:`history_of`, and can be kept as JSON. It is not Hypothesis' data:
+a kept failure has to outlast changes of the generator and of Hypothesis, a million histories have to cost what the
+engine costs and no more, and to shrink one by leaving out runs, faults and instances (:mod:`~tests.simulation.shrink`)
+is simple where each of them is an element of a list.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+from airflow_dicom_get.testing.misbehaving import archive, wire
+from airflow_dicom_get.testing.misbehaving.archive import CT, MR, STUDY_UID, Instance
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
+from tests.simulation.pacs import CHANGES, Change, Habits
+
+T = TypeVar("T")
+
+PAIRS = (
+    ((CT, wire.EXPLICIT_LE),),
+    ((CT, wire.EXPLICIT_LE), (MR, wire.EXPLICIT_LE)),
+    ((CT, wire.JPEG_2000),),
+    ((CT, wire.IMPLICIT_LE), (CT, wire.EXPLICIT_LE)),
+)
+"""SOP classes and transfer syntaxes of a study."""
+
+EXPENSIVE = frozenset(
+    {"ac_huge", "deflate_bomb", "endless_object", "endless_objects", "find_endless", "find_repeats", "pdu_huge"}
+    | {"pending_flood", "cmd_bomb", "pdv_flood"}
+)
+"""Modes that are nothing but many bytes: they cost a hundred histories and belong to tests over sockets."""
+MODES = tuple(sorted(MODE_CLASSES.keys() - EXPENSIVE))
+BREAKS = tuple(
+    f"{when} {what}" for when in ("before", "half", "after") for what in ("close", "reset", "abort", "silence")
+)
+
+DISK_FAULTS: Mapping[str, tuple[str, ...]] = {
+    "sync": ("EIO", "kill", "power", "kill after", "power after"),
+    "rename": ("EIO", "kill", "power", "kill after", "power after"),
+    "write": ("ENOSPC", "EIO", "short", "kill", "power", "kill after", "power after"),
+    "open": ("EACCES", "EMFILE", "kill", "kill after"),
+    "close": ("kill", "power"),
+    "unlink": ("EACCES", "kill", "kill after", "power after"),
+    "make_folder": ("EACCES", "ENOSPC", "kill after", "power after"),
+    "open_folder": ("EACCES", "kill after"),
+    "remove_folder": ("kill", "power after"),
+    "lock": ("EOPNOTSUPP", "kill after"),
+    "scan": ("EIO", "kill"),
+    "read": ("EIO", "kill"),
+    "status": ("EIO", "kill"),
+}
+"""What may become of a call of the disk."""
+NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
+    "connect": ("ECONNREFUSED", "EHOSTUNREACH", "kill"),
+    "send": ("ECONNRESET", "kill", "power"),
+    "receive": ("ECONNRESET", "kill", "power"),
+}
+BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A fault that a run meets: the ``number``-th call of an operation, and what becomes of it."""
+
+    operation: str
+    number: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of one retrieval.
+
+    Attributes
+    ----------
+    options : dict
+        Of ``GetScu``, besides node and destination.
+    faults : tuple of Planned
+    ill : tuple
+        Number of an association, from 1, its mode, and the mode's parameter.
+    breaks : tuple
+        Number of something that the PACS sends, and how the line ends there.
+    """
+
+    options: Mapping[str, Any]
+    faults: tuple[Planned, ...] = ()
+    ill: tuple[tuple[int, str, float | None], ...] = ()
+    breaks: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What happens between two runs: a name of :data:`BETWEEN`, and the number of the file to which it happens."""
+
+    what: str
+    which: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All of it; the same history plays in the same way each time."""
+
+    seed: int
+    instances: tuple[Instance, ...]
+    habits: Habits
+    query: Mapping[str, Any]
+    changes: tuple[Change, ...] = ()
+    steps: tuple[Run | Between, ...] = ()
+    volume: Mapping[str, Any] | None = None
+    destination: str = "folder"
+
+    def to_json(self) -> str:
+        """The history as text, to be kept."""
+        plain = asdict(self)
+        plain["steps"] = [{"kind": type(step).__name__, **asdict(step)} for step in self.steps]
+        return json.dumps(plain, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """What :meth:`to_json` wrote."""
+        plain = json.loads(text)
+        steps: list[Run | Between] = []
+        for step in plain.pop("steps"):
+            if step.pop("kind") == "Between":
+                steps.append(Between(**step))
+                continue
+            step["faults"] = tuple(Planned(**fault) for fault in step["faults"])
+            steps.append(Run(step["options"], step["faults"], _tuples(step["ill"]), _tuples(step["breaks"])))
+        plain["instances"] = tuple(Instance(**item) for item in plain["instances"])
+        plain["habits"] = Habits(**plain["habits"])
+        plain["changes"] = tuple(Change(**change) for change in plain["changes"])
+        return cls(**plain, steps=tuple(steps))
+
+
+def _tuples(lists: list[list[Any]]) -> tuple[Any, ...]:
+    return tuple(tuple(item) for item in lists)
+
+
+# --- from a seed -----------------------------------------------------------------------------------
+
+
+def history_of(seed: int) -> History:
+    """A history by chance."""
+    chance = random.Random(seed)
+    instances = _study(chance)
+    count = sum(i.study == STUDY_UID for i in instances)
+    ill_chance = chance.choice((0.0, 0.3, 0.7))
+    runs = chance.choice((1, 1, 2, 2, 3))
+    common = _options(chance)
+    steps: list[Run | Between] = []
+    for number in range(runs):
+        if number:
+            steps += [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 0, 1, 2)))]
+        steps.append(_run(chance, count, ill_chance, common))
+    moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 0, 1, 1, 2, 4))))
+    changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
+    return History(seed, instances, _habits(chance), _query(chance, instances), changes, tuple(steps), _volume(chance))
+
+
+def _study(chance: random.Random) -> tuple[Instance, ...]:
+    series = chance.choice((1, 1, 2, 2, 3))
+    each = chance.choice((1, 2, 3, 3, 5, 8))
+    size = chance.choice((700, 1500, 1500, 4000))
+    instances = archive.build(series=series, instances=each, size=size, pairs=chance.choice(PAIRS))
+    if chance.random() < 0.15:
+        _malform(chance, instances)
+    if chance.random() < 0.1 and len({i.series for i in instances}) > 1:
+        first, other = instances[0], next(i for i in instances if i.series != instances[0].series)
+        instances.append(replace(first, series=other.series, salt=chance.choice((0, 1))))
+    return (*instances, *archive.others(size)[:2])
+
+
+def _malform(chance: random.Random, instances: list[Instance]) -> None:
+    which = chance.randrange(len(instances))
+    sop = chance.choice(("1.2.ABC", "..", "", "1." + "2" * 80, f"{instances[which].sop}.00"))
+    instances[which] = replace(instances[which], sop=sop)
+
+
+def _habits(chance: random.Random) -> Habits:
+    return Habits(
+        counts=chance.choice(("true", "true", "none", "none", "high")),
+        cap=chance.choice((0, 0, 0, 0, 0, 0, 0, 2, 3, 5)),
+        syntaxes=chance.random() < 0.3,
+        counters=chance.choice(("true", "true", "true", "none")),
+    )
+
+
+def _query(chance: random.Random, instances: tuple[Instance, ...]) -> dict[str, Any]:
+    first = instances[0]
+    match chance.randrange(10):
+        case 0:
+            return {"StudyInstanceUID": STUDY_UID, "SeriesInstanceUID": first.series}
+        case 1:
+            return {"AccessionNumber": first.accession}
+        case 2:
+            return {"PatientID": first.patient_id, "StudyDate": first.date}
+        case _:
+            return {"StudyInstanceUID": STUDY_UID}
+
+
+def _options(chance: random.Random) -> dict[str, Any]:
+    """Options that all runs of a history have."""
+    options: dict[str, Any] = {
+        "durable": chance.random() < 0.85,
+        "verify_held": chance.choice(("size", "digest")),
+        "retries": chance.choice((0, 1, 5)),
+    }
+    if chance.random() < 0.1:
+        options["store_with_file_meta"] = False
+    if chance.random() < 0.1:
+        options["checksum"] = None
+    if options.get("checksum", "") is None:
+        options["verify_held"] = "size"
+    if chance.random() < 0.15:
+        options["ack"] = "durable"
+    return options
+
+
+def _volume(chance: random.Random) -> dict[str, Any]:
+    volume: dict[str, Any] = {}
+    if chance.random() < 0.1:
+        volume["renames"] = chance.choice(("link", "plain"))
+    if chance.random() < 0.1:
+        volume["locks"] = chance.choice(("host", "none"))
+    return volume
+
+
+_CALLS = {"write": 4, "sync": 3, "rename": 1, "open": 3, "close": 3, "unlink": 1, "read": 3, "status": 6}
+"""About how often an operation is called for each instance; others are called a few times in a run."""
+
+
+def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[str, Any]) -> Run:
+    options = dict(common)
+    if chance.random() < 0.1:
+        options["resume"] = False
+    if chance.random() < 0.1:
+        options["adopt"] = True
+    faults = []
+    for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
+        table = chance.choice((DISK_FAULTS, DISK_FAULTS, NETWORK_FAULTS))
+        # The first two thirds of the table's operations are those after which programs break.
+        operation = chance.choice(tuple(table)[:4] if chance.random() < 0.6 else tuple(table))
+        number = 1 + chance.randrange(_CALLS.get(operation, 0) * count + 4)
+        faults.append(Planned(operation, number, chance.choice(table[operation])))
+    ill: list[tuple[int, str, float | None]] = []
+    if chance.random() < ill_chance:
+        mode = chance.choice(MODES)
+        ill = (
+            [(n, mode, None) for n in range(1, 30)] if chance.random() < 0.3 else [(chance.randrange(1, 5), mode, None)]
+        )
+    breaks = []
+    if chance.random() < 0.3:
+        breaks = [
+            (1 + chance.randrange(6 * count + 12), chance.choice(BREAKS)) for _ in range(chance.choice((1, 1, 2)))
+        ]
+    return Run(options, tuple(faults), tuple(ill), tuple(breaks))

@@ -1,0 +1,214 @@
+"""What must hold after each run of a history, whatever happened in it (DESIGN, section 7)."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
+from tests.simulation.marks import mark
+from tests.simulation.pacs import Find, Key, listed
+from tests.simulation.world import ROOT, Played, World
+
+LONGEST = 2 * 3600.0
+"""Seconds within which any run ends: the operation's hour, and what may come after it."""
+
+
+def after_run(world: World, run: Played) -> None:
+    """Add what is wrong after a run to the findings of its world."""
+    files = world.volume.files()
+    _nothing_foreign(world, files)
+    _nothing_changed(world, run, files)
+    _nothing_torn(world, run, files)
+    if run.seconds > LONGEST:
+        world.finding("it took too long", run.seconds)
+    if run.killed:
+        return
+    _nothing_left_behind(world, run, files)
+    _not_asked_again(world, run)
+    if run.result is not None:
+        _numbers(world, run)
+        if run.result.verdict == "complete":
+            _complete(world, run, files)
+
+
+# --- what lies there -------------------------------------------------------------------------------
+
+
+def final_files(files: dict[str, bytes]) -> Iterator[tuple[str, str, Key, bytes]]:
+    """Path, study, (series, sop) and content of what lies under a final name."""
+    for path, content in files.items():
+        if path.endswith(".dcm") and not path.rpartition("/")[2].startswith("."):
+            study, series, name = path.removeprefix(f"{ROOT}/").split("/")
+            yield path, study, (series, name.removesuffix(".dcm")), content
+
+
+def data_set(content: bytes) -> bytes:
+    """The data set of a file, whether or not it has file meta information."""
+    if content[128:132] != b"DICM":
+        return content
+    (length,) = struct.unpack_from("<I", content, 140)
+    return content[144 + length :]
+
+
+def _is_whole(world: World, path: str, key: Key, content: bytes) -> bool:
+    return data_set(content) in world.pacs.sent[key] or world.theirs.get(path) == content
+
+
+def _nothing_foreign(world: World, files: dict[str, bytes]) -> None:
+    for path, study, key, _ in final_files(files):
+        if study != STUDY_UID or ((study, *key) not in world.pacs.ever and not world.pacs.sent[key]):
+            world.finding("stored though it is not meant", path)
+        elif not meant(world, key):
+            world.finding("stored though the query does not mean it", path)
+
+
+def meant(world: World, key: Key) -> bool:
+    """Whether the query means an instance of the study."""
+    series = world.history.query.get("SeriesInstanceUID")
+    return series is None or key[0] == series
+
+
+def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None:
+    """What was whole under a final name stays as it was."""
+    if any(fault.ends == "power" for _, _, fault in run.met):
+        return  # what was not synced before this run is not there any more
+    for path, _, key, content in final_files(run.before):
+        if files.get(path) != content and _is_whole(world, path, key, content):
+            world.finding("lost" if path not in files else "changed", path)
+
+
+def _nothing_torn(world: World, run: Played, files: dict[str, bytes]) -> None:
+    if any(fault.ends == "power" for _, _, fault in run.met):
+        return
+    for path, _, key, content in final_files(files):
+        if run.before.get(path) != content and not _is_whole(world, path, key, content):
+            world.finding("torn under a final name", path, len(content))
+
+
+def _nothing_left_behind(world: World, run: Played, files: dict[str, bytes]) -> None:
+    if any(operation in ("unlink", "close") for operation, _, _ in run.met):
+        return
+    for path in files:
+        name = path.rpartition("/")[2]
+        if path not in run.before and (name.endswith((".part", ".lock"))):
+            world.finding("left behind", path)
+
+
+# --- what was said ---------------------------------------------------------------------------------
+
+
+def _numbers(world: World, run: Played) -> None:
+    result = run.result
+    assert result is not None
+    if result.completed + result.failed != result.total:
+        world.finding("numbers do not add up", result.total, result.completed, result.failed)
+    if result.verdict == "complete" and result.completed != result.total:
+        world.finding("complete, and not all of it", result.total, result.completed)
+    for error in result.errors:
+        if "nexpected" in str(error):
+            world.finding("an error that nobody expected", error)
+
+
+def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
+    """All that the last two lists name, and all that there is, is held, durable, as it was sent first."""
+    finds = [find for find in world.pacs.finds if find.run == run.number]
+    lists = [named for named, whole in listed(finds).values() if whole]
+    if len(lists) < 2:
+        world.finding("complete without a second list", len(lists))
+        return
+    wanted = {key for named in lists[-2:] for key in named if meant(world, key)}
+    if not run.changed and not _lists_lie(run) and not (world.history.habits.cap and _cut_unseen(world, finds)):
+        wanted |= {key for key in _listable(world) if meant(world, key)}
+    if any(not is_uid(sop) or not is_uid(series) for series, sop in wanted):
+        world.finding("complete, and a listed UID is malformed", wanted)
+    durable = world.volume.durable() if run.run.options.get("durable", True) else files
+    for series, sop in sorted(wanted):
+        path = f"{ROOT}/{STUDY_UID}/{series}/{sop}.dcm"
+        if path not in files:
+            world.finding("complete, and not there", path)
+        elif durable.get(path) != files[path]:
+            world.finding("complete, and not durable", path)
+        elif not _is_whole(world, path, (series, sop), files[path]):
+            world.finding("complete, and other bytes than were sent", path)
+        elif (
+            path in world.theirs and files[path] == world.theirs[path] and run.run.options.get("verify_held") != "size"
+        ):
+            world.finding("complete, and somebody else's file", path)
+
+
+def _lists_lie(run: Played) -> bool:
+    return any("find" in MODE_CLASSES[mode].stages for _, mode, _ in run.run.ill)
+
+
+def _listable(world: World) -> dict[Key, Instance]:
+    return {key: i for key, i in world.pacs.held().items() if key not in world.pacs.unlisted}
+
+
+def _cut_unseen(world: World, finds: list[Find]) -> bool:
+    """Whether a list was cut, and nothing that is known of lists shows it."""
+    return world.history.habits.counts == "none" and any(find.cut for find in finds)
+
+
+def _not_asked_again(world: World, run: Played) -> None:
+    """What an earlier run confirmed, and nobody touched, is not asked for by its UID."""
+    if run.run.options.get("resume") is False or not run.number > 1:
+        return
+    if any(operation in ("read", "scan", "status", "open", "open_folder") for operation, _, _ in run.met):
+        return
+    confirmed = Counter[Key]()
+    for row in _confirmed(world, run):
+        confirmed[row] += 1
+    for get in world.pacs.gets:
+        if get.run == run.number and get.level == "IMAGE":
+            for sop in get.uids:
+                if confirmed[get.series, sop]:
+                    world.finding("asked for again", get.series, sop)
+        elif get.run == run.number and get.level != "IMAGE" and any(confirmed[key] for key in get.sent):
+            mark("asked for again as a whole series or study")
+
+
+def _confirmed(world: World, run: Played) -> Iterator[Key]:
+    last = next((r for r in reversed(world.runs[: run.number - 1]) if not r.killed), None)
+    if last is None or last.number != run.number - 1:
+        return
+    now = {key: (path, content) for path, _, key, content in final_files(run.before)}
+    for row in last.rows:
+        key = row["series_instance_uid"], row["sop_instance_uid"]
+        if row["state"] in ("stored", "held") and key in now:
+            path, content = now[key]
+            if _is_whole(world, path, key, content) and path not in world.theirs:
+                yield key
+
+
+# --- the end ---------------------------------------------------------------------------------------
+
+
+def has_ended(world: World, run: Played) -> bool:
+    """Whether a run in which all was well ended in ``complete``, or in a verdict that names what cannot be had."""
+    if run.result is None:
+        return run.refused is not None and not _listable(world)
+    verdict, habits = run.result.verdict, world.history.habits
+    if verdict == "complete":
+        return True
+    there = [key for key in _listable(world) if meant(world, key)]
+    if verdict == "empty":
+        return not there
+    malformed = {key for key in there if not (is_uid(key[0]) and is_uid(key[1]))}
+    if verdict == "unverified":
+        return habits.counts == "high" or bool(habits.cap) or bool(malformed)
+    for row in run.rows:
+        key = row["series_instance_uid"], row["sop_instance_uid"]
+        match row["state"]:
+            case "conflict":
+                if len(set(world.pacs.sent[key])) < 2 and not any(key[1] in path for path in world.theirs):
+                    return False
+            case "missing":
+                if row["reason"] != "bad_uid":
+                    return False
+            case "failed":
+                return False
+    return bool(run.rows)

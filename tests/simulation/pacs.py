@@ -1,0 +1,447 @@
+"""The model PACS: the misbehaving one over lines of memory, whose archive changes, and who writes down what it does.
+
+Everything that it says on the network is said by :mod:`airflow_dicom_get.testing.misbehaving`. A history chooses for
+each association one of its modes, or none; :class:`Habits` hold for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from airflow_dicom_get.testing.misbehave import MODES
+from airflow_dicom_get.testing.misbehaving import archive, wire
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance, Row
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, Behaviour, Retrieval, Site, Stage
+from airflow_dicom_get.testing.misbehaving.line import Line
+from airflow_dicom_get.testing.misbehaving.link import Link
+from airflow_dicom_get.testing.misbehaving.scp import Scp
+from airflow_dicom_get.testing.misbehaving.wire import GoneError, Message
+from tests.simulation.marks import mark
+
+STUDY, SERIES, SOP, LEVEL = 0x0020000D, 0x0020000E, 0x00080018, 0x00080052
+_COUNTS = (0x00201206, 0x00201208, 0x00201209)
+Key = tuple[str, str]
+"""Series and SOP Instance UID: what makes an instance of a study."""
+
+assert MODES  # imported with the modules that fill the table
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What the PACS does on all associations of a history.
+
+    Attributes
+    ----------
+    counts : {"true", "none", "high"}
+        Numbers of related series and instances in its lists.
+    cap : int
+        Rows at which it cuts every answer without a word; 0 for never.
+    syntaxes : bool
+        Whether lists tell transfer syntaxes.
+    counters : {"true", "none"}
+        Of its C-GET responses.
+    """
+
+    counts: str = "true"
+    cap: int = 0
+    syntaxes: bool = False
+    counters: str = "true"
+
+
+@dataclass(slots=True)
+class Find:
+    """A C-FIND and what was answered."""
+
+    run: int
+    association: int
+    level: str
+    query: Row
+    rows: list[Row] = field(default_factory=list)
+    cut: bool = False
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Get:
+    """A C-GET, and what was sent whole for it."""
+
+    run: int
+    association: int
+    level: str
+    series: str
+    uids: list[str]
+    sent: list[Key] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of the archive.
+
+    Attributes
+    ----------
+    moment : int
+        Requests and sub-operations of the whole history before it comes.
+    what : str
+        A name of :data:`CHANGES`.
+    which : int
+        Number of the instance, among those that are there.
+    """
+
+    moment: int
+    what: str
+    which: int
+
+
+class ModelPacs:
+    """The PACS of a history.
+
+    Parameters
+    ----------
+    instances : sequence of Instance
+        What it holds at the beginning, other studies included.
+    habits : Habits
+    changes : sequence of Change
+        In the order of their moments.
+
+    Attributes
+    ----------
+    finds, gets : list
+        What was asked of it.
+    sent : dict
+        By (series, sop) the data sets that went out whole, in order.
+    run : int
+        Number of the run that is on; a history sets it.
+    ill : dict
+        Mode and parameter by the number of the association within a run.
+    breaks : dict
+        Number of a send within the run, and how the line ends there.
+    healed : bool
+        No faults and no changes any more.
+    """
+
+    def __init__(self, instances: Sequence[Instance], habits: Habits, changes: Sequence[Change] = ()) -> None:
+        self.site = Site(list(instances), list_syntaxes=habits.syntaxes)
+        self.habits = habits
+        self.unlisted: set[Key] = set()
+        self.ever: set[tuple[str, str, str]] = {(i.study, i.series, i.sop) for i in instances}
+        self.finds: list[Find] = []
+        self.gets: list[Get] = []
+        self.sent: dict[Key, list[bytes]] = defaultdict(list)
+        self.log: list[tuple[Any, ...]] = []
+        self.run = 0
+        self.ill: Mapping[int, tuple[str, float | None]] = {}
+        self.breaks: Mapping[int, str] = {}
+        self.healed = False
+        self.faults: list[str] = []
+        self._changes = list(changes)
+        self._moment = 0
+        self._associations = 0
+        self._sends = 0
+        self._number = 0
+
+    # --- for the history -----------------------------------------------------------------------
+
+    def begin(self, ill: Mapping[int, tuple[str, float | None]], breaks: Mapping[int, str]) -> None:
+        """The next run begins."""
+        self.run += 1
+        self.ill, self.breaks = ill, breaks
+        self._associations = self._sends = 0
+
+    def accept(self, line: Line, port: int) -> Callable[[], object]:
+        """See :class:`~tests.simulation.line.Network`."""
+        self._associations += 1
+        self._number += 1
+        link = ModelLink(line, self._number, self)
+        scp = ModelScp(self, self._associations)
+
+        def serve() -> None:
+            self.log.append(("association", self.run, self._associations))
+            scp.serve(link)
+            self.faults += scp.faults
+
+        return serve
+
+    def held(self, study: str = STUDY_UID) -> dict[Key, Instance]:
+        """What it holds and lists of a study."""
+        return {(i.series, i.sop): i for i in self.site.instances if i.study == study}
+
+    # --- what happens --------------------------------------------------------------------------
+
+    def moment(self) -> None:
+        """A request or a sub-operation begins."""
+        self._moment += 1
+        while self._changes and self._changes[0].moment <= self._moment and not self.healed:
+            change = self._changes.pop(0)
+            CHANGES[change.what](self, change.which)
+            self.ever |= {(i.study, i.series, i.sop) for i in self.site.instances}
+            self.log.append(("change", change.what, change.which))
+            mark(f"archive: {change.what}")
+
+    def send(self) -> str | None:
+        """Something is to be sent; how the line ends there, if it does."""
+        self._sends += 1
+        return self.breaks.get(self._sends)
+
+    def changeable(self, which: int) -> Instance | None:
+        """An instance of the study, by its number."""
+        own = [i for i in self.site.instances if i.study == STUDY_UID]
+        return own[which % len(own)] if own else None
+
+
+class ModelLink(Link):
+    """A connection that breaks off where the history says."""
+
+    def __init__(self, line: Line, number: int, pacs: ModelPacs) -> None:
+        super().__init__(line, number)
+        self._pacs = pacs
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        how = self._pacs.send()
+        if how is None:
+            super().send(*parts)
+            return
+        mark(f"break: {how}")
+        whole = b"".join(parts)
+        when, _, what = how.partition(" ")
+        if when == "half":
+            super().send(whole[: len(whole) // 2])
+        elif when == "after":
+            super().send(whole)
+        match what:
+            case "abort":
+                super().send(wire.abort())
+            case "reset":
+                self.reset()
+            case "silence":
+                self.bound(1200.0, 0)
+                self.hold()
+        raise GoneError("broken off on purpose")
+
+
+class ModelScp(Scp):
+    """One association of the model PACS."""
+
+    def __init__(self, pacs: ModelPacs, number: int) -> None:
+        super().__init__(pacs.site)
+        self.pacs, self.number = pacs, number
+
+    def behaviour(self, link: Link, stage: Stage) -> Behaviour:
+        mode, param = self.pacs.ill.get(self.number, (None, None))
+        if mode is not None and stage not in MODE_CLASSES[mode].stages:
+            mode = None
+        made = behaviour_of(mode)(link, self.site)
+        assert isinstance(made, Habitual)
+        made.pacs, made.number_in_run = self.pacs, self.number
+        if mode is not None:
+            if not link.ill:
+                link.ill = True
+                link.bound(1200.0, 1 << 20)
+                mark(f"mode: {mode}")
+            if param is not None:
+                made.param = param
+        return made
+
+
+class Habitual(Behaviour):
+    """What the model PACS does besides its mode: its habits, and the log."""
+
+    pacs: ModelPacs
+    number_in_run = 0
+    _find: Find | None = None
+    _get: Get | None = None
+    _current: Instance | None = None
+
+    # --- lists ---------------------------------------------------------------------------------
+
+    def find(self, message: Message) -> None:
+        self.pacs.moment()
+        query = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        self._find = Find(self.pacs.run, self.number_in_run, query.get(LEVEL, ""), query)
+        self.pacs.finds.append(self._find)
+        super().find(message)
+
+    def respond(self, message: Message, status: int, data: bytes = b"") -> None:
+        find = self._find
+        if find is not None and message.number(wire.FIELD) == wire.C_FIND:
+            if data:
+                find.rows.append(archive.parse_identifier(data, self.syntax_of(message.context)))
+            elif status == 0:
+                find.ended = True
+                self.pacs.log.append(("list", find.level, len(find.rows), find.cut))
+        super().respond(message, status, data)
+
+    def listing(self) -> Sequence[Instance]:
+        unlisted = self.pacs.unlisted
+        return [i for i in super().listing() if (i.series, i.sop) not in unlisted]
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        counts = self.pacs.habits.counts
+        for tag in _COUNTS:
+            if tag in row and counts == "none":
+                del row[tag]
+            elif tag in row and counts == "high":
+                row[tag] = str(int(row[tag]) + 1)
+        return row
+
+    def rows(self, level: str, query: Row) -> Iterable[Row]:
+        rows = super().rows(level, query)
+        cap = self.pacs.habits.cap
+        return self._cut(iter(rows), cap) if cap else rows
+
+    def _cut(self, rows: Iterator[Row], cap: int) -> Iterator[Row]:
+        yield from islice(rows, cap)
+        if next(rows, None) is not None and self._find is not None:
+            self._find.cut = True
+            mark(f"list: cut at {self._find.level}")
+
+    # --- gets ----------------------------------------------------------------------------------
+
+    def get(self, message: Message) -> None:
+        self.pacs.moment()
+        request = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        level = request.get(LEVEL, "")
+        tag = {"STUDY": STUDY, "SERIES": SERIES, "IMAGE": SOP}.get(level, SOP)
+        self._get = Get(
+            self.pacs.run, self.number_in_run, level, request.get(SERIES, ""), request.get(tag, "").split("\\")
+        )
+        self.pacs.gets.append(self._get)
+        self.pacs.log.append(("get", level, len(self._get.uids)))
+        super().get(message)
+
+    def operate(self, retrieval: Retrieval, instance: Instance) -> None:
+        self.pacs.moment()
+        super().operate(retrieval, instance)
+
+    def get_response(
+        self, retrieval: Retrieval, status: int | None, counters: dict[int, wire.Value], failed: Sequence[str] = ()
+    ) -> None:
+        if self.pacs.habits.counters == "none":
+            counters = {}
+        super().get_response(retrieval, status, counters, failed)
+
+    def store_command(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self._current = instance
+        super().store_command(retrieval, instance, context)
+
+    def send_dataset(self, context: int, pieces: Iterator[bytes]) -> None:
+        whole = b"".join(pieces)
+        super().send_dataset(context, iter((whole,)))
+        instance = self._current
+        if instance is not None:
+            sent = self.pacs.sent[instance.series, instance.sop]
+            if sent and sent[-1] != whole:
+                mark("pacs: other bytes of one instance")
+            sent.append(whole)
+            if self._get is not None:
+                self._get.sent.append((instance.series, instance.sop))
+            self.pacs.log.append(("sent", instance.sop, hashlib.sha256(whole).hexdigest()[:8]))
+
+    def await_response(self, retrieval: Retrieval) -> int:
+        status = super().await_response(retrieval)
+        self.pacs.log.append(("answered", status))
+        return status
+
+
+_CLASSES: dict[str | None, type[Behaviour]] = {None: Habitual}
+
+
+def behaviour_of(mode: str | None) -> type[Behaviour]:
+    """A mode on top of the habits."""
+    if mode not in _CLASSES:
+        assert mode is not None
+        _CLASSES[mode] = type(f"Habitual_{mode}", (MODE_CLASSES[mode], Habitual), {})
+    return _CLASSES[mode]
+
+
+# --- changes of the archive ------------------------------------------------------------------------
+
+
+def _add(pacs: ModelPacs, which: int) -> None:
+    """A new instance comes into a series."""
+    like = pacs.changeable(which)
+    if like is not None:
+        number = 500 + sum(1 for _ in pacs.ever)
+        pacs.site.instances.append(archive.another(like, number))
+
+
+def _add_series(pacs: ModelPacs, which: int) -> None:
+    """A new series of one instance comes."""
+    like = pacs.changeable(which)
+    if like is not None:
+        number = 500 + len(pacs.ever)
+        new = archive.another(like, number)
+        pacs.site.instances.append(replace(new, series=f"{like.series}.{number}", series_number=number))
+
+
+def _remove(pacs: ModelPacs, which: int) -> None:
+    """An instance is deleted."""
+    gone = pacs.changeable(which)
+    if gone is not None:
+        pacs.site.instances.remove(gone)
+
+
+def _unlist(pacs: ModelPacs, which: int) -> None:
+    """An instance is listed no longer, and still sent to who asks for it."""
+    hidden = pacs.changeable(which)
+    if hidden is not None:
+        pacs.unlisted.add((hidden.series, hidden.sop))
+
+
+def _other_series(pacs: ModelPacs, instance: Instance) -> str:
+    series = sorted({i.series for i in pacs.site.instances if i.study == instance.study} - {instance.series})
+    return series[0] if series else f"{instance.series}.7"
+
+
+def _move(pacs: ModelPacs, which: int) -> None:
+    """An instance moves into another series."""
+    moved = pacs.changeable(which)
+    if moved is not None:
+        there = _other_series(pacs, moved)
+        if not any(i.series == there and i.sop == moved.sop for i in pacs.site.instances):
+            pacs.site.instances[pacs.site.instances.index(moved)] = replace(moved, series=there)
+
+
+def _twin(pacs: ModelPacs, which: int) -> None:
+    """The UID of an instance is given to another one in another series."""
+    first = pacs.changeable(which)
+    if first is not None:
+        there = _other_series(pacs, first)
+        if not any(i.series == there and i.sop == first.sop for i in pacs.site.instances):
+            pacs.site.instances.append(replace(first, series=there, salt=first.salt + 1))
+
+
+def _correct(pacs: ModelPacs, which: int) -> None:
+    """The bytes of an instance are others from now on."""
+    old = pacs.changeable(which)
+    if old is not None:
+        pacs.site.instances[pacs.site.instances.index(old)] = replace(old, salt=old.salt + 1)
+
+
+CHANGES: Mapping[str, Callable[[ModelPacs, int], None]] = {
+    "add": _add,
+    "add series": _add_series,
+    "remove": _remove,
+    "unlist": _unlist,
+    "move": _move,
+    "twin": _twin,
+    "correct": _correct,
+}
+
+
+def listed(finds: Iterable[Find], study: str = STUDY_UID) -> dict[int, tuple[Counter[Key], bool]]:
+    """By association the instances that its lists named, and whether all of these came to their end."""
+    found: dict[int, tuple[Counter[Key], bool]] = {}
+    for find in finds:
+        if find.level == "IMAGE":
+            named, whole = found.get(find.association, (Counter(), True))
+            for row in find.rows:
+                if row.get(STUDY, find.query.get(STUDY)) == study:
+                    named[find.query.get(SERIES) or row.get(SERIES, ""), row.get(SOP, "")] += 1
+            found[find.association] = named, whole and find.ended
+    return found

@@ -1,0 +1,233 @@
+"""A history played: the engine whole, between the models, in one thread.
+
+:func:`play` gives what was wrong with it. What must hold is in :mod:`~tests.simulation.invariants`.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from airflow_dicom_get.errors import InvalidOption, InvalidQuery
+from airflow_dicom_get.getscu import GetScu
+from airflow_dicom_get.net import transport
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.storage import files
+from tests.simulation.disk import Volume
+from tests.simulation.faults import Fault, Faults, Killed, Process
+from tests.simulation.history import Between, History, Planned, Run
+from tests.simulation.line import Network
+from tests.simulation.loop import EndlessError, Loop, looped
+from tests.simulation.marks import mark
+from tests.simulation.pacs import ModelPacs
+
+ROOT = "/data"
+NODE = "ANY-SCP@pacs.example:104"
+DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
+_COLUMNS = ["series_instance_uid", "sop_instance_uid", "state", "reason"]
+
+
+@dataclass(slots=True)
+class Played:
+    """What one run left."""
+
+    number: int
+    run: Run
+    before: dict[str, bytes]
+    """All files, as they were."""
+    result: Result | None = None
+    refused: Exception | None = None
+    """It raised, as it may where nothing was fetched."""
+    killed: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    met: list[tuple[str, int, Fault]] = field(default_factory=list)
+    changed: bool = False
+    """The archive changed meanwhile."""
+    seconds: float = 0.0
+    healing: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, or how it ended without one."""
+        if self.result is not None:
+            return self.result.verdict
+        return "killed" if self.killed else f"raised {type(self.refused).__name__}"
+
+
+class World:
+    """The models of one history, and what they saw.
+
+    Attributes
+    ----------
+    findings : list of str
+        What was wrong; empty, one hopes.
+    theirs : dict
+        What somebody else put under a final name, by path.
+    """
+
+    def __init__(self, history: History, loop: Loop) -> None:
+        self.history, self.loop = history, loop
+        self.volume = Volume(loop.chance)
+        for name, value in (history.volume or {}).items():
+            setattr(self.volume, name, value)
+        self.volume.make(ROOT)
+        self.pacs = ModelPacs(history.instances, history.habits, history.changes)
+        self.network = Network(loop, self.pacs.accept)
+        self.runs: list[Played] = []
+        self.findings: list[str] = []
+        self.theirs: dict[str, bytes] = {}
+        self.trace: list[Any] = []
+
+    def finding(self, what: str, *details: object) -> None:
+        """Something is wrong."""
+        number = self.runs[-1].number if self.runs else 0
+        self.findings.append(f"{what} (run {number}){': ' if details else ''}{', '.join(map(str, details))}")
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def play(self) -> None:
+        """All of it."""
+        from tests.simulation import invariants
+
+        for step in self.history.steps:
+            if isinstance(step, Between):
+                self.between(step)
+            else:
+                self.run(step)
+                invariants.after_run(self, self.runs[-1])
+            if self.findings:
+                return
+        self.heal()
+        for _ in range(3):
+            self.run(Run(self.healing_options()), healing=True)
+            invariants.after_run(self, self.runs[-1])
+            if self.findings or invariants.has_ended(self, self.runs[-1]):
+                return
+        self.finding("it never comes to an end", [run.verdict for run in self.runs], self.runs[-1].rows)
+
+    def heal(self) -> None:
+        """Faults and changes are over."""
+        self.pacs.healed = True
+        self.volume.capacity, self.volume.read_only = None, False
+
+    def healing_options(self) -> dict[str, Any]:
+        """Of the runs in which all is well: those of the others, but for what makes a run fetch all again."""
+        runs = [step for step in self.history.steps if isinstance(step, Run)]
+        options = dict(runs[-1].options) if runs else {}
+        options.pop("resume", None)
+        return options | {"durable": True}
+
+    def run(self, run: Run, *, healing: bool = False) -> None:
+        """One run of the retrieval."""
+        process = Process(Faults({(f.operation, f.number): _fault(f) for f in run.faults}))
+        played = Played(len(self.runs) + 1, run, self.volume.files(), healing=healing)
+        self.runs.append(played)
+        self.pacs.begin({n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
+        disk = self.volume.disk(process)
+        began, changes = self.loop.at, len(self.pacs.log)
+
+        def work() -> None:
+            scu = GetScu(NODE, destination=ROOT, deadlines=DEADLINES, **run.options)
+            played.result = scu.get_study(self.history.query)
+
+        with _seams(self.network, disk):
+            main = self.loop.run(work, process)
+            if isinstance(main.error, Killed):
+                played.killed = True
+                main.error = None
+                self.loop.bury(process)
+                gc.collect()  # whatever is left of it ends on its own disk, not on that of the next run
+            else:
+                self.loop.settle(process)
+                if isinstance(main.error, InvalidQuery | InvalidOption):
+                    played.refused = main.error
+                elif main.error is not None:
+                    raise main.error
+                if left := self.loop.of(process):
+                    self.finding("left running", [task.name for task in left])
+                if played.result is not None and played.result.rows is not None:
+                    played.rows = played.result.rows().select(_COLUMNS).to_pylist()
+                if left_open := self.volume.left_open():
+                    self.finding("left open or locked", left_open)
+                if self.network.left_open:
+                    self.finding("left connected", self.network.left_open)
+        process.die()
+        played.met = list(process.faults.met)
+        played.seconds = self.loop.at - began
+        played.changed = any(entry[0] == "change" for entry in self.pacs.log[changes:])
+        if process.breaches:
+            self.finding("breach of the model", process.breaches)
+        if self.pacs.faults:
+            self.finding("mistake of the model PACS", self.pacs.faults[0])
+        self.trace.append((played.verdict, self.loop.at, played.rows, process.faults.trace))
+        mark(f"verdict: {played.verdict}")
+        for operation, _, fault in played.met:
+            mark(f"fault: {operation} {fault.ends or fault.error or 'short'}")
+
+    def between(self, step: Between) -> None:
+        """What others do between two runs."""
+        final = sorted(path for path in self.volume.files() if path.endswith(".dcm"))
+        mark(f"between: {step.what}")
+        if step.what == "power":
+            self.volume.cut()
+            return
+        if step.what == "evict":
+            self.volume.evict()
+            return
+        if not final:
+            return
+        path = final[step.which % len(final)]
+        content = self.volume.files()[path]
+        match step.what:
+            case "overwrite":
+                if len(content) > 200:
+                    self.theirs[path] = content[:-100] + bytes(100)
+                    self.volume.overwrite(path, self.theirs[path])
+            case "tear":
+                self.volume.overwrite(path, content[: len(content) // 2])
+            case "delete":
+                self.volume.remove(path)
+            case "read-only":
+                self.volume.set_mode(path, 0o444)
+
+
+def _fault(planned: Planned) -> Fault:
+    what, _, when = planned.what.partition(" ")
+    after = when == "after"
+    if what == "short":
+        return Fault(short=True)
+    if what in ("kill", "power"):
+        return Fault(ends="kill" if what == "kill" else "power", after=after)
+    return Fault(error=getattr(errno, what), after=after)
+
+
+@contextmanager
+def _seams(network: Network, disk: files.Disk) -> Iterator[None]:
+    real = transport.connect, files.disk
+    transport.connect, files.disk = network.connect, disk
+    try:
+        yield
+    finally:
+        transport.connect, files.disk = real
+
+
+def play(history: History) -> World:
+    """Play a history, with nothing logged."""
+    logging.disable(logging.CRITICAL)
+    gc.disable()  # garbage is collected where the history says, not by chance
+    try:
+        with looped(history.seed) as loop:
+            world = World(history, loop)
+            try:
+                world.play()
+            except EndlessError as error:
+                world.finding("it never returns", error)
+            return world
+    finally:
+        gc.enable()
+        logging.disable(logging.NOTSET)
