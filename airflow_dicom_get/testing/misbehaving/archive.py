@@ -115,7 +115,7 @@ class Instance:
         return b"".join(self.pieces())
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def noise(salt: int) -> bytes:
     return random.Random(salt).randbytes(_BLOCK)
 
@@ -266,10 +266,9 @@ def find(
     level: str, query: Row, listing: Iterable[Instance], describe: Callable[[str, Sequence[Instance]], Row]
 ) -> Iterator[Row]:
     """Answer a C-FIND: one row per match with the keys that were asked for, unknown ones empty."""
-    tag = _UNIQUE_KEYS.get(level, 0x0020000D)
-    groups: dict[str, list[Instance]] = {}
+    groups: dict[tuple[str, ...], list[Instance]] = {}
     for instance in listing:
-        key = {0x0020000D: instance.study, 0x0020000E: instance.series}.get(tag, instance.sop)
+        key = (instance.study, instance.series, instance.sop)[: _LEVELS.index(level) + 1 if level in _LEVELS else 1]
         groups.setdefault(key, []).append(instance)
     for group in groups.values():
         row = describe(level, group)

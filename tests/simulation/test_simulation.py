@@ -1,0 +1,38 @@
+"""Whole retrievals in one thread, from a seed: quiet ones, and any (DESIGN, section 7)."""
+
+from __future__ import annotations
+
+import pytest
+
+from airflow_dicom_get.testing.misbehaving import archive, wire
+from tests.simulation.history import History, Run, history_of
+from tests.simulation.pacs import Habits
+from tests.simulation.world import World, play
+
+
+def quiet(*runs: Run, **parts: object) -> World:
+    """A history of an honest PACS with three instances."""
+    study = archive.build(series=1, instances=3, size=1500, pairs=((archive.CT, wire.EXPLICIT_LE),))
+    given = {"instances": tuple(study), "habits": Habits(), "query": {"StudyInstanceUID": archive.STUDY_UID}}
+    return play(History(1, steps=runs, **{**given, **parts}))  # type: ignore[arg-type]
+
+
+def test_an_honest_pacs_and_a_good_disk_make_a_complete_retrieval() -> None:
+    world = quiet(Run({}))
+    assert world.findings == []
+    assert [run.verdict for run in world.runs] == ["complete", "complete"]
+    assert [get.level for get in world.pacs.gets] == ["SERIES"]
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 4))
+def test_the_same_seed_gives_the_same_history(seed: int) -> None:
+    one, other = play(history_of(seed)), play(history_of(seed))
+    assert one.trace == other.trace
+    assert one.pacs.log == other.pacs.log
+    assert one.findings == other.findings
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_history_is_kept_as_text(seed: int) -> None:
+    history = history_of(seed)
+    assert History.from_json(history.to_json()) == history
