@@ -505,13 +505,17 @@ class ModelDisk(files.Disk):
     """
 
     def __init__(self, volume: Volume, process: Process, host: str = "") -> None:
-        self.volume, self.process, self.host = volume, process, host
+        self.volume, self.process, self._host = volume, process, host
         self.handles: dict[int, _Handle] = {}
         self._next = 3
         self._scratch = 0
         volume.disks.append(self)
         process.at_death.append(self._died)
         process.at_power_cut.append(volume.cut)
+
+    def host(self) -> str:
+        """See :meth:`files.Disk.host`."""
+        return self._host or "model"
 
     def _died(self) -> None:
         for handle in self.handles.values():
@@ -736,7 +740,7 @@ class ModelDisk(files.Disk):
         return True
 
     def _lock_key(self, handle: _Handle) -> tuple[int, str]:
-        return handle.node.number, self.host if self.volume.locks == "host" else ""
+        return handle.node.number, self._host if self.volume.locks == "host" else ""
 
     def _unlock(self, handle: _Handle) -> None:
         key = self._lock_key(handle)
