@@ -26,7 +26,8 @@ class ConnectionField:
 _FIELD_ORDER = (
     "calling_ae_title", "query_model", "max_pdu_length", "max_associations", "bytes_per_second", "window", "timezone",
     "list_limit", "connect_timeout", "acse_timeout", "next_object_timeout", "idle_timeout", "operation_timeout",
-    "use_tls", "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "tls_check_hostname", "tls_min_version",
+    "use_tls", "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name", "tls_check_hostname",
+    "tls_min_version",
 )  # fmt: skip
 
 

@@ -20,7 +20,15 @@ from airflow_dicom_get.errors import (
     NotNegotiated,
 )
 from airflow_dicom_get.records import Instance, Key, Stored
-from airflow_dicom_get.vocabulary import DONE, HELD, LOCAL_REASONS, NOT_AVAILABLE, NOT_BROUGHT, NOT_THE_DESTINATIONS, STOPS
+from airflow_dicom_get.vocabulary import (
+    DONE,
+    HELD,
+    LOCAL_REASONS,
+    NOT_AVAILABLE,
+    NOT_BROUGHT,
+    NOT_THE_DESTINATIONS,
+    STOPS,
+)
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.listing import Listing

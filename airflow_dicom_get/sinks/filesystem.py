@@ -321,14 +321,18 @@ class _Study:
         """Folders whose entries may not be durable: a run that was killed may have made what is in them."""
         self._lock_path = path / f".{run}.lock"
         self._lock = locks.hold(self._lock_path)
-        self.ledger = ledgers.open(uid, run)
+        try:
+            locks.clean_dead_runs(path, run)
+            self.ledger = ledgers.open(uid, run)
+        except BaseException:
+            self._disk.close(self._lock)  # the next try of this run would wait for it for ever
+            raise
         self.placed: set[Key] = set()
         """What this run put here; filled where a file of another run may be replaced."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
-        locks.clean_dead_runs(path, run)
 
     def series(self, uid: str, *, anew: bool = False) -> int:
         """An open descriptor of the series folder, made if absent; ``anew`` where the one that was open is gone."""

@@ -354,8 +354,8 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
 class _Output(io.RawIOBase):
     """An open file of the disk as one of Python, for what writes to such files alone.
 
-    Closing it closes nothing, and ends all writing: who failed half-way may try to end his file when he is cleared away,
-    and by then the descriptor may be another file's.
+    Closing it closes nothing, and ends all writing: a writer that failed half-way may try to finish its file when it is
+    finalised, and by then the descriptor may belong to another file.
     """
 
     def __init__(self, fd: int) -> None:
