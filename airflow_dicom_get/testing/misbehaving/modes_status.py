@@ -113,7 +113,7 @@ class FailedListLies(_AtGet):
 
 @mode("failed_list_in_command")
 class FailedListInCommand(_AtGet):
-    """Ends with B000 and the Failed SOP Instance UID List in the command set, as Orthanc does, though all was sent."""
+    """Sends all, and ends with B000 and the Failed SOP Instance UID List in the command set, as Orthanc does."""
 
     def final(self, retrieval: Retrieval) -> None:
         raw = wire.uid_list([i.sop for i in retrieval.instances])
