@@ -81,16 +81,16 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "window": {
                         "label": "Hours for retrievals",
-                        "description": "Hours to use the PACS in, for example 22:00-06:00. Blank: at any time.",
+                        "description": "Hours in which the PACS may be used, such as 22:00-06:00. Blank: at any time.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "timezone": {
                         "label": "Time zone of the PACS",
-                        "description": "Of the hours above and of dates such as today, for example Europe/Berlin.",
+                        "description": "For the hours above and for dates such as today, for example Europe/Berlin.",
                         "schema": {"type": ["string", "null"], "default": "UTC"},
                     },
                     "list_limit": {
-                        "label": "Rows at which the PACS cuts its lists",
+                        "label": "Row counts at which lists are truncated",
                         "description": "For example 500, or 100,1000. 0: never. Blank: not known.",
                         "schema": {"type": ["string", "null"]},
                     },
@@ -133,7 +133,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "tls_key_file": {
                         "label": "TLS: our key",
-                        "description": "PEM file on the workers; its passphrase stands in the field of that name.",
+                        "description": "PEM file on the workers; its passphrase is the field TLS key passphrase.",
                         "schema": {"type": ["string", "null"]},
                     },
                     "tls_server_name": {
@@ -229,7 +229,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     "manifest_root": {
                         "description": (
                             "Where the manifests of transfers to another DICOM node are written: an absolute path or "
-                            "an s3:// address. Empty: nowhere. Retrievals to a folder or a bucket keep theirs there."
+                            "an s3:// address. Empty: nowhere. Retrievals to a folder or a bucket write them there."
                         ),
                         "version_added": "0.1.0",
                         "type": "string",
@@ -265,8 +265,8 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "require_pool": {
                         "description": (
-                            "Refuse retrievals that run in ``default_pool``, where nothing keeps the number of "
-                            "associations within what the PACS admits."
+                            "Refuse retrievals that run in ``default_pool``, where nothing limits the number "
+                            "of associations to what the PACS allows."
                         ),
                         "version_added": "0.1.0",
                         "type": "boolean",
@@ -274,7 +274,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "default": "False",
                     },
                     "page_days": {
-                        "description": "Days that the page of retrievals looks back, unless it is asked for others.",
+                        "description": "Days that the page of retrievals covers unless other dates are selected.",
                         "version_added": "0.1.0",
                         "type": "integer",
                         "example": None,

@@ -276,8 +276,8 @@ REASONS: Mapping[str, Reason] = {
     ),
     # What ended the run
     "window": Reason(
-        "The hours in which the PACS may be used are over.",
-        "Run again within them; `resume_at` says when.",
+        "The window in which the PACS may be used has closed.",
+        "Run again when it opens; `resume_at` says when.",
         transient=True,
     ),
     "cancelled": Reason("The retrieval was cancelled before it was received.", "Run again.", transient=True),

@@ -88,7 +88,7 @@ def read_profile(path: Path, peer: Peer) -> Profile:
         raise invalid(
             "profile",
             f"{shown_path(path)} holds no profile of a node ({type(error).__name__})",
-            "Have it written anew: dicom-get echo NODE --study UID --profile FILE.",
+            "Create a new one: dicom-get echo NODE --study UID --profile FILE.",
         ) from None
     if (found.node, found.calling) != (str(peer), peer.calling):
         raise invalid(

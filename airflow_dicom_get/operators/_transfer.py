@@ -81,8 +81,8 @@ class TransferOperator(DicomTask):
         return self._transfer(context)
 
     def execute_after_window(self, context: Context, event: Any = None) -> Any:
-        """Go on when the hours of the connection have begun."""
-        self.log.info("The hours of the node have begun; resuming.")
+        """Resume when the window of the connection has opened."""
+        self.log.info("The window of the node has opened; resuming.")
         return self._transfer(context)
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
@@ -190,15 +190,15 @@ class TransferOperator(DicomTask):
             )
         if self.pool == DEFAULT_POOL:
             text = (
-                "This task runs in default_pool, so nothing keeps the associations of all tasks within what the PACS "
-                "admits. Make a pool with as many slots (airflow pools set pacs 2 '') and give it as pool='pacs'."
+                "This task runs in default_pool, so nothing limits the associations of all tasks to what the PACS "
+                "allows. Create a pool with as many slots (airflow pools set pacs 2 '') and set pool='pacs'."
             )
             if configuration.boolean("require_pool"):
                 raise AirflowFailException(f"{text} [dicom_get] require_pool is set.")
             self.log.warning(text)
         elif self.pool_slots < self.associations:
             self.log.warning(
-                "associations=%d but pool_slots=%d: the pool %s counts too few. Set pool_slots=%d.",
+                "associations=%d but pool_slots=%d, so the pool %s counts too few associations. Set pool_slots=%d.",
                 self.associations,
                 self.pool_slots,
                 self.pool,
@@ -259,5 +259,5 @@ class TransferOperator(DicomTask):
 
         assert result.resume_at is not None
         progress.window(result.resume_at)
-        self.log.info("The hours of the node are over; the task is deferred until %s.", result.resume_at.isoformat())
+        self.log.info("The window of the node has closed; the task is deferred until %s.", result.resume_at.isoformat())
         self.defer(trigger=DateTimeTrigger(moment=result.resume_at), method_name="execute_after_window")

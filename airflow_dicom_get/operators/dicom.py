@@ -265,7 +265,7 @@ class DicomGetOperator(TransferOperator):
         ``_manifests`` in the destination, and for a DICOM node ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: ``auto`` returns the manifest as a DataFrame, and a reference to its file where it is larger
         than ``[dicom_get] manifest_xcom_max_bytes``; ``full`` always the DataFrame; ``reference`` always the reference
-    :param outside_window: outside the hours of the connection ``defer`` until they begin, ``fail``, or ``ignore`` them
+    :param outside_window: outside the window of the connection, ``defer`` until it opens, ``fail``, or ``ignore`` it
     :param on_bad_study: whether a malformed UID in a list makes the task ``fail`` or is skipped (``skip``)
     :param verbose: log each instance
     :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
@@ -438,7 +438,7 @@ class DicomStoreOperator(TransferOperator):
     :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifest and ledger; by default
         ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: as in ``DicomGetOperator``
-    :param outside_window: outside the hours of the connection ``defer`` until they begin, ``fail``, or ``ignore`` them
+    :param outside_window: outside the window of the connection, ``defer`` until it opens, ``fail``, or ``ignore`` it
     """
 
     template_fields: Sequence[str] = ("manifest", "source", "dicom_conn_id", "s3_conn_id", "manifest_root")

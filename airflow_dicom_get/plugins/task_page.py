@@ -96,7 +96,7 @@ def _sentence(task: Task, counts: Mapping[str, Any], resume_at: Any) -> str:
     if task.outcome not in LIVE:
         return f"The task has ended: {texts.label(task.outcome)}."
     if resume_at:
-        return f"Waiting for the hours of the PACS; resumes at {texts.moment(resume_at)} UTC."
+        return f"Waiting for the window of the PACS to open; resumes at {texts.moment(resume_at)} UTC."
     if task.state == "deferred":
         return "Waits."
     if task.state not in ("running", "restarting"):

@@ -114,7 +114,7 @@ def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, 
     monkeypatch.setenv("AIRFLOW_CONN_DICOM_DEFAULT", f"dicom://PACS@127.0.0.1:{pacs.port}/?window=22%3A00-06%3A00")
     run = run_dag(night, run_conf=conf(prefix))
     assert run.state == "success"
-    assert "The hours of the node are over; the task is deferred until" in run.log
+    assert "The window of the node has closed; the task is deferred until" in run.log
     assert run.xcom("report")["verdicts"] == {"complete": 1}
 
 

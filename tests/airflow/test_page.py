@@ -439,7 +439,7 @@ def test_a_task_that_runs_is_shown_live(page, kept):
     assert told["progress"]["done"] == 40
     assert told["outcome"] == "running"
     assert progress(1)["text"].startswith("Running.")
-    assert progress(2)["text"] == "Waiting for the hours of the PACS; resumes at 2026-01-02 22:00:00 UTC."
+    assert progress(2)["text"] == "Waiting for the window of the PACS to open; resumes at 2026-01-02 22:00:00 UTC."
     assert progress(3)["text"] == "Waiting to be scheduled."
     ended = progress(4)
     assert (ended["live"], ended["progress"]) == (False, None)
