@@ -127,11 +127,11 @@ class File(Node):
                 self.write_out()
         self.dirty.clear()
 
-    def forget(self, chance: Chance, *, all_kept: bool) -> None:
-        """Power is cut: the cache is gone, and what was dirty is on the medium or not."""
-        if all_kept:
+    def forget(self, left: str, chance: Chance) -> None:
+        """Power is cut: the cache is gone, and what was dirty is ``lost``, ``kept`` or ``torn``."""
+        if left == "kept":
             self.write_out()
-        elif self.is_dirty():
+        elif left == "torn" and self.is_dirty():
             self._tear(chance)
         self.content = bytearray(self.stored)
         self.dirty.clear()
@@ -190,10 +190,10 @@ class Folder(Node):
         self.stored = dict(self.entries)
         self.changes.clear()
 
-    def forget(self, chance: Chance, *, all_kept: bool) -> None:
-        """Power is cut: each change since the last sync was made or not."""
+    def forget(self, left: str, chance: Chance) -> None:
+        """Power is cut: the changes since the last sync are ``lost``, ``kept``, or each is one or the other."""
         for change in self.changes:
-            if all_kept or chance.randrange(2):
+            if left == "kept" or (left == "torn" and chance.randrange(2)):
                 _apply(self.stored, change)
             else:
                 mark("disk: a name was lost")
@@ -269,12 +269,11 @@ class Volume:
             disk.process.die()
         self.disks.clear()
         self.held.clear()
-        names_kept, content_kept = chance.randrange(3), chance.randrange(3)
+        names, content = (_LEFT[chance.randrange(3)] for _ in range(2))
         for node in self._touched.values():
-            kept = names_kept if isinstance(node, Folder) else content_kept
-            node.forget(Least() if kept == 0 else chance, all_kept=kept == 1)
+            node.forget(names if isinstance(node, Folder) else content, chance)
         self._touched.clear()
-        mark(f"disk: power cut, names {_KEPT[names_kept]}, content {_KEPT[content_kept]}")
+        mark(f"disk: power cut, names {names}, content {content}")
 
     def evict(self) -> None:
         """Memory is short: what could not be written out is lost from the cache too."""
@@ -384,7 +383,7 @@ class Volume:
         )
 
 
-_KEPT = ("lost", "kept", "torn")
+_LEFT = ("lost", "kept", "torn")
 
 
 def _certain(folder: Folder) -> dict[str, File | Folder]:
@@ -505,17 +504,14 @@ class ModelDisk(files.Disk):
     """
 
     def __init__(self, volume: Volume, process: Process, host: str = "") -> None:
-        self.volume, self.process, self._host = volume, process, host
+        self.volume, self.process = volume, process
+        self._host, self._boot = host, volume.cuts
         self.handles: dict[int, _Handle] = {}
         self._next = 3
         self._scratch = 0
         volume.disks.append(self)
         process.at_death.append(self._died)
         process.at_power_cut.append(volume.cut)
-
-    def host(self) -> str:
-        """See :meth:`files.Disk.host`."""
-        return self._host or "model"
 
     def _died(self) -> None:
         for handle in self.handles.values():
@@ -746,6 +742,11 @@ class ModelDisk(files.Disk):
         key = self._lock_key(handle)
         if self.volume.held.get(key) is handle:
             del self.volume.held[key]
+
+    @_call("host")
+    def host(self) -> str:
+        """See :meth:`files.Disk.host`."""
+        return f"{self._host or 'model'} {self._boot}"
 
     @_call("status")
     def is_at(self, fd: int, path: Where) -> bool:
