@@ -21,7 +21,7 @@ import pytest
 from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
-from airflow_dicom_get.sinks import s3
+from airflow_dicom_get.sinks import s3, s3_objects
 from airflow_dicom_get.sinks import s3_places as places
 from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
 from airflow_dicom_get.storage import bucket as s3_client
@@ -184,7 +184,7 @@ class TestThereAndBack:
         again = shell("--study", ct.study)
         assert (again["completed"], again["skipped"]) == (len(ct.entries), len(ct.entries) - 3)
         nothing = shell("--manifest", again["manifest"])
-        assert (nothing["verdict"], nothing["total"]) == ("complete", 0)
+        assert (nothing["verdict"], nothing["skipped"], nothing["bytes"]) == ("complete", len(ct.entries), 0)
 
     def test_manifests_in_a_bucket(
         self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
@@ -426,6 +426,88 @@ def test_a_body_that_changes_on_the_way_is_refused_and_sent_again(
                 given = base64.b64decode(header_of(head, b"x-amz-checksum-sha256") or b"").hex()
                 assert signed.decode() == given
                 assert len(given) == 64
+
+
+class TestOverwritten:
+    """An object that another program overwrote, and left our metadata on it."""
+
+    def overwrite(self, moto: Moto, key: str, content: bytes) -> None:
+        client = moto.client()
+        said = client.head_object(Bucket=BUCKET, Key=key)["Metadata"]
+        assert said["sha256"] != hashlib.sha256(content).hexdigest()
+        client.put_object(Bucket=BUCKET, Key=key, Body=content, Metadata=said)
+
+    def plain(self, moto: Moto, keys: dict[str, str]) -> str:
+        """One whose end is pixels: what is changed there leaves it whole."""
+        heads = {sop: moto.client().head_object(Bucket=BUCKET, Key=key)["Metadata"] for sop, key in keys.items()}
+        return min(sop for sop, said in heads.items() if said["transfer-syntax"] == "1.2.840.10008.1.2.1")
+
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_a_part_of_it_is_not_held(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, recorded: bool
+    ) -> None:
+        pacs = embedded(ct.folder)
+        get(pacs, ct.study, prefix, moto.config)
+        keys = instances(moto, prefix)
+        sop = sorted(keys)[0]
+        self.overwrite(moto, keys[sop], moto.read(keys[sop])[:-2])
+        if not recorded:
+            for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
+                moto.client().delete_object(Bucket=BUCKET, Key=key)
+        before = pacs.sent.copy()
+        result = get(pacs, ct.study, prefix, moto.config)
+        assert result.verdict == "complete"
+        assert set(pacs.sent - before) == {sop}
+        assert_holds(moto, prefix, ct, moto.config, result)
+
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_a_whole_other_one_is_a_conflict_or_replaced(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, recorded: bool
+    ) -> None:
+        pacs = embedded(ct.folder)
+        get(pacs, ct.study, prefix, moto.config)
+        keys = instances(moto, prefix)
+        sop = self.plain(moto, keys)
+        changed = moto.read(keys[sop])[:-2] + b"zz"
+        self.overwrite(moto, keys[sop], changed)
+        if not recorded:
+            for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
+                moto.client().delete_object(Bucket=BUCKET, Key=key)
+        result = get(pacs, ct.study, prefix, moto.config)
+        assert (result.verdict, result.conflicts) == ("partial", 1)
+        assert moto.read(keys[sop]) == changed
+        rows = read_manifest(result.manifest_uri, moto.config).set_index("sop_instance_uid")
+        assert (rows.loc[sop].state, rows.loc[sop].reason) == ("conflict", "different_content")
+        again = get(pacs, ct.study, prefix, moto.config, on_conflict="replace")
+        assert (again.verdict, again.warning) == ("complete", 1)
+        assert_holds(moto, prefix, ct, moto.config, again)
+        assert get(pacs, ct.study, prefix, moto.config).skipped == len(ct.entries)
+
+    def test_one_that_changes_at_that_moment_is_not_replaced(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The replacement holds for the object that was compared, and for no other (If-Match)."""
+        pacs = embedded(ct.folder)
+        get(pacs, ct.study, prefix, moto.config)
+        keys = instances(moto, prefix)
+        sop = self.plain(moto, keys)
+        original = moto.read(keys[sop])
+        self.overwrite(moto, keys[sop], original[:-2] + b"zz")
+        compared: list[str] = []
+        compare = s3_objects.compare
+
+        def meddling(bucket: Any, key: str, ours: Any) -> Any:
+            found = compare(bucket, key, ours)
+            if key == keys[sop] and not compared:
+                compared.append(key)
+                self.overwrite(moto, key, original[:-2] + b"yy")
+            return found
+
+        monkeypatch.setattr("airflow_dicom_get.sinks.s3.compare", meddling)
+        result = get(pacs, ct.study, prefix, moto.config, on_conflict="replace")
+        assert compared
+        assert result.verdict == "complete"
+        assert_holds(moto, prefix, ct, moto.config, result)
 
 
 class TestBeforeAnyTraffic:

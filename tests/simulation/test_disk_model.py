@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get.storage import files
-from tests.support import forgetful
 from tests.simulation.disk import PAGE, ModelDisk, Volume
 from tests.simulation.faults import Fault, Faults, Killed, ModelError, Process
 from tests.simulation.marks import reached
+from tests.support import forgetful
 
 ROOT = Path("/data")
 NAMES = ("x", "y", "a", "b", "n" * 256)

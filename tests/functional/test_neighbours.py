@@ -1,0 +1,194 @@
+"""Runs that share a destination: on one machine, and on several that see no locks of each other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get.errors import SinkError
+from airflow_dicom_get.sinks import locks
+from airflow_dicom_get.sinks.filesystem import FilesystemSink
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers
+from airflow_dicom_get.storage import files
+from tests.support.sink_contract import SERIES, STUDY, dataset_of, kept, new, put, send, written
+
+OTHER_HOST = b"elsewhere 11111111-2222-3333-4444-555555555555"
+
+
+def sink_of(root: Path, run: str, **options: Any) -> FilesystemSink:
+    return FilesystemSink(root, FolderLedgers(root / "_manifests", OWN), run, written(**options))
+
+
+def leave(folder: Path, run: str, holder: bytes) -> Path:
+    """What a run that is not here any more leaves behind: its lock file, and an instance on its way."""
+    (folder / SERIES).mkdir(parents=True, exist_ok=True)
+    (folder / f".{run}.lock").write_bytes(holder)
+    part = folder / SERIES / f".1.2.3.{run}.part"
+    part.write_bytes(b"half")
+    return part
+
+
+@pytest.mark.parametrize("holder", [b"", files.disk.host().encode(), os.uname().nodename.encode() + b" another-boot"])
+def test_what_a_dead_run_of_this_machine_left_goes(tmp_path: Path, holder: bytes) -> None:
+    part = leave(tmp_path, "20260101T000000Z-dead0000", holder)
+    locks.clean_dead_runs(tmp_path, "own")
+    assert not part.exists()
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_what_a_run_of_another_machine_writes_stays_for_a_day(tmp_path: Path) -> None:
+    """Its lock may not be seen here: a network file system with local locks tells only those of its own machine."""
+    part = leave(tmp_path, "20260101T000000Z-live0000", OTHER_HOST)
+    locks.clean_dead_runs(tmp_path, "own")
+    assert part.exists()
+    assert list(tmp_path.glob(".*.lock"))
+    old = time.time() - 25 * 3600
+    for path in (part, *tmp_path.glob(".*.lock")):
+        os.utime(path, (old, old))
+    locks.clean_dead_runs(tmp_path, "own")
+    assert not part.exists()
+
+
+def test_a_live_run_of_this_machine_is_left_alone(tmp_path: Path) -> None:
+    lock = locks.hold(tmp_path / ".20260101T000000Z-live0000.lock")
+    (tmp_path / SERIES).mkdir()
+    part = tmp_path / SERIES / ".1.2.3.20260101T000000Z-live0000.part"
+    part.write_bytes(b"half")
+    locks.clean_dead_runs(tmp_path, "own")
+    assert part.exists()
+    files.disk.close(lock)
+
+
+def test_a_folder_that_another_run_found_empty_is_made_again(tmp_path: Path) -> None:
+    """A run removes the folders in which nothing came, also one that the next has just opened."""
+    one = sink_of(tmp_path, "20260101T000000Z-00000001")
+    writer = one.begin(new(1))
+    other = sink_of(tmp_path, "20260101T000000Z-00000002")
+    other.begin(new(2)).abort()  # the folder is open in both
+    writer.abort()
+    one.close()
+    assert not (tmp_path / STUDY / SERIES).exists()
+    instance, taken = put(other, 2)
+    assert taken.reason is None
+    assert kept(other.confirmations(wait=True)) == [instance.sop]
+    other.close()
+    assert (tmp_path / STUDY / SERIES / f"{instance.sop}.dcm").exists()
+
+
+def test_a_study_that_cannot_be_begun_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(files.Disk):
+        full = True
+
+        def open(self, path: files.Where, how: int, folder: int | None = None) -> int:
+            if self.full and str(path).endswith(".jsonl"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().open(path, how, folder)
+
+    disk = Full()
+    monkeypatch.setattr(files, "disk", disk)
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+    with pytest.raises(SinkError):
+        sink.begin(new(1))
+    disk.full = False
+    done = threading.Thread(target=put, args=(sink, 1), daemon=True)
+    done.start()
+    done.join(20)
+    assert not done.is_alive()
+    assert len(kept(sink.confirmations(wait=True))) == 1
+    sink.close()
+
+
+class TestSync:
+    """What is confirmed lasts: also where only a folder above it could not be synced."""
+
+    def failing(self, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+        class Failing(files.Disk):
+            def sync(self, fd: int) -> None:
+                if which in os.readlink(f"/proc/self/fd/{fd}"):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                super().sync(fd)
+
+        monkeypatch.setattr(files, "disk", Failing())
+
+    @pytest.mark.parametrize("which", [SERIES, STUDY])
+    def test_of_a_folder(self, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing(monkeypatch, which)
+        sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+        _, taken = put(sink, 1)
+        assert taken.reason is None
+        (confirmation,) = sink.confirmations(wait=True)
+        assert confirmation.error is not None
+        with suppress(SinkError):
+            sink.close()
+
+    def test_of_the_ledger(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing(monkeypatch, ".jsonl")
+        sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+        instance, _ = put(sink, 1)
+        assert kept(sink.confirmations(wait=True)) == [instance.sop]
+        with pytest.raises(SinkError, match="ledger"):
+            sink.close()
+
+    def test_a_folder_that_is_synced_the_next_time_is_not_forgotten(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The run that made it may have been killed before it was synced."""
+        synced: list[str] = []
+
+        class Noting(files.Disk):
+            def sync(self, fd: int) -> None:
+                synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+                super().sync(fd)
+
+        (tmp_path / "out" / STUDY / SERIES).mkdir(parents=True)
+        monkeypatch.setattr(files, "disk", Noting())
+        sink = sink_of(tmp_path / "out", "20260101T000000Z-00000001")
+        put(sink, 1)
+        sink.confirmations(wait=True)
+        before = list(synced)
+        sink.close()
+        out = tmp_path / "out"
+        assert {str(out / STUDY / SERIES), str(out / STUDY), str(out), str(tmp_path)} <= set(before)
+
+
+def test_records_that_contradict_each_other_are_decided_by_the_content(tmp_path: Path) -> None:
+    """Two runs at a time may leave two records of one instance; of the same size, the size does not tell."""
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+    instance, _ = put(sink, 1)
+    sink.confirmations(wait=True)
+    sink.close()
+    ledgers = FolderLedgers(tmp_path / "_manifests", OWN)
+    wrong = new(1)
+    wrong.bytes, wrong.dataset_offset, wrong.sha256 = instance.bytes, instance.dataset_offset, bytes(32)
+    later = ledgers.open(STUDY, "20260102T000000Z-00000002")
+    later.taken(wrong)
+    later.durable([wrong.key])
+    later.close()
+    again = sink_of(tmp_path, "20260103T000000Z-00000003")
+    held = again.inventory(STUDY)
+    again.close()
+    assert held[instance.key].sha256 == instance.sha256
+
+
+def test_one_that_a_crash_tore_is_replaced_though_it_has_its_size(tmp_path: Path) -> None:
+    """It was recorded as taken and never synced: a file system may have lost any of its pages."""
+    dead = sink_of(tmp_path, "20260101T000000Z-00000001", durable=False)
+    instance, _ = put(dead, 1)
+    dead.confirmations(wait=True)
+    dead.close()
+    path = tmp_path / STUDY / SERIES / f"{instance.sop}.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1000] + bytes(1000))
+    sink = sink_of(tmp_path, "20260102T000000Z-00000002")
+    assert sink.inventory(STUDY) == {}
+    taken = send(sink, new(1), dataset_of(instance))
+    assert (taken.reason, len(kept(sink.confirmations(wait=True)))) == (None, 1)
+    sink.close()
+    assert path.read_bytes() == content
