@@ -4,7 +4,7 @@ An error says what happened, to which node, study or instance, and what to do ne
 facts as attributes, says by ``transient`` whether trying again can help, and by ``at_fault`` who
 failed, and survives pickling: Airflow moves exceptions between processes.
 
-UIDs and AE titles may stand in messages; nothing that names a patient may.
+Messages may contain UIDs and AE titles, but nothing that identifies a patient.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class GetNotOffered(NotNegotiated):
 
 
 class NotAuthorised(PeerError):
-    """The peer accepted the association and refused the request: our AE title is probably not allowed to ask."""
+    """The peer accepted the association and refused the request: our AE title is probably not allowed to make it."""
 
     word = "not_authorised"
 
@@ -157,7 +157,7 @@ class PeerProtocolError(PeerError):
 
 
 class TooMuch(PeerProtocolError):
-    """The peer sent more objects or rows than the plan allows for; asking again would bring them again."""
+    """The peer sent more objects or rows than the plan allows for; requesting them again would have the same result."""
 
     word = "too_much"
     transient = False

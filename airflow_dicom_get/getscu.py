@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 
 class GetScu:
-    """Retrieve studies by C-GET, complete and provably so.
+    """Retrieve studies by C-GET, and verify that they are complete.
 
     Parameters
     ----------
     addr : str or Node
         Address of the source, ``[AE@]host:port``.
     **options
-        See the table of options in the documentation; all are keyword-only and checked at once.
+        See the table of options in the documentation; all are keyword-only and checked before any traffic.
 
     Raises
     ------
@@ -152,24 +152,25 @@ class GetScu:
         query_model : {"StudyRoot", "PatientRoot"}
             Information model of the C-GET.
         on_sub_operation : callable
-            Called with a :class:`SubOperation` for each instance that arrives. Without it, a notebook shows a bar.
+            Called with a :class:`SubOperation` for each instance that arrives. Without it, a notebook shows a progress
+            bar.
         on_completed : callable
-            Called once with a :class:`Completed`, on every end.
+            Called once with a :class:`Completed`, however the retrieval ends.
         manifest : manifest, reference or URI
             Instead of a query: every instance that it lists (``withdrawn`` and ``unexpected`` rows aside). What is held
-            at this destination is skipped; what the source lists no longer is ``missing`` unless held.
+            at this destination is skipped; what the source no longer lists is ``missing`` unless it is held.
         manifest_name : str
-            Path of the new manifest below the manifest root, without its ending; the run's name by default.
+            Path of the new manifest below the manifest root, without its extension; the run's name by default.
 
         Returns
         -------
         Result
-            On every end but bad input: verdict, numbers, and the manifest's URI.
+            Unless the input is invalid: verdict, numbers, and the manifest's URI.
 
         Raises
         ------
         InvalidQuery, InvalidOption, ManifestError
-            Bad input; nothing was fetched.
+            Invalid input; nothing was fetched.
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine import report
@@ -205,7 +206,7 @@ class GetScu:
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
         """List what a get would fetch, and what is already held. Nothing is fetched or written.
 
-        Rows of the source that contradict what was asked for are left out; ``errors`` of the plan says so.
+        Rows of the source that contradict the query are left out; ``errors`` of the plan says so.
 
         Raises
         ------
@@ -249,8 +250,8 @@ class GetScu:
     ) -> Any:
         """Query the source by C-FIND.
 
-        A row that contradicts the query is left out, and a study, series or instance
-        that the source answers several times is one row.
+        A row that contradicts the query is left out. A study, series or instance that the source
+        returns several times is one row.
 
         Parameters
         ----------
@@ -260,14 +261,14 @@ class GetScu:
         level : {"STUDY", "SERIES", "IMAGE"}
             Level of the rows.
         return_keys : sequence of str
-            Further keywords to ask for.
+            Additional keywords to return.
         as_frame : bool
             Return a DataFrame with one text column per keyword.
         limit : int
             Rows after which the C-FIND is cancelled (PS3.4 C.4.1.3); none by default.
         on_remark : callable
-            Called with each line that is to be said of the answer: rows left out, and that it was cancelled. By
-            default these are logged as warnings.
+            Called with each remark on the answer: rows that were left out, and that it was cancelled. By default
+            remarks are logged as warnings.
 
         Returns
         -------
@@ -314,7 +315,7 @@ class GetScu:
         Returns
         -------
         FoundList
-            Per entry the studies that the source has, or why there are none: another entry does not suffer for it.
+            For each entry, the studies that the source has, or why there are none; other entries are not affected.
 
         Raises
         ------

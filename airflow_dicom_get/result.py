@@ -1,4 +1,4 @@
-"""What the calls give back: :class:`Result` of a get, :class:`Plan` of a plan, :class:`EchoReport` of an echo."""
+"""What the calls return: :class:`Result` of a get, :class:`Plan` of a plan, :class:`EchoReport` of an echo."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class Result:
     expected, total : int
         Instances of the last plan (``expected`` is None without a plan; ``total`` is then what was sent).
     completed, skipped, warning : int
-        Of these: confirmed at the destination; there before; stored with a warning.
+        Of these: confirmed at the destination; already there before; stored with a warning.
     failed : int
-        ``total`` less ``completed``.
+        ``total`` minus ``completed``.
     withdrawn, unexpected, conflicts : int
         No longer listed; sent but not listed; a different data set is held under the same UIDs.
     bytes : int
@@ -256,9 +256,9 @@ class Plan:
     series, instances, held, missing : int
         Series and instances listed; of these, held at the destination and still to fetch.
     classes : dict
-        Instances by SOP class UID; None stands for what the source does not tell.
+        Instances by SOP class UID; None if the source does not list the class.
     contexts, associations : int
-        Presentation contexts to propose, and associations that takes.
+        Presentation contexts to propose, and the associations that they need.
     evidence : str
         ``list+counts``, ``list`` or ``none``.
     plan_at : datetime or None
@@ -293,7 +293,7 @@ class Plan:
         return frame_of(manifest_table(self.rows, source=self.node, destination=self.destination or ""))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values, without the rows; a class that is not told is ``unknown``."""
+        """The fields as plain values, without the rows; a class that is not listed is ``unknown``."""
         values = {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name != "rows"}
         values["classes"] = {uid or "unknown": count for uid, count in self.classes.items()}
         return values
@@ -326,9 +326,9 @@ class EchoReport:
     accepted : dict
         Whether the node accepts a service, by its name: ``C-ECHO``, ``C-FIND StudyRoot``, ``C-GET PatientRoot``, ….
     max_pdu_length : int
-        Largest PDU that the node takes; 0 is no limit.
+        Largest PDU that the node accepts; 0 means no limit.
     profile : dict
-        What a probe has found out; None without one.
+        What a probe found out; None without one.
     """
 
     node: str

@@ -1,4 +1,4 @@
-"""The verb ``store``: files, a prefix of a bucket, or what a manifest holds, to a node by C-STORE."""
+"""The verb ``store``: files, a prefix of a bucket, or what a manifest lists as held, to a node by C-STORE."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StoreScu:
     addr : str or Node
         Address of the node to store at, ``[AE@]host:port``.
     **options
-        Those of :class:`~airflow_dicom_get.GetScu` that make sense here; all are keyword-only.
+        Those of :class:`~airflow_dicom_get.GetScu` that apply to storing; all are keyword-only.
 
     Raises
     ------
@@ -132,19 +132,19 @@ class StoreScu:
         on_sub_operation, on_completed : callable
             As in :meth:`GetScu.get_study`; ``file`` is the object that was stored.
         on_unusable : callable
-            Called with name and reason of each object that is not an instance that can be stored.
+            Called with the name of each object that cannot be stored as an instance, and the reason.
         manifest_name : str
-            Path of the new manifest below the manifest root, without its ending.
+            Path of the new manifest below the manifest root, without its extension.
 
         Returns
         -------
         Result
-            ``complete`` where everything there is, and every object of it, is confirmed at the node.
+            ``complete`` if every object of the source is confirmed at the node.
 
         Raises
         ------
         InvalidOption, ManifestError, S3Error
-            Bad input; nothing was stored.
+            Invalid input; nothing was stored.
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine.events import Events

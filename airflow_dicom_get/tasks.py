@@ -42,17 +42,17 @@ def retrieve(
 ) -> Any:
     """Make the tasks ``find``, ``get`` and ``report``: the studies of a query, one mapped ``get`` each.
 
-    The last task decides on the run: it fails unless all is held. Where nothing matches, ``get`` and ``report`` are
-    skipped. Pool, retries and the like are those of the DAG, or of
+    The last task decides the state of the run: it fails unless everything is held. If nothing matches, ``get`` and
+    ``report`` are skipped. Pool, retries and other settings are those of the DAG, or of
     ``retrieve.override(default_args={"pool": "pacs"})(…)``; a second group in a DAG needs
     ``retrieve.override(group_id="mr", prefix_group_id=True)(…)``.
 
     :param destination: as in ``DicomGetOperator`` (templated)
     :param study_date: as in ``DicomFindOperator``, and so are ``query`` and ``modalities`` (templated)
     :param query: DICOM keywords or tags, and values (templated)
-    :param modalities: one or several modalities, of which a study has at least one (templated)
+    :param modalities: one or several modalities; a study matches if it has at least one (templated)
     :param dicom_conn_id: the ``dicom`` connection to the PACS
-    :param at_once: how many ``get`` run at a time in this DAG; a pool holds it over all DAGs
+    :param at_once: how many ``get`` run at a time in this DAG; a pool limits all DAGs together
     :param accept: the verdicts that are a success
     :return: the manifests, for tasks that follow: ``manifest=…``, or ``.expand(manifest=…)``
     """
@@ -80,13 +80,13 @@ def report(
 ) -> dict[str, Any]:
     """Sum up mapped retrievals, and fail unless all of them are complete.
 
-    A mapped task leaves its summary and its manifest in XCom whatever its verdict. So this task runs even if some of
+    A mapped task leaves its summary and its manifest in XCom, whatever its verdict. So this task runs even if some of
     them failed, and as the last task it decides the state of the run::
 
         get = DicomGetOperator.partial(task_id="get", destination="/data/dicom").expand(study=find.output)
         report(find.output, get.output["summary"], get.output)
 
-    Where there was nothing to retrieve it is skipped, as the mapped tasks are.
+    If there was nothing to retrieve, it is skipped like the mapped tasks.
 
     :param parts: what was mapped over, to notice tasks that left no result
     :param summaries: of the retrievals
@@ -94,7 +94,7 @@ def report(
     :param accept: the verdicts that are a success
     :return: ``verdict`` (the worst), ``verdicts``, ``studies, series, instances, held, bytes``, ``reasons`` of what is
         not held, ``manifests`` (addresses)
-    :raises AirflowFailException: not all is complete; the text says how much is missing, why, and what to do
+    :raises AirflowFailException: not everything is complete; the text says how much is missing, why, and what to do
     """
     with final_errors():
         # By index: Airflow's own iterator over XCom asks for one more, and logs an error for it.
@@ -154,7 +154,7 @@ def find_cohort(
     unknown: str = "fail",
     dicom_conn_id: str = DicomHook.default_conn_name,
 ) -> list[list[Item]]:
-    """Find the studies of a CSV file at a PACS, and return Items to map over, each with its ``label`` of the file.
+    """Find the studies of a CSV file at a PACS, and return Items to map over, each with its ``label`` from the file.
 
     The file has a column ``StudyInstanceUID`` or ``AccessionNumber``, and one with the labels; the whole file is
     checked before the PACS is queried. Accession numbers are not returned: every viewer of the DAG can read what a
@@ -165,7 +165,7 @@ def find_cohort(
     :param unknown: what happens if the PACS has no study for a row: ``fail``, or ``skip`` the row
     :param dicom_conn_id: the ``dicom`` connection to the PACS
     :return: lists of one Item each, or of more if there are more than Airflow can map over
-    :raises AirflowFailException: the file is malformed, a row has no study, or the PACS refuses
+    :raises AirflowFailException: the file is malformed, the PACS has no study for a row, or it refuses the query
     """
     from airflow_dicom_get.engine.matching import remark_text
     from airflow_dicom_get.engine.study_list import read_study_list

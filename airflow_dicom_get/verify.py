@@ -1,4 +1,4 @@
-"""The verb ``verify``: what is listed, what is there, and what the PACS says, held against each other."""
+"""The verb ``verify``: compares what is listed, what is stored, and what the PACS lists."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ _SHOWN = 10
 class Difference:
     """One instance, as rclone's ``check`` would mark it.
 
-    ``+`` is listed and not there, ``-`` there and not listed, ``*`` there with other content, ``!``
-    there and not to be read or asked for, ``=`` the same.
+    ``+`` is listed but not stored, ``-`` stored but not listed, ``*`` stored with different content, ``!``
+    stored but not readable, or not possible to request, ``=`` the same.
     """
 
     study_instance_uid: str
@@ -89,7 +89,7 @@ class Verification:
     uncompared : str or None
         Why a PACS could not be compared.
     manifest_uri : str or None
-        Where the manifest lies: the input of a get that fetches what is missing or differs.
+        Where the manifest is: the input of a get that fetches what is missing or different.
     rows : list of Instance
         Its rows.
     """
@@ -109,7 +109,7 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 the same, 3 differences, 4 no difference found, but the PACS could not be compared with."""
+        """0 the same, 3 differences, 4 no difference found, but the PACS could not be compared."""
         return 3 if self.differences else 0 if self.uncompared is None else 4
 
     @property
@@ -185,13 +185,13 @@ def verify(
     user_identity: UserIdentity | Mapping[str, Any] | None = None,
     deadlines: Deadlines | Mapping[str, Any] | None = None,
 ) -> Verification:
-    """Compare what is listed with what is there, and with what a PACS lists now.
+    """Compare what is listed with what is stored, and with what a PACS lists now.
 
-    Listed is what the manifest has; without a manifest what the PACS lists; without either what our
-    own records at the destination say. There is what lies at the destination, or where the manifest says.
+    What is listed comes from the manifest, without a manifest from the PACS, and without either from our
+    own records at the destination. What is stored is what is at the destination, or where the manifest says.
 
-    A manifest knows of its own run alone. Without a `destination`, what it lists as not held counts as not
-    there, also where a later run has fetched it: verify the last manifest, or give the destination.
+    A manifest describes only its own run. Without a `destination`, an instance that it lists as not held counts as
+    not stored, even if a later run has fetched it: verify the last manifest, or give the destination.
 
     Parameters
     ----------
@@ -204,20 +204,20 @@ def verify(
     destination : str or Path
         Where to look, if not where the manifest says: a path, ``s3://bucket/prefix`` or ``dicom://[AE@]host:port``.
     quick : bool
-        Compare sizes, and read nothing.
+        Compare only sizes; do not read the objects.
     manifest_root, s3_config, forward_target, query_model
         As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
     on_difference : callable
         Called with each :class:`Difference` as it is found.
     manifest_name : str
-        Path of the new manifest below its root, without its ending.
+        Path of the new manifest below its root, without its extension.
     calling_ae_title, called_ae_title, max_pdu_length, list_limit, verbose, tls, user_identity, deadlines
         How the PACS is called, and where it cuts its lists, as for :class:`~airflow_dicom_get.GetScu`.
 
     Raises
     ------
     InvalidOption, ManifestError, S3Error
-        Bad input, or a place that cannot be looked at.
+        Invalid input, or a location that cannot be read.
     """
     options = VerifyOptions.of_arguments(locals())
     return compare(options, manifest, study, quick=quick, on_difference=on_difference, manifest_name=manifest_name)

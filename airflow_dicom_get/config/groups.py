@@ -40,7 +40,7 @@ class Deadlines(Checked):
     """How long each wait may last, in seconds. The error that ends a wait carries the name.
 
     ``sub_operation`` and ``stall`` keep us from answering late: Orthanc gives up on a C-STORE after
-    30 s and dcmqrscp after 60 s, so we abort before that and go on over a new association.
+    30 s and dcmqrscp after 60 s, so we abort before that and continue over a new association.
     """
 
     group: ClassVar[str] = "deadlines."
@@ -372,7 +372,7 @@ def parse_timezone(option: str, value: Any) -> tzinfo:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The hours of the day in which the source may be used; over midnight where the end is not later."""
+    """The hours of the day in which the source may be used; past midnight if the end is not later than the start."""
 
     start: time
     end: time
@@ -407,7 +407,7 @@ class Window:
         return next((end for start, end in self._around(moment, zone) if start <= moment < end), None)
 
     def opens_at(self, moment: datetime, zone: tzinfo) -> datetime:
-        """When the window opens the next time after ``moment``, in UTC."""
+        """When the window next opens after ``moment``, in UTC."""
         return next(start for start, _ in self._around(moment, zone) if start > moment)
 
     def _around(self, moment: datetime, zone: tzinfo) -> list[tuple[datetime, datetime]]:

@@ -1,4 +1,4 @@
-"""Which errors are worth another try, and how a task says them."""
+"""Which errors are worth a retry, and how a task reports them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def said_first() -> Iterator[None]:
 def final_errors() -> Iterator[None]:
     """Let an error that a retry cannot fix fail the task at once, whatever its ``retries``.
 
-    The operators do so by themselves; this is for ``@task`` functions that call hooks or read manifests::
+    The operators do this themselves; use it in ``@task`` functions that call hooks or read manifests::
 
         @task(retries=3)
         def count(manifests):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DicomHook(BaseHook):
-    """Talk to a DICOM node by a ``dicom`` connection.
+    """Talk to a DICOM node through a ``dicom`` connection.
 
     In a ``@task`` function::
 
@@ -53,9 +53,9 @@ class DicomHook(BaseHook):
 
     @property
     def config(self) -> NodeConfig:
-        """What the connection says, all of it checked; it is looked up once.
+        """The settings of the connection, checked; it is looked up once.
 
-        :raises AirflowNotFoundException: there is no connection of that name
+        :raises AirflowNotFoundException: the connection does not exist
         :raises InvalidOption: a field is missing or malformed; the message names connection and field
         """
         if self._config is None:
@@ -87,14 +87,14 @@ class DicomHook(BaseHook):
     ) -> GetOptions:
         """Return the options of a client, all checked.
 
-        ``max_associations`` and ``bytes_per_second`` of the connection hold for all tasks together, and the tasks
-        do not know of each other. So one of them gets what belongs to its ``associations``; a pool with as many
-        slots as the PACS admits associations does the rest. The limits of a connection to forward to hold too.
+        ``max_associations`` and ``bytes_per_second`` of the connection are limits for all tasks together, but tasks
+        do not coordinate. So each task gets the share that belongs to its ``associations``, and a pool with as many
+        slots as the PACS allows associations limits the tasks. The limits of a connection to forward to apply too.
 
-        :param seconds: the longest that a retrieval may take, where the connection does not say less
-        :param destinations: destination and manifest root, where they were looked up already
+        :param seconds: the longest that a retrieval may take, unless the connection sets less
+        :param destinations: destination and manifest root, if already looked up
         :param s3_conn_id: the connection of a destination or root ``s3://…`` that names none
-        :param overrides: options of ``GetScu`` that win over the connection's
+        :param overrides: options of ``GetScu`` that take precedence over the connection's
         """
         values = dict(overrides)
         if destinations is None and "destination" in values and "s3_config" not in values:
@@ -121,9 +121,9 @@ class DicomHook(BaseHook):
     def get_store_scu(self, *, associations: int = 1, seconds: float = math.inf, **overrides: Any) -> StoreScu:
         """Make a :class:`~airflow_dicom_get.store.StoreScu` that stores at the node of the connection.
 
-        :param associations: how many it uses, of those that the connection admits
-        :param seconds: the longest that it may take, where the connection does not say less
-        :param overrides: options of ``StoreScu`` that win over the connection's
+        :param associations: how many to use, of those that the connection allows
+        :param seconds: the longest that it may take, unless the connection sets less
+        :param overrides: options of ``StoreScu`` that take precedence over the connection's
         """
         from airflow_dicom_get.store import StoreScu
 
@@ -138,7 +138,7 @@ class DicomHook(BaseHook):
     # --- the verbs ---------------------------------------------------------------------------------
 
     def echo(self) -> EchoReport:
-        """Send a C-ECHO, and say what the node offers."""
+        """Send a C-ECHO, and report what the node offers."""
         return self.get_conn().echo()
 
     def find(self, query: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -156,13 +156,13 @@ class DicomHook(BaseHook):
     def get_study(
         self, query: Mapping[str, Any], destination: str, *, s3_conn_id: str | None = None, **overrides: Any
     ) -> Result:
-        """Retrieve what the query names. Look at ``verdict``, or call ``raise_for_verdict()``.
+        """Retrieve what the query selects. Check ``verdict``, or call ``raise_for_verdict()``.
 
         :param query: DICOM keywords and values
         :param destination: an absolute path, ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or
             ``dicom://[AE@]host:port``
         :param s3_conn_id: the connection of a bucket whose address names none
-        :param overrides: options of ``GetScu`` that win over the connection's
+        :param overrides: options of ``GetScu`` that take precedence over the connection's
         """
         root = overrides.pop("manifest_root", None)
         destinations = resolve_destinations(destination, manifest_root=root, s3_conn_id=s3_conn_id)
@@ -174,7 +174,7 @@ class DicomHook(BaseHook):
     # --- the Test button ---------------------------------------------------------------------------
 
     def test_connection(self) -> tuple[bool, str]:
-        """Send a C-ECHO; say what the node offers, or what to correct. Never raises, takes at most ten seconds."""
+        """Send a C-ECHO; return what the node offers, or what to correct. Never raises; takes at most ten seconds."""
         try:
             scu = self._test_scu()
         except Exception as error:

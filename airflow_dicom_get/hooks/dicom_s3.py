@@ -57,7 +57,7 @@ _PROBE = ".connection-test"
 
 
 class DicomS3Hook(BaseHook):
-    """Reach a bucket by a ``dicom_s3`` connection, or by a stock ``aws`` one.
+    """Reach a bucket through a ``dicom_s3`` connection, or a stock ``aws`` one.
 
     In a ``@task`` function::
 
@@ -81,7 +81,7 @@ class DicomS3Hook(BaseHook):
 
     @property
     def config(self) -> S3Config:
-        """How to reach the service, all checked; it names no bucket.
+        """How to reach the service, checked; it names no bucket.
 
         :raises InvalidOption: a field is missing or malformed; the message names connection and field
         """
@@ -89,7 +89,7 @@ class DicomS3Hook(BaseHook):
 
     @property
     def bucket(self) -> str | None:
-        """The bucket that the connection names; the Test button tries it, and nothing else uses it."""
+        """The bucket that the connection names, which only the Test button uses."""
         return self._settings()[1]
 
     def get_bucket(self, name: str) -> Bucket:
@@ -229,7 +229,7 @@ class DicomS3Hook(BaseHook):
     # --- the Test button ---------------------------------------------------------------------------
 
     def test_connection(self) -> Answer:
-        """Write a small object, read it, and list it. Never raises, takes at most ten seconds."""
+        """Write a small object, read it, and list it. Never raises; takes at most ten seconds."""
         try:
             config, bucket = self._settings()
             if bucket is None:

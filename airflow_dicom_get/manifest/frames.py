@@ -137,7 +137,7 @@ def read_manifest(uri: Any, s3_config: S3 = None) -> DataFrame:
     Raises
     ------
     ManifestError
-        There is no such file, it is broken, or it is of another schema. It is left as it is.
+        The file does not exist, is damaged, or has another schema. It is not changed.
     """
     return frame_of(read_table(uri, s3_config))
 
@@ -148,7 +148,7 @@ def load_manifest(manifest: Any, s3_config: S3 = None) -> DataFrame:
     Raises
     ------
     ManifestError
-        It cannot be read, or is not what its reference says.
+        It cannot be read, or does not match its reference.
     """
     return frame_of(load_table(manifest, s3_config))
 
@@ -228,7 +228,7 @@ def load_manifests(manifests: Any, s3_config: S3 = None) -> DataFrame:
     Raises
     ------
     ManifestError
-        One of them cannot be read, or is not what its reference says.
+        One of them cannot be read, or does not match its reference.
     """
     return frame_of(one_table(load_tables(manifests, s3_config)))
 
@@ -248,23 +248,23 @@ def one_table(tables: Sequence[pa.Table]) -> pa.Table:
 def combine_manifests(
     manifests: Any, to: str | Path, s3_config: S3 = None, *, run: str | None = None
 ) -> dict[str, Any]:
-    """Write several manifests as one, and give its reference.
+    """Write several manifests as one, and return its reference.
 
     The verdict is the worst of theirs, the evidence the weakest.
 
     Parameters
     ----------
     manifests : iterable
-        Of any shapes; None is passed over.
+        Of any shape; None is skipped.
     to : str or Path
-        The file to write, or a folder or prefix that gets a file with the name of a new run.
+        The file to write, or a folder or prefix in which a file with the name of a new run is created.
     s3_config : S3Config or mapping, optional
         How to reach the bucket of any of them, as in :func:`read_manifest`.
 
     Raises
     ------
     ManifestError
-        One of them cannot be read, or is not what its reference says. Nothing is written then.
+        One of them cannot be read, or does not match its reference. Nothing is written then.
     """
     tables = load_tables(manifests, s3_config)
     facts = [metadata_of(table) for table in tables]

@@ -1,6 +1,6 @@
-"""For notebooks: manifests out of Airflow's REST interface or out of files, and the data sets of their rows.
+"""For notebooks: manifests from Airflow's REST API or from files, and the data sets of their rows.
 
-Neither Airflow nor its database is needed where this runs: an address and a token are.
+This needs neither Airflow nor its database, only an address and a token.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def read_manifest(uri: Any, **s3: Any) -> DataFrame:
     Raises
     ------
     ManifestError
-        There is no such file, it is broken, or it is of another schema.
+        The file does not exist, is damaged, or has another schema.
     """
     return load_manifest(uri, s3 or None)
 
 
 def read_manifests(where: Any, **s3: Any) -> DataFrame:
-    """Read all manifests at a place, as one DataFrame.
+    """Read all manifests at a location, as one DataFrame.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
     -------
     DataFrame
         The rows of all, oldest run first, with the columns of a manifest and three more: ``run``, ``run_at`` (when it
-        began, UTC) and its ``verdict``. An instance has a row for every run that it was part of; see :func:`latest`.
+        started, UTC) and its ``verdict``. An instance has a row for every run that it was part of; see :func:`latest`.
 
     Raises
     ------
@@ -80,12 +80,12 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
 
 
 def latest(manifests: DataFrame) -> DataFrame:
-    """Keep the last row of each instance: what is known of it after all the runs.
+    """Keep the last row of each instance: its state after all runs.
 
     Parameters
     ----------
     manifests : DataFrame
-        As :func:`read_manifests` or :func:`load_manifests` gives them.
+        As returned by :func:`read_manifests` or :func:`load_manifests`.
     """
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
     rows = manifests.sort_values("run_at", kind="stable")
@@ -99,12 +99,12 @@ def latest(manifests: DataFrame) -> DataFrame:
 
 
 def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
-    """Read the data sets that rows of a manifest say are held, from disk or bucket, in the order of the rows.
+    """Read the data sets of the rows of a manifest, from disk or bucket, in the order of the rows.
 
     Parameters
     ----------
     rows : DataFrame
-        Of a manifest. Rows without a file, as of what is missing or was forwarded, are passed over.
+        Of a manifest. Rows without a file, because the instance is missing or was forwarded, are skipped.
     **s3
         How to reach the bucket, as in ``s3_config`` of ``GetScu``; the usual AWS places by default.
 
@@ -113,7 +113,7 @@ def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
     ManifestError
         One of them cannot be read.
     InvalidOption
-        An argument of ``s3_config`` is not right.
+        An argument of ``s3_config`` is invalid.
     """
     from airflow_dicom_get.config.options import OPTIONS
     from airflow_dicom_get.sinks.objects import objects_of
@@ -183,15 +183,15 @@ def load_manifests(
     run_id : str, optional
         One of its runs; the latest by default.
     task_id : str, optional
-        One of its tasks, with all its mapped instances; all that returned a manifest by default.
+        One of its tasks, with all its mapped instances; by default all tasks that returned a manifest.
     base_url : str
         Address of Airflow's web interface.
     token : str
-        A token of Airflow's API: that of a viewer will do. ``POST /auth/token`` gives one.
+        A token of Airflow's API; a viewer's is enough. ``POST /auth/token`` returns one.
     ca_file : str, optional
         File with the certificate authorities to trust; the system's by default.
     **s3
-        How to reach the bucket, where a task returned the reference to a manifest there.
+        How to reach the bucket, if a task returned a reference to a manifest there.
 
     Returns
     -------

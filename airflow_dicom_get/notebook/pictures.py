@@ -1,4 +1,4 @@
-"""Pictures of manifests, drawn with matplotlib."""
+"""Charts of manifests, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MOST = 10
 
 
 def overview(manifest: Any) -> Figure:
-    """Draw a manifest: what came, by modality and by day; what of it is held, study by study; and why not.
+    """Draw a manifest: what was received, by modality and day; what is held, study by study; and why the rest is not.
 
     Parameters
     ----------
     manifest : DataFrame, dict, str or Path, or several of them
-        Manifests of any shape. Of an instance that several runs have tried the last row counts.
+        Manifests of any shape. If several runs requested an instance, its last row counts.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def _draw_arrival(axes: Any, frame: DataFrame) -> None:
     came = came[came["state"].isin(FETCHED) & came["bytes"].notna()].sort_values("received_at")
     axes.set_title("Received by day (UTC)")
     if not len(came):
-        _say(axes, "Nothing was received: it was there before, or is missing.")
+        _say(axes, "Nothing was received: it is already there, or missing.")
         return
     when, size = came["received_at"].dt.tz_localize(None), came["bytes"].astype(float) / 1e6
     days = size.groupby(when.dt.normalize()).sum()

@@ -118,13 +118,13 @@ class DicomFindOperator(DicomTask):
         return shown_query(value) if name == "query" else value
 
     def map_label(self) -> str:
-        """Name what is asked for, without patient data."""
+        """Name what is queried, without patient data."""
         if self.study_date:
             return f"StudyDate={self.study_date}"[:100]
         return label_of(None, self.given("query"), None) if self.given("query") else ""
 
     def execute(self, context: Context) -> list[Item] | list[list[Item]]:
-        """Ask, and return the Items."""
+        """Query, and return the Items."""
         with final_errors():
             query, modalities = self._checked()
             search = self._search(modalities)
@@ -232,7 +232,7 @@ class DicomFindOperator(DicomTask):
 
 
 class DicomGetOperator(TransferOperator):
-    """Retrieve studies by C-GET, and prove instance by instance that they are held.
+    """Retrieve studies by C-GET, and verify instance by instance that they are held.
 
     One task retrieves one study, a list of them, what a query matches, or what a manifest lists::
 
@@ -427,7 +427,7 @@ class DicomStoreOperator(TransferOperator):
     result is transient, which sends only what the node has not acknowledged yet, and fails at once if it is not.
 
     :param manifest: manifest of a retrieval, of any shape, or several: the objects that they list (templated)
-    :param source: an absolute path or ``s3://[CONN_ID@]bucket/prefix``, in place of a manifest (templated)
+    :param source: an absolute path or ``s3://[CONN_ID@]bucket/prefix``, instead of a manifest (templated)
     :param dicom_conn_id: the ``dicom`` connection of the node to store at (templated)
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of the bucket in which the objects lie; by default the one
         that the address of source or manifest names (templated)

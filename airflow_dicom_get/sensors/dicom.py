@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class DicomStudySensor(DicomTask, BaseSensorOperator):
     """Wait until studies are at a PACS and no longer grow, and return one Item each: what ``DicomGetOperator`` takes.
 
-    A study has settled once its number of instances has been the same for ``settled_for``. All studies are asked for
+    A study has settled once its number of instances has not changed for ``settled_for``. All studies are queried
     together; the first time by the worker, then by the triggerer.
 
     :param study: Study Instance UID, Item, or a list of either: all of them must be there (templated)
@@ -75,7 +75,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         return label_of(self.given("study"), self.given("query"), None)
 
     def execute(self, context: Context) -> Any:
-        """Ask; if not all is there, leave the rest to the triggerer, or ask again."""
+        """Query; if not everything is there, defer to the triggerer, or query again."""
         with final_errors():
             awaited = self._awaited()
         if not self.deferrable:
@@ -99,7 +99,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         return list(event["items"])
 
     def poke(self, context: Context) -> PokeReturnValue:
-        """Ask once. A PACS that is down or busy is asked again."""
+        """Query once. A PACS that is down or busy is queried again later."""
         with final_errors():
             awaited = self._awaited()
             try:

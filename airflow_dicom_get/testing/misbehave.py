@@ -2,15 +2,15 @@
 
 Plain sockets and struct, one thread per association, loopback only, nothing of the engine in its
 data path. Without a mode it is a well-behaved SCP of C-ECHO, C-FIND and C-GET that serves one
-synthetic study from memory, each instance in its own transfer syntax; with a mode it breaks one
-rule, and only that one::
+synthetic study from memory, each instance in its own transfer syntax; with a mode it breaks exactly
+one rule::
 
     with MisbehavingPacs("drop", heal_after=1) as pacs:
         retrieve("127.0.0.1", pacs.port, pacs.study_uid)
         assert pacs.sent[pacs.uids[0]] == 1
 
-:data:`MODES` says of each mode in a sentence what it does. All patients are called
-``HOSTILE^PATIENT``, so that a test can look for what leaks.
+:data:`MODES` describes each mode in a sentence. All patients are called
+``HOSTILE^PATIENT``, so that a test can check that the name does not leak.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class MisbehavingPacs:
     Parameters
     ----------
     mode : str or None
-        A name of :data:`MODES`, also as ``name:param``; ``None`` behaves well.
+        A name of :data:`MODES`, also as ``name:param``; ``None`` behaves correctly.
     heal_after : int or None
-        So many associations misbehave, later ones are well. An association counts from where the mode
+        So many associations misbehave; later ones behave correctly. An association counts from where the mode
         can act: one that only does a C-FIND does not use up a mode of C-GET.
     param : str or float or None
-        Parameter of the mode, where its sentence names one.
+        Parameter of the mode, if its description names one.
     series, instances : int
         Number of series, and of instances in each.
     size : int
@@ -81,12 +81,12 @@ class MisbehavingPacs:
     pairs : sequence of (str, str)
         SOP classes and transfer syntaxes, dealt out to the instances in turn.
     list_syntaxes : bool
-        Whether C-FIND answers tell (0008,3002) Available Transfer Syntax UID.
+        Whether C-FIND answers contain (0008,3002) Available Transfer Syntax UID.
     victim : int or None
         Number (from 0) of the instance that a mode which spoils one object spoils, whenever it is asked for;
         by default such a mode spoils the middle one of whatever a C-GET asks for.
     max_seconds, max_bytes : float or None, int or None
-        Bounds of a misbehaving association in place of those of the mode (at most 120 s, 512 MiB).
+        Bounds of a misbehaving association, instead of those of the mode (at most 120 s, 512 MiB).
 
     Attributes
     ----------
@@ -102,7 +102,7 @@ class MisbehavingPacs:
     associations : int
         Connections that were accepted.
     faults : list of str
-        Tracebacks of mistakes of this server itself; always empty, one hopes.
+        Tracebacks of bugs in this server itself; should be empty.
     """
 
     def __init__(
@@ -273,8 +273,8 @@ def serve(mode: str | None, host: str = "127.0.0.1", port: int = 11112, **option
     Parameters
     ----------
     mode : str or None
-        As for :class:`MisbehavingPacs`, whose other parameters are taken too; ``list`` prints what
-        modes there are, and serves nothing.
+        As for :class:`MisbehavingPacs`, whose other parameters are taken too; ``list`` prints the
+        modes and serves nothing.
 
     Returns
     -------

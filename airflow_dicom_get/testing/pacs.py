@@ -93,7 +93,7 @@ class EmbeddedPacs:
     ssl_context : ssl.SSLContext, optional
         Speak TLS.
     hide : iterable of str
-        SOP Instance UIDs that are listed, and neither sent nor counted when asked for.
+        SOP Instance UIDs that are listed, but neither sent nor counted when requested.
     fail : iterable of str
         SOP Instance UIDs whose sub-operation is counted as failed without being sent.
     omit_classes, omit_syntaxes, omit_counts : bool
@@ -106,7 +106,7 @@ class EmbeddedPacs:
     no_find, no_get : bool
         Refuse the contexts of the service.
     answer_roles : bool
-        Answer role selection. Without, sub-operations are sent all the same, as some PACS do.
+        Answer role selection. If false, sub-operations are sent anyway, as some PACS do.
     final_status : int, optional
         The status of every final C-GET response, whatever happened.
     before_send : callable, optional
@@ -169,7 +169,7 @@ class EmbeddedPacs:
         return len(self._open)
 
     def start(self) -> Self:
-        """Index the folder and listen. ``OSError`` if the address cannot be had."""
+        """Index the folder and listen. ``OSError`` if the address is in use."""
         self.archive.load()
         ae = AE(self.ae_title)
         ae.require_called_aet = self.require_called_ae
@@ -284,7 +284,7 @@ class EmbeddedPacs:
 
 
 def serve(folder: str | Path, host: str, port: int, ae_title: str) -> None:
-    """Serve a folder until SIGINT or SIGTERM. Says on stdout, in one line, when and where it is ready."""
+    """Serve a folder until SIGINT or SIGTERM. Prints one line on stdout when it is ready, with its address."""
     if not Path(folder).is_dir():
         raise InvalidOption(f"--dir: {str(folder)!r} is not a folder.", hint="Name an existing folder.", option="--dir")
     with (

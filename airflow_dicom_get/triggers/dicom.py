@@ -47,17 +47,17 @@ def ask(
 
 
 class DicomStudyTrigger(BaseTrigger):
-    """Ask a PACS again and again, until the studies are there and have settled.
+    """Query a PACS repeatedly until the studies are there and have settled.
 
     The C-FIND runs in a thread with a deadline: the loop of the triggerer, which all triggers share, never waits
-    for it. Where a PACS is down or busy the trigger goes on asking; the time-out of the sensor ends that.
+    for it. If the PACS is down or busy, the trigger keeps trying, until the timeout of the sensor.
 
-    A triggerer that is restarted takes the trigger up again with what it was made with: what it saw since is then
-    forgotten, and studies have to settle again.
+    After a restart of the triggerer, the trigger starts again with its original arguments: what it has seen since
+    is forgotten, and studies have to settle again.
 
     :param awaited: the fields of what is waited for
     :param counts: what the sensor has seen already
-    :param poke_interval: seconds between two times
+    :param poke_interval: seconds between two queries
     :param dicom_conn_id: the ``dicom`` connection to the PACS
     :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
