@@ -19,16 +19,16 @@ help: ## Explain the targets
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
-demo: setup-demo ## Retrieve studies through an Airflow DAG, and half a study from a PACS that calls it Success; 3 minutes at first
+demo: setup-demo ## Retrieve studies through an Airflow DAG, and half a study from a PACS that says Success; 3 minutes the first time
 	@$(VENV)-demo/bin/python scripts/demo.py $(ARGS)
 
-ui: setup-demo ## Start Airflow's web interface and the embedded PACS on the demo's home; Ctrl-C stops all
+ui: setup-demo ## Start Airflow's web interface and the embedded PACS with the demo's data; Ctrl-C stops both
 	@$(VENV)-demo/bin/python scripts/ui.py $(ARGS)
 
 notebooks: setup ## Execute the notebooks and save their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
-test: setup peers ## Run the whole test suite; ARGS go to pytest, as in ARGS='-k manifest'; 12 minutes on two cores
+test: setup peers ## Run the whole test suite; ARGS are passed to pytest, for example ARGS='-k manifest'; 12 minutes on two cores
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own; 6 minutes on two cores
@@ -37,10 +37,10 @@ test-engine: setup-engine peers ## Run the tests that need no Airflow, in a ligh
 test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS and destination, cut the power; 10 minutes
 	@KILLS=20 $(PY) -m pytest $(addprefix tests/functional/test_,kill.py s3.py forward.py power_cut.py) -k "random_moments or TestKilled or (TestResume and test_kill) or power_cut" -s --timeout 900 $(ARGS)
 
-test-cuts: setup peers ## Cut the line at 200 places, kill 20 times, hold a rate for 30 s, wait as long as real sources do; 15 minutes
+test-cuts: setup peers ## Cut the connection at 200 places, kill 20 times, keep a rate for 30 s, wait as long as real sources do; 15 minutes
 	@CUTS=200 KILLS=20 LIMIT_SECONDS=30 LONG=1 $(PY) -m pytest $(addprefix tests/functional/test_,resume.py limits.py slow_destination.py) $(ARGS)
 
-fuzz: setup ## Try far more bytes than the suite does on all that reads a peer's; takes an hour
+fuzz: setup ## Fuzz everything that reads bytes of a peer, far longer than the suite does; takes an hour
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -o timeout=0 tests/unit $(ARGS)
 	@FUZZ_ASSOCIATIONS=1000 $(PY) -m pytest -o timeout=0 tests/functional/test_fuzz.py $(ARGS)
 
@@ -48,7 +48,7 @@ test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images
 	@bash scripts/peers.sh chromium=chromium
 	@$(PY) -m pytest tests/browser -m browser $(ARGS)
 
-test-live: setup ## Prove a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
+test-live: setup ## Test in a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
 	@$(PY) -m pytest tests/live -m live -s $(ARGS)
 
 test-distributed: setup-distributed ## Lose one of two Celery workers and the API server among 300 studies on PostgreSQL, Redis and S3; 20 minutes
@@ -63,7 +63,7 @@ lint: setup ## Check style, types and spelling
 	@$(PY) -m mypy
 	@$(VENV)/bin/codespell
 
-format: setup ## Put the code into the house's form
+format: setup ## Format the code
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 

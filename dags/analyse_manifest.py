@@ -138,7 +138,7 @@ with DAG(
             # A full disk, in contrast, may have space at the next try.
             raise AirflowFailException(
                 f"{folder} cannot be written: {error.strerror}. Give another folder in the params, or let the user "
-                "that the workers run as write there."
+                "that the workers run as write to it."
             ) from None
         print(f"Report: {report_file}")
         return {**summary, "report": str(report_file), "table": str(table_file)}
@@ -147,7 +147,7 @@ with DAG(
 
 
 def page(summary: dict, by_modality, reasons, *, html: bool) -> str:
-    """The report, as HTML or as Markdown. pandas escapes what stands in a table."""
+    """The report, as HTML or as Markdown. pandas escapes the values of a table."""
     first = f"{summary['held']} of {summary['instances']} instances are held, {summary['bytes'] / 1e6:.1f} MB"
     parts = [("By modality", by_modality), ("Not held, by reason", reasons)]
     if html:
@@ -158,7 +158,7 @@ def page(summary: dict, by_modality, reasons, *, html: bool) -> str:
 
 
 def markdown(frame) -> str:
-    """A table in Markdown; pandas itself needs one more package for that."""
+    """A table in Markdown; pandas needs an additional package for that."""
     frame = frame.reset_index()
     rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)

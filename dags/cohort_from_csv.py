@@ -6,17 +6,17 @@ The file has a column `StudyInstanceUID` or `AccessionNumber`, and one with a ps
     20240115-0001,case
     20240115-0002,control
 
-The file is checked before the PACS is queried; a bad row is named by its line and column. In the end there is one
-manifest, with a further column `cohort`. The files stay as they are in the PACS: they are not pseudonymised.
+The file is checked before the PACS is queried; an error names line and column. At the end one manifest is written, with
+an additional column `cohort`. The DICOM files are not changed: they are not pseudonymised.
 
 What it reads:
 
 * connection `dicom_default`: the PACS, as type DICOM
 * pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
-* param `csv`: the file, which every worker sees. Its accession numbers stay out of logs and XCom.
+* param `csv`: the file; all workers need access to it. Its accession numbers stay out of logs and XCom.
 * param `label`: the column with the labels. They go to XCom and manifest, so no names.
-* param `unknown`: what happens with rows that the PACS has no study for
+* param `unknown`: what to do with rows for which the PACS has no study
 * param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
   `dicom` in Airflow's home
 """

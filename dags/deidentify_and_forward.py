@@ -1,8 +1,8 @@
 """Retrieve the studies of a day, de-identify a copy of each with dicognito, and store the copies at another node.
 
 The originals stay as received, proven by their manifests. The copies are other instances: other UIDs, other dates,
-other bytes. What has to be removed is for you to decide and to check (PS3.15 Annex E): `clean` below is a beginning,
-and looks at no pixel. docs/deidentify.md says what is proven before and after it, and what stays in the copies.
+other bytes. You decide what has to be removed, and check it (PS3.15 Annex E): `clean` below is a starting point, and
+does not look at pixels. docs/deidentify.md says what is proven before and after it, and what remains in the copies.
 
 What it reads:
 
@@ -10,16 +10,16 @@ What it reads:
 * connection `dicom_target`: the node to store the copies at, as type DICOM
 * pool `pacs`, with as many slots as each PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
-* variable `dicom_deidentify_secret`: from it come the new UIDs, IDs, names and dates. At least 32 characters; whoever
-  has it can tell whether a copy belongs to a patient whose ID they know. Another secret gives every copy other UIDs:
+* variable `dicom_deidentify_secret`: the new UIDs, IDs, names and dates are derived from it. At least 32 characters;
+  anyone who has it can check whether a copy belongs to a patient whose ID they know. Another secret changes all UIDs:
   `airflow variables set dicom_deidentify_secret "$(openssl rand -hex 32)"`
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
 * param `destination`: an absolute path for the originals; by default the environment variable `DICOM_DESTINATION`, else
   the folder `dicom` in Airflow's home
-* param `copies`: an absolute path for the copies, outside of `destination`. A study's folder in it is the task's own:
-  files in it that do not belong to the copy are deleted.
+* param `copies`: an absolute path for the copies, outside `destination`. The task owns the folder of a study in it, and
+  deletes files in it that do not belong to the copy.
 
-dicognito has to be installed where the tasks run: `pip install dicognito`, or the extra `examples`.
+dicognito must be installed on the workers: `pip install dicognito`, or the extra `examples`.
 
 The DAG can be cleared and run again safely: originals that are held are not fetched again, the copies get the same UIDs
 again, and what the other node has acknowledged is not sent again.
@@ -49,20 +49,20 @@ DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
 
 
 def clean(dataset, anonymizer) -> None:
-    """De-identify one instance in place. This is the part to make your own.
+    """De-identify one instance in place. Adapt this function.
 
-    An instance that must not go out raises: its study is not forwarded then, nor is any other of the run.
+    Raise for an instance that must not be sent: neither its study nor any other of the run is forwarded then.
     """
     if dataset.get("BurnedInAnnotation", "NO") != "NO":
-        raise ValueError("it says that patient data is burned into its pixels")
-    # Private elements may hold anything; dicognito knows them only by their value representation.
+        raise ValueError("patient data is burned into its pixels")
+    # Private elements may contain anything; dicognito knows only their value representation.
     dataset.remove_private_tags()
     # UIDs, names, IDs, addresses, dates and times. Not descriptions, comments and texts of reports.
     anonymizer.anonymize(dataset)
 
 
 def write(dataset, path: Path) -> None:
-    """Write a file under a temporary name and rename it: what bears its final name is whole."""
+    """Write a file under a temporary name and rename it, so that files under final names are complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     try:
@@ -143,7 +143,7 @@ with DAG(
 
         from airflow_dicom_get import load_manifest
 
-        # Without a secret of some length whoever knows an original's UID can compute the copy's.
+        # Without a long secret, anyone who knows an original's UID could compute the copy's.
         secret = Variable.get("dicom_deidentify_secret", default="")
         if len(secret) < 32:
             raise AirflowFailException(
@@ -151,19 +151,19 @@ with DAG(
                 "Variables, to a random text that nobody else knows."
             )
         if Path(copies).resolve().is_relative_to(Path(originals).resolve()):
-            raise AirflowFailException("The folder of the copies lies in that of the originals. Give another one.")
+            raise AirflowFailException("The folder of the copies is inside that of the originals. Give another one.")
         with final_errors():
             frame = load_manifest(manifest)
         rows = frame[frame["state"].isin(["stored", "held"])]
-        # The same secret gives the same UIDs, in every instance of the study and in every try.
+        # The same secret gives the same UIDs, for every instance of the study and in every try.
         anonymizer = Anonymizer(seed=secret)
         written, folders = set(), set()
         for row in rows.itertuples():
             try:
-                # Values that break a rule of DICOM are common; pydicom's warnings of them would quote them in the log.
+                # Invalid values are common, and pydicom's warnings would quote them in the log.
                 with disable_value_validation():
                     dataset = dcmread(unquote(urlsplit(row.uri).path))
-                    # Nothing of the original's preamble and file meta information but the transfer syntax.
+                    # Of the original's preamble and file meta information, keep only the transfer syntax.
                     meta = FileMetaDataset()
                     meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
                     dataset.file_meta, dataset.preamble = meta, bytes(128)
@@ -172,7 +172,7 @@ with DAG(
                     path = folder / dataset.SeriesInstanceUID / f"{dataset.SOPInstanceUID}.dcm"
                     write(dataset, path)
             except OSError:
-                raise  # a full disk, say: worth another try
+                raise  # for example a full disk: worth a retry
             except Exception as error:
                 # Not the error's own text, nor its traceback: both may quote the patient.
                 raise AirflowFailException(
@@ -187,7 +187,7 @@ with DAG(
                 "forwarded."
             )
         (folder,) = folders
-        # What a killed try, or an original that the PACS has withdrawn since, has left.
+        # Left by a killed try, or by an original that the PACS has withdrawn since.
         for path in folder.rglob("*"):
             if path.is_file() and path not in written:
                 path.unlink()

@@ -1,9 +1,8 @@
 """Every night, retrieve the studies of the day before into a bucket, within the hours and limits of the PACS.
 
-One C-FIND, shards of about 2000 instances, one mapped task a shard; then one manifest of the whole night, which is the
-one event of the asset `dicom_night` (the DAG `analyse_manifest` waits for it), and a last task that fails unless
-everything is held. A mail goes out if the night ends with something missing, and another if it is not over by the
-morning.
+One C-FIND, shards of about 2000 instances, one mapped task for each shard; then one manifest of the whole night, with
+one event of the asset `dicom_night` (which starts the DAG `analyse_manifest`), and a last task that fails unless all is
+held. A mail is sent if instances are missing at the end, and another if the night is not over by the morning.
 
 What it reads:
 
@@ -15,9 +14,9 @@ What it reads:
 * param `study_date`: blank for the day before the run, also if the run is cleared later or is one of a backfill
 * param `modalities`: blank for all
 * param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
-* environment variable `DICOM_MAIL_TO`: who gets the mails; `root@localhost` by default
+* environment variable `DICOM_MAIL_TO`: the recipient of the mails; `root@localhost` by default
 
-It is paused until somebody unpauses it, so that no PACS is queried by surprise.
+It is paused on creation, so that no PACS is queried before you unpause it.
 """
 
 from __future__ import annotations
@@ -138,12 +137,12 @@ with DAG(
         destination=PLACE,
         # Outside the hours of the PACS the task is deferred: it occupies neither a worker nor a pool slot.
         outside_window="defer",
-        # The tasks below need where the instances lie, not a large table in XCom.
+        # The tasks below need the locations of the instances, not a large table in XCom.
         manifest_xcom="reference",
     ).expand(study=find.output)
 
     # One manifest of the night, and one event. An outlet on `get` would make an event for each shard. It is published
-    # also where something is missing: the event says so, and who waits for it decides.
+    # also if instances are missing: the event has the verdict, and its consumers decide.
     @task(
         outlets=[NIGHT],
         trigger_rule="all_done_min_one_success",

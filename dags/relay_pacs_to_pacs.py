@@ -49,11 +49,11 @@ with DAG(
         "pool": "pacs",
     },
 ) as dag:
-    # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
-    # studies is a success, and what follows is skipped.
-    # get: one task a study. "complete" means here: the other PACS has acknowledged every instance that the first one
+    # find: one C-FIND. Its output is a list of Items, one for each study, without patient data. A day without studies
+    # is a success: the other tasks are skipped.
+    # get: one task for each study. Here "complete" means: the other PACS has acknowledged every instance that the first
     # lists. An instance that it refuses is named in the manifest, and the rest is still sent.
-    # report: what came of it. It runs too where some studies failed, and fails then itself.
+    # report: the results. It also runs if some studies failed, and then fails itself.
     relayed = retrieve(
         dicom_conn_id="dicom_default",
         study_date="{{ params.study_date }}",

@@ -1,8 +1,8 @@
-"""Retrieve the studies of a day from a PACS into a folder, one mapped task a study.
+"""Retrieve the studies of a day from a PACS into a folder, one mapped task for each study.
 
 What it reads:
 
-* connection `dicom_default`: the PACS, as type DICOM; in one line `AIRFLOW_CONN_DICOM_DEFAULT='dicom://AE@host:port'`
+* connection `dicom_default`: the PACS, as type DICOM; in one line: `AIRFLOW_CONN_DICOM_DEFAULT='dicom://AE@host:port'`
 * pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
@@ -53,11 +53,11 @@ with DAG(
         "pool": "pacs",
     },
 ) as dag:
-    # find: one C-FIND. Its output is a list of Items, one a study, without anything of the patient. A day without
-    # studies is a success, and what follows is skipped.
-    # get: one task a study, named by its UID, which succeeds only if the study is held whole.
-    # report: what came of it. It runs too where some studies failed, and fails then itself: the last task decides on
-    # the state of the whole run.
+    # find: one C-FIND. Its output is a list of Items, one for each study, without patient data. A day without studies
+    # is a success: the other tasks are skipped.
+    # get: one task for each study, named by its UID, which succeeds only if the whole study is held.
+    # report: the results. It also runs if some studies failed, and then fails itself: the last task decides the state
+    # of the run.
     retrieve(
         dicom_conn_id="dicom_default",
         study_date="{{ params.study_date }}",

@@ -82,7 +82,7 @@ with DAG(
         dicom_conn_id="dicom_default",
         destination=PLACE,
         max_active_tis_per_dag=2,
-        # The tasks below need where the instances lie, not a large table in XCom.
+        # The tasks below need the locations of the instances, not a large table in XCom.
         manifest_xcom="reference",
     ).expand(study=find.output)
 
@@ -90,7 +90,7 @@ with DAG(
     # grown since then fails here, and is fixed by clearing its `get`.
     check = DicomVerifyOperator.partial(task_id="check", dicom_conn_id="dicom_default").expand(manifest=get.output)
 
-    # What the person decides on: numbers, without patient data.
+    # What the approver sees: numbers, without patient data.
     @task(pool="default_pool")
     def describe(summaries) -> str:
         summaries = list(summaries)
@@ -104,7 +104,7 @@ with DAG(
 
     what = describe(get.output["summary"])
 
-    # The run waits here, without a worker, until somebody answers under "Required Actions". Reject skips what follows.
+    # The run waits here, without a worker, for an answer under "Required Actions". Reject skips the tasks below.
     approve = ApprovalOperator(
         task_id="approve",
         subject="Forward the studies of {{ params.study_date }} to dicom_target?",

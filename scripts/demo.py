@@ -50,9 +50,9 @@ def run_dag(console: Console) -> home.DemoError | None:
         )
         console.print(f"Airflow   {home.shown(home.AIRFLOW_HOME)}, its log in {home.shown(log)}")
         if not home.prepared():
-            console.print("          makes its database, about 15 s …")
+            console.print("          creating its database, about 15 s …")
             home.prepare_database(environment, log)
-        console.print(f"DAG       {home.DAG_ID}: the studies of {STUDY_DATE}, one mapped task each, about 20 s …")
+        console.print(f"DAG       {home.DAG_ID}: the studies of {STUDY_DATE}, one mapped task for each, about 20 s …")
         began = time.monotonic()
         conf = json.dumps({"study_date": STUDY_DATE, "destination": str(home.RETRIEVED)})
         try:
@@ -111,7 +111,7 @@ def show(console: Console, found: list[tuple[Path, pa.Table]]) -> str:
     console.print(
         f"\n[bold {colour}]Verdict   {verdict}[/]: {verdicts.count('complete')} of {len(tables)} studies complete"
         f"\nCounts    {held(whole)} instances held and verified, {series} series, {size(whole) / 1e6:.1f} MB; {news}"
-        f"\nSyntaxes  {as_held} came in the transfer syntax in which the PACS holds them{otherwise}:"
+        f"\nSyntaxes  {as_held} received in the transfer syntax in which the PACS stores them{otherwise}:"
         f"\n          {names(whole, 'transfer_syntax_uid')}\n"
     )
     studies = Table("verdict", "what", "held", "kB", box=None, padding=(0, 2, 0, 0))
@@ -149,7 +149,7 @@ def show_half(console: Console) -> bool:
         study, (host, port) = found[1], node.split(":")
         getscu = dcmtk_getscu()
         if getscu is None:
-            console.print("  DCMTK's getscu is not installed; to see what it says: sudo apt-get install dcmtk\n")
+            console.print("  DCMTK's getscu is not installed; to compare with it: sudo apt-get install dcmtk\n")
         else:
             folder = HALF / "getscu"
             folder.mkdir(parents=True)
@@ -183,7 +183,7 @@ def run(console: Console, command: list[str]) -> int:
     )
     for line in done.stdout.splitlines():
         console.print(f"  {line}", markup=False)
-    said = "" if done.stdout else ", not a word"
+    said = "" if done.stdout else ", no output"
     console.print(f"  [bold]exit status {done.returncode}[/]{said}")
     return done.returncode
 
@@ -200,10 +200,10 @@ def show_next(console: Console, found: list[tuple[Path, pa.Table]]) -> None:
         "\n\nTry next:"
         "\n  make ui        the same DAG in Airflow's web interface"
         f"\n  {tool} pacs --dir {home.shown(home.PACS_DATA)} --ae-title {home.AE_TITLE}"
-        "\n                 that PACS for the shell; then, in another terminal:"
+        "\n                 serves the same PACS; then, in another terminal:"
         f"\n  {tool} find {home.AE_TITLE}@127.0.0.1:11112 -k StudyDate={STUDY_DATE}"
         f"\n  {tool} get {home.AE_TITLE}@127.0.0.1:11112 --study {study} --to {home.shown(home.RETRIEVED)}"
-        "\n                 fetches nothing: all of it is held. Delete a file, and it fetches that one."
+        "\n                 fetches nothing, because everything is held; delete a file, and it fetches that one"
         f"\n  {home.shown(bin_folder / 'python')} -c 'from airflow_dicom_get import read_manifest; "
         f'print(read_manifest("{home.shown(path)}").iloc[0])\'',
         markup=False,

@@ -152,7 +152,7 @@ def prepared() -> bool:
 def prepare_database(environment: Mapping[str, str], log: Path) -> None:
     """Make or migrate Airflow's database, and make the pool that the DAGs name."""
     airflow("db", "migrate", environment=environment, log=log)
-    # A task whose pool is missing waits for ever.
+    # A task whose pool does not exist waits forever.
     airflow("pools", "set", POOL, str(SLOTS), "associations of the PACS", environment=environment, log=log)
     (AIRFLOW_HOME / "prepared").write_text(_preparation(), encoding="utf-8")
 

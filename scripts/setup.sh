@@ -42,7 +42,7 @@ fits() {
 }
 if [ -e "$venv" ] && ! fits; then
     [ -f "$venv/pyvenv.cfg" ] || fail "$venv exists and is no virtual environment: move it away, or name another: make VENV=..."
-    echo "make: $venv was made by another Python or in another folder: making it anew"
+    echo "make: $venv was created by another Python or in another folder: creating it again"
     "$python" -m venv --clear "$venv"
 elif [ ! -e "$venv" ]; then
     echo "make: creating ${venv#"$PWD"/} with Python $version"
