@@ -187,32 +187,31 @@ _COLUMNS = {
     "study_instance_uid": "Study Instance UID",
     "series_instance_uid": "Series Instance UID",
     "sop_instance_uid": "SOP Instance UID; the three together are the key",
-    "sop_class_uid": "SOP Class UID, of the C-STORE request once the instance came",
-    "transfer_syntax_uid": "transfer syntax of the presentation context in which it came",
+    "sop_class_uid": "SOP Class UID; of the C-STORE request once the instance was received",
+    "transfer_syntax_uid": "transfer syntax of the presentation context in which it was received",
     "modality": "Modality (0008,0060)",
     "series_number": "Series Number",
     "instance_number": "Instance Number",
     "state": "`stored` or `forwarded` now, `held` before; `failed`, `missing`, `conflict`; `withdrawn`, `unexpected`",
-    "reason": "why it is not held, or what there is to say of it all the same, in one of the [words below](#reasons); "
-    "null where all is well",
-    "exactness": "what is known of a conversion by the PACS, see [below](#exactness)",
+    "reason": "why it is not held, or a remark on one that is, as one of the [words below](#reasons); otherwise null",
+    "exactness": "what is known about a conversion by the PACS, see [below](#exactness)",
     "dimse_status": "the status with which its C-STORE request was answered",
     "error": "the same as `reason` in a sentence, without patient data",
-    "uri": "where the object lies",
+    "uri": "where the object is",
     "bytes": "size of the object at `uri`",
     "sha256": "digest of the object, as `sha256sum` prints it; of the data set as sent, for another node",
     "dataset_offset": "where the data set begins in the object: the length of preamble and file meta information",
     "dataset_bytes": "length of the data set",
-    "forwarded_to": "the node that it was stored at",
-    "forward_status": "`ok`, `warning` or `error`, by the status that node answered",
+    "forwarded_to": "the node at which it was stored",
+    "forward_status": "`ok`, `warning` or `error`, from the status of that node",
     "forward_error": "that status in words",
-    "source": "the node that it came from",
+    "source": "the node from which it was received",
     "destination": "where the retrieval wrote to",
     "availability": "Instance Availability (0008,0056) as the PACS lists it: `ONLINE`, `NEARLINE`, `OFFLINE`, "
-    "`UNAVAILABLE`; null where it does not say",
-    "attempt": "round of the retrieval in which it was settled; 0 where it was held before",
-    "association": "number of the association that it came over",
-    "received_at": "when it was whole, in UTC",
+    "`UNAVAILABLE`; null if it does not",
+    "attempt": "round of the retrieval in which its state was decided; 0 if it was held before",
+    "association": "number of the association over which it was received",
+    "received_at": "when it was complete, in UTC",
     "duration_ms": "from its first byte to its last",
 }
 
@@ -249,31 +248,32 @@ _ERRORS = {
     "InvalidOption": "Correct the option that the message names. Nothing was sent.",
     "InvalidQuery": "Correct the key that the message names, or narrow the query. Nothing was fetched.",
     "PeerError": "See the classes below it.",
-    "ConnectFailed": "Check host, port and firewall, and that the PACS runs. From the machine that runs the task.",
+    "ConnectFailed": "Check host, port and firewall from the machine that runs the task, and that the PACS is running.",
     "TlsFailed": "The message says what is wrong with which certificate; see [TLS](deployment.md#tls).",
     "AssociationRejected": "Have our AE title registered at the PACS, or correct the called AE title. "
     "*Local limit exceeded*: use fewer associations, or wait.",
-    "AssociationAborted": "Look into the log of the PACS. Transient: another try goes on.",
+    "AssociationAborted": "Check the log of the PACS. It is transient: the next try resumes.",
     "DeadlineExceeded": "If the PACS needs longer, raise the deadline that the message names.",
-    "NotNegotiated": "The PACS does not offer what was asked for; without C-FIND only UIDs can be retrieved.",
-    "GetNotOffered": "Have C-GET enabled, or see [where C-GET is not offered](pacs.md#where-c-get-is-not-offered).",
+    "NotNegotiated": "The PACS does not offer the service; without C-FIND only UIDs can be retrieved.",
+    "GetNotOffered": "Ask the PACS admin to enable C-GET, or see "
+    "[where C-GET is not offered](pacs.md#where-c-get-is-not-offered).",
     "NotAuthorised": "Ask the PACS admin to allow C-GET for our AE title.",
-    "PeerProtocolError": "The peer broke the protocol, or is not a DICOM node. Look into its log; tell its vendor.",
-    "TooMuch": "The PACS sent far more than it lists. Tell its vendor, with the message.",
-    "ListTooLong": "The answer to a C-FIND has no end. Narrow the query; tell the vendor of the PACS.",
+    "PeerProtocolError": "The peer broke the protocol, or is not a DICOM node. Check its log; report it to its vendor.",
+    "TooMuch": "The PACS sent far more than it lists. Report it to its vendor, with the message.",
+    "ListTooLong": "Narrow the query, and report it to the vendor of the PACS.",
     "OperationFailed": "The message has the status; see [statuses](conformance.md#c-get-responses).",
     "SinkError": "Check permissions, mount and network of the destination.",
     "DestinationFull": "Free space, and run again.",
-    "DestinationSlow": "Run again. If it happens often, the destination is too slow for this PACS: look at its load, "
-    "or get into a folder near by, and `store` from there.",
-    "ForwardLost": "The node to forward to is away or too slow. Check it, and run again.",
-    "ForwardLate": "As `ForwardLost`; what the node still answers counts.",
+    "DestinationSlow": "Run again. If it happens often, the destination is too slow for this PACS: check its load, "
+    "or retrieve into a local folder, and `store` from there.",
+    "ForwardLost": "The node to forward to is unreachable or too slow. Check it, and run again.",
+    "ForwardLate": "As for `ForwardLost`; a response that still arrives counts.",
     "S3Error": "The message says which request failed and what to check; see [buckets](deployment.md#buckets).",
     "LedgerError": "A newer version wrote the ledger, or the file is damaged. Use that version, or move the file "
     "away: what it recorded is then fetched again, unless `adopt` is set.",
-    "ManifestError": "Check the address; a manifest whose digest differs from its reference was changed since.",
+    "ManifestError": "Check the address; a manifest whose digest differs from its reference has been changed.",
     "Cancelled": "Run again; what is held is not fetched again.",
-    "IncompleteRetrieval": "Raised by `raise_for_verdict()` and the operators; the manifest says per instance why.",
+    "IncompleteRetrieval": "Raised by `raise_for_verdict()` and the operators; the manifest has the reasons.",
 }
 
 
@@ -346,14 +346,14 @@ def modalities() -> str:
 
 _SENT = {
     status.SUCCESS: "the destination has taken the instance",
-    status.OUT_OF_RESOURCES: "the destination is full or fails, or a node that it is forwarded to is out of resources",
-    status.MISMATCH: "UIDs of command, context, data set and list disagree, a UID is none, or `require_exact` refused "
-    "the encoding",
+    status.OUT_OF_RESOURCES: "the destination is full or fails, or the node to forward to is out of resources",
+    status.MISMATCH: "UIDs of command, context, data set and list disagree, a UID is invalid, or `require_exact` "
+    "refused the encoding",
     status.CANNOT_UNDERSTAND: "the header of the data set cannot be read, or there is no data set",
     status.DUPLICATE_OTHER_CONTENT: "another data set is stored under this UID",
-    status.CLASS_NOT_SUPPORTED: "the request came on a context that is not one of storage; when forwarding, also: the "
-    "destination does not take the SOP class in this transfer syntax",
-    status.NOT_AUTHORISED: "the instance belongs to another study, or lies outside what was asked for",
+    status.CLASS_NOT_SUPPORTED: "the request came on a presentation context that is not for storage; when "
+    "forwarding, also: the destination does not accept the SOP class in this transfer syntax",
+    status.NOT_AUTHORISED: "the instance belongs to another study, or was not requested",
 }
 
 
@@ -368,9 +368,9 @@ def store_statuses_received() -> str:
              0x0110, 0x0117, 0x0122, 0x0124, 0x0210, 0x0211, 0x0212, 0xA900, 0xC000)  # fmt: skip
     means = {
         "ok": "stored",
-        "warning": "stored, with a remark",
-        "busy": "not stored; tried again",
-        "refused": "not stored; not tried again",
+        "warning": "stored, with a warning",
+        "busy": "not stored; retried",
+        "refused": "not stored; not retried",
     }
     ranges = {0xA700: "A7xxH", 0xA900: "A9xxH", 0xC000: "CxxxH"}
     body = []
@@ -382,7 +382,7 @@ def store_statuses_received() -> str:
         if number in (0xA900, 0xC000):
             told = "the same"
         body.append((shown, means[status.store_outcome(number)], told))
-    return rows(("C-STORE response of the destination", "means", "the source is told"), body)
+    return rows(("C-STORE response of the destination", "means", "the source gets"), body)
 
 
 def get_statuses() -> str:
