@@ -116,7 +116,7 @@ class StudyRun:
                 state.still_growing = changed
                 return
             log.info(
-                "%d instances are missing after round %d%s",
+                "instances missing: %d, after round %d%s",
                 len(left),
                 state.rounds,
                 "; the list has changed" if changed else "",
@@ -157,7 +157,7 @@ class StudyRun:
                     started = True
                     state.rounds += 1
                     log.info(
-                        "round %d: requesting %d instances of study %s, %s",
+                        "round %d: instances to request: %d, of study %s, %s",
                         state.rounds,
                         len(left),
                         state.scope.study,

@@ -305,7 +305,7 @@ class Pass:
         else:
             size = MAX_LIST
         log.info(
-            "%s answered %s; asking again for %d instances in lists of at most %d",
+            "%s answered %s; instances to request again: %d, in lists of at most %d",
             self._source.node,
             s.describe(outcome.status),
             len(left),
