@@ -107,7 +107,7 @@ def build_parser() -> ArgumentParser:
     find.add_argument("--all", action="store_true", help="List everything: for a small PACS.")
     find.add_argument(
         "--limit", default=1000, type=_count, metavar="N",
-        help="Cancel the C-FIND after so many rows; 0: never. [%(default)s]",
+        help="Cancel the C-FIND after this many rows; 0: never. [%(default)s]",
     )  # fmt: skip
     find.add_argument(
         "--level", choices=("STUDY", "SERIES", "IMAGE"), type=str.upper, metavar="LEVEL",
