@@ -95,6 +95,7 @@ class GetScu:
         sop_classes: Any = None,
         tls: Tls | Mapping[str, Any] | None = None,
         user_identity: UserIdentity | Mapping[str, Any] | None = None,
+        transcript: Any = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
     ) -> None:
         self._begin(GetOptions.of_arguments(locals()))

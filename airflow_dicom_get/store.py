@@ -84,6 +84,7 @@ class StoreScu:
         trust_destination: bool = False,
         tls: Tls | Mapping[str, Any] | None = None,
         user_identity: UserIdentity | Mapping[str, Any] | None = None,
+        transcript: Any = None,
         deadlines: Deadlines | Mapping[str, Any] | None = None,
     ) -> None:
         self._begin(StoreOptions.of_arguments(locals()))

@@ -183,6 +183,7 @@ def verify(
     verbose: bool = False,
     tls: Tls | Mapping[str, Any] | None = None,
     user_identity: UserIdentity | Mapping[str, Any] | None = None,
+    transcript: Any = None,
     deadlines: Deadlines | Mapping[str, Any] | None = None,
 ) -> Verification:
     """Compare what is listed with what is stored, and with what a PACS lists now.
@@ -211,7 +212,8 @@ def verify(
         Called with each :class:`Difference` as it is found.
     manifest_name : str
         Path of the new manifest below its root, without its extension.
-    calling_ae_title, called_ae_title, max_pdu_length, list_limit, verbose, tls, user_identity, deadlines
+    calling_ae_title, called_ae_title, max_pdu_length, list_limit, verbose, tls, user_identity, transcript,
+    deadlines
         How the PACS is called, and where it cuts its lists, as for :class:`~airflow_dicom_get.GetScu`.
 
     Raises
@@ -388,7 +390,7 @@ class _Verify:
 
         o = self.options
         how = o.forward_target or ForwardTarget(calling_ae_title=o.calling_ae_title)
-        target = Peer.of_target(node, how, o.deadlines)
+        target = Peer.of_target(node, how, o)
         try:
             listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(studies))
         except PeerError as error:

@@ -143,6 +143,11 @@ def _parse_file(option: str, value: Any) -> Path:
     return Path(value)
 
 
+def _parse_transcript(option: str, value: Any) -> Any:
+    """A file, or in Python a :class:`~airflow_dicom_get.net.transcript.Transcript`."""
+    return value if callable(getattr(value, "begin", None)) else _parse_file(option, value)
+
+
 def _parse_root(option: str, value: Any) -> Destination:
     root = parse_destination(value, option)
     if isinstance(root, ForwardDestination):
@@ -277,12 +282,23 @@ class ConnectionOptions(Options):
     user_identity: UserIdentity | None = setting(
         None, Group(UserIdentity, optional=True), "User identity for the source."
     )
+    transcript: Any = setting(
+        None,
+        Parsed(_parse_transcript, "a file", optional=True),
+        "File to append what is said with nodes to, a JSON object a line, without patient data.",
+        shell=("--transcript",),
+        metavar="FILE",
+    )
     deadlines: Deadlines = setting(Deadlines, Group(Deadlines), "Deadlines of each kind of wait.")
 
     def agreed(self, spelling: Spelling) -> Self:
         """See :meth:`Options.agreed`."""
         for part in ("ca", "cert", "key") if self.tls is not None else ():
             _check_file(getattr(self.tls, part), spelling(f"tls.{part}"))
+        if isinstance(self.transcript, Path):
+            if self.transcript.is_dir():
+                raise invalid(spelling("transcript"), f"{shown_path(self.transcript)} is a folder", "Give a file.")
+            check_folder(self.transcript.parent, spelling("transcript"))
         return super().agreed(spelling)
 
 

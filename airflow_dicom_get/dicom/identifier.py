@@ -7,7 +7,7 @@ silently matches a longer list to nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
@@ -45,6 +45,15 @@ def encode_identifier(elements: Mapping[int, str | bytes | Iterable[str]], uid_t
             value += b"\0" if tag in uid_tags else b" "
         out += _ELEMENT.pack(tag >> 16, tag & 0xFFFF, len(value)) + value
     return bytes(out)
+
+
+def elements_of(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The elements of what :func:`encode_identifier` made: tag and raw value."""
+    pos = 0
+    while pos < len(data):
+        group, element, length = _ELEMENT.unpack_from(data, pos)
+        pos += _ELEMENT.size + length
+        yield group << 16 | element, data[pos - length : pos]
 
 
 def _raw(value: str | bytes | Iterable[str]) -> bytes:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom.pdata import (
@@ -35,10 +35,12 @@ from airflow_dicom_get.errors import (
     peer_text,
 )
 from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept
+from airflow_dicom_get.net.transcript import PEER, US
 
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines
     from airflow_dicom_get.config.node import Node
+    from airflow_dicom_get.net.transcript import Conversation
     from airflow_dicom_get.net.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -151,6 +153,8 @@ class Association:
         self._message_id = 0
         self._open = True
         self._established = False
+        self.told: Conversation | None = None
+        """Is told of all messages, and how it ends."""
         self.answered = False
         """Whether the peer has sent anything since it accepted the association."""
         self._said: set[str] = set()
@@ -167,6 +171,8 @@ class Association:
         self._send(request, "acse", self.deadlines.acse)
         self.accepted = self._await_accept(proposals, titles)
         self._established = True
+        if self.told is not None:
+            self.told.accepted(self.accepted)
         for remark in self.accepted.remarks:
             log.warning("%s: %s; ignored", self.node, remark)
 
@@ -178,6 +184,7 @@ class Association:
                 return decode_accept(header + item.data, proposals)
             if item.pdu_type == A_ASSOCIATE_RJ and len(item.data) == 4:
                 result, source, reason = item.data[1], item.data[2], item.data[3]
+                self._tell_end(PEER, "rejected", {"result": result, "source": source, "reason": reason})
                 self.close()
                 raise AssociationRejected(
                     f"{self.node} rejected the association {'for now' if result == 2 else 'permanently'}: "
@@ -271,6 +278,7 @@ class Association:
             )  # fmt: skip
 
     def _late(self, phase: str) -> DeadlineExceeded:
+        self._tell_end(US, "aborted", {"source": 0, "reason": 0, "deadline": phase})
         self.abort()
         if phase == "operation":
             return time_is_over(self.node, self.deadlines)
@@ -285,6 +293,7 @@ class Association:
         )
 
     def _lost(self, error: OSError | None) -> AssociationAborted:
+        self._tell_end(PEER, "closed" if error is None else "lost", {"error": error and error.strerror})
         self.close()
         what = "closed the connection" if error is None else f"lost the connection ({error.strerror or error})"
         return AssociationAborted(
@@ -295,6 +304,7 @@ class Association:
         """Raise for a PDU that ends or breaks the association."""
         if item.pdu_type == A_ABORT and len(item.data) == 4:
             source, reason = item.data[2], item.data[3]
+            self._tell_end(PEER, "aborted", {"source": source, "reason": reason})
             self.close()
             raise AssociationAborted(
                 f"{self.node} aborted the association (source {source}, reason {reason}).",
@@ -304,6 +314,7 @@ class Association:
                 reason=reason,
             )
         if item.pdu_type == A_RELEASE_RQ:
+            self._tell_end(PEER, "released")
             try:
                 self._send(RELEASE_RP, "release", self.deadlines.release)
             finally:
@@ -354,6 +365,8 @@ class Association:
 
     def send_message(self, context_id: int, command: bytes, dataset: bytes | None = None) -> None:
         """Send one DIMSE message in one write."""
+        if self.told is not None:
+            self.told.sent(context_id, command, dataset)
         self._send(
             frame_message(context_id, command, dataset, self.accepted.max_pdu_length), "idle", self.deadlines.idle
         )
@@ -397,7 +410,9 @@ class Association:
                     if item.pdu_type == A_RELEASE_RQ:  # collision (PS3.8 9.2): answer, and wait for ours
                         self._send(RELEASE_RP, "release", self.deadlines.release)
                         continue
-                    if item.pdu_type != A_RELEASE_RP:
+                    if item.pdu_type == A_RELEASE_RP:
+                        self._tell_end(US, "released")
+                    else:
                         log.info("%s answered the release request with a PDU of type %02XH", self.node, item.pdu_type)
                     break
         except (AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled) as error:
@@ -413,14 +428,20 @@ class Association:
         """
         if not self._open:
             return
+        self._tell_end(US, "aborted", {"source": source, "reason": 6 if source == 2 else 0})
         self._open = False
         self._line.hang_up(abort_pdu(source, 6 if source == 2 else 0), _ABORTED)
 
     def close(self) -> None:
         """Close the connection."""
         if self._open:
+            self._tell_end(US, "closed")
             self._open = False
             self._line.close()
+
+    def _tell_end(self, by: str, how: str, facts: Mapping[str, Any] | None = None) -> None:
+        if self.told is not None:
+            self.told.ended(by, how, {**(facts or {}), "cancelled": self.cancel.reason is not None or None})
 
 
 def time_is_over(node: Node, deadlines: Deadlines) -> DeadlineExceeded:

@@ -114,7 +114,7 @@ class _Get:
 
     def run(self) -> GetOutcome:
         association = self.association
-        receiver = self.receiver
+        receiver, told = self.receiver, association.told
         limit = self.limit
         try:
             while True:
@@ -134,6 +134,8 @@ class _Get:
                         return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True)
                     raise self._late(late) from None
                 self.heard = True
+                if told is not None and self.store is not None:
+                    told.data(len(fragment.data))
                 if fragment.is_command:
                     outcome = self._command(fragment)
                     if outcome is not None:
@@ -183,6 +185,9 @@ class _Get:
         except PeerProtocolError as error:
             raise self._broken(f"sent an invalid command set ({error})") from error
         self.command = bytearray()
+        told = self.association.told
+        if told is not None and not (command.field == c.C_GET_RSP and command.has_dataset):
+            told.received(fragment.context_id, command)
         if command.field == c.C_STORE_RQ:
             self._store_request(command, fragment.context_id)
         elif command.field == c.C_GET_RSP:
@@ -257,12 +262,19 @@ class _Get:
             self.identifier += fragment.data
             if len(self.identifier) > c.MAX_COMMAND_LENGTH:
                 raise self._broken("sent an identifier without end")
-            return self._outcome(self.final) if fragment.last else None
+            if not fragment.last:
+                return None
+            if self.association.told is not None:
+                self.association.told.received(self.context_id, self.final, self.identifier)
+            return self._outcome(self.final)
         if self.drain is None:
             raise self._broken("sent a data set without its command")
         if fragment.last:
             command, self.drain = self.drain, None
-            if command.field != c.C_GET_RSP:
+            if command.field == c.C_GET_RSP:
+                if self.association.told is not None:
+                    self.association.told.received(self.context_id, command)
+            else:
                 self._refuse_operation(command, self.store_context)
         return None
 

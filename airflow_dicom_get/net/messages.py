@@ -45,6 +45,8 @@ def read_response(
                 command = Command(raw)
             except PeerProtocolError as error:
                 raise broken(f"sent an invalid command set ({error})") from error
+            if association.told is not None and not (command.has_dataset and command.responded_id == message_id):
+                association.told.received(context_id, command)
             if command.field != field:
                 raise broken(f"sent message {command.field:04X}H where {field:04X}H was expected")
             if command.responded_id != message_id:
@@ -58,6 +60,8 @@ def read_response(
             if len(dataset) > max_dataset:
                 raise broken(f"sent a data set of more than {max_dataset} bytes")
             if fragment.last:
+                if association.told is not None:
+                    association.told.received(context_id, command, dataset)
                 return command, dataset
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.errors import AssociationAborted, ConnectFailed, DeadlineExceeded
+from airflow_dicom_get.errors import AssociationAborted, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.acse import Proposal, encode_request
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.tls import tls_context, tls_error
+from airflow_dicom_get.net.transcript import Transcript, transcript_of
 
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, UserIdentity
@@ -34,6 +35,8 @@ class Peer:
     tls: ssl.SSLContext | None = None
     server_name: str | None = None
     user_identity: UserIdentity | None = None
+    transcript: Transcript | None = None
+    """Is told what is said with the node."""
 
     @classmethod
     def of(cls, node: Node, options: ConnectionOptions) -> Peer:
@@ -53,19 +56,24 @@ class Peer:
             tls=tls_context(options.tls) if options.tls else None,
             server_name=options.tls.server_name if options.tls else None,
             user_identity=options.user_identity,
+            transcript=transcript_of(options.transcript),
         )
 
     @classmethod
-    def of_target(cls, node: Node, target: ForwardTarget, deadlines: Deadlines) -> Peer:
-        """The node that is forwarded to, called as ``forward_target`` says. Raises as :meth:`of`."""
+    def of_target(cls, node: Node, target: ForwardTarget, options: ConnectionOptions) -> Peer:
+        """The node that is forwarded to, called as ``forward_target`` says, with the deadlines of the options.
+
+        Raises as :meth:`of`.
+        """
         return cls(
             node,
             target.calling_ae_title,
             node.ae_title or target.called_ae_title or "ANY-SCP",
-            deadlines,
+            options.deadlines,
             max_pdu_length=target.max_pdu_length,
             tls=tls_context(target.tls, "forward_target.tls") if target.tls else None,
             server_name=target.tls.server_name if target.tls else None,
+            transcript=transcript_of(options.transcript),
         )
 
     def __str__(self) -> str:
@@ -97,8 +105,26 @@ class Peer:
             max_pdu_length=self.max_pdu_length,
             user_identity=self.user_identity,
         )
-        line = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
+        told = self.transcript.begin() if self.transcript is not None else None
+        if told is not None:
+            told.connecting(f"{self.node.host}:{self.node.port}", tls=self.tls is not None)
+        try:
+            line = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
+        except DicomGetError as error:
+            if told is not None:
+                told.not_connected(error)
+            raise
         association = Association(line, self.node, self.max_pdu_length, self.deadlines, cancel)
+        if told is not None:
+            association.told = told
+            told.requested(
+                self.calling,
+                self.called,
+                proposals,
+                storage_classes=storage_classes,
+                max_pdu_length=self.max_pdu_length,
+                user_identity=self.user_identity,
+            )
         try:
             association.negotiate(request, proposals, f"calling {self.calling}, called {self.called}")
         except AssociationAborted as lost:

@@ -67,21 +67,19 @@ class StoreChannel:
         """
         self._context_id = context_id
         self._message_id = self._association.next_message_id()
-        command = frame_message(
-            context_id,
-            c.encode(
-                {
-                    c.AFFECTED_SOP_CLASS: sop_class,
-                    c.COMMAND_FIELD: c.C_STORE_RQ,
-                    c.MESSAGE_ID: self._message_id,
-                    c.PRIORITY: 0,
-                    c.DATASET_TYPE: c.DATASET_FOLLOWS,
-                    c.AFFECTED_SOP_INSTANCE: sop_instance,
-                }
-            ),
-            None,
-            self._peer_length,
+        encoded = c.encode(
+            {
+                c.AFFECTED_SOP_CLASS: sop_class,
+                c.COMMAND_FIELD: c.C_STORE_RQ,
+                c.MESSAGE_ID: self._message_id,
+                c.PRIORITY: 0,
+                c.DATASET_TYPE: c.DATASET_FOLLOWS,
+                c.AFFECTED_SOP_INSTANCE: sop_instance,
+            }
         )
+        if self._association.told is not None:
+            self._association.told.sent(context_id, encoded)
+        command = frame_message(context_id, encoded, None, self._peer_length)
         self._sent, self._start = 0, len(command)
         self._buffer[: self._start] = command
         self._end = self._start + P_DATA_HEADER_LENGTH
@@ -126,6 +124,8 @@ class StoreChannel:
     def _seal(self, *, last: bool) -> None:
         size = self._end - self._start - P_DATA_HEADER_LENGTH
         put_p_data_header(self._buffer, self._start, size, self._context_id, last=last)
+        if self._association.told is not None:
+            self._association.told.data(size)
         if self._digest is not None:
             self._undigested.append((self._start + P_DATA_HEADER_LENGTH, self._end))
         self._start = self._end

@@ -224,7 +224,7 @@ class ForwardPlace:
 
         assert destination.node is not None
         target = options.forward_target or ForwardTarget()
-        self.target = Peer.of_target(destination.node, target, options.deadlines)
+        self.target = Peer.of_target(destination.node, target, options)
         self.uri = f"dicom://{self.target}"
         self._options = options
         self._cancel = CancelToken()

@@ -299,6 +299,22 @@ def read_whole(path: Where) -> bytes:
     return b"".join(bytes(view) for view in read_chunks(path))
 
 
+def append_to(path: Where, data: bytes) -> None:
+    """Put something behind what is in a file, made if absent, by one write; nobody else's comes in between.
+
+    Raises
+    ------
+    OSError
+        It cannot be written, or not as a whole.
+    """
+    fd = disk.open(path, APPEND)
+    try:
+        if disk.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        disk.close(fd)
+
+
 def sync_path(path: Where) -> None:
     """Make a file or folder durable by its name."""
     with opened(path) as fd:

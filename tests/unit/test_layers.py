@@ -31,7 +31,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "clock": WORDS,
     "dicom": WORDS,
     "config": WORDS | {"dicom"},
-    "net": FACTS,
+    "net": FACTS | {"storage"},
     "storage": FACTS,
     "connections": FACTS | {"hooks.dicom_s3"},
     "manifest": FACTS | {"storage", "connections"},

@@ -54,6 +54,7 @@ DEFAULTS = {
     "called_ae_title": "ANY-SCP",
     "max_pdu_length": 131072,
     "verbose": False,
+    "transcript": None,
     "storage_backend": "Filesystem",
     "out_dir": None,
     "s3_config": None,
