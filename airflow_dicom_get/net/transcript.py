@@ -69,14 +69,14 @@ _LONGEST_COUNT = 7
 class Transcript:
     """Takes what is told of all associations of a run, of one node or of several. Thread-safe.
 
-    Attributes
+    Parameters
     ----------
     run : str
         Tells the entries of this one from others in the same file.
     """
 
-    def __init__(self) -> None:
-        self.run = clock.run_name()
+    def __init__(self, run: str) -> None:
+        self.run = run
         self._mutex = threading.Lock()
         self._begun = 0
 
@@ -85,6 +85,14 @@ class Transcript:
         with self._mutex:
             self._begun += 1
             return Conversation(self, self._begun)
+
+    def now(self) -> float:
+        """The time of an entry, in seconds since the epoch."""
+        return clock.now()
+
+    def monotonic(self) -> float:
+        """What durations are measured by, in seconds."""
+        return clock.monotonic()
 
     def take(self, entry: dict[str, Any]) -> None:
         """An entry, in the order in which they come. Never raises."""
@@ -105,8 +113,8 @@ class MemoryTranscript(Transcript):
         In the order in which they came.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, run: str = "memory") -> None:
+        super().__init__(run)
         self.entries: list[dict[str, Any]] = []
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -121,7 +129,7 @@ class FileTranscript(Transcript):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
+        super().__init__(clock.run_name())
         self.path = path
         self._broken = False
 
@@ -163,7 +171,7 @@ class Conversation:
 
     def __init__(self, transcript: Transcript, number: int) -> None:
         self._transcript, self._number = transcript, number
-        self._began = clock.monotonic()
+        self._began = self._transcript.monotonic()
         self._contexts: dict[int, Proposal] = {}
         self._object: dict[str, Any] | None = None
         """The C-STORE that has begun and was not answered yet."""
@@ -173,7 +181,11 @@ class Conversation:
         self._over = False
 
     def _tell(self, by: str, message: str, facts: Mapping[str, Any]) -> None:
-        at = datetime.fromtimestamp(clock.now(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        at = (
+            datetime.fromtimestamp(self._transcript.now(), UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z")
+        )
         whose = {"at": at, "run": self._transcript.run, "association": self._number}
         known = {key: value for key, value in facts.items() if value is not None}
         self._transcript.take({**whose, "from": by, "message": message, **known})
@@ -228,7 +240,7 @@ class Conversation:
         self._over = True
         unfinished = {**self._object, "bytes": self._object_bytes} if self._object is not None else None
         numbers = {"unfinished": unfinished, "objects": self._objects, "bytes": self._bytes}
-        seconds = round(clock.monotonic() - self._began, 3)
+        seconds = round(self._transcript.monotonic() - self._began, 3)
         self._tell(by, "end", {"how": how, **(facts or {}), **numbers, "seconds": seconds})
 
     def not_connected(self, error: DicomGetError) -> None:
@@ -267,7 +279,7 @@ class Conversation:
             proposal = self._contexts.get(context_id)
             facts["transfer_syntax"] = proposal.transfer_syntax if proposal is not None else None
             self._object = {"sop_instance": facts.get("sop_instance")}
-            self._object_began, self._object_bytes = clock.monotonic(), 0
+            self._object_began, self._object_bytes = self._transcript.monotonic(), 0
         elif field == c.C_STORE_RSP:
             facts |= self._answered()
         elif dataset is not None:
@@ -281,7 +293,7 @@ class Conversation:
         self._objects += 1
         self._bytes += size
         self._object_bytes = 0
-        return {"bytes": size, "seconds": round(clock.monotonic() - self._object_began, 3)}
+        return {"bytes": size, "seconds": round(self._transcript.monotonic() - self._object_began, 3)}
 
 
 def _context(number: int, proposal: Proposal) -> dict[str, Any]:
