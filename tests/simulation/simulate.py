@@ -10,7 +10,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+from airflow_dicom_get.net.transcript import line_of
 from tests.simulation.history import history_of
 from tests.simulation.marks import reached
 from tests.simulation.world import play
@@ -49,6 +52,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--most", type=int, default=50, help="failures after which a process stops")
     parser.add_argument("--marks", action="store_true", help="print how often each case was reached")
+    parser.add_argument("--transcript", metavar="FILE", help="write down what was said in the first history that fails")
     given = parser.parse_args()
     first, last = map(int, given.seeds.split(":"))
     began = time.monotonic()
@@ -64,6 +68,10 @@ def main() -> int:
             print(f"{number / max(played, 1):9.2%}  {name}")
     for seed, found in sorted(failed.items()):
         print(f"seed {seed}: {found[0][:300]}" + ("" if found[0][:6] != "raised" else found[0][-600:]))
+    if given.transcript and failed:
+        told: list[dict[str, Any]] = []
+        play(history_of(min(failed)), told)
+        Path(given.transcript).write_bytes(b"".join(map(line_of, told)))
     print(f"{played} histories of {given.seeds} in {seconds:.0f} s, {played / seconds:.0f}/s: {len(failed)} failed")
     return bool(failed)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
+from airflow_dicom_get.net.transcript import line_of
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from tests.simulation.history import History, Run, history_of
 from tests.simulation.pacs import Habits
@@ -30,6 +34,17 @@ def test_the_same_seed_gives_the_same_history(seed: int) -> None:
     assert one.trace == other.trace
     assert one.pacs.log == other.pacs.log
     assert one.findings == other.findings
+
+
+@pytest.mark.parametrize("seed", range(2, 40, 8))
+def test_a_transcript_changes_nothing_and_tells_what_was_said(seed: int) -> None:
+    told: list[dict[str, Any]] = []
+    one, other = play(history_of(seed)), play(history_of(seed), told)
+    assert one.trace == other.trace
+    assert one.pacs.log == other.pacs.log
+    entries = [json.loads(line_of(entry)) for entry in told]
+    assert {"connect", "A-ASSOCIATE-RQ", "C-FIND-RQ"} <= {entry["message"] for entry in entries}
+    assert len({entry["run"] for entry in entries}) <= len(one.runs)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -16,13 +16,14 @@ from typing import Any
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.net import transport
+from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
 from tests.simulation.disk import Volume
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
 from tests.simulation.line import Network
-from tests.simulation.loop import EndlessError, Loop, looped
+from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.marks import mark
 from tests.simulation.pacs import ModelPacs
 
@@ -59,6 +60,22 @@ class Played:
         return "killed" if self.killed else f"raised {type(self.refused).__name__}"
 
 
+class Told(MemoryTranscript):
+    """What was said in one run; it looks at the time without letting any pass, so that the history stays the same."""
+
+    def __init__(self, run: int, loop: Loop, entries: list[dict[str, Any]]) -> None:
+        super().__init__(str(run))
+        self.entries, self._loop = entries, loop
+
+    def now(self) -> float:
+        """See :class:`Transcript`."""
+        return EPOCH + self._loop.at
+
+    def monotonic(self) -> float:
+        """See :class:`Transcript`."""
+        return self._loop.at
+
+
 class World:
     """The models of one history, and what they saw.
 
@@ -68,10 +85,12 @@ class World:
         What was wrong; empty, one hopes.
     theirs : dict
         What somebody else put under a final name, by path.
+    told : list of dict, optional
+        Takes the transcript of all runs.
     """
 
-    def __init__(self, history: History, loop: Loop) -> None:
-        self.history, self.loop = history, loop
+    def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
+        self.history, self.loop, self.told = history, loop, told
         self.volume = Volume(loop.chance)
         for name, value in (history.volume or {}).items():
             setattr(self.volume, name, value)
@@ -132,7 +151,8 @@ class World:
         began, changes = self.loop.at, len(self.pacs.log)
 
         def work() -> None:
-            scu = GetScu(NODE, destination=ROOT, deadlines=DEADLINES, **run.options)
+            transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
+            scu = GetScu(NODE, destination=ROOT, deadlines=DEADLINES, transcript=transcript, **run.options)
             played.result = scu.get_study(self.history.query)
 
         with _seams(self.network, disk):
@@ -216,13 +236,13 @@ def _seams(network: Network, disk: files.Disk) -> Iterator[None]:
         transport.connect, files.disk = real
 
 
-def play(history: History) -> World:
-    """Play a history, with nothing logged."""
+def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
+    """Play a history, with nothing logged; ``told`` takes its transcript."""
     logging.disable(logging.CRITICAL)
     gc.disable()  # garbage is collected where the history says, not by chance
     try:
         with looped(history.seed) as loop:
-            world = World(history, loop)
+            world = World(history, loop, told)
             try:
                 world.play()
             except EndlessError as error:
