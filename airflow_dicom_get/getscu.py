@@ -214,7 +214,9 @@ class GetScu:
         InvalidQuery, and any error of the association
         """
         from airflow_dicom_get.engine.contexts import PeerKnowledge
+        from airflow_dicom_get.engine.finder import Finder
         from airflow_dicom_get.engine.planning import list_studies, mark_held, plan_of
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.sinks.places import open_destination
 
         o = self.options
@@ -222,7 +224,8 @@ class GetScu:
         places = open_destination(o) if o.destination is not None else None
         source = self._open_source()
         try:
-            listed = list_studies(source, parsed, o.max_studies)
+            with source.association(FIND_PROPOSALS) as association:
+                listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
         finally:
             self._source = None
         if places is not None:
@@ -247,6 +250,7 @@ class GetScu:
         return_keys: Any = (),
         as_frame: bool = False,
         limit: int | None = None,
+        split_on_truncation: bool = True,
         on_remark: Callable[[str], object] | None = None,
     ) -> Any:
         """Query the source by C-FIND.
@@ -267,15 +271,18 @@ class GetScu:
             Return a DataFrame with one text column per keyword.
         limit : int
             Rows after which the C-FIND is cancelled (PS3.4 C.4.1.3); none by default.
+        split_on_truncation : bool
+            Whether an answer for studies that the source may have cut is asked for again by parts: by Study Date, then
+            by Study Time.
         on_remark : callable
-            Called with each remark on the answer: rows that were left out, and that it was cancelled. By default
-            remarks are logged as warnings.
+            Called with each remark on the answer: rows that were left out, that it was cancelled, and that it may be
+            cut. By default remarks are logged as warnings.
 
         Returns
         -------
         list of Dataset, or DataFrame
             Text is decoded by the row's Specific Character Set. ``cut`` of the list (in ``attrs`` of the DataFrame)
-            says whether it was cancelled.
+            says whether there may be more: it was cancelled, or ends where the source may cut it.
 
         Raises
         ------
@@ -291,7 +298,7 @@ class GetScu:
         parsed = self._parse(query, query_model, selective=False)
         source = self._open_source()
         try:
-            rows = find_rows(source, parsed, level, tuple(return_keys), most)
+            rows = find_rows(source, parsed, level, tuple(return_keys), limit=most, split=split_on_truncation)
         finally:
             self._source = None
         for text in rows.remark_texts():
@@ -415,7 +422,7 @@ class GetScu:
 
         o = self.options
         throttle = RateLimit(o.bytes_per_second) if o.bytes_per_second is not None else None
-        source = Source(self._peer, max_associations=o.max_associations, throttle=throttle)
+        source = Source(self._peer, max_associations=o.max_associations, throttle=throttle, list_limit=o.list_limit)
         self._source = source
         if self._cancelled is not None:
             source.cancel.cancel(self._cancelled)
@@ -431,9 +438,11 @@ class GetScu:
         asked: Asked | None,
         query_model: str,
     ) -> End:
+        from airflow_dicom_get.engine.finder import Finder
         from airflow_dicom_get.engine.matching import Dropped
+        from airflow_dicom_get.engine.planning import Listed, list_studies
         from airflow_dicom_get.engine.report import End, end_of
-        from airflow_dicom_get.engine.spread import resolve_and_list
+        from airflow_dicom_get.engine.spread import Spread
         from airflow_dicom_get.engine.study import run_studies
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
@@ -444,28 +453,33 @@ class GetScu:
             return End(resume_at=resume_at)
         o = self.options
         states: list[StudyState] = []
-        dropped = Dropped()
+        found = Listed([], [], Dropped())
         try:
             places.place.attend(source.cancel)
             places.prepare()
-            scopes, first = asked.scopes if asked is not None else None, None
-            if scopes is None:
+            if asked is not None:
+                found = Listed(asked.scopes, [], Dropped())
+            else:
                 assert parsed is not None
-                scopes, first, dropped = source.with_retries(
+                spread = Spread(source, o.associations)
+                found = source.with_retries(
                     o.retries,
                     FIND_PROPOSALS,
-                    lambda association: resolve_and_list(source, association, parsed, o.max_studies, o.associations),
+                    lambda association: list_studies(
+                        Finder(association, source.cuts), parsed, o.max_studies, spread, for_get=True
+                    ),
                 )
             sink = places.sink(run)
             try:
-                states = run_studies(self._retrieval(source, places.place, sink, events, query_model), scopes, first)
+                retrieval = self._retrieval(source, places.place, sink, events, query_model)
+                states = run_studies(retrieval, found.scopes, next(iter(found.listings), None))
             finally:
                 sink.close()
-            return end_of(states, dropped)
+            return end_of(states, found.dropped, found.doubt)
         except DicomGetError as error:
             if isinstance(error, InvalidQuery | InvalidOption) and not states:
                 raise
-            return end_of(states, dropped, error)
+            return end_of(states, found.dropped, found.doubt, error)
         finally:
             self._source = None
 

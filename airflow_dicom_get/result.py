@@ -264,7 +264,10 @@ class Plan:
     plan_at : datetime or None
         When the list was made, in UTC.
     errors : list of dict
-        C-FIND rows that were left out because they contradict the query, as ``{"error": …, "count": …, "hint": …}``.
+        What is to be said of the answers: that there may be more, and C-FIND rows that were left out because they
+        contradict the query, as ``{"error": …, "count": …, "hint": …}``.
+    doubt : str or None
+        Why there may be more than is listed: ``list_may_be_cut`` or ``list_contradicted``.
     rows : sequence of Instance
         One per instance listed; ``state`` is ``held`` or None.
     """
@@ -282,6 +285,7 @@ class Plan:
     plan_at: datetime | None = None
     destination: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
+    doubt: str | None = None
     rows: Sequence[Instance] = field(default=(), repr=False, compare=False)
 
     @property
@@ -309,6 +313,7 @@ class Plan:
                 *((f"class {_class_name(uid)}", count) for uid, count in self.classes.items()),
                 ("contexts, associations", f"{self.contexts}, {self.associations}"),
                 ("evidence", f"{self.evidence}, as of {_iso(self.plan_at)}" if self.plan_at else self.evidence),
+                ("doubt", self.doubt),
             ],
         )
 

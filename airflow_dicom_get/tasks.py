@@ -16,7 +16,18 @@ from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
-from airflow_dicom_get.vocabulary import COMPLETE, FAILED, HELD, NOT_HELD, WORST_FIRST, Verdict, noun, worst
+from airflow_dicom_get.vocabulary import (
+    COMPLETE,
+    FAILED,
+    HELD,
+    NOT_HELD,
+    REASONS,
+    WORST_FIRST,
+    Verdict,
+    advice,
+    noun,
+    worst,
+)
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study_list import ListedStudy
@@ -186,6 +197,9 @@ def find_cohort(
         log.info("Rows: %d. Studies found: %d.", len(rows), len(items))
         for remark in found.remarks:
             log.warning("%s", remark_text(remark))
+        if found.doubt is not None:
+            text = f"{shown_path(path)}: the PACS may have more studies for these rows ({found.doubt})."
+            raise AirflowFailException(f"{text} {REASONS[found.doubt].text} {advice(found.doubt)}")
         nowhere = [entry.listed for entry in found.entries if not entry.uids]
         if nowhere:
             _say_unknown(path, nowhere, unknown)

@@ -24,6 +24,7 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.frames import rows_of
@@ -39,7 +40,7 @@ from airflow_dicom_get.sinks.objects import (
     open_object,
 )
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.vocabulary import PRESENT
+from airflow_dicom_get.vocabulary import PRESENT, REASONS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -310,23 +311,31 @@ class _Verify:
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
-        from airflow_dicom_get.engine.planning import list_studies
+        from airflow_dicom_get.engine.finder import Finder
+        from airflow_dicom_get.engine.planning import count_doubtful, list_studies
         from airflow_dicom_get.engine.query import parse_query
         from airflow_dicom_get.engine.source import Source
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.net.peer import Peer
 
         o = self.options
         query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
+        source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit)
         try:
-            planned = list_studies(Source(Peer.of(node, o), max_associations=1), query, max(len(self.studies), 1))
+            with source.association(FIND_PROPOSALS) as association:
+                planned = list_studies(Finder(association, source.cuts), query, max(len(self.studies), 1))
+            doubt = planned.why_doubtful(count_doubtful(source, planned, o.query_model))
         except (PeerError, InvalidQuery) as error:  # InvalidQuery: its responses leave out the UID of the study
             self._uncompared(error)
             return
         self.has_source = True
-        self.found.errors += planned.dropped.remarks()
+        self.found.errors += planned.all_dropped().remarks()
+        if doubt is not None:
+            self.found.uncompared = f"{doubt}: {REASONS[doubt].text}"
+            self.found.errors.append(doubt_remark(doubt))
         self.found.plan_at = planned.at
         for listing in planned.listings:
-            for instance in listing.instances.values():
+            for instance in (*listing.instances.values(), *listing.bad.values()):
                 item = self._item(instance)
                 item.at_source = True
                 item.row.fill(instance)

@@ -107,10 +107,10 @@ NOT_HELD: frozenset[State] = frozenset({"failed", "missing", "conflict"})
 """Listed, and not at the destination as the source has it."""
 TRIED_IN_VAIN: frozenset[State] = frozenset({"failed", "missing"})
 """Asked for, and may be asked for again."""
-DONE: frozenset[State] = HELD | {"conflict"}
-"""Not to be asked for again in this run."""
 OUTSIDE_LIST: frozenset[State] = frozenset({"withdrawn", "unexpected"})
 """Not in the last list: reported, and no part of the scope."""
+DONE: frozenset[State] = HELD | OUTSIDE_LIST | {"conflict"}
+"""Not to be asked for again in this run."""
 PRESENT: frozenset[State] = HELD | {"unexpected"}
 """There is an object of it at the destination."""
 READABLE: frozenset[State] = PRESENT - {"forwarded"}
@@ -309,6 +309,12 @@ REASONS: Mapping[str, Reason] = {
     "no_list": Reason("The PACS gives no list of instances.", "Compare with the PACS by other means.", of="result"),
     "list_contradicted": Reason(
         "The PACS contradicts its own list.", "Compare with the PACS by other means.", of="result"
+    ),
+    "list_may_be_cut": Reason(
+        "The list of the PACS has just as many rows as a PACS may cut it at, and nothing shows that it is whole.",
+        "Set `list_limit` to 0 if the PACS never cuts its lists. If it does, narrow the query, or ask the PACS admin "
+        "to raise that limit.",
+        of="result",
     ),
     "list_not_repeated": Reason(
         "The second list could not be obtained.",

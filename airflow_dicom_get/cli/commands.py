@@ -31,7 +31,8 @@ from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attri
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.study_list import UID
-from airflow_dicom_get.vocabulary import COMPLETE, noun
+from airflow_dicom_get.engine.whole import doubt_remark
+from airflow_dicom_get.vocabulary import COMPLETE, EXIT_CODES, UNVERIFIED, noun
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -127,7 +128,7 @@ def find(typed: Namespace) -> int:
     elif values:
         output.emit_table(values)
     output.note(f"{len(values)} {noun(len(values), 'match', 'matches')}")
-    return 4 if rows.cut else 0 if values else 5
+    return EXIT_CODES[UNVERIFIED] if rows.cut else 0 if values else 5
 
 
 def _return_keys(typed: Iterable[str]) -> list[str]:
@@ -161,13 +162,15 @@ def plan(typed: Namespace) -> int:
     if meant.query is None:
         return _nothing(meant)
     planned = meant.scu.plan(meant.query, query_model=options.query_model)
-    planned.errors[:0] = meant.remarks
+    planned.errors[:0] = [*meant.remarks, *([doubt_remark(meant.doubt)] if meant.doubt is not None else [])]
     for remark in planned.errors:
         output.note(remark_text(remark))
     if typed.json:
         output.emit_json(planned.to_json())
     else:
         output.emit(output.plan_lines(planned))
+    if meant.doubt is not None or planned.doubt is not None:
+        return EXIT_CODES[UNVERIFIED]
     return 0 if planned.instances else 5
 
 
@@ -192,7 +195,7 @@ def get(typed: Namespace) -> int:
     if studies is not None:
         from airflow_dicom_get.engine.report import add_search_of_list
 
-        add_search_of_list(result, meant.unknown, meant.remarks)
+        add_search_of_list(result, meant.unknown, meant.remarks, meant.doubt)
     _show(result, typed)
     return result.exit_code
 
@@ -211,6 +214,8 @@ class _Meant:
     unknown: int = 0
     """Accession numbers that have no study there."""
     remarks: list[dict[str, Any]] = field(default_factory=list)
+    doubt: str | None = None
+    """Why the list may mean more studies."""
 
 
 def _meant(options: CallOptions, typed: Namespace, listed: list[ListedStudy] | None) -> _Meant:
@@ -226,15 +231,17 @@ def _meant(options: CallOptions, typed: Namespace, listed: list[ListedStudy] | N
     for entry in nowhere:
         output.note(f"{typed.from_file}, line {entry.listed.line}: no study {entry.problem}")
     uids = list(dict.fromkeys(uid for entry in found.entries for uid in entry.uids))
-    return _Meant(scu, {UID: uids} if uids else None, len(nowhere), found.remarks)
+    return _Meant(scu, {UID: uids} if uids else None, len(nowhere), found.remarks, found.doubt)
 
 
 def _nothing(meant: _Meant) -> int:
     for remark in meant.remarks:
         output.note(remark_text(remark))
+    if meant.doubt is not None:
+        output.note(remark_text(doubt_remark(meant.doubt)))
     output.note(f"none of the {meant.unknown} accession numbers matches a study")
     output.emit(["empty: no study matches"])
-    return 5
+    return 5 if meant.doubt is None else EXIT_CODES[UNVERIFIED]
 
 
 def store(typed: Namespace) -> int:

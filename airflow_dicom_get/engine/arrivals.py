@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.items import Item, make_item
 from airflow_dicom_get.engine.search import Find, Search
-from airflow_dicom_get.vocabulary import noun
+from airflow_dicom_get.vocabulary import REASONS, noun
 
 if TYPE_CHECKING:
     from datetime import tzinfo
+
+    from airflow_dicom_get.engine.find import Found
 
 Counts = dict[str, list[float]]
 """By study: its number of instances, and since when (seconds since the epoch) it has been that."""
@@ -67,26 +70,39 @@ def find_arrivals(
     :param timezone: of ``today``
     """
     found: list[Item] = []
+    doubt = None
     for query in awaited.queries:
         keys = dict(query)
         level = keys.pop("QueryRetrieveLevel", "STUDY")
         search = Search(find, level=level, model=model, timezone=timezone)
-        found += [
-            item if item["expected_instances"] is not None else _counted(item, find) for item in search.items(keys)
-        ]
-    return _compare(awaited, found, before, now)
+        for item in search.items(keys):
+            if item["expected_instances"] is None:
+                item, of_lists = _counted(item, find)
+                doubt = doubt or of_lists
+            found.append(item)
+        doubt = doubt or search.doubt
+    arrivals = _compare(awaited, found, before, now)
+    if doubt is not None:  # said, and no reason to wait: what is listed has settled all the same
+        arrivals.text += f" ({doubt}: {REASONS[doubt].text})"
+    return arrivals
 
 
-def _counted(item: Item, find: Find) -> Item:
-    """Count the instances of a study by listing them, where the PACS gives no numbers."""
+def _counted(item: Item, find: Find) -> tuple[Item, str | None]:
+    """Count the instances of a study by listing them, where the PACS gives no numbers; and why there may be more."""
     study, series = item["study_instance_uid"], item["series_instance_uids"]
+    answers: list[Found] = []
     if series is None:
-        rows = find({"StudyInstanceUID": study}, "SERIES", ())
-        series = [uid for row in rows if (uid := str(getattr(row, "SeriesInstanceUID", "") or ""))]
-    count = sum(len(list(find({"StudyInstanceUID": study, "SeriesInstanceUID": uid}, "IMAGE", ()))) for uid in series)
-    return make_item(
-        study, series=item["series_instance_uids"], expected=count, modalities=item["modalities"], keys=item["keys"]
+        answers.append(find({"StudyInstanceUID": study}, "SERIES", ()))
+        series = [uid for row in answers[0] if (uid := str(getattr(row, "SeriesInstanceUID", "") or ""))]
+    lists = [find({"StudyInstanceUID": study, "SeriesInstanceUID": uid}, "IMAGE", ()) for uid in series if is_uid(uid)]
+    counted = make_item(
+        study,
+        series=item["series_instance_uids"],
+        expected=sum(map(len, lists)),
+        modalities=item["modalities"],
+        keys=item["keys"],
     )
+    return counted, next((rows.doubt for rows in (*answers, *lists) if rows.doubt), None)
 
 
 def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[float]], now: float) -> Arrivals:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates, classes_of_modality
 from airflow_dicom_get.engine.profile import Profile
@@ -19,6 +19,7 @@ from airflow_dicom_get.records import Instance
 log = logging.getLogger(__name__)
 
 ROOM = MAX_CONTEXTS - 1
+_COMMON = 15
 _DETAILS = re.compile(r" (?:\(|with |Image |Main |High )|/|,")
 """Where the name of a transfer syntax goes into details: profile, level, process."""
 
@@ -141,6 +142,23 @@ def pairs_of(instances: Iterable[Instance], peer: PeerKnowledge) -> dict[str, tu
 def likely_classes(modality: str | None, study_classes: Sequence[str]) -> tuple[str, ...]:
     """Classes that an instance of unknown class may have: those of its study if told, else those of its modality."""
     return tuple(study_classes) or classes_of_modality(modality)
+
+
+def common_classes() -> tuple[str, ...]:
+    """Classes to try where nothing at all is known of a series."""
+    return all_storage_classes()[:_COMMON]
+
+
+def bins_for(
+    targets: Iterable[Instance], peer: PeerKnowledge, guess: Callable[[Instance], Sequence[str]]
+) -> list[list[Proposal]]:
+    """All contexts that instances may need, packed: the known class of each, or those that ``guess`` gives."""
+    targets = list(targets)
+    pairs = pairs_of([x for x in targets if x.sop_class is not None], peer)
+    for x in targets:
+        for sop_class in guess(x) if x.sop_class is None else ():
+            pairs.setdefault(sop_class, peer.syntaxes(sop_class))
+    return pack(pairs)
 
 
 def other_classes(tried: Iterable[str]) -> tuple[str, ...]:

@@ -67,6 +67,11 @@ class Events:
             )
             self._call(self._on_sub_operation, event)
 
+    def drained(self, size: int) -> None:
+        """So many bytes came of what is not taken."""
+        with self._mutex:
+            self.bytes += size
+
     def completed(self, event: Completed) -> None:
         """The run has ended."""
         with self._mutex:

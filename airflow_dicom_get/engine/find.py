@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.engine.finder import MAX_ROWS, UNIQUE, Answer, Finder, Keys, check_answered
 from airflow_dicom_get.engine.matching import remark_text
+from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import Finder, check_answered
 from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import InvalidOption, peer_text
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 
@@ -66,18 +68,21 @@ class Found(_Rows):
 
     Attributes
     ----------
-    came : int
-        Rows as the PACS sent them, repeated and contradicting ones among them.
+    doubt : str or None
+        Why there may be more, as a reason of the vocabulary: ``list_may_be_cut`` or ``list_contradicted``.
     cut : bool
-        Whether the answer was cancelled at ``limit``: there may be more.
+        Whether there may be more: the C-FIND was cancelled at ``limit``, or there is a ``doubt``.
+    queries : int
+        C-FINDs that were sent.
     remarks : list of dict
         What is to be said of the answer, as in ``Result.errors``; nothing of a patient.
     """
 
     def __init__(self, rows: Iterable[Dataset] = ()) -> None:
         super().__init__(rows)
-        self.came = 0
+        self.doubt: str | None = None
         self.cut = False
+        self.queries = 1
         self.remarks: list[dict[str, Any]] = []
 
     def remark_texts(self) -> list[str]:
@@ -85,13 +90,23 @@ class Found(_Rows):
         return [remark_text(remark) for remark in self.remarks]
 
 
-def find_rows(source: Source, query: Query, level: str, return_keys: Sequence[str], limit: int | None = None) -> Found:
-    """Rows of one C-FIND at ``level``; keys of lower levels are asked for as they are (relational).
+def find_rows(
+    source: Source,
+    query: Query,
+    level: str,
+    return_keys: Sequence[str],
+    *,
+    limit: int | None = None,
+    split: bool = True,
+) -> Found:
+    """Rows of a search at ``level``; keys of lower levels are asked for as they are (relational).
 
     Parameters
     ----------
     limit : int, optional
         Studies, series or instances after which the C-FIND is cancelled.
+    split : bool
+        Whether an answer for studies that may be cut is asked for again by parts.
 
     Raises
     ------
@@ -103,41 +118,63 @@ def find_rows(source: Source, query: Query, level: str, return_keys: Sequence[st
         asked = [int(find_attribute(keyword).tag) for keyword in (*_RETURNED[level], *return_keys)]
     except UnknownAttributeError as error:
         raise InvalidOption(f"return_keys: {error}", option="return_keys") from None
-    keys: dict[int, str | Iterable[str]] = {f.tag: f.value for f in query.filters}
-    for tag, uids in (
-        (h.STUDY_INSTANCE_UID, query.studies),
-        (h.SERIES_INSTANCE_UID, query.series),
-        (h.SOP_INSTANCE_UID, query.instances),
-    ):
-        if uids:
-            keys[tag] = uids
-    found = Found()
-    seen: set[tuple[bytes, ...]] = set()
+    named = {
+        h.STUDY_INSTANCE_UID: query.studies,
+        h.SERIES_INSTANCE_UID: query.series,
+        h.SOP_INSTANCE_UID: query.instances,
+    }
+    uids = named.pop(UNIQUE[level])
+    keys: Keys = {f.tag: f.value for f in query.filters} | {tag: values for tag, values in named.items() if values}
+    most = MAX_ROWS if limit is None else limit
+    found, rows = Found(), _Distinct(level)
     with source.association(FIND_PROPOSALS) as association:
-        finder = Finder(association)
-        for row, raw in finder.answers(level, keys, asked, enough=lambda: found.cut):
-            found.came += 1
-            unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in _UNIQUE[level])
-            if unique in seen and unique[-1]:
-                continue
-            if limit is not None and len(found) == limit:
-                found.cut = True
-                continue
-            seen.add(unique)
-            found.append(_dataset(bytes(raw)))
-        if not found:
+        finder = Finder(association, source.cuts)
+        if uids:
+            rows.take(finder.named(level, uids, keys, asked))
+        elif level == "STUDY":
+            matches = matching_studies(finder, keys, asked, split=split, enough=lambda x: len(x.answers) > most)
+            rows.take(matches.answers.values())
+            found.queries, found.doubt = matches.queries, matches.doubt
+        else:
+            rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.raw) > most))
+            if finder.cuts.may_be_cut(level, finder.came):
+                found.doubt = "list_may_be_cut"
+        if finder.unreadable:
+            found.doubt = "list_contradicted"
+        if not rows.raw:
             check_answered(finder)
-    found.came += finder.dropped.total
+    found += [_dataset(bytes(raw)) for raw in rows.raw[:most]]
     found.remarks = finder.dropped.remarks()
-    if found.cut:
+    if len(rows.raw) > most:
+        found.cut, found.doubt = True, None
         found.remarks.append(
             {
-                "error": f"The C-FIND was cancelled after {limit} rows: there may be more.",
+                "error": f"The C-FIND was cancelled after {most} rows: there may be more.",
                 "count": 1,
                 "hint": "Narrow the query, or raise limit.",
             }
         )
+    if found.doubt is not None:
+        found.cut = True
+        found.remarks.append(doubt_remark(found.doubt))
     return found
+
+
+class _Distinct:
+    """Rows as they came, each study, series or instance once."""
+
+    def __init__(self, level: str) -> None:
+        self._keys = _UNIQUE[level]
+        self._seen: set[tuple[bytes, ...]] = set()
+        self.raw: list[bytearray] = []
+
+    def take(self, answers: Iterable[Answer]) -> None:
+        """Add rows; one without a UID of its own is like no other."""
+        for row, raw in answers:
+            unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
+            if unique not in self._seen or not unique[-1]:
+                self._seen.add(unique)
+                self.raw.append(raw)
 
 
 def _dataset(raw: bytes) -> Dataset:

@@ -12,18 +12,18 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.finder import MAX_ROWS, Finder, Keys
 from airflow_dicom_get.engine.matching import Dropped, Row
-from airflow_dicom_get.engine.resolve import MAX_ROWS, Finder, Scope, note_patient
+from airflow_dicom_get.engine.resolve import Scope, note_patient, shown_uid
+from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.records import Instance, Key
 
 log = logging.getLogger(__name__)
 
-ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
-"""Row counts at which some servers cut their answers without a word."""
-
 _SLACK = 10_000
 """Rows that a source may send beyond what is known."""
+_STUDY_KEYS = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES, i.PATIENT_ID)
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
@@ -39,6 +39,9 @@ class SeriesInfo:
     number: int | None = None
     related_instances: int | None = None
     rows: int = 0
+    """Of its list, as they came."""
+    listed: int = 0
+    """Distinct instances among them, before our own filters."""
 
 
 @dataclass(slots=True)
@@ -54,27 +57,54 @@ class Listing:
     """Rows that could not be read."""
     dropped: Dropped = field(default_factory=Dropped)
     """Rows that contradict what was asked for."""
+    bad: dict[Key, Instance] = field(default_factory=dict)
+    """Rows that cannot be asked for, since the UID of their series or their own is malformed, by both as shown."""
+    below_study: Below | None = None
+    """The list of the series; None where it is held against a list of UIDs, or the study itself is not listed."""
+    instances_named: bool = False
+    """Whether the lists of instances are held against a list of UIDs."""
+    images_filtered: bool = False
+    cuts: Cuts = field(default_factory=Cuts)
 
-    def counts_contradict(self) -> bool:
-        """Whether a related-instance count is above the list, or rows of it could not be read."""
-        if self.unreadable:
-            return True
-        if self.related_instances is not None and self.related_instances > len(self.instances):
-            return True
-        sizes = self._sizes()
-        return any((s.related_instances or 0) > sizes[s.uid] for s in self.series.values())
+    @property
+    def total(self) -> int:
+        """Instances that the source lists of the scope, those among them that cannot be asked for."""
+        return len(self.instances) + len(self.bad)
 
-    def perhaps_cut(self) -> set[str]:
-        """Series whose list is shorter than their count, or, without a count, as long as a server might cut it."""
-        sizes = self._sizes()
-        return {
-            s.uid
-            for s in self.series.values()
-            if (s.related_instances > sizes[s.uid] if s.related_instances is not None else s.rows in ROUND_CAPS)
+    def keep_bad(self, study: str, series: str, sop: str) -> None:
+        """Keep a row that cannot be asked for."""
+        row = Instance(study, series, sop)
+        row.state, row.reason = "missing", "bad_uid"
+        self.bad.setdefault(row.key, row)
+
+    def narrow(self, sop_classes: Collection[str] | None, but: Collection[Key] = ()) -> None:
+        """Leave out what is known to be of another class; the numbers of the lists stay as they came.
+
+        Parameters
+        ----------
+        sop_classes : collection of str, optional
+            The classes that are wanted; all by default. An instance whose class is not told stays.
+        but : collection of (series, sop)
+            What is known to be of another class though the list does not say so.
+        """
+        if sop_classes is not None:
+            self.instances = {
+                key: x
+                for key, x in self.instances.items()
+                if key not in but and (x.sop_class is None or x.sop_class in sop_classes)
+            }
+
+    def lists(self) -> Lists:
+        """Its lists in numbers, for the rule of whether they are whole."""
+        below = {
+            one.uid: Below(one.rows, one.listed, one.related_instances, self.images_filtered)
+            for one in self.series.values()
         }
+        return Lists(self.below_study, {} if self.instances_named else below, self.related_instances, self.unreadable)
 
-    def _sizes(self) -> Counter[str]:
-        return Counter(instance.series for instance in self.instances.values())
+    def doubts(self, counted: Mapping[str | None, int]) -> Doubts:
+        """What of it may be cut; see :meth:`~airflow_dicom_get.engine.whole.Lists.doubts`."""
+        return self.lists().doubts(self.cuts, counted)
 
     def has_counts(self) -> bool:
         """Whether the source gave counts that the list could be held against."""
@@ -82,13 +112,11 @@ class Listing:
             bool(self.series) and all(s.related_instances is not None for s in self.series.values())
         )
 
-    def on_round_cap(self) -> bool:
-        """Whether some answer has exactly as many rows as a server might cut at."""
-        return len(self.series) in ROUND_CAPS or any(s.rows in ROUND_CAPS for s in self.series.values())
-
 
 ListSeries = Callable[[Finder, SeriesInfo], None]
 """Lists the instances of one series; may be called again for the same one."""
+Each = Callable[[Finder, Collection[SeriesInfo], ListSeries], None]
+"""Has every series listed, by threads if it likes."""
 
 
 def one_by_one(finder: Finder, series: Collection[SeriesInfo], list_series: ListSeries) -> None:
@@ -97,134 +125,182 @@ def one_by_one(finder: Finder, series: Collection[SeriesInfo], list_series: List
         list_series(finder, one)
 
 
-def list_study(
-    finder: Finder,
-    scope: Scope,
-    known: dict[Key, Instance],
-    each: Callable[[Finder, Collection[SeriesInfo], ListSeries], None] = one_by_one,
-) -> Listing:
+def list_study(finder: Finder, scope: Scope, known: dict[Key, Instance], each: Each = one_by_one) -> Listing:
     """List the instances of ``scope``; objects in ``known`` are used again.
-
-    Parameters
-    ----------
-    each : callable
-        Has every series listed, by threads if it likes.
 
     Raises
     ------
     NotNegotiated, OperationFailed, ListTooLong, InvalidQuery, and whatever ends an association
     """
+    if not scope.named_well:
+        return unasked(scope)
+    return _Lister(finder, scope, known).run(each)
+
+
+def unasked(scope: Scope) -> Listing:
+    """What is to be said of a study whose own UID is malformed: nothing of it is asked for."""
     listing = Listing(at=clock.now())
-    keys = {h.STUDY_INSTANCE_UID: scope.study}
-    for row in finder.rows("STUDY", keys, (i.STUDY_RELATED_INSTANCES, i.PATIENT_ID), dropped=listing.dropped):
-        note_patient(scope, row)
-        if scope.whole_study:
-            listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
-    series_filters = [f for f in scope.filters if f.level == "SERIES"]
-    image_filters = [f for f in scope.filters if f.level == "IMAGE"]
-    keys = {h.STUDY_INSTANCE_UID: scope.study, **{f.tag: f.value for f in series_filters}}
-    dropped = Dropped()
-    for row in finder.rows("SERIES", keys, _SERIES_KEYS, dropped=dropped):
-        uid = i.text_value(row.get(h.SERIES_INSTANCE_UID))
-        if uid is None or not is_uid(uid):
-            continue
-        if scope.series is not None and uid not in scope.series:
-            continue
-        if uid not in listing.series:
-            listing.series[uid] = SeriesInfo(
-                uid,
-                i.text_value(row.get(h.MODALITY)),
-                i.int_value(row.get(h.SERIES_NUMBER)),
-                None if scope.instances or image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
-            )
-    if not listing.series and (unsupported := dropped.unsupported()) is not None:
-        raise unsupported
-    unreadable: Counter[str] = Counter()
-    of_series: dict[str, Dropped] = {}
-
-    def list_series(finder: Finder, series: SeriesInfo) -> None:
-        keys = {
-            h.STUDY_INSTANCE_UID: scope.study,
-            h.SERIES_INSTANCE_UID: series.uid,
-            **{f.tag: f.value for f in image_filters},
-        }
-        limit = _most_rows(series)
-        before, series.rows = finder.unreadable, 0
-        new = 0
-        here = of_series[series.uid] = Dropped()
-        for row in _image_rows(finder, scope, keys, limit, here):
-            series.rows += 1
-            new += _take_row(listing, scope, series, row, known)
-            if series.rows > 10 * new + _SLACK:
-                raise ListTooLong(f"The source repeats the same C-FIND rows without end for series {series.uid}.")
-        series.rows += here.total
-        unreadable[series.uid] = finder.unreadable - before
-
-    above = finder.unreadable
-    each(finder, listing.series.values(), list_series)
-    listing.unreadable = above + unreadable.total()
-    below = Dropped()
-    for here in of_series.values():
-        below.update(here)
-    if not listing.instances and image_filters and (unsupported := below.unsupported()) is not None:
-        raise unsupported
-    listing.dropped.update(dropped)
-    listing.dropped.update(below)
+    listing.keep_bad(scope.study, "", "")
     return listing
 
 
-def _image_rows(finder: Finder, scope: Scope, keys: Mapping[int, str], limit: int, dropped: Dropped) -> Iterator[Row]:
-    """The rows of a series: with the UIDs alone where the source fails at the other keys.
+class _Lister:
+    def __init__(self, finder: Finder, scope: Scope, known: dict[Key, Instance]) -> None:
+        self._finder, self._scope, self._known = finder, scope, known
+        self._listing = Listing(at=clock.now(), cuts=finder.cuts, instances_named=scope.instances is not None)
+        self._series_filters = {f.tag: f.value for f in scope.filters if f.level == "SERIES"}
+        self._image_filters = {f.tag: f.value for f in scope.filters if f.level == "IMAGE"}
+        self._listing.images_filtered = bool(self._image_filters)
+        self._unreadable: Counter[str] = Counter()
+        self._dropped: dict[str, Dropped] = {}
 
-    One looks those up in its files, and fails as a whole where a single file is lost.
-    """
-    wanted = (h.SOP_INSTANCE_UID, *_IMAGE_KEYS, *(tag for tag in _MAY_COST if tag not in scope.untold))
-    rows = 0
-    told: set[int] = set()
-    try:
-        for row in finder.rows("IMAGE", keys, wanted, limit, dropped):
-            rows += 1
-            told.update(tag for tag in _MAY_COST if row.get(tag))
-            yield row
-        if rows:
-            scope.untold |= set(_MAY_COST) - told
-    except OperationFailed as error:
-        log.info("%s Asking for the UIDs only.", error.message)
-        yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit, dropped)
+    def run(self, each: Each) -> Listing:
+        listing, finder = self._listing, self._finder
+        for key in self._scope.bad:
+            listing.keep_bad(self._scope.study, *key)
+        before = finder.unreadable
+        related_series = self._ask_study()
+        dropped = Dropped()
+        self._ask_series(dropped, related_series)
+        if not listing.series and not listing.bad and (unsupported := dropped.unsupported()) is not None:
+            raise unsupported
+        above = finder.unreadable - before
+        each(finder, listing.series.values(), self._list_series)
+        before = finder.unreadable
+        self._ask_for_named()
+        listing.unreadable = above + self._unreadable.total() + finder.unreadable - before
+        below = Dropped()
+        for here in self._dropped.values():
+            below.update(here)
+        if not listing.total and self._image_filters and (unsupported := below.unsupported()) is not None:
+            raise unsupported
+        listing.dropped.update(dropped)
+        listing.dropped.update(below)
+        return listing
+
+    def _keys(self) -> dict[int, str | bytes]:
+        """The unique keys above the level, in Patient Root with the Patient ID (PS3.4 C.4.1.2.2.1)."""
+        patient = self._scope.patient_keys() if self._finder.by_patient else {}
+        return {**patient, h.STUDY_INSTANCE_UID: self._scope.study}
+
+    def _ask_study(self) -> int | None:
+        """What the source says of the study itself; how many series it says there are."""
+        listing, scope = self._listing, self._scope
+        related_series = None
+        for row in self._finder.rows("STUDY", self._keys(), _STUDY_KEYS, dropped=listing.dropped):
+            note_patient(scope, row)
+            listing.below_study = Below()
+            if scope.whole_study:
+                listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+                related_series = i.int_value(row.get(i.STUDY_RELATED_SERIES))
+        return related_series
+
+    def _ask_series(self, dropped: Dropped, related_series: int | None) -> None:
+        listing, scope, finder = self._listing, self._scope, self._finder
+        keys = {**self._keys(), **self._series_filters}
+        if scope.series is not None:
+            answers = finder.named("SERIES", sorted(scope.series), keys, _SERIES_KEYS, dropped)
+        else:
+            answers = finder.answers("SERIES", keys, _SERIES_KEYS, dropped=dropped)
+        for row, _ in answers:
+            uid = shown_uid(row.get(h.SERIES_INSTANCE_UID))
+            if not is_uid(uid):
+                listing.keep_bad(scope.study, uid, "")
+            elif uid not in listing.series:
+                listing.series[uid] = SeriesInfo(
+                    uid,
+                    i.text_value(row.get(h.MODALITY)),
+                    i.int_value(row.get(h.SERIES_NUMBER)),
+                    None if self._image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
+                )
+        if scope.series is not None or scope.instances is not None:
+            listing.below_study = None
+        elif listing.below_study is not None or listing.series:
+            distinct = len(listing.series) + len(listing.bad)
+            listing.below_study = Below(finder.came, distinct, related_series, bool(self._series_filters))
+
+    def _list_series(self, finder: Finder, series: SeriesInfo) -> None:
+        keys = {**self._keys(), h.SERIES_INSTANCE_UID: series.uid, **self._image_filters}
+        limit = _most_rows(series)
+        before, series.rows = finder.unreadable, 0
+        here = self._dropped[series.uid] = Dropped()
+        distinct: set[str] = set()
+        for row in self._image_rows(finder, keys, limit, here):
+            distinct.add(self._take_row(series, row))
+            if finder.came > 10 * len(distinct) + here.total + _SLACK:
+                raise ListTooLong(f"The source repeats the same C-FIND rows without end for series {series.uid}.")
+        series.rows, series.listed = finder.came, len(distinct)
+        self._unreadable[series.uid] = finder.unreadable - before
+
+    def _image_rows(self, finder: Finder, keys: Keys, limit: int, dropped: Dropped) -> Iterator[Row]:
+        """The rows of a series: with the UIDs alone where the source fails at the other keys.
+
+        One looks those up in its files, and fails as a whole where a single file is lost.
+        """
+        scope = self._scope
+        wanted = (h.SOP_INSTANCE_UID, *_IMAGE_KEYS, *(tag for tag in _MAY_COST if tag not in scope.untold))
+        rows = 0
+        told: set[int] = set()
+        try:
+            for row in finder.rows("IMAGE", keys, wanted, limit, dropped):
+                rows += 1
+                told.update(tag for tag in _MAY_COST if row.get(tag))
+                yield row
+            if rows:
+                scope.untold |= set(_MAY_COST) - told
+        except OperationFailed as error:
+            log.info("%s Asking for the UIDs only.", error.message)
+            yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit, dropped)
+
+    def _take_row(self, series: SeriesInfo, row: Row) -> str:
+        """Put the instance of a row into the list, if it is of the scope; its UID."""
+        scope, listing = self._scope, self._listing
+        sop = shown_uid(row.get(h.SOP_INSTANCE_UID))
+        if not scope.names(series.uid, sop):
+            return sop
+        if not is_uid(sop):
+            listing.keep_bad(scope.study, series.uid, sop)
+            return sop
+        instance = self._known.get((series.uid, sop))
+        if instance is None:
+            instance = Instance(scope.study, series.uid, sop)
+        sop_class = i.text_value(row.get(h.SOP_CLASS_UID))
+        if instance.sop_class is None and sop_class and is_uid(sop_class):
+            instance.sop_class = sys.intern(sop_class)
+        syntax = i.text_value(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
+        if syntax and "\\" not in syntax and is_uid(syntax):
+            instance.listed_syntax = sys.intern(syntax)
+        instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
+        instance.modality = instance.modality or series.modality
+        instance.series_number = series.number
+        instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
+        listing.instances.setdefault(instance.key, instance)
+        return sop
+
+    def _ask_for_named(self) -> None:
+        """Ask one by one for the instances that were named and that the lists of their series do not have."""
+        scope, listing = self._scope, self._listing
+        (series,) = scope.series if scope.series is not None and len(scope.series) == 1 else ("",)
+        named = scope.named or {(series, sop) for sop in scope.instances or ()}
+        listed = {sop for _, sop in listing.instances}
+        for series, sop in sorted(named - listing.instances.keys()):
+            if not scope.named and sop in listed:
+                continue
+            keys = {**self._keys(), **self._image_filters, h.SOP_INSTANCE_UID: sop}
+            if series:
+                keys[h.SERIES_INSTANCE_UID] = series
+            try:
+                rows = list(self._finder.rows("IMAGE", keys, (h.SERIES_INSTANCE_UID, *_IMAGE_KEYS), dropped=Dropped()))
+            except OperationFailed as error:
+                # Then the lists of their series are all there is to go by, and the rule holds for these.
+                log.info("%s The source takes no C-FIND for single instances.", error.message)
+                listing.instances_named = False
+                return
+            for row in rows:
+                found = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
+                if is_uid(found) and (scope.series is None or found in scope.series):
+                    self._take_row(listing.series.setdefault(found, SeriesInfo(found)), row)
 
 
 def _most_rows(series: SeriesInfo) -> int:
     return MAX_ROWS if series.related_instances is None else 2 * series.related_instances + _SLACK
-
-
-def _take_row(
-    listing: Listing,
-    scope: Scope,
-    series: SeriesInfo,
-    row: Row,
-    known: dict[Key, Instance],
-) -> bool:
-    """Put the instance of a row into the list; whether it was not there."""
-    sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
-    if sop is None or not is_uid(sop):
-        log.warning("a C-FIND row of series %s has no valid SOP Instance UID and is ignored", series.uid)
-        return False
-    if not scope.names(series.uid, sop):
-        return False
-    instance = known.get((series.uid, sop))
-    if instance is None:
-        instance = Instance(scope.study, series.uid, sop)
-    sop_class = i.text_value(row.get(h.SOP_CLASS_UID))
-    if instance.sop_class is None and sop_class and is_uid(sop_class):
-        instance.sop_class = sys.intern(sop_class)
-    syntax = i.text_value(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
-    if syntax and "\\" not in syntax and is_uid(syntax):
-        instance.listed_syntax = sys.intern(syntax)
-    instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
-    instance.modality = instance.modality or series.modality
-    instance.series_number = series.number
-    instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
-    key = instance.key
-    new = key not in listing.instances
-    listing.instances.setdefault(key, instance)
-    return new

@@ -195,7 +195,7 @@ class Dropped:
         """How many rows."""
         return self.rows.total()
 
-    def add(self, why: Contradiction) -> None:
+    def add(self, why: Contradiction, row: Row) -> None:
         """Count a row."""
         self.rows[why.keyword] += 1
         self.valued[why.keyword] += why.has_value

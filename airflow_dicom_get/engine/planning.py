@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.engine.contexts import PeerKnowledge, likely_classes, pack
-from airflow_dicom_get.engine.listing import Listing, list_study
+from airflow_dicom_get.engine.below import count_below
+from airflow_dicom_get.engine.contexts import PeerKnowledge, bins_for, common_classes, likely_classes, pack
+from airflow_dicom_get.engine.finder import Finder
+from airflow_dicom_get.engine.listing import Each, Listing, list_study, one_by_one
 from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import Finder, Scope, resolve
+from airflow_dicom_get.engine.resolve import Scope, resolve
 from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.engine.whole import doubt_remark
+from airflow_dicom_get.errors import InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Plan
 from airflow_dicom_get.sinks.base import Sink
+from airflow_dicom_get.vocabulary import HELD
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +35,58 @@ class Listed:
     Attributes
     ----------
     scopes, listings : list
-        The studies that the query means, and the list of each.
+        The studies that the query means, and the list of each; none where they were left to their own runs.
     dropped : Dropped
         The rows that contradict what was asked for.
+    doubt : str or None
+        Why the query may mean more studies, as a reason of the vocabulary.
     """
 
     scopes: list[Scope]
     listings: list[Listing]
     dropped: Dropped
+    doubt: str | None = None
 
     @property
     def at(self) -> datetime:
         """When the last of the lists was made, in UTC."""
         return datetime.fromtimestamp(max((x.at for x in self.listings), default=clock.now()), UTC)
 
+    def all_dropped(self) -> Dropped:
+        """Those of the search, and of the lists."""
+        found = Dropped()
+        for dropped in (self.dropped, *(listing.dropped for listing in self.listings)):
+            found.update(dropped)
+        return found
 
-def list_studies(source: Source, query: Query, max_studies: int) -> Listed:
-    """List the studies that a query means, over one association.
+    def why_doubtful(self, counted: Sequence[Mapping[str | None, int]] | None = None) -> str | None:
+        """Why there may be more than is listed, as a reason of the vocabulary.
+
+        Parameters
+        ----------
+        counted : sequence of mapping, optional
+            What C-GETs have shown of each study; see :meth:`~airflow_dicom_get.engine.whole.Lists.doubts`.
+        """
+        if self.doubt is not None:
+            return self.doubt
+        if any(listing.lists().contradicted() for listing in self.listings):
+            return "list_contradicted"
+        shown = counted or [{}] * len(self.listings)
+        doubtful = [listing.doubts(of_study) for listing, of_study in zip(self.listings, shown, strict=True)]
+        return "list_may_be_cut" if any(doubtful) else None
+
+
+def list_studies(
+    finder: Finder, query: Query, max_studies: int, each: Each = one_by_one, *, for_get: bool = False
+) -> Listed:
+    """List the studies that a query means.
+
+    Parameters
+    ----------
+    each : callable
+        Has the series of a study listed; see :func:`~airflow_dicom_get.engine.listing.list_study`.
+    for_get : bool
+        List a single study alone. Several, and one that cannot be listed, are left to their own runs.
 
     Raises
     ------
@@ -52,19 +94,47 @@ def list_studies(source: Source, query: Query, max_studies: int) -> Listed:
         It means more than ``max_studies`` studies, or names a key that the source does not support.
     NotNegotiated, OperationFailed, and whatever ends an association
     """
-    with source.association(FIND_PROPOSALS) as association:
-        finder = Finder(association)
-        scopes = resolve(finder, query, max_studies)
-        listings = [list_study(finder, scope, {}) for scope in scopes]
-    for listing in listings:
-        finder.dropped.update(listing.dropped)
-    return Listed(scopes, listings, finder.dropped)
+    meant = resolve(finder, query, max_studies)
+    listings: list[Listing] = []
+    if not for_get or (len(meant.scopes) == 1 and meant.scopes[0].listed):
+        try:
+            listings = [list_study(finder, scope, {}, each) for scope in meant.scopes]
+        except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
+            if not for_get:
+                raise
+            log.debug("left to the run of the study: %s", error.message)
+    return Listed(meant.scopes, listings, finder.dropped, meant.doubt)
+
+
+def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dict[str | None, int]]:
+    """Ask, for each list that may be cut, how many instances there are at the level above; for each study.
+
+    Raises
+    ------
+    Whatever ends an association
+    """
+    peer = PeerKnowledge()
+    found: list[dict[str | None, int]] = []
+    for scope, listing in zip(listed.scopes, listed.listings, strict=True):
+        counted: dict[str | None, int] = {}
+        found.append(counted)
+        doubts = listing.doubts(counted)
+
+        def guess(instance: Instance, scope: Scope = scope) -> tuple[str, ...]:
+            return likely_classes(instance.modality, scope.sop_classes) or common_classes()
+
+        for series in doubts.to_ask() if scope.whole_study else sorted(doubts.of_series):
+            members = [x for x in listing.instances.values() if series in (None, x.series)]
+            contexts = next(iter(bins_for(members, peer, guess)), [])
+            total, _ = count_below(source, scope, series, query_model, contexts, 0)
+            counted[series] = -1 if total is None else total
+    return found
 
 
 def mark_held(listed: Listed, sink: Sink) -> None:
     """Mark what the destination holds."""
     for scope, listing in zip(listed.scopes, listed.listings, strict=True):
-        inventory = sink.inventory(scope.study)
+        inventory = sink.inventory(scope.study) if scope.named_well else {}
         for key, instance in listing.instances.items():
             if key in inventory:
                 instance.state, instance.attempt = "held", 0
@@ -72,8 +142,8 @@ def mark_held(listed: Listed, sink: Sink) -> None:
 
 def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str | None = None) -> Plan:
     """Sum the lists up, with the presentation contexts that a get would propose."""
-    listings = listed.listings
-    rows = [instance for listing in listings for instance in listing.instances.values()]
+    listings, doubt = listed.listings, listed.why_doubtful()
+    rows = [instance for listing in listings for instance in (*listing.instances.values(), *listing.bad.values())]
     missing = [instance for instance in rows if instance.state is None]
     bins = _contexts(missing, peer)
     return Plan(
@@ -81,15 +151,16 @@ def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str 
         studies=[scope.study for scope in listed.scopes],
         series=sum(len(listing.series) for listing in listings),
         instances=len(rows),
-        held=len(rows) - len(missing),
-        missing=len(missing),
+        held=sum(instance.state in HELD for instance in rows),
+        missing=sum(instance.state not in HELD for instance in rows),
         classes=dict(Counter(instance.sop_class for instance in rows)),
         contexts=sum(map(len, bins)),
         associations=len(bins),
         evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
         plan_at=listed.at,
         destination=destination,
-        errors=listed.dropped.remarks(),
+        errors=[*([doubt_remark(doubt)] if doubt is not None else []), *listed.all_dropped().remarks()],
+        doubt=doubt,
         rows=rows,
     )
 

@@ -15,9 +15,10 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import EXPLICIT_LE, IMPLICIT_LE, UNCOMPRESSED
 from airflow_dicom_get.engine.contexts import likely_classes, pack
+from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.profile import Profile
-from airflow_dicom_get.engine.resolve import Finder, Scope
+from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import AssociationRejected, DicomGetError, InvalidQuery
 from airflow_dicom_get.net.acse import Proposal
@@ -80,7 +81,7 @@ def probe(source: Source, study: str, max_associations: int) -> Profile:
     with source.association(FIND_PROPOSALS) as association:
         profile.implementation = association.accepted.implementation
         scope = Scope(study)
-        listing = list_study(Finder(association), scope, {})
+        listing = list_study(Finder(association, source.cuts), scope, {})
     if not listing.instances:
         raise InvalidQuery(
             f"{source.node} lists no instance of study {study}.", hint="Give a study that the node holds.", study=study

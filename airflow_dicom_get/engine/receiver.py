@@ -23,7 +23,7 @@ from airflow_dicom_get.engine.retrieval import Intake
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.get import StoreRequest
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.sinks.base import Taken, Writer
 from airflow_dicom_get.vocabulary import MAYBE_CONVERTED, TRIED_IN_VAIN, Exactness
 
@@ -62,13 +62,20 @@ class Receiver:
         self._instance: Instance | None = None
         self._size = 0
         self._refusal: Taken | None = None
+        self._other_class = self._drains = False
+        self.confirms = False
+        """Whether what is held is asked for once more, to see what else comes: it is drained, and not compared."""
+        self.came: set[Key] | None = None
+        """What was sent since this was set to an empty set; what names no instance as ("", its SOP Instance UID)."""
 
     def begin(self, request: StoreRequest) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._began = clock.monotonic()
         self._request = request
         self._writer = self._instance = self._refusal = self._walk = None
+        self._other_class = self._drains = False
         self._size = 0
+        wanted = self._state.sop_classes
         self.limit = self._deadlines.stall
         self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
         if not is_uid(request.sop_instance):
@@ -77,6 +84,9 @@ class Receiver:
             self._refuse(
                 s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names a different SOP class than its presentation context."
             )
+        elif wanted is not None and request.sop_class not in wanted:
+            self._other_class = True
+            self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
 
     def _refuse(self, status: int, reason: str, error: str) -> Literal[False]:
         self._refusal = Taken(status, reason, error)
@@ -164,6 +174,8 @@ class Receiver:
             return self._refuse(
                 s.MISMATCH, "uid_mismatch", "The data set names a different instance or SOP class than its command."
             )
+        if self.came is not None:
+            self.came.add((series, sop))
         if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
         if self._state.listed_elsewhere(series, sop):
@@ -174,6 +186,9 @@ class Receiver:
         if instance is None:
             instance = self._intake.add_unlisted(sys.intern(series), sop, request.sop_class)
         elif instance.state is not None and instance.state not in TRIED_IN_VAIN:
+            if self.confirms:
+                self._drains, self._refusal = True, Taken(s.SUCCESS)
+                return False
             # Sent twice, or held before: judged by the sink, without touching the first one's record.
             instance = Instance(study, instance.series, sop, request.sop_class)
         instance.sop_class = request.sop_class
@@ -208,7 +223,15 @@ class Receiver:
     def finish(self) -> int:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._head = bytearray()
+        assert self._request is not None
+        if self._drains or self._other_class:
+            self._intake.set_aside(self._request, self._size, held=self._drains)
+            self._hold("sub_operation", "took an instance in")
+            self.came_at = _NEVER
+            return s.SUCCESS if self._drains else s.NOT_AUTHORISED
         taken = self._refusal
+        if self.came is not None and self._instance is None:
+            self.came.add(("", self._request.sop_instance))
         if taken is None and self._writer is None:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:
@@ -231,7 +254,6 @@ class Receiver:
             instance.received_at = clock.now()
             instance.duration_ms = int((clock.monotonic() - self._began) * 1000)
             instance.dimse_status = taken.status
-        assert self._request is not None
         self._intake.answer(self._request.sop_instance, instance, taken, self._size)
         status = taken.status
         if status == s.SUCCESS and instance is not None and self._retrieval.options.ack == "durable":

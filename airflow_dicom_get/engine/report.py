@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.engine.verdict import judge
+from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.records import Completed, Instance
 from airflow_dicom_get.result import COUNTS, Kind, Result, StudyResult
@@ -61,6 +62,8 @@ class End:
         Rows of the search that contradict the query.
     nothing_asked : bool
         Whether a manifest was given that asks for nothing.
+    doubt : str or None
+        Why the query may mean more studies, as a reason of the vocabulary.
     """
 
     states: list[StudyState] = field(default_factory=list)
@@ -69,6 +72,7 @@ class End:
     resume_at: datetime | None = None
     dropped: Dropped | None = None
     nothing_asked: bool = False
+    doubt: str | None = None
 
     def all_dropped(self) -> Dropped:
         """Rows that contradict what was asked for: those of the search, and those of the last list of each study."""
@@ -92,8 +96,13 @@ class End:
         return [row for state in self.states for row in state.rows()]
 
 
-def end_of(states: Sequence[StudyState], dropped: Dropped | None = None, error: DicomGetError | None = None) -> End:
-    """Judge the studies of a search, and keep the rows that it dropped, and what ended the call after them.
+def end_of(
+    states: Sequence[StudyState],
+    dropped: Dropped | None = None,
+    doubt: str | None = None,
+    error: DicomGetError | None = None,
+) -> End:
+    """Judge the studies of a search, and keep what is to be said of it, and what ended the call after them.
 
     A study of which a filter on series or instances leaves nothing is not meant by the query.
     """
@@ -104,7 +113,8 @@ def end_of(states: Sequence[StudyState], dropped: Dropped | None = None, error: 
         if not (state.scope.filters and numbers.verdict == EMPTY and not state.rows())
     ]
     kept = meant or judged
-    return End([state for state, _ in kept], [numbers for _, numbers in kept], error=error, dropped=dropped)
+    states, numbers = [state for state, _ in kept], [numbers for _, numbers in kept]
+    return End(states, numbers, error=error, dropped=dropped, doubt=doubt)
 
 
 # --- assemble ----------------------------------------------------------------------------------------
@@ -139,16 +149,26 @@ def assemble(
     )
     _measure(result, events)
     result.reason = next((n.reason for n in numbers if n.verdict == result.verdict), None)
-    if result.verdict == EMPTY and end.all_dropped():
-        result.reason = "key_not_matched"
-    elif end.nothing_asked:
+    if end.nothing_asked:
         result.reason = "nothing_asked"
+    elif result.verdict == EMPTY:
+        result.reason = result.reason or end.doubt or ("key_not_matched" if end.all_dropped() else None)
+    elif end.doubt is not None:
+        _doubt(result, end.doubt)
     if error is not None:
         cancelled = isinstance(error, Cancelled)
         result.verdict = CANCELLED if cancelled else FAILED
         result.reason = cancelled_by if cancelled else error.word
         result.transient = error.transient
     return result
+
+
+def _doubt(result: Result, doubt: str) -> None:
+    """The search may have missed studies: no proof of those that it found is one of all."""
+    if worst((result.verdict, UNVERIFIED)) != result.verdict:
+        result.verdict, result.reason = UNVERIFIED, doubt
+    if doubt_remark(doubt) not in result.errors:
+        result.errors.insert(0, doubt_remark(doubt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +377,13 @@ def manifest_not_written(result: Result, error: DicomGetError) -> None:
         result.verdict, result.reason = PARTIAL, error.word
 
 
-def add_search_of_list(result: Result, unknown: int, remarks: Sequence[dict[str, Any]]) -> None:
-    """What the search for a list of studies had to say: remarks, and how many entries name none that is there."""
+def add_search_of_list(
+    result: Result, unknown: int, remarks: Sequence[dict[str, Any]], doubt: str | None = None
+) -> None:
+    """What the search for a list of studies had to say: remarks, how many entries name none that is there, a doubt."""
     result.errors += remarks
+    if doubt is not None:
+        _doubt(result, doubt)
     if not unknown:
         return
     result.verdict = worst((result.verdict, EMPTY))

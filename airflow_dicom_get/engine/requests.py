@@ -26,6 +26,8 @@ class Request:
     targets: list[Instance] = field(default_factory=list)
     cuts: int = 0
     """How often the association was lost over it without any of it arriving."""
+    confirms: bool = False
+    """Whether it asks for all of a series or study that is held, to see what else comes."""
 
     def nearline(self) -> bool:
         """Whether the source lists some of it as not at hand."""
@@ -37,10 +39,8 @@ class Request:
             i.QUERY_RETRIEVE_LEVEL: self.level,
             h.STUDY_INSTANCE_UID: scope.study,
         }
-        if query_model == "PatientRoot" and scope.patient_id:
-            keys[i.PATIENT_ID] = scope.patient_id
-            if not scope.patient_id.isascii():
-                keys[h.SPECIFIC_CHARACTER_SET] = scope.character_set
+        if query_model == "PatientRoot":
+            keys |= scope.patient_keys()
         if self.level != "STUDY":
             assert self.series is not None
             keys[h.SERIES_INSTANCE_UID] = self.series

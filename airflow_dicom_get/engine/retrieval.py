@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from airflow_dicom_get.config.options import GetOptions
@@ -14,7 +14,8 @@ from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.state import Answered, StudyState
 from airflow_dicom_get.engine.tags import TagDecoder
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.net.get import StoreRequest
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.sinks.base import Sink, Taken
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,18 @@ class Intake:
         with self._mutex:
             answered = self.state.answer(uid, instance, taken)
         self._tell(answered, uid, size if answered.error is None else 0)
+
+    def set_aside(self, request: StoreRequest, size: int, *, held: bool) -> None:
+        """An object was not taken, and nothing is wrong with it: it is held, or of a class that is not wanted."""
+        self.retrieval.events.drained(size)
+        if not held:
+            with self._mutex:
+                self.state.leave_out(request.sop_instance, request.sop_class)
+
+    def learn_count(self, series: str | None, total: int | None, sent: Collection[Key] | None) -> None:
+        """See :meth:`StudyState.learn_count`."""
+        with self._mutex:
+            self.state.learn_count(series, total, sent)
 
     def left_to_destination(self, instance: Instance) -> None:
         """See :meth:`StudyState.left_to_destination`."""

@@ -44,11 +44,14 @@ def asked_by(manifest: Any) -> Asked:
         A row has no valid UIDs.
     """
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state", "reason")
-    studies: dict[str, set[Key]] = {}
+    studies: dict[str, tuple[set[Key], set[Key]]] = {}
     by_digest = False
     rows = zip(*(manifest.column(name).to_pylist() for name in columns), strict=True)
     for number, (study, series, sop, state, reason) in enumerate(rows, 1):
         if state in OUTSIDE_LIST:
+            continue
+        if reason == "bad_uid":  # as the source wrote it; it stays missing
+            studies.setdefault(study or "", (set(), set()))[1].add((series or "", sop or ""))
             continue
         if not all(isinstance(uid, str) and is_uid(uid) for uid in (study, series, sop)):
             raise InvalidQuery(
@@ -56,15 +59,18 @@ def asked_by(manifest: Any) -> Asked:
                 hint="Leave such rows out of the DataFrame that you give, or retrieve the study by its UID.",
                 row=number,
             )
-        studies.setdefault(study, set()).add((series, sop))
+        studies.setdefault(study, (set(), set()))[0].add((series, sop))
         by_digest = by_digest or reason in CONTENT_IN_DOUBT
-    return Asked([_scope(study, frozenset(named)) for study, named in studies.items()], by_digest)
+    return Asked(
+        [_scope(study, frozenset(named), frozenset(bad)) for study, (named, bad) in studies.items()], by_digest
+    )
 
 
-def _scope(study: str, named: frozenset[Key]) -> Scope:
+def _scope(study: str, named: frozenset[Key], bad: frozenset[Key]) -> Scope:
     return Scope(
         study,
         series=frozenset(series for series, _ in named),
         instances=frozenset(sop for _, sop in named),
         named=named,
+        bad=bad,
     )

@@ -1,14 +1,13 @@
-"""C-FIND for studies, and what to do where a PACS cuts its answer."""
+"""C-FIND for studies, or for their series, as the Items that a get is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.items import (
     Item,
     count,
@@ -20,68 +19,15 @@ from airflow_dicom_get.engine.items import (
     values,
 )
 from airflow_dicom_get.engine.query import parse_query
-from airflow_dicom_get.errors import InvalidQuery, OperationFailed
+from airflow_dicom_get.errors import InvalidQuery
 
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-Find = Callable[[Mapping[str, Any], str, Sequence[str]], Sequence[Any]]
+    from airflow_dicom_get.engine.find import Found
 
-ROUND_CAPS = frozenset({100, 200, 500, 1000, 5000})
-"""Row counts at which a PACS that cuts its answer without a word does so."""
-
-MAX_QUERIES = 1000
-_EARLIEST, _LATEST = date(1900, 1, 1), date(2099, 12, 31)
-_DAY_SECONDS = 24 * 3600
-
-
-def _days(text: str) -> tuple[date, date]:
-    """A date or a range of dates, as DICOM writes it; open ends are closed far away."""
-    begin, dash, end = text.partition("-")
-    first_day = datetime.strptime(begin, "%Y%m%d").date() if begin else _EARLIEST
-    if not dash:
-        return first_day, first_day if begin else _LATEST
-    return first_day, datetime.strptime(end, "%Y%m%d").date() if end else _LATEST
-
-
-def _clock(second: int) -> str:
-    return f"{second // 3600:02}{second // 60 % 60:02}{second % 60:02}"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A query for studies, over all of its days or some, over the whole day or a part of it."""
-
-    query: Mapping[str, Any]
-    days: tuple[date, date] | None = None
-    seconds: tuple[int, int] | None = None
-
-    def keys(self) -> dict[str, Any]:
-        keys = dict(self.query)
-        if self.days:
-            begin, end = self.days
-            keys["StudyDate"] = f"{begin:%Y%m%d}" if begin == end else f"{begin:%Y%m%d}-{end:%Y%m%d}"
-        if self.seconds:
-            # Up to the last fraction before the end, so that no moment lies between two parts.
-            keys["StudyTime"] = f"{_clock(self.seconds[0])}-{_clock(self.seconds[1] - 1)}.999999"
-        return keys
-
-    def halves(self) -> list[_Part]:
-        """The two halves; nothing if there are none, or the query names its studies or a time of its own."""
-        if self.query.get("StudyInstanceUID"):
-            return []
-        begin, end = self.days or _days(str(self.query.get("StudyDate") or ""))
-        if begin != end:
-            middle = begin + (end - begin) // 2
-            return [_Part(self.query, (begin, middle)), _Part(self.query, (middle + timedelta(days=1), end))]
-        start, stop = self.seconds or (0, _DAY_SECONDS)
-        if self.query.get("StudyTime") or stop - start <= 60:
-            return []
-        middle_second = (start + stop) // 2
-        return [
-            _Part(self.query, (begin, end), (start, middle_second)),
-            _Part(self.query, (begin, end), (middle_second, stop)),
-        ]
+Find = Callable[[Mapping[str, Any], str, Sequence[str]], "Found"]
+"""Sends a C-FIND at a level, asks for further keys, and gives the rows."""
 
 
 def _keyword(key: str) -> str:
@@ -94,12 +40,11 @@ def _keyword(key: str) -> str:
 class Search:
     """One search: its queries, and whether the answer may be short.
 
-    :param find: sends a C-FIND at a level, asks for further keys, and gives the rows
+    :param find: see :data:`Find`; what it knows of an answer that may be cut it says of its rows
     :param level: ``STUDY`` or ``SERIES``
     :param model: the information model, for checks of the query
     :param modalities: of which a study, or a series at that level, has at least one
     :param return_keys: keywords whose values go into the Items
-    :param split: whether to ask by parts where the answer seems to be cut
     :param timezone: of ``today``
     """
 
@@ -111,7 +56,6 @@ class Search:
         model: str,
         modalities: Sequence[str] = (),
         return_keys: Sequence[str] = (),
-        split: bool = True,
         timezone: tzinfo | str = "UTC",
     ) -> None:
         self._find = find
@@ -119,10 +63,10 @@ class Search:
         self._model = model
         self._modalities = list(modalities)
         self._return_keys = [_keyword(key) for key in return_keys]
-        self._split = split
         self._timezone = timezone
         self.queries = 0
-        self.truncated = False
+        self.doubt: str | None = None
+        """Why more may match, as a reason of the vocabulary."""
 
     def items(self, query: Mapping[str, Any]) -> list[Item]:
         """Search, and return one Item a study, in the order of their UIDs."""
@@ -193,31 +137,23 @@ class Search:
             by_level["SERIES"]["SeriesInstanceUID"] = list(parsed.series)
         return by_level["STUDY"], by_level["SERIES"]
 
-    def _ask(self, query: Mapping[str, Any], level: str) -> Sequence[Any]:
-        self.queries += 1
-        return self._find(query, level, self._return_keys if level == "STUDY" else ())
+    def _ask(self, query: Mapping[str, Any], level: str) -> Found:
+        rows = self._find(query, level, self._return_keys if level == "STUDY" else ())
+        self.queries += rows.queries
+        self.doubt = self.doubt or rows.doubt
+        return rows
 
     def _collect(self, query: Mapping[str, Any], into: dict[str, Any]) -> None:
-        """Ask, and by halves where the answer seems to be cut, down to a minute of a day."""
-        pending = [_Part(query)]
-        while pending:
-            part = pending.pop()
-            halves = part.halves() if self._split and self.queries < MAX_QUERIES else []
-            try:
-                rows = self._ask(part.keys(), "STUDY")
-            except OperationFailed as error:
-                # Some PACS refuse a query that matches too much.
-                if not (error.transient and halves):
-                    raise
-                pending += halves
-                continue
-            for row in rows:
-                if uid := first(getattr(row, "StudyInstanceUID", None)):
-                    into.setdefault(uid, row)
-            # Counted as they came: a PACS cuts before we leave out what was not asked for.
-            if getattr(rows, "came", len(rows)) in ROUND_CAPS:
-                self.truncated = self.truncated or not halves
-                pending += halves
+        for row in self._ask(query, "STUDY"):
+            self._keep(row, "StudyInstanceUID", into)
+
+    def _keep(self, row: Any, key: str, into: dict[str, Any]) -> None:
+        """Keep a row by its UID; one that cannot be asked for is said to be left out."""
+        uid = first(getattr(row, key, None))
+        if is_uid(uid):
+            into.setdefault(uid, row)
+        else:
+            self.doubt = self.doubt or "bad_uid"
 
     def _study_item(self, row: Any, uid: str) -> Item | None:
         modalities = modalities_of(getattr(row, "ModalitiesInStudy", None))
@@ -240,7 +176,10 @@ class Search:
 
     def _series(self, study: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         rows = self._ask({**keys, "StudyInstanceUID": study, "Modality": keys.get("Modality", "")}, "SERIES")
-        return {uid: row for row in rows if (uid := first(getattr(row, "SeriesInstanceUID", None)))}
+        found: dict[str, Any] = {}
+        for row in rows:
+            self._keep(row, "SeriesInstanceUID", found)
+        return found
 
     def _series_item(self, row: Any, study: str, keys: Mapping[str, Any]) -> Item | None:
         series = self._series(study, keys)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from airflow_dicom_get import clock
+from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association, CancelToken, Throttle, time_is_over
@@ -30,8 +31,11 @@ class Source:
         *,
         max_associations: int,
         throttle: Throttle | None = None,
+        list_limit: Sequence[int] | None = None,
     ) -> None:
         self.peer = peer
+        self.cuts = Cuts(list_limit)
+        """Where it may cut its answers to C-FIND, as far as this run has seen."""
         self.node, self.deadlines = peer.node, peer.deadlines
         self.cancel = CancelToken()
         self.opened = 0
@@ -87,7 +91,13 @@ class Source:
         """Wait before the next try; a cancel or the operation's end cuts it short."""
         back_off(failures, cause.message, allowed(cause, retries), self.cancel, self.operation_limit)
 
-    def with_retries(self, retries: int, proposals: Sequence[Proposal], work: Callable[[Association], T]) -> T:
+    def with_retries(
+        self,
+        retries: int,
+        proposals: Sequence[Proposal],
+        work: Callable[[Association], T],
+        storage_classes: Sequence[str] = (),
+    ) -> T:
         """Run ``work`` on an association of its own; transient failures are tried again, ``retries`` times.
 
         Raises
@@ -99,7 +109,7 @@ class Source:
         while True:
             self.check_stopped()
             try:
-                with self.association(proposals) as association:
+                with self.association(proposals, storage_classes) as association:
                     return work(association)
             except DicomGetError as error:
                 failures += 1

@@ -8,13 +8,10 @@ from collections.abc import Collection
 from functools import partial
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.engine.listing import Listing, ListSeries, SeriesInfo, list_study, one_by_one
-from airflow_dicom_get.engine.matching import Dropped
-from airflow_dicom_get.engine.query import Query
-from airflow_dicom_get.engine.resolve import Finder, Scope, resolve
+from airflow_dicom_get.engine.finder import Finder
+from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo, one_by_one
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.errors import DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
-from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 log = logging.getLogger(__name__)
@@ -58,7 +55,7 @@ class Spread:
     def _beside(self, queue: deque[SeriesInfo], list_series: ListSeries) -> None:
         try:
             with self._source.association(FIND_PROPOSALS) as association:
-                _serve(Finder(association), queue, list_series)
+                _serve(Finder(association, self._source.cuts), queue, list_series)
         except DicomGetError as error:
             log.info("continuing to list with fewer associations: %s", error.message)
 
@@ -74,18 +71,3 @@ def _serve(finder: Finder, queue: deque[SeriesInfo], list_series: ListSeries) ->
         except BaseException:
             queue.append(one)
             raise
-
-
-def resolve_and_list(
-    source: Source, association: Association, query: Query, max_studies: int, associations: int
-) -> tuple[list[Scope], Listing | None, Dropped]:
-    """The studies that a query means, the first list where it is a single one that can be listed, and other rows."""
-    finder = Finder(association)
-    scopes = resolve(finder, query, max_studies)
-    if len(scopes) != 1 or not scopes[0].listed:
-        return scopes, None, finder.dropped
-    try:
-        return scopes, list_study(finder, scopes[0], {}, Spread(source, associations)), finder.dropped
-    except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
-        log.debug("could not be listed together with the others: %s", error.message)  # the study's own run will say it
-        return scopes, None, finder.dropped

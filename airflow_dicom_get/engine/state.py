@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from airflow_dicom_get.engine.whole import COUNTER
 from airflow_dicom_get.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -85,10 +86,17 @@ class StudyState:
         Why the run ends in order before its work is done.
     cancelled_by : str or None
         Who cancelled the run: the name of a signal, or the word given to ``cancel()``.
+    sop_classes : collection of str or None
+        The classes that are wanted; None is all.
+    unwanted : set of (series, sop)
+        Instances of which it came out that they are of another class.
+    counted : dict
+        Instances that a C-GET of a series (None: of the study) has shown there to be, modulo 65,536; below zero where
+        one was made in vain.
+    left, returned : set of (series, sop)
+        Instances that left the list before they were held, and were asked for once more; those of them that came.
     tried_classes : set of str
         SOP classes that were proposed for instances whose class is not known.
-    whole_series : set of str
-        Series that were asked for at SERIES level to the end.
     inventory : dict
         What the destination held before this run, and no list has named yet.
     gone : list of Instance
@@ -110,7 +118,11 @@ class StudyState:
     stop_reason: str | None = None
     cancelled_by: str | None = None
     tried_classes: set[str] = field(default_factory=set)
-    whole_series: set[str] = field(default_factory=set)
+    sop_classes: Collection[str] | None = None
+    unwanted: set[Key] = field(default_factory=set)
+    counted: dict[str | None, int] = field(default_factory=dict)
+    left: set[Key] = field(default_factory=set)
+    returned: set[Key] = field(default_factory=set)
     inventory: dict[Key, Stored] = field(default_factory=dict)
     gone: list[Instance] = field(default_factory=list)
     _series: set[str] = field(default_factory=set)
@@ -147,14 +159,21 @@ class StudyState:
         return [x for x in self.listing.instances.values() if x.state not in DONE]
 
     def most_objects(self) -> int:
-        """Objects that one C-GET may bring: twice the plan and a hundred."""
-        return 2 * len(self.listing.instances) + 100 if self.listing is not None else UNPLANNED
+        """Objects that one C-GET may bring: twice the plan and a hundred, where there is a list that stands."""
+        if self.listing is None:
+            return UNPLANNED
+        lists = self.listing.lists()
+        stands = not lists.is_round(self.listing.cuts) and not lists.contradicted()
+        return 2 * self.listing.total + 100 if stands else UNPLANNED
 
     # --- lists and inventory -------------------------------------------------------------------
 
     def take_list(self, listing: Listing) -> bool:
         """A list came; whether it names other instances than the one before."""
+        listing.narrow(self.sop_classes, self.unwanted)
         changed = self.listing is not None and listing.instances.keys() != self.listing.instances.keys()
+        if changed:
+            self.counted.clear()
         self.lists_agree = self.listing is not None and not changed
         self.listing = listing
         self._series.update(series for series, _ in listing.instances)
@@ -162,11 +181,62 @@ class StudyState:
             self.instances.setdefault(key, instance)
         return changed
 
+    def gone_unheld(self) -> list[Instance]:
+        """What left the list before it was held, and is to be asked for once more by its UID."""
+        assert self.listing is not None
+        found = [
+            x
+            for key, x in self.instances.items()
+            if key not in self.listing.instances
+            and key not in self.unlisted
+            and key not in self.left
+            and x.state not in DONE
+        ]
+        self.left.update(x.key for x in found)
+        return found
+
+    def leave_out(self, sop: str, sop_class: str) -> None:
+        """It came out that an instance, whose class the list does not tell, is of a class that is not wanted."""
+        for one in self.of(sop):
+            if one.sop_class in (None, sop_class) and one.state not in DONE:
+                self._leave_out(one)
+
+    def _leave_out(self, one: Instance) -> None:
+        self.unwanted.add(one.key)
+        self.unlisted.discard(one.key)
+        del self.instances[one.key]
+        if self.listing is not None:
+            self.listing.instances.pop(one.key, None)
+        one.state = "unexpected"  # for who still has it in hand
+
+    def learn_count(self, series: str | None, total: int | None, sent: Collection[Key] | None) -> None:
+        """What a C-GET of a whole series, or of the study, has said and sent.
+
+        Parameters
+        ----------
+        total : int or None
+            What its counters came to, modulo 65,536.
+        sent : collection of (series, sop), optional
+            All that it sent, where it ended in success.
+        """
+        if self.listing is None:
+            return
+        listed = {key for key in self.listing.instances if series in (None, key[0])}
+        if sent is not None and sent == listed:
+            self.counted[series] = len(listed) % COUNTER
+        elif total is not None:
+            self.counted[series] = total
+        else:
+            self.counted.setdefault(series, -1)
+
     def adopt_inventory(self) -> Iterator[tuple[Instance, Stored]]:
         """Mark what the list names and the destination holds; gives each pair that it marked."""
         assert self.listing is not None
-        for key, instance in self.listing.instances.items():
+        for key, instance in list(self.listing.instances.items()):
             if instance.state is not None or (held := self.inventory.pop(key, None)) is None:
+                continue
+            if self.sop_classes is not None and held.sop_class is not None and held.sop_class not in self.sop_classes:
+                self._leave_out(instance)
                 continue
             instance.adopt(held)
             instance.state = "held"
@@ -261,6 +331,9 @@ class StudyState:
 
     def _came(self, record: Instance) -> None:
         record.attempt = self.rounds
+        if record.key in self.left:
+            self.returned.add(record.key)
+            self.unlisted.add(record.key)
         self.progress += record.key not in self.unlisted or self.listing is None
 
     def _refused_again(self) -> str | None:
@@ -290,7 +363,7 @@ class StudyState:
                 instance.state, instance.reason = "missing", "gone_from_list"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
-        if listing is None or not (self.scope.whole_study or named):
+        if listing is None or not (self.scope.whole_study or named) or self.sop_classes is not None:
             return
         for series, sop in sorted(named - self.instances.keys() - self.inventory.keys()):
             instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
@@ -304,7 +377,8 @@ class StudyState:
 
     def rows(self) -> Collection[Instance]:
         """Every record of the study's part of the manifest."""
-        return [*self.instances.values(), *self.gone]
+        bad = self.listing.bad.values() if self.listing is not None else ()
+        return [*self.instances.values(), *bad, *self.gone]
 
     def _why_untried(self) -> str:
         """Why nothing became of a listed instance."""

@@ -11,8 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from airflow_dicom_get.config.options import GetOptions
-from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates
-from airflow_dicom_get.engine.contexts import ROOM, PeerKnowledge, likely_classes, other_classes, pack, pairs_of
+from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, candidates
+from airflow_dicom_get.engine.contexts import (
+    ROOM,
+    PeerKnowledge,
+    bins_for,
+    common_classes,
+    likely_classes,
+    other_classes,
+    pack,
+    pairs_of,
+)
 from airflow_dicom_get.engine.requests import MAX_LIST, Request, by_series, lists_of
 from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.net.acse import Proposal
@@ -27,11 +36,13 @@ class Situation(NamedTuple):
     peer: PeerKnowledge
     options: GetOptions
 
+    def guess(self, instance: Instance) -> tuple[str, ...]:
+        """The classes in which an instance of unknown class is asked for first: those that are wanted, if some are."""
+        return tuple(self.state.sop_classes or ()) or likely_classes(instance.modality, self.state.scope.sop_classes)
+
 
 Passes = Iterator[tuple[list[Proposal], list[Request]]]
 
-_COMMON = 15
-"""Classes to try where nothing at all is known of a series."""
 _ASK_SINGLY = 200
 """Missing instances up to which each is asked for alone."""
 _LEAST_SHARE = 16
@@ -59,12 +70,13 @@ def _requests(at: Situation, targets: Sequence[Instance], *, split: bool = False
     """A SERIES request where all of a series is wanted; UID lists where not, or where ``split`` asks."""
     assert at.state.listing is not None
     sizes = Counter(x.series for x in at.state.listing.instances.values())
-    partial = at.state.scope.instances is not None or at.options.sop_classes is not None
+    partial = at.state.scope.instances is not None or at.state.sop_classes is not None
     partial = partial or any(f.level == "IMAGE" for f in at.state.scope.filters)
     several = at.options.associations > 1
     # A series that is asked for whole cannot be divided later: it should be a small part of the work.
     share = max(len(targets) // (4 * at.options.associations), _LEAST_SHARE) if several else len(targets)
-    suspects = at.state.listing.perhaps_cut()  # they would be asked for whole afterwards, and come twice
+    # They would be asked for whole afterwards, and come twice.
+    suspects = at.state.listing.doubts(at.state.counted).of_series
     requests: list[Request] = []
     for series, part in by_series(targets).items():
         whole = len(part) == sizes[series] and not partial and not split
@@ -83,13 +95,13 @@ def _guessed(at: Situation, unknown: Sequence[Instance]) -> Passes:
     """Instances whose class the source does not tell: the likely classes of each series."""
     groups: dict[tuple[str, ...], list[Instance]] = {}
     for x in unknown:
-        groups.setdefault(likely_classes(x.modality, at.state.scope.sop_classes), []).append(x)
+        groups.setdefault(at.guess(x), []).append(x)
     merged = tuple(dict.fromkeys(uid for classes in groups for uid in classes))
     if len(groups) > 1 and len(pack({c: at.peer.syntaxes(c) for c in merged})) == 1:
         named = [x for classes, part in groups.items() if classes for x in part]
         groups = {merged: named, (): groups.get((), [])}
     for classes, part in groups.items():
-        classes = classes or all_storage_classes()[:_COMMON]
+        classes = classes or common_classes()
         at.state.tried_classes.update(classes)
         for proposals in pack({c: at.peer.syntaxes(c) for c in classes}):
             yield proposals, _requests(at, _todo(part))
@@ -104,7 +116,7 @@ def ladder(at: Situation, left: Sequence[Instance]) -> Passes:
     targets = [x for x in left if x.listed_syntax is None and x.reason != "class_refused"]
     classes: dict[str, None] = {}
     for x in targets:
-        guesses = (x.sop_class,) if x.sop_class else likely_classes(x.modality, at.state.scope.sop_classes)
+        guesses = (x.sop_class,) if x.sop_class else at.guess(x)
         classes.update(dict.fromkeys(guesses or tuple(at.state.tried_classes)))
     syntaxes = dict.fromkeys(
         syntax for c in classes for syntax in candidates(c) if syntax not in UNCOMPRESSED and at.peer.accepts(c, syntax)
@@ -115,22 +127,19 @@ def ladder(at: Situation, left: Sequence[Instance]) -> Passes:
 
 
 def every_class(at: Situation, left: Sequence[Instance]) -> Passes:
-    """Instances of unknown class that no likely class has brought: every class there is."""
+    """Instances of unknown class that no likely class has brought: every class there is, the likely ones first."""
     targets = [x for x in left if x.sop_class is None]
     if targets:
-        for proposals in pack({c: at.peer.syntaxes(c) for c in other_classes(at.state.tried_classes)}):
+        likely = {c for x in targets for c in likely_classes(x.modality, at.state.scope.sop_classes)}
+        others = sorted(other_classes(at.state.tried_classes), key=lambda c: c not in likely)
+        for proposals in pack({c: at.peer.syntaxes(c) for c in others}):
             at.state.tried_classes.update(p.abstract_syntax for p in proposals)
             yield proposals, _lists(at, _todo(targets))
 
 
 def contexts_for(at: Situation, targets: Sequence[Instance]) -> Iterator[tuple[list[Proposal], list[Instance]]]:
     """All contexts that the targets may need, known classes and likely ones, with those they serve."""
-    pairs = pairs_of([x for x in targets if x.sop_class is not None], at.peer)
-    for x in targets:
-        if x.sop_class is None:
-            for c in likely_classes(x.modality, at.state.scope.sop_classes):
-                pairs.setdefault(c, at.peer.syntaxes(c))
-    for proposals in pack(pairs):
+    for proposals in bins_for(targets, at.peer, at.guess):
         classes = {p.abstract_syntax for p in proposals}
         yield proposals, [x for x in targets if x.sop_class is None or x.sop_class in classes]
 

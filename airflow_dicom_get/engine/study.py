@@ -7,22 +7,25 @@ from collections.abc import Sequence
 
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes
+from airflow_dicom_get.engine.below import count_below
 from airflow_dicom_get.engine.contexts import pack
-from airflow_dicom_get.engine.listing import Listing, list_study
+from airflow_dicom_get.engine.finder import Finder
+from airflow_dicom_get.engine.listing import Listing, list_study, unasked
 from airflow_dicom_get.engine.requests import Request, lists_of
-from airflow_dicom_get.engine.resolve import Finder, Scope
+from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.retrieval import Intake, Retrieval
 from airflow_dicom_get.engine.spread import Spread
 from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.engine.strategies import STRATEGIES, Situation, contexts_for
 from airflow_dicom_get.engine.tags import tags_of
+from airflow_dicom_get.engine.whole import COUNTER, Doubts
 from airflow_dicom_get.engine.worker import Pass
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.records import Instance, Key
-from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, LOCAL_REASONS
+from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, HELD, LOCAL_REASONS
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ def run_studies(retrieval: Retrieval, scopes: Sequence[Scope], first_list: Listi
     """
     states: list[StudyState] = []
     for scope in scopes:
-        state = StudyState(scope, strict=retrieval.options.strict_forward)
+        options = retrieval.options
+        state = StudyState(scope, strict=options.strict_forward, sop_classes=options.sop_classes)
         if states and states[-1].stop_reason is not None:
             state.stop_reason = states[-1].stop_reason
         elif states and retrieval.source.cancel.reason is not None:
@@ -67,10 +71,13 @@ class StudyRun:
     def execute(self) -> None:
         """Run the study to its end. Errors of peer and destination end up in the state."""
         state, scope = self._state, self._state.scope
+        if not scope.named_well:
+            state.take_list(unasked(scope))
+            return
         try:
             if scope.listed:
                 first, self._first_list = self._first_list, None
-                self._take_list(self._narrowed(first) if first is not None else self._list())
+                self._take_list(first if first is not None else self._list())
             self._take_inventory()
             if self._retrieval.query_model == "PatientRoot" and scope.patient_id is None:
                 raise InvalidQuery(
@@ -104,11 +111,13 @@ class StudyRun:
                 self._fetch(missing)
             else:
                 state.rounds = max(state.rounds, 1)
-            self._fetch_suspects()
+            self._intake.confirm(wait=True)
+            self._confirm_lists()
             self._intake.confirm(wait=True)
             changed = self._list_again()
             if changed is None:
                 return
+            self._ask_for_gone()
             left = state.missing()
             if not changed and (not left or state.progress == before):
                 return
@@ -170,23 +179,74 @@ class StudyRun:
         work.execute(self._options.associations)
         return work
 
-    def _fetch_suspects(self) -> None:
-        """Where a list may be cut, one SERIES-level get tells: it brings what the list leaves out."""
+    def _confirm_lists(self) -> None:
+        """Where a list may be cut, ask at the level above how many there are, and then for all of it."""
+        for series in self._to_be_confirmed():
+            name = series or self._state.scope.study
+            self._intake.hold_limits()
+            log.info("the list of what is below %s may be cut; asking how many instances there are", name)
+            total = self._count_below(series)
+            self._intake.learn_count(series, total, None)
+            if self._stands(series, total) or self._options.sop_classes is not None:
+                continue
+            log.info("nothing shows that the list of what is below %s is whole; requesting all of it", name)
+            level = "STUDY" if series is None else "SERIES"
+            for proposals, _ in contexts_for(self._situation, self._members(series)):
+                self._pass(proposals, [Request(level, series, confirms=True)])
+
+    def _to_be_confirmed(self) -> list[str | None]:
+        """Series whose list may be cut, or is too short for its count, where all of it is held; None is the study."""
+        state = self._state
+        listing = state.listing
+        assert listing is not None
+        if not state.scope.whole_series:
+            return []
+        lists, doubts = listing.lists(), listing.doubts(state.counted)
+        short = lists.too_short()
+        doubts = Doubts(doubts.of_study or short.of_study, doubts.of_series | short.of_series)
+        asked = doubts.to_ask() if state.scope.whole_study else sorted(doubts.of_series)
+        return [one for one in asked if one not in state.counted and all(x.state in DONE for x in self._members(one))]
+
+    def _members(self, series: str | None) -> list[Instance]:
+        assert self._state.listing is not None
+        return [x for x in self._state.listing.instances.values() if series in (None, x.series)]
+
+    def _count_below(self, series: str | None) -> int | None:
+        """What a C-GET counts that is cancelled after its first instance; None where it does not tell."""
+        retrieval = self._retrieval
+        proposals = next((proposals for proposals, _ in contexts_for(self._situation, self._members(series))), [])
+        try:
+            total, size = count_below(
+                retrieval.source,
+                self._state.scope,
+                series,
+                retrieval.query_model,
+                proposals,
+                self._options.retries,
+            )
+        except Cancelled:
+            raise
+        except DicomGetError as error:
+            self._intake.remark(error)
+            return None
+        retrieval.events.drained(size)
+        return total
+
+    def _stands(self, series: str | None, total: int | None) -> bool:
+        """Whether there are no more than are listed, and than were sent without being listed and are kept."""
         state = self._state
         assert state.listing is not None
-        if not state.scope.whole_series or self._options.sop_classes is not None:
-            return
-        suspects = state.listing.perhaps_cut() - state.whole_series
-        if not suspects:
-            return
-        log.info(
-            "%d series of study %s may be listed incompletely; requesting each as a whole",
-            len(suspects),
-            state.scope.study,
-        )
-        members = [x for x in state.listing.instances.values() if x.series in suspects]
-        for proposals, part in contexts_for(self._situation, members):
-            self._pass(proposals, [Request("SERIES", uid) for uid in {x.series for x in part}])
+        below = state.listing.lists().series
+        listed = sum(one.listed for uid, one in below.items() if series in (None, uid))
+        kept = {*state.inventory, *(x.key for x in state.instances.values() if x.state in HELD)}
+        beside = sum(series in (None, key[0]) for key in kept - state.listing.instances.keys())
+        return total in (listed % COUNTER, (listed + beside) % COUNTER)
+
+    def _ask_for_gone(self) -> None:
+        """What left the list before it was held is asked for once by its UID: what comes denies the list."""
+        gone = self._state.gone_unheld()
+        for proposals, part in contexts_for(self._situation, gone):
+            self._pass(proposals, lists_of([x for x in part if x.state not in DONE]))
 
     def _list(self) -> Listing | None:
         """List over an association of its own; None where the source offers no list."""
@@ -194,23 +254,14 @@ class StudyRun:
         return self._retrieval.source.with_retries(self._options.retries, FIND_PROPOSALS, self._list_over)
 
     def _list_over(self, association: Association) -> Listing | None:
-        spread = Spread(self._retrieval.source, self._options.associations)
+        source = self._retrieval.source
+        spread = Spread(source, self._options.associations)
         try:
-            return self._narrowed(list_study(Finder(association), self._state.scope, self._state.instances, spread))
+            return list_study(Finder(association, source.cuts), self._state.scope, self._state.instances, spread)
         except (NotNegotiated, OperationFailed, ListTooLong) as error:
             log.warning("study %s cannot be listed: %s", self._state.scope.study, error)
             self._intake.remark(error)
             return None
-
-    def _narrowed(self, listing: Listing) -> Listing:
-        """The list without the classes that are not wanted."""
-        wanted = self._options.sop_classes
-        if wanted is not None:
-            listing.instances = {
-                key: x for key, x in listing.instances.items() if x.sop_class is None or x.sop_class in wanted
-            }
-            listing.related_instances = None
-        return listing
 
     # --- what is held --------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,14 @@ from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.matching import Dropped
-from airflow_dicom_get.engine.resolve import Finder, check_answered, study_rows
+from airflow_dicom_get.engine.finder import STRANGE, Finder, check_answered
+from airflow_dicom_get.engine.matching import Contradiction, Dropped, Row
+from airflow_dicom_get.engine.resolve import shown_uid
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.source import Source
-    from airflow_dicom_get.net.association import Association
 
 UID, ACCESSION = "StudyInstanceUID", "AccessionNumber"
 
@@ -54,6 +54,8 @@ class FoundList:
     entries: list[FoundStudies]
     remarks: list[dict[str, Any]] = field(default_factory=list)
     """What is to be said of the answers, as in ``Result.errors``; nothing of a patient."""
+    doubt: str | None = None
+    """Why there may be more studies, as a reason of the vocabulary."""
 
 
 def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int) -> FoundList:
@@ -72,49 +74,115 @@ def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int) -> 
         The PACS does not support the key by which the list names its studies.
     NotNegotiated, OperationFailed, and whatever ends an association
     """
-    done: dict[ListedStudy, FoundStudies] = {}
-    dropped = Dropped()
-    unsupported: list[InvalidQuery] = []
+    return _Search(listed).run(source, retries)
 
-    def ask(association: Association) -> None:
-        finder = Finder(association)
-        uids = [one.value for one in listed if one.key == UID and one not in done]
+
+class _Search:
+    """The search for a list: what was answered so far."""
+
+    def __init__(self, listed: Sequence[ListedStudy]) -> None:
+        self._listed = listed
+        self._done: dict[ListedStudy, FoundStudies] = {}
+        self._dropped = Dropped()
+        self._doubt: str | None = None
+        self._unsupported: list[InvalidQuery] = []
+        self._strangers = _Strangers({one.value.encode() for one in listed})
+
+    def run(self, source: Source, retries: int) -> FoundList:
+        """Ask for all of it."""
+        source.with_retries(retries, FIND_PROPOSALS, lambda association: self._ask(Finder(association, source.cuts)))
+        if self._unsupported and len(self._unsupported) == len(self._done):
+            raise self._unsupported[0]
+        return FoundList([self._done[one] for one in self._listed], self._dropped.remarks(), self._doubt)
+
+    def _ask(self, finder: Finder) -> None:
+        uids = [one.value for one in self._listed if one.key == UID and one not in self._done]
         if uids:
-            known = {i.text_value(row.get(h.STUDY_INSTANCE_UID)) for row in study_rows(finder, uids, returned=())}
-            for one in listed:
+            known = {i.text_value(row.get(h.STUDY_INSTANCE_UID)) for row, _ in finder.named("STUDY", uids, {}, ())}
+            for one in self._listed:
                 if one.key == UID:
                     there = one.value in known
-                    done[one] = FoundStudies(one, (one.value,) if there else (), "" if there else "has this UID")
+                    self._done[one] = FoundStudies(one, (one.value,) if there else (), "" if there else "has this UID")
             if not known:
                 check_answered(finder)
-            dropped.update(finder.dropped)
-        for one in listed:
-            if one not in done:
-                done[one] = by_accession(finder, one)
+            self._dropped.update(finder.dropped)
+        for one in self._listed:
+            if one not in self._done:
+                self._done[one] = self._by_accession(finder, one)
 
-    def by_accession(finder: Finder, one: ListedStudy) -> FoundStudies:
-        here = Dropped()
-        rows = finder.rows("STUDY", {i.ACCESSION_NUMBER: one.value}, (h.STUDY_INSTANCE_UID,), dropped=here)
-        uids = dict.fromkeys(
-            uid for row in rows if (uid := i.text_value(row.get(h.STUDY_INSTANCE_UID))) and is_uid(uid)
-        )
-        problem = ""
-        if not uids:
+    def _by_accession(self, finder: Finder, one: ListedStudy) -> FoundStudies:
+        here = self._strangers.next()
+        uids: dict[str, None] = {}
+        problem, unreadable = "", finder.unreadable
+        enough, keys = self._strangers.enough, {i.ACCESSION_NUMBER: one.value}
+        for row, _ in finder.answers("STUDY", keys, (h.STUDY_INSTANCE_UID,), dropped=here, enough=enough):
+            uid = shown_uid(row.get(h.STUDY_INSTANCE_UID))
+            if is_uid(uid):
+                uids[uid] = None
+            else:
+                problem = "with this accession number can be asked for: a Study Instance UID of it is malformed"
+        if enough():
+            uids |= dict.fromkeys(self._strangers.studies.get(one.value.encode(), ()))
+        elif finder.cuts.may_be_cut("STUDY", finder.came):
+            self._doubt = self._doubt or "list_may_be_cut"
+        if finder.unreadable > unreadable:
+            self._doubt = "list_contradicted"
+        if problem:
+            self._doubt = self._doubt or "bad_uid"
+        elif not uids:
             problem = "has this accession number"
             try:
                 check_answered(finder, here)
             except InvalidQuery as error:
-                unsupported.append(error)
+                self._unsupported.append(error)
                 problem += f": {error.message}"
             else:
                 problem += "".join(f". {remark['error']}" for remark in here.remarks()).rstrip(".")
-        dropped.update(here)
-        return FoundStudies(one, tuple(uids), problem)
+        self._dropped.update(here)
+        return FoundStudies(one, tuple(uids), "" if uids else problem)
 
-    source.with_retries(retries, FIND_PROPOSALS, ask)
-    if unsupported and len(unsupported) == len(done):
-        raise unsupported[0]
-    return FoundList([done[one] for one in listed], dropped.remarks())
+
+class _Strangers:
+    """What a PACS answers that was not asked for, where it ignores the key and sends all that it holds.
+
+    Its first such answer is read to the end, and has the other entries of the list in it; later ones are cancelled.
+    """
+
+    def __init__(self, wanted: Collection[bytes]) -> None:
+        self._wanted = wanted
+        self._here: Dropped = Dropped()
+        self._ignores = False
+        self.studies: dict[bytes, list[str]] = {}
+        """By accession number, of the entries of the list."""
+
+    def next(self) -> Dropped:
+        """Where the rows go that contradict the next entry."""
+        self._ignores = self._ignores or self._here.total >= STRANGE
+        self._here = _Noted(self._note)
+        return self._here
+
+    def enough(self) -> bool:
+        """Whether the answer is the same as one that was read before."""
+        return self._ignores and self._here.total >= STRANGE
+
+    def _note(self, row: Row) -> None:
+        accession = row.get(i.ACCESSION_NUMBER, b"").strip(b"\0 ")
+        uid = i.text_value(row.get(h.STUDY_INSTANCE_UID)) or ""
+        if not self._ignores and accession in self._wanted and is_uid(uid):
+            self.studies.setdefault(accession, []).append(uid)
+
+
+class _Noted(Dropped):
+    """Rows that were left out, each of which is looked at."""
+
+    def __init__(self, note: Callable[[Row], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def add(self, why: Contradiction, row: Row) -> None:
+        """See :meth:`Dropped.add`."""
+        super().add(why, row)
+        self._note(row)
 
 
 def read_study_list(path: str, *, label: str | None = None, option: str = "csv") -> list[ListedStudy]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from airflow_dicom_get.errors import Cancelled
-from airflow_dicom_get.records import Instance, Key
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import StudyResult
 from airflow_dicom_get.vocabulary import (
     CANCELLED,
@@ -36,7 +36,7 @@ def judge(state: StudyState) -> StudyResult:
     scope = [x for x in rows if x.state not in OUTSIDE_LIST]
     held = [x for x in scope if x.state in HELD]
     states = Counter(x.state for x in rows)
-    expected = len(listing.instances) + _lost(state, listing) if listing is not None else None
+    expected = listing.total + _lost(state, listing) if listing is not None else None
     total = expected if expected is not None else len(scope)
     verdict, reason = _verdict(state, scope, len(held), total)
     return StudyResult(
@@ -66,15 +66,19 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
             return PARTIAL, "window"
         if state.listing is None or state.errors:
             return FAILED, _why(state, scope)
-        return (UNVERIFIED, "list_contradicted") if state.unlisted or contradicted(state.listing, ()) else (EMPTY, None)
+        if state.unlisted or contradicted(state):
+            return UNVERIFIED, "list_contradicted"
+        return EMPTY, "key_not_matched" if state.listing.dropped else None
     conflicts = any(x.state == "conflict" for x in scope)
     if held == total and not conflicts:
         if state.listing is None:
             return UNVERIFIED, "no_list"
-        if contradicted(state.listing, state.unlisted):
+        if contradicted(state):
             return UNVERIFIED, "list_contradicted"
         if state.still_growing:
             return PARTIAL, "still_growing"
+        if state.listing.doubts(state.counted):
+            return UNVERIFIED, "list_may_be_cut"
         return (COMPLETE, None) if state.lists_agree else (UNVERIFIED, "list_not_repeated")
     if held == 0 and not conflicts and state.stop_reason != "window":
         return FAILED, _why(state, scope)
@@ -86,11 +90,14 @@ def _lost(state: StudyState, listing: Listing) -> int:
     return sum(key not in listing.instances and x.state not in OUTSIDE_LIST for key, x in state.instances.items())
 
 
-def contradicted(listing: Listing, unlisted: Collection[Key]) -> bool:
-    """Whether something that the source said, or sent without having listed it, denies its list."""
-    if listing.counts_contradict():
+def contradicted(state: StudyState) -> bool:
+    """Whether something that the source said, or sent without listing it, denies its list."""
+    listing = state.listing
+    assert listing is not None
+    lists = listing.lists()
+    if lists.contradicted() or any(key not in listing.instances for key in state.returned):
         return True
-    return listing.on_round_cap() and any(key not in listing.instances for key in unlisted)
+    return lists.is_round(listing.cuts) and any(key not in listing.instances for key in state.unlisted)
 
 
 def _evidence(state: StudyState) -> Evidence:

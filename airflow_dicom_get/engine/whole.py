@@ -11,9 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from airflow_dicom_get.vocabulary import REASONS
 
 COUNTER = 1 << 16
 """The counters of a C-GET have 16 bits (PS3.7 9.1.3.1): they are compared modulo this."""
+_MANY = 3
+"""Series whose lists may be cut, above which one C-GET of the study tells of all of them."""
 
 
 def is_round(rows: int, list_limit: Sequence[int] | None = None) -> bool:
@@ -81,11 +86,13 @@ class Below:
     count: int | None = None
     filtered: bool = False
 
+    def counts_more(self) -> bool:
+        """Whether a count is above it."""
+        return self.count is not None and self.count > self.listed
+
     def contradicted(self) -> bool:
         """Whether a count is above it, or nothing is there where something has to be."""
-        if self.count is not None and self.count > self.listed:
-            return True
-        return self.listed == 0 and self.count != 0 and not self.filtered
+        return self.counts_more() or (self.listed == 0 and self.count != 0 and not self.filtered)
 
     def doubtful(self, level: str, cuts: Cuts) -> bool:
         """Whether it may be cut, and no count agrees with it."""
@@ -103,6 +110,10 @@ class Doubts:
 
     def __bool__(self) -> bool:
         return self.of_study or bool(self.of_series)
+
+    def to_ask(self) -> list[str | None]:
+        """At which level above it is worth asking: series, or the study (None) where that tells of all of them."""
+        return [None] if self.of_study or len(self.of_series) > _MANY else [*sorted(self.of_series)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +147,19 @@ class Lists:
 
     def contradicted(self) -> bool:
         """Whether the source denies its own lists."""
-        if self.unreadable or (self.count is not None and self.count > self.listed):
+        if self.unreadable or self.counts_more():
             return True
         return any(below.contradicted() for below in self._answers())
 
-    def counts_exceed(self) -> bool:
-        """Whether a count is above a list."""
-        counted = [(self.count, self.listed), *((below.count, below.listed) for below in self._answers())]
-        return any(count is not None and count > listed for count, listed in counted)
+    def counts_more(self) -> bool:
+        """Whether the count of the study is above its lists."""
+        return self.count is not None and self.count > self.listed
+
+    def too_short(self) -> Doubts:
+        """Which lists a count is above."""
+        series = frozenset(uid for uid, below in self.series.items() if below.counts_more())
+        of_study = self.study is not None and self.study.counts_more()
+        return Doubts(of_study or (self.counts_more() and not series), series)
 
     def is_round(self, cuts: Cuts) -> bool:
         """Whether an answer is as long as a PACS may cut it."""
@@ -168,3 +184,8 @@ class Lists:
                 if below.doubtful("IMAGE", cuts) and counted.get(uid) != below.listed % COUNTER
             ),
         )
+
+
+def doubt_remark(doubt: str) -> dict[str, Any]:
+    """What is said of a search that may have missed something, as in ``Result.errors``."""
+    return {"error": REASONS[doubt].text, "count": 1, "hint": REASONS[doubt].advice}

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.engine.below import UIDS, retrieve_model
 from airflow_dicom_get.engine.receiver import Receiver, attended
 from airflow_dicom_get.engine.requests import MAX_LIST, Request, lists_of
 from airflow_dicom_get.engine.retrieval import Intake
@@ -33,7 +33,7 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, GetOutcome, c_get
+from airflow_dicom_get.net.get import GetOutcome, c_get
 from airflow_dicom_get.net.retries import allowed
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.vocabulary import DONE
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 _LEAST_PIECE = 8
 """Instances below which a list is not divided among associations: each request costs a round trip."""
-_UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
 _LAST_CUTS = 2
 _FROM_NEARLINE = 4
 """How many times longer the first object may take where it comes from a tape or another slow store."""
@@ -68,7 +67,7 @@ class Pass:
     def __init__(self, intake: Intake, proposals: Sequence[Proposal], requests: Sequence[Request]) -> None:
         self._intake, self._state, self._retrieval = intake, intake.state, intake.retrieval
         self._source = intake.retrieval.source
-        self._model = PATIENT_ROOT_GET if intake.retrieval.query_model == "PatientRoot" else STUDY_ROOT_GET
+        self._model = retrieve_model(intake.retrieval.query_model)
         self._proposals = [Proposal(self._model, IMPLICIT_LE), *proposals]
         self._classes = tuple(dict.fromkeys(p.abstract_syntax for p in proposals))
         self._queue = deque(sorted(requests, key=lambda r: -len(r.targets)))
@@ -242,10 +241,12 @@ class Pass:
                         self._queue.extendleft(reversed(lists_of(left)))
                     return
         next_object = self._source.deadlines.next_object
+        whole = request.level != "IMAGE"
+        receiver.confirms, receiver.came = request.confirms, set() if whole else None
         outcome = c_get(
             association,
             self._model,
-            i.encode_identifier(request.keys(self._state.scope, self._retrieval.query_model), _UIDS),
+            i.encode_identifier(request.keys(self._state.scope, self._retrieval.query_model), UIDS),
             receiver,
             next_object=next_object,
             first_object=_FROM_NEARLINE * next_object if request.nearline() else None,
@@ -257,8 +258,9 @@ class Pass:
         self._source.check_stopped()
         if request.targets:
             self._follow_up(request, outcome)
-        if request.level == "SERIES" and outcome.status in _WHOLE:
-            self._state.whole_series.add(str(request.series))
+        if whole:
+            all_came = outcome.status == s.SUCCESS and not outcome.failed and self._state.sop_classes is None
+            self._intake.learn_count(request.series, outcome.total, receiver.came if all_came else None)
 
     def _servable(self, association: Association, targets: Sequence[Instance]) -> tuple[list[Instance], bool]:
         """Those still to fetch whose class has an accepted context, and whether others had none."""

@@ -66,6 +66,7 @@ COLUMNS: tuple[str, ...] = tuple(name for name, _, _ in _COLUMNS)
 """The columns of schema 1, in their order; a column per tag comes after them."""
 KINDS: dict[str, str] = {name: kind for name, _, kind in _COLUMNS}
 """What a column holds: ``string``, ``int64`` or ``timestamp``."""
+_UIDS = frozenset({"study", "series", "sop"})
 _NOT_READ = frozenset({"dataset_bytes", "dimse_status", "attempt", "association", "received_at", "duration_ms"})
 """What is derived, and what tells how an instance came: a run that reads a manifest has its own."""
 
@@ -153,6 +154,8 @@ def _values(chunk: list[Instance], attribute: str) -> list[Any]:
     values = [getattr(row, attribute) for row in chunk]
     if attribute == "sha256":
         return [None if value is None else value.hex() for value in values]
+    if attribute in _UIDS:  # one that the source left empty
+        return [value or None for value in values]
     if attribute == "received_at":
         return [None if value is None else round(value * 1_000_000) for value in values]
     return values
@@ -174,13 +177,15 @@ def instances_of(table: pa.Table) -> list[Instance]:
     names = [*COLUMNS[:3], *(name for name, _ in read)]
     rows: list[Instance] = []
     for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-        if not (isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)):
+        row = Instance(study or "", series or "", sop or "")
+        for (_, attribute), value in zip(read, values, strict=True):
+            setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
+        if row.reason != "bad_uid" and not (
+            isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)
+        ):
             raise ManifestError(
                 "A row of the manifest has no UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
             )
-        row = Instance(study, series, sop)
-        for (_, attribute), value in zip(read, values, strict=True):
-            setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
         rows.append(row)
     return rows
 

@@ -6,6 +6,7 @@ Whatever breaks that order aborts the association (PS3.8 E.1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +32,8 @@ PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
 _NEVER = float("inf")
 _CANCEL_GRACE = 1.0
 """Seconds that a source has to end after a C-CANCEL before the association is aborted."""
+_ENOUGH_GRACE = 10.0
+"""The same where nobody waits for the end of the run."""
 
 
 @dataclass(slots=True)
@@ -68,7 +71,10 @@ class ObjectReceiver(Protocol):
 
 @dataclass(slots=True)
 class GetOutcome:
-    """How a C-GET ended, in the words of the peer: claims, no proof."""
+    """How a C-GET ended, in the words of the peer: claims, no proof.
+
+    ``total`` is what the counters of each response came to, modulo 65,536; None where they differ, or there were none.
+    """
 
     status: int
     remaining: int | None = None
@@ -78,6 +84,7 @@ class GetOutcome:
     objects: int = 0
     cancelled: bool = False
     failed_uids: list[str] = field(default_factory=list)
+    total: int | None = None
 
 
 class _Get:
@@ -90,6 +97,7 @@ class _Get:
         max_objects: int,
         next_object: float,
         first_object: float,
+        enough: Callable[[], bool] | None,
     ) -> None:
         self.association = association
         self.context_id = context_id
@@ -97,7 +105,9 @@ class _Get:
         self.receiver = receiver
         self.max_objects = max_objects
         self.next_object, self.first_object = next_object, first_object
+        self.enough = enough
         self.objects = 0
+        self.totals: set[int] = set()
         self.command = bytearray()
         self.store: Command | None = None  # the C-STORE-RQ whose data set is due
         self.store_context = 0
@@ -121,17 +131,20 @@ class _Get:
                 if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
                     self._send_cancel()
                 association.in_message = self._in_message()
+                if self.enough is not None and not association.in_message and not self.cancel_sent and self.enough():
+                    self._send_cancel(_ENOUGH_GRACE)
                 limit = self.limit if self.cancel_sent or not association.in_message else float("inf")
                 try:
                     fragment = association.fragment(limit, "next_object")
                 except CancelSeenError:
                     if not self.cancel_sent:
                         self._send_cancel()
+                    self.limit = min(self.limit, clock.monotonic() + _CANCEL_GRACE)
                     continue
                 except DeadlineExceeded as late:
                     if self.cancel_sent and late.facts.get("phase") == "next_object":
                         self._abandon()
-                        return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True)
+                        return GetOutcome(s.CANCEL, objects=self.objects, cancelled=True, total=self._total())
                     raise self._late(late) from None
                 self.heard = True
                 if told is not None and self.store is not None:
@@ -287,6 +300,7 @@ class _Get:
             raise self._broken(f"answered message {command.responded_id} instead of {self.message_id}")
         if command.status is None:
             raise self._broken("sent a C-GET-RSP without status")
+        self._add_up(command)
         if s.is_pending(command.status):
             remaining = command.us(c.REMAINING)
             if remaining is not None and (self.remaining is None or remaining < self.remaining):
@@ -300,6 +314,17 @@ class _Get:
             return None
         return self._outcome(command)
 
+    def _add_up(self, command: Command) -> None:
+        """Note what the counters of a response come to; where it leaves them out, it says nothing."""
+        remaining, completed = command.us(c.REMAINING), command.us(c.COMPLETED)
+        open_ended = s.is_pending(command.status or 0) or command.status == s.CANCEL
+        if completed is not None and (remaining is not None or not open_ended):
+            others = (remaining or 0) + (command.us(c.FAILED) or 0) + (command.us(c.WARNING) or 0)
+            self.totals.add((completed + others) % (1 << 16))
+
+    def _total(self) -> int | None:
+        return next(iter(self.totals)) if len(self.totals) == 1 else None
+
     def _outcome(self, command: Command) -> GetOutcome:
         assert command.status is not None
         return GetOutcome(
@@ -311,6 +336,7 @@ class _Get:
             self.objects,
             self.cancel_sent and command.status == s.CANCEL,
             self._failed_uids(command),
+            self._total(),
         )
 
     def _failed_uids(self, command: Command) -> list[str]:
@@ -346,10 +372,10 @@ class _Get:
             seconds=self.first_object,
         )
 
-    def _send_cancel(self) -> None:
+    def _send_cancel(self, grace: float = _CANCEL_GRACE) -> None:
         """C-CANCEL-RQ (PS3.7 9.3.3.3); it has no response of its own."""
         self.cancel_sent = True
-        self.limit = min(self.limit, clock.monotonic() + _CANCEL_GRACE)
+        self.limit = min(self.limit, clock.monotonic() + grace)
         self.association.send_message(
             self.context_id,
             c.encode(
@@ -377,6 +403,7 @@ def c_get(
     next_object: float,
     first_object: float | None = None,
     max_objects: int,
+    enough: Callable[[], bool] | None = None,
 ) -> GetOutcome:
     """Run one C-GET and feed ``receiver``.
 
@@ -392,6 +419,8 @@ def c_get(
         The same before the first object; ``next_object`` by default.
     max_objects : int
         A source that sends more is aborted.
+    enough : callable, optional
+        Asked between messages; once it is true, a C-CANCEL-RQ is sent, and what still comes is taken.
 
     Raises
     ------
@@ -426,7 +455,7 @@ def c_get(
         identifier,
     )
     first = next_object if first_object is None else first_object
-    get = _Get(association, context_id, message_id, receiver, max_objects, next_object, first)
+    get = _Get(association, context_id, message_id, receiver, max_objects, next_object, first, enough)
     try:
         return get.run()
     except AssociationAborted as error:

@@ -50,7 +50,7 @@ from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.vocabulary import CANCELLED, UNVERIFIED
+from airflow_dicom_get.vocabulary import CANCELLED, REASONS, UNVERIFIED, advice
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("STUDY", "SERIES")
 ON_EMPTY = ("return", "skip", "fail")
+ON_TRUNCATION = ("fail", "return")
 ON_BAD_STUDY = ("fail", "skip")
 
 
@@ -80,6 +81,8 @@ class DicomFindOperator(DicomTask):
     :param return_keys: keywords whose values go into the ``keys`` of each Item. They go to XCom, which every viewer of
         the DAG can read.
     :param split_on_truncation: query again by parts of the date range if the PACS seems to truncate its answer
+    :param on_truncation: what happens if more studies may match than the PACS has listed: ``fail`` the task, or
+        ``return`` what was found, with a warning
     :param shard_instances: return lists of Items with about this number of instances each; a large study is split by
         series. There are never more lists than Airflow can map over.
     :param on_empty: what happens if nothing matches: ``return`` an empty list, ``skip`` or ``fail`` the task
@@ -99,6 +102,7 @@ class DicomFindOperator(DicomTask):
         modalities: str | Sequence[str] | None = None,
         return_keys: Sequence[str] = (),
         split_on_truncation: bool = True,
+        on_truncation: str = "fail",
         shard_instances: int | None = None,
         on_empty: str = "return",
         **kwargs: Any,
@@ -110,6 +114,7 @@ class DicomFindOperator(DicomTask):
         self.modalities = modalities
         self.return_keys = return_keys
         self.split_on_truncation = split_on_truncation
+        self.on_truncation = on_truncation
         self.shard_instances = shard_instances
         self.on_empty = on_empty
 
@@ -133,6 +138,7 @@ class DicomFindOperator(DicomTask):
             if self.shard_instances:
                 found = search.shards(items, target=self.shard_instances, at_most=max_map_length())
             self._summarise(context, search, items, found)
+            self._check_whole(search)
             if not items:
                 self._empty()
             self._check_mappable(found)
@@ -140,7 +146,7 @@ class DicomFindOperator(DicomTask):
 
     def _checked(self) -> tuple[dict[str, Any], list[str]]:
         """The query as one mapping, and the modalities; before any traffic."""
-        for name, allowed in (("level", LEVELS), ("on_empty", ON_EMPTY)):
+        for name, allowed in (("level", LEVELS), ("on_empty", ON_EMPTY), ("on_truncation", ON_TRUNCATION)):
             if getattr(self, name) not in allowed:
                 raise invalid(name, f"{shown(getattr(self, name))} is not allowed", f"Give {' or '.join(allowed)}.")
         size: Any = self.shard_instances
@@ -182,7 +188,8 @@ class DicomFindOperator(DicomTask):
         model = self.query_model or hook.query_model
 
         def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Any:
-            return scu.find(query, level=level, query_model=model, return_keys=return_keys)
+            split = self.split_on_truncation
+            return scu.find(query, level=level, query_model=model, return_keys=return_keys, split_on_truncation=split)
 
         return Search(
             find,
@@ -190,7 +197,6 @@ class DicomFindOperator(DicomTask):
             model=model,
             modalities=modalities,
             return_keys=self.return_keys,
-            split=self.split_on_truncation,
             timezone=hook.timezone,
         )
 
@@ -202,7 +208,7 @@ class DicomFindOperator(DicomTask):
             "matched": len({item["study_instance_uid"] for item in items}),
             "returned": len(found),
             "queries": search.queries,
-            "truncated": search.truncated,
+            "truncated": search.doubt is not None,
             "instances": instances,
         }
         context["ti"].xcom_push("summary", summary)
@@ -212,8 +218,14 @@ class DicomFindOperator(DicomTask):
             "unknown" if instances is None else instances,
             search.queries,
         )
-        if search.truncated:
-            self.log.warning("The PACS seems to have truncated its answer: more studies may match. Narrow the query.")
+
+    def _check_whole(self, search: Search) -> None:
+        if search.doubt is None:
+            return
+        text = f"More studies may match ({search.doubt}). {REASONS[search.doubt].text} {advice(search.doubt)}"
+        if self.on_truncation == "fail":
+            raise AirflowFailException(f"{text} To go on with what was found, set on_truncation='return'.")
+        self.log.warning("%s", text)
 
     def _empty(self) -> None:
         if self.on_empty == "skip":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get.engine.find import Found
 from airflow_dicom_get.engine.items import make_item, modalities_of, pack, split_by_series
-from airflow_dicom_get.engine.search import ROUND_CAPS, Search
-from airflow_dicom_get.errors import InvalidQuery, OperationFailed
+from airflow_dicom_get.engine.search import Search
+from airflow_dicom_get.errors import InvalidQuery
 
 
 def items(*sizes: int | None) -> list[dict]:
@@ -52,87 +54,55 @@ def test_a_text_that_is_no_modality_code_never_becomes_part_of_a_label():
 
 
 class Archive:
-    """Studies as C-FIND rows, of which a PACS gives no more than ``cap``."""
+    """Studies as C-FIND rows."""
 
-    def __init__(self, studies: list[tuple[str, str, str]], cap: int = 10**9, *, refuses: bool = False) -> None:
-        self.studies, self.cap, self.refuses = studies, cap, refuses
+    def __init__(self, *studies: str, doubt: str | None = None) -> None:
+        self.studies, self.doubt = studies, doubt
         self.asked: list[dict] = []
 
     def __call__(self, query, level, return_keys):
         self.asked.append(dict(query))
-        rows = [
-            SimpleNamespace(StudyInstanceUID=uid, StudyDate=date, StudyTime=time, NumberOfStudyRelatedInstances="7")
-            for uid, date, time in self.studies
-            if self._within(query.get("StudyDate", ""), date) and self._within(query.get("StudyTime", ""), time)
-        ]
-        if self.refuses and len(rows) > self.cap:
-            raise OperationFailed("too many", status=0xA700)
-        return rows[: self.cap]
-
-    @staticmethod
-    def _within(wanted: str, value: str) -> bool:
-        low, dash, high = wanted.partition("-")
-        return (not wanted) or (low <= value <= (high or "9")) if dash or not wanted else value == wanted
+        rows: list[Any] = [SimpleNamespace(StudyInstanceUID=x, NumberOfStudyRelatedInstances="7") for x in self.studies]
+        found = Found(rows)
+        found.doubt, found.queries = self.doubt, 3
+        return found
 
 
 def search(archive: Archive, **options) -> Search:
     return Search(archive, level="STUDY", model="StudyRoot", **options)
 
 
-def day_of(number: int, day: str) -> list[tuple[str, str, str]]:
-    return [(f"1.{n}", day, f"{n * 300 // 3600:02}{n * 300 // 60 % 60:02}00") for n in range(number)]
-
-
-@pytest.mark.parametrize("refuses", [False, True], ids=["cuts", "refuses"])
-def test_a_cut_answer_is_asked_for_again_by_days_and_hours(refuses):
-    archive = Archive([*day_of(250, "20240110"), ("2.1", "20240120", "120000")], cap=100, refuses=refuses)
-    found = search(archive).items({"StudyDate": "2024-01-01/2024-01-31"})
-    assert len(found) == 251
+@pytest.mark.parametrize("doubt", [None, "list_may_be_cut"])
+def test_what_find_says_of_its_answer_is_said_of_the_search(doubt):
+    asked = search(Archive("1.2", "1.1", doubt=doubt))
+    found = asked.items({"StudyDate": "20240110"})
+    assert [item["study_instance_uid"] for item in found] == ["1.1", "1.2"]
     assert found[0]["expected_instances"] == 7
+    assert (asked.doubt, asked.queries) == (doubt, 3)
 
 
-def test_an_answer_that_stays_cut_is_said_to_be():
-    archive = Archive([(f"1.{n}", "20240110", "120000") for n in range(150)], cap=100)
-    asked = search(archive)
-    assert len(asked.items({"StudyDate": "20240110"})) == 100
-    assert asked.truncated
-
-
-def test_without_splitting_one_query_is_sent_and_the_doubt_is_said():
-    archive = Archive(day_of(150, "20240110"), cap=100)
-    asked = search(archive, split=False)
-    assert len(asked.items({"StudyDate": "20240110"})) == 100
-    assert (asked.queries, asked.truncated) == (1, True)
-
-
-def test_exactly_a_round_number_of_studies_is_not_said_to_be_cut():
-    archive = Archive(day_of(min(ROUND_CAPS), "20240110"))
-    asked = search(archive)
-    assert len(asked.items({"StudyDate": "20240110"})) == min(ROUND_CAPS)
-    assert not asked.truncated
-
-
-def test_a_refused_query_that_cannot_be_halved_is_an_error():
-    archive = Archive([("1.1", "20240110", "120000"), ("1.2", "20240110", "120000")], cap=1, refuses=True)
-    with pytest.raises(OperationFailed):
-        search(archive).items({"StudyDate": "20240110"})
+@pytest.mark.parametrize("uid", ["", "1..2", "1.2.x", "1." + "2" * 70])
+def test_a_study_that_cannot_be_asked_for_is_left_out_and_said(uid):
+    asked = search(Archive("1.1", uid))
+    assert [item["study_instance_uid"] for item in asked.items({"StudyDate": "20240110"})] == ["1.1"]
+    assert asked.doubt == "bad_uid"
 
 
 def test_today_is_one_day_for_all_queries_of_a_search():
-    archive = Archive([])
+    archive = Archive()
     search(archive).items({"StudyDate": "today"})
     assert archive.asked[0]["StudyDate"].isdigit()
 
 
 def test_each_modality_is_a_query_of_its_own():
-    archive = Archive([])
+    archive = Archive()
     search(archive, modalities=["CT", "MR"]).items({"StudyDate": "20240110"})
     assert [query["ModalitiesInStudy"] for query in archive.asked] == ["CT", "MR"]
 
 
 @pytest.mark.parametrize("query", [{}, {"StudyDate": ""}, {"InstanceNumber": "1", "StudyDate": "20240110"}])
 def test_a_query_that_selects_nothing_or_too_deep_is_refused_before_traffic(query):
-    archive = Archive([])
+    archive = Archive()
     with pytest.raises(InvalidQuery):
         search(archive).items(query)
     assert archive.asked == []

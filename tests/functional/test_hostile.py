@@ -147,10 +147,13 @@ def _answered(field_: int, status: int) -> Callable[[dict[str, Any]], None]:
     return check
 
 
-def _uids_are_plain(record: dict[str, Any]) -> None:
+def _uids_are_escaped(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         for key in ("study_instance_uid", "series_instance_uid", "sop_instance_uid"):
-            assert set(row[key]) <= set("0123456789."), row
+            text = row[key] or ""
+            assert set(text) <= set("0123456789.") or row["reason"] == "bad_uid", row
+            assert text.isprintable(), row
+            assert len(text) <= 64, row
 
 
 def _all(*verdicts: str) -> frozenset[str]:
@@ -172,6 +175,7 @@ def _cases() -> Iterator[Case]:
         "no_pending", "unknown_status", "nostatus", "msgid", "b000_all_sent", "a702_all_sent", "second_final",
         "store_after_final", "lists_refused", "find_duplicates", "find_foreign_rows", "find_row_per_instance",
         "find_prefix", "find_ignores_keys", "find_leaves_keys_out", "find_empties_keys", "find_folds",
+        "find_hostile_studies", "find_ignores_keys_of_many", "studies_cut", "studies_cut_alike", "nothing_counted",
         "no_counts", "no_classes", "abort_end", "stall_end", "reject_once_then_ok", "a702_then_ok",
     ):  # fmt: skip
         yield Case(mode, COMPLETE, (ALL, ALL))
@@ -254,7 +258,12 @@ def _cases() -> Iterator[Case]:
         yield Case(
             mode, _all("unverified", "failed", "partial"), (0, ALL), {"max_bytes": 64 << 20}, alone=True, seconds=40.0
         )
-    yield Case("find_hostile_rows", _all("complete", "partial", "unverified"), (ALL, ALL), check=_uids_are_plain)
+    yield Case("find_hostile_rows", PARTIAL, (ALL, ALL), reason="bad_uid", check=_uids_are_escaped)
+    cut = {"series": 1, "instances": 103, "size": 600}
+    for mode in ("find_cut_uncounted", "find_cut_nothing_counted"):
+        yield Case(mode, UNVERIFIED, (100, 100), cut, seconds=15.0, check=_number("unexpected", 3))
+    yield Case("find_no_images", UNVERIFIED, (ALL // 2, ALL // 2))
+    yield Case("list_forgets", UNVERIFIED, (ALL - 1, ALL - 1), check=_number("unexpected", 1))
     yield Case("nearline", COMPLETE, (ALL, ALL))
     yield Case("not_online", PARTIAL, (ALL - 1, ALL - 1), reason="offline")
     yield Case("find_lists_more", PARTIAL, (ALL, ALL), reason="not_sent")

@@ -33,8 +33,8 @@ def scu(tmp_path: Path) -> Iterator[Callable[..., GetScu]]:
     """A client of a PACS in a mode; the PACS is ``scu.pacs``."""
     started: list[MisbehavingPacs] = []
 
-    def make(mode: str | None = None, **options: Any) -> GetScu:
-        pacs = MisbehavingPacs(mode)
+    def make(mode: str | None = None, *, heal_after: int | None = None, **options: Any) -> GetScu:
+        pacs = MisbehavingPacs(mode, heal_after=heal_after)
         started.append(pacs)
         pacs.start()
         client = GetScu(f"X@127.0.0.1:{pacs.port}", destination=tmp_path / "out", **options)
@@ -106,7 +106,7 @@ class TestLying:
         rows = client.find(ASKED, level=level)
         assert len(rows) == {"STUDY": 1, "SERIES": 2, "IMAGE": 8}[level]
         assert {row.StudyInstanceUID for row in rows} == {client.pacs.study_uid}
-        assert rows.came > len(rows)
+        assert rows.remarks
         assert "AccessionNumber does not match the query" in caplog.text
         assert "HOSTILE" not in caplog.text
 
@@ -129,9 +129,9 @@ class TestLying:
     def test_a_study_of_a_list_that_is_not_there_costs_itself(self, scu: Any, tmp_path: Path) -> None:
         client = scu("find_ignores_keys")
         result = client.get_study({"StudyInstanceUID": [client.pacs.study_uid, "1.2.3"]})
-        assert {x.study_instance_uid: x.verdict for x in result.studies} == {
-            client.pacs.study_uid: "complete",
-            "1.2.3": "empty",
+        assert {x.study_instance_uid: (x.verdict, x.reason) for x in result.studies} == {
+            client.pacs.study_uid: ("complete", None),
+            "1.2.3": ("empty", "key_not_matched"),
         }
         assert (result.verdict, result.completed) == ("empty", 8)
         assert stored(tmp_path) == {client.pacs.study_uid}
@@ -173,8 +173,7 @@ class TestLists:
         assert client.pacs.associations == 1
 
     def test_a_lost_association_is_opened_again(self, scu: Any) -> None:
-        client = scu("find_drops")
-        client.pacs._heal_after = 1
+        client = scu("find_drops", heal_after=1)
         found = client.find_listed(self.listed("HOSTILE-ACC", "NOWHERE"))
         assert [bool(entry.uids) for entry in found.entries] == [True, False]
         assert client.pacs.associations == 2

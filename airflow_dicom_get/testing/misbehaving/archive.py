@@ -58,6 +58,7 @@ class Instance:
     patient_id: str = PATIENT_ID
     accession: str = ACCESSION
     date: str = STUDY_DATE
+    time: str = "101112"
 
     def elements(self) -> list[Element]:
         """All elements before the pixel data."""
@@ -66,7 +67,7 @@ class Instance:
             (0x00080016, b"UI", self.sop_class),
             (0x00080018, b"UI", self.sop),
             (0x00080020, b"DA", self.date),
-            (0x00080030, b"TM", "101112"),
+            (0x00080030, b"TM", self.time),
             (0x00080060, b"CS", "CT"),
             (0x00100010, b"PN", PATIENT_NAME),
             (0x00100020, b"LO", self.patient_id),
@@ -186,6 +187,17 @@ def others(size: int) -> list[Instance]:
     return made
 
 
+def crowd(count: int, size: int) -> list[Instance]:
+    """So many more studies of other patients, of one instance each, over the minutes of the day of the first one."""
+    made = []
+    for number in range(count):
+        study = f"2.25.{332 * 10**33 + number * 10**12}"
+        (instance,) = build(series=1, instances=1, size=size, pairs=((CT, wire.EXPLICIT_LE),), study=study)
+        time = f"{number * 5 // 60 % 24:02}{number * 5 % 60:02}{number % 60:02}"
+        made.append(replace(instance, patient_id=f"CROWD{number}", accession=f"CROWD-{number}", time=time))
+    return made
+
+
 # --- identifiers -------------------------------------------------------------------------------
 
 
@@ -221,7 +233,7 @@ def _wanted(tag: int, value: str, wanted: str) -> bool:
     vr = _VRS.get(tag)
     if vr == b"UI":
         return not set(wanted.split("\\")).isdisjoint(values)
-    if vr == b"DA" and "-" in wanted:
+    if vr in (b"DA", b"TM") and "-" in wanted:
         first, last = wanted.split("-", 1)
         return (first or "0") <= value <= (last or "9")
     pattern = re.escape(wanted).replace(r"\*", ".*").replace(r"\?", ".")
@@ -235,7 +247,7 @@ def attributes(level: str, group: Sequence[Instance]) -> Row:
         0x00080052: level,
         0x00080054: "MISBEHAVING",
         0x00080020: first.date,
-        0x00080030: "101112",
+        0x00080030: first.time,
         0x00080050: first.accession,
         0x00100010: PATIENT_NAME,
         0x00100020: first.patient_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, count, islice
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
@@ -129,6 +130,82 @@ class NotOnline(Spoiler):
         retrieval.failed.append(instance.sop)
 
 
+def _uncounted(row: Row) -> Row:
+    return {tag: value for tag, value in row.items() if tag not in (0x00201206, 0x00201208, 0x00201209)}
+
+
+class _Uncounted(_AtFind):
+    """Gives no numbers of related series and instances."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        return _uncounted(super().describe(level, group))
+
+
+@mode("find_cut_uncounted")
+class FindCutUncounted(_Uncounted):
+    """Cuts every C-FIND at ``param`` rows (100) and says Success, without numbers of related series and instances."""
+
+    param = 100
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        return islice(iter(super().rows(level, query)), int(self.number))
+
+
+@mode("find_cut_nothing_counted")
+class FindCutNothingCounted(FindCutUncounted):
+    """As ``find_cut_uncounted``, and gives no counters in a C-GET."""
+
+    stages = frozenset({FIND, GET})
+
+    def get_response(
+        self, retrieval: Retrieval, status: int | None, counters: dict[int, wire.Value], failed: Sequence[str] = ()
+    ) -> None:
+        super().get_response(retrieval, status, {}, failed)
+
+
+@mode("nothing_counted")
+class NothingCounted(FindCutNothingCounted):
+    """Gives no numbers of related series and instances, and no counters in a C-GET."""
+
+    param = 10**9
+
+
+@mode("find_no_images")
+class FindNoImages(_Uncounted):
+    """Lists its last series, and answers a C-FIND for the instances of it by nothing."""
+
+    def rows(self, level: str, query: Row) -> Iterable[Row]:
+        found = super().rows(level, query)
+        last = self.listing()[-1].series
+        return [row for row in found if level != "IMAGE" or query.get(0x0020000E) != last]
+
+
+@mode("studies_cut")
+class StudiesCut(_Uncounted):
+    """Holds ``param`` studies (103) of one day, and cuts every C-FIND at 100 rows."""
+
+    stages = frozenset({FIND, GET})
+    param = 103
+
+    def listing(self) -> Sequence[Instance]:
+        held = self.site.instances
+        return [*held, *archive.crowd(int(self.number) - 1, held[0].size)]
+
+    def holdings(self) -> Sequence[Instance]:
+        return self.listing()
+
+    def rows(self, level: str, query: Row) -> Iterable[Row]:
+        return islice(iter(super().rows(level, query)), 100)
+
+
+@mode("studies_cut_alike")
+class StudiesCutAlike(StudiesCut):
+    """As ``studies_cut``, and all of its studies have the same time."""
+
+    def listing(self) -> Sequence[Instance]:
+        return [replace(instance, time="101112") for instance in super().listing()]
+
+
 @mode("find_foreign_rows")
 class FindForeignRows(_AtFind):
     """Adds two rows of a study that was not requested to the answer to every C-FIND."""
@@ -198,6 +275,29 @@ class FindFolds(_Archive):
     def rows(self, level: str, query: Row) -> Iterator[Row]:
         folded = {t: v.lstrip("0").upper() for t, v in query.items() if t not in _UIDS and t != _LEVEL}
         yield from super().rows(level, query | folded)
+
+
+@mode("find_ignores_keys_of_many")
+class FindIgnoresKeysOfMany(FindIgnoresKeys):
+    """As ``find_ignores_keys``, with ``param`` more studies (1500) in place of three."""
+
+    param = 1500
+
+    def listing(self) -> Sequence[Instance]:
+        held = self.site.instances
+        return [*archive.crowd(int(self.number), held[0].size), *held]
+
+
+@mode("find_hostile_studies")
+class FindHostileStudies(_AtFind):
+    """Adds a row to each answer for studies whose Study Instance UID is a path, and one whose UID is empty."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for row in super().rows(level, query):
+            yield row
+            if level == "STUDY":
+                yield row | {0x0020000D: "../../PWNED"}
+                yield row | {0x0020000D: ""}
 
 
 @mode("find_hostile_rows")
@@ -273,12 +373,8 @@ class FindRepeats(_AtFind):
 
 
 @mode("no_counts")
-class NoCounts(_AtFind):
+class NoCounts(_Uncounted):
     """Leaves the numbers of related series and instances out of its C-FIND answers."""
-
-    def describe(self, level: str, group: Sequence[Instance]) -> Row:
-        row = super().describe(level, group)
-        return {tag: value for tag, value in row.items() if tag not in (0x00201206, 0x00201208, 0x00201209)}
 
 
 @mode("no_classes")
@@ -351,6 +447,21 @@ class ListShrinks(_Changes):
 
     def listing(self) -> Sequence[Instance]:
         return self.present() if self.site.gets else self.site.instances
+
+
+@mode("list_forgets")
+class ListForgets(_Changes):
+    """Lists its last instance until the first C-GET is over, which does not bring it, and sends it when it is asked."""
+
+    def present(self) -> Sequence[Instance]:
+        return self.site.instances
+
+    def listing(self) -> Sequence[Instance]:
+        return self.site.instances[:-1] if self.site.gets else self.site.instances
+
+    def select(self, request: Row) -> list[Instance]:
+        found = super().select(request)
+        return found if self.site.gets else [x for x in found if x is not self.site.instances[-1]]
 
 
 @mode("one_unknown_fails_list")

@@ -88,7 +88,7 @@ class TestRows:
         dropped = Dropped()
         why = Matcher("STUDY", {ACCESSION: asked}).contradiction({ACCESSION: raw})
         assert why is not None
-        dropped.add(why)
+        dropped.add(why, {})
         (remark,) = dropped.remarks()
         assert remark["count"] == 1
         assert said in remark["error"]
@@ -100,11 +100,11 @@ class TestRows:
         for row in ({}, {ACCESSION: b""}):
             why = matcher.contradiction(row)
             assert why is not None
-            dropped.add(why)
+            dropped.add(why, {})
         error = dropped.unsupported()
         assert error is not None
         assert "does not support the key AccessionNumber at STUDY level" in str(error)
         why = matcher.contradiction({ACCESSION: b"B"})
         assert why is not None
-        dropped.add(why)
+        dropped.add(why, {})
         assert dropped.unsupported() is None

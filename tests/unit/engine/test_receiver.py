@@ -107,7 +107,7 @@ class Desk:
     ):
         self.state = StudyState(Scope(STUDY), rounds=1)
         if listed:
-            found = Listing(series={SERIES: SeriesInfo(SERIES)})
+            found = Listing(series={SERIES: SeriesInfo(SERIES, listed=1)})
             one = Instance(STUDY, SERIES, SOP, CT)
             one.listed_syntax = listed_syntax
             found.instances[one.key] = one

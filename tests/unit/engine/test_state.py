@@ -29,7 +29,7 @@ def key(number: int) -> Key:
 
 
 def listing(*numbers: int, syntax: str | None = None) -> Listing:
-    found = Listing(series={SERIES: SeriesInfo(SERIES)})
+    found = Listing(series={SERIES: SeriesInfo(SERIES, listed=len(numbers))})
     for number in numbers:
         one = Instance(STUDY, SERIES, uid(number), CT)
         one.listed_syntax = syntax

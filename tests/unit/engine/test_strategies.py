@@ -26,10 +26,10 @@ def situation(
     series: dict[str, int], sop_class: str | None = CT, scope: Scope | None = None, **options: object
 ) -> Situation:
     """A study with so many instances in each series, none of which is held."""
-    state = StudyState(scope or Scope(STUDY))
+    state = StudyState(scope or Scope(STUDY), sop_classes=options.get("sop_classes"))  # type: ignore[arg-type]
     found = Listing()
     for name, count in series.items():
-        found.series[name] = SeriesInfo(name, "CT", None, count, count)
+        found.series[name] = SeriesInfo(name, "CT", None, count, count, count)
         for number in range(count):
             one = Instance(STUDY, name, f"{name}.{number}", sop_class)
             one.modality = "CT"

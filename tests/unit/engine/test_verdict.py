@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 import pytest
 
 from airflow_dicom_get.engine.listing import Listing, SeriesInfo
+from airflow_dicom_get.engine.matching import Contradiction
 from airflow_dicom_get.engine.query import Filter
 from airflow_dicom_get.engine.report import end_of
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.engine.verdict import contradicted, judge
+from airflow_dicom_get.engine.whole import Below
 from airflow_dicom_get.errors import (
     AssociationAborted,
     Cancelled,
@@ -40,8 +42,10 @@ def instance(number: int, state: str | None = "stored", reason: str | None = Non
 
 def listing(instances: Iterable[Instance], count: int | None, of_study: int | None, unreadable: int) -> Listing:
     listed = {x.key: x for x in instances}
-    info = SeriesInfo(SERIES, "CT", 1, count, len(listed))
-    return Listing(listed, {SERIES: info}, of_study, AT.timestamp(), unreadable)
+    if not listed and count is None:
+        return Listing({}, {}, of_study, AT.timestamp(), unreadable)
+    info = SeriesInfo(SERIES, "CT", 1, count, len(listed), len(listed))
+    return Listing(listed, {SERIES: info}, of_study, AT.timestamp(), unreadable, below_study=Below(1, 1))
 
 
 def state(
@@ -72,6 +76,29 @@ def unlisted(*sent: Instance) -> StudyState:
 def with_(made: StudyState, **facts: object) -> StudyState:
     for name, value in facts.items():
         setattr(made, name, value)
+    return made
+
+
+def emptied(made: StudyState) -> StudyState:
+    """One more series, of which nothing is listed."""
+    assert made.listing is not None
+    made.listing.series["1.2.4"] = SeriesInfo("1.2.4")
+    return made
+
+
+def with_bad(made: StudyState, *keys: tuple[str, str]) -> StudyState:
+    """Rows that cannot be asked for."""
+    assert made.listing is not None
+    for key in keys:
+        made.listing.bad[key] = row = Instance(STUDY, *key)
+        row.state, row.reason = "missing", "bad_uid"
+    return made
+
+
+def strange() -> Listing:
+    """Nothing but rows of another study."""
+    made = Listing(at=AT.timestamp())
+    made.dropped.add(Contradiction("StudyInstanceUID", "STUDY", True), {})
     return made
 
 
@@ -130,12 +157,29 @@ CASES = [
     Case("an unlisted one where the list is round",
          lambda: state(*(instance(n) for n in range(100)), others=[instance(900, "unexpected")]),
          "unverified", "list_contradicted", numbers(100, 100, unexpected=1)),
-    Case("a round list alone is not a contradiction", lambda: state(*(instance(n) for n in range(100))), "complete"),
+    Case("a round list", lambda: state(*(instance(n) for n in range(150))), "unverified", "list_may_be_cut"),
+    Case("a round list, and the C-GET counts as many",
+         lambda: with_(state(*(instance(n) for n in range(150))), counted={SERIES: 150}), "complete"),
+    Case("a round list, and the C-GET counts more",
+         lambda: with_(state(*(instance(n) for n in range(150))), counted={SERIES: 153}), "unverified",
+         "list_may_be_cut"),
+    Case("a round list, and the count agrees", lambda: state(*(instance(n) for n in range(150)), count=150),
+         "complete"),
+    Case("one that left the list came when it was asked for",
+         lambda: with_(state(instance(1), others=[instance(9, "unexpected")]), returned={(SERIES, f"{SERIES}.9")}),
+         "unverified", "list_contradicted", numbers(1, 1, unexpected=1)),
+    Case("a listed series with nothing below it", lambda: emptied(state(instance(1))), "unverified",
+         "list_contradicted"),
+    Case("a listed study with nothing below it",
+         lambda: with_(state(), listing=Listing(at=AT.timestamp(), below_study=Below())), "unverified",
+         "list_contradicted", numbers(0, 0)),
     Case("the second list was not had", lambda: state(instance(1), agree=False), "unverified", "list_not_repeated"),
     Case("nothing listed, something sent", lambda: state(others=[instance(1, "unexpected")]), "unverified",
          "list_contradicted", {"total": 0, "unexpected": 1}),
     Case("nothing listed, and a count says more", lambda: state(count=3), "unverified", "list_contradicted"),
     # partial
+    Case("a row with a malformed UID", lambda: with_bad(state(instance(1)), (SERIES, "1..2")), "partial", "bad_uid",
+         numbers(2, 1, expected=2)),
     Case("one was not sent", lambda: state(instance(1), instance(2, "missing", "not_sent")), "partial", "not_sent",
          numbers(2, 1, bytes=100)),
     Case("one is in conflict", lambda: state(instance(1), instance(2, "conflict", "different_content")), "partial",
@@ -173,7 +217,9 @@ CASES = [
          "partial", "deadline"),
     # empty
     Case("nothing is listed", state, "empty", None, numbers(0, 0, expected=0, evidence="list")),
+    Case("all rows contradict the query", lambda: with_(state(), listing=strange()), "empty", "key_not_matched"),
     # failed
+    Case("all rows have malformed UIDs", lambda: with_bad(state(), ("../x", "")), "failed", "bad_uid", numbers(1, 0)),
     Case("nothing is held", lambda: state(instance(1, "missing", "not_sent")), "failed", "not_sent", numbers(1, 0)),
     Case("nothing is held, and a reason stands nowhere", lambda: state(instance(1, "missing")), "failed", "not_sent"),
     Case("nothing is held, and an error says why",
@@ -222,7 +268,7 @@ def test_complete_needs_every_row_and_a_list_that_stands() -> None:
         if judge(made).verdict == "complete":
             assert made.listing is not None
             assert made.lists_agree
-            assert not contradicted(made.listing, made.unlisted)
+            assert not contradicted(made)
             assert all(x.state in ("stored", "forwarded", "held") for x in made.listing.instances.values())
 
 

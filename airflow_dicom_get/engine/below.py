@@ -1,0 +1,104 @@
+"""How many instances a source says there are below a series or a study: by one C-GET that is cancelled at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.engine.requests import Request
+from airflow_dicom_get.engine.resolve import Scope
+from airflow_dicom_get.engine.source import Source
+from airflow_dicom_get.errors import GetNotOffered
+from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, StoreRequest, c_get
+
+log = logging.getLogger(__name__)
+
+UIDS = frozenset({h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
+_MOST_OBJECTS = 200_000
+
+
+def retrieve_model(query_model: str) -> str:
+    """UID of the retrieve model of a query model."""
+    return PATIENT_ROOT_GET if query_model == "PatientRoot" else STUDY_ROOT_GET
+
+
+class Drain:
+    """Takes objects and keeps nothing of them (an :class:`~airflow_dicom_get.net.get.ObjectReceiver`)."""
+
+    def __init__(self) -> None:
+        self.objects = 0
+        self.bytes = 0
+
+    def begin(self, request: StoreRequest) -> None:
+        """An object begins."""
+
+    def data(self, view: memoryview, last: bool) -> None:
+        """Its next bytes."""
+        self.bytes += len(view)
+
+    def finish(self) -> int:
+        """It is whole."""
+        self.objects += 1
+        return s.SUCCESS
+
+    def answered(self) -> None:
+        """The C-STORE-RSP was sent."""
+
+    def abandon(self) -> None:
+        """It will never be whole."""
+
+    def refused(self, sop_instance: str, status: int) -> None:
+        """It had no context, or no data set."""
+
+
+def count_below(
+    source: Source, scope: Scope, series: str | None, query_model: str, proposals: Sequence[Proposal], retries: int
+) -> tuple[int | None, int]:
+    """What the counters of one C-GET come to that is cancelled after its first instance.
+
+    Parameters
+    ----------
+    series : str or None
+        The series; None is the whole study.
+    proposals : sequence of Proposal
+        Presentation contexts for what is below it.
+
+    Returns
+    -------
+    (int or None, int)
+        Remaining, completed, failed and with a warning together, modulo 65,536; None where the source gives no
+        counters, or they contradict each other. And the bytes that came.
+
+    Raises
+    ------
+    GetNotOffered, and whatever ends an association
+    """
+    model = retrieve_model(query_model)
+    request = Request("STUDY" if series is None else "SERIES", series)
+    drain = Drain()
+
+    def ask(association: Association) -> int | None:
+        if model not in {p.abstract_syntax for p in association.accepted.contexts.values()}:
+            raise GetNotOffered(f"{association.node} does not offer C-GET ({query_model}).", node=str(association.node))
+        outcome = c_get(
+            association,
+            model,
+            i.encode_identifier(request.keys(scope, query_model), UIDS),
+            drain,
+            next_object=source.deadlines.next_object,
+            max_objects=_MOST_OBJECTS,
+            enough=lambda: drain.objects > 0,
+        )
+        source.check_stopped()
+        log.info("%s counts %s instances below %s", source.node, outcome.total, series or scope.study)
+        return outcome.total
+
+    classes = tuple(dict.fromkeys(p.abstract_syntax for p in proposals))
+    total = source.with_retries(retries, [Proposal(model, IMPLICIT_LE), *proposals], ask, classes)
+    return total, drain.bytes

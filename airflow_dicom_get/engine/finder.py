@@ -1,0 +1,193 @@
+"""C-FIND as the engine asks it: rows that are compared with what was asked for, and counted as they come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
+from airflow_dicom_get.engine.whole import Cuts
+from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
+from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+
+log = logging.getLogger(__name__)
+
+Keys = Mapping[int, str | bytes | Iterable[str]]
+Answer = tuple[Row, bytearray]
+
+MAX_ROWS = 200_000
+"""Rows of one C-FIND, where nothing tells how many there should be."""
+STRANGE = 1000
+"""Rows of one answer that contradict the key, after which the peer is taken to ignore it."""
+UNIQUE = {"STUDY": h.STUDY_INSTANCE_UID, "SERIES": h.SERIES_INSTANCE_UID, "IMAGE": h.SOP_INSTANCE_UID}
+"""The unique key of each level."""
+_UIDS = frozenset({h.SOP_CLASS_UID, h.SOP_INSTANCE_UID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID})
+_LIST = 100
+"""UIDs in one C-FIND."""
+
+
+class Finder:
+    """C-FIND on an open association, in the model that the peer offers: Study Root if it does.
+
+    Parameters
+    ----------
+    cuts : Cuts, optional
+        Told how long each answer was.
+    """
+
+    def __init__(self, association: Association, cuts: Cuts | None = None) -> None:
+        offered = {proposal.abstract_syntax for proposal in association.accepted.contexts.values()}
+        self._association = association
+        self._model = next((m for m in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if m in offered), None)
+        self.cuts = cuts if cuts is not None else Cuts()
+        self.came = 0
+        """Rows of the last answer as they came, those that contradict among them."""
+        self.unreadable = 0
+        """Rows that could not be read, or had no identifier."""
+        self.dropped = Dropped()
+        """Rows that contradict what was asked for, where a call names no other place to count them."""
+
+    @property
+    def offered(self) -> bool:
+        """Whether the peer offers C-FIND at all."""
+        return self._model is not None
+
+    @property
+    def by_patient(self) -> bool:
+        """Whether queries go to Patient Root, where the unique key above the study is the Patient ID."""
+        return self._model == PATIENT_ROOT_FIND
+
+    def require_model(self) -> str:
+        """UID of the query model to use. Raises :class:`NotNegotiated` where the peer offers none."""
+        if self._model is None:
+            raise NotNegotiated(
+                f"{self._association.node} does not offer C-FIND.",
+                hint="Give Study Instance UIDs: without C-FIND, other keys cannot be resolved.",
+                node=str(self._association.node),
+            )
+        return self._model
+
+    def rows(
+        self,
+        level: str,
+        keys: Keys,
+        returned: Iterable[int],
+        max_rows: int = MAX_ROWS,
+        dropped: Dropped | None = None,
+    ) -> Iterator[Row]:
+        """The wanted elements of each row of one C-FIND; see :meth:`answers`."""
+        for row, _ in self.answers(level, keys, returned, max_rows, dropped):
+            yield row
+
+    def answers(
+        self,
+        level: str,
+        keys: Keys,
+        returned: Iterable[int],
+        max_rows: int = MAX_ROWS,
+        dropped: Dropped | None = None,
+        enough: Callable[[], bool] | None = None,
+    ) -> Iterator[Answer]:
+        """Each row of one C-FIND that does not contradict ``keys``: its wanted elements, and its bytes.
+
+        Parameters
+        ----------
+        keys : mapping
+            Tags to values; bytes are sent as they are, and not compared.
+        dropped : Dropped, optional
+            Takes the rows that contradict; those of the Finder by default.
+        enough : callable, optional
+            Asked after each row; once it is true, the C-FIND is cancelled.
+        """
+        model = self.require_model()
+        dropped = dropped if dropped is not None else self.dropped
+        elements: dict[int, str | bytes | Iterable[str]] = dict.fromkeys(returned, "")
+        elements.update(keys)
+        elements[i.QUERY_RETRIEVE_LEVEL] = level
+        wanted = frozenset(elements) | {h.SPECIFIC_CHARACTER_SET}
+        identifier = i.encode_identifier(elements, _UIDS)
+        matcher = Matcher(level, {tag: value for tag, value in keys.items() if not isinstance(value, bytes)})
+        self.came = 0
+        try:
+            for raw in c_find(
+                self._association,
+                model,
+                identifier,
+                row_seconds=self._association.deadlines.find_response,
+                max_rows=max_rows,
+                enough=enough,
+            ):
+                self.came += 1
+                try:
+                    row = i.decode_identifier(raw, wanted)
+                except h.HeaderError as error:
+                    log.warning(
+                        "%s sent a C-FIND row that cannot be read: %s", self._association.node, peer_text(error)
+                    )
+                    row = {}
+                if not row:
+                    self.unreadable += 1
+                elif (why := matcher.contradiction(row)) is not None:
+                    dropped.add(why, row)
+                else:
+                    yield row, raw
+        finally:
+            self.cuts.came(level, self.came)
+
+    def named(
+        self, level: str, uids: Sequence[str], keys: Keys, returned: Iterable[int], dropped: Dropped | None = None
+    ) -> Iterator[Answer]:
+        """The rows of named studies, series or instances: by lists, then one by one what these did not bring.
+
+        So an answer that was cut, or a source that takes no lists of UIDs, costs nothing.
+        """
+        tag = UNIQUE[level]
+        dropped = dropped if dropped is not None else self.dropped
+        returned = (*returned, tag)
+        for start in range(0, len(uids), _LIST):
+            part = uids[start : start + _LIST]
+            answered: set[str | None] = set()
+            try:
+                for row, raw in self.answers(level, {**keys, tag: part}, returned, dropped=dropped):
+                    answered.add(i.text_value(row.get(tag)))
+                    yield row, raw
+            except OperationFailed:  # the peer takes no lists, perhaps
+                if len(part) == 1:
+                    raise
+            for uid in part if len(part) > 1 else ():
+                if uid not in answered:
+                    yield from self._one(level, uid, keys, returned, dropped)
+
+    def _one(self, level: str, uid: str, keys: Keys, returned: Iterable[int], dropped: Dropped) -> Iterator[Answer]:
+        before = dropped.total
+        yield from self.answers(
+            level,
+            {**keys, UNIQUE[level]: uid},
+            returned,
+            dropped=dropped,
+            enough=lambda: dropped.total - before >= STRANGE,
+        )
+
+
+def check_answered(finder: Finder, dropped: Dropped | None = None) -> None:
+    """Say why a search has found nothing, where the peer's answers are to blame.
+
+    Raises
+    ------
+    InvalidQuery
+        The peer leaves a key out of all its answers.
+    OperationFailed
+        It sent rows that cannot be read.
+    """
+    unsupported = (finder.dropped if dropped is None else dropped).unsupported()
+    if unsupported is not None:
+        raise unsupported
+    if finder.unreadable:
+        raise OperationFailed(
+            f"The source answered the C-FIND with {finder.unreadable} unreadable rows.",
+            hint="Ask the PACS admin what its log says about the query.",
+            status=0,
+        )
