@@ -1,4 +1,4 @@
-"""Time, chance, the names of runs, and who works beside the receiver: all that would make two equal runs differ.
+"""Time, chance, the names of runs, and who works beside whom: all that would make two equal runs differ.
 
 ``net``, ``storage``, ``sinks``, ``manifest`` and ``engine`` ask this module and no other::
 
@@ -15,11 +15,15 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import UTC, datetime
-from typing import Protocol
+from functools import partial
+from typing import Generic, Protocol, TypeVar, cast
+
+T = TypeVar("T")
 
 
 class Event(Protocol):
@@ -93,6 +97,77 @@ def spawn(work: Callable[[], object], name: str) -> Worker:
 def pool(workers: int, name: str) -> Executor:
     """See :meth:`Clock.pool`: threads, which are begun as they are needed."""
     return ThreadPoolExecutor(workers, thread_name_prefix=name)
+
+
+class Beside(Generic[T]):
+    """Work that was begun beside the caller, and what came of it: a value, or an exception of whatever kind.
+
+    Parameters
+    ----------
+    work : callable
+        It sees the context variables of the caller.
+    name : str
+        Of its thread.
+    """
+
+    def __init__(self, work: Callable[[], T], name: str) -> None:
+        self._over = False
+        self._value: T | None = None
+        self._raised: BaseException | None = None
+        self._worker = spawn(partial(copy_context().run, self._run, work), name)
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._value = work()
+        except BaseException as error:
+            self._raised = error
+        self._over = True
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for its end, or for so many seconds; whether it has ended."""
+        self._worker.join(seconds)
+        return self._over
+
+    def result(self) -> T:
+        """Wait for its end; its value. Raises what it raised."""
+        self.wait()
+        if self._raised is not None:
+            raise self._raised
+        return cast(T, self._value)
+
+
+def together(works: Sequence[Callable[[], object]], name: str, end: Callable[[BaseException], object]) -> None:
+    """Do the first of these here and the others beside; none of them is at work any more when this returns or raises.
+
+    Parameters
+    ----------
+    works : sequence of callable
+        At least one.
+    name : str
+        Of the threads, which are numbered.
+    end : callable
+        Called with each exception of one of them, so that the others end.
+
+    Raises
+    ------
+    BaseException
+        The first that one of them raised.
+    """
+    raised: list[BaseException] = []
+
+    def do(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+            end(error)
+
+    beside = [Beside(partial(do, work), f"{name}-{number}") for number, work in enumerate(works[1:], 1)]
+    do(works[0])
+    for one in beside:
+        one.result()
+    if raised:
+        raise raised[0]
 
 
 def run_name(at: datetime | None = None) -> str:

@@ -67,6 +67,11 @@ def _rebuild(cls: type[DicomGetError], message: str, hint: str, facts: dict[str,
     return cls(message, hint=hint, **facts)
 
 
+def unexpected(error: BaseException) -> DicomGetError:
+    """What no part of the package was prepared for, as an error of ours; log it where it is caught."""
+    return DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}")
+
+
 # --- input: refused before any traffic where that can be known ---------------------------------
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,6 +21,7 @@ from airflow_dicom_get.errors import (
     InvalidOption,
     InvalidQuery,
     SinkError,
+    unexpected,
 )
 from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import EchoReport, Plan, Result
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.engine.state import StudyState
     from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
+    from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.places import OpenDestination, Place
 
@@ -108,6 +111,7 @@ class GetScu:
         return scu
 
     def _begin(self, options: GetOptions) -> None:
+        from airflow_dicom_get.net.association import Cancels
         from airflow_dicom_get.net.peer import Peer
 
         self.options = options
@@ -117,22 +121,18 @@ class GetScu:
             from airflow_dicom_get.engine.profile import read_profile
 
             self._profile = read_profile(options.profile, self._peer)
-        self._source: Source | None = None
-        self._cancelled: str | None = None
+        self._cancels = Cancels()
         self._clock: Callable[[], datetime] = lambda: datetime.fromtimestamp(clock.now(), UTC)
 
     # --- verbs ---------------------------------------------------------------------------------
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """End a running call: C-CANCEL, then abort; a second call aborts at once.
+        """End the call that runs: C-CANCEL, then abort; a second cancel aborts at once.
 
-        Callable from any thread and from a signal handler: it only sets two attributes. A call made
-        before the retrieval starts ends it as soon as it starts.
+        Callable from any thread and from a signal handler: it is short, and takes no lock. Where no call
+        runs, it ends the next one at its start. Either way it is spent by that call: the one after it runs.
         """
-        source = self._source
-        self._cancelled = self._cancelled or reason
-        if source is not None:
-            source.cancel.cancel(reason)
+        self._cancels.cancel(reason)
 
     def get_study(
         self,
@@ -175,7 +175,9 @@ class GetScu:
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine import report
+        from airflow_dicom_get.engine.ending import StuckError, run_beside
         from airflow_dicom_get.engine.events import Events
+        from airflow_dicom_get.manifest.schema import manifest_table
         from airflow_dicom_get.sinks.places import open_destination
 
         if manifest is not None and query is not None:
@@ -184,23 +186,47 @@ class GetScu:
         parsed = self._parse(query, query_model) if manifest is None else None
         places = open_destination(self._options_for(asked))
         run = clock.run_name()
-        source = self._open_source()
-        with _Reporting(self.options.verbose), at_cell(source.cancel.cancel, on_sub_operation) as shown:
+        with (
+            self._opened_source() as source,
+            _Reporting(self.options.verbose),
+            at_cell(source.cancel.cancel, on_sub_operation) as shown,
+        ):
             events = Events(shown, on_completed)
-            end = self._retrieve(source, places, run, events, parsed, asked, query_model)
-            result = report.assemble(
-                end,
-                events=events,
-                node=str(self.options.addr),
-                destination=str(self.options.destination),
-                associations=source.opened,
-                cancelled_by=source.cancel.reason,
-            )
-            if end.resume_at is not None:
-                report.wait_for_window(result, end.resume_at)
-            elif end.waits:
-                report.resume_later(result, self._next_opening())
-            self._write_manifest(result, end.rows(), places, run, manifest_name)
+            call = _Call(source, places, run, events)
+            results: list[Result] = []
+
+            def judge(end: End) -> Result:
+                result = report.assemble(
+                    end,
+                    events=events,
+                    node=str(self.options.addr),
+                    destination=str(self.options.destination),
+                    associations=source.opened,
+                    cancelled_by=source.cancel.reason,
+                )
+                if end.resume_at is not None:
+                    report.wait_for_window(result, end.resume_at)
+                elif end.waits:
+                    report.resume_later(result, self._next_opening())
+                if end.unclosed is not None:
+                    report.not_closed(result, end.unclosed)
+                rows = end.rows()
+                result.rows = lambda: manifest_table(rows, **self._described(places))
+                results.append(result)
+                return result
+
+            def work() -> None:
+                end = self._retrieve(call, parsed, asked, query_model)
+                self._write_manifest(judge(end), end.rows(), call, manifest_name)
+
+            try:
+                run_beside(work, source.cancel)
+            except StuckError as stuck:
+                if not results:
+                    left = report.left_to_itself(call.states, source.why_ended(), source.cancel.reason)
+                    report.fix_rows(judge(left))
+                report.manifest_not_written(results[0], stuck.error())
+        result = results[0]
         events.completed(report.completed_event(result))
         return result
 
@@ -222,12 +248,8 @@ class GetScu:
         o = self.options
         parsed = self._parse(query, query_model)
         places = open_destination(o) if o.destination is not None else None
-        source = self._open_source()
-        try:
-            with source.association(FIND_PROPOSALS) as association:
-                listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
-        finally:
-            self._source = None
+        with self._opened_source() as source, source.association(FIND_PROPOSALS) as association:
+            listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
         if places is not None:
             sink = places.sink(clock.run_name(), read_only=True)
             try:
@@ -296,11 +318,8 @@ class GetScu:
             )
         most = None if limit is None else Integer(1)("limit", limit)
         parsed = self._parse(query, query_model, selective=False)
-        source = self._open_source()
-        try:
+        with self._opened_source() as source:
             rows = find_rows(source, parsed, level, tuple(return_keys), limit=most, split=split_on_truncation)
-        finally:
-            self._source = None
         for text in rows.remark_texts():
             if on_remark is None:
                 log.warning("%s: %s", source.node, text)
@@ -333,11 +352,8 @@ class GetScu:
         """
         from airflow_dicom_get.engine.study_list import find_listed
 
-        source = self._open_source()
-        try:
+        with self._opened_source() as source:
             return find_listed(source, listed, self.options.retries)
-        finally:
-            self._source = None
 
     def echo(self, *, study: str | None = None, profile: str | Path | None = None) -> EchoReport:
         """Send a C-ECHO, and find out which services the node accepts.
@@ -367,8 +383,7 @@ class GetScu:
             if uid is None:
                 raise invalid("profile", "is given without a study", "Name a study that the node holds.")
             check_folder(file.parent, "profile")
-        source = self._open_source()
-        try:
+        with self._opened_source() as source:
             report = echo(source)
             if uid is not None:
                 from airflow_dicom_get.engine.probe import probe
@@ -379,8 +394,6 @@ class GetScu:
                 if file is not None:
                     write_profile(file, found)
             return report
-        finally:
-            self._source = None
 
     # --- before traffic ------------------------------------------------------------------------
 
@@ -416,28 +429,28 @@ class GetScu:
 
     # --- parts ---------------------------------------------------------------------------------
 
-    def _open_source(self) -> Source:
+    @contextmanager
+    def _opened_source(self) -> Iterator[Source]:
+        """The source of one call."""
+        with self._cancels.call() as cancel:
+            yield self._source(cancel)
+
+    def _source(self, cancel: CancelToken) -> Source:
         from airflow_dicom_get.engine.limits import RateLimit
         from airflow_dicom_get.engine.source import Source
 
         o = self.options
         throttle = RateLimit(o.bytes_per_second) if o.bytes_per_second is not None else None
-        source = Source(self._peer, max_associations=o.max_associations, throttle=throttle, list_limit=o.list_limit)
-        self._source = source
-        if self._cancelled is not None:
-            source.cancel.cancel(self._cancelled)
-        return source
+        return Source(
+            self._peer,
+            max_associations=o.max_associations,
+            throttle=throttle,
+            list_limit=o.list_limit,
+            cancel=cancel,
+        )
 
-    def _retrieve(
-        self,
-        source: Source,
-        places: OpenDestination,
-        run: str,
-        events: Events,
-        parsed: Query | None,
-        asked: Asked | None,
-        query_model: str,
-    ) -> End:
+    def _retrieve(self, call: _Call, parsed: Query | None, asked: Asked | None, query_model: str) -> End:
+        """Do what was asked; the states of the call are filled as it goes on."""
         from airflow_dicom_get.engine.finder import Finder
         from airflow_dicom_get.engine.matching import Dropped
         from airflow_dicom_get.engine.planning import Listed, list_studies
@@ -451,11 +464,11 @@ class GetScu:
         resume_at = self._closed_until()
         if resume_at is not None:
             return End(resume_at=resume_at)
-        o = self.options
-        states: list[StudyState] = []
+        o, source, places, states = self.options, call.source, call.places, call.states
         found = Listed([], [], Dropped())
         try:
-            places.place.attend(source.cancel)
+            source.check_stopped()
+            places.attend(source.cancel)
             places.prepare()
             if asked is not None:
                 found = Listed(asked.scopes, [], Dropped())
@@ -469,19 +482,20 @@ class GetScu:
                         Finder(association, source.cuts), parsed, o.max_studies, spread, for_get=True
                     ),
                 )
-            sink = places.sink(run)
+            sink = places.sink(call.run)
             try:
-                retrieval = self._retrieval(source, places.place, sink, events, query_model)
-                states = run_studies(retrieval, found.scopes, next(iter(found.listings), None))
+                retrieval = self._retrieval(source, places.place, sink, call.events, query_model)
+                run_studies(retrieval, found.scopes, states, next(iter(found.listings), None))
             finally:
-                sink.close()
-            return end_of(states, found.dropped, found.doubt)
+                unclosed = _close(sink)
+            return replace(end_of(states, found.dropped, found.doubt), unclosed=unclosed)
         except DicomGetError as error:
             if isinstance(error, InvalidQuery | InvalidOption) and not states:
                 raise
             return end_of(states, found.dropped, found.doubt, error)
-        finally:
-            self._source = None
+        except Exception as error:
+            log.exception("the retrieval ended unexpectedly")
+            return end_of(states, found.dropped, found.doubt, unexpected(error))
 
     def _retrieval(self, source: Source, place: Place, sink: Sink, events: Events, query_model: str) -> Retrieval:
         from airflow_dicom_get.engine.contexts import PeerKnowledge
@@ -509,28 +523,62 @@ class GetScu:
         window = self.options.window
         return window.opens_at(self._clock(), self.options.timezone) if window is not None else None
 
-    def _write_manifest(
-        self, result: Result, rows: list[Instance], places: OpenDestination, run: str, name: str | None
-    ) -> None:
-        from airflow_dicom_get.engine.report import manifest_not_written
-        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
+    def _described(self, places: OpenDestination) -> dict[str, Any]:
+        """What each row of the manifest says besides its instance."""
+        return {"source": str(self.options.addr), "destination": places.place.uri, "tags": self.options.tags}
 
-        described: dict[str, Any] = {
-            "source": str(self.options.addr),
-            "destination": places.place.uri,
-            "tags": self.options.tags,
-        }
+    def _write_manifest(self, result: Result, rows: list[Instance], call: _Call, name: str | None) -> None:
+        from airflow_dicom_get.engine.report import manifest_not_written
+        from airflow_dicom_get.manifest.schema import manifest_rows
+
+        uri, problem = None, None
         try:
-            result.manifest_uri = places.root.write_manifest(
-                manifest_rows(rows, **described),
-                name or run,
+            uri = call.places.root.write_manifest(
+                manifest_rows(rows, **self._described(call.places)),
+                name or call.run,
                 verdict=result.verdict,
                 evidence=result.evidence,
-                run=run,
+                run=call.run,
             )
-        except SinkError as error:
-            manifest_not_written(result, error)
-        result.rows = lambda: manifest_table(rows, **described)
+        except DicomGetError as error:
+            problem = error
+        except Exception as error:
+            log.exception("the manifest cannot be written")
+            problem = unexpected(error)
+        if call.source.cancel.left:  # the caller has the result already
+            return
+        result.manifest_uri = uri
+        if problem is not None:
+            manifest_not_written(result, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a call of :meth:`GetScu.get_study` works with."""
+
+    source: Source
+    places: OpenDestination
+    run: str
+    events: Events
+    states: list[StudyState] = field(default_factory=list)
+    """Of the studies that were begun."""
+
+
+def _close(sink: Sink) -> DicomGetError | None:
+    """Close a destination; why that failed, if it did: what was confirmed before stays so."""
+    try:
+        sink.close()
+    except DicomGetError as error:
+        return error
+    except OSError as error:
+        return SinkError(
+            f"The destination cannot be closed in order: {error.strerror or error}.",
+            hint="Check the mount of the destination, and run again: what is held is not fetched again.",
+        )
+    except Exception as error:
+        log.exception("the destination cannot be closed")
+        return unexpected(error)
+    return None
 
 
 class _Reporting:

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -16,8 +17,8 @@ from airflow_dicom_get.config.checks import about, invalid, shown_path
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
-from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, manifest_not_written
-from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, SinkError
+from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, fix_rows, manifest_not_written
+from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, unexpected
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
@@ -97,20 +98,20 @@ class StoreScu:
         return scu
 
     def _begin(self, options: StoreOptions) -> None:
+        from airflow_dicom_get.net.association import Cancels
         from airflow_dicom_get.net.peer import Peer
 
         self.options = options
         peer = Peer.of(options.addr, options)
         self._target = dataclasses.replace(peer, max_pdu_length=min(peer.max_pdu_length, MAX_PDU_LENGTH))
-        self._run: _Run | None = None
-        self._cancelled: str | None = None
+        self._cancels = Cancels()
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """End a running call after the current instance; a second call aborts at once."""
-        run = self._run
-        self._cancelled = self._cancelled or reason
-        if run is not None:
-            run.cancel.cancel(reason)
+        """End the call that runs after its current instance; a second cancel aborts at once.
+
+        Otherwise as :meth:`GetScu.cancel`.
+        """
+        self._cancels.cancel(reason)
 
     def store(
         self,
@@ -148,8 +149,9 @@ class StoreScu:
             Invalid input; nothing was stored.
         """
         from airflow_dicom_get.cell import at_cell
+        from airflow_dicom_get.engine.ending import StuckError, run_beside
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.net.association import CancelToken
+        from airflow_dicom_get.manifest.schema import manifest_table
         from airflow_dicom_get.sinks.places import root_for
 
         if (source is None) == (manifest is None):
@@ -170,37 +172,58 @@ class StoreScu:
                 )
         root = root_for(self.options)
         name = clock.run_name()
-        cancel = CancelToken()
-        with at_cell(cancel.cancel, on_sub_operation) as shown:
+        with self._cancels.call() as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
+            root.attend(cancel)
             ledgers = root.ledgers(f"dicom://{self._target}")
-            run = self._run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
-            if self._cancelled is not None:
-                cancel.cancel(self._cancelled)
-            try:
+            run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
+            results: list[Result] = []
+            described = {"source": shown_source, "destination": f"dicom://{self._target}"}
+
+            def judge() -> Result:
+                result = run.result(str(self._target))
+                result.rows = lambda: manifest_table(run.rows.values(), **described)
+                results.append(result)
+                return result
+
+            def work() -> None:
                 run.execute(objects, others)
-            finally:
-                self._run = None
-            result = run.result(str(self._target))
-            self._write_manifest(run, result, root, name, manifest_name or name, shown_source)
+                self._write_manifest(run, judge(), root, name, manifest_name or name, described)
+
+            try:
+                run_beside(work, cancel)
+            except StuckError as stuck:
+                if not results:
+                    fix_rows(judge())
+                manifest_not_written(results[0], stuck.error())
+        result = results[0]
         events.completed(completed_event(result))
         return result
 
-    def _write_manifest(self, run: _Run, result: Result, root: Any, name: str, path: str, source: str) -> None:
-        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
+    def _write_manifest(
+        self, run: _Run, result: Result, root: Any, name: str, path: str, described: dict[str, str]
+    ) -> None:
+        from airflow_dicom_get.manifest.schema import manifest_rows
 
-        described = {"source": source, "destination": f"dicom://{self._target}"}
+        uri, problem = None, None
         try:
-            result.manifest_uri = root.write_manifest(
+            uri = root.write_manifest(
                 manifest_rows(run.rows.values(), **described),
                 path,
                 verdict=result.verdict,
                 evidence=result.evidence,
                 run=name,
             )
-        except SinkError as error:
-            manifest_not_written(result, error)
-        result.rows = lambda: manifest_table(run.rows.values(), **described)
+        except DicomGetError as error:
+            problem = error
+        except Exception as error:
+            log.exception("the manifest cannot be written")
+            problem = unexpected(error)
+        if run.cancel.left:  # the caller has the result already
+            return
+        result.manifest_uri = uri
+        if problem is not None:
+            manifest_not_written(result, problem)
 
 
 class _Run:
@@ -253,13 +276,10 @@ class _Run:
         self._events.planned(len(objects))
         queue = iter(objects)
         workers = min(self._options.associations, max(len(objects), 1))
-        beside = [clock.spawn(lambda: self._work(queue), f"dicom-get-store-{n}") for n in range(1, workers)]
         try:
-            self._work(queue)
-            for worker in beside:
-                worker.join()
+            clock.together([partial(self._work, queue)] * workers, "dicom-get-store", self._end_at_once)
         finally:
-            self._sink.close()
+            self._closed(self._sink)
         self._untried = sum(item.row is None for item in queue)  # what a manifest names has its row already
         for row in self.rows.values():
             if row.state is None:
@@ -278,6 +298,20 @@ class _Run:
             return "cancelled"
         return "strict_forward" if self._stopped else "destination_error"
 
+    def _end_at_once(self, error: BaseException) -> None:
+        self.cancel.abort(type(error).__name__)
+
+    def _closed(self, sink: ForwardSink) -> None:
+        try:
+            sink.close()
+        except Exception as error:
+            log.exception("the ledgers cannot be closed")
+            self._failed(unexpected(error))
+
+    def _failed(self, error: DicomGetError) -> None:
+        with self._mutex:
+            self._error = self._error or error
+
     def _work(self, queue: Iterator[StoredObject]) -> None:
         while True:
             with self._mutex:
@@ -288,8 +322,11 @@ class _Run:
             try:
                 self._one(item)
             except DicomGetError as error:
-                with self._mutex:
-                    self._error = self._error or error
+                self._failed(error)
+                return
+            except Exception as error:
+                log.exception("an association ended unexpectedly")
+                self._failed(unexpected(error))
                 return
 
     def _one(self, item: StoredObject) -> None:
@@ -343,7 +380,7 @@ class _Run:
         with self._mutex:
             self.unusable.append((item.name, why))
         if self._on_unusable is not None:
-            self._on_unusable(item.name, why)
+            self._events.call(self._on_unusable, item.name, why)
 
     def _dataset_size(self, item: StoredObject, opened: Opened) -> int | None:
         try:
@@ -360,20 +397,21 @@ class _Run:
                 held = self._held[study] = self._sink.inventory(study)
             return held
 
-    def _store(self, item: StoredObject, opened: Opened, record: Instance) -> None:
+    def _store(self, item: StoredObject, opened: Opened | None, record: Instance) -> None:
         """Send one instance, also again where its destination went away or has no room for the moment."""
         failures = busy = 0
         began = clock.monotonic()
         while True:
             try:
-                taken = self._send(item, opened, record)
+                at_hand, opened = opened, None  # what is sent again is opened again
+                taken = self._send(item, at_hand or open_object(item), record)
             except ForwardLost as error:
                 failures += 1
                 retries = allowed(error, self._options.retries)
                 if failures > retries or self.cancel.reason is not None:
                     raise
                 back_off(failures, error.message, retries, self.cancel)
-            except UnreadableError as error:
+            except (UnreadableError, UnusableError) as error:
                 self._changed(record, f"{item.name}: {error}")
                 return
             else:
@@ -383,7 +421,6 @@ class _Run:
                 back_off(busy, taken.error or "", _BUSY_TRIES - 1, self.cancel)
             if self.cancel.reason is not None:
                 return
-            opened = open_object(item)
         record.received_at = clock.now()
         record.duration_ms = int((clock.monotonic() - began) * 1000)
         self._settle(record, taken)

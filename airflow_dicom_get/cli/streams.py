@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from select import select
@@ -81,6 +82,10 @@ def run(main: Callable[[], int]) -> NoReturn:
             "Make room there, or write it to another place.",
             file=sys.stderr,
         )
+    if any(thread.name.startswith("dicom-get") for thread in threading.enumerate()):
+        # A call that was left to itself: Python would wait for some of its threads.
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else status is not None)
     sys.exit(status)
 
 

@@ -78,8 +78,13 @@ class Events:
             if self._on_completed is not None:
                 self._call(self._on_completed, event)
 
-    def _call(self, callback: Callable[..., object], event: object) -> None:
+    def call(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call one of the caller's own functions, as those for events are called."""
+        with self._mutex:
+            self._call(callback, *arguments)
+
+    def _call(self, callback: Callable[..., object], *arguments: object) -> None:
         try:
-            callback(event)
+            callback(*arguments)
         except Exception:
             log.exception("a callback failed; the retrieval continues")

@@ -56,6 +56,8 @@ class End:
         Their verdicts and numbers, in the same order.
     error : DicomGetError or None
         What ended the call outside of its studies.
+    unclosed : DicomGetError or None
+        Why the destination could not be closed in order.
     resume_at : datetime or None
         When the hours of the source begin, where they are over.
     dropped : Dropped or None
@@ -69,6 +71,7 @@ class End:
     states: list[StudyState] = field(default_factory=list)
     numbers: list[StudyResult] = field(default_factory=list)
     error: DicomGetError | None = None
+    unclosed: DicomGetError | None = None
     resume_at: datetime | None = None
     dropped: Dropped | None = None
     nothing_asked: bool = False
@@ -357,6 +360,13 @@ def _most_frequent_reason(rows: Iterable[Instance]) -> str | None:
 # --- downgrade -----------------------------------------------------------------------------------------
 
 
+def fix_rows(result: Result) -> None:
+    """Make the manifest of a call that was left to itself now: what returns one day may still touch its records."""
+    if result.rows is not None:
+        table = result.rows()
+        result.rows = lambda: table
+
+
 def wait_for_window(result: Result, resume_at: datetime | None) -> None:
     """The hours of the source are over: it may go on at ``resume_at``."""
     result.verdict, result.reason = PARTIAL, "window"
@@ -370,11 +380,31 @@ def resume_later(result: Result, resume_at: datetime | None) -> None:
 
 def manifest_not_written(result: Result, error: DicomGetError) -> None:
     """The instances may be there, and what proves it is not."""
-    hint = error.hint or "Free space, or give another manifest_root."
-    if hint not in [one["hint"] for one in result.errors]:  # what ended the run keeps the manifest from being written
+    _undone(result, error, error.hint or "Free space, or give another manifest_root.")
+
+
+def not_closed(result: Result, error: DicomGetError) -> None:
+    """The destination could not be closed in order: not all that stands around the instances may be durable."""
+    _undone(result, error, error.hint)
+
+
+def _undone(result: Result, error: DicomGetError, hint: str) -> None:
+    if hint not in [one["hint"] for one in result.errors]:  # what ended the run may be the reason for this too
         result.errors.insert(0, _entry(error.message, hint))
     if result.verdict == COMPLETE:
         result.verdict, result.reason = PARTIAL, error.word
+        result.transient = error.transient
+
+
+def left_to_itself(states: Sequence[StudyState], why: DicomGetError, cancelled_by: str | None) -> End:
+    """The end of a call that something at the destination does not return to: what was confirmed by then counts."""
+    if not states:
+        return End(error=why)
+    last = states[-1]
+    last.errors.insert(0, why)
+    last.cancelled_by = cancelled_by
+    last.conclude()
+    return end_of(states)
 
 
 def add_search_of_list(

@@ -11,7 +11,7 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.association import Association, CancelToken, Throttle, time_is_over
+from airflow_dicom_get.net.association import OVER, Association, CancelToken, Throttle, time_is_over
 from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 
@@ -32,21 +32,21 @@ class Source:
         max_associations: int,
         throttle: Throttle | None = None,
         list_limit: Sequence[int] | None = None,
+        cancel: CancelToken | None = None,
     ) -> None:
         self.peer = peer
         self.cuts = Cuts(list_limit)
         """Where it may cut its answers to C-FIND, as far as this run has seen."""
         self.node, self.deadlines = peer.node, peer.deadlines
-        self.cancel = CancelToken()
+        self.cancel = cancel or CancelToken()
+        if peer.deadlines.operation is not None:
+            self.cancel.over_at = clock.monotonic() + peer.deadlines.operation
         self.opened = 0
         self.answered = False
         """Whether the node has sent anything over an association."""
         self._throttle = throttle
         self._slots = threading.BoundedSemaphore(max_associations)
         self._mutex = threading.Lock()
-        self.operation_limit = (
-            clock.monotonic() + peer.deadlines.operation if peer.deadlines.operation is not None else float("inf")
-        )
 
     @contextmanager
     def association(self, proposals: Sequence[Proposal], storage_classes: Sequence[str] = ()) -> Iterator[Association]:
@@ -64,7 +64,6 @@ class Source:
     def _opened(self, proposals: Sequence[Proposal], storage_classes: Sequence[str]) -> Iterator[Association]:
         association = self.peer.open(proposals, self.cancel, storage_classes)
         association.throttle = self._throttle
-        association.operation_limit = self.operation_limit
         with self._mutex:
             self.opened += 1
         try:
@@ -76,20 +75,29 @@ class Source:
                 self.answered = self.answered or association.answered
 
     def check_stopped(self) -> None:
-        """Raise where the run was cancelled, or its time is over: nothing new is begun then.
+        """Raise where the run is to end: nothing new is begun then.
 
         Raises
         ------
         Cancelled, DeadlineExceeded
         """
-        if self.cancel.reason is not None:
-            raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
-        if clock.monotonic() >= self.operation_limit:
-            raise time_is_over(self.node, self.deadlines)
+        if self.cancel.ending():
+            raise self.why_ended()
+
+    def why_ended(self) -> DicomGetError:
+        """What ends the run: a cancel, or that its time is over."""
+        reason = self.cancel.reason
+        if reason in (None, OVER):
+            return time_is_over(self.node, self.deadlines)
+        return Cancelled(f"Cancelled: {reason}.", node=str(self.node))
+
+    def end_at_once(self, error: BaseException) -> None:
+        """Abort all associations: something came that no part of a run expects, as an exception of a callback."""
+        self.cancel.abort(type(error).__name__)
 
     def back_off(self, failures: int, cause: DicomGetError, retries: int) -> None:
         """Wait before the next try; a cancel or the operation's end cuts it short."""
-        back_off(failures, cause.message, allowed(cause, retries), self.cancel, self.operation_limit)
+        back_off(failures, cause.message, allowed(cause, retries), self.cancel, self.cancel.over_at)
 
     def with_retries(
         self,

@@ -41,15 +41,14 @@ class Spread:
             one_by_one(finder, series, list_series)
             return
         queue = deque(series)
-        workers = [clock.spawn(partial(self._beside, queue, list_series), f"dicom-get-list-{n}") for n in range(more)]
-        try:
-            _serve(finder, queue, list_series)
-        except BaseException:
+
+        def end(error: BaseException) -> None:
             queue.clear()
-            raise
-        finally:
-            for worker in workers:
-                worker.join()
+            if not isinstance(error, DicomGetError):
+                self._source.end_at_once(error)
+
+        here, beside = partial(_serve, finder, queue, list_series), partial(self._beside, queue, list_series)
+        clock.together([here, *[beside] * more], "dicom-get-list", end)
         _serve(finder, queue, list_series)  # what others have put back
 
     def _beside(self, queue: deque[SeriesInfo], list_series: ListSeries) -> None:

@@ -21,6 +21,7 @@ from airflow_dicom_get.errors import (
     NotNegotiated,
 )
 from airflow_dicom_get.records import Instance, Key, Stored
+from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.vocabulary import (
     DONE,
     HELD,
@@ -34,7 +35,6 @@ from airflow_dicom_get.vocabulary import (
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.listing import Listing
     from airflow_dicom_get.engine.resolve import Scope
-    from airflow_dicom_get.sinks.base import Confirmation, Taken
 
 UNPLANNED = 200_000
 """Objects that one C-GET may bring where there is no list."""
@@ -127,6 +127,8 @@ class StudyState:
     gone: list[Instance] = field(default_factory=list)
     _series: set[str] = field(default_factory=set)
     _late: set[Key] = field(default_factory=set)
+    _due: dict[int, Instance] = field(default_factory=dict)
+    """What was taken and not confirmed yet, by ``id``."""
     _refused_in_a_row: int = 0
 
     # --- questions -----------------------------------------------------------------------------
@@ -267,6 +269,7 @@ class StudyState:
             assert instance is not None
             assert record is not None
             self._refused_in_a_row = 0
+            self._due[id(instance)] = instance
             if taken.remark == "replaced":
                 record.become(instance)
             if instance is record or taken.remark == "replaced":
@@ -307,6 +310,7 @@ class StudyState:
     def confirm(self, confirmation: Confirmation) -> Answered | None:
         """The destination has confirmed an instance, or could not; None where nothing is new by that."""
         instance, error, reason, remark = confirmation
+        self._due.pop(id(instance), None)
         record = self.instances.get(instance.key, instance)
         if error is not None:
             conflict = reason == "different_content"
@@ -352,6 +356,9 @@ class StudyState:
     def conclude(self) -> None:
         """Give every record its final state: what no outcome has reached is missing, what no list names is outside."""
         listing, named = self.listing, self.scope.named
+        self.gone.clear()
+        for instance in list(self._due.values()):  # only where the destination did not return
+            self.confirm(Confirmation(instance, "The destination did not return before the end.", "cancelled"))
         for key, instance in self.instances.items():
             if listing is None or key in listing.instances:
                 if instance.state is None:

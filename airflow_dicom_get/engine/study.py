@@ -20,7 +20,15 @@ from airflow_dicom_get.engine.strategies import STRATEGIES, Situation, contexts_
 from airflow_dicom_get.engine.tags import tags_of
 from airflow_dicom_get.engine.whole import COUNTER, Doubts
 from airflow_dicom_get.engine.worker import Pass
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.errors import (
+    Cancelled,
+    DicomGetError,
+    InvalidQuery,
+    ListTooLong,
+    NotNegotiated,
+    OperationFailed,
+    unexpected,
+)
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import FIND_PROPOSALS
@@ -33,30 +41,33 @@ MAX_ROUNDS = 8
 """Rounds of list and get before a study counts as still growing."""
 
 
-def run_studies(retrieval: Retrieval, scopes: Sequence[Scope], first_list: Listing | None = None) -> list[StudyState]:
-    """Retrieve studies one after the other, and give the state that each of them ended in.
+def run_studies(
+    retrieval: Retrieval, scopes: Sequence[Scope], states: list[StudyState], first_list: Listing | None = None
+) -> None:
+    """Retrieve studies one after the other; the state of each is added to ``states`` when it is begun.
 
     Where the run is stopped or cancelled, the studies that were not begun are among them, with the reason.
     ``first_list`` is that of a single study that was listed when it was resolved.
     """
-    states: list[StudyState] = []
-    for scope in scopes:
-        options = retrieval.options
+    options = retrieval.options
+    for number, scope in enumerate(scopes):
         state = StudyState(scope, strict=options.strict_forward, sop_classes=options.sop_classes)
-        if states and states[-1].stop_reason is not None:
-            state.stop_reason = states[-1].stop_reason
-        elif states and retrieval.source.cancel.reason is not None:
-            state.errors.append(Cancelled(f"Cancelled: {retrieval.source.cancel.reason}."))
+        states.append(state)
+        if number and states[number - 1].stop_reason is not None:
+            state.stop_reason = states[number - 1].stop_reason
+        elif number and retrieval.source.cancel.reason is not None:
+            state.errors.append(retrieval.source.why_ended())
         else:
             try:
                 retrieval.check_room()
                 StudyRun(retrieval, state, first_list).execute()
             except DicomGetError as error:
                 state.errors.append(error)
+            except Exception as error:
+                log.exception("study %s ended unexpectedly", scope.study)
+                state.errors.append(unexpected(error))
         state.cancelled_by = retrieval.source.cancel.reason
         state.conclude()
-        states.append(state)
-    return states
 
 
 class StudyRun:

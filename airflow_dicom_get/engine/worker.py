@@ -29,7 +29,7 @@ from airflow_dicom_get.errors import (
     ForwardLost,
     GetNotOffered,
     NotAuthorised,
-    peer_text,
+    unexpected,
 )
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
@@ -88,10 +88,7 @@ class Pass:
             The first error that ended the pass; what arrived before is kept.
         """
         workers = self._workers = min(associations, sum(map(_pieces, self._queue)))
-        beside = [clock.spawn(self._work, f"dicom-get-{number}") for number in range(1, workers)]
-        self._work()
-        for worker in beside:
-            worker.join()
+        clock.together([self._work] * max(workers, 1), "dicom-get", self._source.end_at_once)
         if self._error is not None:
             raise self._error
 
@@ -119,9 +116,10 @@ class Pass:
                 self._intake.remark(cause)
                 if not (isinstance(cause, ForwardLate) and failures == 1):  # it has answered by now
                     source.back_off(failures, cause, self._retrieval.options.retries)
-            except BaseException as error:
-                self._fail(DicomGetError(f"Unexpected {type(error).__name__}: {peer_text(error, 200)}"))
-                raise
+            except Exception as error:
+                log.exception("an association ended unexpectedly")
+                self._fail(unexpected(error))
+                return
 
     def _moves(self) -> int:
         """Grows with whatever brings the pass nearer to its end; a source that kills everything does so in vain."""

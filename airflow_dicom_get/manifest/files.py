@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -74,6 +74,7 @@ def write_manifest(
     evidence: str,
     run: str,
     extra: Mapping[str, str] | None = None,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Write a manifest under a temporary name, sync it, and rename it. An older file is replaced whole.
 
@@ -87,6 +88,8 @@ def write_manifest(
         Kept in the metadata of the file.
     extra : mapping, optional
         More metadata.
+    go_on : callable
+        As for :func:`~airflow_dicom_get.storage.files.replace_whole`.
 
     Raises
     ------
@@ -95,9 +98,8 @@ def write_manifest(
     """
     target = Path(path)
     facts = {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
-    files.replace_whole(
-        target, lambda file: _write(rows, file, facts), temporary=f".{target.name}.{clock.token()}.part"
-    )
+    temporary = f".{target.name}.{clock.token()}.part"
+    files.replace_whole(target, lambda file: _write(rows, file, facts), temporary=temporary, go_on=go_on)
     with contextlib.suppress(OSError):
         _remove_stale(target.parent)
 

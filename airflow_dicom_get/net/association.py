@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -99,14 +100,31 @@ class Throttle(Protocol):
         """So many bytes were read; may sleep."""
 
 
-class CancelToken:
-    """Set from any thread or a signal handler, seen by the association at its next wait."""
+OVER = "deadline"
+"""The reason of a cancel where the call's own time is over."""
 
-    __slots__ = ("hard", "reason")
+
+class CancelToken:
+    """Whether a call is to end. Set from any thread or a signal handler, seen by whoever works for it when he waits.
+
+    Attributes
+    ----------
+    reason : str or None
+        Why it is to end, in order.
+    hard : bool
+        At once, without waiting for anybody.
+    left : bool
+        The caller has gone, since something did not return: whoever returns to this changes nothing any more.
+    over_at : float
+        ``clock.monotonic()`` value at which its own time, ``deadlines.operation``, is over.
+    """
+
+    __slots__ = ("hard", "left", "over_at", "reason")
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.hard = False
+        self.hard = self.left = False
+        self.over_at = float("inf")
 
     def cancel(self, reason: str) -> None:
         """Ask for an orderly end; a second call asks for an abort."""
@@ -115,11 +133,54 @@ class CancelToken:
         else:
             self.reason = reason
 
+    def abort(self, reason: str) -> None:
+        """Ask for an end at once."""
+        self.cancel(reason)
+        self.hard = True
+
+    def ending(self) -> bool:
+        """Whether nothing new is to be begun."""
+        return self.reason is not None or clock.monotonic() >= self.over_at
+
     def pause(self, seconds: float) -> None:
         """Wait so many seconds, or until a cancel."""
         limit = clock.monotonic() + seconds
         while self.reason is None and (left := limit - clock.monotonic()) > 0:
             clock.sleep(min(left, _LOOK))
+
+
+class Cancels:
+    """The cancels of a client: each ends the call that runs, or the next one at its start, and no other after it.
+
+    Without locks, since one may come in a signal handler, at any moment of the thread that begins or ends a call.
+    """
+
+    def __init__(self) -> None:
+        self._asked: deque[str] = deque()
+        self._running: CancelToken | None = None
+
+    def cancel(self, reason: str) -> None:
+        """See :meth:`CancelToken.cancel`. Those that wait for a call are all spent by the next one."""
+        self._asked.append(reason)
+        self._hand_on()
+
+    @contextmanager
+    def call(self) -> Iterator[CancelToken]:
+        """While a call runs: what ends it."""
+        token = self._running = CancelToken()
+        try:
+            self._hand_on()  # after it is known: so whoever asks at this moment is heard here, or hands it on himself
+            yield token
+        finally:
+            self._running = None
+
+    def _hand_on(self) -> None:
+        token = self._running
+        while token is not None:
+            try:
+                token.cancel(self._asked.popleft())
+            except IndexError:
+                return
 
 
 class Association:
@@ -142,8 +203,6 @@ class Association:
         """Called with the size of each read; may sleep to hold a rate."""
         self.in_message = False
         """Whether a message is half read: then ``idle`` and ``min_rate`` hold, whatever the PDUs are."""
-        self.operation_limit = float("inf")
-        """``clock.monotonic()`` value at which the whole operation is over."""
         self._line = line
         self._deframer = Deframer(max_pdu_length)
         self._view = memoryview(bytearray(_BUFFER))
@@ -218,8 +277,8 @@ class Association:
         view = self._view if self.throttle is None else self._view[: self.throttle.most]
         inside = self.in_message or self._deframer.mid_pdu
         began = clock.monotonic()
-        if self.operation_limit < limit:
-            limit, phase = self.operation_limit, "operation"
+        if self.cancel.over_at < limit:
+            limit, phase = self.cancel.over_at, "operation"
         idle_limit = began + self.deadlines.idle if inside else limit
         while True:
             if self.cancel.reason is not None and (self.cancel.hard or phase in ("acse", "find_response")):

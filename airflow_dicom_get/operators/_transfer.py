@@ -150,6 +150,7 @@ class TransferOperator(DicomTask):
             yield
         finally:
             over.set()
+            thread.join()
 
     # --- before traffic ----------------------------------------------------------------------------
 

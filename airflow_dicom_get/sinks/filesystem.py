@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, SinkError
+from airflow_dicom_get.net.association import OVER, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Taken
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 MAX_UNCONFIRMED = 64 << 20
 """Bytes that may be taken and not yet confirmed; one instance may be larger than that alone."""
 _MAX_QUEUED = 128  # open files behind the receiver
+_LOOK = 0.2
+"""Seconds between two looks at whether the run is to end."""
+_ENDING, _AT_ONCE = 5.0, 1.0
+"""Seconds that a sync may take in a run that is to end, or to end at once; after that nobody waits for it."""
 _GATHER = 0.02
 """Seconds in which more instances may join the first of a batch."""
 _FOLLOW_FROM = 4 << 20
@@ -66,6 +71,9 @@ class FilesystemSink:
         Titles for the file meta information, how files are written, and what counts as held.
     read_only : bool
         Only :meth:`inventory` will be called, and it shall leave no trace.
+    cancel : CancelToken
+        The run's. A sync cannot be ended: where it does not return in a run that is to end, it is left to itself,
+        with the descriptors of the study; what it was to make durable is not confirmed.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class FilesystemSink:
         options: WritingOptions,
         *,
         read_only: bool = False,
+        cancel: CancelToken | None = None,
     ) -> None:
         self.root = root
         self.disk = files.disk
@@ -92,8 +101,13 @@ class FilesystemSink:
         self._due = 0
         self._done: list[Confirmation] = []
         self._queue: deque[_Pending] = deque()
-        self._syncing = False
+        self._batch: list[_Pending] = []
+        self._syncing = self._given_up = False
+        self._syncer: clock.Worker | None = None
+        self._returned_at = clock.monotonic()
+        """When the thread that syncs was seen at work."""
         self._hurry = clock.event()
+        self.cancel = cancel or CancelToken()
 
     # --- what is held ------------------------------------------------------------------------
 
@@ -184,10 +198,9 @@ class FilesystemSink:
     def begin(self, instance: Instance) -> _FileWriter:
         """See :meth:`sinks.base.Sink.begin`."""
         with self._room:
-            while self._due and (self._unconfirmed >= MAX_UNCONFIRMED or self._due >= _MAX_QUEUED):
-                self._hurry.set()
-                self._room.wait(1.0)
-            self._hurry.clear()
+            self._wait(lambda: not self._due or (self._unconfirmed < MAX_UNCONFIRMED and self._due < _MAX_QUEUED))
+            if self._given_up:
+                raise SinkError("The destination does not return from a sync.", hint="Check its mount.")
         try:
             study = self._study(instance.study)
             try:
@@ -202,21 +215,57 @@ class FilesystemSink:
             study = self._studies.get(uid)
             if study is None:
                 try:
+                    self.check_left()
                     study = self._studies[uid] = _Study(self.root / uid, self.ledgers, uid, self.run)
                 except OSError as error:
                     raise sink_error(error, f"The destination cannot create a folder for study {uid}") from error
             return study
 
     def taken(self, pending: _Pending) -> None:
-        """Hand a taken instance to the threads that make it durable."""
+        """Hand a taken instance to the thread that makes it durable."""
         with self._mutex:
+            if self._given_up:
+                self._done.append(self._not_synced(pending))
+                return
             self._unconfirmed += pending.size
             self._due += 1
             self._queue.append(pending)
             begin = not self._syncing
             self._syncing = True
+            if begin:
+                self._returned_at = clock.monotonic()
         if begin:
-            clock.spawn(self._sync_queued, "dicom-get-sync")
+            self._syncer = clock.spawn(self._sync_queued, "dicom-get-sync")
+
+    def check_left(self) -> None:
+        """Raise :class:`OSError` where the run was left to itself: whoever returns late changes nothing."""
+        if self.cancel.left:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+    def _wait(self, met: Callable[[], bool]) -> None:
+        """Wait, holding the lock, until it is so, or until the thread that syncs is given up."""
+        asked = clock.monotonic()
+        while not met() and not self._left():
+            self._hurry.set()
+            self._room.wait(_LOOK)
+            now = clock.monotonic()
+            if not self.cancel.ending():
+                asked = now
+            elif now - max(asked, self._returned_at) > (_AT_ONCE if self.cancel.hard else _ENDING):
+                self._give_up()
+        self._hurry.clear()
+
+    def _give_up(self) -> None:
+        """Wait no longer for the thread that syncs: it owns the descriptors, and changes nothing when it returns."""
+        log.error("%s does not return from a sync; what it was to make durable is not confirmed.", self.root)
+        self._given_up = True
+        self._done += [self._not_synced(item) for item in (*self._batch, *self._queue)]
+        self._due = self._unconfirmed = 0
+        self.cancel.abort(OVER)
+
+    @staticmethod
+    def _not_synced(item: _Pending) -> Confirmation:
+        return Confirmation(item.instance, "The destination had not synced it when the run ended.", "cancelled")
 
     def _sync_queued(self) -> None:
         """Sync what was taken, until nothing is left for a moment."""
@@ -224,17 +273,25 @@ class FilesystemSink:
             # Each wake-up interrupts the receiver, and each batch costs a commit of the journal.
             self._hurry.wait(_GATHER)
             with self._mutex:
+                if self._given_up:
+                    return
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), _MAX_QUEUED))]
+                self._batch = batch
                 if not batch:
                     self._syncing = False
                     self._room.notify_all()
                     return
             try:
                 results = self._synced(batch)
+            except _GivenUpError:
+                return
             except Exception as error:  # whatever it is: who waits for these must not wait forever
                 log.exception("syncing failed")
                 results = [Confirmation(item.instance, f"sync: unexpected {type(error).__name__}") for item in batch]
             with self._room:
+                if self._left():
+                    return
+                self._batch = []
                 self._done += results
                 self._due -= len(batch)
                 self._unconfirmed -= sum(item.size for item in batch)
@@ -247,57 +304,76 @@ class FilesystemSink:
         """
         results: list[Confirmation] = []
         good: list[_Pending] = []
+        go_on = self._go_on
         if self.options.durable and len(batch) > 1:
             for item in batch:
                 self.disk.start_write_back(item.fd)
         for item in batch:
+            go_on()
             try:
                 if self.options.durable:
                     self.disk.sync_data(item.fd)
                 good.append(item)
             except OSError as error:
                 results.append(Confirmation(item.instance, f"sync: {error.strerror}"))
-            finally:
-                self.disk.close(item.fd)
+            go_on()
+            self.disk.close(item.fd)
         try:
             for item in {item.folder: item for item in good}.values():
+                go_on()
                 if self.options.durable:
                     self.disk.sync(item.folder)
+                    go_on()
                     item.study.sync_folders()
+                go_on()
                 if not self.disk.is_at(item.folder, item.study.path / item.instance.series):
                     # Moved away, or another disk lies over it.
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             for study in {item.study for item in good} if self.options.durable else ():
+                go_on()
                 study.ledger.durable([item.instance.key for item in good if item.study is study])
             results += [Confirmation(item.instance) for item in good]
         except OSError as error:
             results += [Confirmation(item.instance, f"sync: {error.strerror}") for item in good]
         return results
 
+    def _left(self) -> bool:
+        return self._given_up or self.cancel.left
+
+    def _go_on(self) -> None:
+        """Between two calls of the disk: raise where nobody waits any more for what they are for."""
+        if self._left():
+            raise _GivenUpError
+        self._returned_at = clock.monotonic()
+
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """See :meth:`sinks.base.Sink.confirmations`."""
         with self._room:
-            while wait and self._due:
-                self._hurry.set()
-                self._room.wait(1.0)
-            self._hurry.clear()
+            if wait:
+                self._wait(lambda: not self._due)
             done, self._done = self._done, []
             return done
 
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
-        self._hurry.set()
         with self._room:
-            while self._syncing:
-                self._room.wait(1.0)
+            self._wait(lambda: not self._syncing)
+        if self._left():
+            return
+        if self._syncer is not None:
+            self._syncer.join()
         failed: OSError | None = None
         for study in self._studies.values():
             try:
-                study.close(self.options.durable)
+                study.close(self.options.durable, self.cancel)
             except OSError as error:
                 failed = error
         if failed is not None:
             raise sink_error(failed, "The ledger of what is held cannot be written") from failed
+
+
+class _GivenUpError(Exception):
+    """The run has ended without the thread that syncs."""
 
 
 class _Pending:
@@ -364,7 +440,7 @@ class _Study:
                 self._unsynced += unsynced
             raise
 
-    def close(self, durable: bool) -> None:
+    def close(self, durable: bool, cancel: CancelToken) -> None:
         """Sync the ledger, give back the lock. Raises :class:`OSError` where what was recorded may be lost."""
         failed: OSError | None = None
         try:
@@ -372,6 +448,8 @@ class _Study:
                 self.ledger.sync()
         except OSError as error:
             failed = error
+        if cancel.left:
+            return
         self.ledger.close()
         for fd in (*self._folders.values(), *self._gone):
             self._disk.close(fd)
@@ -478,9 +556,11 @@ class _FileWriter:
         """Give the file its final name, which never takes the place of a whole other one."""
         instance, folder, study = self._instance, self._folder, self._study
         final = f"{instance.sop}.dcm"
+        self._sink.check_left()
         if self._disk.has(final, folder):
             return self._meet_first(final)
         study.ledger.taken(instance)
+        self._sink.check_left()
         try:
             self._disk.rename_new(self._name, final, folder)
         except FileExistsError:  # another run was quicker by a moment
@@ -542,6 +622,7 @@ class _FileWriter:
         if self._sink.options.durable:
             ledger.sync()
         ledger.taken(self._instance)
+        self._sink.check_left()
         self._disk.rename_over(self._name, final, self._folder)
         self._sink.torn.discard(self._instance.key)
         return self._placed()
@@ -556,6 +637,8 @@ class _FileWriter:
 
     def abort(self) -> None:
         """See :meth:`sinks.base.Writer.abort`."""
+        if self._sink.cancel.left:
+            return
         if self._follower is not None:
             with suppress(OSError):
                 self._follower.finish()

@@ -155,6 +155,8 @@ class LedgerWriter:
             if not self._size:
                 lines = header_line() + lines
             data = lines.encode("ascii")
+            if self._fd < 0:  # its number may be another file's by now
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if self._disk.write(self._fd, data) != len(data):
                 # Part of a line would break what is appended once there is room.
                 self._disk.truncate(self._fd, self._size)
@@ -183,7 +185,9 @@ class LedgerWriter:
 
     def close(self) -> None:
         """Close; a ledger that recorded nothing is removed."""
-        self._disk.close(self._fd)
+        with self._mutex:
+            fd, self._fd = self._fd, -1
+        self._disk.close(fd)
         if not self._size:
             self._disk.remove(self.path)
 

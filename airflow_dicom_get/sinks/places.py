@@ -32,6 +32,9 @@ _RESERVE = 64 << 20
 class Root(Protocol):
     """Where manifests and ledgers lie."""
 
+    def attend(self, cancel: CancelToken) -> None:
+        """Write no manifest once the run was left to itself."""
+
     def prepare(self) -> None:
         """Find out before any traffic to the source whether it can be used. Raises :class:`SinkError`."""
 
@@ -49,7 +52,7 @@ class Place(Protocol):
     """As the column ``destination`` of the manifest has it."""
 
     def attend(self, cancel: CancelToken) -> None:
-        """Let a hard cancel of the run end the waits for the destination too."""
+        """Let the end of the run end the waits for the destination too."""
 
     def expect(self, sop_classes: Iterable[str]) -> None:
         """SOP classes that are to come."""
@@ -70,6 +73,11 @@ class OpenDestination:
 
     place: Place
     root: Root
+
+    def attend(self, cancel: CancelToken) -> None:
+        """Let the end of the run end the waits for both."""
+        self.place.attend(cancel)
+        self.root.attend(cancel)
 
     def prepare(self) -> None:
         """Find out before any traffic to the source what would make all of it vain. Raises :class:`SinkError`."""
@@ -146,12 +154,14 @@ class FolderPlace:
         self.path = path.absolute()
         self.uri = FilesystemDestination(self.path).uri
         self._options = options
+        self._cancel: CancelToken | None = None
 
     def __str__(self) -> str:
         return str(self.path)
 
     def attend(self, cancel: CancelToken) -> None:
-        """See :meth:`Place.attend`: nobody waits for a folder."""
+        """See :meth:`Place.attend`."""
+        self._cancel = cancel
 
     def expect(self, sop_classes: Iterable[str]) -> None:
         """See :meth:`Place.expect`: a folder takes any."""
@@ -173,7 +183,7 @@ class FolderPlace:
         """See :meth:`Place.sink`."""
         from airflow_dicom_get.sinks.filesystem import FilesystemSink
 
-        return FilesystemSink(self.path, ledgers, run, self._options, read_only=read_only)
+        return FilesystemSink(self.path, ledgers, run, self._options, read_only=read_only, cancel=self._cancel)
 
 
 class FolderRoot:
@@ -183,6 +193,11 @@ class FolderRoot:
         if files.exists(path) and not files.is_folder(path):
             raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
         self.path = path
+        self._cancel: CancelToken | None = None
+
+    def attend(self, cancel: CancelToken) -> None:
+        """See :meth:`Root.attend`."""
+        self._cancel = cancel
 
     def prepare(self) -> None:
         """See :meth:`Root.prepare`: the options were checked against the folder already."""
@@ -199,10 +214,13 @@ class FolderRoot:
 
         path = self.path / f"{name}.parquet"
         try:
-            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run)
+            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run, go_on=self._go_on)
         except OSError as error:
             raise sink_error(error, f"The manifest {path} cannot be written") from error
         return manifest_uri(path)
+
+    def _go_on(self) -> bool:
+        return self._cancel is None or not self._cancel.left
 
 
 def state_folder() -> Path:

@@ -179,6 +179,8 @@ class S3Sink:
             etag = self._store(study, upload)
             if etag is None:
                 error, reason = _OTHER, "different_content"
+            elif self.uploads.abandoned:  # nobody counts it any more, and the ledger may be closed
+                error, reason = "The run was cancelled.", "cancelled"
             else:
                 study.ledger.taken(upload.instance)
                 study.ledger.durable([upload.instance.key], etag)

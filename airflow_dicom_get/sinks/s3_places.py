@@ -89,6 +89,9 @@ class BucketRoot:
     def __init__(self, bucket: Bucket, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
 
+    def attend(self, cancel: CancelToken) -> None:
+        """See :meth:`~airflow_dicom_get.sinks.places.Root.attend`: a request ends by itself."""
+
     def prepare(self) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.prepare`."""
         self.bucket.reach(f"{self.prefix}/" if self.prefix else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.errors import S3Error, SinkError
@@ -19,6 +19,8 @@ PART_SIZE = 8 << 20
 _LEAST_COST = 32 << 10
 """Bytes that a request counts as at least: so many small ones that wait take memory too."""
 _LONGEST_PAUSE = 5.0
+_LONGEST_END = 3.0
+"""Seconds that a request may take in a run that is to end at once."""
 LOOK = 0.2
 """Seconds between two looks at whether the run is cancelled."""
 _BUCKET_GONE = "NoSuchBucket"
@@ -52,6 +54,8 @@ class Uploads:
         self._pool = clock.pool(concurrency * REQUESTS_PER_SLOT, "dicom-get-s3")
         self._room = clock.condition()
         self._bytes = 0
+        self._active = 0
+        """Requests that are handed over and not done."""
         self._stored_at = 0.0
         self._lost: S3Error | None = None
         self._cancel = cancel or CancelToken()
@@ -104,11 +108,23 @@ class Uploads:
                     self._bytes -= cost
                     self._room.notify_all()
 
-        return self._pool.submit(run)
+        return self._submitted(run)
 
     def submit(self, work: Callable[[], object]) -> None:
         """Do something after what was handed over before it was begun."""
-        self._pool.submit(work)
+        self._submitted(work)
+
+    def _submitted(self, work: Callable[[], T]) -> Future[T]:
+        with self._room:
+            self._active += 1
+        future = self._pool.submit(work)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _future: Future[Any]) -> None:
+        with self._room:
+            self._active -= 1
+            self._room.notify_all()
 
     def persist(self, request: Callable[[], T]) -> T:
         """Make a request, again and again through an outage.
@@ -148,5 +164,15 @@ class Uploads:
             self._room.notify_all()
 
     def close(self) -> None:
-        """Wait for all that was handed over, unless it is abandoned."""
-        self._pool.shutdown(wait=not self.abandoned, cancel_futures=self.abandoned)
+        """Wait for all that was handed over; in a run that is to end at once for what is being sent, and not long."""
+        with self._room:
+            while self._active and not self.abandoned:
+                self._room.wait(LOOK)
+        if self.abandoned:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            limit = clock.monotonic() + _LONGEST_END
+            with self._room:
+                while self._active and clock.monotonic() < limit:
+                    self._room.wait(LOOK)
+        if not self._active:
+            self._pool.shutdown()

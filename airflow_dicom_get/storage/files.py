@@ -331,7 +331,13 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[written:]
 
 
-def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, temporary: str) -> None:
+def replace_whole(
+    path: Path,
+    write: Callable[[io.RawIOBase], object],
+    *,
+    temporary: str,
+    go_on: Callable[[], bool] = lambda: True,
+) -> None:
     """Write a file under a temporary name, sync it, and rename it. An older one is replaced whole.
 
     Parameters
@@ -342,22 +348,33 @@ def replace_whole(path: Path, write: Callable[[io.RawIOBase], object], *, tempor
         Called with a file to write to.
     temporary : str
         Its name until then.
+    go_on : callable
+        Asked after each call of the disk, which may not return for long: nothing is changed any more where it says no.
 
     Raises
     ------
     OSError
         Nothing is left under ``path`` that was not there before.
     """
+
+    def check() -> None:
+        if not go_on():
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
     new_in = make_folders(path.parent)
     folder = disk.open_folder(path.parent)
     try:
-        with opened(temporary, NEW, folder) as fd, _Output(fd) as output:
+        check()
+        with opened(temporary, NEW, folder) as fd, _Output(fd, check) as output:
             try:
                 write(output)
+                check()
                 disk.sync(fd)
+                check()
                 disk.rename_over(temporary, path.name, folder)
             except BaseException:
                 with suppress(OSError):
+                    check()
                     disk.unlink(temporary, folder)
                 raise
         disk.sync(folder)
@@ -374,8 +391,8 @@ class _Output(io.RawIOBase):
     finalised, and by then the descriptor may belong to another file.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd, self._position = fd, 0
+    def __init__(self, fd: int, check: Callable[[], None]) -> None:
+        self._fd, self._position, self._check = fd, 0, check
 
     def writable(self) -> bool:
         return True
@@ -384,6 +401,7 @@ class _Output(io.RawIOBase):
         if self.closed:
             raise ValueError("The file is closed.")
         size = memoryview(data).nbytes
+        self._check()
         write_all(self._fd, data)
         self._position += size
         return size

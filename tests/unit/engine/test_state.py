@@ -178,8 +178,18 @@ class TestAnswers:
         moved.instances[other.key] = other
         assert state.take_list(moved) is True
         state.answer(uid(1), state.instances[other.key], STORED)
+        state.confirm(Confirmation(state.instances[other.key]))
         state.conclude()
         assert {x.key: x.state for x in state.rows()} == {key(1): "withdrawn", other.key: "stored"}
+
+    def test_what_was_taken_and_never_confirmed_does_not_count(self) -> None:
+        state = listed(1, 2)
+        for number in (1, 2):
+            state.answer(uid(number), state.instances[key(number)], STORED)
+        state.confirm(Confirmation(state.instances[key(1)]))
+        state.conclude()
+        state.conclude()
+        assert [(x.state, x.reason) for x in state.rows()] == [("stored", None), ("failed", "cancelled")]
 
     def test_an_object_that_names_another_series_leaves_its_instance_missing(self) -> None:
         state = listed(1)

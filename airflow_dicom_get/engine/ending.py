@@ -1,0 +1,81 @@
+"""How a call ends: with nothing of it at work any more, whatever ended it.
+
+Its work is done beside the caller. A handler of a signal may raise in the caller's thread, between any two
+steps of it (Ctrl-C, Airflow's timeout of a task); here it finds nobody but one who waits. It also finds
+him where the work does not return, as from a write to a file server that is dead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from airflow_dicom_get import clock
+from airflow_dicom_get.errors import SinkError
+from airflow_dicom_get.net.association import OVER, CancelToken
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOOK = 0.2
+PATIENCE = 5.0
+"""Seconds in which a call ends that is to end at once; and that it may go on when its time is over."""
+
+
+class StuckError(Exception):
+    """The work did not return: the call was left to itself, and changes nothing any more when it does."""
+
+    @staticmethod
+    def error() -> SinkError:
+        """What to say of what could not be written for that."""
+        return SinkError(
+            "The destination did not return from a call, so the call was given up, and no manifest was written.",
+            hint="Check the mount of the destination, then run again: what is held is not fetched again.",
+        )
+
+
+def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
+    """Have the work of a call done beside the caller, and give what it returns.
+
+    Parameters
+    ----------
+    work : callable
+        Raises what the caller is to get.
+    cancel : CancelToken
+        What ends it. It is left where the work does not return.
+
+    Raises
+    ------
+    StuckError
+        It was to end at once, and did not within :data:`PATIENCE`.
+    BaseException
+        What the work raised; or what came in this thread, after the work has ended by it.
+    """
+    came: BaseException | None = None
+    until = float("inf")
+    try:
+        call = clock.Beside(work, "dicom-get-run")
+    except BaseException as error:
+        cancel.abort(type(error).__name__)
+        raise
+    while True:
+        try:
+            while clock.monotonic() < until and not call.wait(_LOOK):
+                if clock.monotonic() >= cancel.over_at + PATIENCE:
+                    cancel.abort(OVER)
+                if cancel.hard:
+                    until = min(until, clock.monotonic() + PATIENCE)
+            break
+        except BaseException as error:
+            cancel.abort(type(error).__name__)
+            came = came or error
+    if not call.wait(0):
+        cancel.left = True
+        log.error("The destination does not return from a call; it was left to itself.")
+        if came is None:
+            raise StuckError
+    if came is not None:
+        raise came
+    return call.result()

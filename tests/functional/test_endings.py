@@ -1,0 +1,418 @@
+"""However a call ends, nothing of it is at work afterwards: no thread, no association, no file that changes.
+
+Exceptions come by real signals, as Ctrl-C and Airflow's timeout of a task do; a disk that hangs is the seam
+with a call that does not return, here and in a process of the shell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get import GetScu, StoreScu
+from airflow_dicom_get.engine import spread
+from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
+from airflow_dicom_get.engine.resolve import Finder
+from airflow_dicom_get.storage import files
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.sample_data import big_study
+from tests.support.holdings import Holding
+from tests.support.odd_destination import OddDestination
+
+WITHIN = 20.0
+"""Seconds that tell an end from a hang; half of it are promised."""
+
+
+class TaskTimeout(BaseException):
+    """As Airflow's: raised by the handler of a signal, in the main thread, wherever that is."""
+
+
+def ours() -> list[str]:
+    """The threads of a call."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("dicom-get")]
+
+
+def below(folder: Path) -> dict[str, tuple[int, int]]:
+    """What lies in a folder: sizes and times of change."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        found[str(path.relative_to(folder))] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@contextmanager
+def recycled(folder: Path) -> Iterator[None]:
+    """Files that get the numbers of descriptors that were closed: nobody writes into them."""
+    folder.mkdir()
+    names = [folder / f"{number}" for number in range(60)]
+    open_files = [os.open(name, os.O_RDWR | os.O_CREAT) for name in names]
+    folders = [os.open(folder, os.O_RDONLY) for _ in names]
+    try:
+        yield
+        assert {path.name for path in folder.iterdir()} == {name.name for name in names}
+        assert all(not name.stat().st_size for name in names)
+    finally:
+        for fd in (*open_files, *folders):
+            os.close(fd)
+
+
+@contextmanager
+def raised_by_signal(when: Callable[[], object]) -> Iterator[None]:
+    """While this lasts, a signal raises :class:`TaskTimeout` in the main thread once something is so."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        raise TaskTimeout
+
+    over = threading.Event()
+
+    def send() -> None:
+        limit = time.monotonic() + WITHIN
+        while not when() and time.monotonic() < limit:
+            if over.wait(0.005):
+                return
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        over.set()
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def idle(pacs: EmbeddedPacs) -> bool:
+    limit = time.monotonic() + 5
+    while pacs.associations and time.monotonic() < limit:
+        time.sleep(0.01)
+    return pacs.associations == 0
+
+
+# --- an exception in the middle ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["folder", "node", "bucket"])
+def destination(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    if request.param == "folder":
+        yield {"destination": tmp_path / "to"}
+    elif request.param == "node":
+        with OddDestination() as node:
+            yield {"destination": f"dicom://{node.node}", "manifest_root": tmp_path / "to"}
+    else:
+        service: Moto = request.getfixturevalue("moto")
+        prefix = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+        # The ledgers lie in a folder: these are the descriptors that may be recycled.
+        place = {"destination": f"s3://{BUCKET}/{prefix}", "manifest_root": tmp_path / "to"}
+        yield {**place, "s3_config": service.config}
+
+
+@pytest.mark.parametrize("way", ["signal", "callback"])
+@pytest.mark.parametrize("associations", [1, 3])
+def test_after_an_exception_nothing_of_a_retrieval_is_at_work(
+    tmp_path: Path,
+    ct: Holding,
+    embedded: Callable[..., EmbeddedPacs],
+    destination: dict[str, Any],
+    associations: int,
+    way: str,
+) -> None:
+    pacs = embedded(ct.folder, before_send=lambda sop: time.sleep(0.02))
+    came: list[Any] = []
+
+    def callback(event: Any) -> None:
+        came.append(event)
+        if way == "callback" and len(came) == 7:
+            raise TaskTimeout
+
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", associations=associations, max_associations=associations, **destination)
+    began = time.monotonic()
+    with raised_by_signal(lambda: way == "signal" and len(came) >= 7), pytest.raises(TaskTimeout):
+        scu.get_study({"StudyInstanceUID": ct.study}, on_sub_operation=callback)
+    assert time.monotonic() - began < WITHIN
+    assert ours() == []
+    before, number = below(tmp_path / "to"), len(came)
+    with recycled(tmp_path / "others"):
+        assert idle(pacs)
+        time.sleep(0.3)
+    assert below(tmp_path / "to") == before
+    assert len(came) == number < 40
+    result = scu.get_study({"StudyInstanceUID": ct.study})
+    assert result.verdict == "complete"
+
+
+def test_after_a_signal_nothing_lists_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    serve = spread._serve
+
+    def serve_slowly(finder: Finder, queue: deque[SeriesInfo], list_series: ListSeries) -> None:
+        def list_slowly(finder: Finder, series: SeriesInfo) -> None:
+            time.sleep(0.1)
+            list_series(finder, series)
+
+        serve(finder, queue, list_slowly)
+
+    monkeypatch.setattr(spread, "_serve", serve_slowly)
+    study = big_study(tmp_path / "pacs", 48, 200, name="endings", series=24)
+    pacs = embedded(tmp_path / "pacs")
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to", associations=3, max_associations=3)
+    with raised_by_signal(lambda: "dicom-get-list-2" in ours()), pytest.raises(TaskTimeout):
+        scu.get_study({"StudyInstanceUID": study})
+    assert ours() == []
+    assert idle(pacs)
+
+
+@pytest.mark.parametrize("way", ["signal", "callback"])
+def test_after_an_exception_nothing_of_a_store_is_at_work(tmp_path: Path, ct: Holding, way: str) -> None:
+    came: list[Any] = []
+
+    def callback(event: Any) -> None:
+        came.append(event)
+        if way == "callback" and len(came) == 5:
+            raise TaskTimeout
+
+    with OddDestination(delay=lambda number: 0.05) as node:
+        scu = StoreScu(node.node, manifest_root=tmp_path / "to", associations=3, max_associations=3)
+        with raised_by_signal(lambda: way == "signal" and len(came) >= 5), pytest.raises(TaskTimeout):
+            scu.store(ct.folder, on_sub_operation=callback)
+        assert ours() == []
+        before, number = below(tmp_path / "to"), len(came)
+        with recycled(tmp_path / "others"):
+            time.sleep(0.3)
+        assert below(tmp_path / "to") == before
+        assert len(came) == number < 40
+        assert scu.store(ct.folder).verdict == "complete"
+
+
+# --- cancels ---------------------------------------------------------------------------------------------------
+
+
+def test_each_cancel_is_spent_by_one_call(tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs]) -> None:
+    pacs = embedded(ct.folder)
+    query = {"StudyInstanceUID": ct.study}
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to")
+    scu.cancel("before")
+    result = scu.get_study(query)
+    assert (result.verdict, result.reason, result.completed) == ("cancelled", "before", 0)
+    result = scu.get_study(
+        query, on_sub_operation=lambda event: scu.cancel("between") if event.completed == 3 else None
+    )
+    assert (result.verdict, result.reason) == ("cancelled", "between")
+    assert 3 <= result.completed < 40
+    assert scu.get_study(query).verdict == "complete"
+    assert scu.find(query)[0].StudyInstanceUID == ct.study
+    with OddDestination() as node:
+        store = StoreScu(node.node, manifest_root=tmp_path / "state")
+        store.cancel("before")
+        assert store.store(ct.folder).reason == "before"
+        assert store.store(ct.folder).verdict == "complete"
+
+
+# --- a disk that does not return -------------------------------------------------------------------------------
+
+
+class Hung(files.Disk):
+    """Some calls do not return until :attr:`released` is set, from the given one of them on."""
+
+    def __init__(self, calls: set[str], first: int) -> None:
+        self.calls, self.left = calls, first
+        self.reached, self.released = threading.Event(), threading.Event()
+        self.inside = 0
+
+    def _hang(self, name: str) -> None:
+        if name in self.calls:
+            self.left -= 1
+            if self.left < 0:
+                self.reached.set()
+                self.inside += 1
+                assert self.released.wait(60)
+                self.inside -= 1
+
+    def sync(self, fd: int) -> None:
+        self._hang("sync")
+        super().sync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        self._hang("sync_data")
+        super().sync_data(fd)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        self._hang("write")
+        return super().write(fd, data)
+
+    def rename_new(self, old: str, new: str, folder: int) -> None:
+        self._hang("rename")
+        if self.reached.is_set():
+            raise OSError(5, "Input/output error")
+        super().rename_new(old, new, folder)
+
+
+@pytest.mark.parametrize("way", ["cancel", "cancelled twice", "operation", "signal"])
+@pytest.mark.parametrize("calls", [{"sync_data"}, {"sync", "sync_data"}, {"rename"}], ids="+".join)
+def test_a_disk_that_does_not_return_does_not_keep_a_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ct: Holding,
+    embedded: Callable[..., EmbeddedPacs],
+    calls: set[str],
+    way: str,
+) -> None:
+    if "rename" in calls and way == "cancel":
+        pytest.skip("the first cancel waits for what is being taken")
+    disk = Hung(calls, 5)
+    monkeypatch.setattr(files, "disk", disk)
+    pacs = embedded(ct.folder)
+    deadlines = {"operation": 2.0} if way == "operation" else {}
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to", deadlines=deadlines)
+    results: list[Any] = []
+
+    def cancel() -> None:
+        assert disk.reached.wait(WITHIN)
+        for _ in range(("cancel" in way) + ("twice" in way)):
+            scu.cancel("stop")
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    began = time.monotonic()
+    try:
+        if way == "signal":
+            with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
+                scu.get_study({"StudyInstanceUID": ct.study})
+        else:
+            results.append(scu.get_study({"StudyInstanceUID": ct.study}))
+        assert time.monotonic() - began < WITHIN
+        assert idle(pacs)
+        assert len(ours()) == disk.inside <= 2, "those alone that the disk holds"
+        before = below(tmp_path / "to")
+    finally:
+        disk.released.set()
+        canceller.join()
+    limit = time.monotonic() + WITHIN
+    while ours() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert ours() == []
+    assert below(tmp_path / "to") == before
+    for result in results:
+        assert result.verdict == ("partial" if way == "operation" and result.completed else result.verdict)
+        assert result.verdict in ("cancelled", "partial", "failed")
+        assert result.completed < 40
+        frame = result.manifest
+        assert result.completed == frame["state"].isin(["stored", "held"]).sum()
+        if "sync" in calls:
+            assert result.manifest_uri is None
+            assert "no manifest was written" in result.errors[0]["error"]
+    monkeypatch.setattr(files, "disk", files.Disk())
+    again = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    assert again.verdict == "complete"
+
+
+SCRIPT = """
+import sys, threading
+from airflow_dicom_get.storage import files
+class Hung(files.Disk):
+    def sync_data(self, fd):
+        print("hung", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    sync = sync_data
+files.disk = Hung()
+from airflow_dicom_get.cli.main import run
+run()
+"""
+
+
+def test_the_shell_ends_though_the_disk_hangs(
+    tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    pacs = embedded(ct.folder)
+    command = [sys.executable, "-c", SCRIPT, "get", f"PACS@127.0.0.1:{pacs.port}", "--study", ct.study,
+               "--to", str(tmp_path / "to"), "--json"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "hung" not in process.stderr.readline():
+            assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < WITHIN
+    value = json.loads(out)
+    assert (value["verdict"], value["reason"], value["completed"]) == ("cancelled", "SIGINT", 0)
+    assert value["manifest"] is None
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+# --- what fails at the end -------------------------------------------------------------------------------------
+
+
+def test_a_destination_that_cannot_be_closed_ends_in_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ct: Holding, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    class Failing(files.Disk):
+        def remove(self, path: files.Where) -> None:
+            if str(path).endswith(".lock"):
+                raise OSError(5, "Input/output error")
+            super().remove(path)
+
+    monkeypatch.setattr(files, "disk", Failing())
+    pacs = embedded(ct.folder)
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path)
+    result = scu.get_study({"StudyInstanceUID": ct.study})
+    assert (result.verdict, result.reason, result.completed) == ("partial", "destination_error", 40)
+    assert "Input/output error" in result.errors[0]["error"]
+    assert result.transient
+    assert result.manifest_uri is not None
+
+
+def test_a_manifest_that_cannot_be_written_ends_in_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ct: Holding, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise pa.ArrowInvalid("no")
+
+    monkeypatch.setattr(pq, "ParquetWriter", fail)
+    pacs = embedded(ct.folder)
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to")
+    result = scu.get_study({"StudyInstanceUID": ct.study})
+    assert (result.verdict, result.completed, result.manifest_uri) == ("partial", 40, None)
+    assert "Unexpected ArrowInvalid" in result.errors[0]["error"]
+    with OddDestination() as node:
+        stored = StoreScu(node.node, manifest_root=tmp_path / "state").store(ct.folder)
+    assert (stored.verdict, stored.completed, stored.manifest_uri) == ("partial", 40, None)
+
+
+def test_a_file_that_vanishes_before_it_is_sent_again_is_a_row(tmp_path: Path, ct: Holding) -> None:
+    shutil.copytree(ct.folder, tmp_path / "from")
+    (victim, *_) = sorted((tmp_path / "from").rglob("*.dcm"))
+
+    def status(number: int) -> int:
+        victim.unlink(missing_ok=True)
+        return 0xA700 if number == 1 else 0
+
+    with OddDestination(status=status) as node:
+        result = StoreScu(node.node, manifest_root=tmp_path / "state").store(tmp_path / "from")
+    assert (result.verdict, result.completed, result.failed) == ("partial", 39, 1)
+    assert any("is not there" in error["error"] or "No such file" in error["error"] for error in result.errors)
