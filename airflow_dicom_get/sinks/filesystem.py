@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
-from airflow_dicom_get.errors import DestinationFull, SinkError
+from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
@@ -40,6 +41,8 @@ _LOOK = 0.2
 """Seconds between two looks at whether the run is to end."""
 _ENDING, _AT_ONCE = 5.0, 1.0
 """Seconds that a sync may take in a run that is to end, or to end at once; after that nobody waits for it."""
+_PREAMBLE = 132
+"""Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 _GATHER = 0.02
 """Seconds in which more instances may join the first of a batch."""
 _FOLLOW_FROM = 4 << 20
@@ -123,9 +126,14 @@ class FilesystemSink:
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
             candidates = records.pop((series, sop), [])
-            found = self._verified(study, candidates, entry, place)
-            if found is None and not candidates and self.options.adopt and not self._read_only:
-                found = self._adopted(study, series, sop, entry)
+            try:
+                found = self._verified(study, candidates, entry, place)
+                if found is None and not candidates and self.options.adopt and not self._read_only:
+                    found = self._adopted(study, series, sop, entry)
+            except FileNotFoundError:  # somebody has taken it away just now
+                continue
+            except OSError as error:
+                raise sink_error(error, f"The destination cannot tell whether it holds instance {sop}") from error
             if found is not None:
                 held[found.key] = found
         return held
@@ -181,6 +189,7 @@ class FilesystemSink:
 
     def _sync_now(self, path: str) -> None:
         if self.options.durable:
+            files.write_again(path)
             folder = os.path.dirname(path)
             for each in (path, folder, os.path.dirname(folder), self.root):
                 sync_path(each)
@@ -401,14 +410,32 @@ class _Study:
             locks.clean_dead_runs(path, run)
             self.ledger = ledgers.open(uid, run)
         except BaseException:
-            self._disk.close(self._lock)  # the next try of this run would wait for it for ever
+            self._give_back_lock()  # the next try of this run would wait for it for ever
             raise
+        self._records = partial(ledgers.read, uid)
+        self._known: set[Key] | None = None
         self.placed: set[Key] = set()
         """What this run put here; filled where a file of another run may be replaced."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
+
+    def known_durable(self) -> set[Key]:
+        """What runs before this one have recorded as durable."""
+        if self._known is None:
+            try:
+                records = self._records()
+            except LedgerError:
+                records = {}
+            self._known = {key for key, found in records.items() if any(record.durable for record in found)}
+        return self._known
+
+    def _give_back_lock(self) -> None:
+        try:
+            self._disk.remove(self._lock_path)
+        finally:
+            self._disk.close(self._lock)
 
     def series(self, uid: str, *, anew: bool = False) -> int:
         """An open descriptor of the series folder, made if absent; ``anew`` where the one that was open is gone."""
@@ -453,8 +480,8 @@ class _Study:
         self.ledger.close()
         for fd in (*self._folders.values(), *self._gone):
             self._disk.close(fd)
-        self._disk.remove(self._lock_path)
-        self._disk.close(self._lock)
+        with suppress(OSError):  # who finds it will see that nobody holds it
+            self._give_back_lock()
         for folder in (*(self.path / uid for uid in self._folders), self.path):
             try:
                 self._disk.remove_folder(folder)  # only where nothing came
@@ -586,6 +613,8 @@ class _FileWriter:
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd)
+                if self._sink.options.durable and instance.key not in self._study.known_durable():
+                    files.write_again(final, self._folder)
                 self._study.ledger.taken(instance)
                 self._drop()
                 pending, fd = _Pending(instance, self._study, fd, self._folder, size), -1
@@ -611,8 +640,8 @@ class _FileWriter:
             return True
         if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
             return True
-        if meta is None:  # a bare data set, or no DICOM file: but for a file of zeros, as crashes leave them, it stays
-            return not any(self._disk.read_at(fd, META_LIMIT, 0))
+        if meta is None:  # a bare data set, or no DICOM file: but for one that begins with zeros, as crashes leave them
+            return not any(self._disk.read_at(fd, _PREAMBLE, 0))
         return not ends_whole(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
 
     def _put_over(self, final: str) -> Taken:

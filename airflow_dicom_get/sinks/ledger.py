@@ -315,8 +315,8 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str
     """Each record with the schema of its file."""
     schema = 0
     for number, line in enumerate(BytesIO(data), 1):  # not all lines at once: a ledger may be large
-        if not line.endswith(b"\n"):
-            return  # torn
+        if not line.endswith(b"\n") or b"\0" in line:
+            return  # torn; what follows the zeros of a power cut was not synced either
         try:
             entry = json.loads(line)
             if not isinstance(entry, dict):

@@ -138,8 +138,12 @@ class FolderPlace:
     """A folder: see :class:`Place`."""
 
     def __init__(self, path: Path, options: GetOptions) -> None:
-        at = _nearest(path.absolute())
-        if not files.is_folder(at):
+        try:
+            at = _nearest(path.absolute())
+            is_folder = files.is_folder(at)
+        except OSError as error:
+            raise _unseen("destination", path, error) from error
+        if not is_folder:
             raise InvalidOption(
                 f"destination: {at} is a file.",
                 hint="Give a folder, or a path where one can be created.",
@@ -171,7 +175,12 @@ class FolderPlace:
 
     def check_room(self) -> None:
         """See :meth:`Place.check_room`."""
-        free = files.disk.free(_nearest(self.path))
+        from airflow_dicom_get.sinks.filesystem import sink_error
+
+        try:
+            free = files.disk.free(_nearest(self.path))
+        except OSError as error:
+            raise sink_error(error, f"The destination {self.path} cannot be looked at") from error
         if free < _RESERVE:
             raise DestinationFull(
                 f"The destination {self.path} has {free >> 20} MiB free; "
@@ -190,7 +199,11 @@ class FolderRoot:
     """Manifests and ledgers in a folder: see :class:`Root`."""
 
     def __init__(self, path: Path) -> None:
-        if files.exists(path) and not files.is_folder(path):
+        try:
+            is_file = files.exists(path) and not files.is_folder(path)
+        except OSError as error:
+            raise _unseen("manifest_root", path, error) from error
+        if is_file:
             raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
         self.path = path
         self._cancel: CancelToken | None = None
@@ -270,6 +283,14 @@ class ForwardPlace:
         from airflow_dicom_get.sinks.forward import ForwardSink
 
         return ForwardSink(self.target, ledgers, run, self._options, cancel=self._cancel, classes=self._classes)
+
+
+def _unseen(option: str, path: Path, error: OSError) -> InvalidOption:
+    return InvalidOption(
+        f"{option}: {path} cannot be looked at: {error.strerror or error}.",
+        hint="Check permissions and mount.",
+        option=option,
+    )
 
 
 def _nearest(path: Path) -> Path:

@@ -321,6 +321,25 @@ def sync_path(path: Where) -> None:
         disk.sync(fd)
 
 
+def write_again(path: Where, folder: int | None = None) -> None:
+    """Write a file once more as it is, where we may: a sync of it is then one of what it holds.
+
+    After a sync that failed, what could not be written counts as written; the next sync succeeds and writes nothing.
+    So it is of no worth to sync what another process has written, or a run before this one.
+    """
+    try:
+        fd = disk.open(path, CHANGE, folder)
+    except OSError:
+        return
+    try:
+        position = 0
+        while chunk := disk.read_at(fd, CHUNK, position):
+            write_all(fd, chunk)
+            position += len(chunk)
+    finally:
+        disk.close(fd)
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write all of it, also where the disk takes a part at a time (a signal, a disk that gets full)."""
     view = memoryview(data)

@@ -236,6 +236,14 @@ def test_a_torn_last_line_is_ignored(content: bytes, cut: int) -> None:
     assert parse(torn) == parse(whole)
 
 
+@given(LEDGERS, st.integers(0, 3000), st.integers(1, 600))
+def test_zeros_where_a_power_cut_lost_a_page_end_a_ledger(content: bytes, at: int, lost: int) -> None:
+    at = min(at, len(content))
+    torn = content[:at] + bytes(len(content[at : at + lost])) + content[at + lost :]
+    whole = torn[:at][: torn[:at].rfind(b"\n") + 1] if torn != content else content
+    assert parse(torn) == parse(whole)
+
+
 @given(st.lists(st.tuples(st.sampled_from(("taken", "durable", "dropped")), UIDS), max_size=20))
 def test_the_last_word_counts(steps: list[tuple[str, str]]) -> None:
     lines: dict[str, Callable[[str], str]] = {
