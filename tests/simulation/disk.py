@@ -893,7 +893,6 @@ class ModelDisk(files.Disk):
         entries = [Entry(self, below, name, os.path.join(text, name)) for name, below in node.entries.items()]
         return entries[::-1]  # no order is promised
 
-    @_call("status")
     def is_writable(self, path: Where) -> bool:
         """See :meth:`files.Disk.is_writable`."""
         try:

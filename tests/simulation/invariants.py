@@ -11,7 +11,7 @@ from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
 from tests.simulation.marks import mark
 from tests.simulation.pacs import Find, Key, listed
-from tests.simulation.world import ROOT, Played, World
+from tests.simulation.world import ROOT, Played, World, path_of
 
 LONGEST = 2 * 3600.0
 """Seconds within which any run ends: the operation's hour, and what may come after it."""
@@ -140,6 +140,12 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and somebody else's file", path)
 
 
+def _torn_unseen(world: World, path: str, key: Key) -> bool:
+    """Whether a power cut tore a file that was not confirmed so that nobody can see it: its length is right."""
+    content = data_set(world.volume.files().get(path, b""))
+    return world.volume.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
+
+
 def _lists_lie(run: Played) -> bool:
     return any("find" in MODE_CLASSES[mode].stages for _, mode, _ in run.run.ill)
 
@@ -204,8 +210,10 @@ def has_ended(world: World, run: Played) -> bool:
         key = row["series_instance_uid"], row["sop_instance_uid"]
         match row["state"]:
             case "conflict":
-                if len(set(world.pacs.sent[key])) < 2 and not any(key[1] in path for path in world.theirs):
-                    return False
+                if len(set(world.pacs.sent[key])) < 2 and path_of(row) not in world.theirs:
+                    if not _torn_unseen(world, path_of(row), key):
+                        return False
+                    mark("torn by a power cut, and whole to look at: a conflict")
             case "missing":
                 if row["reason"] != "bad_uid":
                     return False

@@ -197,7 +197,8 @@ class ModelLink(Link):
     """A connection that breaks off where the history says."""
 
     def __init__(self, line: Line, number: int, pacs: ModelPacs) -> None:
-        super().__init__(line, number)
+        self.observer = Observer(pacs, self)
+        super().__init__(_Observed(line, self.observer), number)
         self._pacs = pacs
 
     def send(self, *parts: bytes | memoryview) -> None:
@@ -221,6 +222,81 @@ class ModelLink(Link):
                 self.bound(1200.0, 0)
                 self.hold()
         raise GoneError("broken off on purpose")
+
+
+class _Observed:
+    """A line of whose bytes somebody takes note."""
+
+    def __init__(self, line: Line, observer: Observer) -> None:
+        self._line, self._observer = line, observer
+        self.receive, self.readable, self.left = line.receive, line.readable, line.left
+        self.now, self.reset, self.close = line.now, line.reset, line.close
+
+    def send(self, data: bytes | memoryview, seconds: float) -> None:
+        self._line.send(data, seconds)
+        self._observer.note(bytes(data))
+
+
+class Observer:
+    """Reads what the PACS really sends, whatever its mode makes of it: the data sets that went out whole."""
+
+    def __init__(self, pacs: ModelPacs, link: Link) -> None:
+        self._pacs, self._link = pacs, link
+        self.get: Get | None = None
+        self._bytes = bytearray()
+        self._lost = False
+        self._command, self._data = bytearray(), bytearray()
+        self._storing = ""
+
+    def note(self, data: bytes) -> None:
+        """So much went out."""
+        if self._lost:
+            return
+        stream = self._bytes
+        stream += data
+        while len(stream) >= 6:
+            length = int.from_bytes(stream[2:6], "big")
+            if length > 1 << 24:
+                self._lost = True
+                return
+            if len(stream) < 6 + length:
+                return
+            if stream[0] == wire.P_DATA:
+                self._items(bytes(stream[6 : 6 + length]))
+            del stream[: 6 + length]
+
+    def _items(self, body: bytes) -> None:
+        at = 0
+        while at + 6 <= len(body):
+            length, context, flags = int.from_bytes(body[at : at + 4], "big"), body[at + 4], body[at + 5]
+            part = body[at + 6 : at + 4 + length]
+            at += 4 + max(length, 2)
+            if flags & wire.COMMAND_BIT:
+                self._command += part
+                if flags & wire.LAST_BIT:
+                    fields = wire.parse_command(bytes(self._command))
+                    self._command.clear()
+                    self._data.clear()
+                    field = int.from_bytes(fields.get(wire.FIELD, b""), "little")
+                    self._storing = "store" if field == wire.C_STORE else ""
+            else:
+                self._data += part
+                if flags & wire.LAST_BIT:
+                    if self._storing:
+                        self._whole(bytes(self._data), context)
+                    self._data.clear()
+
+    def _whole(self, data: bytes, context: int) -> None:
+        syntax = next((a.syntaxes[0] for a in self._link.answers if a.id == context and a.syntaxes), wire.EXPLICIT_LE)
+        header = archive.parse_identifier(data[:2000], syntax)
+        key = header.get(SERIES, ""), header.get(SOP, "")
+        before = self._pacs.sent[key]
+        if before and before[-1] != data:
+            mark("pacs: other bytes of one instance")
+        before.append(data)
+        if self.get is not None:
+            self.get.sent.append(key)
+        self._pacs.log.append(("sent", key[1], hashlib.sha256(data).hexdigest()[:8]))
 
 
 class ModelScp(Scp):
@@ -254,7 +330,6 @@ class Habitual(Behaviour):
     number_in_run = 0
     _find: Find | None = None
     _get: Get | None = None
-    _current: Instance | None = None
 
     # --- lists ---------------------------------------------------------------------------------
 
@@ -311,6 +386,9 @@ class Habitual(Behaviour):
             self.pacs.run, self.number_in_run, level, request.get(SERIES, ""), request.get(tag, "").split("\\")
         )
         self.pacs.gets.append(self._get)
+        link = self.link
+        assert isinstance(link, ModelLink)
+        link.observer.get = self._get
         self.pacs.log.append(("get", level, len(self._get.uids)))
         super().get(message)
 
@@ -324,23 +402,6 @@ class Habitual(Behaviour):
         if self.pacs.habits.counters == "none":
             counters = {}
         super().get_response(retrieval, status, counters, failed)
-
-    def store_command(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
-        self._current = instance
-        super().store_command(retrieval, instance, context)
-
-    def send_dataset(self, context: int, pieces: Iterator[bytes]) -> None:
-        whole = b"".join(pieces)
-        super().send_dataset(context, iter((whole,)))
-        instance = self._current
-        if instance is not None:
-            sent = self.pacs.sent[instance.series, instance.sop]
-            if sent and sent[-1] != whole:
-                mark("pacs: other bytes of one instance")
-            sent.append(whole)
-            if self._get is not None:
-                self._get.sent.append((instance.series, instance.sop))
-            self.pacs.log.append(("sent", instance.sop, hashlib.sha256(whole).hexdigest()[:8]))
 
     def await_response(self, retrieval: Retrieval) -> int:
         status = super().await_response(retrieval)
@@ -376,7 +437,7 @@ def _add_series(pacs: ModelPacs, which: int) -> None:
     if like is not None:
         number = 500 + len(pacs.ever)
         new = archive.another(like, number)
-        pacs.site.instances.append(replace(new, series=f"{like.series}.{number}", series_number=number))
+        pacs.site.instances.append(replace(new, series=_series(number), series_number=number))
 
 
 def _remove(pacs: ModelPacs, which: int) -> None:
@@ -395,7 +456,11 @@ def _unlist(pacs: ModelPacs, which: int) -> None:
 
 def _other_series(pacs: ModelPacs, instance: Instance) -> str:
     series = sorted({i.series for i in pacs.site.instances if i.study == instance.study} - {instance.series})
-    return series[0] if series else f"{instance.series}.7"
+    return series[0] if series else _series(499)
+
+
+def _series(number: int) -> str:
+    return f"2.25.{int(STUDY_UID.removeprefix('2.25.')) + number * 10**8}"
 
 
 def _move(pacs: ModelPacs, which: int) -> None:
@@ -440,8 +505,9 @@ def listed(finds: Iterable[Find], study: str = STUDY_UID) -> dict[int, tuple[Cou
     for find in finds:
         if find.level == "IMAGE":
             named, whole = found.get(find.association, (Counter(), True))
+            series = find.query.get(SERIES, "")
             for row in find.rows:
-                if row.get(STUDY, find.query.get(STUDY)) == study:
-                    named[find.query.get(SERIES) or row.get(SERIES, ""), row.get(SOP, "")] += 1
+                if row.get(STUDY, study) == study and row.get(SERIES, series) == series:
+                    named[series, row.get(SOP, "")] += 1
             found[find.association] = named, whole and find.ended
     return found

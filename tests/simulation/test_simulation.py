@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from airflow_dicom_get.net.transcript import line_of
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from tests.simulation.history import History, Run, history_of
+from tests.simulation.mutations import MUTATIONS, SEEDS, taken_out
 from tests.simulation.pacs import Habits
+from tests.simulation.shrink import failure
 from tests.simulation.world import World, play
 
 
@@ -51,3 +54,18 @@ def test_a_transcript_changes_nothing_and_tells_what_was_said(seed: int) -> None
 def test_a_history_is_kept_as_text(seed: int) -> None:
     history = history_of(seed)
     assert History.from_json(history.to_json()) == history
+
+
+# --- what failed once, and what would fail again ---------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(SEEDS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_failed_once_does_no_more(path: Path) -> None:
+    assert play(History.from_json(path.read_text())).findings == []
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_a_mending_that_is_taken_out_is_missed(name: str) -> None:
+    history = History.from_json((SEEDS / f"{name}.json").read_text())
+    with taken_out(name) as mutation:
+        assert failure(history) == mutation.shows

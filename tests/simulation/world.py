@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from tests.simulation.disk import Volume
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
@@ -87,6 +88,8 @@ class World:
         What somebody else put under a final name, by path.
     told : list of dict, optional
         Takes the transcript of all runs.
+    confirmed : set of str
+        Paths of what some run said it holds, for good.
     """
 
     def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
@@ -100,6 +103,7 @@ class World:
         self.runs: list[Played] = []
         self.findings: list[str] = []
         self.theirs: dict[str, bytes] = {}
+        self.confirmed: set[str] = set()
         self.trace: list[Any] = []
 
     def finding(self, what: str, *details: object) -> None:
@@ -172,6 +176,8 @@ class World:
                     self.finding("left running", [task.name for task in left])
                 if played.result is not None and played.result.rows is not None:
                     played.rows = played.result.rows().select(_COLUMNS).to_pylist()
+                    if run.options.get("durable", True):
+                        self.confirmed |= {path_of(row) for row in played.rows if row["state"] in ("stored", "held")}
                 if left_open := self.volume.left_open():
                     self.finding("left open or locked", left_open)
                 if self.network.left_open:
@@ -205,8 +211,10 @@ class World:
         content = self.volume.files()[path]
         match step.what:
             case "overwrite":
-                if len(content) > 200:
-                    self.theirs[path] = content[:-100] + bytes(100)
+                # What no run has confirmed may be what a crash left of ours: it is nobody else's.
+                if len(content) > 200 and path in self.confirmed:
+                    changed = bytes(255 - byte for byte in content[-60:-20])
+                    self.theirs[path] = content[:-60] + changed + content[-20:]
                     self.volume.overwrite(path, self.theirs[path])
             case "tear":
                 self.volume.overwrite(path, content[: len(content) // 2])
@@ -214,6 +222,11 @@ class World:
                 self.volume.remove(path)
             case "read-only":
                 self.volume.set_mode(path, 0o444)
+
+
+def path_of(row: Mapping[str, Any]) -> str:
+    """Where an instance of the study lies under its final name."""
+    return f"{ROOT}/{STUDY_UID}/{row['series_instance_uid']}/{row['sop_instance_uid']}.dcm"
 
 
 def _fault(planned: Planned) -> Fault:

@@ -1,0 +1,125 @@
+"""Mendings taken out: for each, a history that fails without it, found from fresh seeds and made small.
+
+A mutation is a text in the source of one function that is replaced by another one. ``python -m
+tests.simulation.mutations NAME --seeds 0:5000 [--keep]`` looks for a seed that shows it, and keeps the smallest history
+under ``seeds/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.simulation.history import History, history_of
+from tests.simulation.shrink import failure, smallest
+
+SEEDS = Path(__file__).parent / "seeds"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One mending taken out.
+
+    Attributes
+    ----------
+    where : str
+        ``module:function`` or ``module:Class.method``, below the package.
+    old, new : str
+        What its source says, and what it says instead.
+    shows : str
+        What is then wrong.
+    """
+
+    where: str
+    old: str
+    new: str
+    shows: str
+
+
+MUTATIONS: Mapping[str, Mutation] = {
+    "adopted_file_not_written_again": Mutation(
+        "storage.files:write_again", "fd = disk.open(path, CHANGE, folder)", "return", "complete, and not durable"
+    ),
+    "zeros_in_a_ledger_are_damage": Mutation(
+        "sinks.ledger:_entries", 'or b"\\0" in line', "", "it never comes to an end"
+    ),
+    "lock_kept_by_a_study_that_failed_to_open": Mutation(
+        "sinks.filesystem:_Study.__init__", "self._give_back_lock()", "pass", "raised ModelError"
+    ),
+    "unreadable_file_escapes_raw": Mutation(
+        "sinks.filesystem:FilesystemSink.inventory",
+        'raise sink_error(error, f"The destination cannot tell whether it holds instance {sop}") from error',
+        "raise",
+        "raised PermissionError",
+    ),
+    "page_of_zeros_counts_as_whole": Mutation(
+        "sinks.filesystem:_FileWriter._is_torn",
+        "read_at(fd, _PREAMBLE, 0)",
+        "read_at(fd, META_LIMIT, 0)",
+        "it never comes to an end",
+    ),
+    "closed_manifest_written_to": Mutation(
+        "storage.files:_Output.write", "if self.closed:", "if False:", "breach of the model"
+    ),
+}
+
+
+@contextmanager
+def taken_out(name: str) -> Iterator[Mutation]:
+    """Take a mending out for a while."""
+    mutation = MUTATIONS[name]
+    module_name, _, path = mutation.where.partition(":")
+    module = importlib.import_module(f"airflow_dicom_get.{module_name}")
+    *owners, last = path.split(".")
+    owner: Any = module
+    for part in owners:
+        owner = getattr(owner, part)
+    real = inspect.getattr_static(owner, last)
+    source = textwrap.dedent(inspect.getsource(getattr(owner, last)))
+    assert mutation.old in source, f"{name}: {mutation.where} no longer says {mutation.old!r}"
+    scope: dict[str, Any] = {}
+    exec(compile(source.replace(mutation.old, mutation.new), f"<{name}>", "exec"), module.__dict__, scope)
+    setattr(owner, last, scope[last])
+    try:
+        yield mutation
+    finally:
+        setattr(owner, last, real)
+
+
+def shown(name: str, history: History) -> str | None:
+    """What is wrong with a history without a mending, where nothing is wrong with it."""
+    with taken_out(name) as mutation:
+        wrong = failure(history)
+    return wrong if wrong == mutation.shows and failure(history) is None else None
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(MUTATIONS))
+    parser.add_argument("--seeds", default="0:5000", metavar="FROM:TO")
+    parser.add_argument("--keep", action="store_true")
+    given = parser.parse_args()
+    unfound = 0
+    for name in given.names:
+        seeds = range(*map(int, given.seeds.split(":")))
+        found = next((seed for seed in seeds if shown(name, history_of(seed))), None)
+        print(f"{name}: {'not found' if found is None else f'seed {found}'}", flush=True)
+        unfound += found is None
+        if found is not None and given.keep:
+            small = smallest(history_of(found), partial(shown, name))
+            (SEEDS / f"{name}.json").write_text(small.to_json())
+    return bool(unfound)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
