@@ -157,7 +157,7 @@ def history_of(seed: int) -> History:
         if number:
             steps += [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 0, 1, 2)))]
         steps.append(_run(chance, count, ill_chance, common))
-    moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 0, 1, 1, 2, 4))))
+    moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
     return History(seed, instances, _habits(chance), _query(chance, instances), changes, tuple(steps), _volume(chance))
 
@@ -238,7 +238,7 @@ def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[s
     options = dict(common)
     if chance.random() < 0.1:
         options["resume"] = False
-    if chance.random() < 0.1:
+    elif chance.random() < 0.1:
         options["adopt"] = True
     faults = []
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):

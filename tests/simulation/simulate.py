@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import sys
 import time
@@ -30,9 +29,6 @@ def findings_of(seed: int) -> list[str]:
 def play_all(seeds: Iterable[int], most: int = 50) -> tuple[dict[int, list[str]], Counter[str], int]:
     """Play histories; those that failed, the marks, and how many were played."""
     reached.clear()
-    play(history_of(0))
-    gc.collect()
-    gc.freeze()  # the modules are not looked through after each kill
     failed: dict[int, list[str]] = {}
     played = 0
     for seed in seeds:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.getscu import GetScu
-from airflow_dicom_get.net import transport
+from airflow_dicom_get.net import acse, association, peer, transport
+from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
@@ -241,17 +243,58 @@ def _fault(planned: Planned) -> Fault:
 
 @contextmanager
 def _seams(network: Network, disk: files.Disk) -> Iterator[None]:
-    real = transport.connect, files.disk
-    transport.connect, files.disk = network.connect, disk
+    seams: list[tuple[Any, str, object]] = [
+        (transport, "connect", network.connect),
+        (files, "disk", disk),
+        (peer, "encode_request", _encode_request),
+        (association, "decode_accept", _decode_accept),
+    ]
+    real = [getattr(module, name) for module, name, _ in seams]
+    for module, name, model in seams:
+        setattr(module, name, model)
     try:
         yield
     finally:
-        transport.connect, files.disk = real
+        for (module, name, _), value in zip(seams, real, strict=True):
+            setattr(module, name, value)
+
+
+# A-ASSOCIATE PDUs depend on nothing but what they are made of; to code them anew for each association is a quarter of
+# what a history costs.
+
+
+def _encode_request(calling: str, called: str, proposals: Sequence[Proposal], **named: Any) -> bytes:
+    named["storage_classes"] = tuple(named.get("storage_classes", ()))
+    return _encoded(calling, called, tuple(proposals), **named)
+
+
+def _decode_accept(data: bytes, proposals: Sequence[Proposal]) -> acse.Accepted:
+    found = _decoded(bytes(data), tuple(proposals))
+    return replace(
+        found,
+        contexts=dict(found.contexts),
+        results=dict(found.results),
+        refused_roles=set(found.refused_roles),
+        answered_roles=set(found.answered_roles),
+        remarks=list(found.remarks),
+    )
+
+
+_encoded = cache(acse.encode_request)
+_decoded = lru_cache(5000)(acse.decode_accept)
+
+
+@cache
+def _freeze() -> None:
+    """Modules are not looked through after each kill."""
+    gc.collect()
+    gc.freeze()
 
 
 def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
     """Play a history, with nothing logged; ``told`` takes its transcript."""
     logging.disable(logging.CRITICAL)
+    _freeze()
     gc.disable()  # garbage is collected where the history says, not by chance
     try:
         with looped(history.seed) as loop:
