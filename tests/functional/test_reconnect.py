@@ -163,7 +163,8 @@ def test_the_default_retries_outlast_half_a_minute(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(clock, "monotonic", lambda: now[0])
     monkeypatch.setattr(clock, "sleep", sleep)
     scu = GetScu("PACS@127.0.0.1:104")
-    source = scu._open_source()
+    with scu._opened_source() as source:
+        assert source.cancel.reason is None
     for _ in range(50):
         begun = now[0]
         for failures in range(1, scu.options.retries + 1):
