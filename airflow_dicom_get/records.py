@@ -38,6 +38,8 @@ class Stored:
         A sync, the service's answer or the destination's response is recorded; else it was only taken.
     etag : str or None
         The mark that a bucket gave to its content.
+    truncated : bool
+        Its data set runs past its end: so it came.
     """
 
     series: str
@@ -54,6 +56,7 @@ class Stored:
     forwarded_to: str | None = None
     durable: bool = False
     etag: str | None = None
+    truncated: bool = False
 
     @property
     def key(self) -> Key:
@@ -100,6 +103,7 @@ class Instance:
         "study",
         "syntax",
         "tags",
+        "truncated",
         "where",
     )
 
@@ -130,6 +134,7 @@ class Instance:
     received_at: float | None
     duration_ms: int | None
     tags: tuple[str | None, ...] | None
+    truncated: bool | None
 
     def __init__(self, study: str, series: str, sop: str, sop_class: str | None = None) -> None:
         for name in self.__slots__:
@@ -156,6 +161,11 @@ class Instance:
         return None if self.bytes is None else self.bytes - (self.dataset_offset or 0)
 
     @property
+    def remark(self) -> str | None:
+        """The reason that its row shows though it is held."""
+        return "truncated_dataset" if self.truncated else None
+
+    @property
     def remarked(self) -> bool:
         """Whether there is something to say of it where it is held: what ``warning`` counts."""
         return self.exactness == "converted" or self.forward_status == "warning" or self.reason in REMARKS
@@ -173,6 +183,7 @@ class Instance:
         self.syntax = stored.syntax or self.syntax
         self.where, self.forwarded_to = stored.where, stored.forwarded_to
         self.bytes, self.sha256, self.dataset_offset = stored.bytes, stored.sha256, stored.dataset_offset
+        self.truncated = stored.truncated
         self.fill(stored)
 
     def become(self, other: Instance) -> None:

@@ -236,15 +236,14 @@ class Receiver:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:
             assert self._writer is not None
+            if self._instance is not None and self._walk is not None:
+                self._instance.truncated = not self._walk.whole
             try:
                 taken = self._writer.take()
             except ForwardLate:
                 assert self._instance is not None
                 self._intake.left_to_destination(self._instance)
                 raise
-            odd = taken.reason is None and taken.remark is None
-            if odd and self._walk is not None and not self._walk.whole:
-                taken = taken._replace(remark="truncated_dataset")
         elif self._writer is not None:
             self._writer.abort()
         self._writer = None

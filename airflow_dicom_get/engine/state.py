@@ -241,7 +241,7 @@ class StudyState:
                 self._leave_out(instance)
                 continue
             instance.adopt(held)
-            instance.state = "held"
+            instance.state, instance.reason = "held", instance.remark
             if instance.listed_syntax:
                 instance.exactness = "as_listed" if held.syntax == instance.listed_syntax else "converted"
             yield instance, held
@@ -273,7 +273,7 @@ class StudyState:
             if taken.remark == "replaced":
                 record.become(instance)
             if instance is record or taken.remark == "replaced":
-                record.state, record.reason, record.error = taken.state, taken.remark, None
+                record.state, record.reason, record.error = taken.state, taken.remark or record.remark, None
                 self._came(record)
             return Answered(record, new=instance is record)
         error = taken.error or taken.reason
@@ -329,7 +329,7 @@ class StudyState:
             return None
         # It said so too late for the source: taken only now.
         self._late.discard(record.key)
-        record.state, record.reason, record.error = "forwarded", None, None
+        record.state, record.reason, record.error = "forwarded", record.remark, None
         self._came(record)
         return Answered(record, new=True)
 

@@ -52,6 +52,8 @@ def taken_line(instance: Instance | Stored, destination: str) -> str:
         "series_number": instance.series_number,
         "instance_number": instance.instance_number,
     }
+    if instance.truncated:
+        entry["truncated"] = True
     return json.dumps(entry) + "\n"
 
 
@@ -298,6 +300,7 @@ def _record(key: Key, entry: Mapping[str, Any]) -> Stored:
         series_number=_number(entry.get("series_number")),
         instance_number=_number(entry.get("instance_number")),
         forwarded_to=_interned(entry.get("forwarded_to")),
+        truncated=entry.get("truncated") is True,
     )
 
 

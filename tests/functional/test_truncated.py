@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
+from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.servers import Storescp
 from airflow_dicom_get.verify import verify
 
 WORD = "truncated_dataset"
@@ -31,9 +34,11 @@ def test_it_is_stored_with_a_remark(syntax: str, size: int, tmp_path: Path, caps
         odd = rows[rows["reason"].notna()]
         assert list(odd["state"]) == ["stored"]
         assert list(odd["reason"]) == [WORD]
-        # Fetching it again would bring the same: it is held, and a comparison says what it is.
+        # Fetching it again would bring the same: it is held, and its row still says what it is.
         again = scu.get_study({"StudyInstanceUID": study})
-        assert (again.verdict, again.skipped) == ("complete", 3)
+        assert (again.verdict, again.skipped, again.warning) == ("complete", 3, 1)
+        rows = again.manifest
+        assert list(rows[rows["reason"].notna()]["reason"]) == [WORD]
     for found in (verify(result.manifest_uri), verify(study=study, destination=tmp_path)):
         assert found.same
         assert [e["error"].split(":")[0] for e in found.errors] == [WORD]
@@ -41,6 +46,23 @@ def test_it_is_stored_with_a_remark(syntax: str, size: int, tmp_path: Path, caps
     assert not verify(result.manifest_uri, quick=True).errors
     assert main(["verify", "--manifest", str(result.manifest_uri), "--json"]) == 0
     assert WORD in json.loads(capsys.readouterr().out)["errors"][0]["error"]
+
+
+def test_another_node_and_a_bucket_are_told_the_same_way(storescp: Storescp, moto: Moto, tmp_path: Path) -> None:
+    places: tuple[dict[str, Any], ...] = (
+        {"destination": f"dicom://{storescp.node}", "manifest_root": tmp_path / "state"},
+        {
+            "destination": f"s3://{BUCKET}/truncated",
+            "s3_config": {k: v for k, v in moto.config.items() if k != "bucket"},
+        },
+    )
+    for place in places:
+        with MisbehavingPacs("ds_truncated", series=1, instances=3, size=700_000) as pacs:
+            scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", retries=0, **place)
+            for number in (0, 3):
+                result = scu.get_study({"StudyInstanceUID": pacs.instances[0].study})
+                assert (result.verdict, result.skipped, result.warning) == ("complete", number, 1), place
+                assert list(result.manifest["reason"].dropna()) == [WORD]
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, JPEG_2000])
