@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # See to it that the real servers of the tests are there: DCMTK's dcmqrscp and Orthanc, what mounts a file system that
-# forgets (fuse3) and what makes system calls fail (fiu-utils), or those that are named.
+# forgets (fuse3) and what makes system calls fail (strace), or those that are named.
 #
 # Usage: peers.sh [PROGRAM=PACKAGE ...]
 #
@@ -11,7 +11,7 @@ set -u
 # Debian keeps PostgreSQL's server off the path.
 export PATH="$PATH:/usr/sbin:/usr/local/sbin:$(printf '%s:' /usr/lib/postgresql/*/bin)"
 
-[ $# -gt 0 ] || set -- dcmqrscp=dcmtk Orthanc=orthanc fusermount3=fuse3 fiu-run=fiu-utils
+[ $# -gt 0 ] || set -- dcmqrscp=dcmtk Orthanc=orthanc fusermount3=fuse3 strace=strace
 packages=()
 for pair; do
     command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
