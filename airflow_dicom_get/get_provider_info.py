@@ -236,6 +236,16 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "example": "/data/dicom/manifests",
                         "default": "",
                     },
+                    "allowed_destinations": {
+                        "description": (
+                            "Where objects of a manifest may lie that a task hands on: patterns of paths and s3:// "
+                            "addresses, one a line, with ``*`` for any characters. Empty: anywhere."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "/data/dicom*",
+                        "default": "",
+                    },
                     "manifest_xcom_max_bytes": {
                         "description": (
                             "Largest manifest, in bytes as XCom stores it, that a task returns as a DataFrame when "

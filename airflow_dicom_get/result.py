@@ -320,12 +320,10 @@ class Plan:
 
 @dataclass(slots=True)
 class EchoReport:
-    """What a node answers, and what it accepts.
+    """What a node that answered a C-ECHO with success accepts.
 
     Attributes
     ----------
-    status : int
-        Status of the C-ECHO; 0 is success.
     round_trip_ms : float
         Time from the C-ECHO request to its response.
     accepted : dict
@@ -339,15 +337,9 @@ class EchoReport:
     node: str
     round_trip_ms: float
     accepted: dict[str, bool]
-    status: int = 0
     implementation_version: str | None = None
     max_pdu_length: int | None = None
     profile: dict[str, Any] | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether the C-ECHO succeeded."""
-        return self.status == 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -355,7 +347,7 @@ class EchoReport:
 
     def _repr_html_(self) -> str:
         return html_table(
-            f"{self.node}: {'answers' if self.ok else f'status {self.status:04X}'} in {self.round_trip_ms:.1f} ms",
+            f"{self.node}: answers in {self.round_trip_ms:.1f} ms",
             [
                 *((name, "accepted" if yes else "refused") for name, yes in self.accepted.items()),
                 ("implementation", self.implementation_version),

@@ -23,10 +23,13 @@ from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
+    Named,
     Opened,
+    RefusedError,
     StoredObject,
     UnreadableError,
     UnusableError,
+    load_listed,
     objects_in,
     objects_of,
     open_object,
@@ -118,6 +121,7 @@ class StoreScu:
         source: Source | None = None,
         *,
         manifest: Any = None,
+        root: Named | Sequence[Named] | None = None,
         on_sub_operation: Callable[[SubOperation], object] | None = None,
         on_completed: Callable[[Completed], object] | None = None,
         on_unusable: Callable[[str, str], object] | None = None,
@@ -130,7 +134,11 @@ class StoreScu:
         source : path, URI, or sequence of these
             Files, folders, and prefixes as ``s3://bucket/prefix``.
         manifest : manifest, reference or URI
-            Instead of a source: store the objects that it lists.
+            Instead of a source: store the objects that it lists, in the destination in which its ``_manifests`` lies
+            (of a frame or reference, in that of its column ``destination``) and below ``root``. A row that names
+            another place is ``failed``.
+        root : path, address, or several of them
+            Further folders or prefixes, ``s3://bucket/prefix``, in which objects of the manifest may lie.
         on_sub_operation, on_completed : callable
             As in :meth:`GetScu.get_study`; ``file`` is the object that was stored.
         on_unusable : callable
@@ -158,7 +166,7 @@ class StoreScu:
             raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
         others: list[Instance] = []
         if manifest is not None:
-            objects, others = objects_of(manifest, self.options.s3_config)
+            objects, others = objects_of(load_listed(manifest, self.options.s3_config, root), self.options.s3_config)
             shown_source = str(manifest) if isinstance(manifest, str | os.PathLike) else "manifest"
         else:
             assert source is not None
@@ -170,12 +178,12 @@ class StoreScu:
                 raise InvalidOption(
                     about(named, "holds no files"), hint="Name files, or folders that hold some.", option="source"
                 )
-        root = root_for(self.options)
+        state = root_for(self.options)
         name = clock.run_name()
         with self._cancels.call() as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
-            root.attend(cancel)
-            ledgers = root.ledgers(f"dicom://{self._target}")
+            state.attend(cancel)
+            ledgers = state.ledgers(f"dicom://{self._target}")
             run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
             results: list[Result] = []
             described = {"source": shown_source, "destination": f"dicom://{self._target}"}
@@ -188,7 +196,7 @@ class StoreScu:
 
             def work() -> None:
                 run.execute(objects, others)
-                self._write_manifest(run, judge(), root, name, manifest_name or name, described)
+                self._write_manifest(run, judge(), state, name, manifest_name or name, described)
 
             try:
                 run_beside(work, cancel)
@@ -368,12 +376,13 @@ class _Run:
         except (UnreadableError, UnusableError) as error:
             if row is None:
                 raise
-            self._changed(self.rows[_identity(row)], f"{item.name}: {error}")
+            self._changed(self.rows[_identity(row)], f"{item.name}: {error}", refused=isinstance(error, RefusedError))
             return None
         return opened
 
-    def _changed(self, record: Instance, text: str) -> None:
-        record.state, record.reason, record.error = "failed", "size_changed", text
+    def _changed(self, record: Instance, text: str, *, refused: bool = False) -> None:
+        reason = "outside_root" if refused else "size_changed"
+        record.state, record.reason, record.error = "failed", reason, text
         self._events.arrived(record, record.sop, text, 0, new=False)
 
     def _unusable(self, item: StoredObject, why: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.destination import (
     FilesystemDestination,
     ForwardDestination,
@@ -27,15 +27,18 @@ from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
 from airflow_dicom_get.manifest.files import MANIFESTS
-from airflow_dicom_get.manifest.frames import rows_of
+from airflow_dicom_get.manifest.schema import instances_of
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
+    Listed,
     MissingError,
+    Named,
+    Opener,
     StoredObject,
     UnreadableError,
     UnusableError,
-    object_at,
+    load_listed,
     objects_in,
     open_object,
 )
@@ -167,6 +170,7 @@ class Verification:
 def verify(
     manifest: Any = None,
     *,
+    root: Named | Sequence[Named] | None = None,
     study: str | Iterable[str] | None = None,
     addr: str | Node | None = None,
     destination: str | Path | None = None,
@@ -198,7 +202,11 @@ def verify(
     Parameters
     ----------
     manifest : manifest, reference or URI
-        What a run wrote.
+        What a run wrote. Without a `destination` its objects are looked for where it says, in the place in which its
+        ``_manifests`` lies (of a frame or reference, in that of its column ``destination``) and below ``root``. A row
+        that names another place is a difference; what was forwarded is not asked for at a node that it names.
+    root : path, address, or several of them
+        Further folders or prefixes, ``s3://bucket/prefix``, in which objects of the manifest may lie.
     study : str or iterable of str
         Study Instance UIDs; those of the manifest by default.
     addr : str or Node
@@ -223,7 +231,15 @@ def verify(
         Invalid input, or a location that cannot be read.
     """
     options = VerifyOptions.of_arguments(locals())
-    return compare(options, manifest, study, quick=quick, on_difference=on_difference, manifest_name=manifest_name)
+    return compare(
+        options,
+        manifest,
+        study,
+        root=root,
+        quick=quick,
+        on_difference=on_difference,
+        manifest_name=manifest_name,
+    )
 
 
 def compare(
@@ -231,6 +247,7 @@ def compare(
     manifest: Any = None,
     study: str | Iterable[str] | None = None,
     *,
+    root: Named | Sequence[Named] | None = None,
     quick: bool = False,
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
@@ -245,7 +262,9 @@ def compare(
     if manifest is None and options.destination is None:
         raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
     work = _Verify(options, quick, on_difference)
-    work.read_manifest(manifest, studies)
+    work.studies = studies
+    if manifest is not None:
+        work.read_manifest(load_listed(manifest, options.s3_config, root))
     if options.addr is not None:
         work.ask_source(options.addr)
     work.look()
@@ -283,21 +302,18 @@ class _Verify:
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
         self.found = Verification()
-        self._buckets: dict[str, Any] = {}
 
     def _item(self, row: Instance) -> _Item:
         return self.items.setdefault((row.study, row.key), _Item(row))
 
     # --- what is listed ------------------------------------------------------------------------
 
-    def read_manifest(self, manifest: Any, studies: tuple[str, ...]) -> None:
-        """Take the rows of the manifest, of these studies if some are given."""
-        self.studies = studies
-        if manifest is None:
-            return
+    def read_manifest(self, listed: Listed) -> None:
+        """Take the rows of the manifest, of the studies that are given if some are."""
         self.has_manifest = True
-        for row in rows_of(manifest, self.s3):
-            if studies and row.study not in studies:
+        opener = Opener(listed.places, self.s3)
+        for row in instances_of(listed.table):
+            if self.studies and row.study not in self.studies:
                 continue
             if row.state == "withdrawn":
                 continue
@@ -306,8 +322,9 @@ class _Verify:
             if row.state in PRESENT:
                 item.size, item.sha256 = row.bytes, row.sha256
                 if row.uri and self.place is None:
-                    item.item = object_at(row.uri, self.s3, self._buckets)
-        self.studies = studies or tuple(dict.fromkeys(study for study, _ in self.items))
+                    item.item = opener.object_of(row)
+        # A malformed UID is no name of a folder.
+        self.studies = self.studies or tuple(dict.fromkeys(study for study, _ in self.items if is_uid(study)))
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
@@ -351,7 +368,7 @@ class _Verify:
         """Find out what lies at the destination, or where the manifest says."""
         if isinstance(self.place, ForwardDestination):
             assert self.place.node is not None
-            self._ask(self.place.node, list(self.studies), None)
+            self._ask(self.place.node)
         elif self.place is not None:
             self._read_records()
             for study in self.studies:
@@ -359,7 +376,7 @@ class _Verify:
         else:
             for item in self.items.values():
                 item.there = item.item is not None
-            self._ask_where_forwarded()
+            self._leave_forwarded()
 
     def _read_records(self) -> None:
         """Our own ledgers at the destination: sizes and digests, where no manifest tells them."""
@@ -382,16 +399,22 @@ class _Verify:
             found = self._item(Instance(study, *_names(item)))
             found.there, found.item = True, item
 
-    def _ask_where_forwarded(self) -> None:
-        forwarded: dict[str, list[Instance]] = {}
-        for item in self.items.values():
-            if item.item is None and item.row.forwarded_to and item.row.state in PRESENT:
-                forwarded.setdefault(item.row.forwarded_to, []).append(item.row)
-        for node, rows in forwarded.items():
-            self._ask(Node.parse(node, "forwarded_to"), list(dict.fromkeys(row.study for row in rows)), rows)
+    def _leave_forwarded(self) -> None:
+        """A node that a manifest names is not called, unless the caller names it as destination."""
+        forwarded = [x for x in self.items.values() if x.item is None and x.row.forwarded_to and x.row.state in PRESENT]
+        for node in dict.fromkeys(str(item.row.forwarded_to) for item in forwarded):
+            self._uncompared(
+                InvalidOption(
+                    f"The manifest says that instances were forwarded to {shown(node)}; no node is called for that.",
+                    hint="Name the node as destination, dicom://[AE@]host:port, to compare with what it lists.",
+                    option="destination",
+                )
+            )
+        for item in forwarded:
+            item.trouble = "forwarded to a node that was not given as destination"
 
-    def _ask(self, node: Node, studies: list[str], rows: list[Instance] | None) -> None:
-        """What another node lists; of ``rows`` alone if given."""
+    def _ask(self, node: Node) -> None:
+        """What the node that is the destination lists."""
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.net.listed import ask
@@ -401,15 +424,11 @@ class _Verify:
         how = o.forward_target or ForwardTarget(calling_ae_title=o.calling_ae_title)
         target = Peer.of_target(node, how, o)
         try:
-            listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(studies))
+            listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(self.studies))
         except PeerError as error:
             self._uncompared(error)
-            for item in [self._item(row) for row in rows] if rows is not None else self.items.values():
+            for item in self.items.values():
                 item.trouble = f"{node} cannot be queried"
-            return
-        if rows is not None:
-            for row in rows:
-                self._item(row).there = row.key in listed[row.study]
             return
         for study, instances in listed.items():
             for key in sorted(instances):
@@ -486,22 +505,22 @@ class _Verify:
                 return DIFFERENT, f"{size} bytes, but {item.size} are recorded"
             if self.quick:
                 return SAME, "of the same size" if item.size is not None else "there"
-            row = item.row
-            if item.sha256 is not None:
-                _, digest, item.remark = _read(stored.chunks(), row.syntax, row.dataset_offset)
-                same = digest == item.sha256
-                return (SAME, "of the same digest") if same else (DIFFERENT, "digest differs from the recorded one")
+            stored.row = stored.row or item.row  # what tells a bare data set
             opened = open_object(stored)
-            read, _, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)
+            read, digest, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)
         except MissingError:
             return NOT_THERE, f"{self._listed(item)[1]}, not there"
         except UnreadableError as error:
             return UNREADABLE, f"cannot be read: {error}"
         except UnusableError as error:
             return DIFFERENT, str(error)
-        found = opened.instance
+        if item.sha256 is not None and digest != item.sha256:
+            return DIFFERENT, "digest differs from the recorded one"
+        found, row = opened.instance, item.row
         if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
             return DIFFERENT, "not the instance that its name says"
+        if item.sha256 is not None:
+            return SAME, "of the same digest"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
     # --- the manifest --------------------------------------------------------------------------

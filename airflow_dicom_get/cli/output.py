@@ -80,8 +80,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def echo_lines(report: EchoReport) -> list[str]:
-    answer = "answers" if report.ok else f"answers with status {report.status:04X}"
-    lines = [f"{report.node} {answer} in {report.round_trip_ms:.1f} ms"]
+    lines = [f"{report.node} answers in {report.round_trip_ms:.1f} ms"]
     lines += [f"{name}: {'accepted' if yes else 'refused'}" for name, yes in report.accepted.items()]
     if report.implementation_version:
         lines.append(f"implementation: {printable(report.implementation_version)}")

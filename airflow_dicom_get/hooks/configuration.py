@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from airflow.sdk.configuration import conf
 
 from airflow_dicom_get.get_provider_info import get_provider_info
@@ -27,6 +29,15 @@ def integer(option: str) -> int:
 def boolean(option: str) -> bool:
     """A yes-or-no option."""
     return conf.getboolean(SECTION, option, fallback=_default(option) == "True")
+
+
+def is_allowed(place: str) -> bool:
+    """Whether ``[dicom_get] allowed_destinations`` has a place: one of its patterns fits, or there are none.
+
+    :param place: a path, or an address ``s3://bucket/prefix`` or ``dicom://…``
+    """
+    patterns = [line.strip() for line in text("allowed_destinations").splitlines() if line.strip()]
+    return not patterns or any(fnmatchcase(place, pattern) for pattern in patterns)
 
 
 def max_map_length() -> int:

@@ -35,7 +35,6 @@ from airflow_dicom_get.manifest.schema import (
     SCHEMA_VERSION,
     arrow_schema,
     as_metadata,
-    instances_of,
     metadata_of,
 )
 from airflow_dicom_get.vocabulary import UNVERIFIED, Evidence, Verdict, weakest, worst
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pandas import DataFrame
 
-    from airflow_dicom_get.records import Instance
 
 __all__ = [
     "bytes_in_xcom",
@@ -58,7 +56,6 @@ __all__ = [
     "one_table",
     "read_manifest",
     "reference",
-    "rows_of",
     "table_in_xcom",
     "table_of",
 ]
@@ -166,11 +163,6 @@ def load_table(manifest: Any, s3_config: S3 = None) -> pa.Table:
     raise ManifestError(
         f"{type(manifest).__name__} is not a manifest.", hint="Give a DataFrame, a reference, or the URI of a manifest."
     )
-
-
-def rows_of(manifest: Any, s3_config: S3 = None) -> list[Instance]:
-    """The rows of a manifest of any shape as records. Raises :class:`ManifestError`."""
-    return instances_of(load_table(manifest, s3_config))
 
 
 def _referenced(ref: Mapping[str, Any], s3_config: S3) -> pa.Table:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.records import Instance
 
 if TYPE_CHECKING:
@@ -168,10 +167,7 @@ def _tag(row: Instance, position: int) -> str | None:
 def instances_of(table: pa.Table) -> list[Instance]:
     """The rows of a manifest as records: what each instance is, and what became of it.
 
-    Raises
-    ------
-    ManifestError
-        A row has no UIDs.
+    A UID that is null is blank: whoever needs valid ones checks all of them.
     """
     read = [(name, attribute) for name, attribute, _ in _COLUMNS[3:] if attribute and attribute not in _NOT_READ]
     names = [*COLUMNS[:3], *(name for name, _ in read)]
@@ -180,12 +176,6 @@ def instances_of(table: pa.Table) -> list[Instance]:
         row = Instance(study or "", series or "", sop or "")
         for (_, attribute), value in zip(read, values, strict=True):
             setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
-        if row.reason != "bad_uid" and not (
-            isinstance(study, str) and isinstance(series, str) and isinstance(sop, str)
-        ):
-            raise ManifestError(
-                "A row of the manifest has no UIDs.", hint="Check that airflow-dicom-get wrote this manifest."
-            )
         rows.append(row)
     return rows
 

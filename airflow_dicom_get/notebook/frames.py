@@ -98,13 +98,15 @@ def latest(manifests: DataFrame) -> DataFrame:
     return last
 
 
-def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
+def read_instances(rows: DataFrame, root: Any = None, **s3: Any) -> list[Dataset]:
     """Read the data sets of the rows of a manifest, from disk or bucket, in the order of the rows.
 
     Parameters
     ----------
     rows : DataFrame
         Of a manifest. Rows without a file, because the instance is missing or was forwarded, are skipped.
+    root : path, address, or several of them
+        Where files may lie besides the ``destination`` of the rows: folders, or ``s3://bucket/prefix``.
     **s3
         How to reach the bucket, as in ``s3_config`` of ``GetScu``; the usual AWS places by default.
 
@@ -116,9 +118,9 @@ def read_instances(rows: DataFrame, **s3: Any) -> list[Dataset]:
         An argument of ``s3_config`` is invalid.
     """
     from airflow_dicom_get.config.options import OPTIONS
-    from airflow_dicom_get.sinks.objects import objects_of
+    from airflow_dicom_get.sinks.objects import load_listed, objects_of
 
-    objects, _ = objects_of(rows, OPTIONS["s3_config"].check("s3_config", s3 or None))
+    objects, _ = objects_of(load_listed(rows, root=root), OPTIONS["s3_config"].check("s3_config", s3 or None))
     return [_dataset(item) for item in objects]
 
 

@@ -19,11 +19,11 @@ from airflow_dicom_get.manifest.frames import (
     each_of,
     frame_of,
     load_table,
-    load_tables,
     one_table,
     reference,
 )
 from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.sinks.objects import Listed, load_listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,16 +148,21 @@ def _remove(uri: str) -> None:
 # --- what is given ---------------------------------------------------------------------------------
 
 
-def load_given(manifest: Any, s3_conn_id: str | None) -> Any:
-    """Load the manifests that a task was given, as one table.
+def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
+    """Load the manifests that a task was given, as one.
+
+    Objects may be opened in the places in which their ``_manifests`` lie; of what a task handed on, in the
+    destinations of its rows as far as ``[dicom_get] allowed_destinations`` has them.
 
     :param manifest: of any shape, or several
     :param s3_conn_id: the connection of those in a bucket whose address names none
     :raises ManifestError: one cannot be read, or is not what its reference says
     :raises InvalidOption: there is none
     """
-    tables = []
+    given: list[Listed] = []
     for one in each_of(manifest):
+        if one is None:  # of a task that was skipped
+            continue
         uri = _uri_of(one)
         how = None
         if uri is not None and s3_conn_id and _conn_id_of(uri) == "":
@@ -166,24 +171,29 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Any:
             how = DicomS3Hook(s3_conn_id).config
         elif uri is not None:
             _check_manifest_place(uri)
-        tables += load_tables([one], how)
-    if not tables:
+        listed = load_listed(one, how)
+        if not isinstance(one, str):
+            listed = Listed(listed.table, tuple(x for x in listed.places if configuration.is_allowed(str(x))))
+        given.append(listed)
+    if not given:
         raise invalid(
             "manifest",
             "names none",
             "Give a manifest, a reference or an address. Check whether all upstream tasks were skipped.",
         )
-    return one_table(tables)
+    places = dict.fromkeys(place for one in given for place in one.places)
+    return Listed(one_table([one.table for one in given]), tuple(places))
 
 
-def place_of_objects(manifest: Any, conn_id: str | None) -> ResolvedDestination | None:
-    """The bucket that the rows of a manifest name, if they name one.
+def place_of_objects(listed: Listed, conn_id: str | None) -> ResolvedDestination | None:
+    """The bucket in which objects of a manifest lie, if some lie in one.
 
-    :param manifest: loaded
-    :param conn_id: the connection by which it is reached
+    :param conn_id: the connection by which it is reached; never one that a row names
     """
-    uri = next((uri for uri in manifest["uri"].to_pylist() if uri and uri.startswith("s3://")), None)
-    return resolve_destination(uri, "manifest (the objects that it lists)", conn_id) if uri is not None else None
+    place = next((one for one in listed.places if isinstance(one, S3Destination)), None)
+    if place is None or not any(uri and uri.startswith("s3://") for uri in listed.table["uri"].to_pylist()):
+        return None
+    return resolve_destination(place.uri, "manifest (the objects that it lists)", conn_id)
 
 
 def connection_of(manifest: Any) -> str | None:

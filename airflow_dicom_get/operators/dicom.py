@@ -374,7 +374,7 @@ class DicomGetOperator(TransferOperator):
         """What to retrieve: query or manifest for one call of the engine each."""
         kind, value = self.one_of("study", "query", "manifest")
         if kind == "manifest":
-            return [{"manifest": load_given(value, self.s3_conn_id)}]
+            return [{"manifest": load_given(value, self.s3_conn_id).table}]
         if kind == "study":
             queries = study_queries(value, skip=self._left_out if self.on_bad_study == "skip" else None)
             return [{"query": query} for query in queries]
@@ -482,9 +482,9 @@ class DicomStoreOperator(TransferOperator):
         objects: ResolvedDestination | None
         given: dict[str, Any]
         if kind == "manifest":
-            table = load_given(value, self.s3_conn_id)
-            objects = place_of_objects(table, self.s3_conn_id or connection_of(value))
-            given = {"manifest": table}
+            listed = load_given(value, self.s3_conn_id)
+            objects = place_of_objects(listed, self.s3_conn_id or connection_of(value))
+            given = {"manifest": listed}
         else:
             place = objects = resolve_destination(value, "source", self.s3_conn_id)
             given = {"source": _address(place)}
@@ -670,7 +670,7 @@ class DicomVerifyOperator(DicomTask):
                 "manifest, study", "none of them is given", "Give one or both. A template may have rendered to nothing."
             )
         studies = study_uids(study) if study is not None else []
-        table = load_given(manifest, self.s3_conn_id) if manifest is not None else None
+        listed = load_given(manifest, self.s3_conn_id) if manifest is not None else None
         place = (
             resolve_destination(self.destination, "destination", self.s3_conn_id)
             if self.destination is not None
@@ -679,8 +679,8 @@ class DicomVerifyOperator(DicomTask):
         if manifest is None and place is None:
             raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
         objects = place
-        if objects is None and table is not None:
-            objects = place_of_objects(table, self.s3_conn_id or connection_of(manifest))
+        if objects is None and listed is not None:
+            objects = place_of_objects(listed, self.s3_conn_id or connection_of(manifest))
         root = None if place is not None and not _is_node(place) else resolve_root(None, s3_conn_id=self.s3_conn_id)
         kept = root is not None or (place is not None and not _is_node(place))
         buckets = [one for one in (objects, root) if one is not None and one.s3_config is not None]
@@ -697,7 +697,7 @@ class DicomVerifyOperator(DicomTask):
             source = str(hook.node)
             options |= hook.config.own.values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
         found = verify(
-            table,
+            listed,
             study=studies or None,
             destination=place.destination if place is not None else None,  # type: ignore[arg-type]
             quick=self.quick,

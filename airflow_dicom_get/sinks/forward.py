@@ -14,13 +14,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.config.options import ForwardingOptions
+from airflow_dicom_get.config.options import TransferOptions
 from airflow_dicom_get.dicom import status as s
+from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 from airflow_dicom_get.errors import (
     Cancelled,
     DicomGetError,
     ForwardLate,
     ForwardLost,
+    ListTooLong,
+    NotNegotiated,
+    OperationFailed,
     PeerError,
     PeerProtocolError,
     SinkError,
@@ -28,8 +32,9 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.echo import VERIFICATION
 from airflow_dicom_get.net.peer import Peer
-from airflow_dicom_get.net.retries import no_contact
+from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
@@ -79,7 +84,7 @@ class ForwardSink:
         Where our records lie.
     run : str
         Name of this run, unique.
-    options : ForwardingOptions
+    options : TransferOptions
         Of its deadlines ``sub_operation`` and ``stall`` bound how long the source waits; ``next_object`` is how
         long a late response of the destination is waited for after that. What the destination does not list any
         more is not held. Without ``checksum`` a duplicate is told by its
@@ -97,7 +102,7 @@ class ForwardSink:
         target: Peer,
         ledgers: Ledgers,
         run: str,
-        options: ForwardingOptions,
+        options: TransferOptions,
         *,
         cancel: CancelToken,
         classes: Collection[str] = (),
@@ -131,6 +136,8 @@ class ForwardSink:
         self._refused: set[Proposal] = set()
         self._sent: dict[str, dict[str, _Sent]] = {}
         """What the destination took, by study and SOP Instance UID: a node holds one instance of a UID."""
+        self._under_way: set[tuple[str, str]] = set()
+        """Study and SOP Instance UID of what is being sent."""
         self._late = 0
         self._done: list[Confirmation] = []
         self._closed = False
@@ -150,17 +157,9 @@ class ForwardSink:
         return held
 
     def _hold_against_list(self, study: str, held: dict[Key, Stored]) -> None:
-        from airflow_dicom_get.net.find import FIND_PROPOSALS
-        from airflow_dicom_get.net.listed import ask
-
-        self._release_idle()  # the question counts against the destination's limit, too
-        try:
-            association = self.target.open(FIND_PROPOSALS, self.cancel)
-            series = None if self.options.trust_destination else {x.series for x in held.values()}
-            listed = ask(association, {study: series})[study]
-            self._answered = True
-        except PeerError as error:
-            log.info("%s cannot be asked what it holds, so our own records decide: %s", self.name, error.message)
+        series = None if self.options.trust_destination else {x.series for x in held.values()}
+        listed = self._listed(study, series)
+        if listed is None:
             return
         for key in held.keys() - listed:
             log.info("%s no longer lists an instance that was stored there", self.name)
@@ -169,6 +168,39 @@ class ForwardSink:
         for series_uid, sop in sorted(listed - held.keys()):
             if self.options.trust_destination or sop in sent:
                 held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
+
+    def _listed(self, study: str, series: Collection[str] | None) -> set[Key] | None:
+        """What the destination lists; None where it offers no list, so that our records of its answers stand.
+
+        Raises
+        ------
+        ForwardLost
+            It cannot be reached, and so confirms nothing.
+        """
+        from airflow_dicom_get.net.find import FIND_PROPOSALS
+        from airflow_dicom_get.net.listed import ask
+
+        self._release_idle()  # the question counts against the destination's limit, too
+        # Some nodes reject an association of which they accept no context.
+        proposals = (*FIND_PROPOSALS, Proposal(VERIFICATION, IMPLICIT_LE))
+        failures = 0
+        while True:
+            try:
+                listed = ask(self.target.open(proposals, self.cancel), {study: series})[study]
+            except (NotNegotiated, OperationFailed, ListTooLong) as error:
+                log.info("%s cannot tell what it holds, so our own records decide: %s", self.name, error.message)
+                self._answered = True
+                return None
+            except PeerError as error:
+                failures += 1
+                lost = self.lost(error, may_pass=error.transient, unreachable=True)
+                retries = allowed(lost, self.options.retries)
+                if failures > retries or self.cancel.reason is not None:
+                    raise lost from error
+                back_off(failures, lost.message, retries, self.cancel)
+            else:
+                self._answered = True
+                return listed
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -186,9 +218,52 @@ class ForwardSink:
                     s.OUT_OF_RESOURCES, "strict_forward", "An earlier instance was refused, and strict_forward is set."
                 )
             )
-        known = self._sent.get(instance.study, {}).get(instance.sop)
+        known = self._claim(instance)
         if known is not None:
             return _Comparing(self, instance, known)
+        try:
+            writer = self._begin(instance)
+        except BaseException:
+            self.give_up(instance)
+            raise
+        if isinstance(writer, _Draining):
+            self.give_up(instance)
+        return writer
+
+    def _claim(self, instance: Instance) -> _Sent | None:
+        """What is known of an instance of this UID that the destination took; without one, this is the one to send.
+
+        One that is under way over another association is waited for: the two may differ.
+        """
+        claim = instance.study, instance.sop
+        limit = clock.monotonic() + self.deadlines.stall
+        with self._changed:
+            while claim in self._under_way:
+                if self.cancel.reason is not None:
+                    raise Cancelled(f"Cancelled before {self.name} answered.")
+                if clock.monotonic() >= limit:
+                    raise ForwardLost(
+                        f"{self.name} did not answer for another object of instance {instance.sop} within "
+                        f"{self.deadlines.stall:g} s (deadlines.stall).",
+                        hint="The association with the source was given up; the rest is requested again.",
+                        node=self.name,
+                        may_pass=True,
+                    )
+                self._changed.wait(0.2)
+            known = self._sent.get(instance.study, {}).get(instance.sop)
+            if known is None:
+                self._under_way.add(claim)
+            return known
+
+    def give_up(self, instance: Instance) -> None:
+        """The instance is not under way any more: taken, or not."""
+        with self._changed:
+            self._under_way.discard((instance.study, instance.sop))
+            self._changed.notify_all()
+
+    def _begin(self, instance: Instance) -> Writer:
+        assert instance.sop_class is not None
+        assert instance.syntax is not None
         try:
             self._ledger(instance.study)
         except OSError as error:
@@ -354,6 +429,7 @@ class ForwardSink:
                 log.exception("waiting for a late response failed")
         with self._changed:
             self._late -= 1
+            self._under_way.discard((instance.study, instance.sop))
             self._done.append(confirmation)
             self._changed.notify_all()
 
@@ -459,7 +535,10 @@ class _ForwardWriter:
         except PeerError as error:
             raise self._lost(error) from error
         self._line = None
-        taken = sink.answered(line, instance, response)
+        try:
+            taken = sink.answered(line, instance, response)
+        finally:
+            sink.give_up(instance)
         if taken.reason is None:
             sink.confirm(instance)
         return taken
@@ -473,6 +552,7 @@ class _ForwardWriter:
         line, self._line = self._line, None
         if line is not None:
             line.association.abort()
+            self._sink.give_up(self._instance)
 
 
 class _Draining:

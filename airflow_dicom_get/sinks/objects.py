@@ -8,20 +8,28 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
-from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.config.destination import (
+    FilesystemDestination,
+    ForwardDestination,
+    S3Destination,
+    parse_destination,
+)
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DicomGetError, ManifestError
-from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.manifest.files import MANIFESTS, S3
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import READABLE
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,10 @@ class MissingError(UnreadableError):
     """There is no such object."""
 
 
+class RefusedError(UnreadableError):
+    """A manifest names it, and may not: it was not opened."""
+
+
 @dataclass(slots=True)
 class StoredObject:
     """An object, and what a manifest says of it."""
@@ -51,9 +63,12 @@ class StoredObject:
     bucket: Any = None
     key: str = ""
     row: Instance | None = None
+    refused: str | None = None
+    """Why it is not opened."""
 
     def size(self) -> int:
         """Its size. Raises :class:`MissingError`, :class:`UnreadableError`."""
+        self._check()
         try:
             if self.path is not None:
                 return files.disk.status(self.path).st_size
@@ -68,6 +83,7 @@ class StoredObject:
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes; each view is void when the next one is asked for. Raises :class:`UnreadableError`."""
+        self._check()
         try:
             if self.path is None:
                 for chunk in self.bucket.read(self.key):
@@ -78,6 +94,10 @@ class StoredObject:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
             raise UnreadableError(error.message) from error
+
+    def _check(self) -> None:
+        if self.refused is not None:
+            raise RefusedError(self.refused)
 
 
 @dataclass(slots=True)
@@ -240,48 +260,138 @@ def _files(path: Path, source: object) -> Iterable[Path]:
     return files.files_below(path, lambda name: name not in _OURS and not name.startswith("."))
 
 
-def objects_of(manifest: Any, s3: S3Config | None = None) -> tuple[list[StoredObject], list[Instance]]:
-    """The objects that a manifest says are there, and its rows that have none.
+# --- what a manifest names -------------------------------------------------------------------------
+
+Named = str | os.PathLike[str]
+"""A folder, or an address ``s3://bucket/prefix``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A manifest that was loaded, and the places below which objects that it names may be opened.
+
+    A manifest is data: it does not say itself what is opened.
+    """
+
+    table: pa.Table
+    places: tuple[FilesystemDestination | S3Destination, ...]
+
+
+def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None) -> Listed:
+    """Load a manifest; what it names may lie in its own destination, or below a root that the caller names.
+
+    Its own destination is the place in which its ``_manifests`` lies, or, of a frame or a reference that was handed
+    on, that of its column ``destination``.
 
     Parameters
     ----------
-    manifest : pyarrow.Table, DataFrame, reference or URI
+    manifest : pyarrow.Table, DataFrame, reference, URI, or Listed
         Any shape that :func:`~airflow_dicom_get.manifest.frames.load_manifest` takes.
+    root : path or address, or several
+        Further places.
 
     Raises
     ------
     ManifestError
         It cannot be read.
+    InvalidOption
+        A root is no folder and no prefix of a bucket.
     """
+    from airflow_dicom_get.manifest.frames import load_table
+
+    roots = [] if root is None else [root] if isinstance(root, str | os.PathLike) else list(root)
+    named = []
+    for one in roots:
+        place = parse_destination(os.fspath(one), "root")
+        if isinstance(place, ForwardDestination):
+            raise invalid("root", f"{shown_path(one)} is a DICOM node", "Give a folder, or s3://bucket/prefix.")
+        named.append(place)
+    if isinstance(manifest, Listed):
+        return Listed(manifest.table, (*manifest.places, *named))
+    table = load_table(manifest, s3)
+    own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
+    return Listed(table, (*own, *named))
+
+
+def _place_above(manifest: Named) -> Iterator[FilesystemDestination | S3Destination]:
+    """The place in which the ``_manifests`` of a file lies, if it lies in one."""
+    place = parse_destination(os.fspath(manifest), "manifest")
+    if isinstance(place, FilesystemDestination):
+        path = place.path.absolute()
+        above = next((one.parent for one in path.parents if one.name == MANIFESTS), None)
+        if above is not None:
+            yield FilesystemDestination(above)
+    elif isinstance(place, S3Destination):
+        prefix, found, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
+        if found:
+            yield S3Destination(place.bucket, prefix.removeprefix("/"))
+
+
+def _destinations(table: pa.Table) -> Iterator[FilesystemDestination | S3Destination]:
+    """The places of the column ``destination``; a relative path is none, and a node neither."""
+    for text in table["destination"].unique().to_pylist():
+        try:
+            place = parse_destination(text, "destination")
+        except InvalidOption:
+            continue
+        if isinstance(place, S3Destination) or (isinstance(place, FilesystemDestination) and place.path.is_absolute()):
+            yield place
+
+
+class Opener:
+    """Opens what rows of a manifest name, and nothing outside its places.
+
+    Parameters
+    ----------
+    s3 : S3Config, optional
+        How buckets are reached; never as a row says.
+    """
+
+    def __init__(self, places: Sequence[FilesystemDestination | S3Destination], s3: S3Config | None = None) -> None:
+        self._folders = [files.disk.real_path(x.path) for x in places if isinstance(x, FilesystemDestination)]
+        self._prefixes = [
+            (x.bucket, f"{x.prefix}/" if x.prefix else "") for x in places if isinstance(x, S3Destination)
+        ]
+        self._s3 = s3
+        self._buckets: dict[str, Any] = {}
+
+    def object_of(self, row: Instance) -> StoredObject:
+        """The object of a row; where it may not be opened, one that says so."""
+        uri = row.uri or ""
+        if not all(map(is_uid, (row.study, row.series, row.sop))):
+            return StoredObject(shown_path(uri), row=row, refused="its row has a malformed UID")
+        try:
+            place = parse_destination(uri, "uri")
+        except InvalidOption as error:
+            return StoredObject(shown_path(uri), row=row, refused=error.message)
+        if isinstance(place, FilesystemDestination):
+            real = files.disk.real_path(place.path)
+            if place.path.is_absolute() and any(real.is_relative_to(folder) for folder in self._folders):
+                return StoredObject(str(place.path), place.path, row=row)
+        elif isinstance(place, S3Destination) and any(
+            place.bucket == name and place.prefix.startswith(prefix) for name, prefix in self._prefixes
+        ):
+            return StoredObject(uri, bucket=self._bucket(place.bucket), key=place.prefix, row=row)
+        return StoredObject(shown_path(uri), row=row, refused="it lies outside the destination of the manifest")
+
+    def _bucket(self, name: str) -> Any:
+        from airflow_dicom_get.storage.bucket import Bucket
+
+        if name not in self._buckets:
+            self._buckets[name] = Bucket(name, self._s3)
+        return self._buckets[name]
+
+
+def objects_of(listed: Listed, s3: S3Config | None = None) -> tuple[list[StoredObject], list[Instance]]:
+    """The objects that a manifest says are there, and its rows that have none."""
+    from airflow_dicom_get.manifest.schema import instances_of
+
+    opener = Opener(listed.places, s3)
     objects: list[StoredObject] = []
     others: list[Instance] = []
-    buckets: dict[str, Any] = {}
-    from airflow_dicom_get.manifest.frames import rows_of
-
-    for row in rows_of(manifest, s3):
+    for row in instances_of(listed.table):
         if row.state in READABLE and row.uri:
-            objects.append(object_at(row.uri, s3, buckets, row))
+            objects.append(opener.object_of(row))
         else:
             others.append(row)
     return objects, others
-
-
-def object_at(uri: str, s3: S3Config | None, buckets: dict[str, Any], row: Instance | None = None) -> StoredObject:
-    """The object under an address; ``buckets`` keeps those that were opened, by name.
-
-    Raises
-    ------
-    ManifestError
-        It is not the address of an object.
-    """
-    place = parse_destination(uri, "uri")
-    if isinstance(place, FilesystemDestination):
-        return StoredObject(str(place.path), place.path, row=row)
-    if isinstance(place, S3Destination):
-        from airflow_dicom_get.storage.bucket import Bucket
-
-        bucket = buckets.setdefault(place.bucket, Bucket(place.bucket, s3))
-        return StoredObject(uri, bucket=bucket, key=place.prefix, row=row)
-    raise ManifestError(
-        f"{shown_path(uri)} is not the address of an object.", hint="Check that airflow-dicom-get wrote the manifest."
-    )

@@ -184,6 +184,10 @@ class Disk:
         with os.scandir(path) as entries:
             yield from entries
 
+    def real_path(self, path: Where) -> Path:
+        """Where a path leads, all links followed; also where nothing lies there."""
+        return Path(os.path.realpath(path))
+
     def is_writable(self, path: Where) -> bool:
         """Whether we may write in a folder."""
         return os.access(path, os.W_OK | os.X_OK)

@@ -166,7 +166,7 @@ def test_a_connection_that_is_not_there_is_an_error_of_airflow():
 
 def test_the_verbs(pacs, archive, tmp_path):
     hook = DicomHook("pacs")
-    assert hook.echo().ok
+    assert hook.echo().accepted["C-ECHO"]
     assert [str(row.StudyInstanceUID) for row in hook.find({"StudyInstanceUID": archive.many})] == [archive.many]
     assert len(hook.find({"StudyInstanceUID": archive.many}, level="SERIES")) == 3
     assert hook.plan({"StudyInstanceUID": archive.many}).missing == 60

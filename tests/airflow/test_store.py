@@ -93,6 +93,21 @@ def test_a_bucket_is_stored_from_its_manifest_and_from_its_prefix(
     assert SECRET_KEY not in run.log
 
 
+def test_a_manifest_that_is_handed_on_names_allowed_destinations_alone(
+    run_dag, pacs, archive, target, root, tmp_path, monkeypatch
+):
+    with DAG("allowed", default_args={"retries": 0}) as dag:
+        first = get(study=archive.private, destination=str(tmp_path / "here"))
+        store(manifest=first.output)
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"/data/*\n{tmp_path}/he*")
+    assert run_dag(dag).state == "success"
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", "/data/*\ns3://imaging/*")
+    run = run_dag(dag)
+    assert run.task("store").state == "failed"
+    summary = run.xcom("store", "summary")
+    assert (summary["verdict"], summary["reason"], summary["completed"]) == ("failed", "outside_root", 0)
+
+
 def test_a_folder_without_a_root_is_stored_and_files_that_are_none_are_left_out(
     run_dag, archive, target, tmp_path, monkeypatch
 ):

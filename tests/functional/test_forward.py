@@ -589,6 +589,41 @@ class TestResume:
         assert (result.verdict, result.skipped) == ("complete", 9)
         assert emptied.total_associations == 0
 
+    @pytest.mark.parametrize("how", ["closed", "rejected"])
+    def test_a_destination_that_cannot_be_reached_confirms_nothing(
+        self, embedded: Embedded, private: Holding, tmp_path: Path, how: str
+    ) -> None:
+        """Our records are of another day. Nothing is fetched from the source that could not be sent on."""
+        source = embedded(private.folder)
+        with OddDestination() as destination:
+            assert forward(source, destination, tmp_path, private.study).verdict == "complete"
+            source.sent.clear()
+            if how == "closed":
+                destination.go_down()
+            else:
+                destination.reject = lambda number: (1, 1, 7)
+            gone = forward(source, destination, tmp_path, private.study, retries=0)
+            assert (gone.verdict, gone.total, gone.completed, gone.skipped) == ("failed", 12, 0, 0)
+            assert set(gone.manifest["reason"]) == {"destination_error"}
+            assert gone.transient == (how == "closed")
+            assert not source.sent
+            if how == "closed":
+                destination.come_back()
+            destination.reject = lambda number: None
+            again = forward(source, destination, tmp_path, private.study)
+            assert (again.verdict, again.skipped) == ("complete", 12)
+
+    def test_a_destination_that_comes_back_in_time_is_asked_again(
+        self, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        source = embedded(private.folder)
+        with OddDestination() as destination:
+            assert forward(source, destination, tmp_path, private.study).verdict == "complete"
+            seen = len(destination.proposed)
+            destination.reject = lambda number: (2, 3, 2) if number <= seen + 1 else None
+            again = forward(source, destination, tmp_path, private.study)
+            assert (again.verdict, again.skipped) == ("complete", 12)
+
     def test_trust_destination(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
         """What it lists counts only if it is trusted: it may be other content under the same UIDs."""
         destination = embedded(private.folder, ae_title="DEST")

@@ -12,7 +12,7 @@ import pytest
 
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import ForwardingOptions
+from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.records import Instance
@@ -45,7 +45,7 @@ class ForwardHarness(Harness):
             Recorded(Node.parse(self.destination.node), "CALLING", "ODD", Deadlines()),
             FolderLedgers(self.folder, f"dicom://{self.destination.node}"),
             f"20260101T000000Z-{next(self._runs):08x}",
-            ForwardingOptions.check({"addr": self.destination.node, **options}),
+            StoreOptions.check({"addr": self.destination.node, **options}),
             cancel=CancelToken(),
         )
 

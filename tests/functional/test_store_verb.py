@@ -117,6 +117,34 @@ class TestFiles:
             assert (result.verdict, result.conflicts) == ("failed", 1)
             assert destination.held()[entry.sop] == private.dataset(entry.sop), "the first stays"
 
+    @pytest.mark.parametrize("equal", [True, False])
+    def test_over_two_associations(self, private: Holding, tmp_path: Path, equal: bool) -> None:
+        """The second file of a UID waits for the answer to the first, over whichever association."""
+        folder = tmp_path / "twice"
+        folder.mkdir()
+        entry = private.entries[sorted(private.entries)[0]]
+        content = entry.path.read_bytes()
+        (folder / "a.dcm").write_bytes(content)
+        (folder / "b.dcm").write_bytes(content if equal else content[:-2] + b"zz")
+        with OddDestination(delay=lambda number: 1.0) as destination:
+            result = store(destination, tmp_path / "state", folder, associations=2)
+            assert sum(destination.times.values()) == 1
+            assert (result.total, result.conflicts) == (1, 0 if equal else 1)
+            assert result.verdict == ("complete" if equal else "failed")
+
+    def test_the_second_is_sent_where_the_first_is_refused(self, private: Holding, tmp_path: Path) -> None:
+        folder = tmp_path / "twice"
+        folder.mkdir()
+        content = private.entries[sorted(private.entries)[0]].path.read_bytes()
+        for name in ("a.dcm", "b.dcm"):
+            (folder / name).write_bytes(content)
+        with OddDestination(
+            delay=lambda number: 0.5, status=lambda number: 0xC001 if number == 1 else 0
+        ) as destination:
+            result = store(destination, tmp_path / "state", folder, associations=2)
+            assert sum(destination.times.values()) == 2
+            assert (result.verdict, result.completed) == ("complete", 1)
+
 
 class TestFailures:
     def test_statuses(self, private: Holding, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def nodes(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_verb(nodes: Any, made: Files, ct: Holding, tmp_path: Path, kind: str) -> None:
     scu = GetScu(nodes(kind, "server", True), destination=tmp_path, tls=trusting(made), associations=2)
-    assert scu.echo().ok
+    assert scu.echo().accepted["C-ECHO"]
     assert [str(row.StudyInstanceUID) for row in scu.find({"StudyInstanceUID": ct.study})] == [ct.study]
     assert scu.plan({"StudyInstanceUID": ct.study}).missing == len(ct.files)
     result = scu.get_study({"StudyInstanceUID": ct.study})
@@ -175,10 +175,10 @@ def test_versions(embedded: Embedded, made: Files, ct: Holding, version: str) ->
         ssl.TLSVersion.TLSv1_2 if version == "1.2" else ssl.TLSVersion.TLSv1_3
     )
     pacs = embedded(ct.folder, ssl_context=context)
-    assert GetScu(f"PACS@127.0.0.1:{pacs.port}", tls=trusting(made)).echo().ok
+    assert GetScu(f"PACS@127.0.0.1:{pacs.port}", tls=trusting(made)).echo().accepted["C-ECHO"]
     newest = GetScu(f"PACS@127.0.0.1:{pacs.port}", tls=trusting(made, min_version="1.3"))
     if version == "1.3":
-        assert newest.echo().ok
+        assert newest.echo().accepted["C-ECHO"]
     else:
         with pytest.raises(TlsFailed, match=r"speaks no TLS version"):
             newest.echo()
@@ -233,8 +233,8 @@ def test_the_two_sides_of_a_missing_client_certificate_are_told_apart(nodes: Any
 
 def test_a_name_may_be_given_or_not_looked_at(nodes: Any, made: Files) -> None:
     node = nodes("embedded", "misnamed", False)
-    assert GetScu(node, tls={"ca": made.ours.ca, "server_name": "pacs.example"}).echo().ok
-    assert GetScu(node, tls={"ca": made.ours.ca, "check_hostname": False}).echo().ok
+    assert GetScu(node, tls={"ca": made.ours.ca, "server_name": "pacs.example"}).echo().accepted["C-ECHO"]
+    assert GetScu(node, tls={"ca": made.ours.ca, "check_hostname": False}).echo().accepted["C-ECHO"]
 
 
 def test_only_an_old_version(made: Files) -> None:
@@ -372,7 +372,7 @@ def test_our_files_are_checked_before_any_traffic(made: Files, tmp_path: Path) -
 
 def test_a_key_with_a_passphrase(nodes: Any, made: Files) -> None:
     tls = trusting(made, key=str(made.locked_key), key_password="sesame")
-    assert GetScu(nodes("embedded", "server", True), tls=tls).echo().ok
+    assert GetScu(nodes("embedded", "server", True), tls=tls).echo().accepted["C-ECHO"]
 
 
 def test_from_the_shell(nodes: Any, made: Files, ct: Holding, tmp_path: Path, capsys: Any) -> None:

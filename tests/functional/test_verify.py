@@ -222,10 +222,11 @@ class TestForwards:
             source = embedded(ct.folder)
             result = forward(source, destination, tmp_path / "state", ct.study)
             assert result.verdict == "complete"
-            by_manifest = verify(result.manifest_uri, manifest_root=tmp_path / "v")
+            to = f"dicom://{destination.node}"
+            by_manifest = verify(result.manifest_uri, destination=to, manifest_root=tmp_path / "v")
             assert (by_manifest.same, by_manifest.counts) == (True, {"=": 40})
             by_study = verify(
-                study=ct.study, destination=f"dicom://{destination.node}", addr=f"PACS@127.0.0.1:{source.port}",
+                study=ct.study, destination=to, addr=f"PACS@127.0.0.1:{source.port}",
                 manifest_root=tmp_path / "v",
             )  # fmt: skip
             assert (by_study.same, by_study.counts) == (True, {"=": 40})
@@ -240,22 +241,36 @@ class TestForwards:
         lost = next((tmp_path / "dest").rglob("*.dcm"))
         lost.unlink()
         embedded(tmp_path / "dest", ae_title="DEST", port=port)
-        found = verify(result.manifest_uri, addr=f"PACS@127.0.0.1:{source.port}")
+        to = f"dicom://DEST@127.0.0.1:{port}"
+        found = verify(result.manifest_uri, addr=f"PACS@127.0.0.1:{source.port}", destination=to)
         assert [x.symbol for x in found.differences] == ["+"]
         again = GetScu(
             f"PACS@127.0.0.1:{source.port}",
-            destination=f"dicom://DEST@127.0.0.1:{port}",
+            destination=to,
             manifest_root=tmp_path / "state",
         ).get_study(manifest=found.manifest_uri)
         assert (again.verdict, again.completed, again.skipped) == ("complete", 12, 11)
-        assert verify(result.manifest_uri).same
+        assert verify(result.manifest_uri, destination=to).same
+
+    def test_a_node_is_not_called_because_a_manifest_names_it(
+        self, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        (tmp_path / "dest").mkdir()
+        destination = embedded(tmp_path / "dest", ae_title="DEST")
+        result = forward(embedded(private.folder), destination, tmp_path / "state", private.study)
+        before = destination.total_associations
+        found = verify(result.manifest_uri)
+        assert (found.exit_code, found.counts, found.differences) == (4, {"!": 12}, [])
+        assert f"DEST@127.0.0.1:{destination.port}" in str(found.uncompared)
+        assert "Name the node as destination" in found.errors[0]["hint"]
+        assert destination.total_associations == before
 
     def test_destination_that_cannot_be_asked(
         self, embedded: Embedded, private: Holding, storescp: Storescp, tmp_path: Path
     ) -> None:
         with OddDestination() as destination:
             result = forward(embedded(private.folder), destination, tmp_path, private.study)
-            found = verify(result.manifest_uri)
+            found = verify(result.manifest_uri, destination=result.destination)
             assert (found.exit_code, found.differences) == (4, [])
             assert "does not offer C-FIND" in str(found.uncompared)
 

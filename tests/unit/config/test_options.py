@@ -147,7 +147,7 @@ class TestAgreement:
         [
             (GetScu.__init__, GetOptions, {"self"}),
             (StoreScu.__init__, StoreOptions, {"self"}),
-            (verify, VerifyOptions, {"manifest", "study", "quick", "on_difference", "manifest_name"}),
+            (verify, VerifyOptions, {"manifest", "root", "study", "quick", "on_difference", "manifest_name"}),
         ],
     )
     def test_python_takes_the_same_parameters_with_the_same_defaults(

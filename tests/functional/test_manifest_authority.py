@@ -1,0 +1,205 @@
+"""A manifest is data: it does not say what is opened, and its UIDs are held against the objects."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.manifest.files import read_table, write_manifest
+from airflow_dicom_get.manifest.frames import frame_of, table_of
+from airflow_dicom_get.notebook import read_instances
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.store import StoreScu
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.verify import verify
+from tests.support.holdings import Holding
+
+Embedded = Callable[..., EmbeddedPacs]
+
+
+class Retrieved:
+    """A study that was retrieved to a folder, with the manifest to forge."""
+
+    def __init__(self, embedded: Embedded, holding: Holding, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        pacs = embedded(holding.folder)
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=folder, **options)
+        result = scu.get_study({"StudyInstanceUID": holding.study})
+        assert result.verdict == "complete"
+        self.uri = str(result.manifest_uri)
+        self.frame = frame_of(read_table(self.uri))
+        self.file = self.frame["uri"][0].removeprefix("file://")
+
+    def forged(self, name: str = "forged", **changes: Any) -> Path:
+        """The manifest with another first row, where the true one lies."""
+        frame = self.frame.copy()
+        for column, value in changes.items():
+            frame.loc[0, column] = value
+        path = self.folder / "_manifests" / f"{name}.parquet"
+        write_manifest(table_of(frame), path, verdict="complete", evidence="list", run="r")
+        return path
+
+
+@pytest.fixture
+def got(embedded: Embedded, private: Holding, tmp_path: Path) -> Retrieved:
+    return Retrieved(embedded, private, tmp_path / "data")
+
+
+@pytest.fixture
+def target(embedded: Embedded, tmp_path: Path) -> EmbeddedPacs:
+    (tmp_path / "target").mkdir()
+    return embedded(tmp_path / "target", ae_title="DEST")
+
+
+def stored(target: EmbeddedPacs, tmp_path: Path, manifest: Any, **calls: Any) -> Result:
+    scu = StoreScu(f"DEST@127.0.0.1:{target.port}", manifest_root=tmp_path / "state")
+    return scu.store(manifest=manifest, **calls)
+
+
+def reasons(result: Result) -> dict[str, int]:
+    rows = result.manifest
+    return {str(reason): int(n) for reason, n in rows[rows["state"] == "failed"]["reason"].value_counts().items()}
+
+
+def outside(got: Retrieved, tmp_path: Path, way: str) -> dict[str, Any]:
+    """A row that names the same bytes in another folder."""
+    secret = tmp_path / "secret" / "one.dcm"
+    secret.parent.mkdir()
+    secret.write_bytes(Path(got.file).read_bytes())
+    link = got.folder / "1.2.3"
+    match way:
+        case "path":
+            return {"uri": str(secret)}
+        case "uri":
+            return {"uri": secret.as_uri()}
+        case "dots":
+            return {"uri": f"{got.folder}/../secret/one.dcm"}
+        case "encoded":
+            return {"uri": f"file://{got.folder}/%2e%2e/secret/one.dcm"}
+        case "link to a file":
+            link.symlink_to(secret)
+            return {"uri": str(link)}
+        case "link to a folder":
+            link.symlink_to(secret.parent)
+            return {"uri": str(link / "one.dcm")}
+        case "a bucket":
+            return {"uri": f"s3://CONN@{BUCKET}/one.dcm"}
+        case "a node":
+            return {"uri": "dicom://X@127.0.0.1:1"}
+        case "nonsense":
+            return {"uri": "gopher://127.0.0.1/one.dcm"}
+        case "a path as UID":
+            return {"study_instance_uid": "../secret"}
+        case "no UID":
+            return {"sop_instance_uid": None}
+    raise AssertionError(way)
+
+
+WAYS = (
+    "path", "uri", "dots", "encoded", "link to a file", "link to a folder", "a bucket", "a node", "nonsense",
+    "a path as UID", "no UID",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_lies_outside_is_not_opened(got: Retrieved, target: EmbeddedPacs, tmp_path: Path, way: str) -> None:
+    forged = got.forged(**outside(got, tmp_path, way))
+    result = stored(target, tmp_path, forged)
+    assert (result.verdict, result.exit_code, result.completed, result.failed) == ("partial", 3, 11, 1)
+    assert (reasons(result), result.transient) == ({"outside_root": 1}, False)
+    assert len(list((tmp_path / "target").rglob("*.dcm"))) == 11
+    found = verify(forged)
+    assert (found.exit_code, found.counts["="], found.counts["!"]) == (3, 11, 1)
+    frame = found.frame()
+    assert frame["symbol"].tolist() == ["!"]
+    assert verify(forged, quick=True).exit_code == 3
+
+
+def test_a_root_that_the_caller_names_counts(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
+    forged = got.forged(**outside(got, tmp_path, "path"))
+    assert verify(forged, root=tmp_path / "secret").same
+    assert stored(target, tmp_path, forged, root=[str(tmp_path / "secret"), "/nowhere"]).verdict == "complete"
+    shell = [sys.executable, "-m", "airflow_dicom_get.cli"]
+    said = subprocess.run([*shell, "verify", "--manifest", forged, "--json"], capture_output=True, timeout=60)
+    assert (said.returncode, json.loads(said.stdout)["counts"]["!"]) == (3, 1)
+    said = subprocess.run(
+        [*shell, "verify", "--manifest", forged, "--root", tmp_path / "secret"], capture_output=True, timeout=60
+    )
+    assert said.returncode == 0, said.stderr
+    node = f"DEST@127.0.0.1:{target.port}"
+    stores = [*shell, "store", node, "--manifest", forged, "--state", tmp_path / "other"]
+    assert subprocess.run(stores, capture_output=True, timeout=60).returncode == 3
+    named = subprocess.run([*stores, "--root", tmp_path / "secret"], capture_output=True, timeout=60)
+    assert named.returncode == 0, named.stderr
+    with pytest.raises(InvalidOption, match="is a DICOM node"):
+        verify(forged, root="dicom://X@127.0.0.1:1")
+
+
+def test_a_manifest_that_lies_elsewhere_needs_a_root(
+    embedded: Embedded, private: Holding, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    got = Retrieved(embedded, private, tmp_path / "data", manifest_root=tmp_path / "elsewhere")
+    assert stored(target, tmp_path, got.uri).verdict == "failed"
+    assert verify(got.uri).counts == {"!": 12}
+    assert verify(got.uri, root=got.folder).same
+    assert stored(target, tmp_path, got.uri, root=got.folder).verdict == "complete"
+
+
+def test_a_frame_is_held_to_its_destination(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
+    frame: pd.DataFrame = got.frame
+    assert verify(frame, manifest_root=tmp_path / "v").same
+    assert len(read_instances(frame)) == 12
+    forged = frame.copy()
+    forged.loc[0, "uri"] = outside(got, tmp_path, "path")["uri"]
+    assert reasons(stored(target, tmp_path, forged)) == {"outside_root": 1}
+    assert verify(forged, manifest_root=tmp_path / "v").counts == {"=": 11, "!": 1}
+    with pytest.raises(ManifestError, match="outside the destination"):
+        read_instances(forged)
+    assert len(read_instances(forged, root=tmp_path / "secret")) == 12
+    nowhere = frame.assign(destination="")
+    assert verify(nowhere, manifest_root=tmp_path / "v").counts == {"!": 12}
+    relative = frame.assign(destination="data")
+    assert stored(target, tmp_path, relative).verdict == "failed"
+
+
+def test_the_uids_are_those_of_the_object(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
+    """The first row names the second one's object, with its size and digest."""
+    second = got.frame.loc[1]
+    forged = got.forged(uri=second["uri"], bytes=second["bytes"], sha256=second["sha256"])
+    found = verify(forged)
+    assert (found.exit_code, found.counts) == (3, {"=": 11, "*": 1})
+    result = stored(target, tmp_path, forged)
+    assert (result.verdict, result.failed, reasons(result)) == ("partial", 1, {"size_changed": 1})
+
+
+def test_a_bucket_is_held_to_its_prefix(
+    embedded: Embedded, private: Holding, target: EmbeddedPacs, moto: Moto, tmp_path: Path
+) -> None:
+    prefix = tmp_path.name
+    pacs = embedded(private.folder)
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=f"s3://{BUCKET}/{prefix}", s3_config=moto.config)
+    frame = scu.get_study({"StudyInstanceUID": private.study}).manifest
+    assert verify(frame, s3_config=moto.config, manifest_root=tmp_path / "v").same
+    key = frame["uri"][0].removeprefix(f"s3://{BUCKET}/")
+    for number, other in enumerate((f"{prefix}-else/one.dcm", "one.dcm")):
+        moto.client().put_object(Bucket=BUCKET, Key=other, Body=moto.read(key))
+        forged = frame.copy()
+        forged.loc[0, "uri"] = f"s3://{BUCKET}/{other}"
+        found = verify(forged, s3_config=moto.config, manifest_root=tmp_path / "v")
+        assert found.counts == {"=": 11, "!": 1}
+        scu_of = StoreScu(
+            f"DEST@127.0.0.1:{target.port}", s3_config=moto.config, manifest_root=tmp_path / f"state{number}"
+        )
+        assert reasons(scu_of.store(manifest=forged)) == {"outside_root": 1}
+        root = f"s3://{BUCKET}/{other.rpartition('/')[0]}".rstrip("/")
+        assert verify(forged, s3_config=moto.config, root=root, manifest_root=tmp_path / "v").same
