@@ -290,16 +290,15 @@ class _Lister:
             if series:
                 keys[h.SERIES_INSTANCE_UID] = series
             try:
-                rows = list(self._finder.rows("IMAGE", keys, (h.SERIES_INSTANCE_UID, *_IMAGE_KEYS), dropped=Dropped()))
+                for row in self._finder.rows("IMAGE", keys, (h.SERIES_INSTANCE_UID, *_IMAGE_KEYS), dropped=Dropped()):
+                    found = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
+                    if is_uid(found) and (scope.series is None or found in scope.series):
+                        self._take_row(listing.series.setdefault(found, SeriesInfo(found)), row)
             except OperationFailed as error:
                 # Then the lists of their series are all there is to go by, and the rule holds for these.
                 log.info("%s The source takes no C-FIND for single instances.", error.message)
                 listing.instances_named = False
                 return
-            for row in rows:
-                found = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
-                if is_uid(found) and (scope.series is None or found in scope.series):
-                    self._take_row(listing.series.setdefault(found, SeriesInfo(found)), row)
 
 
 def _most_rows(series: SeriesInfo) -> int:

@@ -191,10 +191,10 @@ class _Search:
             found.doubt = "list_contradicted"
         return found
 
-    def _ask(self, part: Part, dropped: Dropped) -> set[bytes]:
-        """Ask for a part; the studies that say to lie in it."""
+    def _ask(self, part: Part, dropped: Dropped) -> tuple[set[bytes], bool]:
+        """Ask for a part; the studies that say to lie in it, and whether others came: then it was ignored."""
         found, finder = self._found, self._finder
-        here = set()
+        here, others = set(), False
         found.queries += 1
         keys = {**self._keys, **part.keys()}
         enough = partial(self._enough, found)
@@ -203,7 +203,9 @@ class _Search:
             found.answers.setdefault(uid, (row, raw))
             if part.covers(row):
                 here.add(uid)
-        return here
+            else:
+                others = True
+        return here, others or bool(dropped)
 
     def _confirm(self, part: Part, came: set[bytes]) -> bool:
         """Ask for the halves of a part whose answer may be cut, or was refused; whether they show that it is whole."""
@@ -214,13 +216,13 @@ class _Search:
             if self._found.queries >= MAX_QUERIES or self._enough(self._found):
                 return False
             try:
-                here = self._ask(half, Dropped())
+                here, others = self._ask(half, Dropped())
                 cut = self._finder.cuts.may_be_cut("STUDY", self._finder.came)
             except OperationFailed as error:
                 if not (error.transient and half.halves()):
                     raise
-                here, cut = set(), True
+                here, others, cut = set(), False, True
             again |= here
             if cut:
-                whole &= self._confirm(half, here)
+                whole = not others and self._confirm(half, here) and whole
         return whole and came <= again

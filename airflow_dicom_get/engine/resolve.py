@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.finder import Finder, Keys, check_answered
+from airflow_dicom_get.engine.finder import Answer, Finder, Keys, check_answered
 from airflow_dicom_get.engine.matching import Row
 from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Filter, Query
@@ -114,16 +115,16 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     keys: Keys = {f.tag: f.value for f in study_filters}
     unreadable = finder.unreadable
     doubt = None
+    rows: Iterable[Answer]
     if query.studies:
-        rows = [row for row, _ in finder.named("STUDY", query.studies, keys, _STUDY_KEYS)]
-        doubt = "list_contradicted" if finder.unreadable > unreadable else None
+        rows = finder.named("STUDY", query.studies, keys, _STUDY_KEYS)
     else:
         # How many a patient has tells only where all of these are asked for.
         counts = [i.PATIENT_RELATED_STUDIES] if selecting == ["PatientID"] else []
         matches = matching_studies(finder, keys, (*_STUDY_KEYS, *counts))
-        rows, doubt = [row for row, _ in matches.answers.values()], matches.doubt
+        rows, doubt = matches.answers.values(), matches.doubt
     found: dict[str, Scope] = {}
-    for row in rows:
+    for row, _ in rows:
         uid = shown_uid(row.get(h.STUDY_INSTANCE_UID))
         if uid not in found:
             scope = found[uid] = _scope(query, uid, lower)
@@ -132,6 +133,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
             scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
     if not found:
         check_answered(finder)
+    if finder.unreadable > unreadable:
+        doubt = "list_contradicted"
     if not query.studies:
         _check_count(len(found), max_studies)
     elif found and not selecting:

@@ -146,7 +146,8 @@ def test_more_studies_than_can_be_mapped_are_said_to_be_before_airflow_fails(run
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_a_pacs_that_cuts_its_answers(run_dag, pacs, archive, split):
+@pytest.mark.parametrize(("options", "state"), [({}, "failed"), ({"on_truncation": "return"}, "success")])
+def test_a_pacs_that_cuts_its_answers(run_dag, pacs, archive, split, options, state):
     """It gives the same study a hundred times over and then no more, whatever is asked."""
     whole = pacs.archive.find
 
@@ -155,11 +156,12 @@ def test_a_pacs_that_cuts_its_answers(run_dag, pacs, archive, split):
         return [rows[0]] * 100 if rows else rows
 
     pacs.archive.find = MethodType(cut, pacs.archive)
-    with DAG(f"cut_{split}") as dag:
-        find("find", split_on_truncation=split)
+    with DAG(f"cut_{split}_{state}") as dag:
+        find("find", split_on_truncation=split, **options)
     run = run_dag(dag)
     summary = run.xcom("find", "summary")
-    assert run.state == "success"
+    assert run.task("find").state == state
+    assert run.task("find").try_number == 1
     assert summary["truncated"]
     assert (summary["queries"] > 10) == split
-    assert "seems to have truncated its answer" in run.log
+    assert "More studies may match (list_may_be_cut)" in run.log
