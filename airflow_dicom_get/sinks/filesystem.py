@@ -12,9 +12,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +99,8 @@ class FilesystemSink:
         self._mutex = threading.Lock()
         self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
+        self._durable: dict[str, set[Key]] = {}
+        """By study what runs before this one have recorded as durable."""
         self._unconfirmed = 0
         self._due = 0
         self._done: list[Confirmation] = []
@@ -122,6 +123,7 @@ class FilesystemSink:
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study)
+        self._durable[study] = _durable_in(records)
         held: dict[Key, Stored] = {}
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
@@ -229,6 +231,15 @@ class FilesystemSink:
                 except OSError as error:
                     raise sink_error(error, f"The destination cannot create a folder for study {uid}") from error
             return study
+
+    def recorded_durable(self, study: str) -> set[Key]:
+        """What runs before this one have recorded as durable; nothing where no run can read it."""
+        if study not in self._durable:
+            try:
+                self._durable[study] = _durable_in(self.ledgers.read(study))
+            except LedgerError:
+                self._durable[study] = set()
+        return self._durable[study]
 
     def taken(self, pending: _Pending) -> None:
         """Hand a taken instance to the thread that makes it durable."""
@@ -385,6 +396,10 @@ class _GivenUpError(Exception):
     """The run has ended without the thread that syncs."""
 
 
+def _durable_in(records: Mapping[Key, Sequence[Stored]]) -> set[Key]:
+    return {key for key, found in records.items() if any(record.durable for record in found)}
+
+
 class _Pending:
     """An instance under its final name, not yet synced."""
 
@@ -412,24 +427,12 @@ class _Study:
         except BaseException:
             self._give_back_lock()  # the next try of this run would wait for it for ever
             raise
-        self._records = partial(ledgers.read, uid)
-        self._known: set[Key] | None = None
         self.placed: set[Key] = set()
         """What this run put here; filled where a file of another run may be replaced."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
-
-    def known_durable(self) -> set[Key]:
-        """What runs before this one have recorded as durable."""
-        if self._known is None:
-            try:
-                records = self._records()
-            except LedgerError:
-                records = {}
-            self._known = {key for key, found in records.items() if any(record.durable for record in found)}
-        return self._known
 
     def _give_back_lock(self) -> None:
         try:
@@ -586,6 +589,8 @@ class _FileWriter:
         self._sink.check_left()
         if self._disk.has(final, folder):
             return self._meet_first(final)
+        if instance.key in self._sink.recorded_durable(instance.study):
+            self._drop_records()  # its file is gone; they would count for this one before it is synced
         study.ledger.taken(instance)
         self._sink.check_left()
         try:
@@ -613,7 +618,7 @@ class _FileWriter:
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd)
-                if self._sink.options.durable and instance.key not in self._study.known_durable():
+                if self._sink.options.durable and instance.key not in self._sink.recorded_durable(instance.study):
                     files.write_again(final, self._folder)
                 self._study.ledger.taken(instance)
                 self._drop()
@@ -646,15 +651,18 @@ class _FileWriter:
 
     def _put_over(self, final: str) -> Taken:
         """Take the place of what is there, and let nothing that was recorded of it count for this one."""
-        ledger = self._study.ledger
-        ledger.dropped(self._instance.key)
-        if self._sink.options.durable:
-            ledger.sync()
-        ledger.taken(self._instance)
+        self._drop_records()
+        self._study.ledger.taken(self._instance)
         self._sink.check_left()
         self._disk.rename_over(self._name, final, self._folder)
         self._sink.torn.discard(self._instance.key)
         return self._placed()
+
+    def _drop_records(self) -> None:
+        """Let nothing that was recorded of an instance count for another file of it, also after a power cut."""
+        self._study.ledger.dropped(self._instance.key)
+        self._study.ledger.sync()
+        self._sink.recorded_durable(self._instance.study).discard(self._instance.key)
 
     def _drop(self) -> None:
         self._disk.close(self._fd)
