@@ -63,6 +63,10 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
 BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict")
 
 
+MALFORMED = 0.0
+"""Share of the studies in which a UID is malformed: none until these are rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A fault that a run meets: the ``number``-th call of an operation, and what becomes of it."""
@@ -167,7 +171,7 @@ def _study(chance: random.Random) -> tuple[Instance, ...]:
     each = chance.choice((1, 2, 3, 3, 5, 8))
     size = chance.choice((700, 1500, 1500, 4000))
     instances = archive.build(series=series, instances=each, size=size, pairs=chance.choice(PAIRS))
-    if chance.random() < 0.15:
+    if chance.random() < MALFORMED:
         _malform(chance, instances)
     if chance.random() < 0.1 and len({i.series for i in instances}) > 1:
         first, other = instances[0], next(i for i in instances if i.series != instances[0].series)

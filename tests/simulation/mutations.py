@@ -67,6 +67,12 @@ MUTATIONS: Mapping[str, Mutation] = {
         "read_at(fd, META_LIMIT, 0)",
         "it never comes to an end",
     ),
+    "records_of_a_file_that_is_gone_count_for_the_next": Mutation(
+        "sinks.filesystem:_FileWriter._place",
+        "if instance.key in self._sink.recorded_durable(instance.study):",
+        "if False:",
+        "complete, and not durable",
+    ),
     "closed_manifest_written_to": Mutation(
         "storage.files:_Output.write", "if self.closed:", "if False:", "breach of the model"
     ),

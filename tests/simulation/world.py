@@ -33,6 +33,8 @@ from tests.simulation.pacs import ModelPacs
 ROOT = "/data"
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
+_PAUSE = 60.0
+"""Seconds between two runs: the names of runs tell their order by whole seconds."""
 _COLUMNS = ["series_instance_uid", "sop_instance_uid", "state", "reason"]
 
 
@@ -154,6 +156,7 @@ class World:
         self.runs.append(played)
         self.pacs.begin({n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         disk = self.volume.disk(process)
+        self.loop.at += _PAUSE
         began, changes = self.loop.at, len(self.pacs.log)
 
         def work() -> None:
