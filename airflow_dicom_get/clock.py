@@ -61,6 +61,9 @@ class Clock(Protocol):
     def token(self) -> str:
         """Eight hexadecimal digits, by chance."""
 
+    def lock(self) -> threading.Lock:
+        """A lock that is held while something is waited for; one that is held for a moment is no matter of a clock."""
+
     def condition(self, lock: threading.Lock | None = None, /) -> threading.Condition:
         """A condition to wait for."""
 
@@ -78,6 +81,7 @@ now = time.time
 monotonic = time.monotonic
 sleep = time.sleep
 jitter = random.uniform
+lock = threading.Lock
 condition = threading.Condition
 event = threading.Event
 

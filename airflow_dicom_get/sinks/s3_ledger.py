@@ -64,7 +64,7 @@ class BucketLedger:
     def __init__(self, bucket: Bucket, destination: str, name: str) -> None:
         self._bucket, self._destination, self._name = bucket, destination, name
         self._mutex = threading.Lock()
-        self._writing = threading.Lock()
+        self._writing = clock.lock()
         self._lines: list[str] = []
         self._kept = 0
         self._number = 0

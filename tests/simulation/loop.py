@@ -205,6 +205,32 @@ class Loop:
             self.current = None
 
 
+class Lock:
+    """See :class:`threading.Lock`; it may be held while something is waited for."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, self._held = loop, False
+        self._waiters: list[Wait] = []
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        while self._held:
+            if not blocking:
+                return False
+            self._loop.park(self._waiters, None)
+        self._held = True
+        return True
+
+    def release(self) -> None:
+        self._held = False
+        self._loop.wake_all(self._waiters)
+
+
 class Event:
     """See :class:`clock.Event`."""
 
@@ -345,6 +371,9 @@ class Time:
 
     def token(self) -> str:
         return f"{self._loop.chance.getrandbits(32):08x}"
+
+    def lock(self) -> threading.Lock:
+        return cast("threading.Lock", Lock(self._loop))
 
     def condition(self, lock: threading.Lock | None = None, /) -> threading.Condition:
         return cast("threading.Condition", Condition(self._loop, lock))

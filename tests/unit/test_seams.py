@@ -130,6 +130,9 @@ class Still:
     def token(self) -> str:
         return "00000000"
 
+    def lock(self) -> threading.Lock:
+        return threading.Lock()
+
     def condition(self, lock: threading.Lock | None = None, /) -> threading.Condition:
         return threading.Condition(lock)
 
