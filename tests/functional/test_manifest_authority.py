@@ -133,13 +133,13 @@ def test_a_root_that_the_caller_names_counts(got: Retrieved, target: EmbeddedPac
     said = subprocess.run([*shell, "verify", "--manifest", forged, "--json"], capture_output=True, timeout=60)
     assert (said.returncode, json.loads(said.stdout)["counts"]["!"]) == (3, 1)
     said = subprocess.run(
-        [*shell, "verify", "--manifest", forged, "--root", tmp_path / "secret"], capture_output=True, timeout=60
+        [*shell, "verify", "--manifest", forged, "--root", str(tmp_path / "secret")], capture_output=True, timeout=60
     )
     assert said.returncode == 0, said.stderr
     node = f"DEST@127.0.0.1:{target.port}"
-    stores = [*shell, "store", node, "--manifest", forged, "--state", tmp_path / "other"]
+    stores = [*shell, "store", node, "--manifest", forged, "--state", str(tmp_path / "other")]
     assert subprocess.run(stores, capture_output=True, timeout=60).returncode == 3
-    named = subprocess.run([*stores, "--root", tmp_path / "secret"], capture_output=True, timeout=60)
+    named = subprocess.run([*stores, "--root", str(tmp_path / "secret")], capture_output=True, timeout=60)
     assert named.returncode == 0, named.stderr
     with pytest.raises(InvalidOption, match="is a DICOM node"):
         verify(forged, root="dicom://X@127.0.0.1:1")

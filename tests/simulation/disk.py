@@ -877,6 +877,10 @@ class ModelDisk(files.Disk):
         """See :meth:`files.Disk.status`."""
         return _status(self._find(path))
 
+    def real_path(self, path: Where) -> Path:
+        """See :meth:`files.Disk.real_path`: there are no links here."""
+        return Path(path)
+
     def scan(self, path: Where) -> Iterator[os.DirEntry[str]]:
         """See :meth:`files.Disk.scan`."""
         for entry in self._scanned(path):
