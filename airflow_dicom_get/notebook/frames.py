@@ -131,15 +131,19 @@ def _dataset(item: StoredObject) -> Dataset:
     from airflow_dicom_get.dicom.part10 import file_header
     from airflow_dicom_get.sinks.objects import UnreadableError
 
-    assert item.row is not None
+    row = item.row
+    assert row is not None
     head = b""
-    if item.row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
-        head = file_header(item.row.sop_class or "", item.row.sop, item.row.syntax or "", calling="", called="")
+    if row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
+        head = file_header(row.sop_class or "", row.sop, row.syntax or "", calling="", called="")
     try:
-        return dcmread(BytesIO(head + b"".join(map(bytes, item.chunks()))))
-    except (UnreadableError, InvalidDicomError) as error:
+        dataset = dcmread(BytesIO(head + b"".join(map(bytes, item.chunks()))))
+        if (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID) != (row.study, *row.key):
+            raise UnreadableError("it is not the instance that the manifest names")
+        return dataset
+    except (UnreadableError, InvalidDicomError, AttributeError) as error:
         raise ManifestError(
-            f"The instance {item.row.sop} cannot be read from {shown_path(item.name)}: {error}.",
+            f"The instance {row.sop} cannot be read from {shown_path(item.name)}: {error}.",
             hint="It may have been moved. verify() tells what is missing; get_study(manifest=…) fetches it.",
             uri=item.name,
         ) from None

@@ -133,11 +133,11 @@ def test_a_root_that_the_caller_names_counts(got: Retrieved, target: EmbeddedPac
     said = subprocess.run([*shell, "verify", "--manifest", forged, "--json"], capture_output=True, timeout=60)
     assert (said.returncode, json.loads(said.stdout)["counts"]["!"]) == (3, 1)
     said = subprocess.run(
-        [*shell, "verify", "--manifest", forged, "--root", str(tmp_path / "secret")], capture_output=True, timeout=60
+        [*shell, "verify", "--manifest", forged, "--root", tmp_path / "secret"], capture_output=True, timeout=60
     )
     assert said.returncode == 0, said.stderr
     node = f"DEST@127.0.0.1:{target.port}"
-    stores = [*shell, "store", node, "--manifest", forged, "--state", str(tmp_path / "other")]
+    stores = [*shell, "store", node, "--manifest", str(forged), "--state", str(tmp_path / "other")]
     assert subprocess.run(stores, capture_output=True, timeout=60).returncode == 3
     named = subprocess.run([*stores, "--root", str(tmp_path / "secret")], capture_output=True, timeout=60)
     assert named.returncode == 0, named.stderr
@@ -180,6 +180,8 @@ def test_the_uids_are_those_of_the_object(got: Retrieved, target: EmbeddedPacs, 
     assert (found.exit_code, found.counts) == (3, {"=": 11, "*": 1})
     result = stored(target, tmp_path, forged)
     assert (result.verdict, result.failed, reasons(result)) == ("partial", 1, {"size_changed": 1})
+    with pytest.raises(ManifestError, match="not the instance that the manifest names"):
+        read_instances(frame_of(read_table(forged)))
 
 
 def test_a_bucket_is_held_to_its_prefix(
