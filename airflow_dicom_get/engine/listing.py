@@ -94,6 +94,11 @@ class Listing:
                 if key not in but and (x.sop_class is None or x.sop_class in sop_classes)
             }
 
+    def in_question(self, series: str | None) -> bool:
+        """Whether it is worth knowing how many instances a series (None: the study) has: its list is round or short."""
+        info = self.series.get(series) if series is not None else None
+        return info is None or self.cuts.is_round(info.rows) or (info.related_instances or 0) > info.listed
+
     def lists(self) -> Lists:
         """Its lists in numbers, for the rule of whether they are whole."""
         below = {

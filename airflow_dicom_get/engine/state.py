@@ -125,6 +125,7 @@ class StudyState:
     returned: set[Key] = field(default_factory=set)
     inventory: dict[Key, Stored] = field(default_factory=dict)
     gone: list[Instance] = field(default_factory=list)
+    _list_stands: bool = False
     _series: set[str] = field(default_factory=set)
     _late: set[Key] = field(default_factory=set)
     _due: dict[int, Instance] = field(default_factory=dict)
@@ -162,11 +163,7 @@ class StudyState:
 
     def most_objects(self) -> int:
         """Objects that one C-GET may bring: twice the plan and a hundred, where there is a list that stands."""
-        if self.listing is None:
-            return UNPLANNED
-        lists = self.listing.lists()
-        stands = not lists.is_round(self.listing.cuts) and not lists.contradicted()
-        return 2 * self.listing.total + 100 if stands else UNPLANNED
+        return 2 * self.listing.total + 100 if self.listing is not None and self._list_stands else UNPLANNED
 
     # --- lists and inventory -------------------------------------------------------------------
 
@@ -177,6 +174,8 @@ class StudyState:
         if changed:
             self.counted.clear()
         self.lists_agree = self.listing is not None and not changed
+        lists = listing.lists()
+        self._list_stands = not lists.is_round(listing.cuts) and not lists.contradicted()
         self.listing = listing
         self._series.update(series for series, _ in listing.instances)
         for key, instance in listing.instances.items():
@@ -221,7 +220,7 @@ class StudyState:
         sent : collection of (series, sop), optional
             All that it sent, where it ended in success.
         """
-        if self.listing is None:
+        if self.listing is None or not self.listing.in_question(series):
             return
         listed = {key for key in self.listing.instances if series in (None, key[0])}
         if sent is not None and sent == listed:

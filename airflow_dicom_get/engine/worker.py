@@ -239,8 +239,9 @@ class Pass:
                         self._queue.extendleft(reversed(lists_of(left)))
                     return
         next_object = self._source.deadlines.next_object
-        whole = request.level != "IMAGE"
-        receiver.confirms, receiver.came = request.confirms, set() if whole else None
+        listing = self._state.listing
+        counts = request.level != "IMAGE" and listing is not None and listing.in_question(request.series)
+        receiver.confirms, receiver.came = request.confirms, set() if counts else None
         outcome = c_get(
             association,
             self._model,
@@ -256,7 +257,7 @@ class Pass:
         self._source.check_stopped()
         if request.targets:
             self._follow_up(request, outcome)
-        if whole:
+        if counts:
             all_came = outcome.status == s.SUCCESS and not outcome.failed and self._state.sop_classes is None
             self._intake.learn_count(request.series, outcome.total, receiver.came if all_came else None)
 

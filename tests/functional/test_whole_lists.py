@@ -334,6 +334,41 @@ class TestClasses:
         assert self.classes(result) - {None} <= {classes[0]}
 
 
+class TestShell:
+    def run(self, *argv: object) -> int:
+        from airflow_dicom_get.cli.main import main
+
+        return main([str(arg) for arg in argv])
+
+    @pytest.mark.parametrize(("mode", "limit", "status"), [
+        ("studies_cut", None, 0), ("studies_cut_alike", None, 4), ("studies_cut_alike", "0", 0),
+        ("studies_cut_alike", "99", 0),
+    ])  # fmt: skip
+    def test_find_and_plan(self, scu: Any, capsys: pytest.CaptureFixture[str], mode: str, limit: str | None,
+                           status: int) -> None:  # fmt: skip
+        pacs = scu(mode, of={"series": 1, "instances": 1}).pacs
+        options = ["-k", "StudyDate=20240131", *(["--list-limit", limit] if limit else [])]
+        assert self.run("find", f"X@{HOST}:{pacs.port}", *options) == status
+        assert ("just as many rows" in capsys.readouterr().err) == bool(status)
+        assert self.run("plan", f"X@{HOST}:{pacs.port}", "--max-studies", 200, *options) == status
+        assert ("just as many rows" in capsys.readouterr().err) == bool(status)
+
+    @pytest.mark.parametrize(("level", "of"), [("SERIES", {"series": 100, "instances": 1}),
+                                               ("IMAGE", {"series": 1, "instances": 150})])  # fmt: skip
+    def test_find_below_the_studies_knows_no_more(self, scu: Any, level: str, of: dict[str, int]) -> None:
+        client = scu("no_counts", of=of)
+        argv = ["find", f"X@{HOST}:{client.pacs.port}", "--study", client.pacs.study_uid, "--level", level]
+        assert self.run(*argv) == 4
+        assert self.run(*argv, "--list-limit", "0") == 0
+
+    def test_a_list_of_studies_in_a_file(self, scu: Any, tmp_path: Path) -> None:
+        client = scu("studies_cut", of={"series": 1, "instances": 1, "param": 3}, list_limit="1")
+        (tmp_path / "cohort.csv").write_text("AccessionNumber\nHOSTILE-ACC\n")
+        argv = ["get", f"X@{HOST}:{client.pacs.port}", "--from-file", tmp_path / "cohort.csv", "--to", tmp_path / "out"]
+        assert self.run(*argv) == 0
+        assert self.run(*argv, "--list-limit", "1") == 4, "the PACS may have a second study of that number"
+
+
 class TestPatientRoot:
     def test_queries_below_the_patient_name_it(self, scu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """At a PACS that offers C-FIND in Patient Root alone."""
