@@ -124,6 +124,8 @@ class Service:
         Most keys in an answer.
     least_part : int
         Bytes of the smallest part that is not the last one.
+    latency : float
+        Seconds before a request is served: others get their turn.
     """
 
     def __init__(self, *buckets: str) -> None:
@@ -135,6 +137,7 @@ class Service:
         self.completes_again = False
         self.page = _MOST_KEYS
         self.least_part = 5 << 20
+        self.latency = 0.0
         self._numbers = 0
 
     def number(self) -> int:
@@ -230,6 +233,8 @@ class ModelClient:
 
     def request(self, method: Callable[..., Any], name: str, given: dict[str, Any]) -> Any:
         """Make a request once."""
+        if self.service.latency:
+            clock.sleep(self.service.latency)
         fault = self.process.call(method.__name__)
         if fault is not None and fault.error is not None and not fault.after:
             raise self._failure(fault, name)
