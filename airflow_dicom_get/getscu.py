@@ -408,7 +408,7 @@ class GetScu:
         from airflow_dicom_get.engine.retry import asked_by
         from airflow_dicom_get.manifest.frames import load_table
 
-        return asked_by(load_table(manifest, self.options.s3_config))
+        return asked_by(load_table(manifest, self.options.s3_config), self.options.sop_classes)
 
     def _options_for(self, asked: Asked | None) -> GetOptions:
         """The options, with digests compared where the manifest names objects whose content is in doubt."""

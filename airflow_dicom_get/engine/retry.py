@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Asked:
     by_digest: bool
 
 
-def asked_by(manifest: Any) -> Asked:
+def asked_by(manifest: Any, sop_classes: Collection[str] | None = None) -> Asked:
     """Every instance that a manifest lists, by study; what lies beside the list of its run is left out.
 
     What it says is held does not count: that was another moment, and perhaps another destination. What this
@@ -37,18 +38,20 @@ def asked_by(manifest: Any) -> Asked:
     Parameters
     ----------
     manifest : pyarrow.Table
+    sop_classes : collection of str, optional
+        The classes that are wanted: a row of another one asks for nothing.
 
     Raises
     ------
     InvalidQuery
         A row has no valid UIDs.
     """
-    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state", "reason")
+    columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "sop_class_uid", "state", "reason")
     studies: dict[str, tuple[set[Key], set[Key]]] = {}
     by_digest = False
     rows = zip(*(manifest.column(name).to_pylist() for name in columns), strict=True)
-    for number, (study, series, sop, state, reason) in enumerate(rows, 1):
-        if state in OUTSIDE_LIST:
+    for number, (study, series, sop, sop_class, state, reason) in enumerate(rows, 1):
+        if state in OUTSIDE_LIST or (sop_classes is not None and sop_class and sop_class not in sop_classes):
             continue
         if reason == "bad_uid":  # as the source wrote it; it stays missing
             studies.setdefault(study or "", (set(), set()))[1].add((series or "", sop or ""))

@@ -169,7 +169,9 @@ class StudyState:
 
     def take_list(self, listing: Listing) -> bool:
         """A list came; whether it names other instances than the one before."""
+        named = listing.instances.keys() & self.scope.named
         listing.narrow(self.sop_classes, self.unwanted)
+        self.unwanted |= named - listing.instances.keys()  # the list tells another class
         changed = self.listing is not None and listing.instances.keys() != self.listing.instances.keys()
         if changed:
             self.counted.clear()
@@ -369,11 +371,13 @@ class StudyState:
                 instance.state, instance.reason = "missing", "gone_from_list"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
-        if listing is None or not (self.scope.whole_study or named) or self.sop_classes is not None:
+        if listing is None:
             return
-        for series, sop in sorted(named - self.instances.keys() - self.inventory.keys()):
+        for series, sop in sorted(named - self.instances.keys() - self.inventory.keys() - self.unwanted):
             instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
             instance.state, instance.reason = "missing", "gone_from_list"
+        if not (self.scope.whole_study or named) or self.sop_classes is not None:
+            return
         for key, held in self.inventory.items():
             if key not in listing.instances and key not in self.instances and (not named or key in named):
                 instance = Instance(self.scope.study, held.series, held.sop)

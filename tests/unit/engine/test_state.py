@@ -308,3 +308,39 @@ def test_what_an_unlisted_instance_may_be(scope: Scope, series: str, sop: str, e
     state = StudyState(scope)
     state.take_list(listing(1))
     assert state.in_scope(series, sop) is expected
+
+
+class TestNamed:
+    """What a manifest lists, and the source does not."""
+
+    def concluded(
+        self, *numbers: int, holds: tuple[int, ...] = (), **facts: object
+    ) -> dict[Key, tuple[object, object]]:
+        scope = Scope(STUDY, series=frozenset({SERIES}), instances=frozenset(map(uid, (1, 2, 3))))
+        scope.named = frozenset(map(key, (1, 2, 3)))
+        state = StudyState(scope, rounds=1, **facts)  # type: ignore[arg-type]
+        state.inventory = {key(number): held(number) for number in holds}
+        state.take_list(listing(*numbers))
+        list(state.adopt_inventory())
+        state.conclude()
+        return {x.key: (x.state, x.reason) for x in state.rows()}
+
+    def test_is_missing(self) -> None:
+        gone = ("missing", "gone_from_list")
+        assert self.concluded(1, 2, holds=(1, 2)) == {key(1): ("held", None), key(2): ("held", None), key(3): gone}
+        assert self.concluded() == dict.fromkeys(map(key, (1, 2, 3)), gone)
+
+    def test_unless_it_is_held(self) -> None:
+        found = self.concluded(1, holds=(1, 2, 3, 4))
+        assert found == {key(1): ("held", None), **dict.fromkeys(map(key, (2, 3)), ("withdrawn", "gone_from_list"))}
+
+    def test_which_left_the_list_before_it_came(self) -> None:
+        state = StudyState(Scope(STUDY, instances=frozenset({uid(1)}), named=frozenset({key(1)})), rounds=1)
+        state.take_list(listing(1))
+        state.take_list(listing())
+        state.conclude()
+        assert [(x.state, x.reason) for x in state.rows()] == [("missing", "gone_from_list")]
+
+    def test_of_a_class_that_the_list_tells_and_nobody_wants(self) -> None:
+        assert self.concluded(1, 2, 3, sop_classes=("1.2.3",)) == {}
+        assert set(self.concluded(1, sop_classes=("1.2.3",))) == {key(2), key(3)}

@@ -342,3 +342,14 @@ def test_a_study_that_filters_leave_nothing_of_is_not_meant_while_another_is() -
     nothing, something = with_(state(), scope=narrow), state(instance(1))
     assert [n.verdict for n in end_of([nothing, something]).numbers] == ["complete"]
     assert [n.verdict for n in end_of([nothing]).numbers] == ["empty"]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_a_manifest_asks_for_counts_where_it_is_neither_listed_nor_held(held: bool) -> None:
+    made = state(instance(1, "stored" if held else "missing", None if held else "not_sent"))
+    lost = instance(2, "missing", "gone_from_list")
+    made.scope.named = frozenset({(SERIES, f"{SERIES}.1"), lost.key})
+    made.instances[lost.key] = lost
+    found = judge(made)
+    assert (found.expected, found.total, found.completed, found.failed) == (2, 2, int(held), 2 - held)
+    assert found.verdict == ("partial" if held else "failed")
