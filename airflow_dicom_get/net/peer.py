@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.errors import AssociationAborted, ConnectFailed, DeadlineExceeded, DicomGetError
+from airflow_dicom_get.errors import AssociationAborted, Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.acse import Proposal, encode_request
 from airflow_dicom_get.net.association import Association, CancelToken
@@ -109,7 +109,7 @@ class Peer:
         if told is not None:
             told.connecting(f"{self.node.host}:{self.node.port}", tls=self.tls is not None)
         try:
-            line = _connect(self.node, self.deadlines.connect, self.tls, self.server_name)
+            line = _connect(self, cancel)
         except DicomGetError as error:
             if told is not None:
                 told.not_connected(error)
@@ -140,11 +140,18 @@ class Peer:
         return association
 
 
-def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name: str | None) -> Transport:
+def _connect(peer: Peer, cancel: CancelToken) -> Transport:
+    node, seconds = peer.node, peer.deadlines.connect
+
+    def ended() -> bool:
+        return cancel.reason is not None
+
     try:
-        return transport.connect(node.host, node.port, seconds, tls, server_name)
+        return transport.connect(node.host, node.port, seconds, peer.tls, peer.server_name, ended)
     except transport.HandshakeError as failure:
         error = failure.__cause__
+        if ended():
+            raise Cancelled(f"Cancelled: {cancel.reason}.", node=str(node)) from None
         if not isinstance(error, TimeoutError):
             raise tls_error(node, error if isinstance(error, OSError) else failure) from error
         raise DeadlineExceeded(
@@ -155,6 +162,8 @@ def _connect(node: Node, seconds: float, tls: ssl.SSLContext | None, server_name
             seconds=seconds,
         ) from None
     except TimeoutError:
+        if ended():
+            raise Cancelled(f"Cancelled: {cancel.reason}.", node=str(node)) from None
         raise DeadlineExceeded(
             f"{node} did not answer within {seconds:g} s.",
             hint="Check the host, the port and the firewall.",

@@ -5,6 +5,8 @@ Whatever :func:`connect` gives is a :class:`Transport`; a simulation puts a func
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 import ssl
@@ -123,7 +125,12 @@ class SocketTransport:
 
 
 def connect_socket(
-    host: str, port: int, seconds: float, tls: ssl.SSLContext | None = None, server_name: str | None = None
+    host: str,
+    port: int,
+    seconds: float,
+    tls: ssl.SSLContext | None = None,
+    server_name: str | None = None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Transport:
     """Connect, and shake hands where ``tls`` is given.
 
@@ -137,6 +144,8 @@ def connect_socket(
         How, if it is to be TLS.
     server_name : str, optional
         The name that the certificate must have; ``host`` by default.
+    ended : callable
+        Asked at least every :data:`SLICE` seconds; where it says so, the time is over at once.
 
     Raises
     ------
@@ -146,12 +155,11 @@ def connect_socket(
         There is no connection; :class:`TimeoutError` where the time was over.
     """
     limit = clock.monotonic() + seconds
-    sock = socket.create_connection((host, port), timeout=seconds)
+    sock = _reach(host, port, seconds, ended)
     try:
         _arm(sock)
         if tls is not None:
-            sock.settimeout(max(limit - clock.monotonic(), 0.1))
-            sock = _shake_hands(sock, tls, server_name or host)
+            sock = _shake_hands(sock, tls, server_name or host, limit, ended)
         return SocketTransport(sock)
     except BaseException:
         sock.close()
@@ -166,10 +174,57 @@ class HandshakeError(Exception):
     """A TLS session did not come about over a connection that was there; the cause says why."""
 
 
-def _shake_hands(sock: socket.socket, tls: ssl.SSLContext, server_name: str) -> ssl.SSLSocket:
+def _reach(host: str, port: int, seconds: float, ended: Callable[[], bool]) -> socket.socket:
+    """A connection with the first address of a host that takes one; each has so many seconds."""
+    failed: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+            limit = clock.monotonic() + seconds
+            while code == errno.EINPROGRESS:
+                if _waited(sock, select.POLLOUT, limit, ended):
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            return sock
+        except OSError as error:
+            sock.close()
+            failed = error
+            if ended():
+                break
+        except BaseException:
+            sock.close()
+            raise
+    raise failed or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+
+def _waited(sock: socket.socket, event: int, limit: float, ended: Callable[[], bool]) -> bool:
+    """Wait for a moment; whether it came. Raises :class:`TimeoutError` at the limit, or where it has ended."""
+    left = limit - clock.monotonic()
+    if left <= 0 or ended():
+        raise TimeoutError
+    poll = select.poll()
+    poll.register(sock, event)
+    return bool(poll.poll(min(left, SLICE) * 1000))
+
+
+def _shake_hands(
+    sock: socket.socket, tls: ssl.SSLContext, server_name: str, limit: float, ended: Callable[[], bool]
+) -> ssl.SSLSocket:
+    secure = tls.wrap_socket(sock, server_hostname=server_name, do_handshake_on_connect=False)
     try:
-        return tls.wrap_socket(sock, server_hostname=server_name)
+        while True:
+            try:
+                secure.do_handshake()
+                return secure
+            except ssl.SSLWantReadError:
+                _waited(secure, select.POLLIN, limit, ended)
+            except ssl.SSLWantWriteError:
+                _waited(secure, select.POLLOUT, limit, ended)
     except OSError as error:
+        secure.close()
         raise HandshakeError from error
 
 

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -225,6 +226,24 @@ def test_each_cancel_is_spent_by_one_call(tmp_path: Path, ct: Holding, embedded:
         store.cancel("before")
         assert store.store(ct.folder).reason == "before"
         assert store.store(ct.folder).verdict == "complete"
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_cancel_ends_the_wait_for_a_connection(tmp_path: Path, tls: bool) -> None:
+    """A host behind a firewall that drops everything; one that takes connections and says nothing of TLS."""
+    with socket.create_server(("127.0.0.1", 0), backlog=8 if tls else 0) as server, ExitStack() as queue:
+        port = server.getsockname()[1]
+        for _ in range(0 if tls else 3):  # once the queue is full, the kernel drops what comes
+            full = queue.enter_context(socket.socket())
+            full.setblocking(False)
+            full.connect_ex(("127.0.0.1", port))
+        scu = GetScu(f"PACS@127.0.0.1:{port}", destination=tmp_path / "to", tls={} if tls else None)
+        began = time.monotonic()
+        threading.Timer(0.5, scu.cancel, ["stop"]).start()
+        result = scu.get_study({"StudyInstanceUID": "1.2.3"})
+        assert (result.verdict, result.reason) == ("cancelled", "stop")
+        assert time.monotonic() - began < 8, "the deadline is 10 s"
+        assert ours() == []
 
 
 # --- a disk that does not return -------------------------------------------------------------------------------

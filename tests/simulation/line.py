@@ -214,7 +214,13 @@ class Network:
         self.connections: list[Connection] = []
 
     def connect(
-        self, host: str, port: int, seconds: float, tls: ssl.SSLContext | None = None, server_name: str | None = None
+        self,
+        host: str,
+        port: int,
+        seconds: float,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        ended: Callable[[], bool] = lambda: False,
     ) -> Transport:
         process = self.loop.process
         if process is not None:
