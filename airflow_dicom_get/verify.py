@@ -25,7 +25,16 @@ from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, PeerError, SinkError
+from airflow_dicom_get.errors import (
+    DicomGetError,
+    InvalidOption,
+    InvalidQuery,
+    ListTooLong,
+    NotNegotiated,
+    OperationFailed,
+    PeerError,
+    SinkError,
+)
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.schema import instances_of
 from airflow_dicom_get.records import Instance, Key
@@ -92,6 +101,8 @@ class Verification:
         Instances by symbol, ``=`` among them.
     uncompared : str or None
         Why a PACS could not be compared.
+    unreachable : bool
+        Whether that is because a node cannot be reached: another try may compare it.
     manifest_uri : str or None
         Where the manifest is: the input of a get that fetches what is missing or different.
     rows : list of Instance
@@ -101,6 +112,7 @@ class Verification:
     differences: list[Difference] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     uncompared: str | None = None
+    unreachable: bool = False
     errors: list[dict[str, Any]] = field(default_factory=list)
     manifest_uri: str | None = None
     plan_at: datetime | None = None
@@ -113,8 +125,10 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 the same, 3 differences, 4 no difference found, but the PACS could not be compared."""
-        return 3 if self.differences else 0 if self.uncompared is None else 4
+        """0 the same, 3 differences; else 1 if a node cannot be reached, 4 if it gives nothing to compare with."""
+        if self.differences:
+            return 3
+        return 0 if self.uncompared is None else 1 if self.unreachable else 4
 
     @property
     def manifest(self) -> DataFrame:
@@ -360,6 +374,8 @@ class _Verify:
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message
+        if isinstance(error, PeerError) and not isinstance(error, NotNegotiated | OperationFailed | ListTooLong):
+            self.found.unreachable = True
         self.found.errors.append({"error": error.message, "count": 1, "hint": error.hint})
 
     # --- what is there -------------------------------------------------------------------------

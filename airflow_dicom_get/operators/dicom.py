@@ -652,13 +652,15 @@ class DicomVerifyOperator(DicomTask):
                     f"{found.summary()}. The {len(frame)} differences take {size} bytes in XCom, and [dicom_get] "
                     f"manifest_xcom_hard_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
                 )
-            failing = found.uncompared is not None or (found.differences and self.fail_on_difference)
+            failing = found.unreachable or (not found.same and self.fail_on_difference)
             if failing and self.do_xcom_push:
                 ti.xcom_push("return_value", frame)
             if found.differences and self.fail_on_difference:
                 raise AirflowFailException(f"{found.summary()}. The XCom return_value lists the differences.")
-            if found.uncompared is not None:
+            if found.unreachable:
                 raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
+            if found.uncompared is not None and self.fail_on_difference:
+                raise AirflowFailException(f"{found.summary()}. {found.uncompared}")
         return frame
 
     def _verify(self, context: Context, scratch: str) -> tuple[Verification, Result, str | None]:

@@ -109,6 +109,19 @@ def test_a_pacs_that_cannot_be_asked_is_tried_again(run_dag, pacs, archive, tmp_
     assert len(run.xcom("verify")) == 0
 
 
+def test_a_pacs_without_a_list_is_a_failure_for_good(run_dag, pacs, archive, tmp_path):
+    def no_list(context, result=None):
+        pacs.no_find = True
+
+    with DAG("no_list", default_args={"retries": 1, "retry_delay": timedelta(0)}) as dag:
+        first = get(study=archive.private, destination=str(tmp_path), on_success_callback=no_list)
+        verify(manifest=first.output, dicom_conn_id="pacs")
+        verify(task_id="tells", manifest=first.output, dicom_conn_id="pacs", fail_on_difference=False)
+    run = run_dag(dag)
+    assert (run.task("verify").state, run.task("verify").try_number) == ("failed", 1)
+    assert run.task("tells").state == "success"
+
+
 BAD = {
     "nothing": ({}, "none of them is given"),
     "bad_study": ({"study": "1.2.x", "destination": "/data"}, "not a valid Study Instance UID"),
