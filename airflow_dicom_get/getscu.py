@@ -250,6 +250,8 @@ class GetScu:
         places = open_destination(o) if o.destination is not None else None
         with self._opened_source() as source, source.association(FIND_PROPOSALS) as association:
             listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
+        for listing in listed.listings:
+            listing.narrow(o.sop_classes)
         if places is not None:
             sink = places.sink(clock.run_name(), read_only=True)
             try:

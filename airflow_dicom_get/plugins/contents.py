@@ -136,7 +136,10 @@ def _series(table: pa.Table) -> list[Series]:
     keys = ["study_instance_uid", "series_instance_uid", "modality", "series_number", "state"]
     found: dict[tuple[str, str], Series] = {}
     for row in table.group_by(keys).aggregate([([], "count_all"), ("bytes", "sum")]).to_pylist():
-        study, uid = row["study_instance_uid"], row["series_instance_uid"]
+        study, uid = (
+            row["study_instance_uid"] or "",
+            row["series_instance_uid"] or "",
+        )  # empty where the PACS left it so
         one = found.setdefault((study, uid), Series(study, uid, row["modality"], row["series_number"]))
         if row["state"] in NOT_HELD:
             one.not_held += row["count_all"]

@@ -288,6 +288,7 @@ class TestClasses:
     @pytest.mark.parametrize("mode", [None, "no_counts", "no_classes"])
     def test_what_is_wanted_is_complete_and_nothing_else_is_stored(self, scu: Any, tmp_path: Path, mode: str) -> None:
         client = scu(mode, of=MIXED, sop_classes=[CT])
+        assert client.plan(client.study).instances == (8 if mode == "no_classes" else 4)
         for _ in range(2):
             result = client.get_study(client.study)
             assert (result.verdict, result.total, result.completed) == ("complete", 4, 4), result
