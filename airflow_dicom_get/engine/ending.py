@@ -71,6 +71,7 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
         except BaseException as error:
             cancel.abort(type(error).__name__)
             came = came or error
+            until = min(until, clock.monotonic() + PATIENCE)
     if not call.wait(0):
         cancel.left = True
         log.error("The destination does not return from a call; it was left to itself.")

@@ -238,10 +238,13 @@ class ModelClient:
         fault = self.process.call(method.__name__)
         if fault is not None and fault.error is not None and not fault.after:
             raise self._failure(fault, name)
-        answer = method(self, **given)
+        try:
+            answer = method(self, **given)
+        finally:
+            if fault is not None:
+                self.process.end_of_call(fault)
         if fault is None:
             return answer
-        self.process.end_of_call(fault)
         if fault.error is not None:
             mark("s3: an answer was lost")
             raise self._failure(fault, name)

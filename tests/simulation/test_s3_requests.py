@@ -1,0 +1,144 @@
+"""Each request to a bucket fails once, in each way, under a whole retrieval: it ends, and tells the truth."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get.getscu import GetScu
+from airflow_dicom_get.storage import bucket as seam
+from airflow_dicom_get.testing.misbehaving import archive, wire
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
+from tests.simulation.bucket import Service
+from tests.simulation.disk import Volume
+from tests.simulation.faults import Fault, Faults, Killed, Process
+from tests.simulation.line import Network
+from tests.simulation.loop import Loop, looped
+from tests.simulation.pacs import Habits, ModelPacs
+from tests.simulation.world import DEADLINES, NODE, _seams
+
+S3 = {"access_key": "a", "secret_key": "b", "endpoint": "http://s3.example"}
+REQUESTS = {"put_object": 8, "list_objects_v2": 5, "list_multipart_uploads": 1}
+"""How many of each a quiet retrieval makes, or a few more."""
+FAULTS = {
+    "answer lost": Fault("closed", after=True),
+    "unreachable": Fault("unreachable"),
+    "slow down": Fault("SlowDown"),
+    "failed and done": Fault("InternalError", after=True),
+    "denied": Fault("AccessDenied"),
+    "conflict": Fault("ConditionalRequestConflict"),
+    "killed before": Fault(ends="kill"),
+    "killed after": Fault(ends="kill", after=True),
+}
+
+
+@dataclass
+class Bench:
+    """A PACS with three instances, a bucket, and the runs of a retrieval from one into the other."""
+
+    loop: Loop
+    service: Service
+    pacs: ModelPacs
+    network: Network
+    volume: Volume = field(default_factory=Volume)
+
+    def run(self, faults: dict[tuple[str, int], Fault] | None = None, **options: Any) -> str:
+        """A run with these faults; its verdict, or ``killed``. Nothing of it is left at work."""
+        process = Process(Faults(faults))
+        verdicts: list[str] = []
+
+        def work() -> None:
+            scu = GetScu(NODE, destination="s3://dicom/in", s3_config=S3, deadlines=DEADLINES, **options)
+            verdicts.append(scu.get_study({"StudyInstanceUID": STUDY_UID}).verdict)
+
+        self.pacs.begin({}, {})
+        with pytest.MonkeyPatch.context() as patch, _seams(self.network, self.volume.disk(process)):
+            patch.setattr(seam, "make_client", self.service.make_client(process))
+            task = self.loop.run(work, process)
+            if isinstance(task.error, Killed):
+                self.loop.bury(process)
+                gc.collect()
+                verdicts.append("killed")
+            else:
+                self.loop.settle(process)
+                assert task.error is None, task.error
+                assert not self.loop.of(process)
+                assert not self.volume.left_open()
+                assert not self.service.left_open()
+        process.die()
+        assert not process.breaches
+        return verdicts[0]
+
+    def objects(self) -> dict[str, bytes]:
+        return {key: body for key, body in self.service.files().items() if key.endswith(".dcm")}
+
+    def is_whole(self) -> bool:
+        """Whether each instance is there as it was sent."""
+        sent = {data for contents in self.pacs.sent.values() for data in contents}
+        return len(self.objects()) == 3 and all(
+            any(body.endswith(data) for data in sent) for body in self.objects().values()
+        )
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[[], Bench]]:
+    logging.disable(logging.CRITICAL)
+    opened = []
+
+    def make() -> Bench:
+        opened.append(looped(1))
+        loop = opened[-1].__enter__()
+        study = archive.build(series=1, instances=3, size=1500, pairs=((archive.CT, wire.EXPLICIT_LE),))
+        pacs = ModelPacs(tuple(study), Habits())
+        service = Service("dicom")
+        service.latency = 0.01
+        return Bench(loop, service, pacs, Network(loop, pacs.accept))
+
+    yield make
+    for context in opened:
+        context.__exit__(None, None, None)
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_a_request_that_fails_makes_nothing_false(bench: Callable[[], Bench], request_name: str, kind: str) -> None:
+    for number in range(1, REQUESTS[request_name] + 1):
+        at = bench()
+        verdict = at.run({(request_name, number): FAULTS[kind]})
+        assert verdict in ("complete", "partial", "unverified", "failed", "killed"), number
+        assert verdict != "complete" or at.is_whole(), number
+        assert at.run() == "complete", number
+        assert at.is_whole(), number
+
+
+@pytest.mark.parametrize("lack", [{}, {"conditions": "ignored"}, {"etags": False}, {"metadata": False}])
+def test_what_others_did_between_two_runs_is_seen(bench: Callable[[], Bench], lack: dict[str, Any]) -> None:
+    def service_of(at: Bench) -> tuple[Service, str, bytes]:
+        for name, value in lack.items():
+            setattr(at.service, name, value)
+        assert at.run() == "complete"
+        return at.service, *next(iter(at.objects().items()))
+
+    at = bench()
+    service, key, body = service_of(at)
+    service.overwrite(key, body[:700])  # and the metadata stay
+    assert at.run() == "complete"
+    assert at.is_whole(), "what was cut off is fetched again"
+    at = bench()
+    service, key, body = service_of(at)
+    service.remove(key)
+    assert at.run() == "complete"
+    assert at.is_whole()
+    at = bench()
+    service, key, body = service_of(at)
+    other = body[:-60] + bytes(255 - byte for byte in body[-60:-20]) + body[-20:]
+    service.overwrite(key, other)
+    for _ in range(2):
+        assert at.run(verify_held="digest") == "partial"
+        assert at.objects()[key] == other, "the first stays"
