@@ -63,7 +63,7 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
 BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict")
 
 
-MALFORMED = 0.0
+MALFORMED = 0.15
 """Share of the studies in which a UID is malformed: none until these are rows."""
 
 

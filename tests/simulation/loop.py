@@ -355,11 +355,14 @@ class Time:
         self._loop = loop
 
     def now(self) -> float:
+        self._loop.check()
         return EPOCH + self.monotonic()
 
     def monotonic(self) -> float:
         loop = self._loop
-        loop.check()
+        process = loop.process
+        if process is not None and process.dead:
+            return float("inf")  # whoever catches all there is, and goes on until a time, comes to its end
         loop.at += _TICK
         return loop.at
 
