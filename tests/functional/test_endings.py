@@ -33,6 +33,7 @@ from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.sample_data import big_study
+from tests.simulation.mutations import Mutation, taken_out
 from tests.support.holdings import Holding
 from tests.support.odd_destination import OddDestination
 
@@ -155,7 +156,7 @@ def test_after_an_exception_nothing_of_a_retrieval_is_at_work(
         assert idle(pacs)
         time.sleep(0.3)
     assert below(tmp_path / "to") == before
-    assert len(came) == number < 40
+    assert len(came) == number < 25, "no association goes on with what others have left"
     result = scu.get_study({"StudyInstanceUID": ct.study})
     assert result.verdict == "complete"
 
@@ -220,6 +221,8 @@ def test_each_cancel_is_spent_by_one_call(tmp_path: Path, ct: Holding, embedded:
     assert (result.verdict, result.reason) == ("cancelled", "between")
     assert 3 <= result.completed < 40
     assert scu.get_study(query).verdict == "complete"
+    scu.cancel("after")
+    assert scu.get_study(query).reason == "after"
     assert scu.find(query)[0].StudyInstanceUID == ct.study
     with OddDestination() as node:
         store = StoreScu(node.node, manifest_root=tmp_path / "state")
@@ -435,3 +438,56 @@ def test_a_file_that_vanishes_before_it_is_sent_again_is_a_row(tmp_path: Path, c
         result = StoreScu(node.node, manifest_root=tmp_path / "state").store(tmp_path / "from")
     assert (result.verdict, result.completed, result.failed) == ("partial", 39, 1)
     assert any("is not there" in error["error"] or "No such file" in error["error"] for error in result.errors)
+
+
+# --- each mending is missed ------------------------------------------------------------------------------------
+
+MENDINGS = {
+    "store": Mutation("engine.ending:run_beside", "came = came or error", "raise", "threads of a store run on"),
+    "callback": Mutation(
+        "engine.source:Source.end_at_once",
+        "self.cancel.abort(type(error).__name__)",
+        "pass",
+        "other associations go on after the exception of a callback",
+    ),
+    "hung, given up": Mutation(
+        "sinks.filesystem:FilesystemSink._wait", "self._give_up()", "pass", "a run waits for a sync that hangs"
+    ),
+    "hung, returns": Mutation(
+        "sinks.filesystem:FilesystemSink._go_on", "raise _GivenUpError", "return", "a sync that returns late writes on"
+    ),
+    "hung, manifest": Mutation(
+        "storage.files:replace_whole", "if not go_on():", "if False:", "a manifest appears after the call has ended"
+    ),
+    "cancel": Mutation("net.association:Cancels.call", "self._running = None", "pass", "a cancel is lost"),
+}
+
+
+@pytest.mark.parametrize("name", MENDINGS)
+def test_each_mending_is_missed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ct: Holding,
+    embedded: Callable[..., EmbeddedPacs],
+    name: str,
+) -> None:
+    def show() -> None:
+        if name == "store":
+            test_after_an_exception_nothing_of_a_store_is_at_work(tmp_path, ct, "signal")
+        elif name == "callback":
+            place = {"destination": tmp_path / "to"}
+            test_after_an_exception_nothing_of_a_retrieval_is_at_work(tmp_path, ct, embedded, place, 3, "callback")
+        elif name == "cancel":
+            test_each_cancel_is_spent_by_one_call(tmp_path, ct, embedded)
+        else:
+            calls = {"sync", "sync_data"} if "manifest" in name else {"sync_data"}
+            test_a_disk_that_does_not_return_does_not_keep_a_run(
+                tmp_path, monkeypatch, ct, embedded, calls, "cancelled twice"
+            )
+
+    with taken_out(name, MENDINGS[name]), pytest.raises(AssertionError):
+        show()
+    limit = time.monotonic() + WITHIN
+    while ours() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert ours() == []

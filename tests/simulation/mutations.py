@@ -80,9 +80,9 @@ MUTATIONS: Mapping[str, Mutation] = {
 
 
 @contextmanager
-def taken_out(name: str) -> Iterator[Mutation]:
-    """Take a mending out for a while."""
-    mutation = MUTATIONS[name]
+def taken_out(name: str, mutation: Mutation | None = None) -> Iterator[Mutation]:
+    """Take a mending out for a while: one of :data:`MUTATIONS` by its name, or another one."""
+    mutation = mutation or MUTATIONS[name]
     module_name, _, path = mutation.where.partition(":")
     module = importlib.import_module(f"airflow_dicom_get.{module_name}")
     *owners, last = path.split(".")
