@@ -33,7 +33,7 @@ ERRORS = {
     "renameat2": ("EIO", "ENOSPC", "EROFS", "EINVAL"),
     "link,linkat": ("EIO", "EMLINK"),
     "mkdir": ("EIO", "ENOSPC", "EACCES"),
-    "flock": ("ENOLCK", "EINTR"),
+    "flock": ("ENOLCK", "EOPNOTSUPP"),
     "pread64": ("EIO", "ESTALE"),
     "unlink,unlinkat": ("EIO", "EBUSY"),
 }
