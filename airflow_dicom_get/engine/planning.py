@@ -18,7 +18,7 @@ from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Plan
@@ -109,9 +109,7 @@ def list_studies(
 def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dict[str | None, int]]:
     """Ask, for each list that may be cut, how many instances there are at the level above; for each study.
 
-    Raises
-    ------
-    Whatever ends an association
+    A number below zero stands for what the source does not tell.
     """
     peer = PeerKnowledge()
     found: list[dict[str | None, int]] = []
@@ -126,7 +124,13 @@ def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dic
         for series in doubts.to_ask() if scope.whole_study else sorted(doubts.of_series):
             members = [x for x in listing.instances.values() if series in (None, x.series)]
             contexts = next(iter(bins_for(members, peer, guess)), [])
-            total, _ = count_below(source, scope, series, query_model, contexts, 0)
+            total = None
+            try:
+                total, _ = count_below(source, scope, series, query_model, contexts, 0)
+            except Cancelled:
+                raise
+            except DicomGetError as error:  # the list stays doubtful, and all else can be told from it
+                log.info("the instances below %s could not be counted: %s", series or scope.study, error.message)
             counted[series] = -1 if total is None else total
     return found
 
