@@ -70,3 +70,16 @@ def test_a_key_that_the_pacs_does_not_know_fails_for_good(run_dag, tmp_path, lyi
     )
     assert run.log.count("does not support the key AccessionNumber at STUDY level") >= 4
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.dcm"))
+
+
+def test_an_answer_that_may_be_cut_ends_in_no_success_but_the_sensors(run_dag, tmp_path, monkeypatch):
+    """A connection that says that the PACS cuts its answers after one row, which is all that there is."""
+    with MisbehavingPacs("no_counts") as pacs:
+        monkeypatch.setenv("AIRFLOW_CONN_LYING", f"dicom://PACS@127.0.0.1:{pacs.port}/?list_limit=1")
+        run = run_dag(the_dag(tmp_path))
+    states = {name: run.task(name).state for name in ("find", "date", "wait", "get", "cohort")}
+    assert states == dict.fromkeys(states, "failed") | {"wait": "success"}
+    assert run.xcom("get", "summary")["verdict"] == "unverified"
+    assert run.xcom("get", "summary")["reason"] == "list_may_be_cut"
+    assert run.log.count("Set `list_limit` to 0") >= 4
+    assert [item["study_instance_uid"] for item in run.xcom("wait")] == [pacs.study_uid]
