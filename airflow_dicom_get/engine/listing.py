@@ -71,6 +71,10 @@ class Listing:
         """Instances that the source lists of the scope, those among them that cannot be asked for."""
         return len(self.instances) + len(self.bad)
 
+    def keys(self) -> set[Key]:
+        """What it names, whether or not that can be asked for."""
+        return {*self.instances, *self.bad}
+
     def keep_bad(self, study: str, series: str, sop: str) -> None:
         """Keep a row that cannot be asked for."""
         row = Instance(study, series, sop)

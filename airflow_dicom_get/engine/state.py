@@ -172,7 +172,7 @@ class StudyState:
         named = listing.instances.keys() & self.scope.named
         listing.narrow(self.sop_classes, self.unwanted)
         self.unwanted |= named - listing.instances.keys()  # the list tells another class
-        changed = self.listing is not None and listing.instances.keys() != self.listing.instances.keys()
+        changed = self.listing is not None and listing.keys() != self.listing.keys()
         if changed:
             self.counted.clear()
         self.lists_agree = self.listing is not None and not changed

@@ -165,7 +165,8 @@ class FilesystemSink:
             digest = digest_of_path(entry.path)
             told = next((record for record in fits if record.sha256 == digest), None)
             if told is None:
-                if not any(record.durable for record in candidates):
+                # Without a digest in the records nothing says that it is not what was written.
+                if not any(record.durable for record in candidates) and all(record.sha256 for record in fits):
                     self.torn.add(found.key)
                 return None
             found = told
