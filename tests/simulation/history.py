@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
@@ -55,6 +55,15 @@ DISK_FAULTS: Mapping[str, tuple[str, ...]] = {
     "status": ("EIO", "kill"),
 }
 """What may become of a call of the disk."""
+_S3 = ("InternalError", "SlowDown", "closed", "closed after", "InternalError after", "kill", "kill after")
+S3_FAULTS: Mapping[str, tuple[str, ...]] = {
+    "put_object": (*_S3, "AccessDenied", "silent after"),
+    "list_objects_v2": (*_S3, "AccessDenied"),
+    "head_object": (*_S3, "AccessDenied"),
+    "get_object": (*_S3, "short"),
+    "delete_object": _S3,
+}
+"""What may become of a request."""
 NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
     "connect": ("ECONNREFUSED", "EHOSTUNREACH", "kill"),
     "send": ("ECONNRESET", "kill", "power"),
@@ -115,8 +124,12 @@ class History:
     query: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
     steps: tuple[Run | Between, ...] = ()
-    volume: Mapping[str, Any] | None = None
     destination: str = "folder"
+    traits: Mapping[str, Any] = field(default_factory=dict)
+    """Of the file system, or the service."""
+    verify: bool = False
+    """Whether ``verify`` is asked at the end, after ``harms``."""
+    harms: tuple[Between, ...] = ()
 
     def to_json(self) -> str:
         """The history as text, to be kept."""
@@ -137,6 +150,7 @@ class History:
             steps.append(Run(step["options"], step["faults"], _tuples(step["ill"]), _tuples(step["breaks"])))
         plain["instances"] = tuple(Instance(**item) for item in plain["instances"])
         plain["habits"] = Habits(**plain["habits"])
+        plain["harms"] = tuple(Between(**harm) for harm in plain["harms"])
         plain["changes"] = tuple(Change(**change) for change in plain["changes"])
         return cls(**plain, steps=tuple(steps))
 
@@ -156,14 +170,29 @@ def history_of(seed: int) -> History:
     ill_chance = chance.choice((0.0, 0.3, 0.7))
     runs = chance.choice((1, 1, 2, 2, 3))
     common = _options(chance)
+    destination = chance.choice(("folder", "folder", "bucket"))
     steps: list[Run | Between] = []
     for number in range(runs):
         if number:
             steps += [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 0, 1, 2)))]
-        steps.append(_run(chance, count, ill_chance, common))
+        steps.append(_run(chance, count, ill_chance, common, destination))
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
-    return History(seed, instances, _habits(chance), _query(chance, instances), changes, tuple(steps), _volume(chance))
+    query = _query(chance, instances)
+    verify = query == {"StudyInstanceUID": STUDY_UID} and chance.random() < 0.3
+    harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
+    return History(
+        seed,
+        instances,
+        _habits(chance),
+        query,
+        changes,
+        tuple(steps),
+        destination,
+        _traits(chance, destination),
+        verify,
+        tuple(harms) if verify else (),
+    )
 
 
 def _study(chance: random.Random) -> tuple[Instance, ...]:
@@ -225,20 +254,39 @@ def _options(chance: random.Random) -> dict[str, Any]:
     return options
 
 
-def _volume(chance: random.Random) -> dict[str, Any]:
-    volume: dict[str, Any] = {}
+def _traits(chance: random.Random, destination: str) -> dict[str, Any]:
+    traits: dict[str, Any] = {}
+    if destination == "folder":
+        if chance.random() < 0.1:
+            traits["renames"] = chance.choice(("link", "plain"))
+        if chance.random() < 0.1:
+            traits["locks"] = chance.choice(("host", "none"))
+        return traits
+    if chance.random() < 0.3:
+        traits["conditions"] = chance.choice(("ignored", "refused"))
+    for name in ("metadata", "etags", "checksums"):
+        if chance.random() < 0.1:
+            traits[name] = False
     if chance.random() < 0.1:
-        volume["renames"] = chance.choice(("link", "plain"))
-    if chance.random() < 0.1:
-        volume["locks"] = chance.choice(("host", "none"))
-    return volume
+        traits["page"] = chance.choice((1, 2, 3))
+    return traits
 
 
-_CALLS = {"write": 4, "sync": 3, "rename": 1, "open": 3, "close": 3, "unlink": 1, "read": 3, "status": 6}
+_CALLS = {
+    "write": 4,
+    "sync": 3,
+    "rename": 1,
+    "open": 3,
+    "close": 3,
+    "unlink": 1,
+    "read": 3,
+    "status": 6,
+    "put_object": 1,
+}
 """About how often an operation is called for each instance; others are called a few times in a run."""
 
 
-def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[str, Any]) -> Run:
+def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[str, Any], destination: str) -> Run:
     options = dict(common)
     if chance.random() < 0.1:
         options["resume"] = False
@@ -246,7 +294,8 @@ def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[s
         options["adopt"] = True
     faults = []
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
-        table = chance.choice((DISK_FAULTS, DISK_FAULTS, NETWORK_FAULTS))
+        own = DISK_FAULTS if destination == "folder" else S3_FAULTS
+        table = chance.choice((own, own, NETWORK_FAULTS))
         # The first two thirds of the table's operations are those after which programs break.
         operation = chance.choice(tuple(table)[:4] if chance.random() < 0.6 else tuple(table))
         number = 1 + chance.randrange(_CALLS.get(operation, 0) * count + 4)

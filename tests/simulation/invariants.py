@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
+from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import mark
 from tests.simulation.pacs import Find, Key, listed
-from tests.simulation.world import ROOT, Played, World, path_of
+from tests.simulation.world import Played, World
 
 LONGEST = 2 * 3600.0
 """Seconds within which any run ends: the operation's hour, and what may come after it."""
@@ -19,7 +20,7 @@ LONGEST = 2 * 3600.0
 
 def after_run(world: World, run: Played) -> None:
     """Add what is wrong after a run to the findings of its world."""
-    files = world.volume.files()
+    files = world.place.files()
     _nothing_foreign(world, files)
     _nothing_changed(world, run, files)
     _nothing_torn(world, run, files)
@@ -125,7 +126,7 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         wanted |= {key for key in _listable(world) if meant(world, key)}
     if any(not is_uid(sop) or not is_uid(series) for series, sop in wanted):
         world.finding("complete, and a listed UID is malformed", wanted)
-    durable = world.volume.durable() if run.run.options.get("durable", True) else files
+    durable = world.place.durable() if run.run.options.get("durable", True) else files
     for series, sop in sorted(wanted):
         path = f"{ROOT}/{STUDY_UID}/{series}/{sop}.dcm"
         if path not in files:
@@ -142,8 +143,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
 
 def _torn_unseen(world: World, path: str, key: Key) -> bool:
     """Whether a power cut tore a file that was not confirmed so that nobody can see it: its length is right."""
-    content = data_set(world.volume.files().get(path, b""))
-    return world.volume.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
+    content = data_set(world.place.files().get(path, b""))
+    return world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
 
 
 def _lists_lie(run: Played) -> bool:
@@ -220,3 +221,10 @@ def has_ended(world: World, run: Played) -> bool:
             case "failed":
                 return False
     return bool(run.rows)
+
+
+def agrees(world: World, run: Played, exit_code: int) -> None:
+    """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch."""
+    nothing = run.verdict == "complete" and all(row["state"] in ("held", "withdrawn") for row in run.rows)
+    if nothing != (exit_code == 0):
+        world.finding(f"verify says {exit_code}", run.verdict, run.rows)

@@ -146,9 +146,9 @@ class ModelPacs:
 
     # --- for the history -----------------------------------------------------------------------
 
-    def begin(self, ill: Mapping[int, tuple[str, float | None]], breaks: Mapping[int, str]) -> None:
-        """The next run begins."""
-        self.run += 1
+    def begin(self, run: int, ill: Mapping[int, tuple[str, float | None]], breaks: Mapping[int, str]) -> None:
+        """A run begins; 0 for what is none."""
+        self.run = run
         self.ill, self.breaks = ill, breaks
         self._associations = self._sends = 0
 

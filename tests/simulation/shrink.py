@@ -64,8 +64,12 @@ def _smaller(history: History) -> Iterator[History]:
             yield replace(history, habits=replace(history.habits, **{name: plain}))
     if history.query != {"StudyInstanceUID": STUDY_UID}:
         yield replace(history, query={"StudyInstanceUID": STUDY_UID})
-    if history.volume:
-        yield replace(history, volume={})
+    if history.traits:
+        yield replace(history, traits={})
+    if history.harms:
+        yield replace(history, harms=())
+    if history.verify:
+        yield replace(history, verify=False, harms=())
 
 
 def _smaller_runs(run: Run) -> Iterator[Run]:

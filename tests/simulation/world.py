@@ -8,21 +8,21 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from airflow_dicom_get.errors import InvalidOption, InvalidQuery
+from airflow_dicom_get import verify
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery
 from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.net import acse, association, peer, transport
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
-from tests.simulation.disk import Volume
+from tests.simulation.destinations import DESTINATIONS, Destination, path_of
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
 from tests.simulation.line import Network
@@ -30,7 +30,6 @@ from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.marks import mark
 from tests.simulation.pacs import ModelPacs
 
-ROOT = "/data"
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
 _PAUSE = 60.0
@@ -98,10 +97,7 @@ class World:
 
     def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
         self.history, self.loop, self.told = history, loop, told
-        self.volume = Volume(loop.chance)
-        for name, value in (history.volume or {}).items():
-            setattr(self.volume, name, value)
-        self.volume.make(ROOT)
+        self.place: Destination = DESTINATIONS[history.destination](loop.chance, history.traits)
         self.pacs = ModelPacs(history.instances, history.habits, history.changes)
         self.network = Network(loop, self.pacs.accept)
         self.runs: list[Played] = []
@@ -133,14 +129,30 @@ class World:
         for _ in range(3):
             self.run(Run(self.healing_options()), healing=True)
             invariants.after_run(self, self.runs[-1])
-            if self.findings or invariants.has_ended(self, self.runs[-1]):
+            if self.findings:
+                return
+            if invariants.has_ended(self, self.runs[-1]):
+                self.verified()
                 return
         self.finding("it never comes to an end", [run.verdict for run in self.runs], self.runs[-1].rows)
+
+    def verified(self) -> None:
+        """``verify`` says 0 exactly where the next get, which looks at the digests, has nothing to fetch."""
+        from tests.simulation import invariants
+
+        options = self.healing_options()
+        if not self.history.verify or not options.get("store_with_file_meta", True) or "checksum" in options:
+            return  # it reads files of DICOM, and a digest there must be to be looked at
+        for harm in self.history.harms:
+            self.between(harm)
+        exit_code = self.verify()
+        self.run(Run(options | {"verify_held": "digest"}), healing=True)
+        invariants.after_run(self, self.runs[-1])
+        invariants.agrees(self, self.runs[-1], exit_code)
 
     def heal(self) -> None:
         """Faults and changes are over."""
         self.pacs.healed = True
-        self.volume.capacity, self.volume.read_only = None, False
 
     def healing_options(self) -> dict[str, Any]:
         """Of the runs in which all is well: those of the others, but for what makes a run fetch all again."""
@@ -152,86 +164,101 @@ class World:
     def run(self, run: Run, *, healing: bool = False) -> None:
         """One run of the retrieval."""
         process = Process(Faults({(f.operation, f.number): _fault(f) for f in run.faults}))
-        played = Played(len(self.runs) + 1, run, self.volume.files(), healing=healing)
+        played = Played(len(self.runs) + 1, run, self.place.files(), healing=healing)
         self.runs.append(played)
-        self.pacs.begin({n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
-        disk = self.volume.disk(process)
+        self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         self.loop.at += _PAUSE
         began, changes = self.loop.at, len(self.pacs.log)
 
         def work() -> None:
             transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
-            scu = GetScu(NODE, destination=ROOT, deadlines=DEADLINES, transcript=transcript, **run.options)
+            options = {**self.place.options, **run.options}
+            scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
             played.result = scu.get_study(self.history.query)
+            if played.result.rows is not None:
+                played.rows = played.result.rows().select(_COLUMNS).to_pylist()
 
-        with _seams(self.network, disk):
-            main = self.loop.run(work, process)
-            if isinstance(main.error, Killed):
-                played.killed = True
-                main.error = None
-                self.loop.bury(process)
-                gc.collect()  # whatever is left of it ends on its own disk, not on that of the next run
-            else:
-                self.loop.settle(process)
-                if isinstance(main.error, InvalidQuery | InvalidOption):
-                    played.refused = main.error
-                elif main.error is not None:
-                    raise main.error
-                if left := self.loop.of(process):
-                    self.finding("left running", [task.name for task in left])
-                if played.result is not None and played.result.rows is not None:
-                    played.rows = played.result.rows().select(_COLUMNS).to_pylist()
-                    if run.options.get("durable", True):
-                        self.confirmed |= {path_of(row) for row in played.rows if row["state"] in ("stored", "held")}
-                if left_open := self.volume.left_open():
-                    self.finding("left open or locked", left_open)
-                if self.network.left_open:
-                    self.finding("left connected", self.network.left_open)
-        process.die()
+        error = self.call(work, process)
+        played.killed = isinstance(error, Killed)
+        if isinstance(error, InvalidQuery | InvalidOption):
+            played.refused = error
+        elif error is not None and not played.killed:
+            raise error
+        if run.options.get("durable", True):
+            self.confirmed |= {path_of(row) for row in played.rows if row["state"] in ("stored", "held")}
         played.met = list(process.faults.met)
         played.seconds = self.loop.at - began
         played.changed = any(entry[0] == "change" for entry in self.pacs.log[changes:])
-        if process.breaches:
-            self.finding("breach of the model", process.breaches)
-        if self.pacs.faults:
-            self.finding("mistake of the model PACS", self.pacs.faults[0])
         self.trace.append((played.verdict, self.loop.at, played.rows, process.faults.trace))
         mark(f"verdict: {played.verdict}")
         for operation, _, fault in played.met:
             mark(f"fault: {operation} {fault.ends or fault.error or 'short'}")
 
+    def verify(self) -> int:
+        """Its exit status, without what it says of instances that are not listed any more: a get passes these over."""
+        found: list[int] = []
+        there = self.pacs.held().keys() - self.pacs.unlisted
+
+        def work() -> None:
+            options = dict(self.place.options)
+            result = verify.verify(
+                study=STUDY_UID, addr=NODE, destination=self.place.address, deadlines=DEADLINES, **options
+            )
+            unlisted = [x for x in result.differences if (x.series_instance_uid, x.sop_instance_uid) not in there]
+            found.append(0 if result.exit_code == 3 and unlisted == result.differences else result.exit_code)
+
+        self.pacs.begin(0, {}, {})
+        self.loop.at += _PAUSE
+        error = self.call(work, Process())
+        if isinstance(error, DicomGetError):
+            found.append(1)
+        elif error is not None:
+            raise error
+        self.trace.append(("verify", found[0], self.loop.at))
+        mark(f"verify: {found[0]}")
+        return found[0]
+
+    def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
+        """Do something in a process, and look at what it leaves; what it raised, :class:`Killed` where it was."""
+        with _seams([(transport, "connect", self.network.connect), *self.place.seams(process)]):
+            main = self.loop.run(work, process)
+            error = main.error
+            if process.dead:
+                error, main.error = Killed(), None
+                self.loop.bury(process)
+                gc.collect()  # whatever is left of it ends on its own disk, not on that of the next run
+            else:
+                self.loop.settle(process)
+                if left := self.loop.of(process):
+                    self.finding("left running", [task.name for task in left])
+                if left_open := self.place.left_open():
+                    self.finding("left open or locked", left_open)
+                if self.network.left_open:
+                    self.finding("left connected", self.network.left_open)
+        process.die()
+        if process.breaches:
+            self.finding("breach of the model", process.breaches)
+        if self.pacs.faults:
+            self.finding("mistake of the model PACS", self.pacs.faults[0])
+        return error
+
     def between(self, step: Between) -> None:
         """What others do between two runs."""
-        final = sorted(path for path in self.volume.files() if path.endswith(".dcm"))
         mark(f"between: {step.what}")
-        if step.what == "power":
-            self.volume.cut()
-            return
-        if step.what == "evict":
-            self.volume.evict()
-            return
-        if not final:
-            return
-        path = final[step.which % len(final)]
-        content = self.volume.files()[path]
+        there = self.place.files()
+        final = sorted(path for path in there if path.endswith(".dcm"))
+        path = final[step.which % len(final)] if final else None
+        content = there[path] if path is not None else b""
         match step.what:
             case "overwrite":
                 # What no run has confirmed may be what a crash left of ours: it is nobody else's.
-                if len(content) > 200 and path in self.confirmed:
-                    changed = bytes(255 - byte for byte in content[-60:-20])
-                    self.theirs[path] = content[:-60] + changed + content[-20:]
-                    self.volume.overwrite(path, self.theirs[path])
+                if path is None or len(content) < 200 or path not in self.confirmed:
+                    return
+                content = content[:-60] + bytes(255 - byte for byte in content[-60:-20]) + content[-20:]
+                self.theirs[path] = content
             case "tear":
-                self.volume.overwrite(path, content[: len(content) // 2])
-            case "delete":
-                self.volume.remove(path)
-            case "read-only":
-                self.volume.set_mode(path, 0o444)
-
-
-def path_of(row: Mapping[str, Any]) -> str:
-    """Where an instance of the study lies under its final name."""
-    return f"{ROOT}/{STUDY_UID}/{row['series_instance_uid']}/{row['sop_instance_uid']}.dcm"
+                content = content[: len(content) // 2]
+        self.place.harm(step.what, path, content)
 
 
 def _fault(planned: Planned) -> Fault:
@@ -241,14 +268,13 @@ def _fault(planned: Planned) -> Fault:
         return Fault(short=True)
     if what in ("kill", "power"):
         return Fault(ends="kill" if what == "kill" else "power", after=after)
-    return Fault(error=getattr(errno, what), after=after)
+    return Fault(error=getattr(errno, what, what), after=after)
 
 
 @contextmanager
-def _seams(network: Network, disk: files.Disk) -> Iterator[None]:
-    seams: list[tuple[Any, str, object]] = [
-        (transport, "connect", network.connect),
-        (files, "disk", disk),
+def _seams(models: list[tuple[Any, str, object]]) -> Iterator[None]:
+    seams = [
+        *models,
         (peer, "encode_request", _encode_request),
         (association, "decode_accept", _decode_accept),
     ]
