@@ -22,13 +22,14 @@ from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
+from airflow_dicom_get.verify import Verification
 from tests.simulation.destinations import DESTINATIONS, Destination, path_of
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
 from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.marks import mark
-from tests.simulation.pacs import ModelPacs
+from tests.simulation.pacs import ModelPacs, listed
 
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
@@ -196,27 +197,34 @@ class World:
 
     def verify(self) -> int:
         """Its exit status, without what it says of instances that are not listed any more: a get passes these over."""
-        found: list[int] = []
-        there = self.pacs.held().keys() - self.pacs.unlisted
+        seen: list[Verification] = []
+        before = len(self.pacs.finds)
 
         def work() -> None:
             options = dict(self.place.options)
             result = verify.verify(
                 study=STUDY_UID, addr=NODE, destination=self.place.address, deadlines=DEADLINES, **options
             )
-            unlisted = [x for x in result.differences if (x.series_instance_uid, x.sop_instance_uid) not in there]
-            found.append(0 if result.exit_code == 3 and unlisted == result.differences else result.exit_code)
+            seen.append(result)
 
         self.pacs.begin(0, {}, {})
         self.loop.at += _PAUSE
         error = self.call(work, Process())
-        if isinstance(error, DicomGetError):
-            found.append(1)
-        elif error is not None:
+        if error is not None and not isinstance(error, DicomGetError):
             raise error
-        self.trace.append(("verify", found[0], self.loop.at))
-        mark(f"verify: {found[0]}")
-        return found[0]
+        exit_code = 1
+        if seen:
+            named = {key for keys, _ in listed(self.pacs.finds[before:]).values() for key in keys}
+            count = sum(
+                x.symbol != "+" and (x.series_instance_uid, x.sop_instance_uid) not in named
+                for x in seen[0].differences
+            )
+            exit_code = seen[0].exit_code
+            if exit_code == 3 and count == len(seen[0].differences):
+                exit_code = 0 if seen[0].uncompared is None else 4
+        self.trace.append(("verify", exit_code, self.loop.at))
+        mark(f"verify: {exit_code}")
+        return exit_code
 
     def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
         """Do something in a process, and look at what it leaves; what it raised, :class:`Killed` where it was."""
