@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get.getscu import GetScu
+from airflow_dicom_get.net import transport
 from airflow_dicom_get.storage import bucket as seam
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from tests.simulation.bucket import Service
@@ -56,9 +58,14 @@ class Bench:
             scu = GetScu(NODE, destination="s3://dicom/in", s3_config=S3, deadlines=DEADLINES, **options)
             verdicts.append(scu.get_study({"StudyInstanceUID": STUDY_UID}).verdict)
 
-        self.pacs.begin({}, {})
-        with pytest.MonkeyPatch.context() as patch, _seams(self.network, self.volume.disk(process)):
-            patch.setattr(seam, "make_client", self.service.make_client(process))
+        self.pacs.begin(0, {}, {})
+        with _seams(
+            [
+                (transport, "connect", self.network.connect),
+                (files, "disk", self.volume.disk(process)),
+                (seam, "make_client", self.service.make_client(process)),
+            ]
+        ):
             task = self.loop.run(work, process)
             if isinstance(task.error, Killed):
                 self.loop.bury(process)
