@@ -108,6 +108,7 @@ class BucketDestination:
 
     def __init__(self, chance: Chance, traits: Mapping[str, Any]) -> None:
         self.service = Service("dicom")
+        self.service.latency = 0.01
         for name, value in traits.items():
             setattr(self.service, name, value)
         self.machine = Volume(chance)

@@ -141,7 +141,7 @@ class ModelPacs:
         self._changes = list(changes)
         self._moment = 0
         self._associations = 0
-        self._sends = 0
+        self.sends = 0
         self._number = 0
 
     # --- for the history -----------------------------------------------------------------------
@@ -150,7 +150,7 @@ class ModelPacs:
         """A run begins; 0 for what is none."""
         self.run = run
         self.ill, self.breaks = ill, breaks
-        self._associations = self._sends = 0
+        self._associations = self.sends = 0
 
     def accept(self, line: Line, port: int) -> Callable[[], object]:
         """See :class:`~tests.simulation.line.Network`."""
@@ -184,8 +184,8 @@ class ModelPacs:
 
     def send(self) -> str | None:
         """Something is to be sent; how the line ends there, if it does."""
-        self._sends += 1
-        return self.breaks.get(self._sends)
+        self.sends += 1
+        return self.breaks.get(self.sends)
 
     def changeable(self, which: int) -> Instance | None:
         """An instance of the study, by its number."""

@@ -12,8 +12,7 @@ import pytest
 
 from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.net import transport
-from airflow_dicom_get.storage import bucket as seam
-from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage import bucket, files
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from tests.simulation.bucket import Service
@@ -22,7 +21,7 @@ from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.line import Network
 from tests.simulation.loop import Loop, looped
 from tests.simulation.pacs import Habits, ModelPacs
-from tests.simulation.world import DEADLINES, NODE, _seams
+from tests.simulation.world import DEADLINES, NODE, seams
 
 S3 = {"access_key": "a", "secret_key": "b", "endpoint": "http://s3.example"}
 REQUESTS = {"put_object": 8, "list_objects_v2": 5, "list_multipart_uploads": 1}
@@ -59,13 +58,12 @@ class Bench:
             verdicts.append(scu.get_study({"StudyInstanceUID": STUDY_UID}).verdict)
 
         self.pacs.begin(0, {}, {})
-        with _seams(
-            [
-                (transport, "connect", self.network.connect),
-                (files, "disk", self.volume.disk(process)),
-                (seam, "make_client", self.service.make_client(process)),
-            ]
-        ):
+        models: list[tuple[Any, str, object]] = [
+            (transport, "connect", self.network.connect),
+            (files, "disk", self.volume.disk(process)),
+            (bucket, "make_client", self.service.make_client(process)),
+        ]
+        with seams(models):
             task = self.loop.run(work, process)
             if isinstance(task.error, Killed):
                 self.loop.bury(process)

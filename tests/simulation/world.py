@@ -92,6 +92,8 @@ class World:
         What somebody else put under a final name, by path.
     told : list of dict, optional
         Takes the transcript of all runs.
+    trace, sends : list
+        By run what it did; and how often the PACS sent something.
     confirmed : set of str
         Paths of what some run said it holds, for good.
     """
@@ -106,6 +108,7 @@ class World:
         self.theirs: dict[str, bytes] = {}
         self.confirmed: set[str] = set()
         self.trace: list[Any] = []
+        self.sends: list[int] = []
 
     def finding(self, what: str, *details: object) -> None:
         """Something is wrong."""
@@ -191,6 +194,7 @@ class World:
         played.seconds = self.loop.at - began
         played.changed = any(entry[0] == "change" for entry in self.pacs.log[changes:])
         self.trace.append((played.verdict, self.loop.at, played.rows, process.faults.trace))
+        self.sends.append(self.pacs.sends)
         mark(f"verdict: {played.verdict}")
         for operation, _, fault in played.met:
             mark(f"fault: {operation} {fault.ends or fault.error or 'short'}")
@@ -228,7 +232,7 @@ class World:
 
     def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
         """Do something in a process, and look at what it leaves; what it raised, :class:`Killed` where it was."""
-        with _seams([(transport, "connect", self.network.connect), *self.place.seams(process)]):
+        with seams([(transport, "connect", self.network.connect), *self.place.seams(process)]):
             main = self.loop.run(work, process)
             error = main.error
             if process.dead:
@@ -280,19 +284,20 @@ def _fault(planned: Planned) -> Fault:
 
 
 @contextmanager
-def _seams(models: list[tuple[Any, str, object]]) -> Iterator[None]:
-    seams = [
+def seams(models: list[tuple[Any, str, object]]) -> Iterator[None]:
+    """Put models in the places of what they are models of: module, name and model of each."""
+    replaced = [
         *models,
         (peer, "encode_request", _encode_request),
         (association, "decode_accept", _decode_accept),
     ]
-    real = [getattr(module, name) for module, name, _ in seams]
-    for module, name, model in seams:
+    real = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, model in replaced:
         setattr(module, name, model)
     try:
         yield
     finally:
-        for (module, name, _), value in zip(seams, real, strict=True):
+        for (module, name, _), value in zip(replaced, real, strict=True):
             setattr(module, name, value)
 
 
