@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui notebooks test test-engine test-browser test-live test-distributed test-packages test-kills test-cuts fuzz lint format bench docs lock setup setup-demo setup-engine peers clean
+.PHONY: help demo ui notebooks test test-engine test-browser test-live test-distributed test-packages test-kills test-cuts test-simulation fuzz lint format bench docs lock setup setup-demo setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -39,6 +39,9 @@ test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments f
 
 test-cuts: setup peers ## Cut the connection at 200 places, kill 20 times, keep a rate for 30 s, wait as long as real sources do; 15 minutes
 	@CUTS=200 KILLS=20 LIMIT_SECONDS=30 LONG=1 $(PY) -m pytest $(addprefix tests/functional/test_,resume.py limits.py slow_destination.py) $(ARGS)
+
+test-simulation: setup ## Play whole retrievals in one thread, from seeds: SEEDS=0:100000; all of two faults: ARGS='--faults 2'
+	@$(if $(findstring --faults,$(ARGS)),$(PY) -m tests.simulation.exhaustive --processes 2 $(ARGS),$(PY) -m tests.simulation.simulate --seeds $(or $(SEEDS),0:100000) --processes 2 --marks $(ARGS))
 
 fuzz: setup ## Fuzz everything that reads bytes of a peer, far longer than the suite does; takes an hour
 	@HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -o timeout=0 tests/unit $(ARGS)

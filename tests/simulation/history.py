@@ -35,6 +35,11 @@ EXPENSIVE = frozenset(
 )
 """Modes that are nothing but many bytes: they cost a hundred histories and belong to tests over sockets."""
 MODES = tuple(sorted(MODE_CLASSES.keys() - EXPENSIVE))
+LIKELY = (
+    *("find_ignores_keys", "find_prefix", "find_leaves_keys_out", "find_empties_keys", "find_folds"),
+    *("find_foreign_rows", "find_hostile_rows", "dup_diff", "uid_mismatch", "success_partial", "list_shrinks"),
+)
+"""Modes that tell most about lists and conflicts: met as often as all others together."""
 BREAKS = tuple(
     f"{when} {what}" for when in ("before", "half", "after") for what in ("close", "reset", "abort", "silence")
 )
@@ -302,7 +307,7 @@ def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[s
         faults.append(Planned(operation, number, chance.choice(table[operation])))
     ill: list[tuple[int, str, float | None]] = []
     if chance.random() < ill_chance:
-        mode = chance.choice(MODES)
+        mode = chance.choice(chance.choice((MODES, LIKELY)))
         ill = (
             [(n, mode, None) for n in range(1, 30)] if chance.random() < 0.3 else [(chance.randrange(1, 5), mode, None)]
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehave import MODES
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance, Row
@@ -344,7 +345,12 @@ class Habitual(Behaviour):
         find = self._find
         if find is not None and message.number(wire.FIELD) == wire.C_FIND:
             if data:
-                find.rows.append(archive.parse_identifier(data, self.syntax_of(message.context)))
+                row = archive.parse_identifier(data, self.syntax_of(message.context))
+                find.rows.append(row)
+                if not is_uid(row.get({"STUDY": STUDY, "SERIES": SERIES}.get(find.level, SOP), "")):
+                    mark("list: a malformed UID")
+                if row.get(STUDY, STUDY_UID) != STUDY_UID:
+                    mark("list: another study")
             elif status == 0:
                 find.ended = True
                 self.pacs.log.append(("list", find.level, len(find.rows), find.cut))

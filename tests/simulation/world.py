@@ -28,7 +28,7 @@ from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
 from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
-from tests.simulation.marks import mark
+from tests.simulation.marks import in_history, mark
 from tests.simulation.pacs import ModelPacs, listed
 
 NODE = "ANY-SCP@pacs.example:104"
@@ -189,6 +189,8 @@ class World:
         elif error is not None and not played.killed:
             raise error
         if run.options.get("durable", True):
+            if any(not earlier.run.options.get("durable", True) for earlier in self.runs):
+                mark("durable after a run that was not")
             self.confirmed |= {path_of(row) for row in played.rows if row["state"] in ("stored", "held")}
         played.met = list(process.faults.met)
         played.seconds = self.loop.at - began
@@ -336,6 +338,7 @@ def _freeze() -> None:
 def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
     """Play a history, with nothing logged; ``told`` takes its transcript."""
     logging.disable(logging.CRITICAL)
+    in_history.clear()
     _freeze()
     gc.disable()  # garbage is collected where the history says, not by chance
     try:
