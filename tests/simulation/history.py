@@ -176,6 +176,9 @@ def history_of(seed: int) -> History:
     runs = chance.choice((1, 1, 2, 2, 3))
     common = _options(chance)
     destination = chance.choice(("folder", "folder", "bucket"))
+    habits = _habits(chance)
+    if habits.cap and chance.random() < 0.5:
+        common["list_limit"] = str(habits.cap)
     steps: list[Run | Between] = []
     for number in range(runs):
         if number:
@@ -189,7 +192,7 @@ def history_of(seed: int) -> History:
     return History(
         seed,
         instances,
-        _habits(chance),
+        habits,
         query,
         changes,
         tuple(steps),

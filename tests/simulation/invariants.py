@@ -141,10 +141,16 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and somebody else's file", path)
 
 
-def _torn_unseen(world: World, path: str, key: Key) -> bool:
-    """Whether a power cut tore a file that was not confirmed so that nobody can see it: its length is right."""
+def _torn_unseen(world: World, run: Played, path: str, key: Key) -> bool:
+    """Whether nobody can see that a file is torn.
+
+    A power cut took pages out of the middle of one that was not confirmed; or somebody cut an object short that has
+    no file meta information, and so may be anything.
+    """
     content = data_set(world.place.files().get(path, b""))
-    return world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
+    if world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key]):
+        return True
+    return path in world.torn and not run.run.options.get("store_with_file_meta", True)
 
 
 def _lists_lie(run: Played) -> bool:
@@ -157,6 +163,8 @@ def _listable(world: World) -> dict[Key, Instance]:
 
 def _cut_unseen(world: World, finds: list[Find]) -> bool:
     """Whether a list was cut, and nothing that is known of lists shows it."""
+    if "list_limit" in world.runs[-1].run.options:
+        return False
     return world.history.habits.counts == "none" and any(find.cut for find in finds)
 
 
@@ -212,9 +220,9 @@ def has_ended(world: World, run: Played) -> bool:
         match row["state"]:
             case "conflict":
                 if len(set(world.pacs.sent[key])) < 2 and path_of(row) not in world.theirs:
-                    if not _torn_unseen(world, path_of(row), key):
+                    if not _torn_unseen(world, run, path_of(row), key):
                         return False
-                    mark("torn by a power cut, and whole to look at: a conflict")
+                    mark("torn, and whole to look at: a conflict")
             case "missing":
                 if row["reason"] != "bad_uid":
                     return False
@@ -225,6 +233,8 @@ def has_ended(world: World, run: Played) -> bool:
 
 def agrees(world: World, run: Played, exit_code: int) -> None:
     """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch."""
+    if run.verdict == "empty":
+        return  # there is nothing that could differ
     nothing = run.verdict == "complete" and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     if nothing != (exit_code == 0):
         world.finding(f"verify says {exit_code}", run.verdict, run.rows)

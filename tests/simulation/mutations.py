@@ -53,13 +53,13 @@ MUTATIONS: Mapping[str, Mutation] = {
         "sinks.ledger:_entries", 'or b"\\0" in line', "", "it never comes to an end"
     ),
     "lock_kept_by_a_study_that_failed_to_open": Mutation(
-        "sinks.filesystem:_Study.__init__", "self._give_back_lock()", "pass", "raised ModelError"
+        "sinks.filesystem:_Study.__init__", "self._give_back_lock()", "pass", "left open or locked"
     ),
     "unreadable_file_escapes_raw": Mutation(
         "sinks.filesystem:FilesystemSink.inventory",
         'raise sink_error(error, f"The destination cannot tell whether it holds instance {sop}") from error',
         "raise",
-        "raised PermissionError",
+        "an error that nobody expected",
     ),
     "page_of_zeros_counts_as_whole": Mutation(
         "sinks.filesystem:_FileWriter._is_torn",
@@ -73,8 +73,50 @@ MUTATIONS: Mapping[str, Mutation] = {
         "if False:",
         "complete, and not durable",
     ),
-    "closed_manifest_written_to": Mutation(
-        "storage.files:_Output.write", "if self.closed:", "if False:", "breach of the model"
+    "malformed_uids_are_skipped": Mutation(
+        "engine.listing:Listing.keep_bad",
+        "self.bad.setdefault(row.key, row)",
+        "pass",
+        "complete, and a listed UID is malformed",
+    ),
+    "counts_above_a_list_are_nothing": Mutation(
+        "engine.verdict:contradicted", "lists.contradicted() or any(", "any(", "complete, and not there"
+    ),
+    "a_list_as_long_as_its_limit_is_whole": Mutation(
+        "engine.whole:Below.doubtful",
+        "return self.count != self.listed and cuts.may_be_cut(level, self.rows)",
+        "return False",
+        "complete, and not there",
+    ),
+    "rows_that_contradict_a_key_are_taken": Mutation(
+        "engine.matching:Matcher.contradiction", "absent = None", "return None", "stored though it is not meant"
+    ),
+    "a_whole_file_of_other_bytes_counts_as_torn": Mutation(
+        "sinks.filesystem:_FileWriter._is_torn", "if self._instance.key in self._sink.torn", "if True", "changed"
+    ),
+    "what_is_not_synced_is_recorded_as_durable": Mutation(
+        "sinks.filesystem:FilesystemSink._synced", "if self.options.durable else ()", "", "complete, and not durable"
+    ),
+    "a_folder_is_not_synced": Mutation(
+        "sinks.filesystem:FilesystemSink._synced",
+        "self.disk.sync(item.folder)",
+        "pass",
+        "complete, and not durable",
+    ),
+    "metadata_of_an_object_prove_it": Mutation(
+        "sinks.s3_objects:proves_itself",
+        "base64.b64decode(checked, validate=True) == bytes.fromhex(said)",
+        "True",
+        "complete, and other bytes than were sent",
+    ),
+    "one_list_is_enough": Mutation(
+        "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
+    ),
+    "a_failed_sync_confirms": Mutation(
+        "sinks.filesystem:FilesystemSink._synced",
+        'results.append(Confirmation(item.instance, f"sync: {error.strerror}"))',
+        "good.append(item)",
+        "complete, and not durable",
     ),
 }
 

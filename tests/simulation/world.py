@@ -96,6 +96,8 @@ class World:
         By run what it did; and how often the PACS sent something.
     confirmed : set of str
         Paths of what some run said it holds, for good.
+    torn : set of str
+        Paths of what somebody has cut short.
     """
 
     def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
@@ -107,6 +109,7 @@ class World:
         self.findings: list[str] = []
         self.theirs: dict[str, bytes] = {}
         self.confirmed: set[str] = set()
+        self.torn: set[str | None] = set()
         self.trace: list[Any] = []
         self.sends: list[int] = []
 
@@ -266,12 +269,14 @@ class World:
         match step.what:
             case "overwrite":
                 # What no run has confirmed may be what a crash left of ours: it is nobody else's.
-                if path is None or len(content) < 200 or path not in self.confirmed:
+                if path not in self.confirmed or path in self.torn or len(content) < 200:
                     return
+                assert path is not None
                 content = content[:-60] + bytes(255 - byte for byte in content[-60:-20]) + content[-20:]
                 self.theirs[path] = content
             case "tear":
                 content = content[: len(content) // 2]
+                self.torn.add(path)
         self.place.harm(step.what, path, content)
 
 
