@@ -56,8 +56,8 @@ def test_the_second_run_says_that_all_was_there_before(printed: list[str]) -> No
     assert "58 of 58 instances held and verified" in first
     assert "; 58 fetched, 0 already there" in first
     assert "all of them already there: nothing was fetched" in second
-    assert "makes its database" in first
-    assert "makes its database" not in second
+    assert "creating its database" in first
+    assert "creating its database" not in second
 
 
 def test_half_a_study_is_noticed_and_getscu_does_not(printed: list[str], folder: Path) -> None:

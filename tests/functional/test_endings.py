@@ -391,10 +391,10 @@ def test_a_destination_that_cannot_be_closed_ends_in_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ct: Holding, embedded: Callable[..., EmbeddedPacs]
 ) -> None:
     class Failing(files.Disk):
-        def remove(self, path: files.Where) -> None:
-            if str(path).endswith(".lock"):
+        def sync(self, fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(".jsonl"):
                 raise OSError(5, "Input/output error")
-            super().remove(path)
+            super().sync(fd)
 
     monkeypatch.setattr(files, "disk", Failing())
     pacs = embedded(ct.folder)

@@ -89,7 +89,7 @@ class Case:
     peer: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     errors: str | None = None
-    seconds: float = 8.0
+    seconds: float = 20.0
     retries: int = 1
     alone: bool = False
     cancel: bool = False
@@ -357,7 +357,7 @@ def _more_cases() -> Iterator[tuple[str, Case]]:
     ):  # fmt: skip
         loud = mode in ("pending_flood", "endless_object")
         yield f"{mode}, cancelled", Case(
-            mode, _all("cancelled"), (0, ALL - 1 if mode != "stall_end" else ALL), peer, seconds=CANCEL_AFTER + 2.0,
+            mode, _all("cancelled"), (0, ALL - 1 if mode != "stall_end" else ALL), peer, seconds=CANCEL_AFTER + 8.0,
             retries=10, alone=loud, cancel=True,
         )  # fmt: skip
     four = {"associations": 4, "max_associations": 4}
