@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 # Each test process starts servers of its own; more than four of them gain nothing.
-TESTS  ?= -n auto --maxprocesses 4 --dist loadfile
+# One process more than there are cores: much of the suite waits for servers. Four are enough anywhere.
+TESTS  ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4) --dist loadfile
 
 PY := $(VENV)/bin/python
 # Orthanc is installed to /usr/sbin, which is not on everyone's path.
