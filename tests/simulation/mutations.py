@@ -107,16 +107,10 @@ MUTATIONS: Mapping[str, Mutation] = {
         "sinks.s3_objects:proves_itself",
         "base64.b64decode(checked, validate=True) == bytes.fromhex(said)",
         "True",
-        "complete, and other bytes than were sent",
+        "complete, and somebody else's file",
     ),
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
-    ),
-    "a_failed_sync_confirms": Mutation(
-        "sinks.filesystem:FilesystemSink._synced",
-        'results.append(Confirmation(item.instance, f"sync: {error.strerror}"))',
-        "good.append(item)",
-        "complete, and not durable",
     ),
 }
 

@@ -211,6 +211,7 @@ class World:
 
         def work() -> None:
             options = dict(self.place.options)
+            options["list_limit"] = self.healing_options().get("list_limit")
             result = verify.verify(
                 study=STUDY_UID, addr=NODE, destination=self.place.address, deadlines=DEADLINES, **options
             )
