@@ -149,13 +149,13 @@ def _is_looked_at(world: World, run: Played) -> bool:
 def _torn_unseen(world: World, run: Played, path: str, key: Key) -> bool:
     """Whether nobody can see that a file is torn.
 
-    A power cut took pages out of the middle of one that was not confirmed; or somebody cut an object short that has
-    no file meta information, and so may be anything.
+    A power cut took pages out of the middle of one that was not confirmed; or it has no file meta information, and so
+    may be anything.
     """
     content = data_set(world.place.files().get(path, b""))
-    if world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key]):
-        return True
-    return path in world.torn and not run.run.options.get("store_with_file_meta", True)
+    if not run.run.options.get("store_with_file_meta", True):
+        return world.place.cuts > 0 or path in world.torn
+    return world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
 
 
 def _lists_lie(run: Played) -> bool:
@@ -240,6 +240,8 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
     """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch."""
     if run.verdict == "empty":
         return  # there is nothing that could differ
-    nothing = run.verdict == "complete" and all(row["state"] in ("held", "withdrawn") for row in run.rows)
+    # Where nothing else confirms a list, a get has all of a series sent again; verify does not.
+    again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
+    nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     if nothing != (exit_code == 0):
         world.finding(f"verify says {exit_code}", run.verdict, run.rows)
