@@ -60,6 +60,8 @@ class Receiver:
         self._head = bytearray()
         self._writer: Writer | None = None
         self._instance: Instance | None = None
+        self._claimed: Key | None = None
+        """The instance whose record is being filled here, and on no other association."""
         self._size = 0
         self._refusal: Taken | None = None
         self._other_class = self._drains = False
@@ -185,11 +187,16 @@ class Receiver:
             return self._refuse(s.NOT_AUTHORISED, "not_asked", "The instance is outside the scope of the request.")
         if instance is None:
             instance = self._intake.add_unlisted(sys.intern(series), sop, request.sop_class)
-        elif instance.state is not None and instance.state not in TRIED_IN_VAIN:
+        if self._intake.claim(instance.key):
+            self._claimed = instance.key
+        if instance.state is not None and instance.state not in TRIED_IN_VAIN:
             if self.confirms:
                 self._drains, self._refusal = True, Taken(s.SUCCESS)
                 return False
-            # Sent twice, or held before: judged by the sink, without touching the first one's record.
+            self._release()
+        if self._claimed is None:
+            # Sent twice, by turns or at the same time, or held before: judged by the sink, without touching the
+            # first one's record.
             instance = Instance(study, instance.series, sop, request.sop_class)
         instance.sop_class = request.sop_class
         instance.syntax = request.syntax
@@ -208,6 +215,12 @@ class Receiver:
             )
         return True
 
+    def _release(self) -> None:
+        """Let another association fill the record."""
+        if self._claimed is not None:
+            self._intake.release(self._claimed)
+            self._claimed = None
+
     def _exactness(self, instance: Instance, values: dict[int, bytes]) -> Exactness:
         """What is known of a conversion by the source."""
         syntax = instance.syntax
@@ -225,6 +238,7 @@ class Receiver:
         self._head = bytearray()
         assert self._request is not None
         if self._drains or self._other_class:
+            self._release()
             self._intake.set_aside(self._request, self._size, held=self._drains)
             self._hold("sub_operation", "took an instance in")
             self.came_at = _NEVER
@@ -243,6 +257,7 @@ class Receiver:
             except ForwardLate:
                 assert self._instance is not None
                 self._intake.left_to_destination(self._instance)
+                self._release()
                 raise
         elif self._writer is not None:
             self._writer.abort()
@@ -254,6 +269,7 @@ class Receiver:
             instance.duration_ms = int((clock.monotonic() - self._began) * 1000)
             instance.dimse_status = taken.status
         self._intake.answer(self._request.sop_instance, instance, taken, self._size)
+        self._release()
         status = taken.status
         if status == s.SUCCESS and instance is not None and self._retrieval.options.ack == "durable":
             self._intake.confirm(wait=True)
@@ -271,6 +287,7 @@ class Receiver:
         if self._writer is not None:
             self._writer.abort()
             self._writer = None
+        self._release()
         self._head = bytearray()
 
     def refused(self, sop_instance: str, status: int) -> None:

@@ -55,6 +55,20 @@ class Intake:
     def __init__(self, retrieval: Retrieval, state: StudyState) -> None:
         self.retrieval, self.state = retrieval, state
         self._mutex = threading.Lock()
+        self._in_hand: set[Key] = set()
+        """Instances whose record a receiver is filling at this moment."""
+
+    def claim(self, key: Key) -> bool:
+        """Whether the record of an instance is the caller's to fill, until it is released: nobody else has it."""
+        with self._mutex:
+            free = key not in self._in_hand
+            self._in_hand.add(key)
+            return free
+
+    def release(self, key: Key) -> None:
+        """The caller fills it no longer."""
+        with self._mutex:
+            self._in_hand.discard(key)
 
     def add_unlisted(self, series: str, sop: str, sop_class: str | None) -> Instance:
         """See :meth:`StudyState.add_unlisted`."""

@@ -273,7 +273,8 @@ class StudyState:
             self._due[id(instance)] = instance
             if taken.remark == "replaced":
                 record.become(instance)
-            if instance is record or taken.remark == "replaced":
+            apart = record.state == "conflict"  # another one of it came on another association meanwhile
+            if (instance is record and not apart) or taken.remark == "replaced":
                 record.state, record.reason, record.error = taken.state, taken.remark or record.remark, None
                 self._came(record)
             return Answered(record, new=instance is record)

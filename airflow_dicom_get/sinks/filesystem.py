@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ class FilesystemSink:
     ) -> None:
         self.root = root
         self.disk = files.disk
+        self.writers = count(1)
+        """Numbers the writers: no two write one temporary file."""
         self.ledgers = ledgers
         self.run = run
         self.options = options
@@ -429,7 +432,7 @@ class _Study:
             self._give_back_lock()  # the next try of this run would wait for it for ever
             raise
         self.placed: set[Key] = set()
-        """What this run put here; filled where a file of another run may be replaced."""
+        """What this run put here: of two different ones that it is sent the first stays, whatever the second is."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
@@ -515,9 +518,10 @@ class _FileWriter:
 
     def __init__(self, sink: FilesystemSink, study: _Study, folder: int, instance: Instance) -> None:
         self._sink, self._study, self._folder, self._instance = sink, study, folder, instance
-        self._name = f".{instance.sop}.{sink.run}.part"
+        # One run may be sent an instance on two associations at a time.
+        self._name = f".{instance.sop}.{sink.run}.{next(sink.writers)}.part"
         self._disk = sink.disk
-        self._fd = self._disk.open(self._name, files.REPLACE, folder)
+        self._fd = self._disk.open(self._name, files.NEW, folder)
         head = b""
         if sink.options.store_with_file_meta:
             assert instance.sop_class is not None
@@ -602,8 +606,7 @@ class _FileWriter:
 
     def _placed(self) -> Taken:
         fd, self._fd = self._fd, -1
-        if self._sink.options.on_conflict == "replace":
-            self._study.placed.add(self._instance.key)
+        self._study.placed.add(self._instance.key)
         self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, self._size))
         return Taken(s.SUCCESS)
 
@@ -626,12 +629,13 @@ class _FileWriter:
                 pending, fd = _Pending(instance, self._study, fd, self._folder, size), -1
                 self._sink.taken(pending)
                 return Taken(s.SUCCESS)
-            if self._is_torn(fd, size, offset, meta):
+            placed = instance.key in self._study.placed
+            if not placed and self._is_torn(fd, size, offset, meta):
                 return self._put_over(final)
         finally:
             if fd >= 0:
                 self._disk.close(fd)
-        if self._sink.options.on_conflict == "replace" and instance.key not in self._study.placed:
+        if self._sink.options.on_conflict == "replace" and not placed:
             return self._put_over(final)._replace(remark="replaced")
         self.abort()
         return Taken(

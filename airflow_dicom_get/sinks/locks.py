@@ -14,7 +14,8 @@ from airflow_dicom_get.storage import files
 log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
-_PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)\.part")
+_PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)(?:\.[0-9]+)?\.part")
+"""The temporary name of an instance. Earlier versions did not number the writers of a run."""
 
 
 def hold(path: Path) -> int:

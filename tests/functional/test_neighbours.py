@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -38,8 +39,11 @@ def leave(folder: Path, run: str, holder: bytes) -> Path:
 @pytest.mark.parametrize("holder", [b"", files.disk.host().encode(), os.uname().nodename.encode() + b" another-boot"])
 def test_what_a_dead_run_of_this_machine_left_goes(tmp_path: Path, holder: bytes) -> None:
     part = leave(tmp_path, "20260101T000000Z-dead0000", holder)
+    numbered = part.with_name(f"{part.stem}.12.part")
+    numbered.write_bytes(b"half")
     locks.clean_dead_runs(tmp_path, "own")
     assert not part.exists()
+    assert not numbered.exists()
     assert not list(tmp_path.glob(".*.lock"))
 
 
@@ -59,7 +63,7 @@ def test_what_a_run_of_another_machine_writes_stays_for_a_day(tmp_path: Path) ->
 def test_a_live_run_of_this_machine_is_left_alone(tmp_path: Path) -> None:
     lock = locks.hold(tmp_path / ".20260101T000000Z-live0000.lock")
     (tmp_path / SERIES).mkdir()
-    part = tmp_path / SERIES / ".1.2.3.20260101T000000Z-live0000.part"
+    part = tmp_path / SERIES / ".1.2.3.20260101T000000Z-live0000.7.part"
     part.write_bytes(b"half")
     locks.clean_dead_runs(tmp_path, "own")
     assert part.exists()
@@ -192,3 +196,36 @@ def test_one_that_a_crash_tore_is_replaced_though_it_has_its_size(tmp_path: Path
     assert (taken.reason, len(kept(sink.confirmations(wait=True)))) == (None, 1)
     sink.close()
     assert path.read_bytes() == content
+
+
+def test_two_writers_of_one_instance_in_one_run_do_not_touch_each_other(tmp_path: Path) -> None:
+    """It comes on two associations at a time: the one that is placed is whole, whatever becomes of the other."""
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+    one, other = new(1), new(1)
+    data = dataset_of(one, 100_000)
+    first, second = sink.begin(one), sink.begin(other)
+    first.write(memoryview(data)[:5000])
+    second.write(memoryview(data)[:2000])
+    first.write(memoryview(data)[5000:])
+    assert first.take().reason is None
+    second.abort()
+    assert kept(sink.confirmations(wait=True)) == [one.sop]
+    sink.close()
+    content = (tmp_path / STUDY / SERIES / f"{one.sop}.dcm").read_bytes()
+    assert content.endswith(data)
+    assert hashlib.sha256(content).digest() == one.sha256
+    assert [path.name for path in tmp_path.rglob("*.part")] == []
+
+
+@pytest.mark.parametrize("on_conflict", ["keep", "replace"])
+@pytest.mark.parametrize("longer", [False, True])
+def test_the_second_of_two_that_differ_in_one_run_is_a_conflict(on_conflict: str, longer: bool, tmp_path: Path) -> None:
+    """Also where the first is how the second begins: it was whole when it was placed."""
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001", on_conflict=on_conflict)
+    data = dataset_of(new(1))
+    second = data + b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0more" if longer else dataset_of(new(1), variant=1)
+    assert send(sink, new(1), data).reason is None
+    assert send(sink, new(1), data).reason is None
+    assert send(sink, new(1), second).reason == "different_content"
+    sink.close()
+    assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(data)

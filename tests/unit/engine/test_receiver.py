@@ -203,6 +203,49 @@ def test_one_that_comes_again_is_judged_by_the_sink_beside_the_first_row() -> No
     assert (desk.row.state, desk.row.reason) == ("conflict", "different_content")
 
 
+def test_one_that_comes_on_two_associations_at_a_time_fills_one_record_once() -> None:
+    desk = Desk()
+    other = Receiver(desk.receiver._intake, 8)
+    request = StoreRequest(1, CT, EXPLICIT_LE, CT, SOP)
+    for receiver in (desk.receiver, other):
+        receiver.begin(request)
+        receiver.data(memoryview(data_set()), True)
+    first, second = desk.receiver._instance, other._instance
+    assert first is desk.row
+    assert second is not None
+    assert second is not first
+    assert second.key == first.key
+    assert other.finish() == 0x0000
+    assert desk.row.state is None
+    assert desk.receiver.finish() == 0x0000
+    assert (desk.row.state, desk.row.association) == ("stored", 7)
+
+
+def test_of_two_at_a_time_that_differ_the_conflict_stays() -> None:
+    desk = Desk()
+    other = Receiver(desk.receiver._intake, 8)
+    for receiver in (desk.receiver, other):
+        receiver.begin(StoreRequest(1, CT, EXPLICIT_LE, CT, SOP))
+        receiver.data(memoryview(data_set()), True)
+    desk.sink.answer = Taken(0x0111, "different_content", "Another data set lies there.")
+    assert other.finish() == 0x0111
+    desk.sink.answer = Taken(0x0000)
+    assert desk.receiver.finish() == 0x0000
+    assert (desk.row.state, desk.row.reason) == ("conflict", "different_content")
+
+
+def test_a_record_that_was_abandoned_is_filled_by_the_next() -> None:
+    desk = Desk()
+    desk.receiver.begin(StoreRequest(1, CT, EXPLICIT_LE, CT, SOP))
+    desk.receiver.data(memoryview(data_set()), False)
+    desk.receiver.abandon()
+    next_one = Receiver(desk.receiver._intake, 8)
+    next_one.begin(StoreRequest(1, CT, EXPLICIT_LE, CT, SOP))
+    next_one.data(memoryview(data_set()), True)
+    assert next_one.finish() == 0x0000
+    assert (desk.row.state, desk.row.association) == ("stored", 8)
+
+
 @pytest.mark.parametrize(
     ("listed", "came", "lossy", "exactness"),
     [
