@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import count
 
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes
@@ -38,7 +39,7 @@ from airflow_dicom_get.vocabulary import DONE, FATAL_REASONS, HELD, LOCAL_REASON
 log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 8
-"""Rounds of list and get before a study counts as still growing."""
+"""Lists, and rounds of get, after which a study whose list still changes counts as still growing."""
 
 
 def run_studies(
@@ -115,7 +116,7 @@ class StudyRun:
 
     def _with_list(self) -> None:
         state = self._state
-        while True:
+        for turn in count(1):
             missing = state.missing()
             before = state.progress
             if missing:
@@ -132,7 +133,7 @@ class StudyRun:
             left = state.missing()
             if not changed and (not left or state.progress == before):
                 return
-            if state.rounds >= MAX_ROUNDS:
+            if max(turn, state.rounds) >= MAX_ROUNDS:
                 state.still_growing = changed
                 return
             log.info(
