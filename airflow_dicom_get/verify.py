@@ -411,8 +411,8 @@ class _Verify:
                     item.size, item.sha256 = record.bytes, record.sha256
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
-        for item in _instances_in(place, study, self.s3):
-            found = self._item(Instance(study, *_names(item)))
+        for key, item in _instances_in(place, study, self.s3):
+            found = self._item(Instance(study, *key))
             found.there, found.item = True, item
 
     def _leave_forwarded(self) -> None:
@@ -591,26 +591,23 @@ class _Verify:
 
 def _instances_in(
     place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None
-) -> Iterator[StoredObject]:
-    """The objects under final names of a study at a destination. Raises :class:`S3Error`."""
+) -> Iterator[tuple[Key, StoredObject]]:
+    """The objects of a study under final names, with Series and SOP Instance UID of each. Raises :class:`S3Error`.
+
+    Only those directly below its folder and a series' count: a copy further down is not where a get looks.
+    """
     if isinstance(place, FilesystemDestination):
-        folder = place.path / study
-        found = objects_in([str(folder.absolute())], s3) if files.is_folder(folder) else []
+        folder = (place.path / study).absolute()
+        found = objects_in([str(folder)], s3) if files.is_folder(folder) else []
     else:
         prefix = f"{place.prefix}/{study}" if place.prefix else study
         found = objects_in([f"s3://{place.bucket}/{prefix}"], s3)
     for item in found:
-        series, sop = _names(item)
-        if is_uid(series) and is_uid(sop):
-            yield item
-
-
-def _names(item: StoredObject) -> tuple[str, str]:
-    """Series and SOP Instance UID as the path has them."""
-    parts = item.path.parts if item.path is not None else tuple(item.key.split("/"))
-    if len(parts) < 2 or not parts[-1].endswith(".dcm"):
-        return "", ""
-    return parts[-2], parts[-1].removesuffix(".dcm")
+        below = item.path.relative_to(folder).parts if item.path is not None else item.key[len(prefix) + 1 :].split("/")
+        if len(below) == 2 and below[1].endswith(".dcm"):
+            series, sop = below[0], below[1].removesuffix(".dcm")
+            if is_uid(series) and is_uid(sop):
+                yield (series, sop), item
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,18 +167,26 @@ class TestFolder:
         assert len(verify(bare.result.manifest_uri).differences) == 3
 
     def test_a_copy_elsewhere(self, got: Got, tmp_path: Path) -> None:
-        import shutil
-
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
         found = verify(got.result.manifest_uri, destination=tmp_path / "copy")
         assert found.same
         next((tmp_path / "copy").rglob("*.dcm")).unlink()
         assert verify(got.result.manifest_uri, destination=tmp_path / "copy").exit_code == 3
 
+    @pytest.mark.parametrize("content", [None, b"rubbish"])
+    def test_a_copy_below_the_study_takes_no_instances_place(self, got: Got, content: bytes | None) -> None:
+        path = got.paths[got.sops[0]]
+        shutil.copytree(path.parent, got.folder / got.study / "backup" / path.parent.name)
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        for arguments in ({"manifest": got.result.manifest_uri}, {"study": got.study, "addr": got.node}):
+            found = verify(**arguments, destination=got.folder)
+            assert found.exit_code == 3
+            assert marks(found) == {got.sops[0]: "+" if content is None else "*"}
+
     def test_files_without_a_record(self, ct: Holding, tmp_path: Path, got: Got) -> None:
         """Whole instances of their names count, whoever put them there."""
-        import shutil
-
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
         found = verify(study=got.study, destination=tmp_path / "copy", addr=got.node)
         assert found.same
@@ -205,6 +214,9 @@ class TestBucket:
         }
         gone, cut, other = sorted(keys)[:3]
         client = moto.client()
+        for each in (gone, cut, other):  # copies further down take nobody's place
+            copy = keys[each].replace(f"{ct.study}/", f"{ct.study}/backup/")
+            client.put_object(Bucket=BUCKET, Key=copy, Body=moto.read(keys[each]))
         client.delete_object(Bucket=BUCKET, Key=keys[gone])
         client.put_object(Bucket=BUCKET, Key=keys[cut], Body=moto.read(keys[cut])[:-2])
         client.put_object(Bucket=BUCKET, Key=keys[other], Body=moto.read(keys[other])[:-2] + b"zz")
