@@ -432,7 +432,7 @@ class _Study:
             self._give_back_lock()  # the next try of this run would wait for it for ever
             raise
         self.placed: set[Key] = set()
-        """What this run put here: of two different ones that it is sent the first stays, whatever the second is."""
+        """What this run put or found here: of two different ones that it is sent the first stays."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
@@ -606,8 +606,12 @@ class _FileWriter:
 
     def _placed(self) -> Taken:
         fd, self._fd = self._fd, -1
+        return self._stays(fd, self._size)
+
+    def _stays(self, fd: int, size: int) -> Taken:
+        """What is there under the final name, open as ``fd``, is the instance of this run."""
         self._study.placed.add(self._instance.key)
-        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, self._size))
+        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, size))
         return Taken(s.SUCCESS)
 
     def _meet_first(self, final: str) -> Taken:
@@ -626,9 +630,8 @@ class _FileWriter:
                     files.write_again(final, self._folder)
                 self._study.ledger.taken(instance)
                 self._drop()
-                pending, fd = _Pending(instance, self._study, fd, self._folder, size), -1
-                self._sink.taken(pending)
-                return Taken(s.SUCCESS)
+                there, fd = fd, -1
+                return self._stays(there, size)
             placed = instance.key in self._study.placed
             if not placed and self._is_torn(fd, size, offset, meta):
                 return self._put_over(final)

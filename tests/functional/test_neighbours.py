@@ -229,3 +229,15 @@ def test_the_second_of_two_that_differ_in_one_run_is_a_conflict(on_conflict: str
     assert send(sink, new(1), second).reason == "different_content"
     sink.close()
     assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(data)
+
+
+def test_one_that_was_equal_to_what_is_there_is_not_replaced_in_the_same_run(tmp_path: Path) -> None:
+    before = sink_of(tmp_path, "20260101T000000Z-00000001")
+    put(before, 1)
+    before.confirmations(wait=True)
+    before.close()
+    sink = sink_of(tmp_path, "20260102T000000Z-00000002", on_conflict="replace")
+    assert put(sink, 1)[1].reason is None
+    assert put(sink, 1, variant=1)[1].reason == "different_content"
+    sink.close()
+    assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(dataset_of(new(1)))
