@@ -658,7 +658,13 @@ class _FileWriter:
         return not ends_whole(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
 
     def _put_over(self, final: str) -> Taken:
-        """Take the place of what is there, and let nothing that was recorded of it count for this one."""
+        """Take the place of what is there, and let nothing that was recorded of it count for this one.
+
+        What is there may be whole: it goes when this one is durable, so that a power cut leaves one of both.
+        """
+        if self._sink.options.durable:
+            self._disk.sync_data(self._fd)
+            self._sink.check_left()
         self._drop_records()
         self._study.ledger.taken(self._instance)
         self._sink.check_left()

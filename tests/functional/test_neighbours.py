@@ -241,3 +241,36 @@ def test_one_that_was_equal_to_what_is_there_is_not_replaced_in_the_same_run(tmp
     assert put(sink, 1, variant=1)[1].reason == "different_content"
     sink.close()
     assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(dataset_of(new(1)))
+
+
+def test_what_takes_the_place_of_a_whole_one_is_synced_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two may leave zeros under the new name."""
+    calls: list[str] = []
+
+    class Noting(files.Disk):
+        full = False
+
+        def sync_data(self, fd: int) -> None:
+            if self.full:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            calls.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix)
+            super().sync_data(fd)
+
+        def rename_over(self, old: str, new: str, folder: int) -> None:
+            calls.append("renamed")
+            super().rename_over(old, new, folder)
+
+    disk = Noting()
+    monkeypatch.setattr(files, "disk", disk)
+    for number in (1, 2):
+        sink = sink_of(tmp_path, f"20260101T000000Z-0000000{number}", on_conflict="replace")
+        assert put(sink, 1, variant=number)[1].reason is None
+        assert len(kept(sink.confirmations(wait=True))) == 1
+        sink.close()
+    assert calls == [".dcm", ".part", "renamed", ".dcm"]
+    disk.full = True
+    sink = sink_of(tmp_path, "20260101T000000Z-00000003", on_conflict="replace")
+    assert put(sink, 1, variant=3)[1].reason == "destination_error"
+    sink.close()
+    assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(dataset_of(new(1), variant=2))
+    assert sink_of(tmp_path, "20260101T000000Z-00000004").inventory(STUDY).keys() == {new(1).key}
