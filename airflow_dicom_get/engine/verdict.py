@@ -68,6 +68,8 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
             return FAILED, _why(state, scope)
         if state.unlisted or contradicted(state):
             return UNVERIFIED, "list_contradicted"
+        if state.listing.doubts(state.counted):
+            return UNVERIFIED, "list_may_be_cut"
         return EMPTY, "key_not_matched" if state.listing.dropped else None
     conflicts = any(x.state == "conflict" for x in scope)
     if held == total and not conflicts:

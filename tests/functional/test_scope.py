@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving import archive
+from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
 from airflow_dicom_get.testing.misbehaving.behaviour import FIND, MODE_CLASSES, Behaviour
 
@@ -70,3 +71,48 @@ def test_a_list_that_never_comes_to_rest_ends_the_rounds(start: Start, tmp_path:
     result = client.get_study({"StudyInstanceUID": STUDY})
     assert (result.verdict, result.reason) == ("partial", "still_growing")
     assert stored(tmp_path) == set(pacs.uids)
+
+
+# --- lists that may be cut ---------------------------------------------------------------------------
+
+
+class _CutsUncounted(_AtFind):
+    """Cuts every answer at 100 rows, and gives no numbers of related series and instances."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return {tag: value for tag, value in row.items() if tag not in (0x00201206, 0x00201208, 0x00201209)}
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        yield from list(super().rows(level, query))[:100]
+
+
+class _IgnoresModality(_CutsUncounted):
+    """Ignores Modality too; its MR series come first."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return row if level == "STUDY" else row | {0x00080060: "CT" if group[0].sop_class == archive.CT else "MR"}
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        return super().rows(level, {tag: "" if tag == 0x00080060 else value for tag, value in query.items()})
+
+
+OTHER = "2.25.331000000000000000000000000000000001"
+
+
+def _large() -> list[Instance]:
+    """A study of 100 series MR, and then one CT."""
+    made = archive.build(series=101, instances=1, size=2000, pairs=((archive.MR, wire.EXPLICIT_LE),), study=OTHER)
+    return [*made[:-1], replace(made[-1], sop_class=archive.CT)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [{"PatientID": archive.PATIENT_ID}, {"StudyInstanceUID": OTHER}, {"StudyInstanceUID": [STUDY, OTHER]}],
+)
+def test_a_cut_list_of_which_a_filter_leaves_nothing_is_not_forgotten(start: Start, query: dict[str, Any]) -> None:
+    client, _ = start(_IgnoresModality, more=_large())
+    result = client.get_study({**query, "Modality": "CT"})
+    assert (result.verdict, result.reason) == ("unverified", "list_may_be_cut")
+    assert {one.study_instance_uid: one.verdict for one in result.studies}[OTHER] == "unverified"
