@@ -37,7 +37,7 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.schema import instances_of
-from airflow_dicom_get.records import Instance, Key
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
     Listed,
@@ -297,8 +297,10 @@ class _Item:
     at_source: bool = False
     there: bool = False
     item: StoredObject | None = None
-    size: int | None = None
-    sha256: bytes | None = None
+    recorded: Sequence[Instance | Stored] = ()
+    """What the manifest or our records say of the object; where records contradict each other, any may be it."""
+    told: Instance | Stored | None = None
+    """The one that the object is."""
     trouble: str | None = None
     remark: str | None = None
 
@@ -334,7 +336,7 @@ class _Verify:
             item = self._item(row)
             item.in_manifest = True
             if row.state in PRESENT:
-                item.size, item.sha256 = row.bytes, row.sha256
+                item.recorded = (row,)
                 if row.uri and self.place is None:
                     item.item = opener.object_of(row)
         # A malformed UID is no name of a folder.
@@ -402,13 +404,10 @@ class _Verify:
         ledgers = self._root().ledgers(self.place.uri)
         for study in self.studies:
             for records in ledgers.read(study).values():
-                record = records[0]
-                if record.durable:
-                    row = Instance(study, record.series, record.sop)
-                    row.adopt(record)
-                    item = self._item(row)
-                    item.in_records = True
-                    item.size, item.sha256 = record.bytes, record.sha256
+                row = Instance(study, records[0].series, records[0].sop)
+                row.adopt(records[0])
+                item = self._item(row)
+                item.in_records, item.recorded = True, records
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
         for key, item in _instances_in(place, study, self.s3):
@@ -514,13 +513,16 @@ class _Verify:
         """Whether the object is what is recorded; where nothing is, whether it is a whole instance of its name."""
         stored = item.item
         if stored is None:
+            item.told = next(iter(item.recorded), None)
             return SAME, "listed by its destination"
         try:
             size = stored.size()
-            if item.size is not None and size != item.size:
-                return DIFFERENT, f"{size} bytes, but {item.size} are recorded"
+            fits = [record for record in item.recorded if record.bytes in (None, size)]
+            if item.recorded and not fits:
+                return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
             if self.quick:
-                return SAME, "of the same size" if item.size is not None else "there"
+                item.told = next(iter(fits), None)
+                return SAME, "of the same size" if fits else "there"
             stored.row = stored.row or item.row  # what tells a bare data set
             opened = open_object(stored)
             read, digest, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)
@@ -530,12 +532,14 @@ class _Verify:
             return UNREADABLE, f"cannot be read: {error}"
         except UnusableError as error:
             return DIFFERENT, str(error)
-        if item.sha256 is not None and digest != item.sha256:
+        told = [record for record in fits if record.sha256 in (None, digest)]
+        if fits and not told:
             return DIFFERENT, "digest differs from the recorded one"
         found, row = opened.instance, item.row
         if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
             return DIFFERENT, "not the instance that its name says"
-        if item.sha256 is not None:
+        item.told = max(told, key=lambda record: record.sha256 is not None, default=None)
+        if item.told is not None and item.told.sha256 is not None:
             return SAME, "of the same digest"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
@@ -625,6 +629,13 @@ def _read(
     return size, digest.digest(), "truncated_dataset" if walk is not None and not walk.whole else None
 
 
+def _be(row: Instance, told: Instance | Stored | None) -> None:
+    """Let a row tell of the object what was recorded of it."""
+    row.bytes, row.sha256 = (told.bytes, told.sha256) if told is not None else (None, None)
+    if told is not None:
+        row.syntax, row.dataset_offset = told.syntax or row.syntax, told.dataset_offset
+
+
 def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
     """The row of the new manifest."""
     row = item.row
@@ -635,11 +646,11 @@ def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
     match symbol:
         case "=":
             row.state, row.reason = "held", item.remark
-            row.bytes, row.sha256 = item.size, item.sha256
+            _be(row, item.told)
         case "-":
             row.state = "withdrawn" if item.in_manifest or item.in_records else "unexpected"
             row.reason = "gone_from_list" if row.state == "withdrawn" else "not_listed"
-            row.bytes, row.sha256 = item.size, item.sha256
+            _be(row, item.told)
         case "+":
             row.state, row.reason, row.error, row.uri = "missing", "not_sent", what, None
             row.forwarded_to = None

@@ -185,6 +185,44 @@ class TestFolder:
             assert found.exit_code == 3
             assert marks(found) == {got.sops[0]: "+" if content is None else "*"}
 
+    def test_what_was_taken_and_never_synced_is_held_against_its_digest(
+        self, embedded: Embedded, ct: Holding, tmp_path: Path
+    ) -> None:
+        got = Got(embedded(ct.folder), ct, tmp_path / "out", durable=False)
+        place = {"study": got.study, "destination": got.folder}
+        assert verify(**place).same
+        path = got.paths[got.sops[0]]
+        content = path.read_bytes()
+        other = content.replace(got.sops[0].encode()[-3:], b"999")
+        for bad in (
+            content[: len(content) // 2],
+            content[:800] + bytes(len(content) - 800),
+            content[:-2] + b"zz",
+            other,
+        ):
+            path.write_bytes(bad)
+            for more in ({}, {"addr": got.node}):
+                found = verify(**place, **more)
+                assert (found.exit_code, marks(found)) == (3, {got.sops[0]: "*"})
+        path.unlink()
+        assert marks(verify(**place)) == {got.sops[0]: "+"}
+
+    def test_records_that_contradict_each_other(
+        self, got: Got, embedded: Embedded, ct: Holding, tmp_path: Path
+    ) -> None:
+        """Any of them may be of what is there; what none of them tells is a difference."""
+        other = Got(embedded(ct.folder), ct, tmp_path / "other", calling_ae_title="SOMEBODYELSE")
+        [records] = (other.folder / "_manifests" / ".ledger" / got.study).iterdir()
+        shutil.copy(records, got.folder / "_manifests" / ".ledger" / got.study / f"2999{records.name}")
+        sop = got.sops[0]
+        place = {"study": got.study, "destination": got.folder}
+        for content in [path.read_bytes() for path in (other.paths[sop], got.paths[sop])]:
+            got.paths[sop].write_bytes(content)
+            assert verify(**place).same
+            got.paths[sop].write_bytes(content[:-2] + b"zz")
+            assert marks(verify(**place)) == {sop: "*"}
+            got.paths[sop].write_bytes(content)
+
     def test_files_without_a_record(self, ct: Holding, tmp_path: Path, got: Got) -> None:
         """Whole instances of their names count, whoever put them there."""
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
