@@ -273,9 +273,9 @@ class StudyState:
             self._due[id(instance)] = instance
             if taken.remark == "replaced":
                 record.become(instance)
-            apart = record.state == "conflict"  # another one of it came on another association meanwhile
-            if (instance is record and not apart) or taken.remark == "replaced":
-                record.state, record.reason, record.error = taken.state, taken.remark or record.remark, None
+            if instance is record or taken.remark == "replaced":
+                if record.state != "conflict" or taken.remark == "replaced":
+                    record.state, record.reason, record.error = taken.state, taken.remark or record.remark, None
                 self._came(record)
             return Answered(record, new=instance is record)
         error = taken.error or taken.reason
@@ -317,21 +317,23 @@ class StudyState:
         if error is not None:
             conflict = reason == "different_content"
             stop = None if reason in NOT_THE_DESTINATIONS else self._refused_again()
-            if record is not instance and not conflict:  # sent a second time in vain: the first one's row stands
+            if not conflict and (record is not instance or record.state == "conflict"):
+                # Sent a second time in vain, or beside other bytes: the row stands.
                 return Answered(instance, error, stop=stop)
             record.state = "conflict" if conflict else "failed"
             record.reason, record.attempt = reason, self.rounds
             told = conflict or record.forward_status == "error"
             record.error = error if told else f"Received, but not confirmed: {error}"
             return Answered(record, record.error, stop=stop)
-        if remark == "replaced":
+        if remark == "replaced" and record.state != "conflict":
             record.become(instance)
             record.state, record.reason, record.attempt = "stored", remark, self.rounds
         if record is not instance or record.key not in self._late:
             return None
         # It said so too late for the source: taken only now.
         self._late.discard(record.key)
-        record.state, record.reason, record.error = "forwarded", record.remark, None
+        if record.state != "conflict":
+            record.state, record.reason, record.error = "forwarded", record.remark, None
         self._came(record)
         return Answered(record, new=True)
 

@@ -273,6 +273,22 @@ class TestConfirmations:
         state.confirm(Confirmation(one, "Another data set.", "different_content"))
         assert (one.state, one.reason, one.error) == ("conflict", "different_content", "Another data set.")
 
+    def test_a_conflict_stays_one_whatever_is_said_of_the_first_after_it(self) -> None:
+        """Two associations: the answer to the second object may be told before that to the first."""
+        for told in (
+            lambda state, one: state.answer(one.sop, one, STORED),
+            lambda state, one: state.confirm(Confirmation(one)),
+            lambda state, one: state.confirm(Confirmation(one, NOT_KEPT)),
+            lambda state, one: state.confirm(Confirmation(one, remark="replaced")),
+            lambda state, one: (state.left_to_destination(one), state.confirm(Confirmation(one))),
+        ):
+            state = listed(1)
+            one = state.instances[key(1)]
+            state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), OTHER)
+            told(state, one)
+            state.conclude()
+            assert (one.state, one.reason, one.error) == ("conflict", "different_content", OTHER.error)
+
     @pytest.mark.parametrize(
         ("reason", "stops"), [("destination_error", 1), ("different_content", 0), ("cancelled", 0)]
     )
