@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -30,7 +30,15 @@ from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledgers, contradict
 from airflow_dicom_get.sinks.objects import ends_whole, whole_instance
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import Follower, digest_of, digest_of_path, same_content, starts_alike, sync_path
+from airflow_dicom_get.storage.files import (
+    Follower,
+    differ_by_lost_blocks,
+    digest_of,
+    digest_of_path,
+    same_content,
+    starts_alike,
+    sync_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +106,13 @@ class FilesystemSink:
         self.options = options
         self._read_only = read_only
         self.torn: set[Key] = set()
-        """Instances whose file was written and never synced, and is not what was written: a crash tore it."""
+        """Instances whose file was written and never synced, and is not what was written: a crash may have torn it."""
         self._mutex = threading.Lock()
         self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
         self._durable: dict[str, set[Key]] = {}
         """By study what runs before this one have recorded as durable."""
+        self._digests: dict[str, Mapping[Key, Collection[bytes]]] = {}
         self._unconfirmed = 0
         self._due = 0
         self._done: list[Confirmation] = []
@@ -244,6 +253,14 @@ class FilesystemSink:
             except LedgerError:
                 self._durable[study] = set()
         return self._durable[study]
+
+    def recorded_digests(self, study: str) -> Mapping[Key, Collection[bytes]]:
+        """The digests of what runs have recorded as taken; read when a file that is there is first in doubt."""
+        if study not in self._digests:
+            with suppress(LedgerError):
+                records = self.ledgers.read(study)
+                self._digests[study] = {key: {x.sha256 for x in found if x.sha256} for key, found in records.items()}
+        return self._digests.get(study, {})
 
     def taken(self, pending: _Pending) -> None:
         """Hand a taken instance to the thread that makes it durable."""
@@ -649,8 +666,15 @@ class _FileWriter:
 
     def _is_torn(self, fd: int, size: int, offset: int, meta: FileMeta | None) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        if self._instance.key in self._sink.torn or size <= offset:
+        if size <= offset:
             return True
+        digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
+        if digests and digest_of(fd) in digests:  # so it came, and so a run took it
+            return False
+        if self._instance.key in self._sink.torn:
+            begin, own = (offset, self._offset) if meta is not None else (0, 0)
+            if differ_by_lost_blocks(fd, begin, self._fd, own):
+                return True
         if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
             return True
         if meta is None:  # a bare data set, or no DICOM file: but for one that begins with zeros, as crashes leave them

@@ -17,6 +17,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ READ, CREATE, APPEND = os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_A
 CHANGE, REPLACE, NEW = os.O_RDWR, os.O_RDWR | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_EXCL
 """Ways to open a file."""
 _WRITE_BACK = 8 << 20
+_BLOCK = 512
+"""Bytes that a disk writes as one; a file system loses whole multiples of it."""
 _RENAME_NOREPLACE = 1
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
@@ -471,6 +474,23 @@ def starts_alike(short: int, short_pos: int, long: int, long_pos: int) -> bool:
             return False
         short_pos += len(piece)
         long_pos += len(piece)
+    return True
+
+
+def differ_by_lost_blocks(there: int, there_pos: int, whole: int, whole_pos: int) -> bool:
+    """Whether each block in which an open file differs from a whole one, from these positions on, is of zeros.
+
+    So a crash leaves what was written and not synced; what a program has changed differs in other bytes.
+    """
+    while piece := disk.read_at(there, CHUNK - there_pos % CHUNK, there_pos):
+        other = disk.read_at(whole, len(piece), whole_pos)
+        if piece != other:
+            edges = [0, *range(-there_pos % _BLOCK or _BLOCK, len(piece), _BLOCK), len(piece)]
+            for begin, end in pairwise(edges):
+                if piece[begin:end] != other[begin:end] and any(piece[begin:end]):
+                    return False
+        there_pos += len(piece)
+        whole_pos += len(piece)
     return True
 
 

@@ -189,7 +189,7 @@ def test_one_that_a_crash_tore_is_replaced_though_it_has_its_size(tmp_path: Path
     dead.close()
     path = tmp_path / STUDY / SERIES / f"{instance.sop}.dcm"
     content = path.read_bytes()
-    path.write_bytes(content[:-1000] + bytes(1000))
+    path.write_bytes(content[:1024] + bytes(1024) + content[2048:])
     sink = sink_of(tmp_path, "20260102T000000Z-00000002")
     assert sink.inventory(STUDY) == {}
     taken = send(sink, new(1), dataset_of(instance))
@@ -274,3 +274,43 @@ def test_what_takes_the_place_of_a_whole_one_is_synced_before(tmp_path: Path, mo
     sink.close()
     assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(dataset_of(new(1), variant=2))
     assert sink_of(tmp_path, "20260101T000000Z-00000004").inventory(STUDY).keys() == {new(1).key}
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_one_that_was_changed_before_it_was_ever_synced_is_kept(durable: bool, tmp_path: Path) -> None:
+    """A run without sync leaves no more than a record that it took the file; that another tool has changed it since."""
+    before = sink_of(tmp_path, "20260101T000000Z-00000001", durable=False)
+    instance, _ = put(before, 1)
+    before.confirmations(wait=True)
+    before.close()
+    path = tmp_path / STUDY / SERIES / f"{instance.sop}.dcm"
+    changed = path.read_bytes()[:-16] + b"somebody's pixel"
+    path.write_bytes(changed)
+    sink = sink_of(tmp_path, "20260102T000000Z-00000002", durable=durable)
+    assert sink.inventory(STUDY) == {}
+    assert send(sink, new(1), dataset_of(instance)).reason == "different_content"
+    sink.close()
+    assert path.read_bytes() == changed
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("short", [True, False])
+def test_what_came_as_it_is_there_is_not_torn(durable: bool, short: bool, tmp_path: Path) -> None:
+    """A source sent it cut off, or has since put something behind it: a correction, for on_conflict=replace."""
+    data = dataset_of(new(1))
+    before = sink_of(tmp_path, "20260101T000000Z-00000001", durable=durable)
+    assert send(before, new(1), data[:-100] if short else data).reason is None
+    before.confirmations(wait=True)
+    before.close()
+    (path,) = tmp_path.rglob("*.dcm")
+    content = path.read_bytes()
+    later = data if short else data + b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0more"
+    sink = sink_of(tmp_path, "20260102T000000Z-00000002")
+    assert send(sink, new(1), later).reason == "different_content"
+    sink.close()
+    assert path.read_bytes() == content
+    replacing = sink_of(tmp_path, "20260103T000000Z-00000003", on_conflict="replace")
+    taken = send(replacing, new(1), later)
+    assert (taken.reason, taken.remark) == (None, "replaced")
+    replacing.close()
+    assert path.read_bytes().endswith(later)

@@ -92,7 +92,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "engine.matching:Matcher.contradiction", "absent = None", "return None", "stored though it is not meant"
     ),
     "a_whole_file_of_other_bytes_counts_as_torn": Mutation(
-        "sinks.filesystem:_FileWriter._is_torn", "if self._instance.key in self._sink.torn", "if True", "changed"
+        "sinks.filesystem:_FileWriter._is_torn", "if size <= offset:", "if True:", "changed"
     ),
     "what_is_not_synced_is_recorded_as_durable": Mutation(
         "sinks.filesystem:FilesystemSink._synced", "if self.options.durable else ()", "", "complete, and not durable"
