@@ -14,7 +14,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.finder import MAX_ROWS, Finder, Keys
 from airflow_dicom_get.engine.matching import Dropped, Row
-from airflow_dicom_get.engine.resolve import Scope, note_patient, shown_uid
+from airflow_dicom_get.engine.resolve import Scope, note_row, shown_uid
 from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.records import Instance, Key
@@ -109,7 +109,9 @@ class Listing:
             one.uid: Below(one.rows, one.listed, one.related_instances, self.images_filtered)
             for one in self.series.values()
         }
-        return Lists(self.below_study, {} if self.instances_named else below, self.related_instances, self.unreadable)
+        if self.instances_named:
+            return Lists(count=self.related_instances, unreadable=self.unreadable)
+        return Lists(self.below_study, below, self.related_instances, self.unreadable)
 
     def doubts(self, counted: Mapping[str | None, int]) -> Doubts:
         """What of it may be cut; see :meth:`~airflow_dicom_get.engine.whole.Lists.doubts`."""
@@ -197,7 +199,7 @@ class _Lister:
         listing, scope = self._listing, self._scope
         related_series = None
         for row in self._finder.rows("STUDY", self._keys(), _STUDY_KEYS, dropped=listing.dropped):
-            note_patient(scope, row)
+            note_row(scope, row)
             listing.below_study = Below()
             if scope.whole_study:
                 listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
@@ -222,7 +224,7 @@ class _Lister:
                     i.int_value(row.get(h.SERIES_NUMBER)),
                     None if self._image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
                 )
-        if scope.series is not None or scope.instances is not None:
+        if scope.series is not None:
             listing.below_study = None
         elif listing.below_study is not None or listing.series:
             distinct = len(listing.series) + len(listing.bad)
