@@ -107,13 +107,13 @@ def end_of(
 ) -> End:
     """Judge the studies of a search, and keep what is to be said of it, and what ended the call after them.
 
-    A study of which a filter on series or instances leaves nothing is not meant by the query.
+    A study that is there, and of which a filter on series or instances leaves nothing, is not meant by the query.
     """
     judged = [(state, judge(state)) for state in states]
     meant = [
         (state, numbers)
         for state, numbers in judged
-        if not (state.scope.filters and numbers.verdict == EMPTY and not state.rows())
+        if not (state.scope.filters and state.scope.found and numbers.verdict == EMPTY and not state.rows())
     ]
     kept = meant or judged
     states, numbers = [state for state, _ in kept], [numbers for _, numbers in kept]

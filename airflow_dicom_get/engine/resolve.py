@@ -45,7 +45,9 @@ class Scope:
     untold: set[int] = field(default_factory=set)
     """Keys not to ask for any more: one server reads every file for a key that it then leaves empty."""
     listed: bool = True
-    """Whether the study was found by C-FIND."""
+    """Whether C-FIND is there to list the study."""
+    found: bool = False
+    """Whether a C-FIND row said that the study is there."""
 
     @property
     def named_well(self) -> bool:
@@ -128,7 +130,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
         uid = shown_uid(row.get(h.STUDY_INSTANCE_UID))
         if uid not in found:
             scope = found[uid] = _scope(query, uid, lower)
-            note_patient(scope, row)
+            note_row(scope, row)
             classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
             scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
     if not found:
@@ -160,8 +162,9 @@ def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool =
     )
 
 
-def note_patient(scope: Scope, row: Row) -> None:
-    """Keep the Patient ID of a row of the study, as it is."""
+def note_row(scope: Scope, row: Row) -> None:
+    """Keep what a row of the study says: that it is there, and its Patient ID, as it is."""
+    scope.found = True
     patient_id = row.get(i.PATIENT_ID, b"").strip(b"\0 ")
     if patient_id:
         scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
@@ -194,4 +197,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         check_answered(finder)
     _check_count(len(studies), max_studies)
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
-    return Meant([_scope(query, study, filters) for study in studies], doubt)
+    scopes = [_scope(query, study, filters) for study in studies]
+    for scope in scopes:
+        scope.found = True
+    return Meant(scopes, doubt)

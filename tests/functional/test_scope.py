@@ -14,6 +14,7 @@ from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
 from airflow_dicom_get.testing.misbehaving.behaviour import FIND, MODE_CLASSES, Behaviour
+from airflow_dicom_get.testing.misbehaving.wire import Message
 
 STUDY = archive.STUDY_UID
 
@@ -116,3 +117,48 @@ def test_a_cut_list_of_which_a_filter_leaves_nothing_is_not_forgotten(start: Sta
     result = client.get_study({**query, "Modality": "CT"})
     assert (result.verdict, result.reason) == ("unverified", "list_may_be_cut")
     assert {one.study_instance_uid: one.verdict for one in result.studies}[OTHER] == "unverified"
+
+
+class _NoSingleInstances(_CutsUncounted):
+    """Refuses a C-FIND for instances without their series."""
+
+    def find(self, message: Message) -> None:
+        query = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        if query.get(0x00080052) == "IMAGE" and not query.get(0x0020000E):
+            self.respond(message, 0xA900)
+        else:
+            super().find(message)
+
+
+def test_named_instances_are_held_against_the_list_of_series_where_they_cannot_be_asked_for(start: Start) -> None:
+    client, pacs = start(_NoSingleInstances, series=101, instances=1)
+    named = [pacs.uids[0], pacs.uids[100]]
+    result = client.get_study({"StudyInstanceUID": STUDY, "SOPInstanceUID": named})
+    assert (result.verdict, result.reason) == ("unverified", "list_may_be_cut")
+    result = client.get_study({"StudyInstanceUID": STUDY, "SOPInstanceUID": named[:1]})
+    assert (result.verdict, result.skipped) == ("complete", 1)
+
+
+# --- studies that are not there ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", [{}, {"Modality": "CT"}, {"InstanceNumber": "1"}])
+def test_a_named_study_that_is_not_there_is_said_beside_a_filter_below_it(start: Start, below: dict[str, str]) -> None:
+    client, _ = start()
+    result = client.get_study({"StudyInstanceUID": [STUDY, "2.25.999"], **below})
+    assert result.verdict == "empty"
+    assert [one.verdict for one in result.studies] == ["complete", "empty"]
+
+
+def test_a_study_of_which_a_filter_leaves_nothing_is_not_meant(start: Start) -> None:
+    client, _ = start(_ManyModalities, more=_large()[:2])
+    result = client.get_study({"StudyInstanceUID": [STUDY, OTHER], "Modality": "CT"})
+    assert (result.verdict, len(result.studies)) == ("complete", 1)
+
+
+class _ManyModalities(_AtFind):
+    """Tells the modality of its series by their class."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return row if level == "STUDY" else row | {0x00080060: "CT" if group[0].sop_class == archive.CT else "MR"}

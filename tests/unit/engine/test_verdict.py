@@ -338,7 +338,7 @@ class TestConclude:
 
 
 def test_a_study_that_filters_leave_nothing_of_is_not_meant_while_another_is() -> None:
-    narrow = Scope(STUDY, filters=(Filter(0x00080060, "Modality", "CS", "MR", "SERIES"),))
+    narrow = Scope(STUDY, filters=(Filter(0x00080060, "Modality", "CS", "MR", "SERIES"),), found=True)
     nothing, something = with_(state(), scope=narrow), state(instance(1))
     assert [n.verdict for n in end_of([nothing, something]).numbers] == ["complete"]
     assert [n.verdict for n in end_of([nothing]).numbers] == ["empty"]
