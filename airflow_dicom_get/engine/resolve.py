@@ -110,7 +110,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     study_filters = [f for f in query.filters if f.level == "STUDY"]
     selecting = [f.keyword for f in study_filters if f.value]
     lower = tuple(f for f in query.filters if f.level != "STUDY" and f.value)
-    if not finder.offered and query.studies and not any(f.value for f in query.filters if f.keyword != "PatientID"):
+    if not finder.offered and query.studies:
+        _check_needs_no_find(query)
         return Meant([_scope(query, study, lower, listed=False) for study in query.studies])
     if not query.studies and not selecting:
         return _from_below(finder, query, lower, max_studies)
@@ -143,6 +144,18 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
     return Meant(list(found.values()), doubt)
+
+
+def _check_needs_no_find(query: Query) -> None:
+    """Refuse keys that C-FIND alone can match; in Patient Root the C-GET carries the Patient ID."""
+    carried = "PatientID" if query.model == "PatientRoot" else None
+    for key in query.filters:
+        if key.value and key.keyword != carried:
+            raise InvalidQuery(
+                f"The PACS does not offer C-FIND, so {key.keyword} cannot be matched.",
+                hint="Omit this key: the UIDs alone say what is meant.",
+                key=key.keyword,
+            )
 
 
 def shown_uid(raw: bytes | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
@@ -162,3 +163,21 @@ class _ManyModalities(_AtFind):
     def describe(self, level: str, group: Sequence[Instance]) -> Row:
         row = super().describe(level, group)
         return row if level == "STUDY" else row | {0x00080060: "CT" if group[0].sop_class == archive.CT else "MR"}
+
+
+# --- whose study it is -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["PatientID", "AccessionNumber", "Modality"])
+def test_a_key_that_cannot_be_matched_is_refused(start: Start, tmp_path: Path, key: str) -> None:
+    client, _ = start("no_find")
+    with pytest.raises(InvalidQuery, match=f"does not offer C-FIND, so {key} cannot be matched"):
+        client.get_study({"StudyInstanceUID": STUDY, key: "OTHER"})
+    assert stored(tmp_path) == set()
+
+
+def test_patient_root_carries_the_patient_id_without_c_find(start: Start, tmp_path: Path) -> None:
+    client, pacs = start("no_find")
+    result = client.get_study({"StudyInstanceUID": STUDY, "PatientID": archive.PATIENT_ID}, query_model="PatientRoot")
+    assert result.verdict == "unverified"
+    assert stored(tmp_path) == set(pacs.uids)
