@@ -64,7 +64,12 @@ class Scope:
     @property
     def whole_series(self) -> bool:
         """Whether whole series are in scope, so that counts of series apply."""
-        return self.instances is None and not any(f.level == "IMAGE" for f in self.filters)
+        return self.instances is None and not self.filters_images
+
+    @property
+    def filters_images(self) -> bool:
+        """Whether a key of the instances narrows the scope, so that the lists alone tell which they are."""
+        return any(f.level == "IMAGE" for f in self.filters)
 
     @property
     def whole_study(self) -> bool:

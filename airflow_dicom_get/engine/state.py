@@ -136,12 +136,12 @@ class StudyState:
 
     def in_scope(self, series: str, sop: str) -> bool:
         """Whether an instance that no list names may still be meant by the query."""
-        scope = self.scope
+        scope, listed = self.scope, self.listing.series if self.listing is not None else {}
+        if scope.filters and (scope.filters_images or series not in listed):
+            return False
         if scope.instances is not None:
             return scope.names(series, sop)
-        if scope.series is not None:
-            return series in scope.series
-        return not scope.filters or (self.listing is not None and series in self.listing.series)
+        return scope.series is None or series in scope.series
 
     def of(self, sop: str) -> list[Instance]:
         """The instances of a SOP Instance UID: one in each series that has it."""
