@@ -199,7 +199,8 @@ class _Lister:
         listing, scope = self._listing, self._scope
         related_series = None
         for row in self._finder.rows("STUDY", self._keys(), _STUDY_KEYS, dropped=listing.dropped):
-            note_row(scope, row)
+            if not note_row(scope, row):
+                continue
             listing.below_study = Below()
             if scope.whole_study:
                 listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))

@@ -172,7 +172,7 @@ def shown_uid(raw: bytes | None) -> str:
 def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool = True) -> Scope:
     return Scope(
         study,
-        query.patient_id.encode() if query.patient_id else None,
+        query.patient_id.encode() if query.patient_id and not listed else None,
         series=frozenset(query.series) or None,
         instances=frozenset(query.instances) or None,
         filters=filters,
@@ -180,12 +180,16 @@ def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool =
     )
 
 
-def note_row(scope: Scope, row: Row) -> None:
-    """Keep what a row of the study says: that it is there, and its Patient ID, as it is."""
+def note_row(scope: Scope, row: Row) -> bool:
+    """Keep what a row of the study says: that it is there, and its Patient ID, as it is.
+
+    The first row that was not dropped decides whose study it is; False for one of another patient.
+    """
     scope.found = True
     patient_id = row.get(i.PATIENT_ID, b"").strip(b"\0 ")
-    if patient_id:
+    if patient_id and not scope.patient_id:
         scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
+    return patient_id in (b"", scope.patient_id)
 
 
 def _check_count(count: int, limit: int) -> None:

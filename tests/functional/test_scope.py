@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,7 +14,7 @@ from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance, Row
-from airflow_dicom_get.testing.misbehaving.behaviour import FIND, MODE_CLASSES, Behaviour
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.misbehaving.wire import Message
 
 STUDY = archive.STUDY_UID
@@ -181,3 +181,49 @@ def test_patient_root_carries_the_patient_id_without_c_find(start: Start, tmp_pa
     result = client.get_study({"StudyInstanceUID": STUDY, "PatientID": archive.PATIENT_ID}, query_model="PatientRoot")
     assert result.verdict == "unverified"
     assert stored(tmp_path) == set(pacs.uids)
+
+
+class _TwoPatients(Behaviour):
+    """Has one Study Instance UID under two patients, and gives in Patient Root what is of the one that is asked for."""
+
+    stages = frozenset({FIND, GET})
+    asked: ClassVar[list[str | None]] = []
+
+    def select(self, request: Row) -> Sequence[Instance]:
+        patient = request.get(0x00100020)
+        self.asked.append(patient)
+        return [x for x in super().select(request) if patient in (None, x.patient_id)]
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for patient in (archive.PATIENT_ID, "ANOTHER"):
+            of_patient = [x for x in self.listing() if x.patient_id == patient]
+            yield from archive.find(level, query, of_patient, self.describe)
+
+
+def test_a_c_get_carries_the_patient_id_that_was_asked_for(start: Start, tmp_path: Path) -> None:
+    _TwoPatients.asked.clear()
+    (other,) = archive.build(series=2, instances=1, size=2000, pairs=((archive.CT, wire.EXPLICIT_LE),))[1:]
+    client, pacs = start(_TwoPatients, instances=1, more=[replace(other, patient_id="ANOTHER")])
+    result = client.get_study({"StudyInstanceUID": STUDY, "PatientID": archive.PATIENT_ID}, query_model="PatientRoot")
+    assert set(_TwoPatients.asked) == {archive.PATIENT_ID}
+    assert stored(tmp_path) == {pacs.uids[0]}
+    assert result.verdict == "partial", "the list by Study Root is of both patients"
+
+
+# --- what a PACS sends beside what was asked for -----------------------------------------------------
+
+
+class _SendsTheSeries(Behaviour):
+    """Answers a C-GET for instances by the whole series."""
+
+    stages = frozenset({GET})
+
+    def select(self, request: Row) -> Sequence[Instance]:
+        return [x for x in self.holdings() if x.series in (request.get(0x0020000E), None)]
+
+
+def test_what_a_filter_on_instances_leaves_out_is_not_stored(start: Start, tmp_path: Path) -> None:
+    client, pacs = start(_SendsTheSeries, instances=4)
+    result = client.get_study({"StudyInstanceUID": STUDY, "InstanceNumber": "1"})
+    assert (result.verdict, result.total, result.unexpected) == ("complete", 1, 0)
+    assert stored(tmp_path) == {pacs.uids[0]}
