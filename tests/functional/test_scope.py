@@ -189,7 +189,7 @@ class _TwoPatients(Behaviour):
     stages = frozenset({FIND, GET})
     asked: ClassVar[list[str | None]] = []
 
-    def select(self, request: Row) -> Sequence[Instance]:
+    def select(self, request: Row) -> list[Instance]:
         patient = request.get(0x00100020)
         self.asked.append(patient)
         return [x for x in super().select(request) if patient in (None, x.patient_id)]
@@ -218,7 +218,7 @@ class _SendsTheSeries(Behaviour):
 
     stages = frozenset({GET})
 
-    def select(self, request: Row) -> Sequence[Instance]:
+    def select(self, request: Row) -> list[Instance]:
         return [x for x in self.holdings() if x.series in (request.get(0x0020000E), None)]
 
 

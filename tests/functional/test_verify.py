@@ -189,7 +189,7 @@ class TestFolder:
         self, embedded: Embedded, ct: Holding, tmp_path: Path
     ) -> None:
         got = Got(embedded(ct.folder), ct, tmp_path / "out", durable=False)
-        place = {"study": got.study, "destination": got.folder}
+        place: dict[str, Any] = {"study": got.study, "destination": got.folder}
         assert verify(**place).same
         path = got.paths[got.sops[0]]
         content = path.read_bytes()
@@ -201,8 +201,8 @@ class TestFolder:
             other,
         ):
             path.write_bytes(bad)
-            for more in ({}, {"addr": got.node}):
-                found = verify(**place, **more)
+            for node in (None, got.node):
+                found = verify(**place, addr=node)
                 assert (found.exit_code, marks(found)) == (3, {got.sops[0]: "*"})
         path.unlink()
         assert marks(verify(**place)) == {got.sops[0]: "+"}
@@ -215,7 +215,7 @@ class TestFolder:
         [records] = (other.folder / "_manifests" / ".ledger" / got.study).iterdir()
         shutil.copy(records, got.folder / "_manifests" / ".ledger" / got.study / f"2999{records.name}")
         sop = got.sops[0]
-        place = {"study": got.study, "destination": got.folder}
+        place: dict[str, Any] = {"study": got.study, "destination": got.folder}
         for content in [path.read_bytes() for path in (other.paths[sop], got.paths[sop])]:
             got.paths[sop].write_bytes(content)
             assert verify(**place).same

@@ -16,7 +16,7 @@ import pytest
 from airflow_dicom_get.storage import files
 from tests.simulation.disk import PAGE, ModelDisk, Volume
 from tests.simulation.faults import Fault, Faults, Killed, ModelError, Process
-from tests.simulation.marks import reached
+from tests.simulation.marks import in_history, reached
 from tests.support import forgetful
 
 ROOT = Path("/data")
@@ -527,6 +527,7 @@ def test_the_same_seed_gives_the_same_history() -> None:
 
 def test_marks_tell_what_was_reached() -> None:
     reached.clear()
+    in_history.clear()
     volume, disk = fresh()
     store(disk, "x", bytes(5 * PAGE), data=False)
     volume.cut(Always(LOST, TORN, 0))
