@@ -183,7 +183,7 @@ class FilesystemSink:
                 return None
             found = told
         if not found.durable and not self._read_only:
-            self._sync_now(entry.path)
+            self._sync_now(study, entry.path)
             self._record(study, found)
         found.where = place
         return found
@@ -192,7 +192,7 @@ class FilesystemSink:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
         found = whole_instance(Path(entry.path), study, series, sop)
         if found is not None:
-            self._sync_now(entry.path)
+            self._sync_now(study, entry.path)
             self._record(study, found)
         return found
 
@@ -202,12 +202,14 @@ class FilesystemSink:
             ledger.taken(stored)
             ledger.durable([stored.key])
 
-    def _sync_now(self, path: str) -> None:
+    def _sync_now(self, study: str, path: str) -> None:
+        """Make a file durable that a run before this one has left, perhaps in folders that it has never synced."""
         if self.options.durable:
             files.write_again(path)
             folder = os.path.dirname(path)
-            for each in (path, folder, os.path.dirname(folder), self.root):
+            for each in (path, folder, os.path.dirname(folder)):
                 sync_path(each)
+            self._study(study).sync_folders()
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""

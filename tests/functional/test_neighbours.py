@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -160,6 +161,30 @@ class TestSync:
         sink.close()
         out = tmp_path / "out"
         assert {str(out / STUDY / SERIES), str(out / STUDY), str(out), str(tmp_path)} <= set(before)
+
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_what_an_unsynced_run_left_is_synced_with_the_folders_above(
+        self, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        synced: list[str] = []
+
+        class Noting(files.Disk):
+            def sync(self, fd: int) -> None:
+                synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+                super().sync(fd)
+
+        out = tmp_path / "archive" / "out"
+        before = sink_of(out, "20260101T000000Z-00000001", durable=False)
+        assert put(before, 1)[1].reason is None
+        before.confirmations(wait=True)
+        before.close()
+        if not recorded:
+            shutil.rmtree(out / "_manifests")
+        monkeypatch.setattr(files, "disk", Noting())
+        sink = sink_of(out, "20260102T000000Z-00000002", adopt=True)
+        assert sink.inventory(STUDY).keys() == {new(1).key}
+        assert {str(x) for x in (out / STUDY / SERIES, out / STUDY, out, out.parent, tmp_path)} <= set(synced)
+        sink.close()
 
 
 def test_records_that_contradict_each_other_are_decided_by_the_content(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_one_that_comes_on_two_associations_at_a_time_fills_one_record_once() ->
     assert second is not first
     assert second.key == first.key
     assert other.finish() == 0x0000
-    assert desk.row.state is None
+    assert desk.state.missing() == [desk.row]
     assert desk.receiver.finish() == 0x0000
     assert (desk.row.state, desk.row.association) == ("stored", 7)
 
@@ -298,7 +298,7 @@ def test_what_will_never_be_whole_is_aborted() -> None:
     desk.receiver.data(memoryview(data_set()), False)
     desk.receiver.abandon()
     assert desk.sink.aborted == 1
-    assert desk.row.state is None
+    assert desk.state.missing() == [desk.row]
 
 
 def test_no_answer_is_late() -> None:
@@ -316,7 +316,7 @@ def test_one_left_to_the_destination_counts_when_it_is_confirmed() -> None:
     desk.sink.take_error = ForwardLate("It has not answered yet.")
     with pytest.raises(ForwardLate):
         desk.send()
-    assert desk.row.state is None
+    assert desk.state.missing() == [desk.row]
     desk.sink.due = [Confirmation(desk.row)]
     desk.receiver.answered()
     assert desk.row.state == "forwarded"
