@@ -174,6 +174,10 @@ def together(works: Sequence[Callable[[], object]], name: str, end: Callable[[Ba
         raise raised[0]
 
 
+RUN_NAME = r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}"
+"""What :func:`run_name` makes, as a regular expression."""
+
+
 def run_name(at: datetime | None = None) -> str:
     """Name of a run: the time in UTC, by default now, and eight hexadecimal digits by chance."""
     when = at.astimezone(UTC) if at is not None else datetime.fromtimestamp(now(), UTC)

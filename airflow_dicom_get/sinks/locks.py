@@ -14,7 +14,8 @@ from airflow_dicom_get.storage import files
 log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
-_PART = re.compile(r"\.[0-9.]{1,64}\.(?P<run>[0-9A-Za-z-]+)(?:\.[0-9]+)?\.part")
+_LOCK = re.compile(rf"\.(?P<run>{clock.RUN_NAME})\.lock")
+_PART = re.compile(rf"\.[0-9.]{{1,64}}\.(?P<run>{clock.RUN_NAME})(?:\.[0-9]+)?\.part")
 """The temporary name of an instance. Earlier versions did not number the writers of a run."""
 
 
@@ -38,11 +39,12 @@ def hold(path: Path) -> int:
 
 
 def clean_dead_runs(folder: Path, own: str) -> None:
-    """Remove temporary files and locks of runs that hold no lock any more."""
+    """Remove temporary files and locks of runs that hold no lock any more; what another program left stays."""
     leftovers: dict[str, list[Path]] = {}
     for name in files.names_in(folder):
-        if name.startswith(".") and name.endswith(".lock"):
-            leftovers.setdefault(name[1 : -len(".lock")], [])
+        lock = _LOCK.fullmatch(name)
+        if lock is not None:
+            leftovers.setdefault(lock["run"], [])
         elif files.is_folder(folder / name):
             for part in files.names_in(folder / name):
                 match = _PART.fullmatch(part)
