@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
-    from airflow_dicom_get.sinks.places import OpenDestination, Place
+    from airflow_dicom_get.sinks.places import OpenDestination
 
 log = logging.getLogger(__name__)
 
@@ -419,15 +419,14 @@ class GetScu:
             return o
         return replace(o, verify_held="digest")
 
-    def _closed_until(self) -> datetime | None:
-        """When the source's window opens, if it is closed now."""
-        window = self.options.window
+    def _hours(self) -> tuple[datetime | None, datetime | None]:
+        """When the source's window closes, and when it opens if it is closed now: looked at once in a call."""
+        window, zone = self.options.window, self.options.timezone
         if window is None:
-            return None
+            return None, None
         now = self._clock()
-        if window.closes_at(now, self.options.timezone) is not None:
-            return None
-        return window.opens_at(now, self.options.timezone)
+        closes = window.closes_at(now, zone)
+        return closes, window.opens_at(now, zone) if closes is None else None
 
     # --- parts ---------------------------------------------------------------------------------
 
@@ -463,7 +462,7 @@ class GetScu:
 
         if asked is not None and not asked.scopes:
             return End(nothing_asked=True)
-        resume_at = self._closed_until()
+        closes, resume_at = self._hours()
         if resume_at is not None:
             return End(resume_at=resume_at)
         o, source, places, states = self.options, call.source, call.places, call.states
@@ -486,7 +485,7 @@ class GetScu:
                 )
             sink = places.sink(call.run)
             try:
-                retrieval = self._retrieval(source, places.place, sink, call.events, query_model)
+                retrieval = self._retrieval(call, sink, query_model, closes)
                 run_studies(retrieval, found.scopes, states, next(iter(found.listings), None))
             finally:
                 unclosed = _close(sink)
@@ -499,20 +498,19 @@ class GetScu:
             log.exception("the retrieval ended unexpectedly")
             return end_of(states, found.dropped, found.doubt, unexpected(error))
 
-    def _retrieval(self, source: Source, place: Place, sink: Sink, events: Events, query_model: str) -> Retrieval:
+    def _retrieval(self, call: _Call, sink: Sink, query_model: str, closes: datetime | None) -> Retrieval:
         from airflow_dicom_get.engine.contexts import PeerKnowledge
         from airflow_dicom_get.engine.retrieval import Retrieval
         from airflow_dicom_get.engine.tags import TagDecoder
 
-        o = self.options
-        closes = o.window.closes_at(self._clock(), o.timezone) if o.window is not None else None
+        o, place = self.options, call.places.place
         return Retrieval(
             options=o,
             query_model=query_model,
-            source=source,
+            source=call.source,
             sink=sink,
             peer=PeerKnowledge(o.transfer_syntaxes, self._profile),
-            events=events,
+            events=call.events,
             tags=TagDecoder(o.tags) if o.tags else None,
             limit=lambda: "window" if closes is not None and self._clock() >= closes else None,
             check_room=place.check_room,

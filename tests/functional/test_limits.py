@@ -337,6 +337,18 @@ def test_the_pacs_is_gone_before_the_second_list(embedded: Embedded, ct: Holding
     assert "Run it again" in result.hint()
 
 
+def test_the_hours_end_while_the_query_is_resolved(embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+    pacs = embedded(ct.folder)
+    moments = iter([datetime(2026, 1, 21, 5, 59, tzinfo=BERLIN)])
+    scu = scu_at(pacs, tmp_path, Clock(datetime(2026, 1, 21, 6, 1, tzinfo=BERLIN)), window="22:00-06:00")
+    late = scu._clock
+    scu._clock = lambda: next(moments, None) or late()
+    result = scu.get_study({"StudyInstanceUID": ct.study})
+    assert (result.verdict, result.reason, result.completed) == ("partial", "window", 0)
+    assert result.resume_at == datetime(2026, 1, 21, 22, 0, tzinfo=BERLIN)
+    assert pacs.sent == {}
+
+
 def test_hours_that_end_are_read_of_every_study(embedded: Embedded, tmp_path: Path) -> None:
     """The first study decides on the verdict; the others wait all the same."""
     folder = tmp_path / "pacs"
