@@ -111,14 +111,17 @@ class StoreChannel:
             self._end += take
             pos += take
 
+    def end(self) -> None:
+        """The data set is whole; what is left of it, its last fragment at the least, has not gone yet."""
+        self._seal(last=True)
+
     def finish(self, limit: float) -> None:
-        """The data set is whole: send what is left of it.
+        """Send what is left of the data set after its :meth:`end`.
 
         Raises
         ------
         AssociationAborted, DeadlineExceeded (phase ``sub_operation``), Cancelled
         """
-        self._seal(last=True)
         self._flush(limit, "sub_operation")
 
     def _seal(self, *, last: bool) -> None:
@@ -135,7 +138,7 @@ class StoreChannel:
         self._sent = self._start
 
     def digest_sent(self) -> None:
-        """Feed the digest with what has gone since the last time; after :meth:`finish`, with all the rest."""
+        """Feed the digest with what is framed since the last time; after :meth:`end`, with all the rest."""
         for start, end in self._undigested:
             self._digest.update(self._buffer[start:end])
         self._undigested.clear()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import TransferOptions
@@ -136,6 +136,8 @@ class ForwardSink:
         self._refused: set[Proposal] = set()
         self._sent: dict[str, dict[str, _Sent]] = {}
         """What the destination took, by study and SOP Instance UID: a node holds one instance of a UID."""
+        self._recorded: dict[str, dict[str, list[Stored]]] = {}
+        """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
         self._under_way: set[tuple[str, str]] = set()
         """Study and SOP Instance UID of what is being sent."""
         self._late = 0
@@ -149,18 +151,26 @@ class ForwardSink:
         recorded = self._ledger_store.read(study)
         held = {key: records[0] for key, records in recorded.items() if records[0].durable}
         if held or self.options.trust_destination:
-            self._hold_against_list(study, held)
+            try:
+                recorded = self._hold_against_list(study, held, recorded)
+            except (OperationFailed, ListTooLong) as error:
+                log.warning("%s does not tell what it holds, so all is sent again: %s", self.name, error.message)
+                held.clear()
+        self._remember(study, recorded)
         with self._mutex:
             self._sent[study] = {
                 x.sop: _Sent(x.series, x.sha256, x.bytes) for x in held.values() if x.bytes is not None
             }
         return held
 
-    def _hold_against_list(self, study: str, held: dict[Key, Stored]) -> None:
+    def _hold_against_list(
+        self, study: str, held: dict[Key, Stored], recorded: dict[Key, list[Stored]]
+    ) -> dict[Key, list[Stored]]:
+        """Correct what is held by what the destination lists; gives the records that are of what it lists."""
         series = None if self.options.trust_destination else {x.series for x in held.values()}
         listed = self._listed(study, series)
         if listed is None:
-            return
+            return recorded
         for key in held.keys() - listed:
             log.info("%s no longer lists an instance that was stored there", self.name)
             del held[key]
@@ -168,6 +178,21 @@ class ForwardSink:
         for series_uid, sop in sorted(listed - held.keys()):
             if self.options.trust_destination or sop in sent:
                 held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
+        return {key: records for key, records in recorded.items() if key in listed}
+
+    def _remember(self, study: str, recorded: Mapping[Key, Sequence[Stored]]) -> dict[str, list[Stored]]:
+        by_uid: dict[str, list[Stored]] = {}
+        for (_, sop), records in recorded.items():
+            by_uid.setdefault(sop, []).extend(records)
+        with self._mutex:
+            return self._recorded.setdefault(study, by_uid)
+
+    def _taken_once(self, instance: Instance) -> list[Stored]:
+        """What our ledgers say that the destination took under this UID, also where the inventory was not asked for."""
+        known = self._recorded.get(instance.study)
+        if known is None:
+            known = self._remember(instance.study, self._ledger_store.read(instance.study))
+        return known.get(instance.sop, [])
 
     def _listed(self, study: str, series: Collection[str] | None) -> set[Key] | None:
         """What the destination lists; None where it offers no list, so that our records of its answers stand.
@@ -176,6 +201,8 @@ class ForwardSink:
         ------
         ForwardLost
             It cannot be reached, and so confirms nothing.
+        OperationFailed, ListTooLong
+            It offers a list, and did not give it: that confirms nothing either.
         """
         from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.net.listed import ask
@@ -187,10 +214,13 @@ class ForwardSink:
         while True:
             try:
                 listed = ask(self.target.open(proposals, self.cancel), {study: series})[study]
-            except (NotNegotiated, OperationFailed, ListTooLong) as error:
-                log.info("%s cannot tell what it holds, so our own records decide: %s", self.name, error.message)
+            except NotNegotiated as error:
+                log.info("%s offers no list, so our own records decide: %s", self.name, error.message)
                 self._answered = True
                 return None
+            except (OperationFailed, ListTooLong):
+                self._answered = True
+                raise
             except PeerError as error:
                 failures += 1
                 lost = self.lost(error, may_pass=error.transient, unreachable=True)
@@ -271,13 +301,16 @@ class ForwardSink:
                 f"The ledger of forwards cannot be written: {error.strerror or error}.",
                 hint="Give another manifest_root, or free space there.",
             ) from error
+        once = self._taken_once(instance)
+        if once and all(x.series != instance.series for x in once):
+            return _Draining(_other_series(once[0].series))
         pair = Proposal(instance.sop_class, instance.syntax)
         line = self._line(pair)
         if line is None:
             return _Draining(self._no_context(instance, pair))
-        digest = hashlib.sha256() if self.options.checksum else None
+        digest = hashlib.sha256() if self.options.checksum or once else None
         line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
-        return _ForwardWriter(self, line, instance, digest)
+        return _ForwardWriter(self, line, instance, digest, once)
 
     def _ledger(self, study: str) -> Ledger:
         with self._mutex:
@@ -495,10 +528,12 @@ class ForwardSink:
 class _ForwardWriter:
     """One instance on its way on."""
 
-    __slots__ = ("_hash", "_instance", "_line", "_seen", "_sink", "_size")
+    __slots__ = ("_hash", "_instance", "_line", "_once", "_seen", "_sink", "_size")
 
-    def __init__(self, sink: ForwardSink, line: _Line, instance: Instance, digest: Any) -> None:
-        self._sink, self._instance = sink, instance
+    def __init__(
+        self, sink: ForwardSink, line: _Line, instance: Instance, digest: Any, once: Sequence[Stored] = ()
+    ) -> None:
+        self._sink, self._instance, self._once = sink, instance, once
         self._line: _Line | None = line
         self._hash = digest
         self._size = 0
@@ -524,6 +559,12 @@ class _ForwardWriter:
         instance.dataset_offset, instance.uri = 0, None
         instance.forwarded_to = sink.name
         limit = self._seen + sink.deadlines.sub_operation
+        line.channel.end()
+        if self._once:
+            line.channel.digest_sent()
+            if not any(_same(x, self._size, self._hash.digest()) for x in self._once):
+                self.abort()  # before its last fragment: the destination has no whole data set to replace its own by
+                return _OTHER_CONTENT
         try:
             line.channel.finish(limit)
             line.channel.digest_sent()
@@ -553,6 +594,26 @@ class _ForwardWriter:
         if line is not None:
             line.association.abort()
             self._sink.give_up(self._instance)
+
+
+_OTHER_CONTENT: Final = Taken(
+    s.DUPLICATE_OTHER_CONTENT,
+    "different_content",
+    "A different data set was already forwarded under this UID; it was kept.",
+)
+
+
+def _other_series(series: str) -> Taken:
+    return Taken(
+        s.DUPLICATE_OTHER_CONTENT,
+        "different_content",
+        f"An instance with this SOP Instance UID was already forwarded in series {series}; a node holds one of a UID.",
+    )
+
+
+def _same(first: _Sent | Stored, size: int, digest: bytes) -> bool:
+    """Whether a data set is the one that was sent first, as far as that is known."""
+    return size == first.bytes and first.sha256 in (None, digest)
 
 
 class _Draining:
@@ -593,18 +654,9 @@ class _Comparing:
         """See :meth:`sinks.base.Writer.take`."""
         instance, first = self._instance, self._first
         if instance.series != first.series:
-            return Taken(
-                s.DUPLICATE_OTHER_CONTENT,
-                "different_content",
-                f"An instance with this SOP Instance UID was already forwarded in series {first.series}; "
-                "a node holds one of a UID.",
-            )
-        if self._size != first.bytes or first.sha256 not in (None, self._hash.digest()):
-            return Taken(
-                s.DUPLICATE_OTHER_CONTENT,
-                "different_content",
-                "A different data set was already forwarded under this UID; it was kept.",
-            )
+            return _other_series(first.series)
+        if not _same(first, self._size, self._hash.digest()):
+            return _OTHER_CONTENT
         instance.bytes = self._size
         instance.sha256, instance.dataset_offset, instance.uri = first.sha256, 0, None
         instance.forwarded_to, instance.forward_status, instance.forward_error = self._sink.name, "ok", None

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import PRIVATE_CLASS, big_study
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc, Storescp
@@ -588,6 +590,31 @@ class TestResume:
         result = forward(embedded(private.folder), renewed, tmp_path / "state", private.study)
         assert (result.verdict, result.skipped) == ("complete", 9)
         assert emptied.total_associations == 0
+
+    def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
+        """Also where the destination is not asked what it holds: a different data set is never sent whole."""
+        (tmp_path / "dest").mkdir()
+        with EmbeddedPacs(tmp_path / "dest") as destination, MisbehavingPacs(series=1, instances=2) as source:
+            assert forward(source, destination, tmp_path / "state", STUDY_UID).verdict == "complete"
+            first = {sop: source.dataset(sop) for sop in source.uids}
+            source._site.instances[0] = replace(source._site.instances[0], salt=3)
+            result = forward(source, destination, tmp_path / "state", STUDY_UID, resume=False)
+            assert (result.verdict, result.conflicts, result.completed, result.skipped) == ("partial", 1, 1, 0)
+            assert states(result) == {("conflict", "different_content", None): 1, ("forwarded", None, "ok"): 1}
+            held = hold(tmp_path / "dest")
+            assert {sop: held.dataset(sop) for sop in held.entries} == first
+
+    @pytest.mark.parametrize("status", ["0xA700", "0xC001"])
+    def test_a_list_that_is_offered_and_not_given_confirms_nothing(self, tmp_path: Path, status: str) -> None:
+        (tmp_path / "dest").mkdir()
+        with MisbehavingPacs(series=1, instances=3) as source:
+            with EmbeddedPacs(tmp_path / "dest", ae_title="DEST") as destination:
+                assert forward(source, destination, tmp_path / "state", STUDY_UID).verdict == "complete"
+                port = destination.port
+            with MisbehavingPacs("find_fails", param=status, port=port) as emptied:
+                emptied.ae_title = "DEST"
+                result = forward(source, emptied, tmp_path / "state", STUDY_UID, retries=0)
+        assert (result.verdict, result.completed, result.skipped) == ("failed", 0, 0)
 
     @pytest.mark.parametrize("how", ["closed", "rejected"])
     def test_a_destination_that_cannot_be_reached_confirms_nothing(

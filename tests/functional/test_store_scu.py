@@ -57,6 +57,7 @@ def test_bytes_arrive_as_they_are(max_pdu: int, chunk: int) -> None:
                 store.begin(1, CT, uid)
                 for pos in range(0, size, chunk):
                     store.write(memoryview(data)[pos : pos + chunk], soon())
+                store.end()
                 store.finish(soon())
                 assert store.response(soon()).status == 0
         assert destination.held() == {"1.2.3": data, "1.2.4": data}
@@ -76,6 +77,7 @@ def test_the_digest_is_of_what_was_sent(max_pdu: int, size: int) -> None:
             store.begin(1, CT, uid, digest)
             for pos in range(0, size, 99_999):
                 store.write(memoryview(data)[pos : pos + 99_999], soon())
+            store.end()
             store.finish(soon())
             store.digest_sent()
             assert store.response(soon()).status == 0
@@ -89,6 +91,7 @@ def test_sizes_at_the_borders_of_pdus(size: int) -> None:
     with OddDestination(max_pdu=131072) as destination, channel(destination) as (_, store):
         store.begin(1, CT, "1.2.3")
         store.write(memoryview(data), soon())
+        store.end()
         store.finish(soon())
         assert store.response(soon()).status == 0
         assert destination.held() == {"1.2.3": data}
@@ -99,6 +102,7 @@ def test_status_is_given_back(status: int) -> None:
     with OddDestination(status=lambda number: status) as destination, channel(destination) as (_, store):
         store.begin(1, CT, "1.2.3")
         store.write(memoryview(b"ab"), soon())
+        store.end()
         store.finish(soon())
         assert store.response(soon()).status == status
 
@@ -112,6 +116,7 @@ def test_response_that_does_not_come() -> None:
     with OddDestination(delay=lambda number: 1.0) as destination, channel(destination) as (association, store):
         store.begin(1, CT, "1.2.3")
         store.write(memoryview(b"ab"), soon())
+        store.end()
         store.finish(soon())
         assert not store.wait_for_response(soon(0.1))
         assert association._open, "waiting alone ends nothing"
@@ -148,6 +153,7 @@ def test_response_without_status() -> None:
     with OddDestination(status=lambda number: 0) as destination, channel(destination) as (association, store):
         store.begin(1, CT, "1.2.3")
         store.write(memoryview(b"ab"), soon())
+        store.end()
         store.finish(soon())
         store._message_id += 1
         with pytest.raises(PeerProtocolError, match="answered message 1 instead of 2"):
