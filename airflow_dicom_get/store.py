@@ -358,11 +358,13 @@ class _Run:
             record.sop_class, record.syntax = instance.sop_class, instance.syntax
             record.fill(instance)
         held = self._inventory(instance.study).get(instance.key)
-        if held is not None and held.bytes in (None, self._dataset_size(item, opened)):
+        if held is None:
+            self._store(item, opened, record)
+        elif self._same(held, item, opened):
             record.state = "held"
             record.adopt(held)
-            return
-        self._store(item, opened, record)
+        else:  # the sink says in which way it differs
+            self._store(item, None, record)
 
     def _open(self, item: StoredObject) -> Opened | None:
         """The object with its header read; None if it is not what its manifest says, which its row then tells."""
@@ -391,11 +393,23 @@ class _Run:
         if self._on_unusable is not None:
             self._events.call(self._on_unusable, item.name, why)
 
-    def _dataset_size(self, item: StoredObject, opened: Opened) -> int | None:
+    @staticmethod
+    def _same(held: Stored, item: StoredObject, opened: Opened) -> bool:
+        """Whether the node holds just this data set, as far as our records tell; what cannot be read does not."""
+        if held.bytes is None:
+            return True
+        skip, digest = opened.dataset_offset, hashlib.sha256()
         try:
-            return item.size() - opened.dataset_offset
+            if item.size() - skip != held.bytes:
+                return False
+            if held.sha256 is None:
+                return True
+            for view in opened.chunks():
+                digest.update(view[skip:])
+                skip = max(skip - len(view), 0)
         except UnreadableError:
-            return None
+            return False
+        return digest.digest() == held.sha256
 
     def _inventory(self, study: str) -> dict[Key, Stored]:
         if not self._options.resume:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -611,8 +612,8 @@ class TestResume:
             with EmbeddedPacs(tmp_path / "dest", ae_title="DEST") as destination:
                 assert forward(source, destination, tmp_path / "state", STUDY_UID).verdict == "complete"
                 port = destination.port
-            with MisbehavingPacs("find_fails", param=status, port=port) as emptied:
-                emptied.ae_title = "DEST"
+            with MisbehavingPacs("find_fails", param=status, port=port):
+                emptied = SimpleNamespace(ae_title="DEST", port=port)
                 result = forward(source, emptied, tmp_path / "state", STUDY_UID, retries=0)
         assert (result.verdict, result.completed, result.skipped) == ("failed", 0, 0)
 

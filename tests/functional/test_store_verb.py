@@ -117,6 +117,22 @@ class TestFiles:
             assert (result.verdict, result.conflicts) == ("failed", 1)
             assert destination.held()[entry.sop] == private.dataset(entry.sop), "the first stays"
 
+    @pytest.mark.parametrize("options", [{}, {"verify_held": "digest"}, {"resume": False}])
+    def test_other_bytes_of_the_same_size_are_a_conflict_with_what_was_stored_before(
+        self, private: Holding, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        sop = sorted(private.entries)[0]
+        path = private.entries[sop].path
+        (tmp_path / "corrected.dcm").write_bytes(path.read_bytes()[:-2] + b"zz")
+        with OddDestination() as destination:
+            assert store(destination, tmp_path / "state", path).verdict == "complete"
+            result = store(destination, tmp_path / "state", tmp_path / "corrected.dcm", **options)
+            assert (result.verdict, result.conflicts, result.completed) == ("failed", 1, 0)
+            assert states(result) == {("conflict", "different_content", None): 1}
+            assert destination.held() == {sop: private.dataset(sop)}
+            again = store(destination, tmp_path / "state", path, **options)
+            assert (again.verdict, again.skipped) == ("complete", 0 if "resume" in options else 1)
+
     @pytest.mark.parametrize("equal", [True, False])
     def test_over_two_associations(self, private: Holding, tmp_path: Path, equal: bool) -> None:
         """The second file of a UID waits for the answer to the first, over whichever association."""
