@@ -218,7 +218,8 @@ def test_one_that_comes_on_two_associations_at_a_time_fills_one_record_once() ->
     assert other.finish() == 0x0000
     assert desk.state.missing() == [desk.row]
     assert desk.receiver.finish() == 0x0000
-    assert (desk.row.state, desk.row.association) == ("stored", 7)
+    after = desk.row
+    assert (after.state, after.association) == ("stored", 7)
 
 
 def test_of_two_at_a_time_that_differ_the_conflict_stays() -> None:
