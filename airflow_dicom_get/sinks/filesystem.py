@@ -353,14 +353,21 @@ class FilesystemSink:
                 self.disk.start_write_back(item.fd)
         for item in batch:
             go_on()
+            failed: OSError | None = None
             try:
                 if self.options.durable:
                     self.disk.sync_data(item.fd)
-                good.append(item)
             except OSError as error:
-                results.append(Confirmation(item.instance, f"sync: {error.strerror}"))
+                failed = error
             go_on()
-            self.disk.close(item.fd)
+            try:
+                self.disk.close(item.fd)  # a network file system may say only now that it has no room
+            except OSError as error:
+                failed = failed or error
+            if failed is None:
+                good.append(item)
+            else:
+                results.append(Confirmation(item.instance, f"sync: {failed.strerror}"))
         try:
             for item in {item.folder: item for item in good}.values():
                 go_on()
@@ -503,9 +510,13 @@ class _Study:
             failed = error
         if cancel.left:
             return
-        self.ledger.close()
+        try:
+            self.ledger.close()
+        except OSError as error:
+            failed = failed or error
         for fd in (*self._folders.values(), *self._gone):
-            self._disk.close(fd)
+            with suppress(OSError):  # nothing was written through it
+                self._disk.close(fd)
         with suppress(OSError):  # who finds it will see that nobody holds it
             self._give_back_lock()
         for folder in (*(self.path / uid for uid in self._folders), self.path):

@@ -349,3 +349,51 @@ def test_what_came_as_it_is_there_is_not_torn(durable: bool, short: bool, tmp_pa
     assert (taken.reason, taken.remark) == (None, "replaced")
     replacing.close()
     assert path.read_bytes().endswith(later)
+
+
+class TestClose:
+    """A network file system may report only at the close of a file that it could not keep it."""
+
+    def failing(self, monkeypatch: pytest.MonkeyPatch, suffix: str, times: int) -> None:
+        class Failing(files.Disk):
+            left = times
+
+            def close(self, fd: int) -> None:
+                name = os.readlink(f"/proc/self/fd/{fd}")
+                super().close(fd)
+                if name.endswith(suffix) and self.left:
+                    self.left -= 1
+                    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        monkeypatch.setattr(files, "disk", Failing())
+
+    def opened_below(self, folder: Path) -> list[str]:
+        links = []
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                links.append(os.readlink(f"/proc/self/fd/{name}"))
+        return [link for link in links if link.startswith(str(folder))]
+
+    @pytest.mark.parametrize("durable", [True, False])
+    def test_of_an_instance(self, durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That one is not confirmed; the others of its batch are, and nothing stays open."""
+        self.failing(monkeypatch, ".dcm", 1)
+        sink = sink_of(tmp_path, "20260101T000000Z-00000001", durable=durable)
+        for number in range(8):
+            assert put(sink, number)[1].reason is None
+        done = sink.confirmations(wait=True)
+        assert [x.error for x in done if x.error is not None] == [f"sync: {os.strerror(errno.EDQUOT)}"]
+        assert len(kept(done)) == 7
+        sink.close()
+        assert self.opened_below(tmp_path) == []
+
+    def test_of_the_ledger(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is told, and lock and folders are given back."""
+        self.failing(monkeypatch, ".jsonl", 1000)
+        sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+        put(sink, 1)
+        sink.confirmations(wait=True)
+        with pytest.raises(SinkError, match="ledger"):
+            sink.close()
+        assert self.opened_below(tmp_path) == []
+        assert list(tmp_path.rglob(".*.lock")) == []
