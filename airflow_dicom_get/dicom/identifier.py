@@ -85,10 +85,16 @@ def text_value(raw: bytes | None) -> str | None:
     return raw.strip(b"\0 ").decode("ascii", "replace") or None
 
 
+def fits_64_bits(number: float) -> bool:
+    """Whether a number can be held where rows are kept; an IS value is below 2**31 (PS3.5 6.2)."""
+    return -(1 << 63) <= number < 1 << 63
+
+
 def int_value(raw: bytes | None) -> int | None:
-    """An IS value; None if absent, empty or no number."""
+    """An IS value; None if absent, empty, no number, or one beyond 64 bits."""
     text = text_value(raw)
     try:
-        return int(text) if text else None
+        number = int(text) if text else None
     except ValueError:
         return None
+    return number if number is not None and fits_64_bits(number) else None

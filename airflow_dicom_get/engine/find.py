@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.identifier import fits_64_bits
 from airflow_dicom_get.engine.finder import MAX_ROWS, UNIQUE, Answer, Finder, Keys, check_answered
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.parts import matching_studies
@@ -183,8 +184,30 @@ def _dataset(raw: bytes) -> Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = read_dataset(io.BytesIO(raw), is_implicit_VR=True, is_little_endian=True)
+        _empty_impossible(dataset)
         dataset.decode()
     return dataset
+
+
+def _empty_impossible(dataset: Dataset) -> None:
+    """Empty the numbers that cannot be read, or not in 64 bits: they cost neither the row nor the answer."""
+    from pydicom.datadict import dictionary_VR
+
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+            if element.VR == "IS":
+                numbers = element.value if isinstance(element.value, Sequence) else [element.value]
+                possible = all(not isinstance(number, int | float) or fits_64_bits(number) for number in numbers)
+            else:
+                possible = True
+        except (OverflowError, ValueError):
+            possible = False
+        if not possible:
+            dataset.add_new(tag, dictionary_VR(tag), None)
+        elif element.VR == "SQ":
+            for item in element.value:
+                _empty_impossible(item)
 
 
 def frame_of_rows(rows: Sequence[Dataset]) -> DataFrame:

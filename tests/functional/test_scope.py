@@ -227,3 +227,31 @@ def test_what_a_filter_on_instances_leaves_out_is_not_stored(start: Start, tmp_p
     result = client.get_study({"StudyInstanceUID": STUDY, "InstanceNumber": "1"})
     assert (result.verdict, result.total, result.unexpected) == ("complete", 1, 0)
     assert stored(tmp_path) == {pacs.uids[0]}
+
+
+# --- numbers that nobody can hold --------------------------------------------------------------------
+
+
+class _OddNumbers(_AtFind):
+    """Has numbers beyond 64 bits in its rows."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        counts = {0x00201206: "1e400", 0x00201208: "-99999999999999999999", 0x00201209: "1e400"}
+        return row | {tag: value for tag, value in counts.items() if tag in row} | {
+            0x00200011: "9" * 12 + "99999999", 0x00200013: "-" + "9" * 20,
+        }  # fmt: skip
+
+
+def test_numbers_beyond_64_bits_cost_no_row(start: Start, tmp_path: Path) -> None:
+    client, pacs = start(_OddNumbers)
+    result = client.get_study({"StudyInstanceUID": STUDY})
+    assert (result.verdict, result.completed, result.errors) == ("complete", 2, [])
+    assert result.manifest["series_number"].isna().all()
+    (row,) = client.find({"StudyInstanceUID": STUDY})
+    assert row.StudyInstanceUID == STUDY
+    assert not row.NumberOfStudyRelatedSeries
+    assert not row.NumberOfStudyRelatedInstances
+    frame = client.find({"StudyInstanceUID": STUDY}, level="IMAGE", as_frame=True)
+    assert set(frame["SOPInstanceUID"]) == set(pacs.uids)
+    assert set(frame["InstanceNumber"]) == {""}

@@ -127,6 +127,9 @@ def test_rows_that_are_cut_off_are_refused(data: bytes) -> None:
         (b"1.2.3\0", "1.2.3", None),
         (b"\xff", "\ufffd", None),
         (b"1" * 5000, "1" * 5000, None),
+        (b"9223372036854775807", "9223372036854775807", (1 << 63) - 1),
+        (b"9223372036854775808", "9223372036854775808", None),
+        (b"-9223372036854775809", "-9223372036854775809", None),
     ],
 )
 def test_values(raw: bytes | None, text: str | None, number: int | None) -> None:
