@@ -113,6 +113,8 @@ class _Test:
             return have in self._wanted
         if self._vr == "DA":
             return any(_in_range(have.replace(".", ""), wanted) for wanted in self._wanted)
+        if self._vr == "TM":
+            return any(_in_time(have, wanted) for wanted in self._wanted)
         if self._exact:
             return any(_like(have, wanted) for wanted in self._wanted)
         if self._vr == "IS":
@@ -153,6 +155,19 @@ def _in_range(day: str, wanted: str) -> bool:
     if not dash:
         return day == wanted
     return len(day) == 8 and (not low or day >= low) and (not high or day <= high)
+
+
+def _in_time(have: str, wanted: str) -> bool:
+    """Whether a time, which may name an hour or a minute alone, can lie in a range (PS3.4 C.2.2.2.5.2)."""
+    low, dash, high = (_digits(text) for text in wanted.partition("-"))
+    moment, high = _digits(have), high if dash else low
+    if not all(text.isascii() and text.isdigit() for text in (moment, f"{low}{high}")):
+        return True  # no time at all, or a wild card: nothing to go by
+    return moment.ljust(12, "9") >= low.ljust(12, "0") and moment.ljust(12, "0") <= high.ljust(12, "9")
+
+
+def _digits(time: str) -> str:
+    return time.replace(":", "").replace(".", "")
 
 
 def _readings(raw: bytes, character_set: bytes, vr: str) -> list[str]:

@@ -255,3 +255,19 @@ def test_numbers_beyond_64_bits_cost_no_row(start: Start, tmp_path: Path) -> Non
     frame = client.find({"StudyInstanceUID": STUDY}, level="IMAGE", as_frame=True)
     assert set(frame["SOPInstanceUID"]) == set(pacs.uids)
     assert set(frame["InstanceNumber"]) == {""}
+
+
+class _IgnoresTime(_AtFind):
+    """Does not match on the Study Time."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        return super().rows(level, {tag: "" if tag == 0x00080030 else value for tag, value in query.items()})
+
+
+def test_a_study_of_another_time_is_not_meant(start: Start, tmp_path: Path) -> None:
+    client, pacs = start(_IgnoresTime)
+    result = client.get_study({"StudyDate": archive.STUDY_DATE, "StudyTime": "200000-210000"})
+    assert (result.verdict, result.reason) == ("empty", "key_not_matched")
+    assert stored(tmp_path) == set()
+    result = client.get_study({"StudyDate": archive.STUDY_DATE, "StudyTime": "1000-1011"})
+    assert (result.verdict, stored(tmp_path)) == ("complete", set(pacs.uids))

@@ -7,8 +7,9 @@ import pytest
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
 from airflow_dicom_get.engine.matching import Dropped, Matcher
 
-ACCESSION, PATIENT_ID, STUDY_DATE, MODALITY, MODALITIES, STUDY, SERIES, NAME, DESCRIPTION = (
+ACCESSION, PATIENT_ID, STUDY_DATE, MODALITY, MODALITIES, STUDY, SERIES, NAME, DESCRIPTION, TIME = (
     0x00080050, 0x00100020, 0x00080020, 0x00080060, 0x00080061, 0x0020000D, 0x0020000E, 0x00100010, 0x00081030,
+    0x00080030,
 )  # fmt: skip
 
 
@@ -30,6 +31,8 @@ class TestRows:
             (MODALITIES, "CT", b"SR\\CT "), (MODALITIES, "C*", b"MR\\CT"), (MODALITY, "CT", b"CT"),
             (STUDY, "1.2\\1.3", b"1.3\0"), (STUDY, "1.2", b"1.2 "),
             (DESCRIPTION, "brain*", b"BRAIN MR"), (NAME, "doe", b"Roe^Jane"), (NAME, "doe", b""),
+            (TIME, "10-11", b"101112"), (TIME, "101130-", b"1011"), (TIME, "-101112", b"10:11:12.5"),
+            (TIME, "101112-101112.999999", b"101112.5"), (TIME, "10*", b"101112"), (TIME, "20-21", b""),
         ],
     )  # fmt: skip
     def test_what_was_asked_for(self, key: int, asked: str, raw: bytes) -> None:
@@ -45,6 +48,8 @@ class TestRows:
             (STUDY_DATE, "20240101-", b"20231231"), (STUDY_DATE, "20240101-", b"2024"), (STUDY_DATE, "20240131", b""),
             (MODALITIES, "CT", b"MR\\SR"), (MODALITIES, "CT", b"ct"), (MODALITIES, "CT", None),
             (STUDY, "1.2\\1.3", b"1.4"), (STUDY, "1.2", None), (DESCRIPTION, "brain", b"KNEE"), (NAME, "doe", None),
+            (TIME, "200000-210000", b"101112"), (TIME, "-101111", b"101112"), (TIME, "101113-", b"10:11:12.9"),
+            (TIME, "101112", b"1012"),
             (MODALITY, "CT", None),  # above its level: it was not matched on
         ],
     )  # fmt: skip
