@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,6 +223,8 @@ def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
 def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = None) -> list[StoredObject]:
     """The files below some paths, and the objects below some prefixes. Hidden ones and our own are left out.
 
+    A folder that cannot be read, and a link that leads nowhere, is an object that is refused.
+
     Raises
     ------
     InvalidOption
@@ -234,7 +236,7 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
     for source in sources:
         place = parse_destination(os.fspath(source), "source")
         if isinstance(place, FilesystemDestination):
-            found += [StoredObject(str(path), path) for path in _files(place.path, source)]
+            found += _objects_below(place.path, source)
         elif isinstance(place, S3Destination):
             from airflow_dicom_get.storage.bucket import Bucket
 
@@ -252,12 +254,18 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
     return found
 
 
-def _files(path: Path, source: object) -> Iterable[Path]:
+def _objects_below(path: Path, source: object) -> list[StoredObject]:
     if not files.exists(path):
         raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
     if not files.is_folder(path):
-        return [path]
-    return files.files_below(path, lambda name: name not in _OURS and not name.startswith("."))
+        return [StoredObject(str(path), path)]
+    left: list[StoredObject] = []
+
+    def leave(at: Path, error: OSError) -> None:
+        left.append(StoredObject(str(at), at, refused=error.strerror or str(error)))
+
+    found = files.files_below(path, lambda name: name not in _OURS and not name.startswith("."), leave)
+    return [*(StoredObject(str(file), file) for file in found), *left]
 
 
 # --- what a manifest names -------------------------------------------------------------------------

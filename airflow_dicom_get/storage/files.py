@@ -270,25 +270,31 @@ def make_folders(path: Path) -> list[Path]:
     return changed
 
 
-def files_below(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+def files_below(
+    path: Path, wanted: Callable[[str], bool], left_out: Callable[[Path, OSError], object] = lambda path, error: None
+) -> Iterator[Path]:
     """The files below a folder in order, through those folders, and of those names, that are ``wanted``.
 
-    Links to folders are not followed, and folders that we may not read are left out.
+    Links to folders are not followed. Folders that cannot be read, and links that lead nowhere, are ``left_out``.
     """
     folders = []
     try:
         entries = sorted(disk.scan(path), key=lambda entry: entry.name)
-    except PermissionError:
+    except OSError as error:
+        left_out(path, error)
         return
     for entry in entries:
         if not wanted(entry.name):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            folders.append(entry.name)
-        elif entry.is_file():
-            yield path / entry.name
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif stat.S_ISREG(entry.stat().st_mode):
+                yield path / entry.name
+        except OSError as error:
+            left_out(path / entry.name, error)
     for name in folders:
-        yield from files_below(path / name, wanted)
+        yield from files_below(path / name, wanted, left_out)
 
 
 def read_chunks(path: Where) -> Iterator[memoryview]:

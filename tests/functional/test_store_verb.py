@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
@@ -100,6 +102,37 @@ class TestFiles:
             assert "notes.txt is not a DICOM file" in done.stderr
             only = shell(destination.node, folder / "notes.txt", "--state", tmp_path / "state3")
             assert (only.returncode, only.stdout.splitlines()[0]) == (1, "failed (unusable_files): nothing was stored")
+
+    def test_what_cannot_be_looked_into_is_named(
+        self, private: Holding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "mixed"
+        shutil.copytree(private.folder, folder)
+        (folder / "dangling.dcm").symlink_to(tmp_path / "nowhere")
+        (folder / "round.dcm").symlink_to(folder / "round.dcm")
+        for name in ("closed", ".closed"):
+            (folder / name).mkdir()
+
+        class Closed(files.Disk):  # root may read any folder
+            def scan(self, path: Any) -> Iterator[os.DirEntry[str]]:
+                if Path(path).name.endswith("closed"):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return super().scan(path)
+
+        monkeypatch.setattr(files, "disk", Closed())
+        left: dict[str, str] = {}
+        with OddDestination() as destination:
+            result = store(
+                destination,
+                tmp_path / "state",
+                folder,
+                on_unusable=lambda name, why: left.update({Path(name).name: why}),
+            )
+            assert (result.verdict, result.reason, result.completed) == ("partial", "unusable_files", 12)
+            assert set(left) == {"dangling.dcm", "round.dcm", "closed"}
+            assert left["closed"] == "cannot be read: Permission denied"
+            only = store(destination, tmp_path / "state", folder / "closed")
+            assert (only.verdict, only.reason) == ("failed", "unusable_files")
 
     def test_same_instance_in_two_files(self, private: Holding, tmp_path: Path) -> None:
         folder = tmp_path / "twice"
