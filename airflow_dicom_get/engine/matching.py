@@ -22,7 +22,7 @@ from airflow_dicom_get.errors import InvalidQuery
 Row = dict[int, bytes]
 
 _EXACT = frozenset({"AccessionNumber", "PatientID", "Modality", "ModalitiesInStudy"})
-"""Compared byte for byte, beside UIDs and dates: what tells one patient's study from another's."""
+"""Compared byte for byte, beside UIDs, dates and times: what tells one patient's study from another's."""
 _FOLDED_VRS = frozenset({"AE", "CS", "IS", "LO", "SH"})
 """Compared without regard to case: of other keys many a PACS folds it. Other VRs are not compared at all."""
 _CHARACTER_SET_VRS = frozenset({"LO", "SH"})

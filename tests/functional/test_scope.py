@@ -261,7 +261,7 @@ class _IgnoresTime(_AtFind):
     """Does not match on the Study Time."""
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
-        return super().rows(level, {tag: "" if tag == 0x00080030 else value for tag, value in query.items()})
+        yield from super().rows(level, {tag: "" if tag == 0x00080030 else value for tag, value in query.items()})
 
 
 def test_a_study_of_another_time_is_not_meant(start: Start, tmp_path: Path) -> None:
