@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from airflow_dicom_get.config import options
 from airflow_dicom_get.storage import bucket, files
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from tests.simulation.bucket import ENDPOINT, Service
@@ -70,7 +71,11 @@ class FolderDestination:
 
     def seams(self, process: Process) -> list[tuple[Any, str, object]]:
         """See :class:`Destination`."""
-        return [(files, "disk", self.volume.disk(process))]
+        return [
+            (files, "disk", self.volume.disk(process)),
+            # Options are checked against the real disk, where an ordinary user may not write everywhere.
+            (options, "check_folder", lambda path, option: None),
+        ]
 
     def files(self) -> dict[str, bytes]:
         """See :class:`Destination`."""
