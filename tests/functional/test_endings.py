@@ -289,7 +289,9 @@ class Hung(files.Disk):
 
 
 @pytest.mark.parametrize("way", ["cancel", "cancelled twice", "operation", "signal"])
-@pytest.mark.parametrize("calls", [{"sync_data"}, {"sync", "sync_data"}, {"rename"}], ids="+".join)
+@pytest.mark.parametrize(
+    "calls", [{"sync_data"}, {"sync", "sync_data"}, {"rename"}], ids=lambda calls: "+".join(sorted(calls))
+)
 def test_a_disk_that_does_not_return_does_not_keep_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
