@@ -386,7 +386,7 @@ def test_a_run_keeps_its_hands_off_what_a_living_one_is_writing(tmp_path: Path) 
         deadline = time.monotonic() + 5
         while not (parts := list(tmp_path.rglob("*.part"))) and time.monotonic() < deadline:
             time.sleep(0.005)
-        dead = parts[0].with_name(parts[0].name.replace(parts[0].name.split(".")[-2], "20200101T000000Z-deadbeef"))
+        dead = parts[0].with_name(parts[0].name.replace(parts[0].name.split(".")[-3], "20200101T000000Z-deadbeef"))
         dead.write_bytes(b"half")
         with MisbehavingPacs(series=1, instances=1, size=60_000) as quick:
             assert retrieve(quick.port, quick.study_uid, tmp_path).verdict == "complete"
