@@ -105,7 +105,7 @@ def bench() -> Iterator[Callable[[], Bench]]:
         return Bench(loop, service, pacs, Network(loop, pacs.accept))
 
     yield make
-    for context in opened:
+    for context in reversed(opened):
         context.__exit__(None, None, None)
     logging.disable(logging.NOTSET)
 
