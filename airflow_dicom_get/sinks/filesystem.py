@@ -206,10 +206,9 @@ class FilesystemSink:
         """Make a file durable that a run before this one has left, perhaps in folders that it has never synced."""
         if self.options.durable:
             files.write_again(path)
-            folder = os.path.dirname(path)
-            for each in (path, folder, os.path.dirname(folder)):
-                sync_path(each)
-            self._study(study).sync_folders()
+            sync_path(path)
+            sync_path(os.path.dirname(path))
+            self._study(study).sync_folders()  # and once in a run all those above
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""

@@ -120,6 +120,17 @@ def test_a_study_that_cannot_be_begun_can_be_tried_again(tmp_path: Path, monkeyp
     sink.close()
 
 
+def noting(synced: list[str]) -> files.Disk:
+    """A disk that notes what it syncs, by path."""
+
+    class Noting(files.Disk):
+        def sync(self, fd: int) -> None:
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+            super().sync(fd)
+
+    return Noting()
+
+
 class TestSync:
     """What is confirmed lasts: also where only a folder above it could not be synced."""
 
@@ -156,14 +167,8 @@ class TestSync:
     ) -> None:
         """The run that made it may have been killed before it was synced."""
         synced: list[str] = []
-
-        class Noting(files.Disk):
-            def sync(self, fd: int) -> None:
-                synced.append(os.readlink(f"/proc/self/fd/{fd}"))
-                super().sync(fd)
-
         (tmp_path / "out" / STUDY / SERIES).mkdir(parents=True)
-        monkeypatch.setattr(files, "disk", Noting())
+        monkeypatch.setattr(files, "disk", noting(synced))
         sink = sink_of(tmp_path / "out", "20260101T000000Z-00000001")
         put(sink, 1)
         sink.confirmations(wait=True)
@@ -177,12 +182,6 @@ class TestSync:
         self, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         synced: list[str] = []
-
-        class Noting(files.Disk):
-            def sync(self, fd: int) -> None:
-                synced.append(os.readlink(f"/proc/self/fd/{fd}"))
-                super().sync(fd)
-
         out = tmp_path / "archive" / "out"
         before = sink_of(out, "20260101T000000Z-00000001", durable=False)
         assert put(before, 1)[1].reason is None
@@ -190,7 +189,7 @@ class TestSync:
         before.close()
         if not recorded:
             shutil.rmtree(out / "_manifests")
-        monkeypatch.setattr(files, "disk", Noting())
+        monkeypatch.setattr(files, "disk", noting(synced))
         sink = sink_of(out, "20260102T000000Z-00000002", adopt=True)
         assert sink.inventory(STUDY).keys() == {new(1).key}
         assert {str(x) for x in (out / STUDY / SERIES, out / STUDY, out, out.parent, tmp_path)} <= set(synced)
