@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# Each test process starts servers of its own; more than four of them gain nothing.
-# One process more than there are cores: much of the suite waits for servers. Four are enough anywhere.
+# Each test process starts servers of its own and waits for them much of the time: one more than there are cores is
+# quickest, and more than four gain nothing.
 TESTS  ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4) --dist loadfile
 
 PY := $(VENV)/bin/python
