@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from airflow_dicom_get.vocabulary import REMARKS, Exactness, State
 
@@ -69,6 +69,7 @@ class Stored:
         return _uri(self.where, self.series, self.sop)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Instance:
     """One SOP instance: what the source lists, what became of it. One manifest row.
 
@@ -76,75 +77,39 @@ class Instance:
     object at ``uri``; ``received_at`` is seconds since the epoch, UTC; sizes are bytes.
     """
 
-    __slots__ = (
-        "association",
-        "attempt",
-        "availability",
-        "bytes",
-        "dataset_offset",
-        "dimse_status",
-        "duration_ms",
-        "error",
-        "exactness",
-        "forward_error",
-        "forward_status",
-        "forwarded_to",
-        "instance_number",
-        "listed_syntax",
-        "modality",
-        "reason",
-        "received_at",
-        "series",
-        "series_number",
-        "sha256",
-        "sop",
-        "sop_class",
-        "state",
-        "study",
-        "syntax",
-        "tags",
-        "truncated",
-        "where",
-    )
-
     study: str
     series: str
     sop: str
-    sop_class: str | None
-    listed_syntax: str | None
-    syntax: str | None
-    modality: str | None
-    series_number: int | None
-    instance_number: int | None
-    state: State | None
-    reason: str | None
-    exactness: Exactness | None
-    dimse_status: int | None
-    error: str | None
-    where: str | None
-    sha256: bytes | None
-    bytes: int | None
-    dataset_offset: int | None
-    forwarded_to: str | None
-    forward_status: str | None
-    forward_error: str | None
-    availability: str | None
-    attempt: int | None
-    association: int | None
-    received_at: float | None
-    duration_ms: int | None
-    tags: tuple[str | None, ...] | None
-    truncated: bool | None
+    sop_class: str | None = None
+    listed_syntax: str | None = None
+    syntax: str | None = None
+    modality: str | None = None
+    series_number: int | None = None
+    instance_number: int | None = None
+    state: State | None = None
+    reason: str | None = None
+    exactness: Exactness | None = None
+    dimse_status: int | None = None
+    error: str | None = None
+    where: str | None = None
+    sha256: bytes | None = None
+    bytes: int | None = None
+    dataset_offset: int | None = None
+    forwarded_to: str | None = None
+    forward_status: str | None = None
+    forward_error: str | None = None
+    availability: str | None = None
+    attempt: int | None = None
+    association: int | None = None
+    received_at: float | None = None
+    duration_ms: int | None = None
+    tags: tuple[str | None, ...] | None = None
+    truncated: bool | None = None
+    key: Key = field(init=False)
+    """What makes it an instance of its study: Series and SOP Instance UID."""
 
-    def __init__(self, study: str, series: str, sop: str, sop_class: str | None = None) -> None:
-        for name in self.__slots__:
-            setattr(self, name, None)
-        self.study, self.series, self.sop, self.sop_class = study, series, sop, sop_class
-
-    @property
-    def key(self) -> Key:
-        """What makes it an instance of its study."""
-        return self.series, self.sop
+    def __post_init__(self) -> None:
+        self.key = self.series, self.sop
 
     @property
     def uri(self) -> str | None:
@@ -188,8 +153,8 @@ class Instance:
 
     def become(self, other: Instance) -> None:
         """Be another record of the same instance, which took its place."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(other, name))
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))
 
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"

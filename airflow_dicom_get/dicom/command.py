@@ -61,7 +61,7 @@ def c_store_rsp(sop_class: bytes, sop_instance: bytes, message_id: int, status: 
 class Command:
     """A received command set. Unknown elements are kept and ignored; the group length is not trusted."""
 
-    __slots__ = ("_raw", "field", "has_dataset", "message_id", "responded_id", "stray")
+    __slots__ = ("_raw", "field", "has_dataset", "message_id", "responded_id", "status", "stray")
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         """Parse.
@@ -92,14 +92,14 @@ class Command:
             else:
                 self.stray.setdefault(group << 16 | element, value)
         self._raw = raw
-        field = self.us(COMMAND_FIELD)
-        kind = self.us(DATASET_TYPE)
+        field, kind = self.us(COMMAND_FIELD), self.us(DATASET_TYPE)
         if field is None or kind is None:
             raise PeerProtocolError("The peer sent a command set without command field or data set type.")
         self.field = field
         self.has_dataset = kind != NO_DATASET
         self.message_id = self.us(MESSAGE_ID)
         self.responded_id = self.us(RESPONDED_MESSAGE_ID)
+        self.status = self.us(STATUS)
 
     def us(self, element: int) -> int | None:
         """An unsigned short, or None where it is absent or has another length."""
@@ -114,7 +114,20 @@ class Command:
         """A text value without padding; not fit for a log before :func:`errors.peer_text`."""
         return self.raw(element).rstrip(b"\0 ").decode("ascii", "replace")
 
-    @property
-    def status(self) -> int | None:
-        """(0000,0900)."""
-        return self.us(STATUS)
+
+class Commands:
+    """Parses what one peer sends. The responses of a C-FIND are the same for each row, and parsed once."""
+
+    __slots__ = ("_command", "_data")
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._command: Command | None = None
+
+    def parse(self, data: bytes | bytearray | memoryview) -> Command:
+        """See :class:`Command`; what it gives may have been given before."""
+        if self._command is None or data != self._data:
+            self._command = None
+            self._data = bytes(data)
+            self._command = Command(self._data)
+        return self._command

@@ -95,11 +95,16 @@ def scan_elements(
     pos = at = 0
     end = len(data)
     implicit, unpack_short = encoding.implicit, encoding.explicit_header.unpack_from
+    unpack_implicit = encoding.implicit_header.unpack_from
     try:
         while pos < end:
             at = pos
-            if implicit or end - pos < 8:
-                tag, length, pos = _element_header(data, pos, encoding)
+            if end - pos < 8:
+                raise _NeedMoreError
+            if implicit:
+                group, element, length = unpack_implicit(data, pos)
+                tag = group << 16 | element
+                pos += 8
             else:  # nearly all elements are short ones: read them without a call each
                 group, element, vr, length = unpack_short(data, pos)
                 if vr in _SHORT_VRS and group != 0xFFFE:

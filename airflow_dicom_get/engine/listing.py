@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
@@ -21,6 +22,8 @@ from airflow_dicom_get.records import Instance, Key
 
 log = logging.getLogger(__name__)
 
+_LONGEST_UID = 66
+"""Bytes, with padding."""
 _SLACK = 10_000
 """Rows that a source may send beyond what is known."""
 _STUDY_KEYS = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES, i.PATIENT_ID)
@@ -270,18 +273,14 @@ class _Lister:
         sop = shown_uid(row.get(h.SOP_INSTANCE_UID))
         if not scope.names(series.uid, sop):
             return sop
-        if not is_uid(sop):
-            listing.keep_bad(scope.study, series.uid, sop)
-            return sop
         instance = self._known.get((series.uid, sop))
         if instance is None:
+            if not is_uid(sop):
+                listing.keep_bad(scope.study, series.uid, sop)
+                return sop
             instance = Instance(scope.study, series.uid, sop)
-        sop_class = i.text_value(row.get(h.SOP_CLASS_UID))
-        if instance.sop_class is None and sop_class and is_uid(sop_class):
-            instance.sop_class = sys.intern(sop_class)
-        syntax = i.text_value(row.get(i.AVAILABLE_TRANSFER_SYNTAX))
-        if syntax and "\\" not in syntax and is_uid(syntax):
-            instance.listed_syntax = sys.intern(syntax)
+        instance.sop_class = instance.sop_class or _uid(row.get(h.SOP_CLASS_UID))
+        instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
         instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
         instance.modality = instance.modality or series.modality
         instance.series_number = series.number
@@ -315,3 +314,14 @@ class _Lister:
 
 def _most_rows(series: SeriesInfo) -> int:
     return MAX_ROWS if series.related_instances is None else 2 * series.related_instances + _SLACK
+
+
+def _uid(raw: bytes | None) -> str | None:
+    """One of the few UIDs that many rows have, interned; None where it is none, or several."""
+    return _interned(raw) if raw and len(raw) <= _LONGEST_UID else None
+
+
+@lru_cache(maxsize=256)
+def _interned(raw: bytes) -> str | None:
+    text = i.text_value(raw)
+    return sys.intern(text) if text and is_uid(text) else None

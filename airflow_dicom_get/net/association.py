@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_dicom_get import clock
+from airflow_dicom_get.dicom.command import Commands
 from airflow_dicom_get.dicom.pdata import (
     A_ABORT,
     A_ASSOCIATE_AC,
@@ -212,6 +213,7 @@ class Association:
         self._message_id = 0
         self._open = True
         self._established = False
+        self.commands = Commands()
         self.told: Conversation | None = None
         """Is told of all messages, and how it ends."""
         self.answered = False

@@ -42,7 +42,7 @@ def read_response(
             if not fragment.last:
                 continue
             try:
-                command = Command(raw)
+                command = association.commands.parse(raw)
             except PeerProtocolError as error:
                 raise broken(f"sent an invalid command set ({error})") from error
             if association.told is not None and not (command.has_dataset and command.responded_id == message_id):
