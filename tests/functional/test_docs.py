@@ -163,6 +163,29 @@ def test_reasons_of_verdicts_are_in_the_code() -> None:
     assert [reason for reason in reasons if reason not in code] == []
 
 
+def test_tests_that_the_security_page_names_exist() -> None:
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    tables = [line for line in page.splitlines() if line.startswith("| ") and "| shown by |" not in line]
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", "\n".join(tables))
+    assert len(named) > 10
+    gone = [f"{file}::{name}" for file, name in named if name not in _functions(ROOT / "tests" / file)]
+    assert gone == []
+
+
+@cache
+def _functions(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text("utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_promise_of_the_security_page_names_its_test() -> None:
+    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    tables = page.split("| shown by |\n")[1:]
+    assert len(tables) >= 5
+    rows = [line for table in tables for line in table.partition("\n\n")[0].splitlines()[1:]]
+    assert [row for row in rows if "::test_" not in row.rpartition(" | ")[2]] == []
+
+
 # --- links -----------------------------------------------------------------------------------------
 
 
