@@ -48,6 +48,7 @@ __all__ = [
     "safe_name",
     "table_in",
     "tables_below",
+    "task_run_name",
     "write_manifest",
 ]
 
@@ -64,6 +65,11 @@ def safe_name(text: str) -> str:
     """A part of a path: every character outside ``[A-Za-z0-9._-]`` becomes ``_``, and so do leading dots."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
     return re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name) or "_"
+
+
+def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try_number: int) -> str:
+    """The name of a run in Airflow, ``<dag_id>/<run_id>/<task_id>/<map_index>-<try>``, each a :func:`safe_name`."""
+    return "/".join([*map(safe_name, (dag_id, run_id, task_id)), f"{map_index}-{try_number}"])
 
 
 def write_manifest(

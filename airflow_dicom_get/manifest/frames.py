@@ -54,6 +54,7 @@ __all__ = [
     "load_table",
     "load_tables",
     "one_table",
+    "parquet_in_xcom",
     "read_manifest",
     "reference",
     "table_in_xcom",
@@ -306,8 +307,8 @@ def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:
 # --- in XCom ---------------------------------------------------------------------------------------
 
 
-def table_in_xcom(value: Any) -> pa.Table | None:
-    """The table of a DataFrame in an XCom, where it is Parquet in hexadecimal; None if the XCom holds something else.
+def parquet_in_xcom(value: Any) -> bytes | None:
+    """The Parquet file of a DataFrame in an XCom, which holds it in hexadecimal; None if it holds something else.
 
     Parameters
     ----------
@@ -317,17 +318,32 @@ def table_in_xcom(value: Any) -> pa.Table | None:
     Raises
     ------
     ManifestError
-        It says that it is a DataFrame, and cannot be read.
+        It says that it is a DataFrame, and holds no file.
     """
     if not isinstance(value, Mapping) or not str(value.get("__classname__", "")).endswith(".DataFrame"):
+        return None
+    try:
+        return bytes.fromhex(value["__data__"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable() from error
+
+
+def table_in_xcom(value: Any) -> pa.Table | None:
+    """As :func:`parquet_in_xcom`, read. Raises :class:`ManifestError`."""
+    content = parquet_in_xcom(value)
+    if content is None:
         return None
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(BytesIO(bytes.fromhex(value["__data__"])))
-    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as error:
-        raise ManifestError("A task returned a DataFrame that cannot be read.", hint="", uri=None) from error
+        return pq.read_table(BytesIO(content))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise _unreadable() from error
+
+
+def _unreadable() -> ManifestError:
+    return ManifestError("A task returned a DataFrame that cannot be read.", hint="", uri=None)
 
 
 def bytes_in_xcom(frame: DataFrame) -> int:

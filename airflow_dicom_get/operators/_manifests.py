@@ -12,7 +12,7 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import safe_name
+from airflow_dicom_get.manifest.files import task_run_name
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
     combine_manifests,
@@ -33,14 +33,9 @@ if TYPE_CHECKING:
 MODES = ("auto", "full", "reference")
 
 
-def run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try_number: int) -> str:
-    """``<dag_id>/<run_id>/<task_id>/<map_index>-<try>``, with ``_`` for what a file name should not hold."""
-    return "/".join([*(safe_name(part) for part in (dag_id, run_id, task_id)), f"{map_index}-{try_number}"])
-
-
 def run_name_of(ti: Any) -> str:
     """The name of the manifest of a task instance."""
-    return run_name(
+    return task_run_name(
         dag_id=ti.dag_id,
         run_id=ti.run_id,
         task_id=ti.task_id,

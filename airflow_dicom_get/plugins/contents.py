@@ -1,23 +1,30 @@
-"""What a manifest says, as far as the page shows it. pandas is not imported: the API server needs none of it."""
+"""What a manifest says, as far as the page shows it: picked batch by batch, whatever its size.
+
+pandas is not imported: reading needs none of it.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest.frames import table_in_xcom
 from airflow_dicom_get.vocabulary import NOT_HELD, OUTSIDE_LIST
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_ROWS = 500
 """Instances shown on a page; the file for download holds all."""
+MAX_TEXT = 400
+"""Characters shown of a text."""
+_MAX_REASONS = 50
+_BATCH = 4096
 
 _SHOWN = (
     "series_instance_uid",
@@ -30,6 +37,8 @@ _SHOWN = (
     "dimse_status",
     "error",
 )
+_NEEDED = (*_SHOWN, "study_instance_uid", "bytes")
+_DIFFERENCE = ("series_instance_uid", "sop_instance_uid", "symbol", "what")
 
 
 @dataclass
@@ -62,101 +71,116 @@ class Contents:
     """Rows of a verification, which has a table of its own shape."""
     differences_count: int | None = None
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Contents:
+        """From its JSON."""
+        return cls(**{**told, "series": [Series(**one) for one in told["series"]]})
 
-def table_of(returned: Any, uri: str | None) -> pa.Table:
-    """The manifest as a table: what the task returned if that holds it, else the file.
 
-    :param returned: the XCom as it is stored
-    :param uri: where the file is, as the summary says
-    :raises ManifestError: there is none, or it cannot be read from here
+def contents_of(file: pq.ParquetFile) -> Contents:
+    """Pick what is shown: all that is not held, in full up to a limit, and the series.
+
+    :raises ManifestError: the file is neither a manifest nor a list of differences
     """
-    from airflow_dicom_get.manifest.files import read_table
-
-    inline = table_in_xcom(returned)
-    if inline is not None:
-        return inline
-    if isinstance(returned, Mapping):
-        uri = returned.get("manifest_uri") or uri
-    if not uri:
-        raise ManifestError("There is no manifest.", hint="Check the log of the task.", uri=None)
-    if not str(uri).startswith(("/", "file:")):
-        # The connection to that bucket is the task's, and without one boto would take whatever keys it finds here.
-        raise ManifestError(
-            f"The manifest is not in a local folder: {shown_path(uri)}.",
-            hint="Read it with airflow_dicom_get.notebook.read_manifest().",
-            uri=str(uri),
-        )
-    return read_table(uri)
-
-
-def contents_of(table: pa.Table) -> Contents:
-    """Pick what is shown: all that is not held, in full up to a limit, and the series."""
-    contents = Contents(rows=table.num_rows)
-    names = table.column_names
+    names = file.schema_arrow.names
+    rows = file.metadata.num_rows
     if "symbol" in names:
-        contents.differences_count = table.num_rows
-        wanted = [name for name in ("series_instance_uid", "sop_instance_uid", "symbol", "what") if name in names]
-        contents.differences = table.select(wanted).slice(0, MAX_ROWS).to_pylist()
-        return contents
-    if any(name not in names for name in (*_SHOWN, "study_instance_uid", "bytes")):
-        raise ManifestError("The return value of the task is not a manifest.", hint="", uri=None)
-    bad = _where(table, NOT_HELD)
-    contents.not_held_count, contents.not_held = bad.num_rows, _rows(bad)
-    contents.reasons = _reasons(bad)
-    odd = _where(table, OUTSIDE_LIST)
-    contents.remarked_count, contents.remarked = odd.num_rows, _rows(odd)
-    series = _series(table)
-    contents.series_count, contents.series = len(series), series[:MAX_ROWS]
-    contents.studies = len({one.study for one in series})
-    return contents
-
-
-def _where(table: pa.Table, states: Collection[str]) -> pa.Table:
-    from functools import reduce
-    from operator import or_
-
-    from pyarrow import compute
-
-    return table.filter(reduce(or_, (compute.field("state") == state for state in states)))
-
-
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    ordered = table.select(list(_SHOWN)).sort_by([("series_number", "ascending"), ("instance_number", "ascending")])
-    rows: list[dict[str, Any]] = ordered.slice(0, MAX_ROWS).to_pylist()
-    return rows
-
-
-def _reasons(bad: pa.Table) -> list[tuple[str | None, int]]:
-    counted = bad.group_by("reason").aggregate([([], "count_all")]).sort_by([("count_all", "descending")])
-    return [(row["reason"], row["count_all"]) for row in counted.to_pylist()]
-
-
-def _series(table: pa.Table) -> list[Series]:
-    """Those with something missing first, then in the order of their numbers."""
-    keys = ["study_instance_uid", "series_instance_uid", "modality", "series_number", "state"]
-    found: dict[tuple[str, str], Series] = {}
-    for row in table.group_by(keys).aggregate([([], "count_all"), ("bytes", "sum")]).to_pylist():
-        study, uid = (
-            row["study_instance_uid"] or "",
-            row["series_instance_uid"] or "",
-        )  # empty where the PACS left it so
-        one = found.setdefault((study, uid), Series(study, uid, row["modality"], row["series_number"]))
+        wanted = [name for name in _DIFFERENCE if name in names]
+        first = islice(_rows(file, wanted), MAX_ROWS)
+        return Contents(rows=rows, differences=list(map(_plain, first)), differences_count=rows)
+    if any(name not in names for name in _NEEDED):
+        raise ManifestError("The file is not a manifest.", hint="", uri=None)
+    bad, odd = _First(), _First()
+    reasons: Counter[str | None] = Counter()
+    series: dict[tuple[str, str], Series] = {}
+    for row in _rows(file, _NEEDED):
+        # Empty where the PACS left it so.
+        place = row["study_instance_uid"] or "", row["series_instance_uid"] or ""
+        one = series.get(place)
+        if one is None:
+            one = series[place] = Series(*place, row["modality"], row["series_number"])
         if row["state"] in NOT_HELD:
-            one.not_held += row["count_all"]
-        elif row["state"] not in OUTSIDE_LIST:
-            one.held += row["count_all"]
-            one.bytes += row["bytes_sum"] or 0
-    return sorted(found.values(), key=lambda one: (not one.not_held, one.study, one.number or 0, one.uid))
+            one.not_held += 1
+            bad.add(row)
+            reasons[row["reason"]] += 1
+        elif row["state"] in OUTSIDE_LIST:
+            odd.add(row)
+        else:
+            one.held += 1
+            one.bytes += row["bytes"] or 0
+    return Contents(
+        rows=rows,
+        not_held=bad.rows,
+        not_held_count=bad.count,
+        remarked=odd.rows,
+        remarked_count=odd.count,
+        reasons=[(_shown(reason), count) for reason, count in reasons.most_common(_MAX_REASONS)],
+        series=_in_order(series.values()),
+        series_count=len(series),
+        studies=len({study for study, _ in series}),
+    )
 
 
-def csv_lines(table: pa.Table) -> Iterator[str]:
-    """The whole table as CSV, piece by piece."""
+def _rows(file: pq.ParquetFile, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    # No more than is needed of pyarrow: its functions on tables import pandas, half of the time that a page takes.
+    for batch in file.iter_batches(_BATCH, columns=list(names), use_threads=False):
+        columns = [batch.column(name).to_pylist() for name in names]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+class _First:
+    """How many rows were added, and the first of them by the numbers of series and instance."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kept: list[dict[str, Any]] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add one."""
+        self.count += 1
+        self._kept.append({name: _shown(row[name]) for name in _SHOWN})
+        if len(self._kept) > 10 * MAX_ROWS:
+            self._kept = self.rows
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The first ones."""
+
+        def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple((row[name] is None, row[name] or 0) for name in ("series_number", "instance_number"))
+
+        return sorted(self._kept, key=key)[:MAX_ROWS]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _shown(value) for name, value in row.items()}
+
+
+def _shown(value: Any) -> Any:
+    """A value as a page shows it: whole numbers as they are, all else as a text that is not too long."""
+    if value is None or isinstance(value, int):
+        return value
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+
+
+def _in_order(series: Iterable[Series]) -> list[Series]:
+    """Those with something missing first, then in the order of their numbers; the first ones."""
+    ordered = sorted(series, key=lambda one: (not one.not_held, one.study, one.number or 0, one.uid))[:MAX_ROWS]
+    for one in ordered:
+        one.study, one.uid, one.modality = _shown(one.study), _shown(one.uid), _shown(one.modality)
+    return ordered
+
+
+def csv_lines(file: pq.ParquetFile) -> Iterator[str]:
+    """The whole table as CSV, piece by piece; nothing before the first rows could be read."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(table.column_names)
-    for batch in table.to_batches(max_chunksize=2000):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            writer.writerow(_cell(value) for value in row)
+    writer.writerow(file.schema_arrow.names)
+    for batch in file.iter_batches(_BATCH, use_threads=False):
+        columns = [map(_cell, column.to_pylist()) for column in batch.columns]
+        writer.writerows(zip(*columns, strict=True))
         yield buffer.getvalue()
         buffer.seek(0)
         buffer.truncate()

@@ -7,7 +7,7 @@ request for each. Everything that is internal to Airflow and could change is imp
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XComModel
 from airflow.utils.session import create_session
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import Text, and_, cast, func, or_, select
 
 from airflow_dicom_get.plugins.outcomes import NEVER_RAN_STATES, outcome_of
 
@@ -27,6 +27,14 @@ OPERATORS = ("DicomGetOperator", "DicomStoreOperator", "DicomVerifyOperator")
 
 MAX_RETRIEVALS = 50_000
 """The newest so many are looked at: what a list needs grows with them, in time and memory."""
+
+MAX_RETURNED = 32 << 20
+"""Characters of what a task returned, as XCom holds it; ours return far less."""
+MAX_SUMMARY = 1 << 16
+"""Characters of a summary, or of what is shown while a task runs."""
+_MAX_TEXT = 1000
+_MAX_ERRORS = 10
+_MAX_NUMBER = 1 << 63
 
 _TASK = TaskInstance.__table__.c
 _VALUE = XComModel.value
@@ -88,7 +96,27 @@ def _summaries() -> Any:
         XComModel.task_id == _TASK.task_id,
         XComModel.map_index == _TASK.map_index,
         XComModel.key == "summary",
+        _at_most(_VALUE, MAX_SUMMARY),
     )
+
+
+def _at_most(value: Any, size: int) -> Any:
+    """Leave out what some DAG has put there that is larger, before it is loaded."""
+    return func.length(cast(value, Text)) <= size
+
+
+def _text(name: str) -> Any:
+    """A value of a summary, which may hold anything, as a short text."""
+    return func.substr(_VALUE[name].as_string(), 1, 200)
+
+
+def _number(text: Any) -> float:
+    """A number out of a summary; 0 for what is none."""
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if 0 <= value < _MAX_NUMBER else 0.0
 
 
 def dags_with_retrievals(since: datetime, until: datetime) -> list[str]:
@@ -102,6 +130,12 @@ def teams_of(dag_ids: Collection[str]) -> dict[str, str | None]:
     with create_session(scoped=False) as session:
         found = DagModel.get_dag_id_to_team_name_mapping(list(dag_ids), session=session)
     return {dag_id: found.get(dag_id) for dag_id in dag_ids}
+
+
+def dag_ids() -> list[str]:
+    """All DAGs, whoever may see them."""
+    with create_session(scoped=False) as session:
+        return list(session.scalars(select(DagModel.dag_id)))
 
 
 def _retrievals_of(since: datetime, until: datetime) -> tuple[Any, ...]:
@@ -123,12 +157,8 @@ def retrievals(dag_ids: Collection[str], since: datetime, until: datetime) -> li
             _TASK.id,
             _TASK.dag_id,
             _TASK.state,
-            _VALUE["verdict"].as_string(),
             _MOMENT,
-            _VALUE["source"].as_string(),
-            _VALUE["completed"].as_integer(),
-            _VALUE["bytes"].as_integer(),
-            _VALUE["duration_seconds"].as_float(),
+            *map(_text, ("verdict", "source", "completed", "bytes", "duration_seconds")),
         )
         .select_from(TaskInstance.__table__)
         .outerjoin(XComModel, _summaries())
@@ -138,8 +168,17 @@ def retrievals(dag_ids: Collection[str], since: datetime, until: datetime) -> li
     )
     with create_session(scoped=False) as session:
         return [
-            Retrieval(key, dag_id, outcome_of(state, verdict), moment, source, held or 0, size or 0, seconds or 0.0)
-            for key, dag_id, state, verdict, moment, source, held, size, seconds in session.execute(statement)
+            Retrieval(
+                key,
+                dag_id,
+                outcome_of(state, verdict),
+                moment,
+                source,
+                int(_number(held)),
+                int(_number(size)),
+                _number(seconds),
+            )
+            for key, dag_id, state, moment, verdict, source, held, size, seconds in session.execute(statement)
         ]
 
 
@@ -167,9 +206,27 @@ def _tasks(*conditions: Any) -> Any:
 
 
 def _task(row: Any) -> Task:
-    summary = row[-1]
-    # An XCom backend may have put it elsewhere, and left its address.
-    return Task(*row[1:-1], summary if isinstance(summary, dict) else None)  # type: ignore[call-arg]
+    return Task(*row[1:-1], _summary(row[-1]))  # type: ignore[call-arg]
+
+
+def _summary(value: Any) -> dict[str, Any] | None:
+    """A summary as pages can rely on it: texts that are not too long, numbers that are some, and errors of these.
+
+    Any DAG may have put anything there. An XCom backend may have put it elsewhere, and left its address.
+    """
+    if not isinstance(value, Mapping):
+        return None
+    errors = value.get("errors")
+    kept = [_plain(error) for error in errors if isinstance(error, Mapping)] if isinstance(errors, list) else []
+    return {**_plain(value), "errors": kept[:_MAX_ERRORS]}
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: item[:_MAX_TEXT] if isinstance(item, str) else item
+        for key, item in value.items()
+        if isinstance(item, str | bool) or (isinstance(item, int | float) and abs(item) < _MAX_NUMBER)
+    }
 
 
 def tasks(keys: Iterable[UUID]) -> list[Task]:
@@ -189,9 +246,10 @@ def task(dag_id: str, run_id: str, task_id: str, map_index: int) -> Task | None:
 
 
 def returned(of: Task) -> Any:
-    """What the task returned, as XCom holds it."""
+    """What the task returned, as XCom holds it; None if it returned nothing, or too much."""
+    wanted = (*_place(XComModel, of), XComModel.key == "return_value", _at_most(_VALUE, MAX_RETURNED))
     with create_session(scoped=False) as session:
-        return session.scalar(select(_VALUE).where(*_place(XComModel, of), XComModel.key == "return_value"))
+        return session.scalar(select(_VALUE).where(*wanted))
 
 
 def shown_while_running(of: Task) -> dict[str, Any]:
@@ -199,6 +257,7 @@ def shown_while_running(of: Task) -> dict[str, Any]:
     statement = select(TaskStateStoreModel.key, TaskStateStoreModel.value).where(
         *_place(TaskStateStoreModel, of),
         or_(TaskStateStoreModel.key == "progress", TaskStateStoreModel.key == "window"),
+        _at_most(TaskStateStoreModel.value, MAX_SUMMARY),
     )
     with create_session(scoped=False) as session:
         rows = session.execute(statement).all()

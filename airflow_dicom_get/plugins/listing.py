@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,13 +43,16 @@ class Choice:
         dates: dict[str, date | None] = {}
         for name, text in (("since", since), ("until", until)):
             try:
-                dates[name] = date.fromisoformat(text.strip()) if text.strip() else None
+                dates[name] = _date(text.strip()) if text.strip() else None
             except ValueError:
                 dates[name] = None
                 complaints.append(f"{name} is not a valid date: write it like 2026-01-31.")
         if verdict and verdict not in CHOICES:
             complaints.append("This verdict does not exist.")
             verdict = ""
+        if not re.fullmatch("[1-9][0-9]{0,5}", page):
+            complaints.append("This is not the number of a page.")
+            page = "1"
         # A day more than now: clocks of workers and database differ.
         end = _midnight(dates["until"], 1) if dates["until"] else datetime.now(UTC) + timedelta(days=1)
         begin = _midnight(dates["since"], 0) if dates["since"] else end - timedelta(days=days + 1)
@@ -60,7 +64,7 @@ class Choice:
             source=source.strip(),
             since=dates["since"].isoformat() if dates["since"] else "",
             until=dates["until"].isoformat() if dates["until"] else "",
-            page=int(page) if page.isascii() and page.isdigit() and len(page) < 7 else 1,
+            page=int(page),
             days=days,
             complaint=" ".join(complaints),
         )
@@ -77,11 +81,16 @@ class Choice:
         return any((self.dag_id, self.verdict, self.source, self.since, self.until))
 
 
+def _date(text: str) -> date:
+    """A date of this age, with days before and after it. Raises :class:`ValueError`."""
+    day = date.fromisoformat(text)
+    if not 1970 <= day.year < 9999:
+        raise ValueError
+    return day
+
+
 def _midnight(day: date, days: int) -> datetime:
-    try:
-        return datetime.combine(day + timedelta(days=days), time(), UTC)
-    except OverflowError:
-        return datetime.max.replace(tzinfo=UTC)
+    return datetime.combine(day + timedelta(days=days), time(), UTC)
 
 
 @dataclass(frozen=True)

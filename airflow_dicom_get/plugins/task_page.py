@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.plugins import contents, database, texts
+from airflow_dicom_get.plugins import database, texts
 from airflow_dicom_get.plugins.contents import Contents
 from airflow_dicom_get.plugins.database import OPERATORS, Task
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, LIVE, OUTCOMES
@@ -31,6 +30,11 @@ class View:
     complaint: str = ""
 
     @property
+    def has_manifest(self) -> bool:
+        """Whether there is a manifest to be shown."""
+        return self.kind == "retrieval" and bool(self.summary)
+
+    @property
     def name(self) -> str:
         """The study, where it is known."""
         if self.task.label is None and self.contents is not None and self.contents.studies == 1:
@@ -39,14 +43,13 @@ class View:
 
 
 def view_of(task: Task) -> View:
-    """Collect what is known of a task."""
+    """Collect what is known of a task, but for its manifest."""
     summary = task.summary or {}
     if "matched" in summary:
         return View(task, "find", summary=summary)
     if task.operator not in OPERATORS and "verdict" not in summary:
         return View(task, "other")
     live = task.outcome in LIVE
-    found, complaint = _contents(task) if summary else (None, "")
     return View(
         task,
         "retrieval",
@@ -55,22 +58,7 @@ def view_of(task: Task) -> View:
         bad=task.outcome in ENDED_BADLY,
         progress=progress_of(task) if live else {},
         summary=summary,
-        contents=found,
-        complaint=complaint,
     )
-
-
-def manifest_uri_of(task: Task) -> str | None:
-    """Where the summary says that the manifest is."""
-    uri = (task.summary or {}).get("manifest_uri")
-    return uri if isinstance(uri, str) else None
-
-
-def _contents(task: Task) -> tuple[Contents | None, str]:
-    try:
-        return contents.contents_of(contents.table_of(database.returned(task), manifest_uri_of(task))), ""
-    except ManifestError as error:
-        return None, f"{error} (Read by the API server.)"
 
 
 def progress_of(task: Task) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_da
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import safe_name
-from airflow_dicom_get.plugins import contents, database, listing, task_page, texts
+from airflow_dicom_get.plugins import database, listing, reading, task_page, texts
 from airflow_dicom_get.plugins.urls import URL_PREFIX
 
 HEADERS = {
@@ -87,7 +88,7 @@ async def _refuse(request: Request, error: AnyHTTPException) -> Response:
     return HTMLResponse(page.format(f"<p>{escape(str(text))}</p></html>"), error.status_code, error.headers)
 
 
-def _render(request: Request, name: str, view: object) -> HTMLResponse:
+def _render(request: Request, name: str, view: object, status: int = 200) -> HTMLResponse:
     root = request.scope.get("root_path", "").rstrip("/")
 
     def task_url(task: database.Task) -> str:
@@ -103,7 +104,8 @@ def _render(request: Request, name: str, view: object) -> HTMLResponse:
         return f"{root}/assets/{file}?v={_VERSIONS[file]}"
 
     page = _templates.get_template(name)
-    return HTMLResponse(page.render(root=root, task_url=task_url, airflow_url=airflow_url, asset=asset, view=view))
+    html = page.render(root=root, task_url=task_url, airflow_url=airflow_url, asset=asset, view=view)
+    return HTMLResponse(html, status)
 
 
 def _places(task: database.Task) -> list[tuple[str, str]]:
@@ -142,7 +144,7 @@ def retrievals(
     """All retrievals of the DAGs that the user may see."""
     chosen = listing.Choice.of(dag_id=dag_id, verdict=verdict, source=source, since=since, until=until, page=page)
     dag_ids = _readable(database.dags_with_retrievals(chosen.begin, chosen.end), user)
-    return _render(request, "list.html", listing.view_of(chosen, dag_ids))
+    return _render(request, "list.html", listing.view_of(chosen, dag_ids), 400 if chosen.complaint else 200)
 
 
 # --- one task instance ---------------------------------------------------------------------------------
@@ -167,9 +169,16 @@ _TASK = "/dags/{dag_id}/runs/{run_id}/tasks/{task_id}/{map_index}"
 
 
 @app.get(_TASK, dependencies=[_of_dag])
-def task_instance(request: Request, dag_id: str, run_id: str, task_id: str, map_index: str) -> HTMLResponse:
+async def task_instance(
+    request: Request, user: GetUserDep, dag_id: str, run_id: str, task_id: str, map_index: str
+) -> HTMLResponse:
     """What one task retrieved, and all that it did not, with the reasons."""
-    return _render(request, "task.html", task_page.view_of(_task(dag_id, run_id, task_id, map_index)))
+    task = await run_in_threadpool(_task, dag_id, run_id, task_id, map_index)
+    view = await run_in_threadpool(task_page.view_of, task)
+    if view.has_manifest:
+        contents = await reading.contents_of(task, user.get_id())
+        view = replace(view, contents=contents, complaint="" if contents else reading.NOT_SHOWN)
+    return await run_in_threadpool(_render, request, "task.html", view)
 
 
 @app.get(f"{_TASK}/progress", dependencies=[_of_dag])
@@ -179,16 +188,15 @@ def progress(dag_id: str, run_id: str, task_id: str, map_index: str) -> JSONResp
 
 
 @app.get(f"{_TASK}/manifest.csv", dependencies=[_of_dag])
-def manifest(dag_id: str, run_id: str, task_id: str, map_index: str) -> StreamingResponse:
+async def manifest(user: GetUserDep, dag_id: str, run_id: str, task_id: str, map_index: str) -> StreamingResponse:
     """The whole manifest, for a spreadsheet."""
-    task = _task(dag_id, run_id, task_id, map_index)
-    try:
-        table = contents.table_of(database.returned(task), task_page.manifest_uri_of(task))
-    except ManifestError as error:
-        raise HTTPException(409, str(error)) from None
+    task = await run_in_threadpool(_task, dag_id, run_id, task_id, map_index)
+    pieces = await reading.csv_of(task, user.get_id())
+    if pieces is None:
+        raise HTTPException(409, reading.NOT_SHOWN)
     name = safe_name(f"{task.dag_id}-{task.run_id}-{task.task_id}-{task.map_index}.csv")
     return StreamingResponse(
-        contents.csv_lines(table),
+        pieces,
         media_type="text/csv; charset=utf-8",
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )

@@ -313,12 +313,18 @@ def test_filters_stand_in_the_address(page, kept):
     assert found(f"{span}&verdict=incomplete") == ["2.2", "2.3"]
     assert found(f"{span}&verdict=running") == ["2.4"]
     assert found(f"{span}&source=OTHER%4010.0.0.6:104") == ["2.3"]
-    for bad in ("verdict=nonsense", "since=yesterday", "until=9999-99-99"):
-        answer = page(f"/?dag_id=page_filters&{bad}")
-        assert answer.status_code == 200
-        assert 'role="alert"' in answer.text
-    for odd in ("page=-1", "page=x", "page=99999", "since=0001-01-01&until=9999-12-31", "dag_id=%00", "page=%C2%B2"):
+    for odd in ("page=99999", "since=1970-01-01&until=9998-12-31", "dag_id=%00", "source=%00"):
         assert page(f"/?{odd}").status_code == 200, odd
+
+
+def test_what_makes_no_sense_in_an_address_is_a_bad_request(page):
+    days = ("0001-01-01", "1969-12-31", "9999-12-31", "9999-99-99", "10000-01-01", "-1", "%00", "1e9", "9" * 5000)
+    numbers = ("", "0", "-1", "x", "%C2%B2", "9999999", "9" * 5000)
+    bad = [f"{name}={day}" for name in ("since", "until") for day in days]
+    for address in (*bad, *(f"page={number}" for number in numbers), "verdict=nonsense", "until=yesterday"):
+        answer = page(f"/?{address}")
+        assert answer.status_code == 400, address
+        assert 'role="alert"' in answer.text
 
 
 def test_pages(page, kept):
@@ -355,6 +361,28 @@ def test_what_comes_from_a_dag_is_escaped(page, kept):
         answer = page(path)
         assert answer.status_code == 200, path
         assert "<script>" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"total": 1},
+        {"verdict": ["complete"], "reason": {}, "total": 1, "errors": ["x", {"error": [1]}]},
+        {"verdict": "partial", "completed": 10**30, "bytes": 1e308, "total": 10**400, "failed": 1},
+        {"verdict": "complete", "bytes": "0x10", "duration_seconds": "inf", "completed": "nan", "source": ["a"]},
+        {"verdict": "complete", "total": 1, "source": "s" * 70_000},
+        ["verdict"],
+    ],
+    ids=["bare", "lists", "numbers", "texts", "large", "list"],
+)  # fmt: skip
+def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
+    kept("page_odd", [{"state": "success", "summary": odd}, {"state": "success", "summary": summary(), "label": "2.5"}])
+    for path in ("/", "/?dag_id=page_odd"):
+        answer = page(path)
+        assert answer.status_code == 200
+        assert "2.5" in answer.text
+        assert len(answer.text) < 200_000
+    assert page("/dags/page_odd/runs/manual__1/tasks/get/0").status_code == 200
 
 
 def test_the_chart_says_how_fast_it_was(kept):
@@ -509,22 +537,23 @@ def test_runs_of_a_real_dag(page, run_dag, pacs, archive, first_uid, patient, tm
     for file in (tmp_path / "_manifests").rglob("*.parquet"):
         file.unlink()
     html = page(f"/dags/page_real/runs/{run.run_id}/tasks/again/-1").text
-    assert "cannot be read" in html
+    assert "The manifest cannot be shown" in html
     assert "59 of 60" in html
 
 
 def test_a_manifest_of_many_rows_and_formulas(tmp_path):
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    from airflow_dicom_get.errors import ManifestError
-    from airflow_dicom_get.manifest.schema import manifest_table
-    from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines, table_of
+    from airflow_dicom_get.manifest.files import write_manifest
+    from airflow_dicom_get.manifest.schema import manifest_rows
+    from airflow_dicom_get.plugins.contents import MAX_ROWS, contents_of, csv_lines
     from airflow_dicom_get.records import Instance
 
     def rows():
         for number in range(20_000):
             row = Instance("1.2", f"1.2.{number % 7}", f"1.2.3.{number}")
-            row.state, row.series_number, row.instance_number = "stored", number % 7, number
+            row.state, row.series_number, row.instance_number = "stored", number % 7, 20_000 - number
             row.bytes = 10
             if number % 7 == 3:
                 row.state, row.reason, row.bytes, row.error = "missing", "not_sent", None, "=1+1"
@@ -532,21 +561,25 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
                 row.state, row.reason = "withdrawn", "gone_from_list"
             yield row
 
-    table = manifest_table(rows(), source="A@h:1", destination="/d")
-    contents = contents_of(table)
+    path = tmp_path / "m.parquet"
+    table = manifest_rows(rows(), source="A@h:1", destination="/d")
+    write_manifest(table, path, verdict="partial", evidence="list", run="r")
+    with pq.ParquetFile(path) as file:
+        contents = contents_of(file)
+        text = "".join(csv_lines(file))
     assert (contents.not_held_count, len(contents.not_held)) == (2857, MAX_ROWS)
+    numbers = [row["instance_number"] for row in contents.not_held]
+    assert numbers == sorted(20_000 - number for number in range(3, 20_000, 7))[:MAX_ROWS]
     assert contents.reasons == [("not_sent", 2857)]
     assert contents.remarked_count == 1
     assert [one.number for one in contents.series] == [3, 0, 1, 2, 4, 5, 6]
     assert (contents.series[0].held, contents.series[0].not_held) == (0, 2857)
     assert contents.series[1].held == 2857
-    text = "".join(csv_lines(table))
     assert text.count("\n") == 20_001
     assert ",'=1+1," in text
-    with pytest.raises(ManifestError, match="not in a local folder"):
-        table_of({"kind": "dicom-manifest", "manifest_uri": "s3://bucket/m.parquet"}, None)
-    differences = contents_of(pa.table({"sop_instance_uid": ["1.2"], "symbol": ["<"], "what": ["missing"]}))
-    assert differences.differences_count == 1
+    pq.write_table(pa.table({"sop_instance_uid": ["1.2"], "symbol": ["<"], "what": ["missing"]}), path)
+    with pq.ParquetFile(path) as file:
+        assert contents_of(file).differences_count == 1
 
 
 # --- beside the page -------------------------------------------------------------------------------------

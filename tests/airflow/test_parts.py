@@ -16,7 +16,7 @@ from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOpti
 from airflow_dicom_get.hooks._destinations import check_address, resolve_destinations
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries
-from airflow_dicom_get.operators._manifests import run_name
+from airflow_dicom_get.manifest.files import task_run_name
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.records import Completed, SubOperation
@@ -121,7 +121,7 @@ def test_bad_studies_of_a_list_can_be_left_out_but_not_all_of_them():
 
 
 def test_the_name_of_a_manifest_holds_nothing_that_leads_elsewhere():
-    name = run_name(
+    name = task_run_name(
         dag_id="../x", run_id="manual__2026-01-01T00:00:00+00:00", task_id="group.get", map_index=-1, try_number=2
     )
     assert name == "___x/manual__2026-01-01T00_00_00_00_00/group.get/-1-2"
