@@ -470,7 +470,11 @@ class GetScu:
         try:
             source.check_stopped()
             places.attend(source.cancel)
-            places.prepare()
+            try:
+                places.prepare()
+            except SinkError:
+                source.check_stopped()  # then that is why it failed
+                raise
             if asked is not None:
                 found = Listed(asked.scopes, [], Dropped())
             else:

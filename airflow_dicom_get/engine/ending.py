@@ -67,6 +67,8 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
                     cancel.abort(OVER)
                 if cancel.hard:
                     until = min(until, clock.monotonic() + PATIENCE)
+                if cancel.ending():
+                    cancel.hasten()
             break
         except BaseException as error:
             cancel.abort(type(error).__name__)

@@ -28,6 +28,7 @@ from airflow_dicom_get.errors import (
     ListTooLong,
     NotNegotiated,
     OperationFailed,
+    SinkError,
     unexpected,
 )
 from airflow_dicom_get.net.acse import Proposal
@@ -280,7 +281,11 @@ class StudyRun:
     def _take_inventory(self) -> None:
         state = self._state
         if self._options.resume:
-            state.inventory = self._retrieval.sink.inventory(state.scope.study)
+            try:
+                state.inventory = self._retrieval.sink.inventory(state.scope.study)
+            except SinkError:
+                self._retrieval.source.check_stopped()  # then that is why it failed
+                raise
         if state.listing is not None:
             self._adopt_inventory()
             missing = state.missing()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -120,12 +120,13 @@ class CancelToken:
         ``clock.monotonic()`` value at which its own time, ``deadlines.operation``, is over.
     """
 
-    __slots__ = ("hard", "left", "over_at", "reason")
+    __slots__ = ("_attending", "hard", "left", "over_at", "reason")
 
-    def __init__(self) -> None:
+    def __init__(self, operation: float | None = None) -> None:
         self.reason: str | None = None
         self.hard = self.left = False
-        self.over_at = float("inf")
+        self.over_at = float("inf") if operation is None else clock.monotonic() + operation
+        self._attending: list[Callable[[], object]] = []
 
     def cancel(self, reason: str) -> None:
         """Ask for an orderly end; a second call asks for an abort."""
@@ -142,6 +143,15 @@ class CancelToken:
     def ending(self) -> bool:
         """Whether nothing new is to be begun."""
         return self.reason is not None or clock.monotonic() >= self.over_at
+
+    def attend(self, hasten: Callable[[], object]) -> None:
+        """Have something called again and again by who waits for the call, once it is to end."""
+        self._attending.append(hasten)
+
+    def hasten(self) -> None:
+        """Call these."""
+        for hasten in self._attending:
+            hasten()
 
     def pause(self, seconds: float) -> None:
         """Wait so many seconds, or until a cancel."""

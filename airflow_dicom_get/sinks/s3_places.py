@@ -41,6 +41,7 @@ class BucketPlace:
     def attend(self, cancel: CancelToken) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.attend`."""
         self._cancel = cancel
+        self.bucket.attend(cancel)
 
     def expect(self, sop_classes: Iterable[str]) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.expect`: a bucket takes any."""
@@ -90,7 +91,8 @@ class BucketRoot:
         self.bucket, self.prefix = bucket, prefix
 
     def attend(self, cancel: CancelToken) -> None:
-        """See :meth:`~airflow_dicom_get.sinks.places.Root.attend`: a request ends by itself."""
+        """See :meth:`~airflow_dicom_get.sinks.places.Root.attend`: no request outlasts the run."""
+        self.bucket.attend(cancel)
 
     def prepare(self) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.prepare`."""

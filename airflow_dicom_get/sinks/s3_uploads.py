@@ -19,7 +19,7 @@ PART_SIZE = 8 << 20
 _LEAST_COST = 32 << 10
 """Bytes that a request counts as at least: so many small ones that wait take memory too."""
 _LONGEST_PAUSE = 5.0
-_LONGEST_END = 3.0
+_LONGEST_END = 2.5
 """Seconds that a request may take in a run that is to end at once."""
 LOOK = 0.2
 """Seconds between two looks at whether the run is cancelled."""

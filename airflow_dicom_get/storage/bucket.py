@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
+from weakref import WeakSet
 
+from airflow_dicom_get import clock
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import S3Error, peer_text
 
 REQUESTS_PER_SLOT = 4
 """Requests at a time per ``max_concurrency``: small objects wait for the answer rather than for the line."""
-CONNECT_TIMEOUT = 10
+CONNECT_TIMEOUT = 5
 READ_TIMEOUT = 20
 """Seconds without a byte, after which a request is made again."""
 ATTEMPTS = 5
+_OUTLASTED = 45.0
+"""Seconds after the first try of a request in which another one is begun."""
+_ENDING, _AT_ONCE = 5.0, 1.5
+"""Seconds that an answer may take in a run that is to end, and a request in one that is to end at once."""
 _CHUNK = 1 << 20
 
 _CREDENTIALS = "Check the credentials: the access key, the secret key, and the session token if there is one."
@@ -65,7 +74,7 @@ _HINTS = {
 _WORDS = {"NoCredentialsError": "no credentials were found"}
 """Names of boto3's exceptions that say too little."""
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
-_PASSING_CODES = frozenset(code for code, hint in _HINTS.items() if hint is _LINE)
+_PASSING_CODES = frozenset(code for code, hint in _HINTS.items() if hint is _LINE) | {"RequestTimeout"}
 """Answered with 400, and another try may do better."""
 _FINAL_EXCEPTIONS = frozenset(name for name in _HINTS if name.endswith(("Error", "NotFound")))
 
@@ -78,6 +87,21 @@ class Listed(NamedTuple):
     etag: str
 
 
+class Ending(Protocol):
+    """Whether a run is to end: its :class:`~airflow_dicom_get.net.association.CancelToken`."""
+
+    hard: bool
+
+    def ending(self) -> bool:
+        """Whether nothing new is to be begun."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait so many seconds, or until it is to end."""
+
+    def attend(self, hasten: Callable[[], object]) -> None:
+        """Have something called again and again once it is to end."""
+
+
 class Bucket:
     """One bucket of one service. Thread-safe; the client is made at the first request.
 
@@ -88,14 +112,17 @@ class Bucket:
     config : S3Config, optional
         How to reach it; the usual AWS places by default.
     attempts : int, optional
-        How often a request is made, by botocore's adaptive mode: it waits longer each time, and slows
-        down where the service asks for it.
+        How often a request is made while it fails by something that may pass: after longer waits each time, and in a
+        run that is to end no more. Once no answer came at all, the next request is made once.
     """
 
     def __init__(self, name: str, config: S3Config | None = None, *, attempts: int | None = None) -> None:
         self.name = name
         self.config = config or S3Config()
         self._attempts = ATTEMPTS if attempts is None else attempts
+        self._silent = False
+        self._ending: Ending | None = None
+        self._lines = _Lines()
         self._mutex, self._making = threading.Lock(), threading.Lock()
         self._made: Any = None
         self._probe: str | None = None
@@ -105,10 +132,16 @@ class Bucket:
         """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
 
+    def attend(self, ending: Ending) -> None:
+        """Let the end of a run end the requests: they fail as soon as the service keeps it waiting."""
+        self._ending = ending
+        ending.attend(lambda: self._lines.hang_up(at_once=ending.hard))
+
     def _client(self) -> Any:
         with self._making:
             if self._made is None:
-                self._made = make_client(self.config, self._attempts)
+                self._made = make_client(self.config)
+                self._lines.note(self._made)
             return self._made
 
     def call(self, operation: str, key: str | None = None, **parameters: Any) -> dict[str, Any]:
@@ -123,11 +156,22 @@ class Bucket:
             parameters["Key"] = key
         from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            answer: dict[str, Any] = getattr(self._client(), operation)(Bucket=self.name, **parameters)
-        except (ClientError, BotoCoreError, ValueError) as error:
-            raise self._error(error, operation, key or parameters.get("Prefix")) from error
-        return answer
+        began = clock.monotonic()
+        for attempt in count(1):
+            try:
+                answer: dict[str, Any] = getattr(self._client(), operation)(Bucket=self.name, **parameters)
+            except (ClientError, BotoCoreError, ValueError) as raised:
+                error = self._error(raised, operation, key or parameters.get("Prefix"))
+                last = attempt >= self._attempts or self._silent or clock.monotonic() - began > _OUTLASTED
+                if last or not error.transient or (self._ending is not None and self._ending.ending()):
+                    self._silent = not error.facts["status"]
+                    raise error from raised
+                pause = self._ending.pause if self._ending is not None else clock.sleep
+                pause(clock.jitter(0.0, 1.0) * 2 ** (attempt - 1))
+            else:
+                self._silent = False
+                return answer
+        raise AssertionError  # pragma: no cover - the loop has no end
 
     def stored_as(self) -> dict[str, str]:
         """What is said of every object that is made: encryption and storage class."""
@@ -249,7 +293,58 @@ def _expected_region(message: str) -> str | None:
     return match[1] if match else None
 
 
-def make_client(config: S3Config, attempts: int = ATTEMPTS) -> Any:
+class _Lines:
+    """The connections of a client, to be hung up on: botocore's own end of one leaves those alone that are in use."""
+
+    def __init__(self) -> None:
+        self._open: WeakSet[Any] = WeakSet()
+        self._mutex = threading.Lock()
+
+    def note(self, client: Any) -> None:
+        """Note each connection that a client makes; where it is not botocore's as we know it, its timeouts do."""
+        session = getattr(getattr(client, "_endpoint", None), "http_session", None)
+        kinds = getattr(session, "_pool_classes_by_scheme", {})
+        kinds.update({scheme: self._noting(pool) for scheme, pool in kinds.items()})
+
+    def _noting(self, pool: Any) -> Any:
+        lines = self
+
+        class Line(pool.ConnectionCls):  # type: ignore[misc]
+            began = asked = float("inf")
+
+            def connect(self) -> None:
+                super().connect()
+                with lines._mutex:
+                    lines._open.add(self)
+
+            def putrequest(
+                self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
+            ) -> None:
+                self.began = clock.monotonic()
+                super().putrequest(method, url, skip_host, skip_accept_encoding)
+
+            def getresponse(self) -> Any:
+                self.asked = clock.monotonic()
+                try:
+                    return super().getresponse()
+                finally:
+                    self.asked = float("inf")
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Line})
+
+    def hang_up(self, *, at_once: bool) -> None:
+        """Hang up where a request lasts for long, or unless ``at_once`` only the wait for its answer; any thread."""
+        now = clock.monotonic()
+        with self._mutex:
+            lines = list(self._open)
+        for line in lines:
+            if now - (line.began if at_once else line.asked) > (_AT_ONCE if at_once else _ENDING):
+                # The TLS session is in the hands of another thread, and it is the line below it that is closed.
+                with suppress(OSError, TypeError):
+                    socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
+
+
+def make_client(config: S3Config) -> Any:
     """A boto3 client of a service, set up for many uploads at a time.
 
     :class:`Bucket` asks for it by this name, and calls nothing but its methods: another may be put in its place.
@@ -268,7 +363,8 @@ def make_client(config: S3Config, attempts: int = ATTEMPTS) -> Any:
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=READ_TIMEOUT,
             max_pool_connections=config.max_concurrency * REQUESTS_PER_SLOT,
-            retries={"mode": "adaptive", "total_max_attempts": attempts},
+            # Adaptive: slower where the service asks for it. What is made again, and how often, the bucket decides.
+            retries={"mode": "adaptive", "total_max_attempts": 1},
             tcp_keepalive=True,
             # The digest of each body is given here; what is signed is verified by services that ignore checksums.
             request_checksum_calculation="when_required",

@@ -31,7 +31,7 @@ from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
-from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.s3_servers import BUCKET, FaultProxy, Moto
 from airflow_dicom_get.testing.sample_data import big_study
 from tests.simulation.mutations import Mutation, taken_out
 from tests.support.holdings import Holding
@@ -247,6 +247,52 @@ def test_a_cancel_ends_the_wait_for_a_connection(tmp_path: Path, tls: bool) -> N
         assert (result.verdict, result.reason) == ("cancelled", "stop")
         assert time.monotonic() - began < 8, "the deadline is 10 s"
         assert ours() == []
+
+
+# --- a service that does not answer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["cancel", "cancelled twice", "signal"])
+@pytest.mark.parametrize("silent", ["from the start", "in the middle"])
+def test_a_bucket_that_does_not_answer_does_not_keep_a_run(
+    tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs], moto: Moto, silent: str, way: str
+) -> None:
+    reached = threading.Event()
+
+    def fault(number: int, method: str, path: str) -> str | None:
+        if silent == "from the start" or (method == "PUT" and number > 10):
+            reached.set()
+            return "stall"
+        return None
+
+    prefix = hashlib.sha256(f"{silent} {way}".encode()).hexdigest()[:12]
+    pacs = embedded(ct.folder)
+    with FaultProxy(moto, fault) as service:
+        place = {"destination": f"s3://{BUCKET}/{prefix}", "manifest_root": tmp_path / "to"}
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", **place, s3_config=service.config)
+
+        def cancel() -> None:
+            assert reached.wait(WITHIN)
+            for _ in range(("cancel" in way) + ("twice" in way)):
+                scu.cancel("stop")
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        began = time.monotonic()
+        if way == "signal":
+            with raised_by_signal(reached.is_set), pytest.raises(TaskTimeout):
+                scu.get_study({"StudyInstanceUID": ct.study})
+        else:
+            result = scu.get_study({"StudyInstanceUID": ct.study})
+            assert (result.verdict, result.reason) == ("cancelled", "stop")
+            assert result.completed < 40
+            assert result.manifest_uri is not None
+        assert time.monotonic() - began < WITHIN
+        canceller.join()
+        assert ours() == []
+        assert idle(pacs)
+        service.fault = lambda number, method, path: None
+        assert scu.get_study({"StudyInstanceUID": ct.study}).verdict == "complete"
 
 
 # --- a disk that does not return -------------------------------------------------------------------------------

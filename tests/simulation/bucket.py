@@ -1,8 +1,7 @@
 """A model S3 in the place of :func:`airflow_dicom_get.storage.bucket.make_client`.
 
 A :class:`Service` keeps buckets, a :class:`ModelClient` is what one process has of boto3's client: the methods that
-the package calls, with the answers and the errors of the real one. Requests that fail by something that passes are
-made again as botocore makes them, so that an answer that was lost may come back as a precondition that failed.
+the package calls, with the answers and the errors of the real one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConn
 from botocore.response import StreamingBody
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.storage.bucket import ATTEMPTS
 from tests.simulation.faults import Fault, Process
 from tests.simulation.marks import mark
 
@@ -52,7 +50,6 @@ _STATUSES = {
 }
 """HTTP statuses of S3's error codes. A fault may name each of them, or one of these:"""
 LINE = {"unreachable": EndpointConnectionError, "closed": ConnectionClosedError, "silent": ReadTimeoutError}
-_TRIED_AGAIN = frozenset({"RequestTimeout", "SlowDown"})
 _STORED_AS = frozenset({"ServerSideEncryption", "SSEKMSKeyId", "StorageClass"})
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -145,15 +142,15 @@ class Service:
         self._numbers += 1
         return self._numbers
 
-    def client(self, process: Process | None = None, *, attempts: int = 1) -> ModelClient:
+    def client(self, process: Process | None = None) -> ModelClient:
         """The service as a process sees it."""
-        return ModelClient(self, process or Process(), attempts)
+        return ModelClient(self, process or Process())
 
     def make_client(self, process: Process) -> Callable[..., ModelClient]:
         """What is put in the place of :func:`~airflow_dicom_get.storage.bucket.make_client`."""
 
-        def make(config: object, attempts: int = ATTEMPTS) -> ModelClient:
-            return self.client(process, attempts=attempts)
+        def make(config: object) -> ModelClient:
+            return self.client(process)
 
         return make
 
@@ -185,7 +182,7 @@ class Service:
 
 
 def _request(name: str, *parameters: str) -> Callable[[F], F]:
-    """A request, which meets the faults planned for its method, and is made again as botocore does."""
+    """A request, which meets the faults planned for its method."""
     known = frozenset({"Bucket", *parameters})
 
     def decorate(method: F) -> F:
@@ -193,27 +190,11 @@ def _request(name: str, *parameters: str) -> Callable[[F], F]:
         def called(self: ModelClient, **given: Any) -> Any:
             if unknown := given.keys() - known:
                 raise self.process.breach(f"the model does not know {', '.join(sorted(unknown))} of {name}")
-            for attempt in range(self.attempts):
-                try:
-                    return self.request(method, name, given)
-                except (ClientError, *LINE.values()) as error:
-                    if attempt + 1 == self.attempts or not passes(error):
-                        raise
-                    mark("s3: tried again")
-                    clock.sleep(clock.jitter(0.0, 1.0) * min(2**attempt, 20))
-            raise AssertionError("no attempts")
+            return self.request(method, name, given)
 
         return cast(F, called)
 
     return decorate
-
-
-def passes(error: Exception) -> bool:
-    """Whether botocore makes a request again that failed so."""
-    if not isinstance(error, ClientError):
-        return True
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    return status in (500, 502, 503, 504) or error.response["Error"]["Code"] in _TRIED_AGAIN
 
 
 def refusal(code: str, operation: str) -> ClientError:
@@ -228,8 +209,8 @@ def refusal(code: str, operation: str) -> ClientError:
 class ModelClient:
     """The client of one process."""
 
-    def __init__(self, service: Service, process: Process, attempts: int) -> None:
-        self.service, self.process, self.attempts = service, process, attempts
+    def __init__(self, service: Service, process: Process) -> None:
+        self.service, self.process = service, process
 
     def request(self, method: Callable[..., Any], name: str, given: dict[str, Any]) -> Any:
         """Make a request once."""
