@@ -3,7 +3,7 @@
 A run without faults tells its calls. Every call of those after which programs break (sync, rename, writes of instances
 and of the ledger, requests to S3), and everything that the PACS sends, is then met by every fault that there is for it;
 and each of these histories again by a second one, in the same run behind the first, or in the run that goes on after
-it. The writes of a manifest are met at the first and the last of them alone: nothing is decided between.
+it.
 
 ``python -m tests.simulation.exhaustive --faults 2 --destination folder`` plays all of them.
 """
@@ -31,8 +31,6 @@ POINTS = {
 }
 """By destination the operations that are met, and what becomes of them."""
 BREAKS = ("before close", "half reset", "after silence")
-_MANIFEST_WRITES = 20
-"""Writes in a row, with nothing between, from which on they are those of a manifest."""
 
 
 def quiet(destination: str, *runs: Run) -> History:
@@ -45,15 +43,10 @@ def quiet(destination: str, *runs: Run) -> History:
 def points(destination: str, trace: list[str], sends: int) -> Iterator[tuple[Planned | None, tuple[int, str] | None]]:
     """Each fault that a run with this trace can meet: one of ours, or a break of the PACS."""
     known, counts = POINTS[destination], Counter[str]()
-    for operation, calls in itertools.groupby(trace):
-        numbers = []
-        for _ in calls:
-            counts[operation] += 1
-            numbers.append(counts[operation])
-        if operation == "write" and len(numbers) >= _MANIFEST_WRITES:
-            numbers = [numbers[0], numbers[-1]]
-        for number, what in itertools.product(numbers, known.get(operation, ())):
-            yield Planned(operation, number, what), None
+    for operation in trace:
+        counts[operation] += 1
+        for what in known.get(operation, ()):
+            yield Planned(operation, counts[operation], what), None
     for number, how in itertools.product(range(1, sends + 1), BREAKS):
         yield None, (number, how)
 

@@ -91,11 +91,11 @@ class Faults:
 
     def at(self, operation: str) -> Fault | None:
         """Count a call; what it meets."""
-        self.calls[operation] += 1
+        number = self.calls[operation] = self.calls.get(operation, 0) + 1
         self.trace.append(operation)
-        fault = self._plan(operation, self.calls[operation])
+        fault = self._plan(operation, number)
         if fault is not None:
-            self.met.append((operation, self.calls[operation], fault))
+            self.met.append((operation, number, fault))
         return fault
 
 

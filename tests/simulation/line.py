@@ -29,7 +29,8 @@ class _Pipe:
         self.changed: list[Wait] = []
 
     def change(self) -> None:
-        self.loop.wake_all(self.changed)
+        if self.changed:
+            self.loop.wake_all(self.changed)
 
 
 class Connection:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.simulation import codecs
 from tests.simulation.history import History, history_of
 from tests.simulation.shrink import failure, smallest
 
@@ -121,6 +122,7 @@ def taken_out(name: str, mutation: Mutation | None = None) -> Iterator[Mutation]
     mutation = mutation or MUTATIONS[name]
     module_name, _, path = mutation.where.partition(":")
     module = importlib.import_module(f"airflow_dicom_get.{module_name}")
+    assert not any(module is where and path == known for where, known, _ in codecs.CODECS), f"{path} is remembered"
     *owners, last = path.split(".")
     owner: Any = module
     for part in owners:
@@ -131,10 +133,12 @@ def taken_out(name: str, mutation: Mutation | None = None) -> Iterator[Mutation]
     scope: dict[str, Any] = {}
     exec(compile(source.replace(mutation.old, mutation.new), f"<{name}>", "exec"), module.__dict__, scope)
     setattr(owner, last, scope[last])
+    codecs.forget()
     try:
         yield mutation
     finally:
         setattr(owner, last, real)
+        codecs.forget()
 
 
 def shown(name: str, history: History) -> str | None:

@@ -254,6 +254,10 @@ class Observer:
         if self._lost:
             return
         stream = self._bytes
+        if not stream and len(data) >= 6 and len(data) == 6 + int.from_bytes(data[2:6], "big"):
+            if data[0] == wire.P_DATA:  # a PDU at a time, as nearly always
+                self._items(data[6:])
+            return
         stream += data
         while len(stream) >= 6:
             length = int.from_bytes(stream[2:6], "big")

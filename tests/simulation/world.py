@@ -8,26 +8,27 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from airflow_dicom_get import verify
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery
 from airflow_dicom_get.getscu import GetScu
-from airflow_dicom_get.net import acse, association, peer, transport
-from airflow_dicom_get.net.acse import Proposal
+from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.verify import Verification
+from tests.simulation.codecs import CODECS
 from tests.simulation.destinations import DESTINATIONS, Destination, path_of
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.history import Between, History, Planned, Run
 from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
+from tests.simulation.manifests import PLAIN, plain_rows
 from tests.simulation.marks import in_history, mark
 from tests.simulation.pacs import ModelPacs, listed
 
@@ -35,7 +36,8 @@ NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
 _PAUSE = 60.0
 """Seconds between two runs: the names of runs tell their order by whole seconds."""
-_COLUMNS = ["series_instance_uid", "sop_instance_uid", "state", "reason"]
+PARQUET = 40
+"""Each so many-th history writes its manifests as Parquet."""
 
 
 @dataclass(slots=True)
@@ -183,7 +185,7 @@ class World:
             scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
             played.result = scu.get_study(self.history.query)
             if played.result.rows is not None:
-                played.rows = played.result.rows().select(_COLUMNS).to_pylist()
+                played.rows = plain_rows(played.result.rows())
 
         error = self.call(work, process)
         played.killed = isinstance(error, Killed)
@@ -238,7 +240,8 @@ class World:
 
     def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
         """Do something in a process, and look at what it leaves; what it raised, :class:`Killed` where it was."""
-        with seams([(transport, "connect", self.network.connect), *self.place.seams(process)]):
+        manifests = [] if self.history.seed % PARQUET == 0 else PLAIN
+        with seams([(transport, "connect", self.network.connect), *self.place.seams(process), *manifests]):
             main = self.loop.run(work, process)
             error = main.error
             if process.dead:
@@ -294,11 +297,7 @@ def _fault(planned: Planned) -> Fault:
 @contextmanager
 def seams(models: list[tuple[Any, str, object]]) -> Iterator[None]:
     """Put models in the places of what they are models of: module, name and model of each."""
-    replaced = [
-        *models,
-        (peer, "encode_request", _encode_request),
-        (association, "decode_accept", _decode_accept),
-    ]
+    replaced = [*models, *CODECS]
     real = [getattr(module, name) for module, name, _ in replaced]
     for module, name, model in replaced:
         setattr(module, name, model)
@@ -309,43 +308,28 @@ def seams(models: list[tuple[Any, str, object]]) -> Iterator[None]:
             setattr(module, name, value)
 
 
-# A-ASSOCIATE PDUs depend on nothing but what they are made of; to code them anew for each association is a quarter of
-# what a history costs.
+_numbers = count()
 
 
-def _encode_request(calling: str, called: str, proposals: Sequence[Proposal], **named: Any) -> bytes:
-    named["storage_classes"] = tuple(named.get("storage_classes", ()))
-    return _encoded(calling, called, tuple(proposals), **named)
-
-
-def _decode_accept(data: bytes, proposals: Sequence[Proposal]) -> acse.Accepted:
-    found = _decoded(bytes(data), tuple(proposals))
-    return replace(
-        found,
-        contexts=dict(found.contexts),
-        results=dict(found.results),
-        refused_roles=set(found.refused_roles),
-        answered_roles=set(found.answered_roles),
-        remarks=list(found.remarks),
-    )
-
-
-_encoded = cache(acse.encode_request)
-_decoded = lru_cache(5000)(acse.decode_accept)
-
-
-@cache
 def _freeze() -> None:
-    """Modules are not looked through after each kill."""
+    """Let what a history leaves be all that is looked through after a kill: modules and caches are not, nor old ones.
+
+    What was in use at such a time and is garbage later is found at one of the rare times when all is looked through.
+    """
+    if next(_numbers) % 1000 == 0:
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
 
 
 def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
     """Play a history, with nothing logged; ``told`` takes its transcript."""
-    logging.disable(logging.CRITICAL)
+    quiet = logging.root.manager.disable >= logging.CRITICAL
+    if not quiet:
+        logging.disable(logging.CRITICAL)
     in_history.clear()
     _freeze()
+    collects = gc.isenabled()
     gc.disable()  # garbage is collected where the history says, not by chance
     try:
         with looped(history.seed) as loop:
@@ -356,5 +340,7 @@ def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
                 world.finding("it never returns", error)
             return world
     finally:
-        gc.enable()
-        logging.disable(logging.NOTSET)
+        if collects:
+            gc.enable()
+        if not quiet:
+            logging.disable(logging.NOTSET)

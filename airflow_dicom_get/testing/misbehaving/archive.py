@@ -227,7 +227,7 @@ def encode_identifier(row: Row, syntax: str) -> bytes:
 
 
 def _wanted(tag: int, value: str, wanted: str) -> bool:
-    if not wanted or wanted == "*":
+    if not wanted or wanted in ("*", value):
         return True
     values = value.split("\\")
     vr = _VRS.get(tag)
