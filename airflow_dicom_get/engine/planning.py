@@ -18,7 +18,7 @@ from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidQuery, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.errors import Cancelled, DicomGetError, ListTooLong, NotNegotiated, OperationFailed
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Plan
@@ -99,7 +99,7 @@ def list_studies(
     if not for_get or (len(meant.scopes) == 1 and meant.scopes[0].listed):
         try:
             listings = [list_study(finder, scope, {}, each) for scope in meant.scopes]
-        except (InvalidQuery, NotNegotiated, OperationFailed, ListTooLong) as error:
+        except (NotNegotiated, OperationFailed, ListTooLong) as error:
             if not for_get:
                 raise
             log.debug("left to the run of the study: %s", error.message)

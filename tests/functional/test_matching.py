@@ -99,6 +99,14 @@ class TestLying:
             getattr(scu(mode), verb)(ASKED)
         assert not stored(tmp_path)
 
+    @pytest.mark.parametrize("mode", SILENT)
+    @pytest.mark.parametrize("verb", ["get_study", "plan"])
+    def test_a_key_of_series_that_is_left_out_is_named(self, scu: Any, tmp_path: Path, mode: str, verb: str) -> None:
+        client = scu(mode)
+        with pytest.raises(InvalidQuery, match="does not support the key Modality at SERIES level"):
+            getattr(client, verb)({"StudyInstanceUID": client.pacs.study_uid, "Modality": "CT"})
+        assert not stored(tmp_path)
+
     @pytest.mark.parametrize("level", ["STUDY", "SERIES", "IMAGE"])
     @pytest.mark.parametrize("mode", LYING)
     def test_find(self, scu: Any, caplog: pytest.LogCaptureFixture, mode: str, level: str) -> None:
