@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, MR, STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
@@ -77,6 +78,8 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
 BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict")
 
 
+MATCHING = ("prefix", "folds", "ignores", "ignores", "leaves out", "empties")
+"""Ways in which a PACS matches keys as it should not."""
 MALFORMED = 0.15
 """Share of the studies in which a UID is malformed: none until these are rows."""
 
@@ -135,6 +138,7 @@ class History:
     verify: bool = False
     """Whether ``verify`` is asked at the end, after ``harms``."""
     harms: tuple[Between, ...] = ()
+    model: str = "StudyRoot"
 
     def to_json(self) -> str:
         """The history as text, to be kept."""
@@ -170,13 +174,13 @@ def _tuples(lists: list[list[Any]]) -> tuple[Any, ...]:
 def history_of(seed: int) -> History:
     """A history by chance."""
     chance = random.Random(seed)
-    instances = _study(chance)
+    habits = _habits(chance)
+    instances = _study(chance, habits)
     count = sum(i.study == STUDY_UID for i in instances)
     ill_chance = chance.choice((0.0, 0.3, 0.7))
     runs = chance.choice((1, 1, 2, 2, 3))
     common = _options(chance)
     destination = chance.choice(("folder", "folder", "bucket"))
-    habits = _habits(chance)
     if habits.cap and chance.random() < 0.5:
         common["list_limit"] = str(habits.cap)
     steps: list[Run | Between] = []
@@ -186,7 +190,7 @@ def history_of(seed: int) -> History:
         steps.append(_run(chance, count, ill_chance, common, destination))
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
-    query = _query(chance, instances)
+    query, model = _query(chance, instances, habits)
     verify = query == {"StudyInstanceUID": STUDY_UID} and chance.random() < 0.3
     harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
     return History(
@@ -200,20 +204,26 @@ def history_of(seed: int) -> History:
         _traits(chance, destination),
         verify,
         tuple(harms) if verify else (),
+        model,
     )
 
 
-def _study(chance: random.Random) -> tuple[Instance, ...]:
+def _study(chance: random.Random, habits: Habits) -> tuple[Instance, ...]:
     series = chance.choice((1, 1, 2, 2, 3))
     each = chance.choice((1, 2, 3, 3, 5, 8))
     size = chance.choice((700, 1500, 1500, 4000))
     instances = archive.build(series=series, instances=each, size=size, pairs=chance.choice(PAIRS))
+    if chance.random() < 0.3:
+        instances = [replace(i, modality="MR") if i.series_number == 2 else i for i in instances]
     if chance.random() < MALFORMED:
         _malform(chance, instances)
     if chance.random() < 0.1 and len({i.series for i in instances}) > 1:
         first, other = instances[0], next(i for i in instances if i.series != instances[0].series)
-        instances.append(replace(first, series=other.series, salt=chance.choice((0, 1))))
-    return (*instances, *archive.others(size)[:2])
+        instances.append(replace(first, series=other.series, modality=other.modality, salt=chance.choice((0, 1))))
+    others = archive.others(size)
+    if habits.matching == "folds":
+        return (*instances, replace(others[4], patient_id="0hostile1", accession="Hostile-Acc"))
+    return (*instances, *others[:2])
 
 
 def _malform(chance: random.Random, instances: list[Instance]) -> None:
@@ -228,20 +238,31 @@ def _habits(chance: random.Random) -> Habits:
         cap=chance.choice((0, 0, 0, 0, 0, 0, 0, 2, 3, 5)),
         syntaxes=chance.random() < 0.3,
         counters=chance.choice(("true", "true", "true", "none")),
+        classes=chance.random() < 0.75,
+        matching=chance.choice(MATCHING) if chance.random() < 0.3 else "exact",
+        model="patient" if chance.random() < 0.15 else "both",
+        gets="series" if chance.random() < 0.1 else "asked",
     )
 
 
-def _query(chance: random.Random, instances: tuple[Instance, ...]) -> dict[str, Any]:
+def _query(chance: random.Random, instances: tuple[Instance, ...], habits: Habits) -> tuple[dict[str, Any], str]:
+    """The query, and the information model in which it is asked."""
     first = instances[0]
-    match chance.randrange(10):
+    model = "PatientRoot" if habits.model == "patient" or chance.random() < 0.1 else "StudyRoot"
+    study = {"StudyInstanceUID": STUDY_UID}
+    match chance.randrange(7 if habits.matching != "exact" else 14):
         case 0:
-            return {"StudyInstanceUID": STUDY_UID, "SeriesInstanceUID": first.series}
-        case 1:
-            return {"AccessionNumber": first.accession}
-        case 2:
-            return {"PatientID": first.patient_id, "StudyDate": first.date}
+            return study | {"SeriesInstanceUID": first.series}, model
+        case 1 | 2:
+            return {"AccessionNumber": first.accession}, model
+        case 3 | 4:
+            return {"PatientID": first.patient_id, "StudyDate": first.date}, model
+        case 5:
+            return study | {"Modality": chance.choice(("CT", "MR"))}, model
+        case 6 if is_uid(first.sop):
+            return study | {"SeriesInstanceUID": first.series, "SOPInstanceUID": first.sop}, model
         case _:
-            return {"StudyInstanceUID": STUDY_UID}
+            return study, model
 
 
 def _options(chance: random.Random) -> dict[str, Any]:
@@ -259,6 +280,8 @@ def _options(chance: random.Random) -> dict[str, Any]:
         options["verify_held"] = "size"
     if chance.random() < 0.15:
         options["ack"] = "durable"
+    if chance.random() < 0.15:
+        options["sop_classes"] = chance.choice(([CT], [MR], [MR], [CT, MR]))
     return options
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
 from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import mark
-from tests.simulation.pacs import Find, Key, listed
+from tests.simulation.pacs import SERIES, SOP, SOP_CLASS, Find, Key, listed
 from tests.simulation.world import Played, World
 
 LONGEST = 2 * 3600.0
@@ -60,17 +60,34 @@ def _is_whole(world: World, path: str, key: Key, content: bytes) -> bool:
 
 
 def _nothing_foreign(world: World, files: dict[str, bytes]) -> None:
-    for path, study, key, _ in final_files(files):
+    for path, study, key, content in final_files(files):
         if study != STUDY_UID or ((study, *key) not in world.pacs.ever and not world.pacs.sent[key]):
             world.finding("stored though it is not meant", path)
-        elif not meant(world, key):
+        elif not meant(world, key, world.classes) or (
+            world.classes is not None and (found := class_of(data_set(content))) and found not in world.classes
+        ):
             world.finding("stored though the query does not mean it", path)
 
 
-def meant(world: World, key: Key) -> bool:
-    """Whether the query means an instance of the study."""
-    series = world.history.query.get("SeriesInstanceUID")
-    return series is None or key[0] == series
+def meant(world: World, key: Key, classes: Collection[str] | None) -> bool:
+    """Whether the query means an instance of the study, in these classes; what was never there may be meant."""
+    query, known = world.history.query, world.pacs.known.get(key)
+    if query.get("SeriesInstanceUID", key[0]) != key[0] or query.get("SOPInstanceUID", key[1]) != key[1]:
+        return False
+    if known is None:
+        return "Modality" not in query or any(
+            series == key[0] and i.modality == query["Modality"] for (series, _), i in world.pacs.known.items()
+        )
+    return query.get("Modality", known.modality) == known.modality and (classes is None or known.sop_class in classes)
+
+
+def class_of(data: bytes) -> str:
+    """The SOP Class UID that a data set in little endian names; empty where it is torn off."""
+    at = data.find(b"\x08\x00\x16\x00", 0, 100)
+    if at < 0:
+        return ""
+    (length,) = struct.unpack_from("<H", data, at + (6 if data[at + 4 : at + 6] == b"UI" else 4))
+    return data[at + 8 : at + 8 + length].decode("latin-1").strip("\0")
 
 
 def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None:
@@ -121,9 +138,12 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
     if len(lists) < 2:
         world.finding("complete without a second list", len(lists))
         return
-    wanted = {key for named in lists[-2:] for key in named if meant(world, key)}
+    classes = run.run.options.get("sop_classes")
+    wanted = {key for named in lists[-2:] for key in named if meant(world, key, classes)}
+    if classes is not None:
+        wanted -= _of_other_classes(finds, classes)
     if not run.changed and not _lists_lie(run) and not (world.history.habits.cap and _cut_unseen(world, finds)):
-        wanted |= {key for key in _listable(world) if meant(world, key)}
+        wanted |= {key for key in _listable(world) if meant(world, key, classes)}
     if any(not is_uid(sop) or not is_uid(series) for series, sop in wanted):
         world.finding("complete, and a listed UID is malformed", wanted)
     durable = world.place.durable() if run.run.options.get("durable", True) else files
@@ -137,6 +157,16 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and other bytes than were sent", path)
         elif files[path] == world.theirs.get(path) and _is_looked_at(world, run):
             world.finding("complete, and somebody else's file", path)
+
+
+def _of_other_classes(finds: list[Find], classes: Collection[str]) -> set[Key]:
+    """What lists say is of a class that is not wanted."""
+    return {
+        (find.query.get(SERIES, ""), row[SOP])
+        for find in finds
+        for row in find.rows
+        if find.level == "IMAGE" and SOP in row and row.get(SOP_CLASS, "") not in ("", *classes)
+    }
 
 
 def _is_looked_at(world: World, run: Played) -> bool:
@@ -209,12 +239,12 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
 
 def has_ended(world: World, run: Played) -> bool:
     """Whether a run in which all was well ended in ``complete``, or in a verdict that names what cannot be had."""
+    there = [key for key in _listable(world) if meant(world, key, run.run.options.get("sop_classes"))]
     if run.result is None:
-        return run.refused is not None and not _listable(world)
+        return run.refused is not None and (not there or _says_nothing(world))
     verdict, habits = run.result.verdict, world.history.habits
     if verdict == "complete":
         return True
-    there = [key for key in _listable(world) if meant(world, key)]
     if verdict == "empty":
         return not there
     malformed = {key for key in there if not (is_uid(key[0]) and is_uid(key[1]))}
@@ -234,6 +264,13 @@ def has_ended(world: World, run: Played) -> bool:
             case "failed":
                 return False
     return bool(run.rows)
+
+
+def _says_nothing(world: World) -> bool:
+    """Whether the PACS leaves a key of the query out, or empty, in all its answers."""
+    return world.history.habits.matching in ("leaves out", "empties") and any(
+        not keyword.endswith("InstanceUID") for keyword in world.history.query
+    )
 
 
 def agrees(world: World, run: Played, exit_code: int) -> None:

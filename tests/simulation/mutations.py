@@ -110,6 +110,33 @@ MUTATIONS: Mapping[str, Mutation] = {
         "True",
         "complete, and somebody else's file",
     ),
+    "two_series_of_one_uid_are_one_instance": Mutation(
+        "engine.listing:_Lister._take_row",
+        "if not scope.names(series.uid, sop):",
+        "if not scope.names(series.uid, sop) or any(x == sop and s != series.uid for s, x in listing.instances):",
+        "complete, and not there",
+    ),
+    "the_patient_id_is_left_out_below_the_study": Mutation(
+        "engine.listing:_Lister._keys",
+        "self._scope.patient_keys() if self._finder.by_patient else {}",
+        "{}",
+        "it never comes to an end",
+    ),
+    "the_patient_id_is_left_out_of_a_get": Mutation(
+        "engine.requests:Request.keys", "keys |= scope.patient_keys()", "pass", "it never comes to an end"
+    ),
+    "another_class_is_stored_once_it_is_sent": Mutation(
+        "engine.receiver:Receiver.begin",
+        "elif wanted is not None and request.sop_class not in wanted:",
+        "elif False:",
+        "stored though the query does not mean it",
+    ),
+    "counts_are_held_against_the_narrowed_list": Mutation(
+        "engine.listing:Listing.lists",
+        "Below(one.rows, one.listed, one.related_instances, self.images_filtered)",
+        "Below(one.rows, sum(of == one.uid for of, _ in self.instances), one.related_instances, self.images_filtered)",
+        "it never comes to an end",
+    ),
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),

@@ -21,10 +21,14 @@ from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, Behavi
 from airflow_dicom_get.testing.misbehaving.line import Line
 from airflow_dicom_get.testing.misbehaving.link import Link
 from airflow_dicom_get.testing.misbehaving.scp import Scp
-from airflow_dicom_get.testing.misbehaving.wire import GoneError, Message
+from airflow_dicom_get.testing.misbehaving.wire import Answer, AssociateRequest, GoneError, Message
 from tests.simulation.marks import mark
 
 STUDY, SERIES, SOP, LEVEL = 0x0020000D, 0x0020000E, 0x00080018, 0x00080052
+SOP_CLASS, SOP_CLASSES, ACCESSION, MODALITY, PATIENT = 0x00080016, 0x00080062, 0x00080050, 0x00080060, 0x00100020
+_UIDS = frozenset({STUDY, SERIES, SOP, SOP_CLASS, SOP_CLASSES})
+_STUDY_ROOT = frozenset({"1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.2.3"})
+_PATIENT_ROOT = frozenset({"1.2.840.10008.5.1.4.1.2.1.1", "1.2.840.10008.5.1.4.1.2.1.3"})
 _COUNTS = (0x00201206, 0x00201208, 0x00201209)
 Key = tuple[str, str]
 """Series and SOP Instance UID: what makes an instance of a study."""
@@ -46,12 +50,27 @@ class Habits:
         Whether lists tell transfer syntaxes.
     counters : {"true", "none"}
         Of its C-GET responses.
+    classes : bool
+        Whether lists tell SOP classes.
+    matching : {"exact", "prefix", "folds", "ignores", "leaves out", "empties"}
+        How it matches Accession Number, Patient ID and Modality: as it should, by prefix, without regard to case and
+        leading zeros, or not at all; in the last two cases its answers leave them out, or empty. One that ``ignores``
+        matches no UIDs either.
+    model : {"both", "patient"}
+        The information models that it offers. In Patient Root it wants the Patient ID below the level of the study, and
+        in every C-GET.
+    gets : {"asked", "series"}
+        What a C-GET for instances brings: these, or all of their series.
     """
 
     counts: str = "true"
     cap: int = 0
     syntaxes: bool = False
     counters: str = "true"
+    classes: bool = True
+    matching: str = "exact"
+    model: str = "both"
+    gets: str = "asked"
 
 
 @dataclass(slots=True)
@@ -111,6 +130,8 @@ class ModelPacs:
 
     Attributes
     ----------
+    known : dict
+        By (series, sop) the instances of the study that it ever held.
     finds, gets : list
         What was asked of it.
     sent : dict
@@ -130,6 +151,7 @@ class ModelPacs:
         self.habits = habits
         self.unlisted: set[Key] = set()
         self.ever: set[tuple[str, str, str]] = {(i.study, i.series, i.sop) for i in instances}
+        self.known = self.held()
         self.finds: list[Find] = []
         self.gets: list[Get] = []
         self.sent: dict[Key, list[bytes]] = defaultdict(list)
@@ -180,6 +202,7 @@ class ModelPacs:
             change = self._changes.pop(0)
             CHANGES[change.what](self, change.which)
             self.ever |= {(i.study, i.series, i.sop) for i in self.site.instances}
+            self.known |= self.held()
             self.log.append(("change", change.what, change.which))
             mark(f"archive: {change.what}")
 
@@ -335,6 +358,13 @@ class Habitual(Behaviour):
     number_in_run = 0
     _find: Find | None = None
     _get: Get | None = None
+    _by_patient = False
+
+    def negotiate(self, request: AssociateRequest) -> list[Answer]:
+        answers = super().negotiate(request)
+        if self.pacs.habits.model == "patient":
+            answers = [replace(a, result=3) if a.abstract in _STUDY_ROOT else a for a in answers]
+        return answers
 
     # --- lists ---------------------------------------------------------------------------------
 
@@ -343,6 +373,12 @@ class Habitual(Behaviour):
         query = archive.parse_identifier(message.data, self.syntax_of(message.context))
         self._find = Find(self.pacs.run, self.number_in_run, query.get(LEVEL, ""), query)
         self.pacs.finds.append(self._find)
+        if message.text(wire.CLASS) in _PATIENT_ROOT:
+            mark("list: in Patient Root")
+            if self._find.level != "STUDY" and not query.get(PATIENT):
+                mark("list: refused without the Patient ID")
+                self.respond(message, 0xA900)
+                return
         super().find(message)
 
     def respond(self, message: Message, status: int, data: bytes = b"") -> None:
@@ -372,12 +408,36 @@ class Habitual(Behaviour):
                 del row[tag]
             elif tag in row and counts == "high":
                 row[tag] = str(int(row[tag]) + 1)
+        if not self.pacs.habits.classes:
+            row.pop(SOP_CLASS, None)
+            row.pop(SOP_CLASSES, None)
         return row
 
     def rows(self, level: str, query: Row) -> Iterable[Row]:
-        rows = super().rows(level, query)
+        rows = super().rows(level, query) if self.pacs.habits.matching == "exact" else self._loosely(level, query)
         cap = self.pacs.habits.cap
         return self._cut(iter(rows), cap) if cap else rows
+
+    def _loosely(self, level: str, query: Row) -> Iterator[Row]:
+        how = self.pacs.habits.matching
+        keys = {tag: value for tag, value in query.items() if value and tag != LEVEL and tag not in _UIDS}
+        if keys:
+            mark(f"list: a key is matched loosely ({how})")
+        if how in ("prefix", "folds"):
+            alike = _begins if how == "prefix" else _folds
+            text = {tag: value for tag, value in keys.items() if tag in (ACCESSION, MODALITY, PATIENT)}
+            for row in super().rows(level, query | dict.fromkeys(text, "")):
+                if all(tag not in row or alike(row[tag], value) for tag, value in text.items()):
+                    yield row
+            return
+        for row in super().rows(level, query | dict.fromkeys(query if how == "ignores" else keys, "") | {LEVEL: level}):
+            match how:
+                case "leaves out":
+                    yield {tag: value for tag, value in row.items() if tag not in keys}
+                case "empties":
+                    yield row | dict.fromkeys(keys, "")
+                case _:
+                    yield row
 
     def _cut(self, rows: Iterator[Row], cap: int) -> Iterator[Row]:
         yield from islice(rows, cap)
@@ -400,7 +460,19 @@ class Habitual(Behaviour):
         assert isinstance(link, ModelLink)
         link.observer.get = self._get
         self.pacs.log.append(("get", level, len(self._get.uids)))
+        self._by_patient = message.text(wire.CLASS) in _PATIENT_ROOT
         super().get(message)
+
+    def select(self, request: Row) -> list[Instance]:
+        if self._by_patient:
+            mark("get: in Patient Root")
+            if not request.get(PATIENT):
+                raise archive.RefusedError(0xA900)
+        if self.pacs.habits.gets == "series" and request.get(LEVEL) == "IMAGE":
+            mark("get: a whole series for some of it")
+            request = request | {LEVEL: "SERIES"}
+        found = super().select(request)
+        return [x for x in found if x.patient_id == request[PATIENT]] if self._by_patient else found
 
     def operate(self, retrieval: Retrieval, instance: Instance) -> None:
         self.pacs.moment()
@@ -417,6 +489,14 @@ class Habitual(Behaviour):
         status = super().await_response(retrieval)
         self.pacs.log.append(("answered", status))
         return status
+
+
+def _begins(have: str, wanted: str) -> bool:
+    return have.startswith(wanted)
+
+
+def _folds(have: str, wanted: str) -> bool:
+    return have.lstrip("0").upper() == wanted.lstrip("0").upper()
 
 
 _CLASSES: dict[str | None, type[Behaviour]] = {None: Habitual}
@@ -473,13 +553,19 @@ def _series(number: int) -> str:
     return f"2.25.{int(STUDY_UID.removeprefix('2.25.')) + number * 10**8}"
 
 
+def _in_series(pacs: ModelPacs, instance: Instance, series: str) -> Instance:
+    """The instance as one of another series: the modality is the same in all of it."""
+    modality = next((i.modality for i in pacs.site.instances if i.series == series), instance.modality)
+    return replace(instance, series=series, modality=modality)
+
+
 def _move(pacs: ModelPacs, which: int) -> None:
     """An instance moves into another series."""
     moved = pacs.changeable(which)
     if moved is not None:
         there = _other_series(pacs, moved)
         if not any(i.series == there and i.sop == moved.sop for i in pacs.site.instances):
-            pacs.site.instances[pacs.site.instances.index(moved)] = replace(moved, series=there)
+            pacs.site.instances[pacs.site.instances.index(moved)] = _in_series(pacs, moved, there)
 
 
 def _twin(pacs: ModelPacs, which: int) -> None:
@@ -488,7 +574,7 @@ def _twin(pacs: ModelPacs, which: int) -> None:
     if first is not None:
         there = _other_series(pacs, first)
         if not any(i.series == there and i.sop == first.sop for i in pacs.site.instances):
-            pacs.site.instances.append(replace(first, series=there, salt=first.salt + 1))
+            pacs.site.instances.append(replace(_in_series(pacs, first, there), salt=first.salt + 1))
 
 
 def _correct(pacs: ModelPacs, which: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
@@ -58,10 +58,11 @@ def _smaller(history: History) -> Iterator[History]:
             continue
         for smaller in _smaller_runs(step):
             yield replace(history, steps=(*history.steps[:at], smaller, *history.steps[at + 1 :]))
-    for name in ("counts", "cap", "syntaxes", "counters"):
-        plain = getattr(Habits(), name)
+    for name, plain in asdict(Habits()).items():
         if getattr(history.habits, name) != plain:
             yield replace(history, habits=replace(history.habits, **{name: plain}))
+    if history.model != "StudyRoot" and history.habits.model != "patient":
+        yield replace(history, model="StudyRoot")
     if history.query != {"StudyInstanceUID": STUDY_UID}:
         yield replace(history, query={"StudyInstanceUID": STUDY_UID})
     if history.traits:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow_dicom_get.net.transcript import line_of
-from tests.simulation.history import BREAKS, history_of
+from tests.simulation.history import BREAKS, MATCHING, history_of
 from tests.simulation.marks import reached
 from tests.simulation.world import play
 
@@ -28,6 +28,9 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "a listed UID is malformed": ("list: a malformed UID",),
     "a list is cut": ("list: cut at SERIES", "list: cut at IMAGE"),
     "a PACS answers more than it was asked": ("list: another study",),
+    "a key is matched loosely": tuple(f"list: a key is matched loosely ({how})" for how in sorted(set(MATCHING))),
+    "a PACS of Patient Root": ("list: in Patient Root", "get: in Patient Root"),
+    "some classes alone are wanted": ("sop_classes", "sop_classes, and lists tell none"),
     "an instance moves, or two have one UID": ("archive: move", "archive: twin"),
     "a study grows and shrinks": ("archive: add", "archive: add series", "archive: remove", "archive: unlist"),
     "an instance is sent again with other bytes": ("archive: correct", "pacs: other bytes of one instance"),

@@ -100,6 +100,8 @@ class World:
         Paths of what some run said it holds, for good.
     torn : set of str
         Paths of what somebody has cut short.
+    classes : frozenset of str, optional
+        The SOP classes that any run wants; None for all.
     """
 
     def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
@@ -114,6 +116,10 @@ class World:
         self.torn: set[str | None] = set()
         self.trace: list[Any] = []
         self.sends: list[int] = []
+        wanted = [step.options.get("sop_classes") for step in history.steps if isinstance(step, Run)]
+        self.classes = (
+            frozenset(uid for uids in wanted for uid in uids or ()) if wanted and None not in wanted else None
+        )
 
     def finding(self, what: str, *details: object) -> None:
         """Something is wrong."""
@@ -152,6 +158,8 @@ class World:
         options = self.healing_options()
         if not self.history.verify or not options.get("store_with_file_meta", True) or "checksum" in options:
             return  # it reads files of DICOM, and a digest there must be to be looked at
+        if "sop_classes" in options:
+            return  # it compares all that is listed
         for harm in self.history.harms:
             self.between(harm)
         exit_code = self.verify()
@@ -183,7 +191,7 @@ class World:
             transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
             options = {**self.place.options, **run.options}
             scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
-            played.result = scu.get_study(self.history.query)
+            played.result = scu.get_study(self.history.query, query_model=self.history.model)
             if played.result.rows is not None:
                 played.rows = plain_rows(played.result.rows())
 
@@ -203,6 +211,8 @@ class World:
         self.trace.append((played.verdict, self.loop.at, played.rows, process.faults.trace))
         self.sends.append(self.pacs.sends)
         mark(f"verdict: {played.verdict}")
+        if "sop_classes" in run.options:
+            mark("sop_classes" if self.history.habits.classes else "sop_classes, and lists tell none")
         for operation, _, fault in played.met:
             mark(f"fault: {operation} {fault.ends or fault.error or 'short'}")
 
@@ -215,7 +225,12 @@ class World:
             options = dict(self.place.options)
             options["list_limit"] = self.healing_options().get("list_limit")
             result = verify.verify(
-                study=STUDY_UID, addr=NODE, destination=self.place.address, deadlines=DEADLINES, **options
+                study=STUDY_UID,
+                addr=NODE,
+                destination=self.place.address,
+                query_model=self.history.model,
+                deadlines=DEADLINES,
+                **options,
             )
             seen.append(result)
 

@@ -59,6 +59,7 @@ class Instance:
     accession: str = ACCESSION
     date: str = STUDY_DATE
     time: str = "101112"
+    modality: str = "CT"
 
     def elements(self) -> list[Element]:
         """All elements before the pixel data."""
@@ -68,7 +69,7 @@ class Instance:
             (0x00080018, b"UI", self.sop),
             (0x00080020, b"DA", self.date),
             (0x00080030, b"TM", self.time),
-            (0x00080060, b"CS", "CT"),
+            (0x00080060, b"CS", self.modality),
             (0x00100010, b"PN", PATIENT_NAME),
             (0x00100020, b"LO", self.patient_id),
             (0x0020000D, b"UI", self.study),
@@ -256,13 +257,13 @@ def attributes(level: str, group: Sequence[Instance]) -> Row:
         0x0020000D: first.study,
     }
     if level == "STUDY":
-        row[0x00080061] = "CT"
+        row[0x00080061] = "\\".join(sorted({i.modality for i in group}))
         row[0x00080062] = "\\".join(sorted({i.sop_class for i in group}))
         row[0x00201206] = str(len({i.series for i in group}))
         row[0x00201208] = str(len(group))
         return row
     row[0x0020000E] = first.series
-    row[0x00080060] = "CT"
+    row[0x00080060] = first.modality
     row[0x00200011] = str(first.series_number)
     if level == "SERIES":
         row[0x00201209] = str(len(group))
