@@ -11,6 +11,8 @@ IMPLEMENTATION_VERSION = "DICOMGET_01"
 
 _SHORT = struct.Struct("<HH2sH")
 _LONG = struct.Struct("<HH2sHL")
+_BEGIN = b"DICM" + _SHORT.pack(2, 0, b"UL", 4)
+"""What follows the preamble: the prefix, and the head of the length of the meta information."""
 META_LIMIT = 1 << 16
 """Bytes of a file that are read for its meta information."""
 
@@ -43,7 +45,7 @@ def file_header(sop_class: str, sop_instance: str, syntax: str, *, calling: str,
         + _element(0x0003, b"UI", sop_instance.encode())
         + _tail(syntax, calling, called, calling)
     )
-    return bytes(128) + b"DICM" + _SHORT.pack(2, 0, b"UL", 4) + struct.pack("<L", len(body)) + body
+    return bytes(128) + _BEGIN + struct.pack("<L", len(body)) + body
 
 
 class FileMeta(NamedTuple):
@@ -57,7 +59,7 @@ class FileMeta(NamedTuple):
 
 def read_file_meta(head: bytes) -> FileMeta | None:
     """Read the meta information from the first bytes of a file; None if it is not a Part 10 file."""
-    if len(head) < 144 or head[128:132] != b"DICM" or head[132:140] != b"\2\0\0\0UL\4\0":
+    if len(head) < 144 or head[128:140] != _BEGIN:
         return None
     offset = 144 + struct.unpack_from("<L", head, 140)[0]
     if offset > len(head):
@@ -80,3 +82,10 @@ def read_file_meta(head: bytes) -> FileMeta | None:
         return None
     text = [values[tag].rstrip(b"\0 ").decode("ascii", "replace") for tag in sorted(wanted)]
     return FileMeta(text[0], text[1], text[2], offset)
+
+
+def ends_in_meta(head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes, which begins with ``head``, is a Part 10 file cut off before its data set."""
+    if size < 144:
+        return len(head) > 128 and _BEGIN.startswith(head[128:140])
+    return head[128:140] == _BEGIN and size < 144 + struct.unpack_from("<L", head, 140)[0]

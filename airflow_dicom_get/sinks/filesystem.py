@@ -21,7 +21,7 @@ from typing import Any
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
@@ -690,7 +690,9 @@ class _FileWriter:
         if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
             return True
         if meta is None:  # a bare data set, or no DICOM file: but for one that begins with zeros, as crashes leave them
-            return not any(self._disk.read_at(fd, _PREAMBLE, 0))
+            return not any(self._disk.read_at(fd, _PREAMBLE, 0)) or ends_in_meta(
+                self._disk.read_at(fd, META_LIMIT, 0), size
+            )
         return not ends_whole(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
 
     def _put_over(self, final: str) -> Taken:

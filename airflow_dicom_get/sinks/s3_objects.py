@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, ends_in_meta, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.sinks.objects import ends_whole
@@ -118,14 +118,18 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
     with copied(bucket, key) as copy:
         whole, behind_our_head = hashlib.sha256(), hashlib.sha256(ours.head)
         with files.opened(copy) as fd:
-            meta = read_file_meta(files.disk.read_at(fd, META_LIMIT, 0))
+            head = files.disk.read_at(fd, META_LIMIT, 0)
+        meta = read_file_meta(head)
         offset, position = (meta.dataset_offset if meta is not None else 0), 0
         for chunk in files.read_chunks(copy):
             whole.update(chunk)
             behind_our_head.update(chunk[max(offset - position, 0) :])
             position += len(chunk)
         same = behind_our_head.digest() == ours.sha256
-        complete = same or (size > offset and (meta is None or ends_whole(copy, meta)))
+        if same or size <= offset:
+            complete = same
+        else:
+            complete = not ends_in_meta(head, size) if meta is None else ends_whole(copy, meta)
     return Existing(same, complete, size, whole.digest(), offset, etag)
 
 

@@ -14,6 +14,7 @@ from airflow_dicom_get.dicom.part10 import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION,
     META_LIMIT,
+    ends_in_meta,
     file_header,
     read_file_meta,
 )
@@ -89,6 +90,14 @@ def test_any_bytes(head: bytes) -> None:
 @given(st.integers(0, len(HEADER) - 1))
 def test_no_part_of_a_header_is_taken_for_a_whole_one(size: int) -> None:
     assert read_file_meta(HEADER[:size]) is None
+    assert ends_in_meta(HEADER[:size], size) == (size > 128)
+
+
+def test_what_lies_behind_the_limit_or_is_no_part_10_file_is_not_cut_off() -> None:
+    assert not ends_in_meta(HEADER, len(HEADER))
+    assert not ends_in_meta(HEADER[:200], 10**6)
+    assert not ends_in_meta(bytes(128) + b"DICM" + bytes(100), 232)
+    assert not ends_in_meta(b"moved to another place", 22)
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 0x7FFFFFFF, 0xFFFFFFFF])
