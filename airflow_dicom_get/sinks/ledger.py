@@ -146,7 +146,9 @@ class LedgerWriter:
         folder = root / ".ledger" / study
         self._disk = files.disk
         self._destination = destination
-        self._new_in = files.make_folders(folder)
+        self._root = root
+        # A run that was killed may have made some of them, and not have made them durable.
+        self._unsynced = [folder, folder.parent, root, root.parent, *files.make_folders(folder)]
         self.path = folder / f"{run}.jsonl"
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()
@@ -178,12 +180,15 @@ class LedgerWriter:
         self._append(dropped_line(key, self._destination))
 
     def sync(self) -> None:
-        """See :meth:`Ledger.sync`: the file, and the folders in which it is new."""
+        """See :meth:`Ledger.sync`: the file, and once the folders in which it may be new."""
         self._disk.sync(self._fd)
-        sync_path(self.path.parent)
-        for folder in self._new_in:
-            sync_path(folder)
-        self._new_in = []
+        for folder in dict.fromkeys(self._unsynced):
+            try:
+                sync_path(folder)
+            except PermissionError:  # above the root one may not look
+                if folder.is_relative_to(self._root):
+                    raise
+        self._unsynced = []
 
     def close(self) -> None:
         """Close; a ledger that recorded nothing is removed."""
