@@ -234,6 +234,11 @@ REASONS: Mapping[str, Reason] = {
         local=True,
     ),
     "empty_dataset": Reason("It was sent without a data set.", "Ask the PACS admin to look at the file.", local=True),
+    "too_large": Reason(
+        "It had not ended after 16 GiB or 6 hours, the most that is received of one instance. Nothing of it is kept.",
+        "Ask the PACS admin to look at the file: it may have no end. A larger one has to be copied by other means.",
+        local=True,
+    ),
     "bad_uid": Reason(
         "One of its UIDs is malformed and cannot be used in a file name.",
         "It can only be corrected at the PACS.",
@@ -385,6 +390,7 @@ STRAYS: Mapping[str, str] = {
     "uid_mismatch": "an object whose data set contradicts its command was sent and refused",
     "unparsable": "an object whose data set cannot be read was sent and refused",
     "empty_dataset": "an object without a data set was sent and refused",
+    "too_large": "an object without end was sent and given up",
 }
 """What is said of objects that were refused and belong to no row of the manifest."""
 

@@ -38,9 +38,10 @@ class Drain:
     def begin(self, request: StoreRequest) -> None:
         """An object begins."""
 
-    def data(self, view: memoryview, last: bool) -> None:
+    def data(self, view: memoryview, last: bool) -> bool:
         """Its next bytes."""
         self.bytes += len(view)
+        return True
 
     def finish(self) -> int:
         """It is whole."""
@@ -52,6 +53,9 @@ class Drain:
 
     def abandon(self) -> None:
         """It will never be whole."""
+
+    def give_up(self, error: str) -> None:
+        """It goes beyond its bounds."""
 
     def refused(self, sop_instance: str, status: int) -> None:
         """It had no context, or no data set."""

@@ -45,8 +45,9 @@ class _Sampler:
     def begin(self, request: StoreRequest) -> None:
         self._request, self._digest = request, hashlib.sha256()
 
-    def data(self, view: memoryview, last: bool) -> None:
+    def data(self, view: memoryview, last: bool) -> bool:
         self._digest.update(view)
+        return True
 
     def finish(self) -> int:
         assert self._request is not None
@@ -57,6 +58,9 @@ class _Sampler:
         pass
 
     def abandon(self) -> None:
+        pass
+
+    def give_up(self, error: str) -> None:
         pass
 
     def refused(self, sop_instance: str, status: int) -> None:

@@ -94,7 +94,7 @@ class Receiver:
         self._refusal = Taken(status, reason, error)
         return False
 
-    def data(self, view: memoryview, last: bool) -> None:
+    def data(self, view: memoryview, last: bool) -> bool:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._size += len(view)
         if last:
@@ -106,6 +106,7 @@ class Receiver:
                 self._hold("stall", "left its sender unread for")
         if not last:
             self.came_at = _NEVER
+        return self._refusal is None or self._drains
 
     def _hold(self, deadline: str, what: str) -> None:
         """Give the association up where the destination has kept it waiting too long; never answer late."""
@@ -263,13 +264,7 @@ class Receiver:
             self._writer.abort()
         self._writer = None
         instance = self._instance
-        if instance is not None:
-            instance.association = self._association
-            instance.received_at = clock.now()
-            instance.duration_ms = int((clock.monotonic() - self._began) * 1000)
-            instance.dimse_status = taken.status
-        self._intake.answer(self._request.sop_instance, instance, taken, self._size)
-        self._release()
+        self._answer(self._request, taken)
         status = taken.status
         if status == s.SUCCESS and instance is not None and self._retrieval.options.ack == "durable":
             self._intake.confirm(wait=True)
@@ -278,9 +273,30 @@ class Receiver:
         self.came_at = _NEVER
         return status
 
+    def _answer(self, request: StoreRequest, taken: Taken) -> None:
+        instance = self._instance
+        if instance is not None:
+            instance.association = self._association
+            instance.received_at = clock.now()
+            instance.duration_ms = int((clock.monotonic() - self._began) * 1000)
+            instance.dimse_status = taken.status
+        self._intake.answer(request.sop_instance, instance, taken, self._size)
+        self._release()
+
     def answered(self) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._intake.after_answer()
+
+    def give_up(self, error: str) -> None:
+        """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        assert self._request is not None
+        if self._other_class:
+            self._intake.set_aside(self._request, self._size, held=False)
+            return
+        taken = self._refusal
+        if taken is None or self._drains:
+            taken = Taken(s.OUT_OF_RESOURCES, "too_large", error)
+        self._answer(self._request, taken)
 
     def abandon(self) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""

@@ -201,8 +201,10 @@ class Pass:
         of the list is asked for last and alone, and given up when that fails twice.
         """
         left = self._left(request)
+        given_up = bool(error.facts.get("given_up"))
+        self._singled_out += given_up
         # A destination that cannot even be reached says nothing about the instance that was to go there.
-        cuts = 0 if moved else request.cuts + (not error.facts.get("unreachable"))
+        cuts = 0 if moved or given_up else request.cuts + (not error.facts.get("unreachable"))
         front: list[Request] = []
         if not request.targets:
             front = [request]

@@ -218,6 +218,8 @@ class Association:
         self._deframer = Deframer(max_pdu_length)
         self._view = memoryview(bytearray(_BUFFER))
         self._items: deque[Fragment | Pdu] = deque()
+        self.read_at = 0.0
+        """When something was read for the last time."""
         self._waited = 0.0
         self._waited_bytes = 0
         self._message_id = 0
@@ -314,7 +316,7 @@ class Association:
         if not size:
             raise self._lost(None)
         self.answered = self._established
-        now = clock.monotonic()
+        now = self.read_at = clock.monotonic()
         if now >= limit:
             raise self._late(phase)
         if inside:

@@ -29,7 +29,10 @@ from airflow_dicom_get.net.messages import context_for
 
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
-_NEVER = float("inf")
+MAX_OBJECT, MAX_OBJECT_HOURS = 16 << 30, 6.0
+"""Bytes of one object, and hours that it may take to arrive."""
+MAX_REST, MAX_REST_SECONDS = 64 << 20, 30.0
+"""Bytes of an object that are read on after it was refused, and seconds for them: then its association goes on."""
 _CANCEL_GRACE = 1.0
 """Seconds that a source has to end after a C-CANCEL before the association is aborted."""
 _ENOUGH_GRACE = 10.0
@@ -53,8 +56,8 @@ class ObjectReceiver(Protocol):
     def begin(self, request: StoreRequest) -> None:
         """An object begins."""
 
-    def data(self, view: memoryview, last: bool) -> None:
-        """Its next bytes; the view is void when this returns."""
+    def data(self, view: memoryview, last: bool) -> bool:
+        """Its next bytes; the view is void when this returns. Whether more of them are wanted: else it is refused."""
 
     def finish(self) -> int:
         """It is whole; return the status of the C-STORE-RSP."""
@@ -64,6 +67,9 @@ class ObjectReceiver(Protocol):
 
     def abandon(self) -> None:
         """It will never be whole."""
+
+    def give_up(self, error: str) -> None:
+        """It has gone beyond its bounds, as ``error`` says, and takes its association with it; then it is abandoned."""
 
     def refused(self, sop_instance: str, status: int) -> None:
         """A C-STORE-RQ was answered with ``status`` without its object: no context, or no data set."""
@@ -114,6 +120,8 @@ class _Get:
         self.refusal: int | None = None  # drain its data set and answer this
         self.final: Command | None = None  # a final response whose identifier is due
         self.drain: Command | None = None  # another request whose data set is due
+        self.left, self.until = 0, 0.0  # bytes of the data set that may still come, and when the last of them is due
+        self.wanted = True
         self.identifier = bytearray()
         self.remaining: int | None = None
         self.cancel_sent = False
@@ -125,7 +133,6 @@ class _Get:
     def run(self) -> GetOutcome:
         association = self.association
         receiver, told = self.receiver, association.told
-        limit = self.limit
         try:
             while True:
                 if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
@@ -159,8 +166,11 @@ class _Get:
                             f"sent a data set on presentation context {fragment.context_id} after a command on "
                             f"{self.store_context}"
                         )
-                    if self.refusal is None:
-                        receiver.data(fragment.data, fragment.last)
+                    self.left -= len(fragment.data)
+                    if self.left < 0 or association.read_at > self.until:
+                        raise self._without_end()
+                    if self.refusal is None and not receiver.data(fragment.data, fragment.last) and self.wanted:
+                        self._read_rest()
                     if fragment.last:
                         self._stored()
                 else:
@@ -208,6 +218,7 @@ class _Get:
         elif command.field & 0x8000 or command.field == c.C_CANCEL_RQ:
             raise self._broken(f"sent message {command.field:04X}H during a C-GET")
         elif command.has_dataset:
+            self._read_rest()
             self.drain, self.store_context = command, fragment.context_id
         else:
             self._refuse_operation(command, fragment.context_id)
@@ -227,9 +238,12 @@ class _Get:
         if command.message_id is None:
             raise self._broken("sent a C-STORE-RQ without message id")
         self.store, self.store_context, self.refusal = command, context_id, None
+        self.wanted, self.left = True, MAX_OBJECT
+        self.until = clock.monotonic() + MAX_OBJECT_HOURS * 3600
         proposal = self.association.accepted.contexts.get(context_id)
         if proposal is None or context_id == self.context_id:
             self.refusal = s.CLASS_NOT_SUPPORTED
+            self._read_rest()
         if not command.has_dataset:
             self.refusal = self.refusal or s.CANNOT_UNDERSTAND
             self._stored()
@@ -243,6 +257,23 @@ class _Get:
                     command.text(c.AFFECTED_SOP_INSTANCE),
                 )
             )
+
+    def _read_rest(self) -> None:
+        """A data set is refused: read what is left of it, so that the next message can be, but not for ever."""
+        self.wanted, self.left = False, MAX_REST
+        self.until = clock.monotonic() + MAX_REST_SECONDS
+
+    def _without_end(self) -> PeerProtocolError:
+        """Give up a data set that goes beyond its bounds; the error that ends its association."""
+        if self.wanted:
+            what = f"sent an instance of more than {MAX_OBJECT >> 30} GiB, or for more than {MAX_OBJECT_HOURS:g} h"
+        else:
+            what = f"sent more than {MAX_REST >> 20} MiB, or for more than {MAX_REST_SECONDS:g} s, of what was refused"
+        error = self._broken(what)
+        if self.store is not None and self.refusal is None:
+            error.facts["given_up"] = True
+            self.receiver.give_up(error.message)
+        return error
 
     def _stored(self) -> None:
         store = self.store
@@ -282,6 +313,9 @@ class _Get:
             return self._outcome(self.final)
         if self.drain is None:
             raise self._broken("sent a data set without its command")
+        self.left -= len(fragment.data)
+        if self.left < 0 or self.association.read_at > self.until:
+            raise self._without_end()
         if fragment.last:
             command, self.drain = self.drain, None
             if command.field == c.C_GET_RSP:
@@ -307,6 +341,7 @@ class _Get:
                 self.remaining = remaining  # the lowest so far: one that goes up and down is no progress
                 self._progress()
             if command.has_dataset:  # not allowed, and harmless
+                self._read_rest()
                 self.drain, self.store_context = command, context_id
             return None
         if command.has_dataset:

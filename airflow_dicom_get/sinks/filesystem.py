@@ -53,6 +53,14 @@ _PREAMBLE = 132
 """Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 _GATHER = 0.02
 """Seconds in which more instances may join the first of a batch."""
+_RESERVE, _RESERVE_SHARE = 1 << 30, 20
+"""Bytes of free space that are never written to, or this part of a disk where that is less."""
+_TO_BEGIN = 64 << 20
+"""Bytes that have to be free at least to begin a study."""
+_REPORTED = 1 << 20
+"""Bytes after which a writer says how much it has written."""
+_LOOK_AGAIN = 64 << 20
+"""Bytes that may be written between two looks at the free space; fewer where there is less of it."""
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
 
@@ -65,6 +73,43 @@ def sink_error(error: OSError, what: str) -> SinkError:
             text, hint="Free space and run again: what is held is not fetched again.", errno=error.errno
         )
     return SinkError(text, hint="Check permissions and mount of the destination.", errno=error.errno)
+
+
+class Room:
+    """The free space at a destination, but for a reserve that belongs to others, and to ledgers and manifests.
+
+    It is looked at again and again while something is written, and as seldom as it allows. Thread-safe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._left = 4 * _REPORTED
+        self._mutex = threading.Lock()
+
+    def check_start(self) -> None:
+        """Refuse to begin without room. Raises :class:`DestinationFull`."""
+        self._look(_TO_BEGIN)
+
+    def wrote(self, size: int) -> None:
+        """So many bytes were written. Raises :class:`DestinationFull` where that has come down to the reserve."""
+        with self._mutex:
+            self._left -= size
+            if self._left <= 0:
+                self._left = min(max(self._look() // 4, _REPORTED), _LOOK_AGAIN)
+
+    def _look(self, least: int = 0) -> int:
+        """Bytes that may be written before the reserve is reached."""
+        try:
+            free, size = files.disk.free(files.nearest(self._path))
+        except OSError as error:
+            raise sink_error(error, f"The destination {self._path} cannot be looked at") from error
+        reserve = max(min(_RESERVE, size // _RESERVE_SHARE), least)
+        if free <= reserve:
+            raise DestinationFull(
+                f"The destination {self._path} has {free >> 20} MiB free; the last {reserve >> 20} MiB are not used.",
+                hint="Free space and run again: what is held is not fetched again.",
+            )
+        return free - reserve
 
 
 class FilesystemSink:
@@ -99,6 +144,7 @@ class FilesystemSink:
     ) -> None:
         self.root = root
         self.disk = files.disk
+        self.room = Room(root)
         self.writers = count(1)
         """Numbers the writers: no two write one temporary file."""
         self.ledgers = ledgers
@@ -540,6 +586,7 @@ class _FileWriter:
         "_instance",
         "_name",
         "_offset",
+        "_reported",
         "_sink",
         "_size",
         "_study",
@@ -565,7 +612,7 @@ class _FileWriter:
         self._head: bytes | None = head
         self._offset = len(head)
         self._hash: Any = hashlib.sha256() if sink.options.checksum else None
-        self._size = 0
+        self._size = self._reported = 0
         self._follower: Follower | None = None
 
     def write(self, view: memoryview) -> None:
@@ -583,12 +630,18 @@ class _FileWriter:
         except OSError as error:
             raise sink_error(error, f"The destination cannot store instance {self._instance.sop}") from error
         self._size += len(view)
+        if self._size - self._reported >= _REPORTED:
+            self._report()
         if self._follower is not None:
             self._follower.grown(self._size)
         elif self._hash is not None:
             self._hash.update(view)
             if self._size >= _FOLLOW_FROM:
                 self._follower = Follower(self._fd, self._hash, self._size)
+
+    def _report(self) -> None:
+        size, self._reported = self._size - self._reported, self._size
+        self._sink.room.wrote(size)
 
     def _write_all(self, written: int, view: memoryview, head: bytes = b"") -> None:
         """Finish a short write (a full disk, a signal)."""
@@ -603,6 +656,7 @@ class _FileWriter:
         if self._head is not None:
             self.write(memoryview(b""))
         try:
+            self._report()
             if self._follower is not None:
                 self._follower.finish()
             instance.bytes = self._size
@@ -610,9 +664,11 @@ class _FileWriter:
             instance.dataset_offset = self._offset
             instance.uri = self._study.place
             return self._place()
-        except OSError as error:
+        except (OSError, SinkError) as error:
             self.abort()
-            failure = sink_error(error, f"The destination cannot store instance {instance.sop}")
+            failure = error
+            if isinstance(error, OSError):
+                failure = sink_error(error, f"The destination cannot store instance {instance.sop}")
             full = isinstance(failure, DestinationFull)
             return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
 

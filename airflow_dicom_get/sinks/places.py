@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_dicom_get.config.destination import FilesystemDestination, ForwardDestination, S3Destination
 from airflow_dicom_get.config.groups import ForwardTarget
 from airflow_dicom_get.config.options import GetOptions, RootOptions
-from airflow_dicom_get.errors import DestinationFull, InvalidOption
+from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, Ledgers
 from airflow_dicom_get.storage import files
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
-
-_RESERVE = 64 << 20
-"""Bytes that must be free at the destination before anything is fetched."""
 
 
 class Root(Protocol):
@@ -139,7 +136,7 @@ class FolderPlace:
 
     def __init__(self, path: Path, options: GetOptions) -> None:
         try:
-            at = _nearest(path.absolute())
+            at = files.nearest(path.absolute())
             is_folder = files.is_folder(at)
         except OSError as error:
             raise _unseen("destination", path, error) from error
@@ -175,18 +172,9 @@ class FolderPlace:
 
     def check_room(self) -> None:
         """See :meth:`Place.check_room`."""
-        from airflow_dicom_get.sinks.filesystem import sink_error
+        from airflow_dicom_get.sinks.filesystem import Room
 
-        try:
-            free = files.disk.free(_nearest(self.path))
-        except OSError as error:
-            raise sink_error(error, f"The destination {self.path} cannot be looked at") from error
-        if free < _RESERVE:
-            raise DestinationFull(
-                f"The destination {self.path} has {free >> 20} MiB free; "
-                f"at least {_RESERVE >> 20} MiB are needed to begin.",
-                hint="Free space and run again.",
-            )
+        Room(self.path).check_start()
 
     def sink(self, ledgers: Ledgers, run: str, *, read_only: bool = False) -> Sink:
         """See :meth:`Place.sink`."""
@@ -291,8 +279,3 @@ def _unseen(option: str, path: Path, error: OSError) -> InvalidOption:
         hint="Check permissions and mount.",
         option=option,
     )
-
-
-def _nearest(path: Path) -> Path:
-    """The path, or the folder nearest to it that exists."""
-    return next(p for p in (path, *path.parents) if files.exists(p))

@@ -195,10 +195,10 @@ class Disk:
         """Whether we may write in a folder."""
         return os.access(path, os.W_OK | os.X_OK)
 
-    def free(self, path: Where) -> int:
-        """Bytes that we may still write below a folder."""
+    def free(self, path: Where) -> tuple[int, int]:
+        """Bytes that we may still write below a folder, and bytes of its disk."""
         found = os.statvfs(path)
-        return found.f_bavail * found.f_frsize
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     @contextmanager
     def mapped(self, path: Where) -> Iterator[memoryview]:
@@ -249,6 +249,11 @@ def is_folder(path: Where) -> bool:
         return stat.S_ISDIR(disk.status(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the folder nearest to it that is there."""
+    return next(p for p in (path, *path.parents) if exists(p))
 
 
 def names_in(path: Where) -> list[str]:

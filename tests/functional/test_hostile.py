@@ -239,6 +239,14 @@ def _cases() -> Iterator[Case]:
     yield Case("deflate_bomb", FAILED, (0, 0), {"pairs": [(CT, DEFLATED_LE)]}, alone=True, seconds=20.0)
     yield Case("endless_object", PARTIAL, (1, ALL - 1), {"max_bytes": 8 << 20}, alone=True, seconds=20.0)
     yield Case(
+        "endless_garbage", PARTIAL, (ALL - 1, ALL - 1), {"victim": 2, "max_bytes": 512 << 20}, reason="unparsable",
+        alone=True,
+    )  # fmt: skip
+    yield Case(
+        "endless_on_context", PARTIAL, (ALL - 1, ALL - 1), {"victim": 2, "max_bytes": 8 << 20},
+        reason="association_lost", alone=True,
+    )  # fmt: skip
+    yield Case(
         "endless_objects", _all("partial", "failed"), (0, ALL - 1), {"max_bytes": 8 << 20}, alone=True, seconds=20.0
     )
 

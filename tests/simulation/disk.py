@@ -905,10 +905,10 @@ class ModelDisk(files.Disk):
             return False
 
     @_call("status")
-    def free(self, path: Where) -> int:
+    def free(self, path: Where) -> tuple[int, int]:
         """See :meth:`files.Disk.free`."""
         self._find(path)
-        return self.volume.room()
+        return self.volume.room(), self.volume.capacity or 1 << 50
 
     @contextmanager
     def mapped(self, path: Where) -> Iterator[memoryview]:

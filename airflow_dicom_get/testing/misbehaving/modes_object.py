@@ -214,10 +214,31 @@ class EndlessObject(Spoiler):
 
     def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
         self.store_command(retrieval, instance, context)
+        self.send_dataset(context, chain((self.head(instance),), repeat(_FRAME)))
+
+    def head(self, instance: Instance) -> bytes:
+        """What stands before its first frame."""
         head = archive.encode(instance.elements(), instance.syntax)
-        head += struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0)
-        block = struct.pack("<HHI", 0xFFFE, 0xE000, 1 << 16) + bytes(1 << 16)
-        self.send_dataset(context, chain((head,), repeat(block)))
+        return head + struct.pack("<HH2sHIHHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF, 0xFFFE, 0xE000, 0)
+
+
+_FRAME = struct.pack("<HHI", 0xFFFE, 0xE000, 1 << 16) + bytes(1 << 16)
+
+
+@mode("endless_garbage")
+class EndlessGarbage(EndlessObject):
+    """Sends an object that begins with random bytes and has no end."""
+
+    def head(self, instance: Instance) -> bytes:
+        return b"\xff\xfe" + archive.noise(99)
+
+
+@mode("endless_on_context")
+class EndlessOnContext(EndlessObject):
+    """Sends an object without end, command and data set, on the context of the C-GET."""
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        super().spoil(retrieval, instance, retrieval.message.context)
 
 
 # --- objects that were not asked for --------------------------------------------------------------
