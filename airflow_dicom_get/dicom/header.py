@@ -30,8 +30,8 @@ _SHORT_VRS = frozenset(
     {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS",
      b"ST", b"TM", b"UI", b"UL", b"US"}
 )  # fmt: skip
-_UNDEFINED = 0xFFFFFFFF
-_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+UNDEFINED = 0xFFFFFFFF
+ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 32
 _LONGEST_HEADER = 12
 _NEVER = 1 << 62
@@ -116,8 +116,8 @@ def scan_elements(
                 if tag < 0x00040000 or tag >> 16 == 0xFFFE:
                     raise HeaderError(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) does not belong in a data set")
             elif tag > last and (values.keys() >= MANDATORY or tag >= 0x7FE00000):
-                return values, True, at if length == _UNDEFINED else pos + length
-            if length == _UNDEFINED:
+                return values, True, at if length == UNDEFINED else pos + length
+            if length == UNDEFINED:
                 pos = _skip_undefined(data, pos, encoding)
                 continue
             stop = pos + length
@@ -175,10 +175,10 @@ def _step_inside(data: bytes | bytearray | memoryview, pos: int, levels: list[_L
             raise _NeedMoreError
         group, element, length = encoding.implicit_header.unpack_from(data, pos)
         tag, pos = group << 16 | element, pos + 8
-        if tag == _SEQUENCE_END:
+        if tag == SEQUENCE_END:
             levels.pop()
             return pos
-        if tag != _ITEM:
+        if tag != ITEM:
             raise HeaderError("a sequence holds something that is not an item")
     else:
         if not encoding.implicit and pos + 8 <= len(data):  # nearly all are short ones
@@ -190,10 +190,10 @@ def _step_inside(data: bytes | bytearray | memoryview, pos: int, levels: list[_L
             encoding = levels[-1][1] if _has_vr(data, pos) else _IMPLICIT
             levels[-1] = False, encoding
         tag, length, pos = _element_header(data, pos, encoding)
-        if tag == _ITEM_END:
+        if tag == ITEM_END:
             levels.pop()
             return pos
-    if length != _UNDEFINED:
+    if length != UNDEFINED:
         return pos + int(length)
     if len(levels) > 2 * _MAX_DEPTH:
         raise HeaderError(f"sequences nest deeper than {_MAX_DEPTH} levels")
@@ -301,7 +301,7 @@ class ElementWalk:
         tag, length, pos = _element_header(data, pos, self._encoding)
         if tag < 0x00040000 or tag >> 16 == 0xFFFE:
             raise HeaderError("an element does not belong in a data set")
-        if length == _UNDEFINED:
+        if length == UNDEFINED:
             self._levels.append((True, self._encoding))
             return pos
         return pos + length

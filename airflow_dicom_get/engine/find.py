@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
-from airflow_dicom_get.dicom.identifier import fits_64_bits
+from airflow_dicom_get.dicom.values import dataset_of
 from airflow_dicom_get.engine.finder import MAX_ROWS, UNIQUE, Answer, Finder, Keys, check_answered
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.parts import matching_studies
@@ -127,9 +125,9 @@ def find_rows(
     uids = named.pop(UNIQUE[level])
     keys: Keys = {f.tag: f.value for f in query.filters} | {tag: values for tag, values in named.items() if values}
     most = MAX_ROWS if limit is None else limit
-    found, rows = Found(), _Distinct(level)
     with source.association(FIND_PROPOSALS) as association:
         finder = Finder(association, source.cuts)
+        found, rows = Found(), _Distinct(level, finder)
         if uids:
             rows.take(finder.named(level, uids, keys, asked))
         elif level == "STUDY":
@@ -137,16 +135,16 @@ def find_rows(
             rows.take(matches.answers.values())
             found.queries, found.doubt = matches.queries, matches.doubt
         else:
-            rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.raw) > most))
+            rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most))
             if finder.cuts.may_be_cut(level, finder.came):
                 found.doubt = "list_may_be_cut"
         if finder.unreadable:
             found.doubt = "list_contradicted"
-        if not rows.raw:
+        if not rows.found:
             check_answered(finder)
-    found += [_dataset(bytes(raw)) for raw in rows.raw[:most]]
+    found += rows.found[:most]
     found.remarks = finder.dropped.remarks()
-    if len(rows.raw) > most:
+    if len(rows.found) > most:
         found.cut, found.doubt = True, None
         found.remarks.append(
             {
@@ -164,10 +162,10 @@ def find_rows(
 class _Distinct:
     """Rows as they came, each study, series or instance once."""
 
-    def __init__(self, level: str) -> None:
-        self._keys = _UNIQUE[level]
+    def __init__(self, level: str, finder: Finder) -> None:
+        self._keys, self._finder = _UNIQUE[level], finder
         self._seen: set[tuple[bytes, ...]] = set()
-        self.raw: list[bytearray] = []
+        self.found: list[Dataset] = []
 
     def take(self, answers: Iterable[Answer]) -> None:
         """Add rows; one without a UID of its own is like no other."""
@@ -175,39 +173,10 @@ class _Distinct:
             unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
             if unique not in self._seen or not unique[-1]:
                 self._seen.add(unique)
-                self.raw.append(raw)
-
-
-def _dataset(raw: bytes) -> Dataset:
-    from pydicom.filereader import read_dataset
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = read_dataset(io.BytesIO(raw), is_implicit_VR=True, is_little_endian=True)
-        _empty_impossible(dataset)
-        dataset.decode()
-    return dataset
-
-
-def _empty_impossible(dataset: Dataset) -> None:
-    """Empty the numbers that cannot be read, or not in 64 bits: they cost neither the row nor the answer."""
-    from pydicom.datadict import dictionary_VR
-
-    for tag in list(dataset.keys()):
-        try:
-            element = dataset[tag]
-            if element.VR == "IS":
-                numbers = element.value if isinstance(element.value, Sequence) else [element.value]
-                possible = all(not isinstance(number, int | float) or fits_64_bits(number) for number in numbers)
-            else:
-                possible = True
-        except (OverflowError, ValueError):
-            possible = False
-        if not possible:
-            dataset.add_new(tag, dictionary_VR(tag), None)
-        elif element.VR == "SQ":
-            for item in element.value:
-                _empty_impossible(item)
+                try:
+                    self.found.append(dataset_of(raw))
+                except h.HeaderError as error:
+                    self._finder.cannot_read(error)
 
 
 def frame_of_rows(rows: Sequence[Dataset]) -> DataFrame:

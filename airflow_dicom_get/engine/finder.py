@@ -12,6 +12,7 @@ from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+from airflow_dicom_get.vocabulary import noun
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Finder:
         """Rows of the last answer as they came, those that contradict among them."""
         self.unreadable = 0
         """Rows that could not be read, or had no identifier."""
+        self.why_unreadable = ""
+        """What is wrong with the last of them."""
         self.dropped = Dropped()
         """Rows that contradict what was asked for, where a call names no other place to count them."""
 
@@ -124,10 +127,8 @@ class Finder:
                 try:
                     row = i.decode_identifier(raw, wanted)
                 except h.HeaderError as error:
-                    log.warning(
-                        "%s sent a C-FIND row that cannot be read: %s", self._association.node, peer_text(error)
-                    )
-                    row = {}
+                    self.cannot_read(error)
+                    continue
                 if not row:
                     self.unreadable += 1
                 elif (why := matcher.contradiction(row)) is not None:
@@ -136,6 +137,12 @@ class Finder:
                     yield row, raw
         finally:
             self.cuts.came(level, self.came)
+
+    def cannot_read(self, error: h.HeaderError) -> None:
+        """Count a row that cannot be read, and say why."""
+        self.why_unreadable = peer_text(error, 200)
+        log.warning("%s sent a C-FIND row that cannot be read: %s", self._association.node, self.why_unreadable)
+        self.unreadable += 1
 
     def named(
         self, level: str, uids: Sequence[str], keys: Keys, returned: Iterable[int], dropped: Dropped | None = None
@@ -187,7 +194,8 @@ def check_answered(finder: Finder, dropped: Dropped | None = None) -> None:
         raise unsupported
     if finder.unreadable:
         raise OperationFailed(
-            f"The source answered the C-FIND with {finder.unreadable} unreadable rows.",
+            f"The source answered the C-FIND with {finder.unreadable} {noun(finder.unreadable, 'row')} that cannot be "
+            f"read: {finder.why_unreadable or 'without an identifier'}.",
             hint="Ask the PACS admin what its log says about the query.",
             status=0,
         )

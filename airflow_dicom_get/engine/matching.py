@@ -6,7 +6,6 @@ is compared here with the keys that were sent, so that what a PACS answers too m
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
+from airflow_dicom_get.dicom.values import decode_text
 from airflow_dicom_get.engine.query import LEVELS, level_of
 from airflow_dicom_get.errors import InvalidQuery
 
@@ -25,7 +25,6 @@ _EXACT = frozenset({"AccessionNumber", "PatientID", "Modality", "ModalitiesInStu
 """Compared byte for byte, beside UIDs, dates and times: what tells one patient's study from another's."""
 _FOLDED_VRS = frozenset({"AE", "CS", "IS", "LO", "SH"})
 """Compared without regard to case: of other keys many a PACS folds it. Other VRs are not compared at all."""
-_CHARACTER_SET_VRS = frozenset({"LO", "SH"})
 _PADDING = "\0 "
 
 
@@ -172,24 +171,12 @@ def _digits(time: str) -> str:
 
 def _readings(raw: bytes, character_set: bytes, vr: str) -> list[str]:
     """What a value may say: one text, decoded by the row's character set; without one, two that it may be in."""
-    if raw.isascii() and b"\x1b" not in raw:
-        return [raw.decode("ascii")]
-    if vr not in _CHARACTER_SET_VRS:
-        return [raw.decode("latin-1")]
-    names = character_set.decode("ascii", "replace").strip(_PADDING)
-    if not names:
+    if not raw.isascii() and not character_set.strip(b"\0 "):
         try:
             return [raw.decode("utf-8"), raw.decode("latin-1")]
         except UnicodeDecodeError:
-            return [raw.decode("latin-1")]
-    from pydicom.charset import convert_encodings, decode_bytes
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return [decode_bytes(raw, convert_encodings(names.split("\\")), {0x5C})]
-        except (LookupError, ValueError):
-            return [raw.decode("latin-1")]
+            pass
+    return [decode_text(raw, vr, character_set)]
 
 
 @dataclass(slots=True)

@@ -108,6 +108,9 @@ class DicomStudyTrigger(BaseTrigger):
             except TimeoutError:
                 self.log.warning("The PACS did not answer within %d s.", ASK_SECONDS + GRACE_SECONDS)
                 continue
+            except Exception as error:  # costs this query alone; its text may hold what the PACS sent
+                self.log.warning("The PACS could not be queried: unexpected %s", type(error).__name__)
+                continue
             self.counts = found.counts
             self.log.info("%s.", found.text)
             if found.all_settled:

@@ -223,6 +223,21 @@ def test_the_loop_of_the_triggerer_is_never_held_up(pacs, archive, monkeypatch):
     assert max(gaps) < 0.5
 
 
+def test_an_error_that_is_none_of_ours_costs_one_query(pacs, archive, monkeypatch, caplog):
+    real = trigger_module.ask
+    errors = [RecursionError("HOSTILE^PATIENT"), OverflowError("HOSTILE^PATIENT")]
+
+    def ask(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trigger_module, "ask", ask)
+    assert asyncio.run(first_event(make(pacs, archive)))["items"]
+    assert not errors
+    assert "HOSTILE" not in caplog.text
+
+
 @pytest.mark.parametrize("end", ["cleanup", "on_kill"])
 def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, end, monkeypatch):
     entered = threading.Event()

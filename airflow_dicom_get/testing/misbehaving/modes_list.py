@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
@@ -214,6 +215,20 @@ class FindForeignRows(_AtFind):
         yield from super().rows(level, query)
         foreign = [archive.another(self.listing()[0], n, study=archive.FOREIGN_STUDY_UID) for n in (1, 2)]
         yield from archive.find(level, dict.fromkeys(query, ""), foreign, self.describe)
+
+
+@mode("find_nested")
+class FindNested(_AtFind):
+    """Adds to every row of a C-FIND ``param`` sequences (500), each inside of the one before."""
+
+    param = 500
+
+    def send_response(self, message: Message, fields: dict[int, wire.Value], data: bytes = b"") -> None:
+        nested = b""
+        for _ in range(int(self.number) if data else 0):
+            item = struct.pack("<HHI", 0xFFFE, 0xE000, len(nested)) + nested
+            nested = struct.pack("<HHI", 0x0040, 0x0275, len(item)) + item
+        super().send_response(message, fields, data + nested)
 
 
 class _Archive(Behaviour):

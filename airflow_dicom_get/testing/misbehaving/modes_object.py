@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, repeat
 
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import Element, Instance
-from airflow_dicom_get.testing.misbehaving.behaviour import GET, Behaviour, Retrieval, Spoiler, mode
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, Behaviour, Retrieval, Spoiler, mode
 
 _SOP, _STUDY, _SERIES, _SOP_CLASS = 0x00080018, 0x0020000D, 0x0020000E, 0x00080016
 
@@ -36,10 +36,10 @@ def _rewritten(instance: Instance, changes: dict[int, str]) -> list[Element]:
     return [(tag, vr, changes.get(tag, value)) for tag, vr, value in instance.elements()]
 
 
-def _with_pixels(elements: Iterable[Element], size: int) -> bytes:
-    head = archive.encode(elements, wire.EXPLICIT_LE)
+def _with_pixels(elements: Iterable[Element], size: int, syntax: str = wire.EXPLICIT_LE) -> bytes:
+    head = archive.encode(elements, syntax)
     pixels = bytes(max(2, size - len(head) - 12) & ~1)
-    return head + archive.encode([(0x7FE00010, b"OB", pixels)], wire.EXPLICIT_LE)
+    return head + archive.encode([(0x7FE00010, b"OB", pixels)], syntax)
 
 
 # --- UIDs ----------------------------------------------------------------------------------------
@@ -188,6 +188,67 @@ def _bomb(instance: Instance) -> Iterable[bytes]:
     mebibyte = zlib.compressobj(wbits=-15)
     yield from repeat(mebibyte.compress(bytes(1 << 20)) + mebibyte.flush(zlib.Z_FULL_FLUSH), 1024)
     yield packer.compress(archive.encode(tail, wire.EXPLICIT_LE)) + packer.flush()
+
+
+class _OtherValues(_AtGet):
+    """Sends other values than its archive holds."""
+
+    def store(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self.store_command(retrieval, instance, context)
+        changed = _rewritten(instance, self.changes(instance))
+        self.send_dataset(context, iter([_with_pixels(changed, instance.size, instance.syntax)]))
+        self.count(instance)
+
+    def changes(self, instance: Instance) -> dict[int, str]:
+        """Values by tag."""
+        raise NotImplementedError
+
+
+_NAME = archive.PATIENT_NAME
+_ODD = {
+    0x00080005: f"ISO 8859\\{_NAME}\\GBK",
+    0x00080020: _NAME,
+    0x00080030: _NAME * 3,
+    0x00080060: _NAME,
+    0x00100020: "\xff" * 80,
+    0x00200010: _NAME * 9,
+    0x00200011: _NAME,
+    0x00200013: "9" * 20,
+}
+
+
+@mode("odd_values")
+class OddValues(_OtherValues):
+    """Puts a patient's name and numbers of twenty digits where they do not belong, in rows and objects."""
+
+    stages = frozenset({FIND, GET})
+
+    def rows(self, level: str, query: archive.Row) -> Iterator[archive.Row]:
+        for row in super().rows(level, query):
+            yield row | {tag: value for tag, value in _ODD.items() if tag in row or tag == 0x00080005}
+
+    def changes(self, instance: Instance) -> dict[int, str]:
+        return _ODD
+
+
+@mode("huge_modality")
+class HugeModality(_OtherValues):
+    """Sends objects with a Modality of ``param`` bytes (900,000), which fits in implicit VR alone."""
+
+    param = 900_000
+
+    def changes(self, instance: Instance) -> dict[int, str]:
+        return {0x00080060: "M" * int(self.number)}
+
+
+@mode("other_patient")
+class OtherPatient(_OtherValues):
+    """Sends the objects of its study with the Patient ID ``param`` (OTHER)."""
+
+    param = "OTHER"
+
+    def changes(self, instance: Instance) -> dict[int, str]:
+        return {0x00100020: str(self.param)}
 
 
 @mode("no_dataset")
