@@ -436,8 +436,7 @@ class _Verify:
         from airflow_dicom_get.net.peer import Peer
 
         o = self.options
-        how = o.forward_target or ForwardTarget(calling_ae_title=o.calling_ae_title)
-        target = Peer.of_target(node, how, o)
+        target = Peer.of_target(node, o.forward_target or ForwardTarget(), o)
         try:
             listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(self.studies))
         except PeerError as error:

@@ -11,12 +11,11 @@ from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get.cli import output
-from airflow_dicom_get.cli.config import NamedNode, find_node
+from airflow_dicom_get.cli.config import NamedNode, find_node, key_of
 from airflow_dicom_get.cli.inputs import query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.config.connection import field_name
 from airflow_dicom_get.config.options import (
     OPTIONS,
     CallOptions,
@@ -95,7 +94,7 @@ def _parse(options: CallOptions, query: Mapping[str, Any], *, selective: bool = 
 def _spelling(node: NamedNode, shell: Mapping[str, Any]) -> Callable[[str], str]:
     def spell(name: str) -> str:
         if name in node.options and name not in shell:
-            return f"{field_name(name)} of {node.label}"
+            return f"{key_of(name)} of {node.label}"
         return f"addr of {node.label}" if name == "addr" and node.label else shell_name(name)
 
     return spell

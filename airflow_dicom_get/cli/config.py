@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.config.connection import connection_fields, options_from_fields
+from airflow_dicom_get.config.connection import connection_fields, field_name, options_from_fields
 from airflow_dicom_get.errors import InvalidOption
 
 _OWN_KEYS = {"addr": "addr", "called_ae_title": "called_ae_title", "tls_key_password": "tls.key_password"}
@@ -25,6 +25,11 @@ class NamedNode:
     """By their names in the table of options."""
     label: str = ""
     """Where the options stand, for messages."""
+
+
+def key_of(option: str) -> str:
+    """How the config file writes an option; used in messages."""
+    return next((key for key, name in _OWN_KEYS.items() if name == option), field_name(option))
 
 
 def config_file() -> Path:

@@ -33,6 +33,11 @@ def invalid(option: str, what: str, hint: str) -> InvalidOption:
     return InvalidOption(about(option, what), hint=hint, option=option)
 
 
+def reworded(error: InvalidOption, change: Callable[[str], str]) -> InvalidOption:
+    """The error with the options that it names as another caller writes them."""
+    return InvalidOption(change(error.message), hint=change(error.hint), option=change(error.facts["option"]))
+
+
 def about(subject: str, what: str) -> str:
     """A sentence on ``subject``: ``--to is missing.``, and ``--port: 'x' is not a port number.``."""
     return f"{subject}{' ' if _PREDICATE.match(what) else ': '}{what}."

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import tzinfo
 from typing import Any
 
-from airflow_dicom_get.config.checks import Choice
-from airflow_dicom_get.config.options import OPTIONS
+from airflow_dicom_get.config.checks import Choice, Group
+from airflow_dicom_get.config.options import OPTIONS, Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,21 @@ def connection_fields() -> dict[str, ConnectionField]:
         key = row.setting.connection
         if key:
             check = row.setting.check
-            is_tls = row.name == "tls"
             found[key] = ConnectionField(
                 key,
                 row.name,
-                "boolean" if is_tls else check.json_type,
-                False if is_tls else str(row.default) if isinstance(row.default, tzinfo) else row.default,
+                "boolean" if isinstance(check, Group) else check.json_type,
+                _default(row),
                 check.values if isinstance(check, Choice) else (),
                 row.setting.doc,
             )
     return {key: found[key] for key in sorted(found, key=_FIELD_ORDER.index)}
+
+
+def _default(row: Option) -> Any:
+    if isinstance(row.check, Group):
+        return False
+    return str(row.default) if isinstance(row.default, tzinfo) else row.default
 
 
 def options_from_fields(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -60,7 +65,7 @@ def options_from_fields(extras: Mapping[str, Any]) -> tuple[dict[str, Any], list
     for key, value in extras.items():
         if key in fields and value is not None and not (isinstance(value, str) and not value.strip()):
             found[fields[key].option] = value
-    return found, sorted(key for key in extras if key not in fields)
+    return found, sorted(key for key, value in extras.items() if key not in fields and value is not None)
 
 
 def field_name(name: str) -> str:

@@ -25,11 +25,13 @@ from airflow_dicom_get.config.checks import (
     Secret,
     Text,
     invalid,
+    reworded,
     setting,
     shown,
 )
 from airflow_dicom_get.config.destination import is_bucket
 from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.errors import InvalidOption
 
 MAX_PDU_LENGTH = 131072
 """The largest P-DATA-TF we ask for; larger ones measured slower, and DCMTK sends no larger ones."""
@@ -118,7 +120,10 @@ class Deadlines(Checked):
 
 @dataclass(frozen=True, slots=True)
 class Tls(Checked):
-    """TLS towards a node. Without ``ca`` the certificate authorities of the system are trusted."""
+    """TLS towards a node. Without ``ca`` the certificate authorities of the system are trusted.
+
+    The flags of the shell are those of the source; of another node they begin as its own one does.
+    """
 
     group: ClassVar[str] = "tls."
 
@@ -306,6 +311,8 @@ class S3Config(Checked):
             )
         if self.profile is not None and self.access_key is not None:
             raise invalid("s3_config.profile", "is given together with keys", "Give one of the two.")
+        if self.ca_bundle is not None and (self.endpoint or "").startswith("http://"):
+            raise invalid("s3_config.ca_bundle", "has no effect for an endpoint without TLS", "Give one with https.")
         if self.kms_key_id is not None and self.sse != "aws:kms":
             raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' as well.")
 
@@ -319,6 +326,10 @@ class S3Config(Checked):
             aws_session_token=self.session_token,
             profile_name=self.profile,
         )
+
+    def client_options(self) -> dict[str, Any]:
+        """Options of botocore's ``Config`` that take precedence over ours."""
+        return {}
 
 
 def _parse_node(option: str, value: Any) -> Node:
@@ -353,7 +364,13 @@ class ForwardTarget(Checked):
         None, AETitle(optional=True), "AE title of the target, if its address has none. Default: ANY-SCP."
     )
     max_pdu_length: int = setting(MAX_PDU_LENGTH, Integer(4096, MAX_PDU_LENGTH), "Largest PDU to send.", unit="bytes")
-    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS for the target.")
+    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS for the target.", shell=("--forward-tls",))
+
+    def __post_init__(self) -> None:
+        try:
+            Checked.__post_init__(self)
+        except InvalidOption as error:  # of TLS, which takes itself for that of the source
+            raise reworded(error, lambda text: re.sub(r"(?<![\w.])tls\.", "forward_target.tls.", text)) from None
 
 
 def parse_timezone(option: str, value: Any) -> tzinfo:

@@ -70,6 +70,12 @@ class Node:
             raise bad("has no port between 1 and 65535")
         return cls(host, int(port), check_ae_title(title, option) if at else None)
 
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port, to tell whether two addresses are of one node; the loopback addresses count as one host."""
+        host = self.host.lower()
+        return "localhost" if host in ("127.0.0.1", "::1") else host, self.port
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.ae_title}@{host}:{self.port}" if self.ae_title else f"{host}:{self.port}"

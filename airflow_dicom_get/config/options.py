@@ -29,6 +29,7 @@ from airflow_dicom_get.config.checks import (
     Parsed,
     Setting,
     invalid,
+    reworded,
     setting,
     shown,
     shown_path,
@@ -278,7 +279,9 @@ class ConnectionOptions(Options):
         connection="max_pdu_length",
     )
     verbose: bool = setting(False, Flag(), "Log every instance and message.", shell=("--verbose",))
-    tls: Tls | None = setting(None, Group(Tls, optional=True), "TLS for the source.", connection="use_tls")
+    tls: Tls | None = setting(
+        None, Group(Tls, optional=True), "TLS for the source.", shell=("--tls",), connection="use_tls"
+    )
     user_identity: UserIdentity | None = setting(
         None, Group(UserIdentity, optional=True), "User identity for the source."
     )
@@ -293,8 +296,7 @@ class ConnectionOptions(Options):
 
     def agreed(self, spelling: Spelling) -> Self:
         """See :meth:`Options.agreed`."""
-        for part in ("ca", "cert", "key") if self.tls is not None else ():
-            _check_file(getattr(self.tls, part), spelling(f"tls.{part}"))
+        _check_tls_files(self.tls, "tls", spelling)
         if isinstance(self.transcript, Path):
             if self.transcript.is_dir():
                 raise invalid(spelling("transcript"), f"{shown_path(self.transcript)} is a folder", "Give a file.")
@@ -456,6 +458,10 @@ class PlaceOptions(RootOptions):
         """See :meth:`Options.agreed`."""
         if self.destination is not None:
             _check_names_no_connection(self.destination, spelling("destination"))
+        if self.forward_target is not None:
+            if not isinstance(self.destination, ForwardDestination):
+                raise invalid(spelling("forward_target"), "needs a DICOM node as destination", "Leave it out.")
+            _check_tls_files(self.forward_target.tls, "forward_target.tls", spelling)
         return super().agreed(spelling)
 
 
@@ -691,7 +697,7 @@ class Option:
 
     @property
     def part_of(self) -> str | None:
-        group, dot, _ = self.name.partition(".")
+        group, dot, _ = self.name.rpartition(".")
         return group if dot else None
 
     @property
@@ -705,14 +711,6 @@ class Option:
         return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-_PARTS: Mapping[str, type[Any]] = {
-    "s3_config": S3Config,
-    "forward_target": ForwardTarget,
-    "tls": Tls,
-    "user_identity": UserIdentity,
-    "deadlines": Deadlines,
-}
-
 GROUPS: tuple[type[Options], ...] = (
     ModelOptions, ScopeOptions, PlaceOptions, RootOptions, HeldOptions, WritingOptions, ForwardingOptions, GetOptions,
     TransferOptions, AdmissionOptions, LimitOptions, ListOptions, NodeOptions, ConnectionOptions,
@@ -723,28 +721,36 @@ GROUPS: tuple[type[Options], ...] = (
 def declared(group: type[Options]) -> Iterable[Option]:
     """The rows of the options that a group declares itself, each followed by its parts."""
     for item in dataclasses.fields(group):
-        if item.name not in group.__annotations__:
-            continue
-        default = None if item.default is dataclasses.MISSING else item.default
-        yield Option(item.name, default, item.metadata["setting"])
-        for part in dataclasses.fields(_PARTS[item.name]) if item.name in _PARTS else ():
-            yield Option(f"{item.name}.{part.name}", part.default, part.metadata["setting"])
+        if item.name in group.__annotations__:
+            default = None if item.default is dataclasses.MISSING else item.default
+            yield from _with_parts(Option(item.name, default, item.metadata["setting"]))
+
+
+def _with_parts(row: Option) -> Iterable[Option]:
+    """A row, followed by those of its parts if it is a group."""
+    yield row
+    for item in dataclasses.fields(row.check.cls) if isinstance(row.check, Group) else ():
+        setting = item.metadata["setting"]
+        if row.part_of is not None:  # TLS of a node other than the source
+            shell, off = (
+                tuple(flag.replace("--tls", row.setting.shell[0], 1) for flag in flags)
+                for flags in (setting.shell, setting.off)
+            )
+            setting = dataclasses.replace(setting, shell=shell, off=off, connection=None)
+        yield from _with_parts(Option(f"{row.name}.{item.name}", item.default, setting))
 
 
 OPTIONS: Mapping[str, Option] = {row.name: row for group in GROUPS for row in declared(group)}
 """The table: every option by its name, in the order of the documentation."""
 
 
-_PART_NAME = re.compile(r"\b(?:s3_config|forward_target|tls|user_identity|deadlines)\.\w+")
+_PART_NAME = re.compile(r"\b(?:s3_config|forward_target|tls|user_identity|deadlines)\.(?:tls\.)?\w+")
 
 
 def _respelled(error: InvalidOption, spelling: Spelling) -> InvalidOption:
     """Write the parts of a group, which the group names as Python does, as the user typed them."""
 
-    def respell(text: str) -> str:
-        return _PART_NAME.sub(lambda match: spelling(match[0]), text)
-
-    return InvalidOption(respell(error.message), hint=respell(error.hint), option=respell(error.facts["option"]))
+    return reworded(error, lambda text: _PART_NAME.sub(lambda match: spelling(match[0]), text))
 
 
 def _unknown(name: str, names: Iterable[str]) -> InvalidOption:
@@ -822,7 +828,7 @@ def _check_destination(options: GetOptions, destination: Destination | None, spe
         _check_names_no_connection(destination, spelling(form))
     if isinstance(destination, ForwardDestination):
         assert destination.node is not None
-        if _endpoint(options.addr) == _endpoint(destination.node):
+        if options.addr.endpoint == destination.node.endpoint:
             raise invalid(spelling(form), f"{destination} is the source", "Give another node.")
         for name, given in (
             ("adopt", options.adopt),
@@ -837,11 +843,6 @@ def _check_destination(options: GetOptions, destination: Destination | None, spe
             raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
 
 
-def _endpoint(node: Node) -> tuple[str, int]:
-    host = node.host.lower()
-    return "localhost" if host in ("127.0.0.1", "::1") else host, node.port
-
-
 def _check_names_no_connection(place: Destination, option: str) -> None:
     if isinstance(place, FilesystemDestination) or place.conn_id is None:
         return
@@ -854,32 +855,43 @@ def _check_file(path: str | Path | None, option: str) -> None:
         raise invalid(option, f"{shown_path(path)} is not a readable file", "Check the path.")
 
 
+def _check_tls_files(tls: Tls | None, option: str, spelling: Spelling) -> None:
+    for part in ("ca", "cert", "key") if tls is not None else ():
+        _check_file(getattr(tls, part), spelling(f"{option}.{part}"))
+
+
 def nested(flat: Mapping[str, Any], spelling: Spelling = str) -> dict[str, Any]:
     """Turn options by their names in the table into the values that :meth:`Options.check` takes.
 
-    ``tls`` is a switch here. Parts of it without the switch are refused: whoever names a certificate
-    must not end up on a plain line.
+    TLS is a switch here. Whatever of it differs from its default is refused without the switch: whoever asks for
+    TLS must not end up on a plain line.
 
     Raises
     ------
     InvalidOption
-        Files for TLS are named, and TLS is not switched on or off.
+        TLS is set up, and not switched on.
     """
+    on: dict[str, Any] = {
+        name: {} for name in _SWITCHES if flat.get(name) is not None and Flag().check(spelling(name), flat[name])
+    }
     values: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, dot, part = name.partition(".")
-        if dot:
-            values.setdefault(group, {})[part] = value
-        elif name != "tls":
-            values[name] = value
-    parts: dict[str, Any] = values.pop("tls", {})
-    switch = flat.get("tls")
-    if switch is None:
-        named = next((part for part in ("ca", "cert", "key", "server_name") if parts.get(part)), None)
-        if named:
-            raise invalid(
-                spelling(f"tls.{named}"), f"is given without {spelling('tls')}", f"Give {spelling('tls')} too."
-            )
-    elif Flag().check(spelling("tls"), switch):
-        values["tls"] = parts
+    for name, value in (*on.items(), *(item for item in flat.items() if item[0] not in _SWITCHES)):
+        *groups, part = name.split(".")
+        switch = ".".join(groups)
+        if switch in _SWITCHES and switch not in on:
+            if OPTIONS[name].check(spelling(name), value) != OPTIONS[name].default:
+                raise invalid(
+                    spelling(name),
+                    f"is given without {spelling(switch)}",
+                    f"Switch TLS on with {spelling(switch)}, or leave it out.",
+                )
+            continue
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[part] = value
     return values
+
+
+_SWITCHES = ("tls", "forward_target.tls")
+"""Groups that the shell and a connection switch on; in Python whoever gives one has switched it on."""

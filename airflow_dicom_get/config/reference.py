@@ -13,7 +13,7 @@ def markdown_table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in OPTIONS.values():
-        shell = "--tls" if row.name == "tls" else shell_name(row.name)
+        shell = shell_name(row.name)
         typed = f"`{shell}`" if shell.startswith("--") else ""
         field = f"`{row.setting.connection}`" if row.setting.connection else ""
         default = row.default_text or ("false" if row.default is False else "")

@@ -6,7 +6,7 @@ import re
 from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from typing import Any
 
-from airflow_dicom_get.config.checks import Choice, Flag
+from airflow_dicom_get.config.checks import Choice, Flag, Group
 from airflow_dicom_get.config.options import GROUPS, OPTIONS, Option, Options, declared
 
 
@@ -14,8 +14,6 @@ def shell_name(name: str) -> str:
     """How the shell writes an option; used in messages."""
     if name == "addr":
         return "NODE"
-    if name == "tls":
-        return "--tls"
     row = OPTIONS.get(name)
     flags = (row.setting.shell or row.setting.off) if row else ()
     return flags[0] if flags else name
@@ -48,7 +46,7 @@ def add_shell_options(parser: ArgumentParser, verb: type[Options]) -> None:
         if not issubclass(verb, group):
             continue
         for row in declared(group):
-            if row.name != "tls" and not (row.setting.shell or row.setting.off):
+            if not (row.setting.shell or row.setting.off):
                 continue
             if group.title not in sections:
                 sections[group.title] = parser.add_argument_group(group.title)
@@ -58,14 +56,11 @@ def add_shell_options(parser: ArgumentParser, verb: type[Options]) -> None:
 def _add_flags(section: _ArgumentGroup, row: Option) -> None:
     texts: dict[str, Any] = {"dest": _dest(row.name), "default": SUPPRESS, "help": _help(row)}
     kind = row.setting.check
-    if row.name == "tls":
-        section.add_argument("--tls", action="store_const", const=True, **{**texts, "help": row.setting.doc})
-        return
     if row.setting.off:
         section.add_argument(*row.setting.off, action="store_const", const=False, **texts)
     if not row.setting.shell:
         return
-    if isinstance(kind, Flag):
+    if isinstance(kind, Flag | Group):
         section.add_argument(*row.setting.shell, action="store_const", const=True, **texts)
         return
     if isinstance(kind, Choice):

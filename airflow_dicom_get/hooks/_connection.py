@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
-from airflow_dicom_get.config.checks import invalid
+from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, sentences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from airflow.sdk import Connection
 
@@ -42,6 +43,24 @@ def extras_of(conn: Connection, example: str) -> Mapping[str, Any]:
     if not isinstance(extras, dict) or (not extras and str(conn.extra).strip() not in ("", "{}")):
         raise invalid("extra", "is not a JSON object", f"Write {example}, for example.")
     return extras
+
+
+_OF_TLS = re.compile(r"(use_?)?(tls|ssl)", re.IGNORECASE)
+
+
+def check_unknown(keys: Iterable[str], conn_id: str, log: Any) -> None:
+    """Warn of extra fields that nobody knows, and refuse those that ask for TLS: it would not be used.
+
+    :raises InvalidOption: one of them does
+    """
+    for key in sorted(keys):
+        if _OF_TLS.match(key):
+            raise invalid(
+                shown(key),
+                "is unknown, and whoever asks for TLS must get it",
+                "Correct the name of the field, or remove it.",
+            )
+        log.warning("Connection %s: the extra field %s is unknown and has no effect.", conn_id, shown(key))
 
 
 def of_connection(error: InvalidOption, conn_id: str) -> InvalidOption:

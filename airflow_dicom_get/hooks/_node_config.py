@@ -15,7 +15,7 @@ from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, ForwardTarget, Windo
 from airflow_dicom_get.config.node import Node, check_ae_title
 from airflow_dicom_get.config.options import OPTIONS, CallOptions, GetOptions, StoreOptions, nested
 from airflow_dicom_get.errors import InvalidOption
-from airflow_dicom_get.hooks._connection import extras_of, find_connection, of_connection
+from airflow_dicom_get.hooks._connection import check_unknown, extras_of, find_connection, of_connection
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -55,16 +55,23 @@ class NodeConfig:
 
     def options(self, overrides: Mapping[str, Any]) -> GetOptions:
         """The options of a client, checked, with those that win over the connection's."""
-        return GetOptions.check({"addr": self.node, **self.values, **overrides}) if overrides else self.own
+        return GetOptions.check(self._with(self.values, overrides)) if overrides else self.own
 
     def store_options(self, overrides: Mapping[str, Any]) -> StoreOptions:
         """The options of a client that stores at this node: the connection's limits as a source are not its own."""
-        return StoreOptions.check({"addr": self.node, **StoreOptions.own(self.values), **overrides})
+        return StoreOptions.check(self._with(StoreOptions.own(self.values), overrides))
+
+    def _with(self, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The connection's values with those that win over them; of its deadlines only the ones that are given."""
+        deadlines = overrides.get("deadlines")
+        if isinstance(deadlines, Mapping):
+            overrides = {**overrides, "deadlines": {**values.get("deadlines", {}), **deadlines}}
+        return {"addr": self.node, **values, **overrides}
 
     def forward_target(self) -> ForwardTarget:
         """How the node is called where instances are forwarded to it."""
         return ForwardTarget(
-            calling_ae_title=self.values.get("calling_ae_title", ForwardTarget().calling_ae_title),
+            calling_ae_title=self.own.calling_ae_title,
             max_pdu_length=min(self.own.max_pdu_length, MAX_PDU_LENGTH),
             tls=self.own.tls,
         )
@@ -113,13 +120,16 @@ def _parse(conn: Connection, conn_id: str) -> NodeConfig:
         raise invalid("type", f"{shown(conn.conn_type)} is not dicom", "Name a connection of type DICOM.")
     node = _node(conn, conn_id)
     flat, unknown = options_from_fields(extras_of(conn, '{"calling_ae_title": "AIRFLOW"}'))
-    for key in unknown:
-        log.warning("Connection %s: the extra field %s is unknown and has no effect.", conn_id, shown(key))
+    check_unknown(unknown, conn_id, log)
     if conn.password:
         flat["tls.key_password"] = conn.password
-    values = nested(flat, field_name)
-    own = CallOptions.check({"addr": node, **values}, field_name)  # here the names of the fields are known
+    values = nested(flat, _field_name)
+    own = CallOptions.check({"addr": node, **values}, _field_name)  # here the names of the fields are known
     return NodeConfig(conn_id, own, GetOptions.own(values))
+
+
+def _field_name(name: str) -> str:
+    return "password (TLS key passphrase)" if name == "tls.key_password" else field_name(name)
 
 
 def _node(conn: Connection, conn_id: str) -> Node:

@@ -34,6 +34,8 @@ class Peer:
     max_pdu_length: int = MAX_PDU_LENGTH
     tls: ssl.SSLContext | None = None
     server_name: str | None = None
+    tls_option: str = "tls"
+    """What the options of its TLS are called, for messages."""
     user_identity: UserIdentity | None = None
     transcript: Transcript | None = None
     """Is told what is said with the node."""
@@ -73,6 +75,7 @@ class Peer:
             max_pdu_length=target.max_pdu_length,
             tls=tls_context(target.tls, "forward_target.tls") if target.tls else None,
             server_name=target.tls.server_name if target.tls else None,
+            tls_option="forward_target.tls",
             transcript=transcript_of(options.transcript),
         )
 
@@ -133,7 +136,7 @@ class Peer:
                 raise
             # In TLS 1.3 a peer looks at our certificate only after our side of the handshake has ended.
             cause = lost.__cause__ if isinstance(lost.__cause__, OSError) else EOFError()
-            raise tls_error(self.node, cause) from lost
+            raise tls_error(self.node, cause, self.tls_option) from lost
         except BaseException:
             association.abort()
             raise
@@ -153,7 +156,8 @@ def _connect(peer: Peer, cancel: CancelToken) -> Transport:
         if ended():
             raise Cancelled(f"Cancelled: {cancel.reason}.", node=str(node)) from None
         if not isinstance(error, TimeoutError):
-            raise tls_error(node, error if isinstance(error, OSError) else failure) from error
+            cause = error if isinstance(error, OSError) else failure
+            raise tls_error(node, cause, peer.tls_option, agreed=failure.agreed) from error
         raise DeadlineExceeded(
             f"{node} did not finish the TLS handshake within {seconds:g} s.",
             hint="Check that this port speaks TLS.",

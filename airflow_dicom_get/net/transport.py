@@ -173,6 +173,11 @@ connect: Callable[..., Transport] = connect_socket
 class HandshakeError(Exception):
     """A TLS session did not come about over a connection that was there; the cause says why."""
 
+    def __init__(self, agreed: bool) -> None:
+        super().__init__(agreed)
+        self.agreed = agreed
+        """Whether the peer had chosen a cipher suite."""
+
 
 def _reach(host: str, port: int, seconds: float, ended: Callable[[], bool]) -> socket.socket:
     """A connection with the first address of a host that takes one; each has so many seconds."""
@@ -224,8 +229,9 @@ def _shake_hands(
             except ssl.SSLWantWriteError:
                 _waited(secure, select.POLLOUT, limit, ended)
     except OSError as error:
+        agreed = secure.cipher() is not None
         secure.close()
-        raise HandshakeError from error
+        raise HandshakeError(agreed) from error
 
 
 def _arm(sock: socket.socket) -> None:

@@ -6,6 +6,7 @@ destination than these two protocols.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
+
+log = logging.getLogger(__name__)
 
 
 class Root(Protocol):
@@ -262,6 +265,12 @@ class ForwardPlace:
 
     def prepare(self) -> None:
         """See :meth:`Place.prepare`: the node is called when the first instance is there, and its context known."""
+        if self._options.tls is not None and self.target.tls is None:
+            log.warning(
+                "%s is called without TLS, though the source is called with it: what comes encrypted goes on in clear. "
+                "Give forward_target.tls, or use_tls in its connection.",
+                self.uri,
+            )
 
     def check_room(self) -> None:
         """See :meth:`Place.check_room`: another node does not tell."""

@@ -84,10 +84,24 @@ def test_the_password_is_the_passphrase_of_the_key_and_never_shown(connect, tmp_
     assert "hush-hush" not in repr(hook.options())
 
 
+@pytest.mark.parametrize("extra", [{}, {"calling_ae_title": "RELAY"}])
+def test_a_node_knows_us_by_one_title_whether_it_is_asked_stored_at_or_forwarded_to(connect, tmp_path, extra):
+    hook = connect({**PLAIN, "extra": extra})
+    title = extra.get("calling_ae_title", "GET-SCU")
+    assert hook.options().calling_ae_title == title
+    assert hook.get_store_scu(manifest_root=tmp_path).options.calling_ae_title == title
+    assert hook.config.forward_target().calling_ae_title == title
+
+
 def test_an_unknown_extra_changes_nothing_and_is_named_in_a_warning(connect, caplog):
     hook = connect({**PLAIN, "extra": {"calling_aet": "X", "max_associations": 3}})
     assert hook.config.values == {"max_associations": 3}
     assert "Connection pacs: the extra field 'calling_aet' is unknown" in caplog.text
+    # What the form leaves empty asks for nothing.
+    assert (
+        connect({**PLAIN, "extra": {"tls_of_old": None, "use_tls": False, "tls_min_version": "1.2"}}).config.own.tls
+        is None
+    )
 
 
 def test_a_blank_called_title_is_any_scp_with_a_warning(connect, caplog):
@@ -136,6 +150,14 @@ def test_a_task_that_may_run_so_long_ends_before(connect):
         ({"extra": {"use_tls": True, "tls_min_version": "1.0"}}, "tls_min_version"),
         ({"extra": {"use_tls": True, "tls_key_file": "/k.pem"}}, "tls_key_file"),
         ({"extra": {"tls_ca_file": "/ca.pem"}}, "tls_ca_file"),
+        ({"extra": {"use_tls": False, "tls_ca_file": "/ca.pem"}}, "tls_ca_file"),
+        ({"extra": {"tls_min_version": "1.3"}}, "tls_min_version"),
+        ({"extra": {"tls_check_hostname": "false"}}, "tls_check_hostname"),
+        ({"password": "hush-hush"}, "password (TLS key passphrase)"),
+        ({"extra": {"use_tls": True, "tls_ca": "/ca.pem"}}, "tls_ca"),
+        ({"extra": {"TLS_CA_FILE": "/ca.pem"}}, "TLS_CA_FILE"),
+        ({"extra": {"ssl_cert": "/c.pem"}}, "ssl_cert"),
+        ({"extra": {"use_ssl": True}}, "use_ssl"),
         ({"extra": "[1, 2]"}, "extra"),
         ({"extra": "{broken"}, "extra"),
     ],
@@ -239,7 +261,7 @@ def test_the_test_button_ends_in_time_when_nobody_answers(connect, monkeypatch):
 
 
 def test_the_test_button_never_raises_and_shows_no_secret(pacs, connect, monkeypatch):
-    hook = connect({**PLAIN, "password": "hush-hush"})
+    hook = connect({**PLAIN, "password": "hush-hush", "extra": {"use_tls": True}})
 
     def fails(self, *args, **kwargs):
         raise RuntimeError("something with hush-hush in it")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import socket
 import ssl
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +23,12 @@ from cryptography.hazmat.primitives import serialization
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.cli.main import main
+from airflow_dicom_get.config.groups import Tls
 from airflow_dicom_get.errors import ConnectFailed, DeadlineExceeded, InvalidOption, TlsFailed
+from airflow_dicom_get.net.tls import tls_context
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.servers import HOST, Dcmqrscp, Orthanc, Server
+from airflow_dicom_get.verify import verify
 from tests.support.certificates import Authority, Pair
 from tests.support.holdings import Holding
 
@@ -237,6 +246,64 @@ def test_a_name_may_be_given_or_not_looked_at(nodes: Any, made: Files) -> None:
     assert GetScu(node, tls={"ca": made.ours.ca, "check_hostname": False}).echo().accepted["C-ECHO"]
 
 
+CBC = "ECDHE-RSA-AES128-SHA256:AES256-SHA:@SECLEVEL=0"
+
+
+def test_the_ciphers_are_those_of_bcp_195(made: Files) -> None:
+    context = tls_context(Tls())
+    offered = {one["name"] for one in context.get_ciphers()}
+    assert {name for name in offered if not name.startswith("TLS_")} == {
+        f"ECDHE-{key}-{cipher}"
+        for key in ("RSA", "ECDSA")
+        for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+    }
+
+
+@pytest.mark.parametrize("ask", [False, True])
+def test_only_old_ciphers(made: Files, ask: bool) -> None:
+    context = _context(made, made.server, ask=ask)
+    context.set_ciphers(CBC)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with (
+        _listening(lambda sock: context.wrap_socket(sock, server_side=True)) as port,
+        pytest.raises(TlsFailed, match=r"the peer offers no cipher suite that is allowed here") as caught,
+    ):
+        GetScu(f"PACS@127.0.0.1:{port}", tls={"ca": made.ours.ca}).echo()
+    assert "ECDHE with AES-GCM" in caught.value.hint
+
+
+@pytest.mark.parametrize("tls", ["with", "without"])
+def test_a_missing_client_certificate_is_not_taken_for_a_missing_cipher(
+    embedded: Embedded, made: Files, ct: Holding, tls: str
+) -> None:
+    context = _context(made, made.server, ask=True)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    pacs = embedded(ct.folder, ssl_context=context)
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", tls=trusting(made) if tls == "with" else {"ca": made.ours.ca})
+    if tls == "with":
+        assert scu.echo().accepted["C-ECHO"]
+        return
+    with pytest.raises(ConnectFailed, match=r"client certificate"):
+        scu.echo()
+
+
+@pytest.mark.dcmtk
+def test_dcmqrscp_with_only_old_ciphers(made: Files, tmp_path: Path) -> None:
+    """Its profile of old: RSA key exchange, AES and 3DES in CBC mode."""
+    options = ["+tls", str(made.server.key), str(made.server.cert), "-ic", "+pa"]
+    with TlsDcmqrscp(tmp_path, options=options) as server:
+        old = ssl.create_default_context(cafile=made.ours.ca)
+        old.set_ciphers("AES128-SHA")
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with (
+            socket.create_connection((HOST, server.port), timeout=10) as sock,
+            old.wrap_socket(sock, server_hostname=HOST) as session,
+        ):
+            assert session.cipher()[0] == "AES128-SHA"  # type: ignore[index]
+        with pytest.raises(TlsFailed, match=r"the peer offers no cipher suite that is allowed here"):
+            GetScu(server.node, tls={"ca": made.ours.ca}).echo()
+
+
 def test_only_an_old_version(made: Files) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(made.server.cert, made.server.key)
@@ -373,6 +440,142 @@ def test_our_files_are_checked_before_any_traffic(made: Files, tmp_path: Path) -
 def test_a_key_with_a_passphrase(nodes: Any, made: Files) -> None:
     tls = trusting(made, key=str(made.locked_key), key_password="sesame")
     assert GetScu(nodes("embedded", "server", True), tls=tls).echo().accepted["C-ECHO"]
+
+
+def test_an_encrypted_key_without_its_passphrase_is_an_error_and_no_question(made: Files, tmp_path: Path) -> None:
+    tls = trusting(made, key=str(made.locked_key))
+    with pytest.raises(InvalidOption, match=r"tls\.key is encrypted, and there is no passphrase") as caught:
+        GetScu("PACS@127.0.0.1:9", tls=tls)
+    assert "key_password" in caught.value.hint
+    with pytest.raises(InvalidOption, match=r"forward_target\.tls\.key is encrypted, and there is no passphrase"):
+        GetScu(
+            "PACS@127.0.0.1:9", destination="dicom://B@127.0.0.1:8", forward_target={"tls": tls}, manifest_root=tmp_path
+        ).plan({"StudyInstanceUID": "1.2.3"})
+
+
+def test_nobody_is_asked_for_a_passphrase_at_a_terminal(made: Files) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "airflow_dicom_get.cli", "echo", "PACS@127.0.0.1:9", "--tls"]
+    files = ["--tls-cert", str(made.client.cert), "--tls-key", str(made.locked_key)]
+    with subprocess.Popen(
+        [*command, *files], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        try:
+            assert process.wait(30) == 2
+            said = os.read(controller, 4096)
+        finally:
+            process.kill()
+            os.close(controller)
+    assert b"is encrypted, and there is no passphrase" in said
+    assert b"Enter PEM pass phrase" not in said
+
+
+# --- towards a node to forward to ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(embedded: Embedded, made: Files, tmp_path: Path) -> EmbeddedPacs:
+    """An empty node that speaks TLS alone, and asks for our certificate."""
+    (tmp_path / "archive").mkdir()
+    return embedded(tmp_path / "archive", ae_title="ARCHIVE", ssl_context=_context(made, made.server, ask=True))
+
+
+def shell_files(made: Files, flag: str) -> list[str]:
+    pairs = {"ca": made.ours.ca, "cert": made.client.cert, "key": made.client.key}
+    return [flag, *(word for part, path in pairs.items() for word in (f"{flag}-{part}", str(path)))]
+
+
+def test_a_forward_and_its_verify_from_the_shell(
+    nodes: Any, archive: EmbeddedPacs, made: Files, ct: Holding, tmp_path: Path, capsys: Any
+) -> None:
+    to = ["--to", f"dicom://ARCHIVE@127.0.0.1:{archive.port}", "--state", str(tmp_path / "state")]
+    tls = shell_files(made, "--forward-tls")
+    what = [nodes("embedded", "server", True), *shell_files(made, "--tls"), "--study", ct.study, *to]
+    get, verify = ["get", *what], ["verify", *what]
+    assert main([*get, *tls, "--forward-tls-server-name", "other.example"]) == 1
+    said = capsys.readouterr().err
+    assert "is for another host name" in said
+    assert "Give the name in the certificate with --forward-tls-server-name" in said
+    assert main([*get, *tls]) == 0
+    assert "without TLS" not in capsys.readouterr().err
+    assert len(list((tmp_path / "archive").rglob("*.dcm"))) == len(ct.files)
+    assert main([*verify, *tls]) == 0
+    assert main(verify) == 1, "it is called as it was for the forward"
+
+
+@pytest.mark.dcmtk
+@pytest.mark.orthanc
+@pytest.mark.parametrize("kind", ["dcmqrscp", "orthanc"])
+def test_a_forward_and_its_verify_to_real_servers(
+    embedded: Embedded, made: Files, ct: Holding, tmp_path: Path, kind: str
+) -> None:
+    server: Server
+    if kind == "dcmqrscp":
+        options = ["+tls", str(made.server.key), str(made.server.cert), "+cf", made.ours.ca, "-rc"]
+        classes = {e.sop_class for e in ct.entries.values()}
+        server = TlsDcmqrscp(tmp_path / "qr", ae_title="DEST", sop_classes=classes, options=options)
+    else:
+        server = _orthanc(tmp_path / "orthanc", made, made.server, ask=True)
+    with server:
+        way: dict[str, Any] = {"destination": f"dicom://{server.node}", "forward_target": {"tls": trusting(made)}}
+        source = f"PACS@127.0.0.1:{embedded(ct.folder).port}"
+        result = GetScu(source, manifest_root=tmp_path / "m", **way).get_study({"StudyInstanceUID": ct.study})
+        assert (result.verdict, result.completed) == ("complete", len(ct.files))
+        found = verify(result.manifest_uri, addr=source, manifest_root=tmp_path / "v", **way)
+        assert (found.same, found.counts) == (True, {"=": len(ct.files)})
+        plain = GetScu(source, manifest_root=tmp_path / "p", destination=way["destination"])
+        assert plain.get_study({"StudyInstanceUID": ct.study}).completed == 0
+
+
+def test_verify_calls_a_node_as_the_forward_did(embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    node = embedded(tmp_path / "archive", ae_title="ARCHIVE")
+    called: list[tuple[str, str]] = []
+    admit = node._supported
+
+    def look(proposed: Any) -> Any:
+        requests = [one.requestor.primitive for one in node._open]
+        called.extend((one.calling_ae_title, one.called_ae_title) for one in requests if one is not None)
+        return admit(proposed)
+
+    node._supported = look  # type: ignore[method-assign]
+    to = f"dicom://127.0.0.1:{node.port}"
+    for target in (None, {"calling_ae_title": "RELAY", "called_ae_title": "ARCHIVE"}):
+        called.clear()
+        scu = GetScu(
+            f"PACS@127.0.0.1:{embedded(ct.folder).port}", calling_ae_title="SOURCE-SCU", destination=to,
+            forward_target=target, manifest_root=tmp_path / "m",
+        )  # fmt: skip
+        assert scu.get_study({"StudyInstanceUID": ct.study}).verdict == "complete"
+        forwarded = set(called)
+        called.clear()
+        found = verify(
+            study=ct.study, destination=to, forward_target=target, calling_ae_title="SOURCE-SCU",
+            manifest_root=tmp_path / "v",
+        )  # fmt: skip
+        assert found.counts == {"-": len(ct.files)} or found.same
+        assert set(called) == forwarded
+        assert len(forwarded) == 1
+
+
+def test_a_plain_forward_from_an_encrypted_source_is_said_once(
+    nodes: Any, embedded: Embedded, made: Files, ct: Holding, tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "archive").mkdir()
+    archive = embedded(tmp_path / "archive", ae_title="ARCHIVE")
+    to = f"dicom://ARCHIVE@127.0.0.1:{archive.port}"
+
+    def forward(source: str, **options: Any) -> list[str]:
+        caplog.clear()
+        scu = GetScu(source, destination=to, manifest_root=tmp_path / "m", associations=2, **options)
+        assert scu.get_study({"StudyInstanceUID": ct.study}).verdict == "complete"
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    (said,) = forward(nodes("embedded", "server", True), tls=trusting(made))
+    assert said.startswith(f"{to} is called without TLS, though the source is called with it")
+    assert forward(f"PACS@127.0.0.1:{embedded(ct.folder).port}") == []
 
 
 def test_from_the_shell(nodes: Any, made: Files, ct: Holding, tmp_path: Path, capsys: Any) -> None:

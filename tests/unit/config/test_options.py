@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from airflow_dicom_get.config import reference
 from airflow_dicom_get.config.checks import Choice, Flag
-from airflow_dicom_get.config.connection import connection_fields, options_from_fields
+from airflow_dicom_get.config.connection import connection_fields, field_name, options_from_fields
 from airflow_dicom_get.config.destination import (
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
     parse_destination,
 )
-from airflow_dicom_get.config.groups import Deadlines, S3Config, Tls, UserIdentity, Window
+from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import (
     GROUPS,
@@ -100,6 +100,9 @@ SHELL = {
     "--s3-region": "s3_config.region", "--s3-profile": "s3_config.profile",
     "--forward-calling-ae": "forward_target.calling_ae_title", "--tls": "tls", "--tls-ca": "tls.ca",
     "--tls-cert": "tls.cert", "--tls-key": "tls.key", "--tls-server-name": "tls.server_name",
+    "--forward-tls": "forward_target.tls", "--forward-tls-ca": "forward_target.tls.ca",
+    "--forward-tls-cert": "forward_target.tls.cert", "--forward-tls-key": "forward_target.tls.key",
+    "--forward-tls-server-name": "forward_target.tls.server_name",
     "--state": "manifest_root", "--to": "destination", "--profile": "profile",
 }  # fmt: skip
 CONNECTION = {
@@ -285,21 +288,60 @@ class TestShell:
     def test_nothing_typed_gives_nothing(self) -> None:
         assert typed() == {}
 
-    def test_tls_files_without_tls_are_refused(self) -> None:
-        with pytest.raises(InvalidOption, match=r"^--tls-ca is given without --tls"):
-            nested(typed("--tls-ca", "ca.pem"), shell_name)
+    @pytest.mark.parametrize(
+        ("argv", "flag"),
+        [
+            (["--tls-ca", "ca.pem"], "--tls-ca"),
+            (["--tls-cert", "c.pem"], "--tls-cert"),
+            (["--tls-key", "k.pem"], "--tls-key"),
+            (["--tls-server-name", "pacs"], "--tls-server-name"),
+            (["--tls-min-version", "1.3"], "--tls-min-version"),
+            (["--tls-no-check-hostname"], "--tls-no-check-hostname"),
+        ],
+    )
+    @pytest.mark.parametrize("of", ["--tls", "--forward-tls"])
+    def test_what_belongs_to_tls_is_refused_without_it(self, argv: list[str], flag: str, of: str) -> None:
+        argv, flag = [one.replace("--tls", of) for one in argv], flag.replace("--tls", of)
+        with pytest.raises(InvalidOption, match=f"^{flag} is given without {of}") as caught:
+            nested(typed(*argv), shell_name)
+        assert of in caught.value.hint
+        # The other node's switch does not switch it on.
+        other = "--tls" if of == "--forward-tls" else "--forward-tls"
+        with pytest.raises(InvalidOption, match=f"^{flag} is given without {of}"):
+            nested(typed(*argv, other), shell_name)
 
-    def test_tls_that_is_switched_off_ignores_its_files(self) -> None:
-        # A form keeps what was filled in when the switch is turned.
-        found, _ = options_from_fields({"use_tls": "false", "tls_ca_file": "ca.pem"})
-        assert "tls" not in nested(found)
+    def test_defaults_of_tls_ask_for_nothing(self) -> None:
+        assert nested(typed("--tls-min-version", "1.2", "--forward-tls-min-version", "1.2"), shell_name) == {}
+
+    def test_tls_of_both_nodes(self, tmp_path: Path) -> None:
+        ca, cert = tmp_path / "ca.pem", tmp_path / "cert.pem"
+        ca.touch()
+        cert.touch()
+        flat = typed(
+            "--to", "dicom://b:1", "--tls", "--tls-ca", str(ca), "--forward-calling-ae", "ME", "--forward-tls",
+            "--forward-tls-ca", str(ca), "--forward-tls-cert", str(cert), "--forward-tls-key", str(cert),
+            "--forward-tls-server-name", "b", "--forward-tls-min-version", "1.3", "--forward-tls-no-check-hostname",
+        )  # fmt: skip
+        made = check_options("a:1", **nested(flat, shell_name))
+        assert made.tls == Tls(ca=str(ca))
+        assert made.forward_target == ForwardTarget(
+            calling_ae_title="ME",
+            tls=Tls(str(ca), str(cert), str(cert), server_name="b", min_version="1.3", check_hostname=False),
+        )
 
     @pytest.mark.parametrize(
         ("argv", "start"),
         [
             (["--max-pdu", "1"], "--max-pdu: "),
             (["--idle-timeout", "soon"], "--idle-timeout: "),
-            (["--tls", "--tls-key", "k"], "--tls-key is"),
+            (["--tls", "--tls-key", "k"], "--tls-key is given without --tls-cert"),
+            (["--tls", "--tls-ca", "/nowhere"], "--tls-ca: "),
+            (
+                ["--to", "dicom://b:1", "--forward-tls", "--forward-tls-key", "k"],
+                "--forward-tls-key is given without --forward-tls-cert",
+            ),
+            (["--to", "dicom://b:1", "--forward-tls", "--forward-tls-ca", "/nowhere"], "--forward-tls-ca: "),
+            (["--to", "/tmp", "--forward-tls"], "forward_target does not fit a destination of kind Filesystem"),
             (["--associations", "3"], "--associations: "),
             (["--verify-held", "digest", "--checksum", "none"], "--verify-held: "),
             (["--ack", "durable", "--no-durable"], "--ack: durable waits for the sync that --no-durable"),
@@ -314,6 +356,18 @@ class TestShell:
 
 
 class TestConnection:
+    @pytest.mark.parametrize("switch", [{}, {"use_tls": False}, {"use_tls": "no"}, {"use_tls": None}])
+    @pytest.mark.parametrize(
+        "field",
+        [
+            {"tls_ca_file": "ca.pem"}, {"tls_cert_file": "c"}, {"tls_key_file": "k"}, {"tls_server_name": "n"},
+            {"tls_check_hostname": False}, {"tls_check_hostname": "false"}, {"tls_min_version": "1.3"},
+        ],
+    )  # fmt: skip
+    def test_what_belongs_to_tls_is_refused_without_it(self, field: dict[str, Any], switch: dict[str, Any]) -> None:
+        with pytest.raises(InvalidOption, match=f"^{next(iter(field))} is given without use_tls"):
+            nested(options_from_fields(field | switch)[0], field_name)
+
     def test_strings_nulls_and_values_are_alike(self) -> None:
         as_text, _ = options_from_fields(
             {
@@ -371,7 +425,10 @@ BAD = [
     )),
     ("transfer_syntaxes", []), ("transfer_syntaxes", ["1..2"]), ("sop_classes", ["CTImage"]), ("sop_classes", 5),
     ("tls", {"min_version": "1.0"}), ("tls", {"key": "k"}), ("tls", True), ("tls", {"ca": ""}),
-    ("tls", {"ca": "/nowhere"}), ("tls", {"ca": "/"}),
+    ("tls", {"ca": "/nowhere"}), ("tls", {"ca": "/"}), ("tls", False), ("tls", {"use_tls": True}), ("tls", {"ssl": 1}),
+    ("forward_target", {"addr": "h:1", "tls_ca": "/x"}), ("forward_target", {"addr": "h:1", "ssl": True}),
+    ("forward_target", {"addr": "h:1", "tls": True}), ("forward_target", {"addr": "h:1", "tls": {"key": "k"}}),
+    ("forward_target", {"addr": "h:1", "tls": {"certificate": "k"}}),
     ("user_identity", {}), ("user_identity", {"password": "p"}), ("user_identity", {"username": "u", "token": "t"}),
     ("user_identity", {"token": "t"}),
     ("deadlines", {"idle": 0}), ("deadlines", {"idle": float("nan")}), ("deadlines", {"connect": float("inf")}),
@@ -415,6 +472,18 @@ class TestRefusals:
             ({"destination": "s3://bucket", "forward_target": {}}, "forward_target does not fit"),
             ({"destination": "s3://bucket", "strict_forward": True}, "strict_forward needs a DICOM node"),
             ({"destination": "s3://bucket", "s3_config": {"ca_bundle": "/nowhere"}}, "s3_config.ca_bundle: '/nowhere'"),
+            (
+                {"destination": "s3://bucket", "s3_config": {"ca_bundle": "/x", "endpoint": "http://h"}},
+                "s3_config.ca_bundle has no effect for an endpoint without TLS",
+            ),
+            (
+                {"destination": "dicom://h:1", "forward_target": {"tls": {"key": "k"}}},
+                "forward_target.tls.key is given without forward_target.tls.cert",
+            ),
+            (
+                {"destination": "dicom://h:1", "forward_target": {"tls": {"ca": "/nowhere"}}},
+                "forward_target.tls.ca: '/nowhere'",
+            ),
             ({"destination": "dicom://PACS_B"}, "destination: dicom://PACS_B names a connection"),
             ({"destination": "dicom://X@H:104"}, "destination: dicom://X@H:104 is the source"),
             (
