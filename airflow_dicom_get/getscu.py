@@ -226,9 +226,10 @@ class GetScu:
                     left = report.left_to_itself(call.states, source.why_ended(), source.cancel.reason)
                     report.fix_rows(judge(left))
                 report.manifest_not_written(results[0], stuck.error())
-        result = results[0]
-        events.completed(report.completed_event(result))
-        return result
+            finally:  # also where the caller gets an exception, as from Ctrl-C
+                if results:
+                    events.completed(report.completed_event(results[0]))
+        return results[0]
 
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:
         """List what a get would fetch, and what is already held. Nothing is fetched or written.

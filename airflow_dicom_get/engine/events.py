@@ -27,6 +27,7 @@ class Events:
         self.expected = 0
         """Instances planned to be fetched, over all studies so far."""
         self.taken = 0
+        self._planned_taken = 0
         self.failed = 0
         self.warning = 0
         self.bytes = 0
@@ -36,15 +37,18 @@ class Events:
         return clock.monotonic() - self._began
 
     def planned(self, count: int) -> None:
-        """``count`` more instances are to be fetched."""
+        """``count`` more instances are to be fetched, or fewer where it is below zero."""
         with self._mutex:
             self.expected += count
 
-    def arrived(self, instance: Instance, uid: str, error: str | None, size: int, *, new: bool) -> None:
-        """An instance was answered: taken, or refused with ``error``."""
+    def arrived(
+        self, instance: Instance, uid: str, error: str | None, size: int, *, new: bool, planned: bool = True
+    ) -> None:
+        """An instance was answered: taken, or refused with ``error``; ``planned`` where it is one of those."""
         with self._mutex:
             if error is None and new:
                 self.taken += 1
+                self._planned_taken += planned
                 self.bytes += size
                 self.warning += instance.remarked
             elif error is not None:
@@ -52,7 +56,7 @@ class Events:
             if self._on_sub_operation is None:
                 return
             event = SubOperation(
-                remaining=max(self.expected - self.taken, 0),
+                remaining=max(self.expected - self._planned_taken, 0),
                 completed=self.taken,
                 failed=self.failed,
                 warning=self.warning,

@@ -126,6 +126,14 @@ class Listing:
             bool(self.series) and all(s.related_instances is not None for s in self.series.values())
         )
 
+    def counts_agree(self) -> bool:
+        """Whether the source gave counts of what it lists, and they say as many as it lists."""
+        if self.instances_named or not self.has_counts():
+            return False
+        if self.related_instances is not None:
+            return self.related_instances == sum(one.listed for one in self.series.values())
+        return all(one.related_instances == one.listed for one in self.series.values())
+
 
 ListSeries = Callable[[Finder, SeriesInfo], None]
 """Lists the instances of one series; may be called again for the same one."""
@@ -206,8 +214,9 @@ class _Lister:
                 continue
             listing.below_study = Below()
             if scope.whole_study:
-                listing.related_instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
-                related_series = i.int_value(row.get(i.STUDY_RELATED_SERIES))
+                instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+                listing.related_instances = _larger(listing.related_instances, instances)
+                related_series = _larger(related_series, i.int_value(row.get(i.STUDY_RELATED_SERIES)))
         return related_series
 
     def _ask_series(self, dropped: Dropped, related_series: int | None) -> None:
@@ -221,13 +230,13 @@ class _Lister:
             uid = shown_uid(row.get(h.SERIES_INSTANCE_UID))
             if not is_uid(uid):
                 listing.keep_bad(scope.study, uid, "")
-            elif uid not in listing.series:
-                listing.series[uid] = SeriesInfo(
-                    uid,
-                    i.text_value(row.get(h.MODALITY)),
-                    i.int_value(row.get(h.SERIES_NUMBER)),
-                    None if self._image_filters else i.int_value(row.get(i.SERIES_RELATED_INSTANCES)),
-                )
+                continue
+            if uid not in listing.series:
+                number = i.int_value(row.get(h.SERIES_NUMBER))
+                listing.series[uid] = SeriesInfo(uid, i.text_value(row.get(h.MODALITY)), number)
+            if not self._image_filters:
+                series, count = listing.series[uid], i.int_value(row.get(i.SERIES_RELATED_INSTANCES))
+                series.related_instances = _larger(series.related_instances, count)
         if scope.series is not None:
             listing.below_study = None
         elif listing.below_study is not None or listing.series:
@@ -310,6 +319,11 @@ class _Lister:
                 log.info("%s The source takes no C-FIND for single instances.", error.message)
                 listing.instances_named = False
                 return
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    """Of two counts of the same thing the larger one; None where neither is told."""
+    return max((count for count in (one, other) if count is not None), default=None)
 
 
 def _most_rows(series: SeriesInfo) -> int:

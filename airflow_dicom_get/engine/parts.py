@@ -163,7 +163,11 @@ class _Search:
         enough: Callable[[Matches], bool],
     ) -> None:
         self._finder, self._keys, self._split, self._enough = finder, keys, split, enough
-        self._returned = (h.STUDY_INSTANCE_UID, i.STUDY_DATE, i.STUDY_TIME, *returned)
+        keyed = [tag for tag, value in keys.items() if value and value != "*"]
+        # How many studies a patient has is of all that is asked for where that is the patient alone.
+        self._counted = keyed == [i.PATIENT_ID]
+        counts = [i.PATIENT_RELATED_STUDIES] if self._counted else []
+        self._returned = (h.STUDY_INSTANCE_UID, i.STUDY_DATE, i.STUDY_TIME, *counts, *returned)
         self._found = Matches()
 
     def run(self) -> Matches:
@@ -172,8 +176,8 @@ class _Search:
         try:
             self._ask(whole, finder.dropped)
             came = set(found.answers)
-            counts = [i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row, _ in found.answers.values()]
-            count = max(counts, default=0)
+            rows = [row for row, _ in found.answers.values()] if self._counted else []
+            count = max((i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row in rows), default=0)
             if self._enough(found):
                 return found
             confirmed = count == len(came) or not finder.cuts.may_be_cut("STUDY", finder.came)
@@ -183,8 +187,7 @@ class _Search:
             if not (error.transient and self._split and whole.halves()):
                 raise
             count = 0
-            # Without a date in the query, studies that have none lie in no part, and nothing has shown them.
-            confirmed = self._confirm(whole, set()) and bool(self._keys.get(i.STUDY_DATE))
+            confirmed = self._confirm(whole, set())
         if not confirmed:
             found.doubt = "list_may_be_cut"
         if finder.unreadable > unreadable or count > len(found.answers):
@@ -208,10 +211,13 @@ class _Search:
         return here, others or bool(dropped)
 
     def _confirm(self, part: Part, came: set[bytes]) -> bool:
-        """Ask for the halves of a part whose answer may be cut, or was refused; whether they show that it is whole."""
+        """Ask for the halves of a part whose answer may be cut, or was refused; whether they show that it is whole.
+
+        Without a date in the query they do not: studies that have none lie in no part.
+        """
         halves = part.halves() if self._split else ()
         again: set[bytes] = set()
-        whole = bool(halves)
+        whole = bool(halves) and bool(self._keys.get(i.STUDY_DATE))
         for half in halves:
             if self._found.queries >= MAX_QUERIES or self._enough(self._found):
                 return False

@@ -160,7 +160,7 @@ def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str 
         classes=dict(Counter(instance.sop_class for instance in rows)),
         contexts=sum(map(len, bins)),
         associations=len(bins),
-        evidence="list+counts" if listings and all(x.has_counts() for x in listings) else "list",
+        evidence="list+counts" if listings and all(x.counts_agree() for x in listings) else "list",
         plan_at=listed.at,
         destination=destination,
         errors=[*([doubt_remark(doubt)] if doubt is not None else []), *listed.all_dropped().remarks()],

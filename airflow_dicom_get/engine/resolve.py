@@ -119,7 +119,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
         _check_needs_no_find(query)
         return Meant([_scope(query, study, lower, listed=False) for study in query.studies])
     if not query.studies and not selecting:
-        return _from_below(finder, query, lower, max_studies)
+        return _from_below(finder, query, lower)
     keys: Keys = {f.tag: f.value for f in study_filters}
     unreadable = finder.unreadable
     doubt = None
@@ -127,9 +127,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     if query.studies:
         rows = finder.named("STUDY", query.studies, keys, _STUDY_KEYS)
     else:
-        # How many a patient has tells only where all of these are asked for.
-        counts = [i.PATIENT_RELATED_STUDIES] if selecting == ["PatientID"] else []
-        matches = matching_studies(finder, keys, (*_STUDY_KEYS, *counts))
+        matches = matching_studies(finder, keys, _STUDY_KEYS)
         rows, doubt = matches.answers.values(), matches.doubt
     found: dict[str, Scope] = {}
     for row, _ in rows:
@@ -202,7 +200,7 @@ def _check_count(count: int, limit: int) -> None:
         )
 
 
-def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_studies: int) -> Meant:
+def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...]) -> Meant:
     """Studies of series or instances that were given without their study: a relational C-FIND."""
     if not query.series and not query.instances:
         raise InvalidQuery(
@@ -217,7 +215,6 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         studies.setdefault(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
     if not studies:
         check_answered(finder)
-    _check_count(len(studies), max_studies)
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
     scopes = [_scope(query, study, filters) for study in studies]
     for scope in scopes:

@@ -111,7 +111,8 @@ class Intake:
                 self.stop(answered.stop)
 
     def _tell(self, answered: Answered, uid: str, size: int) -> None:
-        self.retrieval.events.arrived(answered.record, uid, answered.error, size, new=answered.new)
+        record, planned = answered.record, answered.record.key not in self.state.unlisted
+        self.retrieval.events.arrived(record, uid, answered.error, size, new=answered.new, planned=planned)
         if answered.stop is not None:
             self.stop(answered.stop)
 

@@ -173,8 +173,7 @@ class StudyState:
         listing.narrow(self.sop_classes, self.unwanted)
         self.unwanted |= named - listing.instances.keys()  # the list tells another class
         changed = self.listing is not None and listing.keys() != self.listing.keys()
-        if changed:
-            self.counted.clear()
+        self.counted.clear()  # what a C-GET has counted before is of another moment than this list
         self.lists_agree = self.listing is not None and not changed
         lists = listing.lists()
         self._list_stands = not lists.is_round(listing.cuts) and not lists.contradicted()
@@ -368,13 +367,16 @@ class StudyState:
                 if instance.state is None:
                     instance.state, instance.reason = "missing", self._why_untried()
             elif key in self.unlisted:
-                instance.state = "unexpected"
-                instance.reason = instance.reason or "not_listed"
+                if instance.state in HELD:
+                    instance.state, instance.reason = "unexpected", instance.reason or "not_listed"
             elif key in named and instance.state not in HELD:
                 instance.state, instance.reason = "missing", "gone_from_list"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
         if listing is None:
+            for series, sop in sorted(self.scope.bad):
+                instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
+                instance.state, instance.reason = "missing", "bad_uid"
             return
         for series, sop in sorted(named - self.instances.keys() - self.inventory.keys() - self.unwanted):
             instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)

@@ -80,6 +80,7 @@ class StudyRun:
         self._intake = Intake(retrieval, state)
         self._options = retrieval.options
         self._situation = Situation(state, retrieval.peer, retrieval.options)
+        self._inventory_taken = False
 
     def execute(self) -> None:
         """Run the study to its end. Errors of peer and destination end up in the state."""
@@ -125,14 +126,12 @@ class StudyRun:
             else:
                 state.rounds = max(state.rounds, 1)
             self._intake.confirm(wait=True)
-            self._confirm_lists()
-            self._intake.confirm(wait=True)
             changed = self._list_again()
             if changed is None:
                 return
             self._ask_for_gone()
             left = state.missing()
-            if not changed and (not left or state.progress == before):
+            if not changed and (not left or state.progress == before) and not self._confirm_lists():
                 return
             if max(turn, state.rounds) >= MAX_ROUNDS:
                 state.still_growing = changed
@@ -152,9 +151,15 @@ class StudyRun:
     def _take_list(self, listing: Listing | None) -> bool:
         if listing is None:
             return False
+        left = self._left_to_fetch()
         changed = self._state.take_list(listing)
         self._adopt_inventory()
+        if self._inventory_taken:
+            self._retrieval.events.planned(self._left_to_fetch() - left)
         return changed
+
+    def _left_to_fetch(self) -> int:
+        return len(self._state.missing()) if self._state.listing is not None else 0
 
     def _fetch(self, missing: Sequence[Instance]) -> None:
         """Ask for these by one strategy after the other, each only for what is then still missing."""
@@ -192,8 +197,13 @@ class StudyRun:
         work.execute(self._options.associations)
         return work
 
-    def _confirm_lists(self) -> None:
-        """Where a list may be cut, ask at the level above how many there are, and then for all of it."""
+    def _confirm_lists(self) -> bool:
+        """Where a list may be cut, ask at the level above how many there are, and then for all of it.
+
+        Only once the list stays the same: a count is of its own moment, and confirms no list that came after it.
+        Returns whether something came that is not listed, so that the list is asked for again.
+        """
+        before = len(self._state.unlisted)
         for series in self._to_be_confirmed():
             name = series or self._state.scope.study
             self._intake.hold_limits()
@@ -206,6 +216,8 @@ class StudyRun:
             level = "STUDY" if series is None else "SERIES"
             for proposals, _ in contexts_for(self._situation, self._members(series)):
                 self._pass(proposals, [Request(level, series, confirms=True)])
+        self._intake.confirm(wait=True)
+        return len(self._state.unlisted) > before
 
     def _to_be_confirmed(self) -> list[str | None]:
         """Series whose list may be cut, or is too short for its count, where all of it is held; None is the study."""
@@ -286,6 +298,7 @@ class StudyRun:
             except SinkError:
                 self._retrieval.source.check_stopped()  # then that is why it failed
                 raise
+        self._inventory_taken = True
         if state.listing is not None:
             self._adopt_inventory()
             missing = state.missing()

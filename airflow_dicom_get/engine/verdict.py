@@ -66,13 +66,13 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
             return PARTIAL, "window"
         if state.listing is None or state.errors:
             return FAILED, _why(state, scope)
-        if state.unlisted or contradicted(state):
+        if state.instances or contradicted(state):  # an earlier list named them, or they were sent
             return UNVERIFIED, "list_contradicted"
         if state.listing.doubts(state.counted):
             return UNVERIFIED, "list_may_be_cut"
         return EMPTY, "key_not_matched" if state.listing.dropped else None
     conflicts = any(x.state == "conflict" for x in scope)
-    if held == total and not conflicts:
+    if held == total and all(x.state in HELD for x in scope):
         if state.listing is None:
             return UNVERIFIED, "no_list"
         if contradicted(state):
@@ -89,7 +89,10 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
 
 def _lost(state: StudyState, listing: Listing) -> int:
     """Instances that a manifest asks for, and that are neither listed nor held."""
-    return sum(key not in listing.instances and x.state not in OUTSIDE_LIST for key, x in state.instances.items())
+    return sum(
+        key not in listing.instances and key not in state.unlisted and x.state not in OUTSIDE_LIST
+        for key, x in state.instances.items()
+    )
 
 
 def contradicted(state: StudyState) -> bool:
@@ -105,7 +108,7 @@ def contradicted(state: StudyState) -> bool:
 def _evidence(state: StudyState) -> Evidence:
     if state.listing is None:
         return "none"
-    return "list+counts" if state.listing.has_counts() else "list"
+    return "list+counts" if state.listing.counts_agree() else "list"
 
 
 def _why(state: StudyState, scope: Iterable[Instance]) -> str | None:

@@ -161,14 +161,14 @@ class CancelToken:
 
 
 class Cancels:
-    """The cancels of a client: each ends the call that runs, or the next one at its start, and no other after it.
+    """The cancels of a client: each ends the calls that run, or the next one at its start, and no other after it.
 
     Without locks, since one may come in a signal handler, at any moment of the thread that begins or ends a call.
     """
 
     def __init__(self) -> None:
         self._asked: deque[str] = deque()
-        self._running: CancelToken | None = None
+        self._running: list[CancelToken] = []
 
     def cancel(self, reason: str) -> None:
         """See :meth:`CancelToken.cancel`. Those that wait for a call are all spent by the next one."""
@@ -178,20 +178,22 @@ class Cancels:
     @contextmanager
     def call(self) -> Iterator[CancelToken]:
         """While a call runs: what ends it."""
-        token = self._running = CancelToken()
+        token = CancelToken()
+        self._running.append(token)
         try:
             self._hand_on()  # after it is known: so whoever asks at this moment is heard here, or hands it on himself
             yield token
         finally:
-            self._running = None
+            self._running.remove(token)
 
     def _hand_on(self) -> None:
-        token = self._running
-        while token is not None:
+        while running := list(self._running):
             try:
-                token.cancel(self._asked.popleft())
+                reason = self._asked.popleft()
             except IndexError:
                 return
+            for token in running:
+                token.cancel(reason)
 
 
 class Association:

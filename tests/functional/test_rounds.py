@@ -173,7 +173,7 @@ def test_a_series_that_has_as_many_instances_as_servers_cut_at(
     scu = GetScu(f"PACS@{HOST}:{pacs.port}", destination=tmp_path / "to", associations=associations)
     result = scu.get_study({"StudyInstanceUID": study})
     assert (result.verdict, result.total, result.evidence) == ("complete", 200, "list")
-    assert set(pacs.sent.values()) == {1}, "fetched again to see whether the list was cut"
+    assert sum(pacs.sent.values()) < 220, "fetched again as a whole to see whether the list was cut"
 
 
 # --- pynetdicom's qrscp -----------------------------------------------------------------------------------

@@ -76,16 +76,17 @@ class TestImages:
         client = scu("no_counts", of={"series": 1, "instances": instances}, associations=associations)
         first = client.get_study(client.study)
         assert (first.verdict, first.completed) == ("complete", instances)
-        assert client.pacs.sent.total() == instances, "the fetch itself tells how many there are"
+        fetched = client.pacs.sent.total()
+        assert fetched <= instances + 2, "what the fetch has counted is older than the second list"
         result = client.get_study(client.study)
         assert (result.verdict, result.skipped) == ("complete", instances)
-        assert client.pacs.sent.total() - instances <= 2
+        assert client.pacs.sent.total() - fetched <= 2
         assert 0 < result.bytes < 3 * 1000
 
     def test_without_counters_the_series_comes_once_more_and_is_counted(self, scu: Any, tmp_path: Path) -> None:
         client = scu("nothing_counted", of={"series": 1, "instances": 100})
         assert client.get_study(client.study).verdict == "complete"
-        assert client.pacs.sent.total() == 100
+        assert client.pacs.sent.total() == 200, "what came before the second list says nothing of it"
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.dcm")}
         result = client.get_study(client.study)
         assert (result.verdict, result.skipped, result.conflicts) == ("complete", 100, 0)

@@ -26,7 +26,8 @@ class Archive:
         self.asked: list[dict] = []
 
     def row(self, number: int, day: str, time: str) -> Row:
-        return {h.STUDY_INSTANCE_UID: b"1.%d" % number, i.STUDY_DATE: day.encode(), i.STUDY_TIME: time.encode()}
+        found = {h.STUDY_INSTANCE_UID: b"1.%d" % number, i.STUDY_DATE: day.encode(), i.STUDY_TIME: time.encode()}
+        return found | {i.ACCESSION_NUMBER: b"1A2", i.PATIENT_ID: b"P"}
 
     def answers(self, level, keys, returned, dropped=None, enough=None):
         self.asked.append(keys)
@@ -49,7 +50,7 @@ class Archive:
 
 
 def search(archive: Archive, day: str = "", **options) -> Matches:
-    keys = {i.STUDY_DATE: day} if day else {}
+    keys = {i.STUDY_DATE: day} if day else {i.ACCESSION_NUMBER: "*A*"}
     return matching_studies(archive, keys, (), **options)  # type: ignore[arg-type]
 
 
@@ -63,8 +64,8 @@ def test_a_cut_answer_is_asked_for_again_by_days_and_hours(refuses: bool, asked:
     archive = Archive(*day_of(250), ("20240120", "120000"), cap=100, refuses=refuses)
     found = search(archive, asked)
     assert len(found.answers) == 251
-    # Of a refused query without a date nothing tells whether there are studies without one.
-    assert found.doubt == ("list_may_be_cut" if refuses and not asked else None)
+    # Of a query without a date nothing tells whether there are studies without one: they lie in no part.
+    assert found.doubt == (None if asked else "list_may_be_cut")
     assert found.queries == len(archive.asked) < 60
 
 
@@ -82,7 +83,12 @@ def test_without_parts_one_query_is_sent() -> None:
 @pytest.mark.parametrize("asked", ["20240110", "20240101-20240201", ""])
 def test_a_round_number_of_studies_that_is_whole_is_confirmed(number: int, asked: str) -> None:
     found = search(Archive(*day_of(number)), asked)
-    assert (len(found.answers), found.doubt) == (number, None)
+    assert (len(found.answers), found.doubt) == (number, None if asked else "list_may_be_cut")
+
+
+def test_a_study_without_a_date_behind_the_cut_is_not_taken_for_absent() -> None:
+    found = search(Archive(*day_of(100), ("", ""), cap=100))
+    assert (len(found.answers), found.doubt) == (100, "list_may_be_cut")
 
 
 def test_a_number_that_is_not_round_costs_one_query() -> None:
@@ -108,9 +114,17 @@ def test_the_count_of_a_patient_agrees_or_contradicts() -> None:
         archive = Archive(*day_of(100), cap=100)
         for row in archive.rows:
             row[i.PATIENT_RELATED_STUDIES] = b"%d" % count
-        found = search(archive)
+        found = matching_studies(archive, {i.PATIENT_ID: "P"}, ())  # type: ignore[arg-type]
         assert found.doubt == doubt
         assert (found.queries == 1) == (count == 100)
+
+
+def test_the_count_of_a_patient_says_nothing_of_his_studies_on_one_day() -> None:
+    archive = Archive(*day_of(3))
+    for row in archive.rows:
+        row[i.PATIENT_RELATED_STUDIES] = b"100"
+    keys = {i.PATIENT_ID: "P", i.STUDY_DATE: "20240110"}
+    assert matching_studies(archive, keys, (i.PATIENT_RELATED_STUDIES,)).doubt is None  # type: ignore[arg-type]
 
 
 def test_a_row_that_cannot_be_read_contradicts() -> None:

@@ -86,6 +86,12 @@ def emptied(made: StudyState) -> StudyState:
     return made
 
 
+def gone(made: StudyState, *listed: Instance) -> StudyState:
+    """An earlier list has named these."""
+    made.instances |= {x.key: x for x in listed}
+    return made
+
+
 def with_bad(made: StudyState, *keys: tuple[str, str]) -> StudyState:
     """Rows that cannot be asked for."""
     assert made.listing is not None
@@ -174,6 +180,14 @@ CASES = [
          lambda: with_(state(), listing=Listing(at=AT.timestamp(), below_study=Below())), "unverified",
          "list_contradicted", numbers(0, 0)),
     Case("the second list was not had", lambda: state(instance(1), agree=False), "unverified", "list_not_repeated"),
+    Case("listed once and fetched, and then listed no more", lambda: gone(state(), instance(1, "withdrawn")),
+         "unverified", "list_contradicted", numbers(0, 0, withdrawn=1)),
+    Case("something unlisted came with other bytes than are held",
+         lambda: state(instance(1), others=[instance(9, "conflict", "different_content")]), "partial",
+         "different_content", numbers(1, 1, conflicts=1, unexpected=0)),
+    Case("something unlisted could not be stored",
+         lambda: state(instance(1), others=[instance(9, "failed", "destination_error")]), "partial",
+         "destination_error", numbers(1, 1, unexpected=0)),
     Case("nothing listed, something sent", lambda: state(others=[instance(1, "unexpected")]), "unverified",
          "list_contradicted", {"total": 0, "unexpected": 1}),
     Case("nothing listed, and a count says more", lambda: state(count=3), "unverified", "list_contradicted"),
@@ -314,6 +328,18 @@ class TestConclude:
         made.conclude()
         assert [(x.state, x.reason) for x in made.rows()] == [("stored", None), ("unexpected", "not_listed")]
 
+    @pytest.mark.parametrize(("became", "reason"), [("conflict", "different_content"), ("failed", "destination_error")])
+    def test_one_that_was_never_listed_and_not_taken_stays_what_it_is(self, became: str, reason: str) -> None:
+        made = state(instance(1), others=[instance(9, became, reason)])
+        made.conclude()
+        assert [(x.state, x.reason) for x in made.rows()] == [("stored", None), (became, reason)]
+
+    def test_what_cannot_be_asked_for_is_a_row_also_without_a_list(self) -> None:
+        made = unlisted(instance(1))
+        made.scope.bad = frozenset({(SERIES, "a.b")})
+        made.conclude()
+        assert [(x.sop, x.state, x.reason) for x in made.rows()][1:] == [("a.b", "missing", "bad_uid")]
+
     def held(self, number: int) -> Stored:
         return Stored(SERIES, f"{SERIES}.{number}", bytes=10)
 
@@ -353,3 +379,18 @@ def test_what_a_manifest_asks_for_counts_where_it_is_neither_listed_nor_held(hel
     found = judge(made)
     assert (found.expected, found.total, found.completed, found.failed) == (2, 2, int(held), 2 - held)
     assert found.verdict == ("partial" if held else "failed")
+
+
+@pytest.mark.parametrize(
+    ("count", "of_study", "evidence"),
+    [(None, None, "list"), (2, None, "list+counts"), (None, 2, "list+counts"), (1, None, "list"), (2, 1, "list")],
+)
+def test_counts_are_evidence_where_they_agree(count: int | None, of_study: int | None, evidence: str) -> None:
+    assert judge(state(instance(1), instance(2), count=count, of_study=of_study)).evidence == evidence
+
+
+def test_counts_of_a_series_say_nothing_of_instances_that_were_named() -> None:
+    made = state(instance(1), count=1)
+    assert made.listing is not None
+    made.listing.instances_named = True
+    assert judge(made).evidence == "list"
