@@ -197,7 +197,7 @@ class Result:
         reason = f" ({self.reason})" if self.reason else ""
         if not self.total and self.verdict != EMPTY:
             return f"{self.verdict}{reason}: nothing was {'stored' if self.kind == 'store' else 'retrieved'}"
-        if self.verdict == EMPTY:
+        if self.verdict == EMPTY and not self.total:
             return f"empty{reason}: the query matched nothing"
         if self.kind == "store":
             parts = [f"{self.completed} of {self.total} instances are stored at the node"]
@@ -268,6 +268,8 @@ class Plan:
         contradict the query, as ``{"error": …, "count": …, "hint": …}``.
     doubt : str or None
         Why there may be more than is listed: ``list_may_be_cut`` or ``list_contradicted``.
+    unknown : list of str
+        UIDs of series and instances that the query names, and the source does not list.
     rows : sequence of Instance
         One per instance listed; ``state`` is ``held`` or None.
     """
@@ -286,6 +288,7 @@ class Plan:
     destination: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     doubt: str | None = None
+    unknown: list[str] = field(default_factory=list)
     rows: Sequence[Instance] = field(default=(), repr=False, compare=False)
 
     @property

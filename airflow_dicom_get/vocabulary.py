@@ -333,7 +333,9 @@ REASONS: Mapping[str, Reason] = {
         of="result",
     ),
     "not_found": Reason(
-        "The PACS does not have some studies of the list.", "Check these accession numbers.", of="result"
+        "The PACS does not have something that is named: a study of a list, or a series or instance of the query.",
+        "Check these accession numbers or UIDs. Everything else was retrieved.",
+        of="result",
     ),
     "key_not_matched": Reason(
         "All rows of the PACS contradict the query: it writes a value in another way, or returned other studies.",

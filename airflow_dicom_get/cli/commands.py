@@ -170,7 +170,7 @@ def plan(typed: Namespace) -> int:
         output.emit(output.plan_lines(planned))
     if meant.doubt is not None or planned.doubt is not None:
         return EXIT_CODES[UNVERIFIED]
-    return 0 if planned.instances else 5
+    return 0 if planned.instances and not planned.unknown else 5
 
 
 def get(typed: Namespace) -> int:

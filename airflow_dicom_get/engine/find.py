@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.dicom.values import dataset_of
-from airflow_dicom_get.engine.finder import MAX_ROWS, UNIQUE, Answer, Finder, Keys, check_answered
+from airflow_dicom_get.engine.finder import MAX_ROWS, UNIQUE, Answer, Finder, check_answered
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.parts import matching_studies
-from airflow_dicom_get.engine.query import Query
+from airflow_dicom_get.engine.query import LEVELS, Query
+from airflow_dicom_get.engine.resolve import resolve, shown_uid
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import InvalidOption, peer_text
@@ -98,7 +100,7 @@ def find_rows(
     limit: int | None = None,
     split: bool = True,
 ) -> Found:
-    """Rows of a search at ``level``; keys of lower levels are asked for as they are (relational).
+    """Rows of a search at ``level``; keys of levels above are matched there, those of lower ones with it (relational).
 
     Parameters
     ----------
@@ -117,27 +119,28 @@ def find_rows(
         asked = [int(find_attribute(keyword).tag) for keyword in (*_RETURNED[level], *return_keys)]
     except UnknownAttributeError as error:
         raise InvalidOption(f"return_keys: {error}", option="return_keys") from None
-    named = {
-        h.STUDY_INSTANCE_UID: query.studies,
-        h.SERIES_INSTANCE_UID: query.series,
-        h.SOP_INSTANCE_UID: query.instances,
-    }
-    uids = named.pop(UNIQUE[level])
-    keys: Keys = {f.tag: f.value for f in query.filters} | {tag: values for tag, values in named.items() if values}
+    named = {"STUDY": query.studies, "SERIES": query.series, "IMAGE": query.instances}
+    below = LEVELS[LEVELS.index(level) + 1 :]
+    own: dict[int, Any] = {f.tag: f.value for f in query.filters if f.level in (level, *below) or not f.value}
+    own |= {UNIQUE[lower]: named[lower] for lower in below if named[lower]}
     most = MAX_ROWS if limit is None else limit
     with source.association(FIND_PROPOSALS) as association:
         finder = Finder(association, source.cuts)
         found, rows = Found(), _Distinct(level, finder)
-        if uids:
-            rows.take(finder.named(level, uids, keys, asked))
-        elif level == "STUDY":
-            matches = matching_studies(finder, keys, asked, split=split, enough=lambda x: len(x.answers) > most)
-            rows.take(matches.answers.values())
-            found.queries, found.doubt = matches.queries, matches.doubt
-        else:
-            rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most))
-            if finder.cuts.may_be_cut(level, finder.came):
-                found.doubt = "list_may_be_cut"
+        for above in _above(finder, query, level, found):
+            keys = {**above, **own}
+            if named[level]:
+                rows.take(finder.named(level, named[level], keys, asked))
+            elif level == "STUDY":
+                matches = matching_studies(finder, keys, asked, split=split, enough=lambda x: len(x.answers) > most)
+                rows.take(matches.answers.values())
+                found.queries, found.doubt = matches.queries, matches.doubt
+            else:
+                rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most))
+                if finder.cuts.may_be_cut(level, finder.came):
+                    found.doubt = "list_may_be_cut"
+            if len(rows.found) > most:
+                break
         if finder.unreadable:
             found.doubt = "list_contradicted"
         if not rows.found:
@@ -157,6 +160,48 @@ def find_rows(
         found.cut = True
         found.remarks.append(doubt_remark(found.doubt))
     return found
+
+
+def _above(finder: Finder, query: Query, level: str, found: Found) -> Iterator[dict[int, Any]]:
+    """The unique keys above a level under which its rows are asked for, once for each study or series that is meant.
+
+    A key of a level above is matched there: below it a PACS need not know it (PS3.4 C.4.1.2.2.1), and then refuses it,
+    finds nothing, or finds what was not asked for.
+    """
+    keys = {name: {f.tag: f.value for f in query.filters if f.value and f.level == name} for name in UNIQUE}
+    studies: list[dict[int, Any]] = [{h.STUDY_INSTANCE_UID: query.studies} if query.studies else {}]
+    if level == "STUDY":
+        studies = [{}]
+    elif keys["STUDY"]:
+        meant = resolve(finder, query, MAX_ROWS)
+        found.doubt = meant.doubt
+        studies = [
+            {**(scope.patient_keys() if finder.by_patient else {}), h.STUDY_INSTANCE_UID: scope.study}
+            for scope in meant.scopes
+            if scope.named_well
+        ]
+    for study in studies:
+        if level != "IMAGE" or not (keys["SERIES"] or query.series):
+            yield study
+        elif not keys["SERIES"]:
+            yield {**study, h.SERIES_INSTANCE_UID: query.series}
+        else:
+            asked = {**study, **keys["SERIES"]}
+            returned = (h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID)
+            series = (
+                finder.named("SERIES", query.series, asked, returned)
+                if query.series
+                else finder.answers("SERIES", asked, returned)
+            )
+            uids = [tuple(shown_uid(row.get(tag)) for tag in returned) for row, _ in series]
+            if not query.series and finder.cuts.may_be_cut("SERIES", finder.came):
+                found.doubt = "list_may_be_cut"
+            for pair in dict.fromkeys(uids):
+                unique = {tag: uid for tag, uid in zip(returned, pair, strict=True) if is_uid(uid)}
+                if h.SERIES_INSTANCE_UID in unique:
+                    yield {**study, **unique}
+                else:
+                    found.doubt = found.doubt or "bad_uid"
 
 
 class _Distinct:

@@ -60,6 +60,8 @@ class Listing:
     """Rows that could not be read."""
     dropped: Dropped = field(default_factory=Dropped)
     """Rows that contradict what was asked for."""
+    unknown: frozenset[str] = frozenset()
+    """UIDs of series and instances that a query names, and the source does not list in this study."""
     bad: dict[Key, Instance] = field(default_factory=dict)
     """Rows that cannot be asked for, since the UID of their series or their own is malformed, by both as shown."""
     below_study: Below | None = None
@@ -190,6 +192,9 @@ class _Lister:
         each(finder, listing.series.values(), self._list_series)
         before = finder.unreadable
         self._ask_for_named()
+        if not self._scope.named and not self._scope.filters:  # a filter leaves out what is there
+            listed = {uid for key in listing.instances for uid in key} | listing.series.keys()
+            listing.unknown = ((self._scope.series or frozenset()) | (self._scope.instances or frozenset())) - listed
         listing.unreadable = above + self._unreadable.total() + finder.unreadable - before
         below = Dropped()
         for here in self._dropped.values():

@@ -15,6 +15,7 @@ from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import Each, Listing, list_study, one_by_one
 from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
+from airflow_dicom_get.engine.report import known_nowhere, unknown_remark
 from airflow_dicom_get.engine.resolve import Scope, resolve
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.whole import doubt_remark
@@ -150,6 +151,8 @@ def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str 
     rows = [instance for listing in listings for instance in (*listing.instances.values(), *listing.bad.values())]
     missing = [instance for instance in rows if instance.state is None]
     bins = _contexts(missing, peer)
+    unknown = known_nowhere(listing.unknown for listing in listings)
+    said = [*([doubt_remark(doubt)] if doubt is not None else []), *([unknown_remark(unknown)] if unknown else [])]
     return Plan(
         node=node,
         studies=[scope.study for scope in listed.scopes],
@@ -163,8 +166,9 @@ def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str 
         evidence="list+counts" if listings and all(x.counts_agree() for x in listings) else "list",
         plan_at=listed.at,
         destination=destination,
-        errors=[*([doubt_remark(doubt)] if doubt is not None else []), *listed.all_dropped().remarks()],
+        errors=[*said, *listed.all_dropped().remarks()],
         doubt=doubt,
+        unknown=sorted(unknown),
         rows=rows,
     )
 

@@ -6,7 +6,7 @@ Only here and in ``verdict`` is a verdict set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 MOST_ERRORS = 10
 """Entries of ``Result.errors``."""
+_SHOWN = 3
+"""UIDs that one of them names."""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class End:
         Whether a manifest was given that asks for nothing.
     doubt : str or None
         Why the query may mean more studies, as a reason of the vocabulary.
+    unknown : frozenset of str
+        UIDs of series and instances that the query names, and the source lists in none of its studies.
     """
 
     states: list[StudyState] = field(default_factory=list)
@@ -76,6 +80,7 @@ class End:
     dropped: Dropped | None = None
     nothing_asked: bool = False
     doubt: str | None = None
+    unknown: frozenset[str] = frozenset()
 
     def all_dropped(self) -> Dropped:
         """Rows that contradict what was asked for: those of the search, and those of the last list of each study."""
@@ -107,17 +112,24 @@ def end_of(
 ) -> End:
     """Judge the studies of a search, and keep what is to be said of it, and what ended the call after them.
 
-    A study that is there, and of which a filter on series or instances leaves nothing, is not meant by the query.
+    A study that is there, and in which nothing is that the query names or filters, is not meant by it.
     """
     judged = [(state, judge(state)) for state in states]
     meant = [
         (state, numbers)
         for state, numbers in judged
-        if not (state.scope.filters and state.scope.found and numbers.verdict == EMPTY and not state.rows())
+        if not (state.scope.narrowed and state.scope.found and numbers.verdict == EMPTY and not state.rows())
     ]
     kept = meant or judged
     states, numbers = [state for state, _ in kept], [numbers for _, numbers in kept]
-    return End(states, numbers, error=error, dropped=dropped, doubt=doubt)
+    unknown = known_nowhere(state.unknown() for state, _ in judged)
+    return End(states, numbers, error=error, dropped=dropped, doubt=doubt, unknown=unknown)
+
+
+def known_nowhere(unknown: Iterable[frozenset[str]]) -> frozenset[str]:
+    """Of what a query names, and each of its studies does not have, what none of them has."""
+    sets = list(unknown)
+    return frozenset.intersection(*sets) if sets else frozenset()
 
 
 # --- assemble ----------------------------------------------------------------------------------------
@@ -158,6 +170,8 @@ def assemble(
         result.reason = result.reason or end.doubt or ("key_not_matched" if end.all_dropped() else None)
     elif end.doubt is not None:
         _doubt(result, end.doubt)
+    if end.unknown:
+        _not_found(result, unknown_remark(end.unknown))
     if error is not None:
         cancelled = isinstance(error, Cancelled)
         result.verdict = CANCELLED if cancelled else FAILED
@@ -278,11 +292,11 @@ def assemble_comparison(
     Parameters
     ----------
     counts : mapping
-        Instances by symbol: ``=`` the same, ``-`` not listed, and the differences.
+        Instances by symbol: ``=`` the same, ``-`` not listed and so no part of the whole, and the differences.
     verdict : str
         See :func:`verdict_of_comparison`.
     """
-    total, same = sum(counts.values()), counts.get("=", 0)
+    total, same = sum(number for symbol, number in counts.items() if symbol != "-"), counts.get("=", 0)
     unlike = "differences" if verdict == PARTIAL else "not_compared"
     return Result(
         verdict=verdict,
@@ -414,11 +428,23 @@ def add_search_of_list(
     result.errors += remarks
     if doubt is not None:
         _doubt(result, doubt)
-    if not unknown:
-        return
+    if unknown:
+        text = "An accession number matches no study at the PACS."
+        _not_found(result, _entry(text, advice("not_found"), unknown))
+
+
+def _not_found(result: Result, remark: dict[str, Any]) -> None:
+    """Something that was named is not there: that matched nothing, whatever became of the rest."""
     result.verdict = worst((result.verdict, EMPTY))
     result.reason = result.reason or "not_found"
-    result.errors.append(_entry("An accession number matches no study at the PACS.", advice("not_found"), unknown))
+    result.errors.append(remark)
+
+
+def unknown_remark(unknown: Collection[str]) -> dict[str, Any]:
+    """What is said of UIDs of a query that the source does not list."""
+    shown = ", ".join(sorted(unknown)[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
+    text = f"The PACS lists no series or instance of these UIDs of the query: {shown}."
+    return _entry(text, advice("not_found"), len(unknown))
 
 
 def stopped_by_timer(result: Result, resume_at: datetime | None) -> None:

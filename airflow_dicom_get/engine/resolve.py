@@ -72,6 +72,11 @@ class Scope:
         return any(f.level == "IMAGE" for f in self.filters)
 
     @property
+    def narrowed(self) -> bool:
+        """Whether the query means a part of a study, so that one of which it leaves nothing is not meant."""
+        return bool(self.filters or self.series or self.instances) and not self.named
+
+    @property
     def whole_study(self) -> bool:
         """Whether the scope is the study, so that counts of the study apply."""
         return self.series is None and self.instances is None and not self.filters

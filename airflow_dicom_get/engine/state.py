@@ -156,6 +156,11 @@ class StudyState:
         """Whether it was refused in this round, for a reason that asking again does not change."""
         return instance.attempt == self.rounds and instance.reason in LOCAL_REASONS
 
+    def unknown(self) -> frozenset[str]:
+        """UIDs of the query that the list does not have, and the destination neither."""
+        held = {uid for key in self.inventory for uid in key}
+        return self.listing.unknown - held if self.listing is not None else frozenset()
+
     def missing(self) -> list[Instance]:
         """Listed, not held, and not given up."""
         assert self.listing is not None

@@ -271,3 +271,75 @@ def test_a_study_of_another_time_is_not_meant(start: Start, tmp_path: Path) -> N
     assert stored(tmp_path) == set()
     result = client.get_study({"StudyDate": archive.STUDY_DATE, "StudyTime": "1000-1011"})
     assert (result.verdict, stored(tmp_path)) == ("complete", set(pacs.uids))
+
+
+# --- keys and UIDs of several levels -----------------------------------------------------------------
+
+
+class _Hierarchical(_AtFind):
+    """Refuses keys of a level above with a value, but for the unique ones (PS3.4 C.4.1.2.2.1)."""
+
+    above: ClassVar = {"SERIES": {0x00100020, 0x00080050, 0x00080020}, "IMAGE": {0x00100020, 0x00080050, 0x00080060}}
+
+    def find(self, message: Message) -> None:
+        query = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        if any(query.get(tag) for tag in self.above.get(query[0x00080052], ())):
+            self.respond(message, 0xA900)
+        else:
+            super().find(message)
+
+
+def test_a_key_is_matched_at_its_own_level(start: Start) -> None:
+    client, pacs = start(_Hierarchical, series=2, instances=2)
+    series = sorted({x.series for x in pacs.instances if x.study == STUDY})
+    for query in ({"PatientID": archive.PATIENT_ID}, {"AccessionNumber": "HOSTILE-ACC"}):
+        assert {row.SeriesInstanceUID for row in client.find(query, level="SERIES")} == set(series)
+        assert {row.SOPInstanceUID for row in client.find(query, level="IMAGE")} == set(pacs.uids)
+        named = client.find({**query, "SeriesInstanceUID": series[0]}, level="IMAGE")
+        assert {row.SeriesInstanceUID for row in named} == {series[0]}
+        assert len(named) == 2
+        assert client.find({**query, "Modality": "XA"}, level="IMAGE") == []
+    assert client.find({"PatientID": "NOBODY", "SeriesInstanceUID": series[0]}, level="SERIES") == []
+
+
+@pytest.mark.parametrize("level", ["SeriesInstanceUID", "SOPInstanceUID"])
+def test_of_a_patients_studies_those_without_what_is_named_are_not_meant(start: Start, level: str) -> None:
+    others = archive.build(series=1, instances=2, size=2000, pairs=((archive.MR, wire.EXPLICIT_LE),), study=OTHER)
+    client, pacs = start(more=others)
+    uid = pacs.instances[0].series if level == "SeriesInstanceUID" else pacs.uids[0]
+    query = {"PatientID": archive.PATIENT_ID, level: uid}
+    assert len(client.plan({"PatientID": archive.PATIENT_ID}).studies) > 1
+    plan = client.plan(query)
+    assert (plan.unknown, plan.errors) == ([], [])
+    result = client.get_study(query)
+    assert (result.verdict, [one.study_instance_uid for one in result.studies]) == ("complete", [STUDY])
+
+
+@pytest.mark.parametrize("beside", [{"StudyInstanceUID": STUDY}, {"PatientID": archive.PATIENT_ID}, {}])
+def test_a_named_uid_that_the_pacs_does_not_know_is_said(start: Start, beside: dict[str, str]) -> None:
+    client, pacs = start(series=2)
+    series = pacs.instances[0].series
+    for key, uid in (("SeriesInstanceUID", series), ("SOPInstanceUID", pacs.uids[0])):
+        if key == "SOPInstanceUID" and beside:
+            beside = {**beside, "SeriesInstanceUID": series}
+        query = {**beside, key: [uid, "1.2.3"]}
+        plan = client.plan(query)
+        assert plan.unknown == ["1.2.3"]
+        assert "1.2.3" in plan.errors[0]["error"]
+        result = client.get_study(query)
+        assert (result.verdict, result.reason, result.exit_code) == ("empty", "not_found", 5)
+        assert result.completed == result.total > 0
+        assert "1.2.3" in " ".join(error["error"] for error in result.errors)
+        assert client.get_study({**beside, key: uid}).verdict == "complete"
+    nothing = client.get_study({"StudyInstanceUID": STUDY, "SeriesInstanceUID": "1.2.3"})
+    assert (nothing.verdict, nothing.reason, nothing.total) == ("empty", "not_found", 0)
+
+
+def test_what_a_filter_leaves_out_is_known(start: Start) -> None:
+    client, pacs = start(series=2)
+    series = sorted({x.series for x in pacs.instances if x.study == STUDY})
+    rows = client.find({"StudyInstanceUID": STUDY}, level="SERIES")
+    number = {row.SeriesInstanceUID: row.SeriesNumber for row in rows}[series[0]]
+    query = {"StudyInstanceUID": STUDY, "SeriesInstanceUID": series, "SeriesNumber": str(number)}
+    result = client.get_study(query)
+    assert (result.verdict, result.errors) == ("complete", [])
