@@ -434,7 +434,7 @@ class GetScu:
     @contextmanager
     def _opened_source(self) -> Iterator[Source]:
         """The source of one call."""
-        with self._cancels.call() as cancel:
+        with self._cancels.call(self.options.deadlines.operation) as cancel:
             yield self._source(cancel)
 
     def _source(self, cancel: CancelToken) -> Source:

@@ -19,6 +19,7 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, fix_rows, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, unexpected
+from airflow_dicom_get.net.association import OVER, time_is_over
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
@@ -180,7 +181,8 @@ class StoreScu:
                 )
         state = root_for(self.options)
         name = clock.run_name()
-        with self._cancels.call() as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
+        operation = self.options.deadlines.operation
+        with self._cancels.call(operation) as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
             events = Events(shown, on_completed)
             state.attend(cancel)
             ledgers = state.ledgers(f"dicom://{self._target}")
@@ -301,7 +303,13 @@ class _Run:
         listed.state, listed.reason = "missing", row.reason or "not_sent"
         listed.error = "The manifest names no readable object for it."
 
+    def _over(self) -> bool:
+        """Whether its own time, ``deadlines.operation``, is what ends it."""
+        return self.cancel.reason in (None, OVER) and self.cancel.ending()
+
     def _why_untried(self) -> str:
+        if self._over():
+            return "deadline"
         if self.cancel.reason is not None:
             return "cancelled"
         return "strict_forward" if self._stopped else "destination_error"
@@ -323,7 +331,7 @@ class _Run:
     def _work(self, queue: Iterator[StoredObject]) -> None:
         while True:
             with self._mutex:
-                over = self._error is not None or self._stopped or self.cancel.reason is not None
+                over = self._error is not None or self._stopped or self.cancel.ending()
                 item = None if over else next(queue, None)
             if item is None:
                 return
@@ -431,9 +439,9 @@ class _Run:
             except ForwardLost as error:
                 failures += 1
                 retries = allowed(error, self._options.retries)
-                if failures > retries or self.cancel.reason is not None:
+                if failures > retries or self.cancel.ending():
                     raise
-                back_off(failures, error.message, retries, self.cancel)
+                back_off(failures, error.message, retries, self.cancel, self.cancel.over_at)
             except (UnreadableError, UnusableError) as error:
                 self._changed(record, f"{item.name}: {error}")
                 return
@@ -441,8 +449,8 @@ class _Run:
                 busy += taken.reason == "destination_error"
                 if taken.reason != "destination_error" or self.strict or busy >= _BUSY_TRIES:
                     break
-                back_off(busy, taken.error or "", _BUSY_TRIES - 1, self.cancel)
-            if self.cancel.reason is not None:
+                back_off(busy, taken.error or "", _BUSY_TRIES - 1, self.cancel, self.cancel.over_at)
+            if self.cancel.ending():
                 return
         record.received_at = clock.now()
         record.duration_ms = int((clock.monotonic() - began) * 1000)
@@ -492,7 +500,11 @@ class _Run:
 
     def result(self, node: str) -> Result:
         """What became of the whole."""
-        end = StoreEnd(self._error, self._stopped, self.cancel.reason, self.unusable, self._untried)
+        error, cancelled_by = self._error, self.cancel.reason
+        undone = self._untried or any(row.state not in DONE for row in self.rows.values())
+        if self._over() and (error is not None or undone):
+            error, cancelled_by = time_is_over(self._sink.target.node, self._options.deadlines), None
+        end = StoreEnd(error, self._stopped, cancelled_by, self.unusable, self._untried)
         return assemble_store(
             list(self.rows.values()), end, events=self._events, node=node, associations=self._sink.opened
         )

@@ -74,8 +74,8 @@ _SHOWN = 10
 class Difference:
     """One instance, as rclone's ``check`` would mark it.
 
-    ``+`` is listed but not stored, ``-`` stored but not listed, ``*`` stored with different content, ``!``
-    stored but not readable, or not possible to request, ``=`` the same.
+    ``+`` is listed but not stored, ``-`` stored but not listed (told, and no reason to fetch anything), ``*`` stored
+    with different content, ``!`` stored but not readable, or not possible to request, ``=`` the same.
     """
 
     study_instance_uid: str
@@ -119,14 +119,19 @@ class Verification:
     rows: list[Instance] = field(default_factory=list, repr=False)
 
     @property
+    def differs(self) -> bool:
+        """Whether a get would have something to fetch; what is stored and not listed (``-``) it passes over."""
+        return any(x.symbol != NOT_LISTED for x in self.differences)
+
+    @property
     def same(self) -> bool:
-        """Whether everything that was to be compared is the same."""
-        return not self.differences and self.uncompared is None
+        """Whether everything that is listed was compared, and is the same."""
+        return not self.differs and self.uncompared is None
 
     @property
     def exit_code(self) -> int:
-        """0 the same, 3 differences; else 1 if a node cannot be reached, 4 if it gives nothing to compare with."""
-        if self.differences:
+        """0 the same, 3 differences; else 1 if a node cannot be reached, 4 if there is nothing to compare with."""
+        if self.differs:
             return 3
         return 0 if self.uncompared is None else 1 if self.unreachable else 4
 
@@ -152,7 +157,7 @@ class Verification:
         names = {NOT_THERE: "not there", NOT_LISTED: "not listed", DIFFERENT: "different", UNREADABLE: "not readable"}
         parts = [f"{self.counts[SAME]} of {total} instances are the same"]
         parts += [f"{self.counts[symbol]} {name}" for symbol, name in names.items() if self.counts[symbol]]
-        word = "differences" if self.differences else "same" if self.uncompared is None else "not compared"
+        word = "differences" if self.differs else "same" if self.uncompared is None else "not compared"
         return f"{word}: {', '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:
@@ -463,6 +468,11 @@ class _Verify:
         ]
         for key in gone:  # recorded once, and gone everywhere
             del self.items[key]
+        known = {study for (study, _), item in self.items.items() if item.at_source or not self.has_source}
+        for study in self.studies:
+            if study not in known and self.found.uncompared is None:
+                where = "listed by the PACS" if self.has_source else "listed or stored anywhere"
+                self._uncompared(InvalidQuery(f"Study {study} is not {where}.", hint="Check its UID.", study=study))
         order = sorted(self.items.values(), key=lambda item: (item.row.study, item.row.series, item.row.sop))
         with clock.pool(_READERS, "dicom-get-verify") as pool:
             for item, (symbol, what) in zip(order, pool.map(self._judge, order), strict=True):
@@ -540,6 +550,8 @@ class _Verify:
         item.told = max(told, key=lambda record: record.sha256 is not None, default=None)
         if item.told is not None and item.told.sha256 is not None:
             return SAME, "of the same digest"
+        if item.told is None and item.remark is not None:
+            return DIFFERENT, "cut off, and no record says that it was sent so"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
     # --- the manifest --------------------------------------------------------------------------
@@ -579,7 +591,7 @@ class _Verify:
             "source": str(self.options.addr or ""),
             "destination": str(self.place) if self.place is not None else "",
         }
-        verdict = verdict_of_comparison(found.same, bool(found.differences))
+        verdict = verdict_of_comparison(found.same, found.differs)
         try:
             found.manifest_uri = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),

@@ -447,13 +447,6 @@ def unknown_remark(unknown: Collection[str]) -> dict[str, Any]:
     return _entry(text, advice("not_found"), len(unknown))
 
 
-def stopped_by_timer(result: Result, resume_at: datetime | None) -> None:
-    """A call that was cancelled for the hours of the node, or the time of the task: it may go on."""
-    result.verdict, result.transient = PARTIAL if result.completed else FAILED, True
-    if result.reason == "window":
-        wait_for_window(result, resume_at)
-
-
 # --- merge ---------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get import clock
 from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import Cancelled, DicomGetError
 from airflow_dicom_get.net.acse import Proposal
@@ -38,9 +37,7 @@ class Source:
         self.cuts = Cuts(list_limit)
         """Where it may cut its answers to C-FIND, as far as this run has seen."""
         self.node, self.deadlines = peer.node, peer.deadlines
-        self.cancel = cancel or CancelToken()
-        if peer.deadlines.operation is not None:
-            self.cancel.over_at = clock.monotonic() + peer.deadlines.operation
+        self.cancel = cancel or CancelToken(peer.deadlines.operation)
         self.opened = 0
         self.answered = False
         """Whether the node has sent anything over an association."""

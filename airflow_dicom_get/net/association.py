@@ -176,9 +176,9 @@ class Cancels:
         self._hand_on()
 
     @contextmanager
-    def call(self) -> Iterator[CancelToken]:
-        """While a call runs: what ends it."""
-        token = CancelToken()
+    def call(self, operation: float | None = None) -> Iterator[CancelToken]:
+        """While a call runs: what ends it, its own time (``deadlines.operation``) too."""
+        token = CancelToken(operation)
         self._running.append(token)
         try:
             self._hand_on()  # after it is known: so whoever asks at this moment is heard here, or hands it on himself

@@ -155,7 +155,7 @@ def connect_socket(
         There is no connection; :class:`TimeoutError` where the time was over.
     """
     limit = clock.monotonic() + seconds
-    sock = _reach(host, port, seconds, ended)
+    sock = _reach(host, port, limit, ended)
     try:
         _arm(sock)
         if tls is not None:
@@ -179,17 +179,21 @@ class HandshakeError(Exception):
         """Whether the peer had chosen a cipher suite."""
 
 
-def _reach(host: str, port: int, seconds: float, ended: Callable[[], bool]) -> socket.socket:
-    """A connection with the first address of a host that takes one; each has so many seconds."""
+def _reach(host: str, port: int, limit: float, ended: Callable[[], bool]) -> socket.socket:
+    """A connection with the first address of a host that takes one; each has an equal share of the time that is left.
+
+    A name is looked up as long as the resolver of the system takes.
+    """
     failed: OSError | None = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found, strict=True):
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setblocking(False)
             code = sock.connect_ex(address)
-            limit = clock.monotonic() + seconds
+            now = clock.monotonic()
             while code == errno.EINPROGRESS:
-                if _waited(sock, select.POLLOUT, limit, ended):
+                if _waited(sock, select.POLLOUT, now + (limit - now) / left, ended):
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 raise OSError(code, os.strerror(code))

@@ -534,7 +534,7 @@ class DicomStoreOperator(TransferOperator):
         self._scu = scu
         if self._killed:
             return [report.never_begun(kind="store")]
-        with _until(closes, ends, scu):
+        with _until(closes, scu):
             result = scu.store(
                 **given,
                 on_sub_operation=progress.on_sub_operation,
@@ -542,10 +542,8 @@ class DicomStoreOperator(TransferOperator):
                 on_unusable=self._unusable,
                 manifest_name=name,
             )
-        if result.verdict == CANCELLED and not self._killed:
-            report.stopped_by_timer(
-                result, window.opens_at(datetime.now(UTC), hours.timezone) if window is not None else None
-            )
+        if window is not None and result.verdict == CANCELLED and not self._killed:
+            report.wait_for_window(result, window.opens_at(datetime.now(UTC), hours.timezone))
         return [result]
 
     def _unusable(self, name: str, why: str) -> None:
@@ -553,15 +551,12 @@ class DicomStoreOperator(TransferOperator):
 
 
 @contextmanager
-def _until(closes: datetime | None, ends: float, scu: StoreScu) -> Iterator[None]:
-    """End the transfer when the hours do, or the time of the task."""
-    seconds, reason = ends - time.monotonic(), "deadline"
-    if closes is not None and (left := (closes - datetime.now(UTC)).total_seconds()) < seconds:
-        seconds, reason = left, "window"
-    if seconds == float("inf"):
+def _until(closes: datetime | None, scu: StoreScu) -> Iterator[None]:
+    """End the transfer when the hours do."""
+    if closes is None:
         yield
         return
-    timer = threading.Timer(max(seconds, 0), scu.cancel, [reason])
+    timer = threading.Timer(max((closes - datetime.now(UTC)).total_seconds(), 0), scu.cancel, ["window"])
     timer.daemon = True
     timer.start()
     try:
@@ -588,7 +583,8 @@ class DicomVerifyOperator(DicomTask):
         DicomVerifyOperator(task_id="verify", manifest=get.output, dicom_conn_id="pacs")
 
     Returns a DataFrame ``study_instance_uid, series_instance_uid, sop_instance_uid, symbol, what`` of all that is
-    not the same: ``+`` listed but missing, ``-`` present but not listed, ``*`` different, ``!`` not readable.
+    not the same: ``+`` listed but missing, ``-`` present but not listed (which fails nothing), ``*`` different, ``!``
+    not readable.
     A manifest of the comparison is written as well: ``DicomGetOperator`` accepts it. Its address is in ``summary``.
 
     :param manifest: manifest of a retrieval, of any shape, or several (templated)
@@ -655,7 +651,7 @@ class DicomVerifyOperator(DicomTask):
             failing = found.unreachable or (not found.same and self.fail_on_difference)
             if failing and self.do_xcom_push:
                 ti.xcom_push("return_value", frame)
-            if found.differences and self.fail_on_difference:
+            if found.differs and self.fail_on_difference:
                 raise AirflowFailException(f"{found.summary()}. The XCom return_value lists the differences.")
             if found.unreachable:
                 raise IncompleteRetrieval(f"{found.summary()}. {found.uncompared}", verdict=UNVERIFIED, transient=True)
@@ -740,7 +736,7 @@ def _result(found: Verification, source: str | None, destination: str | None) ->
 
     return assemble_comparison(
         found.counts,
-        verdict=verdict_of_comparison(found.same, bool(found.differences)),
+        verdict=verdict_of_comparison(found.same, found.differs),
         plan_at=found.plan_at,
         errors=found.errors,
         node=source,

@@ -225,9 +225,9 @@ class ForwardSink:
                 failures += 1
                 lost = self.lost(error, may_pass=error.transient, unreachable=True)
                 retries = allowed(lost, self.options.retries)
-                if failures > retries or self.cancel.reason is not None:
+                if failures > retries or self.cancel.ending():
                     raise lost from error
-                back_off(failures, lost.message, retries, self.cancel)
+                back_off(failures, lost.message, retries, self.cancel, self.cancel.over_at)
             else:
                 self._answered = True
                 return listed

@@ -231,6 +231,24 @@ def test_each_cancel_is_spent_by_one_call(tmp_path: Path, ct: Holding, embedded:
         assert store.store(ct.folder).verdict == "complete"
 
 
+def test_the_time_of_a_store_ends_it_as_it_ends_a_get(tmp_path: Path, ct: Holding) -> None:
+    with OddDestination(delay=lambda number: 0.3) as node:
+        scu = StoreScu(node.node, manifest_root=tmp_path / "state", deadlines={"operation": 1.5})
+        result = scu.store(ct.folder)
+        assert (result.verdict, result.reason, result.transient) == ("partial", "deadline", True)
+        assert 0 < result.completed < 40 == result.total
+        assert "time allowed for the whole transfer" in result.errors[0]["error"]
+        assert ours() == []
+        result = StoreScu(node.node, manifest_root=tmp_path / "state").store(ct.folder)
+        assert (result.verdict, result.skipped > 0) == ("complete", True)
+    with OddDestination(delay=lambda number: 15.0) as node:
+        began = time.monotonic()
+        scu = StoreScu(node.node, manifest_root=tmp_path / "silent", deadlines={"operation": 1.0})
+        result = scu.store(ct.folder)
+        assert (result.verdict, result.reason, result.completed) == ("failed", "deadline", 0)
+        assert time.monotonic() - began < 12, "the node answers after 15 s"
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_cancel_ends_the_wait_for_a_connection(tmp_path: Path, tls: bool) -> None:
     """A host behind a firewall that drops everything; one that takes connections and says nothing of TLS."""
@@ -268,8 +286,9 @@ def test_a_bucket_that_does_not_answer_does_not_keep_a_run(
     prefix = hashlib.sha256(f"{silent} {way}".encode()).hexdigest()[:12]
     pacs = embedded(ct.folder)
     with FaultProxy(moto, fault) as service:
-        place = {"destination": f"s3://{BUCKET}/{prefix}", "manifest_root": tmp_path / "to"}
-        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", **place, s3_config=service.config)
+        place = f"s3://{BUCKET}/{prefix}"
+        node = f"PACS@127.0.0.1:{pacs.port}"
+        scu = GetScu(node, destination=place, manifest_root=tmp_path / "to", s3_config=service.config)
 
         def cancel() -> None:
             assert reached.wait(WITHIN)
@@ -507,7 +526,7 @@ MENDINGS = {
     "hung, manifest": Mutation(
         "storage.files:replace_whole", "if not go_on():", "if False:", "a manifest appears after the call has ended"
     ),
-    "cancel": Mutation("net.association:Cancels.call", "self._running = None", "pass", "a cancel is lost"),
+    "cancel": Mutation("net.association:Cancels.call", "self._running.remove(token)", "pass", "a cancel is lost"),
 }
 
 

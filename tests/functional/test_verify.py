@@ -135,6 +135,7 @@ class TestFolder:
             found = verify(**place, addr=node)
             assert marks(found) == {gone: "-"}
             assert [x.state for x in found.rows].count("withdrawn") == 1
+            assert (found.same, found.exit_code) == (True, 0), "a get is complete, and has nothing to fetch"
         # And the other way: the PACS has one more than was retrieved.
         less = Got(embedded(fewer), ct, tmp_path / "less")
         found = verify(less.result.manifest_uri, addr=got.node)
@@ -228,6 +229,28 @@ class TestFolder:
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
         found = verify(study=got.study, destination=tmp_path / "copy", addr=got.node)
         assert found.same
+        path = tmp_path / "copy" / got.paths[got.sops[0]].relative_to(got.folder)
+        content = path.read_bytes()
+        path.write_bytes(content[:-20])
+        found = verify(study=got.study, destination=tmp_path / "copy", addr=got.node)
+        assert (found.exit_code, marks(found)) == (3, {got.sops[0]: "*"})
+        again = GetScu(got.node, out_dir=tmp_path / "copy").get_study({"StudyInstanceUID": got.study})
+        assert again.verdict == "complete"
+        assert path.read_bytes() == content
+        assert verify(study=got.study, destination=tmp_path / "copy", addr=got.node).same
+
+    def test_a_study_that_is_nowhere_is_not_the_same(
+        self, got: Got, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        nowhere = verify(study="1.2.3", destination=got.folder, addr=got.node)
+        assert (nowhere.exit_code, nowhere.same, nowhere.counts) == (4, False, {})
+        assert "1.2.3 is not listed by the PACS" in nowhere.errors[0]["error"]
+        assert verify(study="1.2.3", destination=got.folder).exit_code == 4
+        assert verify(study=[got.study, "1.2.3"], destination=got.folder, addr=got.node).exit_code == 4
+        other = f"PACS@127.0.0.1:{embedded(private.folder).port}"
+        assert GetScu(other, out_dir=got.folder).get_study({"StudyInstanceUID": got.study}).verdict == "empty"
+        gone = verify(study=got.study, destination=got.folder, addr=other)
+        assert (gone.exit_code, gone.counts) == (4, {"-": 40})
 
 
 class TestBucket:

@@ -277,8 +277,6 @@ def _says_nothing(world: World) -> bool:
 
 def agrees(world: World, run: Played, exit_code: int) -> None:
     """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch."""
-    if run.verdict == "empty":
-        return  # there is nothing that could differ
     # Where nothing else confirms a list, a get has all of a series sent again; verify does not.
     again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
