@@ -21,7 +21,7 @@ from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.engine.retrieval import Intake
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
-from airflow_dicom_get.net.association import Association
+from airflow_dicom_get.net.association import STUCK, Association
 from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.sinks.base import Taken, Writer
@@ -319,7 +319,7 @@ class Receiver:
 
 @contextmanager
 def attended(association: Association, receiver: Receiver) -> Iterator[None]:
-    """Abort an association as soon as the destination is late with what came over it."""
+    """Abort an association as soon as the destination is late with what came over it; and the run where it stays so."""
     over = clock.event()
     beside = clock.spawn(lambda: _attend(association, receiver, over), "dicom-get-attend")
     try:
@@ -330,16 +330,21 @@ def attended(association: Association, receiver: Receiver) -> Iterator[None]:
 
 
 def _attend(association: Association, receiver: Receiver, over: clock.Event) -> None:
+    aborted = False
     while not over.wait(_INTERVAL):
         limit, cancel = receiver.limit, association.cancel
+        waited = clock.monotonic() - receiver.came_at
+        if waited > association.deadlines.next_object:
+            cancel.abort(STUCK)
         if cancel.reason is not None:
             limit = 0.0 if cancel.hard else min(limit, _CANCEL_GRACE)
-        waited = clock.monotonic() - receiver.came_at
-        if waited > limit:
+        if waited > limit and not aborted:
             log.warning(
                 "The destination has not returned for %.1f s; aborting the association with %s.",
                 waited,
                 association.node,
             )
             association.abort()
+            aborted = True
+        if aborted and cancel.hard:
             return

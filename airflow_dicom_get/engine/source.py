@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from airflow_dicom_get.engine.whole import Cuts
-from airflow_dicom_get.errors import Cancelled, DicomGetError
+from airflow_dicom_get.errors import Cancelled, DicomGetError, SinkError
 from airflow_dicom_get.net.acse import Proposal
-from airflow_dicom_get.net.association import OVER, Association, CancelToken, Throttle, time_is_over
+from airflow_dicom_get.net.association import OVER, STUCK, Association, CancelToken, Throttle, time_is_over
 from airflow_dicom_get.net.peer import Peer
 from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 
@@ -82,10 +82,16 @@ class Source:
             raise self.why_ended()
 
     def why_ended(self) -> DicomGetError:
-        """What ends the run: a cancel, or that its time is over."""
+        """What ends the run: a cancel, that its time is over, or that the destination does not return."""
         reason = self.cancel.reason
         if reason in (None, OVER):
             return time_is_over(self.node, self.deadlines)
+        if reason == STUCK:
+            return SinkError(
+                f"The destination has not returned from a call for {self.deadlines.next_object:g} s "
+                "(deadlines.next_object).",
+                hint="Check its mount, then run again: what is held is not fetched again.",
+            )
         return Cancelled(f"Cancelled: {reason}.", node=str(self.node))
 
     def end_at_once(self, error: BaseException) -> None:

@@ -103,9 +103,9 @@ class StudyRun:
                 self._without_list()
             else:
                 self._with_list()
-        except Cancelled as error:
+        except Cancelled:
             if state.stop_reason is None:
-                state.errors.append(error)
+                state.errors.append(self._retrieval.source.why_ended())
         except DicomGetError as error:
             state.errors.append(error)
         finally:

@@ -103,6 +103,8 @@ class Throttle(Protocol):
 
 OVER = "deadline"
 """The reason of a cancel where the call's own time is over."""
+STUCK = "destination_error"
+"""The reason of one where the destination does not return, though nobody asked for an end."""
 
 
 class CancelToken:

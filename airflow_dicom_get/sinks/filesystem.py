@@ -23,7 +23,7 @@ from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
-from airflow_dicom_get.net.association import OVER, CancelToken
+from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Taken
@@ -48,7 +48,10 @@ _MAX_QUEUED = 128  # open files behind the receiver
 _LOOK = 0.2
 """Seconds between two looks at whether the run is to end."""
 _ENDING, _AT_ONCE = 5.0, 1.0
-"""Seconds that a sync may take in a run that is to end, or to end at once; after that nobody waits for it."""
+"""Seconds that a sync may take in a run that is to end, or to end at once; after that nobody waits for it.
+
+In any other run it may take as long as a source for its next instance: a file server that restarts comes back.
+"""
 _PREAMBLE = 132
 """Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 _GATHER = 0.02
@@ -338,8 +341,10 @@ class FilesystemSink:
             self._room.wait(_LOOK)
             now = clock.monotonic()
             if not self.cancel.ending():
-                asked = now
-            elif now - max(asked, self._returned_at) > (_AT_ONCE if self.cancel.hard else _ENDING):
+                asked, late = now, now - self._returned_at > self.options.deadlines.next_object
+            else:
+                late = now - max(asked, self._returned_at) > (_AT_ONCE if self.cancel.hard else _ENDING)
+            if late:
                 self._give_up()
         self._hurry.clear()
 
@@ -347,13 +352,13 @@ class FilesystemSink:
         """Wait no longer for the thread that syncs: it owns the descriptors, and changes nothing when it returns."""
         log.error("%s does not return from a sync; what it was to make durable is not confirmed.", self.root)
         self._given_up = True
+        self.cancel.abort(OVER if self.cancel.ending() else STUCK)
         self._done += [self._not_synced(item) for item in (*self._batch, *self._queue)]
         self._due = self._unconfirmed = 0
-        self.cancel.abort(OVER)
 
-    @staticmethod
-    def _not_synced(item: _Pending) -> Confirmation:
-        return Confirmation(item.instance, "The destination had not synced it when the run ended.", "cancelled")
+    def _not_synced(self, item: _Pending) -> Confirmation:
+        reason = STUCK if self.cancel.reason == STUCK else "cancelled"
+        return Confirmation(item.instance, "The destination had not synced it when the run ended.", reason)
 
     def _sync_queued(self) -> None:
         """Sync what was taken, until nothing is left for a moment."""

@@ -5,7 +5,8 @@ whole by one ``write``, so a killed process loses nothing that was written befor
 
 One root may serve several destinations, so each ``taken`` says where; a ``durable`` counts for the
 ``taken`` before it in its own file alone. Before an object is replaced, a synced ``dropped`` ends all
-that was recorded of its instance, in older runs too.
+that was recorded of its instance, in older runs too: in those whose names sort before, and in those that
+were there though their names sort behind, by a clock that was set back or within one second.
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ def durable_line(key: Key, etag: str | None = None, forwarded_to: str | None = N
     return json.dumps(entry) + "\n"
 
 
-def dropped_line(key: Key, destination: str) -> str:
-    """The line that ends all that was recorded of an instance."""
-    return json.dumps({"state": "dropped", "destination": destination, "series": key[0], "uid": key[1]}) + "\n"
+def dropped_line(key: Key, destination: str, runs: Sequence[str] = ()) -> str:
+    """The line that ends all that was recorded of an instance; in these ``runs`` too, whose names sort behind."""
+    entry = {"state": "dropped", "destination": destination, "series": key[0], "uid": key[1]}
+    return json.dumps({**entry, "runs": list(runs)} if runs else entry) + "\n"
 
 
 class Ledger(Protocol):
@@ -135,7 +137,7 @@ class FolderLedgers:
                 f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
             ) from error
         return merge_records(
-            parse_ledger([(str(path), _content(path, study))], study, self.destination) for path in paths
+            (path.stem, parse_ledger([(str(path), _content(path, study))], study, self.destination)) for path in paths
         )
 
 
@@ -153,6 +155,8 @@ class LedgerWriter:
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()
         self._size = 0
+        self._earlier: list[str] | None = None
+        """Runs that were there before this one dropped anything, though their names sort behind its own."""
 
     def _append(self, lines: str) -> None:
         with self._mutex:
@@ -177,7 +181,10 @@ class LedgerWriter:
 
     def dropped(self, key: Key) -> None:
         """See :meth:`Ledger.dropped`."""
-        self._append(dropped_line(key, self._destination))
+        if self._earlier is None:
+            names = files.names_in(self.path.parent)
+            self._earlier = [name.removesuffix(".jsonl") for name in names if name > self.path.name]
+        self._append(dropped_line(key, self._destination, self._earlier))
 
     def sync(self) -> None:
         """See :meth:`Ledger.sync`: the file, and once the folders in which it may be new."""
@@ -203,22 +210,24 @@ class RunRecords(NamedTuple):
     """What one run recorded of a study, for one destination."""
 
     stored: dict[Key, Stored]
-    dropped: frozenset[Key]
-    """Instances of which older records do not count any more."""
+    dropped: dict[Key, frozenset[str]]
+    """Instances of which older records do not count any more, and the runs that are older though they sort behind."""
 
 
-def merge_records(runs: Iterable[RunRecords]) -> dict[Key, list[Stored]]:
-    """The union of what runs recorded, given the newest first: by instance, the likeliest record first.
+def merge_records(runs: Iterable[tuple[str, RunRecords]]) -> dict[Key, list[Stored]]:
+    """The union of what runs recorded, given by their names, the last first: by instance, the likeliest record first.
 
     Durable ones come before those that were only taken, newer ones before older ones.
     """
+    named = list(runs)
+    ended = {(name, key) for _, run in named for key, names in run.dropped.items() for name in names}
     records: dict[Key, list[Stored]] = {}
     dropped: set[Key] = set()
-    for run in runs:
+    for name, run in named:
         for key, record in run.stored.items():
-            if key not in dropped:
+            if key not in dropped and (name, key) not in ended:
                 records.setdefault(key, []).append(record)
-        dropped |= run.dropped
+        dropped |= run.dropped.keys()
     for candidates in records.values():
         candidates.sort(key=lambda record: not record.durable)
     return records
@@ -250,7 +259,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
         A part is of a newer schema, or broken before its last line.
     """
     stored: dict[Key, Stored] = {}
-    dropped: set[Key] = set()
+    dropped: dict[Key, frozenset[str]] = {}
     taken: dict[str, list[Key]] = {}  # of schema 1, whose other records do not name the series
     for path, data in parts:
         for schema, entry in _entries(path, data, study):
@@ -272,7 +281,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                         stored.pop(key, None)
                 elif state == "dropped" and where == destination:
                     stored.pop(keys[0], None)
-                    dropped.add(keys[0])
+                    dropped[keys[0]] = frozenset(map(str, entry.get("runs", ())))
             except (KeyError, OverflowError, TypeError, ValueError):
                 raise LedgerError(
                     f"The ledger {path} contains an unreadable record.",
@@ -280,7 +289,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                     study=study,
                     path=path,
                 ) from None
-    return RunRecords(stored, frozenset(dropped))
+    return RunRecords(stored, dropped)
 
 
 def _destination_of_schema_1(entry: Mapping[str, Any], destination: str) -> str | None:

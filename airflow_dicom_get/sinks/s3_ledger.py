@@ -48,14 +48,22 @@ class BucketLedgers:
 
     def read(self, study: str) -> dict[Key, list[Stored]]:
         """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
-        keys = sorted(item.key for item in self.bucket.list(self._folder(study)) if item.key.endswith(".jsonl"))
+        keys = _keys(self.bucket, self._folder(study))
         with clock.pool(_READERS, "dicom-get-s3-ledger") as pool:
             contents = list(pool.map(self.bucket.get, keys))
         runs: dict[str, list[tuple[str, bytes]]] = {}
         for key, content in zip(keys, contents, strict=True):
-            runs.setdefault(key.removesuffix(".jsonl").rpartition(".")[0], []).append((self.bucket.uri(key), content))
-        newest_first = sorted(runs.items(), reverse=True)
-        return merge_records(parse_ledger(parts, study, self.destination) for _, parts in newest_first)
+            runs.setdefault(_run_of(key), []).append((self.bucket.uri(key), content))
+        last_first = sorted(runs.items(), reverse=True)
+        return merge_records((run, parse_ledger(parts, study, self.destination)) for run, parts in last_first)
+
+
+def _keys(bucket: Bucket, folder: str) -> list[str]:
+    return sorted(item.key for item in bucket.list(folder) if item.key.endswith(".jsonl"))
+
+
+def _run_of(key: str) -> str:
+    return key.rpartition("/")[2].removesuffix(".jsonl").rpartition(".")[0]
 
 
 class BucketLedger:
@@ -68,6 +76,8 @@ class BucketLedger:
         self._lines: list[str] = []
         self._kept = 0
         self._number = 0
+        self._earlier: list[str] | None = None
+        """See :class:`sinks.ledger.LedgerWriter`."""
         self._since = clock.monotonic()
 
     def taken(self, instance: Instance | Stored) -> None:
@@ -81,7 +91,14 @@ class BucketLedger:
 
     def dropped(self, key: Key) -> None:
         """See :meth:`sinks.ledger.Ledger.dropped`."""
-        self._add([dropped_line(key, self._destination)])
+        if self._earlier is None:
+            folder, _, own = self._name.rpartition("/")
+            try:
+                runs = dict.fromkeys(map(_run_of, _keys(self._bucket, f"{folder}/")))
+            except S3Error as error:
+                raise OSError(errno.EIO, str(error)) from error
+            self._earlier = [run for run in runs if run > own]
+        self._add([dropped_line(key, self._destination, self._earlier)])
 
     def _add(self, lines: list[str], kept: int = 0) -> None:
         with self._mutex:

@@ -353,7 +353,7 @@ class Hung(files.Disk):
         super().rename_new(old, new, folder)
 
 
-@pytest.mark.parametrize("way", ["cancel", "cancelled twice", "operation", "signal"])
+@pytest.mark.parametrize("way", ["cancel", "cancelled twice", "operation", "signal", "nobody"])
 @pytest.mark.parametrize(
     "calls", [{"sync_data"}, {"sync", "sync_data"}, {"rename"}], ids=lambda calls: "+".join(sorted(calls))
 )
@@ -370,7 +370,7 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
     disk = Hung(calls, 5)
     monkeypatch.setattr(files, "disk", disk)
     pacs = embedded(ct.folder)
-    deadlines = {"operation": 2.0} if way == "operation" else {}
+    deadlines = {"operation": {"operation": 2.0}, "nobody": {"next_object": 3.0}}.get(way, {})
     scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to", deadlines=deadlines)
     results: list[Any] = []
 
@@ -403,6 +403,9 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
     for result in results:
         assert result.verdict == ("partial" if way == "operation" and result.completed else result.verdict)
         assert result.verdict in ("cancelled", "partial", "failed")
+        if way == "nobody":
+            assert (result.reason, result.transient) == ("destination_error", True)
+            assert result.verdict != "cancelled"
         assert result.completed < 40
         frame = result.manifest
         assert result.completed == frame["state"].isin(["stored", "held"]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import (
@@ -22,6 +24,8 @@ from airflow_dicom_get.sinks.ledger import (
     parse_ledger,
     taken_line,
 )
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from tests.support.holdings import Holding
 
 STUDY, SERIES = "1.2.3", "1.2.3.4"
 
@@ -171,6 +175,38 @@ def test_a_replacement_ends_what_older_runs_recorded_and_no_newer_one(tmp_path: 
     writer.close()
     write(tmp_path, "20260103", [instance("1.1", 3)])
     assert [x.bytes for x in read(tmp_path)[key("1.1")]] == [3, 2]
+
+
+@pytest.mark.parametrize("earlier", ["z", "a"])
+def test_a_replacement_ends_what_was_there_before_whatever_its_name(tmp_path: Path, earlier: str) -> None:
+    """The names of runs begin with the time: a clock may be set back, and two may begin within one second."""
+    write(tmp_path, earlier, [instance("1.1"), instance("1.2")], ["1.1", "1.2"])
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "m")
+    writer.dropped(key("1.1"))
+    writer.taken(instance("1.1", size=2))
+    writer.close()
+    there = read(tmp_path)
+    assert [(x.bytes, x.durable) for x in there[key("1.1")]] == [(2, False)]
+    assert [x.durable for x in there[key("1.2")]] == [True]
+    write(tmp_path, "y", [instance("1.1", size=2)], ["1.1"])
+    assert [(x.bytes, x.durable) for x in read(tmp_path)[key("1.1")]] == [(2, True), (2, False)]
+
+
+def test_a_clock_that_is_set_back_makes_no_torn_file_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ct: Holding, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    node = f"PACS@127.0.0.1:{embedded(ct.folder).port}"
+    query = {"StudyInstanceUID": ct.study}
+    with monkeypatch.context() as ahead:
+        ahead.setattr(clock, "now", lambda: time.time() + 3600)
+        assert GetScu(node, destination=tmp_path).get_study(query).verdict == "complete"
+    victim = next(path for path in sorted(tmp_path.rglob("*.dcm")))
+    content = victim.read_bytes()
+    victim.unlink()
+    assert GetScu(node, destination=tmp_path, durable=False).get_study(query).verdict == "complete"
+    victim.write_bytes(content[:600] + bytes(len(content) - 600))  # a power cut: it was never synced
+    assert GetScu(node, destination=tmp_path).get_study(query).verdict == "complete"
+    assert victim.read_bytes() == content
 
 
 def test_a_replacement_at_another_destination_ends_nothing_here(tmp_path: Path) -> None:
