@@ -13,6 +13,7 @@ import hashlib
 import io
 import mmap
 import os
+import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -100,6 +101,15 @@ class Disk:
         except BlockingIOError:
             return False
         return True
+
+    def keep_others_out(self, fd: int) -> None:
+        """Let whoever opens this file wait until it is closed here, as far as the file system knows leases.
+
+        None is given while others have the file open: what these write at the time may be lost.
+        """
+        with suppress(OSError, AttributeError):
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of the default, SIGIO, a process may die
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
     def host(self) -> str:
         """The machine and its boot, whose locks are seen here: they may not reach across a network file system."""
@@ -343,13 +353,15 @@ def write_again(path: Where, folder: int | None = None) -> None:
     """Write a file once more as it is, where we may: a sync of it is then one of what it holds.
 
     After a sync that failed, what could not be written counts as written; the next sync succeeds and writes nothing.
-    So it is of no worth to sync what another process has written, or a run before this one.
+    So it is of no worth to sync what another process has written, or a run before this one. Whoever changes the file
+    meanwhile waits, or has it open already.
     """
     try:
         fd = disk.open(path, CHANGE, folder)
     except OSError:
         return
     try:
+        disk.keep_others_out(fd)
         position = 0
         while chunk := disk.read_at(fd, CHUNK, position):
             write_all(fd, chunk)

@@ -743,6 +743,10 @@ class ModelDisk(files.Disk):
         if self.volume.held.get(key) is handle:
             del self.volume.held[key]
 
+    def keep_others_out(self, fd: int) -> None:
+        """See :meth:`files.Disk.keep_others_out`: here nobody comes in between two calls of a run."""
+        self._handle(fd)
+
     @_call("host")
     def host(self) -> str:
         """See :meth:`files.Disk.host`."""
