@@ -23,7 +23,7 @@ from airflow_dicom_get.errors import (
     SinkError,
     unexpected,
 )
-from airflow_dicom_get.records import Completed, Instance, SubOperation
+from airflow_dicom_get.records import Completed, SubOperation
 from airflow_dicom_get.result import EchoReport, Plan, Result
 
 if TYPE_CHECKING:
@@ -175,9 +175,9 @@ class GetScu:
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine import report
-        from airflow_dicom_get.engine.ending import StuckError, run_beside
+        from airflow_dicom_get.engine.ending import StuckError, run_beside, write_manifest
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.manifest.schema import manifest_table
+        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import open_destination
 
         if manifest is not None and query is not None:
@@ -217,7 +217,9 @@ class GetScu:
 
             def work() -> None:
                 end = self._retrieve(call, parsed, asked, query_model)
-                self._write_manifest(judge(end), end.rows(), call, manifest_name)
+                result = judge(end)
+                rows = manifest_rows(end.rows(), **self._described(places))
+                write_manifest(result, rows, places.root, manifest_name or run, run, source.cancel)
 
             try:
                 run_beside(work, source.cancel)
@@ -531,30 +533,6 @@ class GetScu:
     def _described(self, places: OpenDestination) -> dict[str, Any]:
         """What each row of the manifest says besides its instance."""
         return {"source": str(self.options.addr), "destination": places.place.uri, "tags": self.options.tags}
-
-    def _write_manifest(self, result: Result, rows: list[Instance], call: _Call, name: str | None) -> None:
-        from airflow_dicom_get.engine.report import manifest_not_written
-        from airflow_dicom_get.manifest.schema import manifest_rows
-
-        uri, problem = None, None
-        try:
-            uri = call.places.root.write_manifest(
-                manifest_rows(rows, **self._described(call.places)),
-                name or call.run,
-                verdict=result.verdict,
-                evidence=result.evidence,
-                run=call.run,
-            )
-        except DicomGetError as error:
-            problem = error
-        except Exception as error:
-            log.exception("the manifest cannot be written")
-            problem = unexpected(error)
-        if call.source.cancel.left:  # the caller has the result already
-            return
-        result.manifest_uri = uri
-        if problem is not None:
-            manifest_not_written(result, problem)
 
 
 @dataclass(frozen=True, slots=True)

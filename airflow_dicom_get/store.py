@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 
 _BUSY_TRIES = 3
 """How often an instance is sent to a destination that says it is out of resources."""
-_MOST_ERRORS = 10
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -158,9 +157,9 @@ class StoreScu:
             Invalid input; nothing was stored.
         """
         from airflow_dicom_get.cell import at_cell
-        from airflow_dicom_get.engine.ending import StuckError, run_beside
+        from airflow_dicom_get.engine.ending import StuckError, run_beside, write_manifest
         from airflow_dicom_get.engine.events import Events
-        from airflow_dicom_get.manifest.schema import manifest_table
+        from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import root_for
 
         if (source is None) == (manifest is None):
@@ -198,7 +197,9 @@ class StoreScu:
 
             def work() -> None:
                 run.execute(objects, others)
-                self._write_manifest(run, judge(), state, name, manifest_name or name, described)
+                result = judge()
+                rows = manifest_rows(run.rows.values(), **described)
+                write_manifest(result, rows, state, manifest_name or name, name, cancel)
 
             try:
                 run_beside(work, cancel)
@@ -209,31 +210,6 @@ class StoreScu:
         result = results[0]
         events.completed(completed_event(result))
         return result
-
-    def _write_manifest(
-        self, run: _Run, result: Result, root: Any, name: str, path: str, described: dict[str, str]
-    ) -> None:
-        from airflow_dicom_get.manifest.schema import manifest_rows
-
-        uri, problem = None, None
-        try:
-            uri = root.write_manifest(
-                manifest_rows(run.rows.values(), **described),
-                path,
-                verdict=result.verdict,
-                evidence=result.evidence,
-                run=name,
-            )
-        except DicomGetError as error:
-            problem = error
-        except Exception as error:
-            log.exception("the manifest cannot be written")
-            problem = unexpected(error)
-        if run.cancel.left:  # the caller has the result already
-            return
-        result.manifest_uri = uri
-        if problem is not None:
-            manifest_not_written(result, problem)
 
 
 class _Run:

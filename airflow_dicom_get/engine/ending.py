@@ -8,12 +8,15 @@ him where the work does not return, as from a write to a file server that is dea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.errors import SinkError
+from airflow_dicom_get.engine.report import manifest_not_written
+from airflow_dicom_get.errors import DicomGetError, SinkError, unexpected
 from airflow_dicom_get.net.association import OVER, CancelToken
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks.places import Root
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +85,28 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
     if came is not None:
         raise came
     return call.result()
+
+
+def write_manifest(
+    result: Result, rows: Iterable[dict[str, Any]], root: Root, name: str, run: str, cancel: CancelToken
+) -> None:
+    """Write the manifest of a call, and say in its result where it is, or why it is not.
+
+    Parameters
+    ----------
+    name : str
+        Its path below the root, without its extension.
+    """
+    uri, problem = None, None
+    try:
+        uri = root.write_manifest(rows, name, verdict=result.verdict, evidence=result.evidence, run=run)
+    except DicomGetError as error:
+        problem = error
+    except Exception as error:
+        log.exception("the manifest cannot be written")
+        problem = unexpected(error)
+    if cancel.left:  # the caller has the result already
+        return
+    result.manifest_uri = uri
+    if problem is not None:
+        manifest_not_written(result, problem)

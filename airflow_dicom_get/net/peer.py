@@ -6,7 +6,7 @@ import dataclasses
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
 from airflow_dicom_get.config.node import Node
@@ -100,14 +100,12 @@ class Peer:
         ------
         ConnectFailed, AssociationRejected, AssociationAborted, DeadlineExceeded, PeerProtocolError
         """
-        request = encode_request(
-            self.calling,
-            self.called,
-            proposals,
-            storage_classes=storage_classes,
-            max_pdu_length=self.max_pdu_length,
-            user_identity=self.user_identity,
-        )
+        facts: dict[str, Any] = {
+            "storage_classes": storage_classes,
+            "max_pdu_length": self.max_pdu_length,
+            "user_identity": self.user_identity,
+        }
+        request = encode_request(self.calling, self.called, proposals, **facts)
         told = self.transcript.begin() if self.transcript is not None else None
         if told is not None:
             told.connecting(f"{self.node.host}:{self.node.port}", tls=self.tls is not None)
@@ -120,14 +118,7 @@ class Peer:
         association = Association(line, self.node, self.max_pdu_length, self.deadlines, cancel)
         if told is not None:
             association.told = told
-            told.requested(
-                self.calling,
-                self.called,
-                proposals,
-                storage_classes=storage_classes,
-                max_pdu_length=self.max_pdu_length,
-                user_identity=self.user_identity,
-            )
+            told.requested(self.calling, self.called, proposals, **facts)
         try:
             association.negotiate(request, proposals, f"calling {self.calling}, called {self.called}")
         except AssociationAborted as lost:
@@ -151,26 +142,19 @@ def _connect(peer: Peer, cancel: CancelToken) -> Transport:
 
     try:
         return transport.connect(node.host, node.port, seconds, peer.tls, peer.server_name, ended)
-    except transport.HandshakeError as failure:
-        error = failure.__cause__
+    except (transport.HandshakeError, TimeoutError) as failure:
         if ended():
             raise Cancelled(f"Cancelled: {cancel.reason}.", node=str(node)) from None
-        if not isinstance(error, TimeoutError):
-            cause = error if isinstance(error, OSError) else failure
-            raise tls_error(node, cause, peer.tls_option, agreed=failure.agreed) from error
+        what, hint = "answer", "Check the host, the port and the firewall."
+        if isinstance(failure, transport.HandshakeError):
+            what, hint = "finish the TLS handshake", "Check that this port speaks TLS."
+            error = failure.__cause__
+            if not isinstance(error, TimeoutError):
+                cause = error if isinstance(error, OSError) else failure
+                raise tls_error(node, cause, peer.tls_option, agreed=failure.agreed) from error
         raise DeadlineExceeded(
-            f"{node} did not finish the TLS handshake within {seconds:g} s.",
-            hint="Check that this port speaks TLS.",
-            node=str(node),
-            phase="connect",
-            seconds=seconds,
-        ) from None
-    except TimeoutError:
-        if ended():
-            raise Cancelled(f"Cancelled: {cancel.reason}.", node=str(node)) from None
-        raise DeadlineExceeded(
-            f"{node} did not answer within {seconds:g} s.",
-            hint="Check the host, the port and the firewall.",
+            f"{node} did not {what} within {seconds:g} s.",
+            hint=hint,
             node=str(node),
             phase="connect",
             seconds=seconds,

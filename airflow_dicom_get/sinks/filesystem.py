@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Taken
-from airflow_dicom_get.sinks.ledger import Ledgers, contradict
+from airflow_dicom_get.sinks.ledger import Ledgers, contradict, first_failure
 from airflow_dicom_get.sinks.objects import ends_whole, whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
@@ -462,12 +463,9 @@ class FilesystemSink:
             return
         if self._syncer is not None:
             self._syncer.join()
-        failed: OSError | None = None
-        for study in self._studies.values():
-            try:
-                study.close(self.options.durable, self.cancel)
-            except OSError as error:
-                failed = error
+        failed = first_failure(
+            partial(study.close, self.options.durable, self.cancel) for study in self._studies.values()
+        )
         if failed is not None:
             raise sink_error(failed, "The ledger of what is held cannot be written") from failed
 
@@ -552,28 +550,18 @@ class _Study:
 
     def close(self, durable: bool, cancel: CancelToken) -> None:
         """Sync the ledger, give back the lock. Raises :class:`OSError` where what was recorded may be lost."""
-        failed: OSError | None = None
-        try:
-            if durable:
-                self.ledger.sync()
-        except OSError as error:
-            failed = error
+        failed = first_failure([self.ledger.sync] if durable else [])
         if cancel.left:
             return
-        try:
-            self.ledger.close()
-        except OSError as error:
-            failed = failed or error
+        failed = failed or first_failure([self.ledger.close])
         for fd in (*self._folders.values(), *self._gone):
             with suppress(OSError):  # nothing was written through it
                 self._disk.close(fd)
         with suppress(OSError):  # who finds it will see that nobody holds it
             self._give_back_lock()
         for folder in (*(self.path / uid for uid in self._folders), self.path):
-            try:
+            with suppress(OSError):
                 self._disk.remove_folder(folder)  # only where nothing came
-            except OSError:
-                pass
         if failed is not None:
             raise failed
 

@@ -38,7 +38,7 @@ from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
-from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
+from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
 
 log = logging.getLogger(__name__)
 
@@ -297,10 +297,7 @@ class ForwardSink:
         try:
             self._ledger(instance.study)
         except OSError as error:
-            raise SinkError(
-                f"The ledger of forwards cannot be written: {error.strerror or error}.",
-                hint="Give another manifest_root, or free space there.",
-            ) from error
+            raise _not_recorded(error) from error
         once = self._taken_once(instance)
         if once and all(x.series != instance.series for x in once):
             return _Draining(_other_series(once[0].series))
@@ -511,18 +508,16 @@ class ForwardSink:
             while self._late:
                 self._changed.wait(1.0)
         self._release_idle()
-        failed: OSError | None = None
-        for ledger in self._ledgers.values():
-            try:
-                ledger.sync()
-            except OSError as error:
-                failed = error
-            ledger.close()
+        failed = first_failure(work for ledger in self._ledgers.values() for work in (ledger.sync, ledger.close))
         if failed is not None:
-            raise SinkError(
-                f"The ledger of forwards cannot be written: {failed.strerror or failed}.",
-                hint="Give another manifest_root, or free space there.",
-            ) from failed
+            raise _not_recorded(failed) from failed
+
+
+def _not_recorded(error: OSError) -> SinkError:
+    return SinkError(
+        f"The ledger of forwards cannot be written: {error.strerror or error}.",
+        hint="Give another manifest_root, or free space there.",
+    )
 
 
 class _ForwardWriter:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +30,17 @@ SCHEMA = 2
 READABLE_SCHEMAS = frozenset({1, SCHEMA})
 OWN = "."
 """How a ledger calls the destination that it lies in: it may be moved as a whole."""
+
+
+def first_failure(works: Iterable[Callable[[], object]]) -> OSError | None:
+    """Do all of these, whatever becomes of one of them; the first error of the disk, if there was one."""
+    failed: OSError | None = None
+    for work in works:
+        try:
+            work()
+        except OSError as error:
+            failed = failed or error
+    return failed
 
 
 def header_line() -> str:

@@ -23,7 +23,7 @@ from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
-from airflow_dicom_get.sinks.ledger import Ledger, Ledgers
+from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
 from airflow_dicom_get.sinks.s3_inventory import Inventory
 from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, OurFile, compare, metadata_of
 from airflow_dicom_get.sinks.s3_uploads import LOOK, PART_SIZE, Uploads
@@ -276,12 +276,7 @@ class S3Sink:
         self.uploads.close()
         for parts in () if self.uploads.abandoned else list(self._parted):
             parts.abort()
-        failed: OSError | None = None
-        for study in self._studies.values():
-            try:
-                study.ledger.close()
-            except OSError as error:
-                failed = error
+        failed = first_failure(study.ledger.close for study in self._studies.values())
         if failed is not None and not self.uploads.abandoned:
             raise SinkError(f"The ledger cannot be written: {failed.strerror or failed}.", hint=_LEDGER_HINT)
 
