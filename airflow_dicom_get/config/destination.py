@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
-from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.node import Node, password_in
 from airflow_dicom_get.errors import InvalidOption
 
 # Capitals and underscores: buckets of old, and of other services, have them.
@@ -118,6 +118,8 @@ def _s3(value: str, rest: str, option: str) -> S3Destination:
     # The connection stands before the first slash: a prefix may hold an "@" of its own.
     authority, _, prefix = rest.partition("/")
     conn_id, at, bucket = (unquote(part) for part in authority.rpartition("@"))
+    if ":" in conn_id:
+        raise password_in(option, "Write s3://bucket/prefix, and give the keys as s3_config or in a connection.")
     prefix = unquote(prefix).removesuffix("/")
     if not is_bucket(bucket) or (at and not _CONN_ID.fullmatch(conn_id)):
         raise invalid(option, f"{shown_path(value)} does not name a valid bucket", "Write s3://bucket/prefix.")

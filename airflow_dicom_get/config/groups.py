@@ -30,7 +30,7 @@ from airflow_dicom_get.config.checks import (
     shown,
 )
 from airflow_dicom_get.config.destination import is_bucket
-from airflow_dicom_get.config.node import Node
+from airflow_dicom_get.config.node import Node, password_in
 from airflow_dicom_get.errors import InvalidOption
 
 MAX_PDU_LENGTH = 131072
@@ -227,14 +227,14 @@ class UserIdentity(Checked):
 def _parse_endpoint(option: str, value: Any) -> str:
     """An address with its scheme, without a path: the bucket is named elsewhere."""
     hint = "Write https://host or http://host:port."
+    if isinstance(value, str) and "@" in value:
+        raise password_in(option, "Give access_key and secret_key.")
     if not isinstance(value, str) or not value.isprintable():
         raise invalid(option, f"{shown(value)} is not a valid address", hint)
     scheme, mark, rest = value.strip().partition("://")
     host, _, path = rest.rstrip("/").partition("/")
     if not mark or scheme.lower() not in ("http", "https"):
         raise invalid(option, f"{shown(value)} has no scheme", hint)
-    if "@" in host:
-        raise invalid(option, "holds a user name or a key", "Give access_key and secret_key.")
     port = host.rpartition(":")[2] if ":" in host and not host.endswith("]") else "1"
     if not host or path or "?" in host or "#" in host or any(c.isspace() for c in host) or not port.isdecimal():
         raise invalid(option, f"{shown(value)} is not the address of an S3 service", hint)

@@ -31,6 +31,13 @@ def check_ae_title(title: str, option: str) -> str:
     )
 
 
+def password_in(option: str, hint: str) -> InvalidOption:
+    """The error for an address that holds a user name or a password, which it does not show."""
+    return InvalidOption(
+        f"{option}: the address contains a user name or a password, which is not shown here.", hint=hint, option=option
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A DICOM node: host, TCP port, and the AE title if the address holds one."""
@@ -57,6 +64,10 @@ class Node:
             )
 
         title, at, rest = address.rpartition("@")
+        if ":" in title:
+            raise password_in(
+                option, "Write [AE@]host:port. An AE title with a colon is given as called_ae_title or login."
+            )
         host, colon, port = rest.rpartition(":")
         if not colon:
             raise bad("has no port")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.connection import field_name, options_from_fields
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, ForwardTarget, Window
-from airflow_dicom_get.config.node import Node, check_ae_title
+from airflow_dicom_get.config.node import Node, check_ae_title, password_in
 from airflow_dicom_get.config.options import OPTIONS, CallOptions, GetOptions, StoreOptions, nested
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.hooks._connection import check_unknown, extras_of, find_connection, of_connection
@@ -136,6 +136,8 @@ def _node(conn: Connection, conn_id: str) -> Node:
     host = (conn.host or "").strip()
     if not host:
         raise invalid("host", "is missing", "Give the name or address of the PACS.")
+    if "@" in host:
+        raise password_in("host", "Give the host alone. The called AE title is the field Login.")
     if not conn.port:
         raise invalid("port", "is missing", "Give the DICOM port of the PACS, often 104 or 11112.")
     title = None

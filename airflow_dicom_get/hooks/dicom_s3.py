@@ -10,6 +10,7 @@ from airflow.sdk import BaseHook
 
 from airflow_dicom_get.config.checks import Choice, Flag, Parsed, invalid, setting, shown
 from airflow_dicom_get.config.groups import S3Config
+from airflow_dicom_get.config.node import password_in
 from airflow_dicom_get.errors import DicomGetError, InvalidOption
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
@@ -150,6 +151,8 @@ class DicomS3Hook(BaseHook):
         host = (conn.host or "").strip().rstrip("/")
         if not host:
             return None
+        if "@" in host:
+            raise password_in("host", "Give the host alone. The keys are the fields Login and Password.")
         if "://" in host:
             raise invalid(
                 "host",

@@ -130,6 +130,8 @@ def test_a_task_that_may_run_so_long_ends_before(connect):
     [
         ({"host": None}, "host"),
         ({"host": "  "}, "host"),
+        ({"host": "me:hush-hush@pacs.example"}, "host"),
+        ({"host": "hush-hush@pacs.example"}, "host"),
         ({"port": None}, "port"),
         ({"port": 0}, "port"),
         ({"port": 70000}, "port"),
@@ -169,6 +171,7 @@ def test_each_bad_field_is_named_with_its_connection(connect, change, field):
         hook.config  # noqa: B018
     assert str(caught.value).startswith("Connection pacs: ")
     assert field in str(caught.value).partition(". ")[0]
+    assert "hush" not in str(caught.value)
     ok, message = hook.test_connection()
     assert not ok
     assert field in message.partition(". ")[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_dicom_get.config.destination import parse_destination
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.config.node import Node, check_ae_title
 from airflow_dicom_get.errors import InvalidOption
 
 TITLES = st.text(
-    st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\\"), min_size=1, max_size=16
+    st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\\:"), min_size=1, max_size=16
 )
 
 
@@ -23,7 +27,6 @@ TITLES = st.text(
         ("PACS@[fe80::1%eth0]:104", Node("fe80::1%eth0", 104, "PACS")),
         ("A@B@pacs:1", Node("pacs", 1, "A@B")),
         (" PACS @pacs:65535", Node("pacs", 65535, "PACS")),
-        ("MY:AE@pacs:104", Node("pacs", 104, "MY:AE")),
     ],
 )
 def test_addresses(address: str, node: Node) -> None:
@@ -89,3 +92,26 @@ def test_any_text_is_an_ae_title_or_refused(text: str) -> None:
     assert 1 <= len(title) <= 16
     assert title == title.strip(" ")
     assert title.isascii()
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (lambda text: Node.parse(text), f"me:{SECRET}@pacs:104"),
+        (lambda text: Node.parse(text), f"dicom://me:{SECRET}@pacs:104"),
+        (lambda text: Node.parse(text), f"me:{SECRET}@pacs"),
+        (parse_destination, f"dicom://me:{SECRET}@pacs:104"),
+        (parse_destination, f"s3://AKIA:{SECRET}@bucket/x"),
+        (parse_destination, f"s3://AKIA%3A{SECRET}@bucket/x"),
+        (lambda text: S3Config(endpoint=text), f"https://me:{SECRET}@h:9000"),
+        (lambda text: S3Config(endpoint=text), f"me:{SECRET}@h:9000"),
+        (lambda text: S3Config(endpoint=text), f"https://h:9000/me:{SECRET}@x\n"),
+    ],
+)  # fmt: skip
+def test_a_password_in_an_address_is_refused_and_not_shown(check: Callable[[str], object], text: str) -> None:
+    with pytest.raises(InvalidOption, match="a user name or a password, which is not shown") as caught:
+        check(text)
+    assert SECRET not in str(caught.value)
