@@ -25,7 +25,7 @@ LOWEST = (
     "pandas==2.2.0",
     "pyarrow==16.0.0",
     "pynetdicom==3.0.3",
-    "pydicom==3.0.1",
+    "pydicom==3.0.2",
     "rich==13.0.0",
 )
 
