@@ -22,6 +22,14 @@ def peer_text(value: object, limit: int = _TEXT_LIMIT) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def printable(value: object) -> str:
+    """Text that others may have written, made fit for a terminal or a log: what would control either is escaped."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in text)
+
+
 def sentences(message: str, hint: str = "") -> str:
     """What happened and what to do about it as one text, with a full stop between the two."""
     if hint and message and message[-1] not in ".!?…":
@@ -35,7 +43,7 @@ class DicomGetError(Exception):
     Parameters
     ----------
     message : str
-        What happened, and to whom.
+        What happened, and to whom; made :func:`printable`, as names of files and texts of manifests may stand in it.
     hint : str
         What to do next; appended to the message.
     **facts : Any
@@ -48,9 +56,8 @@ class DicomGetError(Exception):
     """The word of :data:`~airflow_dicom_get.vocabulary.REASONS` for a retrieval that this error ended."""
 
     def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
-        super().__init__(sentences(message, hint))
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(sentences(self.message, self.hint))
         self.facts = facts
         for name, value in facts.items():
             setattr(self, name, value)

@@ -31,6 +31,7 @@ from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.study_list import UID
 from airflow_dicom_get.engine.whole import doubt_remark
+from airflow_dicom_get.errors import printable
 from airflow_dicom_get.vocabulary import COMPLETE, EXIT_CODES, UNVERIFIED, noun
 
 if TYPE_CHECKING:
@@ -45,7 +46,17 @@ if TYPE_CHECKING:
 _VERBOSE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class _Plain(logging.Formatter):
+class _Printable(logging.Formatter):
+    """The log on a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging calls it so
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
+class _Plain(_Printable):
     """The log for a person who reads along, with the options as the shell writes them."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -71,7 +82,7 @@ def _checked(typed: Namespace, verb: type[Verb]) -> Verb:
     options = verb.check(own, spelling)
     level = logging.DEBUG if options.verbose else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_VERBOSE) if options.verbose else _Plain("dicom-get: %(message)s"))
+    handler.setFormatter(_Printable(_VERBOSE) if options.verbose else _Plain("dicom-get: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("airflow_dicom_get.waits").setLevel(min(level, logging.INFO))
     # They log each message of their own: parts of identifiers, and the secrets of a bucket.
@@ -254,7 +265,7 @@ def store(typed: Namespace) -> int:
             manifest=typed.manifest,
             root=typed.root or None,
             on_sub_operation=show,
-            on_unusable=lambda name, why: output.note(f"skipped: {output.printable(name)} {why}"),
+            on_unusable=lambda name, why: output.note(f"skipped: {name} {why}"),
         )
     _show(result, typed)
     return result.exit_code

@@ -10,18 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from airflow_dicom_get.config.shell import in_shell
-from airflow_dicom_get.errors import sentences
+from airflow_dicom_get.errors import printable, sentences
 from airflow_dicom_get.result import EchoReport, Plan, Result, size_text
 from airflow_dicom_get.vocabulary import noun
 
 
 def note(text: str) -> None:
     """A line for people, on stderr."""
-    print(f"dicom-get: {text}", file=sys.stderr, flush=True)
+    print(f"dicom-get: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def emit(lines: Iterable[str]) -> None:
     """Print the result, on stdout."""
+    _print(map(printable, lines))
+
+
+def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line)
     sys.stdout.flush()
@@ -32,17 +36,9 @@ def emit_json(value: Any) -> None:
     emit([json.dumps(value)])
 
 
-def printable(value: object) -> str:
-    """Text of a peer for a terminal: control characters and separators are escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in str(value)
-    )
-
-
 def advice(error: Mapping[str, Any]) -> str:
     """An error of a result and its hint, with the options as the shell writes them."""
-    return printable(in_shell(sentences(str(error.get("error", "")), str(error.get("hint") or ""))))
+    return in_shell(sentences(str(error.get("error", "")), str(error.get("hint") or "")))
 
 
 def result_lines(result: Result) -> list[str]:
@@ -83,7 +79,7 @@ def echo_lines(report: EchoReport) -> list[str]:
     lines = [f"{report.node} answers in {report.round_trip_ms:.1f} ms"]
     lines += [f"{name}: {'accepted' if yes else 'refused'}" for name, yes in report.accepted.items()]
     if report.implementation_version:
-        lines.append(f"implementation: {printable(report.implementation_version)}")
+        lines.append(f"implementation: {report.implementation_version}")
     if report.max_pdu_length is not None:
         lines.append(f"maximum PDU length: {report.max_pdu_length or 'no limit'}")
     if report.profile is not None:
@@ -110,7 +106,7 @@ _WIDEST = 28
 def emit_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows under a head: at a terminal in columns that fit it, else separated by tabs."""
     if not sys.stdout.isatty():
-        emit("\t".join(line) for line in _table(rows))
+        _print("\t".join(line) for line in _table(rows))  # each cell was made printable, and the tabs are ours
         return
     lines, left_out = fitted(_table(rows), shutil.get_terminal_size().columns)
     emit(lines)

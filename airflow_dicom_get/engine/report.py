@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.engine.verdict import judge
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import Cancelled, DicomGetError
+from airflow_dicom_get.errors import Cancelled, DicomGetError, printable
 from airflow_dicom_get.records import Completed, Instance
 from airflow_dicom_get.result import COUNTS, Kind, Result, StudyResult
 from airflow_dicom_get.vocabulary import (
@@ -493,7 +493,7 @@ def _merged(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _entry(error: str, hint: str, count: int = 1) -> dict[str, Any]:
-    return {"error": error, "count": count, "hint": hint}
+    return {"error": printable(error), "count": count, "hint": printable(hint)}
 
 
 def _errors_of_get(end: End) -> list[dict[str, Any]]:

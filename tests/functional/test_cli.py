@@ -23,8 +23,8 @@ from rich.cells import cell_len
 
 from airflow_dicom_get.cli import main as cli
 from airflow_dicom_get.cli.inputs import query_of, read_studies
-from airflow_dicom_get.cli.output import fitted, printable
-from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.cli.output import fitted
+from airflow_dicom_get.errors import InvalidOption, printable
 from airflow_dicom_get.manifest.frames import read_manifest
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
