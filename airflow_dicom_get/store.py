@@ -138,7 +138,8 @@ class StoreScu:
             (of a frame or reference, in that of its column ``destination``) and below ``root``. A row that names
             another place is ``failed``.
         root : path, address, or several of them
-            Further folders or prefixes, ``s3://bucket/prefix``, in which objects of the manifest may lie.
+            Further folders or prefixes, ``s3://bucket/prefix``, in which objects of the manifest may lie, and files to
+            which links in the folders of ``source`` lead. Those that lead elsewhere are not followed.
         on_sub_operation, on_completed : callable
             As in :meth:`GetScu.get_study`; ``file`` is the object that was stored.
         on_unusable : callable
@@ -171,7 +172,7 @@ class StoreScu:
         else:
             assert source is not None
             sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-            objects = objects_in(sources, self.options.s3_config)
+            objects = objects_in(sources, self.options.s3_config, root)
             shown_source = " ".join(map(str, sources))
             if not objects:
                 named = ", ".join(map(shown_path, sources)) or "source"

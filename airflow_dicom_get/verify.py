@@ -34,6 +34,7 @@ from airflow_dicom_get.errors import (
     OperationFailed,
     PeerError,
     SinkError,
+    printable,
 )
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.manifest.schema import instances_of
@@ -48,10 +49,12 @@ from airflow_dicom_get.sinks.objects import (
     UnreadableError,
     UnusableError,
     load_listed,
+    objects_below,
     objects_in,
     open_object,
 )
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below
 from airflow_dicom_get.vocabulary import PRESENT, REASONS
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class Difference:
 
     def __str__(self) -> str:
         path = f"{self.study_instance_uid}/{self.series_instance_uid}/{self.sop_instance_uid}"
-        return f"{self.symbol} {path} {self.what}"
+        return printable(f"{self.symbol} {path} {self.what}")
 
 
 @dataclass(slots=True)
@@ -564,13 +567,13 @@ class _Verify:
         if named is not None:
             return named
         if isinstance(self.place, FilesystemDestination):
-            return FolderRoot(self.place.path.absolute() / MANIFESTS)
+            return FolderRoot(Below(self.place.path.absolute()) / MANIFESTS)
         if isinstance(self.place, S3Destination):
             return self._bucket_root(self.place.bucket, self.place.prefix, whole=True)
         if isinstance(manifest, str | os.PathLike):
             at = parse_destination(os.fspath(manifest), "manifest")
             if isinstance(at, FilesystemDestination):
-                return FolderRoot(at.path.absolute().parent)
+                return FolderRoot(Below(at.path.absolute().parent))
             if isinstance(at, S3Destination):
                 return self._bucket_root(at.bucket, at.prefix.rpartition("/")[0])
         return root_for(self.options)
@@ -612,13 +615,13 @@ def _instances_in(
     Only those directly below its folder and a series' count: a copy further down is not where a get looks.
     """
     if isinstance(place, FilesystemDestination):
-        folder = (place.path / study).absolute()
-        found = objects_in([str(folder)], s3) if files.is_folder(folder) else []
+        folder = Below(place.path.absolute()) / study
+        found = objects_below(folder) if files.is_folder(folder) else []
     else:
         prefix = f"{place.prefix}/{study}" if place.prefix else study
         found = objects_in([f"s3://{place.bucket}/{prefix}"], s3)
     for item in found:
-        below = item.path.relative_to(folder).parts if item.path is not None else item.key[len(prefix) + 1 :].split("/")
+        below = item.path.names[1:] if isinstance(item.path, Below) else item.key[len(prefix) + 1 :].split("/")
         if len(below) == 2 and below[1].endswith(".dcm"):
             series, sop = below[0], below[1].removesuffix(".dcm")
             if is_uid(series) and is_uid(sop):

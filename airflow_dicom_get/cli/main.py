@@ -187,8 +187,8 @@ def _node(parser: ArgumentParser) -> None:
 def _root(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--root", action="append", default=[], metavar="PLACE",
-        help="Folder or s3://bucket/prefix in which objects of the manifest may lie, besides the destination in which "
-        "its _manifests lies; repeatable.",
+        help="Folder or s3://bucket/prefix in which objects of the manifest, and targets of links, may lie, besides "
+        "the destination in which its _manifests lies; repeatable.",
     )  # fmt: skip
 
 

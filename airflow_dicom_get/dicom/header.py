@@ -372,13 +372,6 @@ def walk_of(syntax: str) -> Walk:
     return _EitherWalk(ElementWalk(_LITTLE), ElementWalk(_IMPLICIT))  # see HeaderScan
 
 
-def ends_whole(data: memoryview, syntax: str) -> bool:
-    """Whether a data set that is there is whole, as :attr:`Walk.whole` has it."""
-    walk = walk_of(syntax)
-    walk.feed(data)
-    return walk.whole
-
-
 class HeaderScan:
     """Scan one instance's data set while its fragments arrive.
 

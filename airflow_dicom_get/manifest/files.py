@@ -6,6 +6,7 @@ Writing needs pyarrow alone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,9 @@ from airflow_dicom_get.config.destination import (
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.connections import s3_config_of
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
-from airflow_dicom_get.manifest.schema import BATCH, COLUMNS, SCHEMA_VERSION, as_metadata, metadata_of
+from airflow_dicom_get.manifest.schema import BATCH, COLUMNS, SCHEMA_VERSION, arrow_schema, as_metadata, metadata_of
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below, Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +54,8 @@ __all__ = [
     "write_manifest",
 ]
 
+log = logging.getLogger(__name__)
+
 MANIFESTS = "_manifests"
 """The folder at a destination that manifests and ledger lie in."""
 S3 = S3Config | Mapping[str, Any] | None
@@ -59,6 +63,9 @@ S3 = S3Config | Mapping[str, Any] | None
 _S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
+_WITH_TAGS = 0o640
+_LARGEST = 1 << 30
+"""Bytes of the file of a manifest: of several million instances."""
 
 
 def safe_name(text: str) -> str:
@@ -74,7 +81,7 @@ def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try
 
 def write_manifest(
     rows: pa.Table | pa.RecordBatchReader,
-    path: str | Path,
+    path: str | Folder,
     *,
     verdict: str,
     evidence: str,
@@ -89,7 +96,8 @@ def write_manifest(
     rows : pyarrow.RecordBatchReader or pyarrow.Table
         Made by :func:`~airflow_dicom_get.manifest.schema.manifest_rows`, or a table of that schema.
     path : str or Path
-        Where it goes; folders are made.
+        Where it goes; folders are made. With columns of tags, which may name patients, the file is for its owner and
+        group alone.
     verdict, evidence, run : str
         Kept in the metadata of the file.
     extra : mapping, optional
@@ -102,15 +110,16 @@ def write_manifest(
     OSError
         The file cannot be written. Nothing is left under ``path`` that was not there before.
     """
-    target = Path(path)
+    target = Path(path) if isinstance(path, str) else path
     facts = {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
     temporary = f".{target.name}.{clock.token()}.part"
-    files.replace_whole(target, lambda file: _write(rows, file, facts), temporary=temporary, go_on=go_on)
+    mode = 0o666 if set(rows.schema.names) <= set(COLUMNS) else _WITH_TAGS
+    files.replace_whole(target, lambda file: _write(rows, file, facts), temporary=temporary, mode=mode, go_on=go_on)
     with contextlib.suppress(OSError):
         _remove_stale(target.parent)
 
 
-def _remove_stale(folder: Path) -> None:
+def _remove_stale(folder: Folder) -> None:
     """Remove what runs that were killed here left half-written a day ago or longer."""
     for name in files.names_in(folder):
         if _PART.fullmatch(name) and clock.now() - files.disk.status(folder / name).st_mtime > _STALE_SECONDS:
@@ -188,13 +197,16 @@ def tables_below(where: Any, s3_config: S3 = None) -> Iterator[pa.Table]:
         )
 
 
-def _files_below(path: Path) -> list[Path]:
+def _files_below(path: Path) -> list[Folder]:
     if not files.is_folder(path):
         return [path]
-    root = path / MANIFESTS if files.is_folder(path / MANIFESTS) else path
-    return sorted(
-        file for file in files.files_below(root, lambda name: not name.startswith(".")) if file.suffix == ".parquet"
-    )
+    root, own = Below(path), Below(path) / MANIFESTS
+    found = files.files_below(own if files.exists(own) else root, lambda name: not name.startswith("."), _left_out)
+    return [file for file in found if file.name.endswith(".parquet")]
+
+
+def _left_out(path: Below, error: OSError) -> None:
+    log.warning("%s is left out: %s", shown_path(path), error.strerror)
 
 
 def _keys_below(bucket: Bucket, place: S3Destination) -> list[str]:
@@ -260,12 +272,12 @@ def content_of(place: FilesystemDestination | S3Destination, s3_config: S3 = Non
     return _read(place.path)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Folder) -> bytes:
     try:
-        return files.read_whole(path)
+        return files.read_whole(path, _LARGEST)
     except OSError as error:
         raise ManifestError(
-            f"The manifest {shown_path(path)} cannot be read: {os.strerror(error.errno or 0)}.",
+            f"The manifest {shown_path(path)} cannot be read: {error.strerror}.",
             hint="Check the path, and that this machine sees the same storage.",
             uri=str(path),
         ) from None
@@ -306,6 +318,15 @@ def open_manifest(content: bytes, name: str) -> pq.ParquetFile:
             hint="Give a file that a run wrote.",
             uri=name,
         )
+    for column, kind in zip(COLUMNS, arrow_schema().types, strict=True):
+        found = [field.type for field in file.schema_arrow if field.name == column]
+        if found != [kind]:
+            what = "is there twice" if found[1:] else f"is of the type {found[0]}, not {kind}"
+            raise ManifestError(
+                f"The file {shown_path(name)} is not a manifest: the column {column} {what}.",
+                hint="Give a file that a run wrote.",
+                uri=name,
+            )
     return file
 
 
@@ -328,6 +349,6 @@ def table_in(content: bytes, name: str) -> pa.Table:
             raise _broken(name) from error
 
 
-def manifest_uri(path: str | Path) -> str:
+def manifest_uri(path: str | Folder) -> str:
     """The URI of a file, fit for a reference: ``file://`` and the absolute path."""
     return "file://" + quote(str(Path(path).absolute()))

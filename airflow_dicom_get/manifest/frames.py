@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.checks import shown, shown_path
@@ -37,7 +37,7 @@ from airflow_dicom_get.manifest.schema import (
     as_metadata,
     metadata_of,
 )
-from airflow_dicom_get.vocabulary import UNVERIFIED, Evidence, Verdict, weakest, worst
+from airflow_dicom_get.vocabulary import EVIDENCE, UNVERIFIED, WORST_FIRST, weakest, worst
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 REFERENCE_KIND = "dicom-manifest"
+Word = TypeVar("Word", bound=str)
 _DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UTC]"}
 
 
@@ -262,8 +263,8 @@ def combine_manifests(
     tables = load_tables(manifests, s3_config)
     facts = [metadata_of(table) for table in tables]
     # A DataFrame may have lost its metadata on the way: nothing is proven then.
-    verdict = worst(cast(Verdict, fact.get("verdict", UNVERIFIED)) for fact in facts)
-    evidence = weakest(cast(Evidence, fact.get("evidence", "none")) for fact in facts)
+    verdict = worst(_word(fact.get("verdict"), WORST_FIRST, UNVERIFIED) for fact in facts)
+    evidence = weakest(_word(fact.get("evidence"), EVIDENCE, "none") for fact in facts)
     name = run or clock.run_name()
     place = place_of(to)
     if isinstance(place, S3Destination):
@@ -278,6 +279,10 @@ def combine_manifests(
         path = path / f"{name}.parquet"
     write_manifest(one_table(tables), path, verdict=verdict, evidence=evidence, run=name)
     return reference(path)
+
+
+def _word(found: str | None, words: Iterable[Word], otherwise: Word) -> Word:
+    return next((word for word in words if word == found), otherwise)
 
 
 def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:

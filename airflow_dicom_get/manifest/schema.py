@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.records import Instance
+from airflow_dicom_get.vocabulary import REASONS, STATES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,6 +67,7 @@ COLUMNS: tuple[str, ...] = tuple(name for name, _, _ in _COLUMNS)
 KINDS: dict[str, str] = {name: kind for name, _, kind in _COLUMNS}
 """What a column holds: ``string``, ``int64`` or ``timestamp``."""
 _UIDS = frozenset({"study", "series", "sop"})
+_WORDS: Mapping[str, Collection[str]] = {"state": STATES, "reason": REASONS}
 _NOT_READ = frozenset({"dataset_bytes", "dimse_status", "attempt", "association", "received_at", "duration_ms"})
 """What is derived, and what tells how an instance came: a run that reads a manifest has its own."""
 
@@ -175,9 +177,21 @@ def instances_of(table: pa.Table) -> list[Instance]:
     for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         row = Instance(study or "", series or "", sop or "")
         for (_, attribute), value in zip(read, values, strict=True):
-            setattr(row, attribute, bytes.fromhex(value) if attribute == "sha256" and value else value)
+            setattr(row, attribute, _read(attribute, value))
         rows.append(row)
     return rows
+
+
+def _read(attribute: str, value: Any) -> Any:
+    """A value of a file, which anybody may have written. A word that is none of ours says nothing."""
+    if attribute in _WORDS:
+        return value if value in _WORDS[attribute] else None
+    if attribute == "sha256" and value:
+        try:
+            return bytes.fromhex(value)
+        except ValueError:
+            return value.encode("utf-8", "backslashreplace")  # the digest of no object
+    return value
 
 
 def metadata_of(table: pa.Table) -> dict[str, str]:

@@ -32,6 +32,7 @@ from airflow_dicom_get.sinks.ledger import Ledgers, contradict, first_failure
 from airflow_dicom_get.sinks.objects import ends_whole, whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
+    Below,
     Follower,
     differ_by_lost_blocks,
     digest_of,
@@ -146,7 +147,7 @@ class FilesystemSink:
         read_only: bool = False,
         cancel: CancelToken | None = None,
     ) -> None:
-        self.root = root
+        self.root = Below(root)
         self.disk = files.disk
         self.room = Room(root)
         self.writers = count(1)
@@ -190,10 +191,11 @@ class FilesystemSink:
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
             candidates = records.pop((series, sop), [])
+            path = self.root / study / series / entry.name
             try:
-                found = self._verified(study, candidates, entry, place)
+                found = self._verified(study, candidates, entry, path, place)
                 if found is None and not candidates and self.options.adopt and not self._read_only:
-                    found = self._adopted(study, series, sop, entry)
+                    found = self._adopted(study, series, sop, path)
             except FileNotFoundError:  # somebody has taken it away just now
                 continue
             except OSError as error:
@@ -206,7 +208,7 @@ class FilesystemSink:
         try:
             for series in self.disk.scan(self.root / study):
                 if series.is_dir(follow_symlinks=False):
-                    for entry in self.disk.scan(series.path):
+                    for entry in self.disk.scan(self.root / study / series.name):
                         if entry.name.endswith(".dcm") and not entry.name.startswith("."):
                             yield series.name, entry.name[:-4], entry
         except FileNotFoundError:
@@ -214,7 +216,9 @@ class FilesystemSink:
         except OSError as error:
             raise sink_error(error, f"The destination cannot list study {study}") from error
 
-    def _verified(self, study: str, candidates: Sequence[Stored], entry: os.DirEntry[str], place: str) -> Stored | None:
+    def _verified(
+        self, study: str, candidates: Sequence[Stored], entry: os.DirEntry[str], path: Below, place: str
+    ) -> Stored | None:
         """The record that the file still is as it says; where it was never synced, it is now."""
         if not candidates:
             return None
@@ -224,7 +228,7 @@ class FilesystemSink:
             return None
         found = fits[0]
         if self.options.verify_held == "digest" or not found.durable or contradict(candidates):
-            digest = digest_of_path(entry.path)
+            digest = digest_of_path(path)
             told = next((record for record in fits if record.sha256 == digest), None)
             if told is None:
                 # Without a digest in the records nothing says that it is not what was written.
@@ -233,16 +237,16 @@ class FilesystemSink:
                 return None
             found = told
         if not found.durable and not self._read_only:
-            self._sync_now(study, entry.path)
+            self._sync_now(study, path)
             self._record(study, found)
         found.where = place
         return found
 
-    def _adopted(self, study: str, series: str, sop: str, entry: os.DirEntry[str]) -> Stored | None:
+    def _adopted(self, study: str, series: str, sop: str, path: Below) -> Stored | None:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
-        found = whole_instance(Path(entry.path), study, series, sop)
+        found = whole_instance(path, study, series, sop)
         if found is not None:
-            self._sync_now(study, entry.path)
+            self._sync_now(study, path)
             self._record(study, found)
         return found
 
@@ -252,20 +256,20 @@ class FilesystemSink:
             ledger.taken(stored)
             ledger.durable([stored.key])
 
-    def _sync_now(self, study: str, path: str) -> None:
+    def _sync_now(self, study: str, path: Below) -> None:
         """Make a file durable that a run before this one has left, perhaps in folders that it has never synced."""
         if self.options.durable:
             files.write_again(path)
             sync_path(path)
-            sync_path(os.path.dirname(path))
+            sync_path(path.parent)
             self._study(study).sync_folders()  # and once in a run all those above
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
         try:
-            with files.opened(held.uri or "") as fd:
+            with files.opened(self.root.at(held.uri or "")) as fd:
                 return self.disk.read_at(fd, size, 0)
-        except OSError:
+        except (OSError, ValueError):
             return b""
 
     # --- writing -----------------------------------------------------------------------------
@@ -490,7 +494,7 @@ class _Pending:
 class _Study:
     """The folder of a study with this run's lock, ledger and open series folders."""
 
-    def __init__(self, path: Path, ledgers: Ledgers, uid: str, run: str) -> None:
+    def __init__(self, path: Below, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
         self.place = f"{path}/"
         self._disk = files.disk

@@ -24,12 +24,16 @@ from typing import Any, NamedTuple, Protocol
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import sync_path
+from airflow_dicom_get.storage.files import Folder, sync_path
 
 SCHEMA = 2
 READABLE_SCHEMAS = frozenset({1, SCHEMA})
 OWN = "."
 """How a ledger calls the destination that it lies in: it may be moved as a whole."""
+_LARGEST = 512 << 20
+"""Bytes of the ledger of one run for one study: of nearly a million instances."""
+_LONGEST = 64 << 10
+"""Bytes of a line; ours have some hundred, and two thousand at most."""
 
 
 def first_failure(works: Iterable[Callable[[], object]]) -> OSError | None:
@@ -131,7 +135,7 @@ class Ledgers(Protocol):
 class FolderLedgers:
     """The ledgers below a folder, for one destination."""
 
-    def __init__(self, root: Path, destination: str) -> None:
+    def __init__(self, root: Folder, destination: str) -> None:
         self.root, self.destination = root, destination
 
     def open(self, study: str, run: str) -> Ledger:
@@ -155,7 +159,7 @@ class FolderLedgers:
 class LedgerWriter:
     """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
 
-    def __init__(self, root: Path, destination: str, study: str, run: str) -> None:
+    def __init__(self, root: Folder, destination: str, study: str, run: str) -> None:
         folder = root / ".ledger" / study
         self._disk = files.disk
         self._destination = destination
@@ -204,7 +208,7 @@ class LedgerWriter:
             try:
                 sync_path(folder)
             except PermissionError:  # above the root one may not look
-                if folder.is_relative_to(self._root):
+                if Path(folder).is_relative_to(self._root):
                     raise
         self._unsynced = []
 
@@ -249,12 +253,15 @@ def contradict(records: Sequence[Stored]) -> bool:
     return len({record.sha256 for record in records}) > 1
 
 
-def _content(path: Path, study: str) -> bytes:
+def _content(path: Folder, study: str) -> bytes:
     try:
-        return files.read_whole(path)
+        return files.read_whole(path, _LARGEST)
     except OSError as error:
         raise LedgerError(
-            f"The ledger {path} cannot be read: {error.strerror}.", study=study, path=str(path)
+            f"The ledger {path} cannot be read: {error.strerror}.",
+            hint="It was not changed. Move it away to fetch its instances again.",
+            study=study,
+            path=str(path),
         ) from error
 
 
@@ -342,11 +349,12 @@ def _number(value: Any) -> int | None:
 def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each record with the schema of its file."""
     schema = 0
-    for number, line in enumerate(BytesIO(data), 1):  # not all lines at once: a ledger may be large
-        if not line.endswith(b"\n") or b"\0" in line:
+    lines = BytesIO(data)  # not all lines at once: a ledger may be large
+    for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), 1):
+        if len(line) < _LONGEST and (not line.endswith(b"\n") or b"\0" in line):
             return  # torn; what follows the zeros of a power cut was not synced either
         try:
-            entry = json.loads(line)
+            entry = json.loads(line) if len(line) < _LONGEST else None
             if not isinstance(entry, dict):
                 raise ValueError
         except (RecursionError, ValueError):

@@ -6,10 +6,10 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Folder
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +19,20 @@ _PART = re.compile(rf"\.[0-9.]{{1,64}}\.(?P<run>{clock.RUN_NAME})(?:\.[0-9]+)?\.
 """The temporary name of an instance. Earlier versions did not number the writers of a run."""
 
 
-def hold(path: Path) -> int:
-    """Make a lock file and lock it; whoever cleans up may have removed it in between."""
+def hold(path: Folder) -> int:
+    """Make a lock file and lock it; whoever cleans up may have removed it in between.
+
+    Nobody else may open it: whoever can may lock it, and we would wait for him for ever.
+    """
     disk = files.disk
     while True:
-        lock = disk.open(path, files.CREATE)
+        try:
+            lock = disk.open(path, files.NEW, mode=0o600)
+        except FileExistsError:
+            raise
+        except OSError:  # it may be there all the same
+            disk.remove(path)
+            raise
         try:
             disk.lock(lock, wait=True)
             with suppress(OSError):  # a full disk: then it counts as one of this machine
@@ -38,9 +47,9 @@ def hold(path: Path) -> int:
         disk.close(lock)
 
 
-def clean_dead_runs(folder: Path, own: str) -> None:
+def clean_dead_runs(folder: Folder, own: str) -> None:
     """Remove temporary files and locks of runs that hold no lock any more; what another program left stays."""
-    leftovers: dict[str, list[Path]] = {}
+    leftovers: dict[str, list[Folder]] = {}
     for name in files.names_in(folder):
         lock = _LOCK.fullmatch(name)
         if lock is not None:
@@ -60,7 +69,7 @@ def clean_dead_runs(folder: Path, own: str) -> None:
 
 
 @contextmanager
-def _if_dead(lock: Path, left: list[Path]) -> Iterator[bool]:
+def _if_dead(lock: Folder, left: list[Folder]) -> Iterator[bool]:
     """Whether a run is dead; its lock is held meanwhile, and removed then."""
     disk = files.disk
     try:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
 from airflow_dicom_get.config.destination import (
+    Destination,
     FilesystemDestination,
     ForwardDestination,
     S3Destination,
@@ -26,6 +28,7 @@ from airflow_dicom_get.errors import DicomGetError, InvalidOption
 from airflow_dicom_get.manifest.files import MANIFESTS, S3
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below, Folder
 from airflow_dicom_get.vocabulary import READABLE
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Named = str | os.PathLike[str]
+"""A folder, or an address ``s3://bucket/prefix``."""
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
 _OURS = frozenset({MANIFESTS, ".ledger"})
 
@@ -59,7 +64,7 @@ class StoredObject:
 
     name: str
     """Where it lies, for people and for the manifest."""
-    path: Path | None = None
+    path: Folder | None = None
     bucket: Any = None
     key: str = ""
     row: Instance | None = None
@@ -167,7 +172,7 @@ def open_object(item: StoredObject) -> Opened:
     return Opened(instance, offset, meta, head, rest)
 
 
-def whole_instance(path: Path, study: str, series: str, sop: str) -> Stored | None:
+def whole_instance(path: Folder, study: str, series: str, sop: str) -> Stored | None:
     """A file that no ledger knows, if it is a whole Part 10 file of just this instance, and can be read."""
     try:
         return _whole_instance(StoredObject(str(path), path), path, study, series, sop)
@@ -176,7 +181,7 @@ def whole_instance(path: Path, study: str, series: str, sop: str) -> Stored | No
         return None
 
 
-def _whole_instance(item: StoredObject, path: Path, study: str, series: str, sop: str) -> Stored | None:
+def _whole_instance(item: StoredObject, path: Folder, study: str, series: str, sop: str) -> Stored | None:
     opened = open_object(item)
     found, meta = opened.instance, opened.meta
     assert meta is not None  # without a row of a manifest nothing else opens
@@ -203,10 +208,16 @@ def _whole_instance(item: StoredObject, path: Path, study: str, series: str, sop
     )
 
 
-def ends_whole(path: Path, meta: FileMeta) -> bool:
-    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
-    with files.disk.mapped(path) as view, view[meta.dataset_offset :] as data:
-        return h.ends_whole(data, meta.syntax)
+def ends_whole(path: Folder, meta: FileMeta) -> bool:
+    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted.
+
+    The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it.
+    """
+    walk, ahead = h.walk_of(meta.syntax), meta.dataset_offset
+    for view in files.read_chunks(path):
+        walk.feed(view[ahead:])
+        ahead = max(ahead - len(view), 0)
+    return walk.whole
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
@@ -220,10 +231,13 @@ def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
 # --- what there is ---------------------------------------------------------------------------------
 
 
-def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = None) -> list[StoredObject]:
+def objects_in(
+    sources: Sequence[Named], s3: S3Config | None = None, root: Named | Sequence[Named] | None = None
+) -> list[StoredObject]:
     """The files below some paths, and the objects below some prefixes. Hidden ones and our own are left out.
 
-    A folder that cannot be read, and a link that leads nowhere, is an object that is refused.
+    A folder that cannot be read, and a link that leads out of the sources and of ``root``, is an object that is
+    refused.
 
     Raises
     ------
@@ -233,10 +247,16 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
         A prefix cannot be listed.
     """
     found: list[StoredObject] = []
-    for source in sources:
-        place = parse_destination(os.fspath(source), "source")
+    places = [parse_destination(os.fspath(source), "source") for source in sources]
+    tops = _real_folders([*places, *_named(root)])
+    for source, place in zip(sources, places, strict=True):
         if isinstance(place, FilesystemDestination):
-            found += _objects_below(place.path, source)
+            if not files.exists(place.path):
+                raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
+            if files.is_folder(place.path):
+                found += objects_below(Below(place.path), tops)
+            else:
+                found.append(StoredObject(str(place.path), place.path))
         elif isinstance(place, S3Destination):
             from airflow_dicom_get.storage.bucket import Bucket
 
@@ -254,24 +274,35 @@ def objects_in(sources: Sequence[str | os.PathLike[str]], s3: S3Config | None = 
     return found
 
 
-def _objects_below(path: Path, source: object) -> list[StoredObject]:
-    if not files.exists(path):
-        raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
-    if not files.is_folder(path):
-        return [StoredObject(str(path), path)]
+def objects_below(folder: Below, tops: Sequence[Path] = ()) -> list[StoredObject]:
+    """The files below a folder, also by links that lead to one below ``tops``, which are real paths.
+
+    What cannot be read, or may not, is an object that is refused.
+    """
     left: list[StoredObject] = []
 
-    def leave(at: Path, error: OSError) -> None:
-        left.append(StoredObject(str(at), at, refused=error.strerror or str(error)))
+    def leave(at: Below, error: OSError) -> None:
+        inside = _within(at, tops) if error.errno == errno.ELOOP else None
+        if inside is None:
+            left.append(StoredObject(str(at), at, refused=error.strerror or str(error)))
+        elif not files.is_folder(inside):  # which is looked through itself
+            left.append(StoredObject(str(at), inside))
 
-    found = files.files_below(path, lambda name: name not in _OURS and not name.startswith("."), leave)
+    found = files.files_below(folder, lambda name: name not in _OURS and not name.startswith("."), leave)
     return [*(StoredObject(str(file), file) for file in found), *left]
 
 
-# --- what a manifest names -------------------------------------------------------------------------
+def _within(path: Folder, folders: Iterable[Path]) -> Below | None:
+    """Where a path leads, if that is below one of some folders, all given by their real paths."""
+    real = files.disk.real_path(path)
+    return next((Below(top, real.relative_to(top).parts) for top in folders if real.is_relative_to(top)), None)
 
-Named = str | os.PathLike[str]
-"""A folder, or an address ``s3://bucket/prefix``."""
+
+def _real_folders(places: Iterable[Destination]) -> list[Path]:
+    return [files.disk.real_path(place.path) for place in places if isinstance(place, FilesystemDestination)]
+
+
+# --- what a manifest names -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,18 +338,23 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
     """
     from airflow_dicom_get.manifest.frames import load_table
 
-    roots = [] if root is None else [root] if isinstance(root, str | os.PathLike) else list(root)
-    named = []
-    for one in roots:
-        place = parse_destination(os.fspath(one), "root")
-        if isinstance(place, ForwardDestination):
-            raise invalid("root", f"{shown_path(one)} is a DICOM node", "Give a folder, or s3://bucket/prefix.")
-        named.append(place)
+    named = _named(root)
     if isinstance(manifest, Listed):
         return Listed(manifest.table, (*manifest.places, *named))
     table = load_table(manifest, s3)
     own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
     return Listed(table, (*own, *named))
+
+
+def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:
+    """The places that are given as ``root``. Raises :class:`InvalidOption`."""
+    named = []
+    for one in [] if root is None else [root] if isinstance(root, str | os.PathLike) else root:
+        place = parse_destination(os.fspath(one), "root")
+        if isinstance(place, ForwardDestination):
+            raise invalid("root", f"{shown_path(one)} is a DICOM node", "Give a folder, or s3://bucket/prefix.")
+        named.append(place)
+    return named
 
 
 def _place_above(manifest: Named) -> Iterator[FilesystemDestination | S3Destination]:
@@ -356,7 +392,7 @@ class Opener:
     """
 
     def __init__(self, places: Sequence[FilesystemDestination | S3Destination], s3: S3Config | None = None) -> None:
-        self._folders = [files.disk.real_path(x.path) for x in places if isinstance(x, FilesystemDestination)]
+        self._folders = _real_folders(places)
         self._prefixes = [
             (x.bucket, f"{x.prefix}/" if x.prefix else "") for x in places if isinstance(x, S3Destination)
         ]
@@ -373,9 +409,9 @@ class Opener:
         except InvalidOption as error:
             return StoredObject(shown_path(uri), row=row, refused=error.message)
         if isinstance(place, FilesystemDestination):
-            real = files.disk.real_path(place.path)
-            if place.path.is_absolute() and any(real.is_relative_to(folder) for folder in self._folders):
-                return StoredObject(str(place.path), place.path, row=row)
+            inside = _within(place.path, self._folders) if place.path.is_absolute() else None
+            if inside is not None:
+                return StoredObject(str(place.path), inside, row=row)
         elif isinstance(place, S3Destination) and any(
             place.bucket == name and place.prefix.startswith(prefix) for name, prefix in self._prefixes
         ):

@@ -19,6 +19,7 @@ from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import MANIFESTS
 from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, Ledgers
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below, Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -100,7 +101,7 @@ def open_destination(options: GetOptions) -> OpenDestination:
     destination = options.destination
     if isinstance(destination, FilesystemDestination):
         folder = FolderPlace(destination.path, options)
-        return OpenDestination(folder, named_root(options) or FolderRoot(folder.path / MANIFESTS))
+        return OpenDestination(folder, named_root(options) or FolderRoot(Below(folder.path) / MANIFESTS))
     if isinstance(destination, S3Destination):
         from airflow_dicom_get.sinks.s3_places import BucketPlace, BucketRoot, root_of
 
@@ -117,7 +118,7 @@ def open_destination(options: GetOptions) -> OpenDestination:
 
 def root_for(options: RootOptions) -> Root:
     """Where manifests and ledgers lie for a node to store at."""
-    return named_root(options) or FolderRoot(state_folder())
+    return named_root(options) or FolderRoot(Below(state_folder()))
 
 
 def named_root(options: RootOptions) -> Root | None:
@@ -128,7 +129,7 @@ def named_root(options: RootOptions) -> Root | None:
         from airflow_dicom_get.storage.bucket import Bucket
 
         return BucketRoot(Bucket(root.bucket, options.s3_config), root.prefix)
-    return FolderRoot(root.path.absolute()) if isinstance(root, FilesystemDestination) else None
+    return FolderRoot(Below(root.path.absolute())) if isinstance(root, FilesystemDestination) else None
 
 
 # --- folders ---------------------------------------------------------------------------------------
@@ -189,13 +190,17 @@ class FolderPlace:
 class FolderRoot:
     """Manifests and ledgers in a folder: see :class:`Root`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Below) -> None:
         try:
             is_file = files.exists(path) and not files.is_folder(path)
         except OSError as error:
             raise _unseen("manifest_root", path, error) from error
         if is_file:
-            raise InvalidOption(f"manifest_root: {path} is a file.", hint="Give a folder.", option="manifest_root")
+            raise InvalidOption(
+                f"manifest_root: {path} is a file, or a link, which is not followed.",
+                hint="Give a folder.",
+                option="manifest_root",
+            )
         self.path = path
         self._cancel: CancelToken | None = None
 
@@ -208,7 +213,7 @@ class FolderRoot:
 
     def ledgers(self, destination: str) -> Ledgers:
         """See :meth:`Root.ledgers`."""
-        own = FilesystemDestination(self.path).uri == f"{destination}/{MANIFESTS}"
+        own = FilesystemDestination(Path(self.path)).uri == f"{destination}/{MANIFESTS}"
         return FolderLedgers(self.path, OWN if own else destination)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
@@ -282,7 +287,7 @@ class ForwardPlace:
         return ForwardSink(self.target, ledgers, run, self._options, cancel=self._cancel, classes=self._classes)
 
 
-def _unseen(option: str, path: Path, error: OSError) -> InvalidOption:
+def _unseen(option: str, path: Folder, error: OSError) -> InvalidOption:
     return InvalidOption(
         f"{option}: {path} cannot be looked at: {error.strerror or error}.",
         hint="Check permissions and mount.",

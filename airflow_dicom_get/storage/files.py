@@ -11,13 +11,13 @@ import errno
 import fcntl
 import hashlib
 import io
-import mmap
 import os
 import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,21 +35,80 @@ _BLOCK = 512
 _RENAME_NOREPLACE = 1
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_ON_THE_WAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 Where = str | os.PathLike[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A path below a folder that somebody named. That folder may be a link; no link is followed on the way from it.
+
+    Where several may write, a link further down leads wherever one of them wants.
+    """
+
+    top: Path
+    names: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.top.joinpath(*self.names))
+
+    __str__ = __fspath__
+
+    def __truediv__(self, names: str) -> Below:
+        return Below(self.top, (*self.names, *names.split("/")))
+
+    def at(self, path: Where) -> Below:
+        """A path further down, given whole. Raises :class:`ValueError` where it is none."""
+        return Below(self.top, Path(path).relative_to(self.top).parts)
+
+    @property
+    def name(self) -> str:
+        """The last of its names."""
+        return self.names[-1]
+
+    @property
+    def parent(self) -> Folder:
+        """The folder that it lies in."""
+        return self.parents[0]
+
+    @property
+    def parents(self) -> tuple[Folder, ...]:
+        """The folders above it, innermost first, those above the one that was named included."""
+        return (*(Below(self.top, self.names[:n]) for n in reversed(range(len(self.names)))), *self.top.parents)
+
+
+Folder = Path | Below
+
+
 class Disk:
-    """The calls of the operating system. All raise :class:`OSError`."""
+    """The calls of the operating system. All raise :class:`OSError`.
+
+    Of a path that is :class:`Below` another, and of a name in an open folder, no link is followed.
+    """
 
     # --- open files --------------------------------------------------------------------------
 
-    def open(self, path: Where, how: int, folder: int | None = None) -> int:
-        """Open a file, by its name in an open ``folder`` if one is given; its descriptor."""
-        return os.open(path, how | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    def open(self, path: Where, how: int, folder: int | None = None, mode: int = 0o666) -> int:
+        """Open a file, by its name in an open ``folder`` if one is given, or a folder to be synced; its descriptor.
+
+        What is neither, as a FIFO, is refused, and nothing is waited for.
+        """
+        with _name_in(path, folder) as (name, at):
+            fd = _open(name, how | os.O_NONBLOCK, at, mode)
+        try:
+            if not how & os.O_EXCL and not _is_file_or_folder(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def open_folder(self, path: Where) -> int:
         """Open a folder; its descriptor."""
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _name_in(path) as (name, at):
+            return _open(name, _FOLDER, at)
 
     def write(self, fd: int, data: bytes | memoryview) -> int:
         """Write where the file stands; how much it took."""
@@ -119,7 +178,7 @@ class Disk:
 
     def is_at(self, fd: int, path: Where) -> bool:
         """Whether it is this open file or folder that lies under a path."""
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        return os.path.samestat(os.fstat(fd), self.status(path))
 
     def close(self, fd: int) -> None:
         """Close."""
@@ -172,30 +231,49 @@ class Disk:
 
     def make_folders(self, path: Where) -> None:
         """Make a folder and those above it, as far as they are not there."""
-        os.makedirs(path, exist_ok=True)
+        if isinstance(path, Below):
+            self.make_folders(path.top)
+            for folder in reversed((path, *path.parents[: len(path.names)])):
+                self.make_folder(folder)
+            mode = self.status(path).st_mode
+            if stat.S_ISLNK(mode):
+                raise _link_at(path)
+            if not stat.S_ISDIR(mode):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        else:
+            os.makedirs(path, exist_ok=True)
 
     def make_folder(self, path: Where) -> None:
         """Make a folder if it is not there; the one above it must be."""
-        with suppress(FileExistsError):
-            os.mkdir(path)
+        with _name_in(path) as (name, at), suppress(FileExistsError):
+            os.mkdir(name, dir_fd=at)
 
     def remove_folder(self, path: Where) -> None:
         """Remove an empty folder."""
-        os.rmdir(path)
+        with _name_in(path) as (name, at):
+            os.rmdir(name, dir_fd=at)
 
     def remove(self, path: Where) -> None:
         """Remove a file, if it is there."""
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        with suppress(FileNotFoundError), _name_in(path) as (name, at):
+            os.unlink(name, dir_fd=at)
 
     def status(self, path: Where) -> os.stat_result:
         """What lies under a path: kind, size, age. Raises :class:`FileNotFoundError`."""
-        return os.stat(path)
+        with _name_in(path) as (name, at):
+            return os.stat(name, dir_fd=at, follow_symlinks=at is None)
 
     def scan(self, path: Where) -> Iterator[os.DirEntry[str]]:
-        """What lies in a folder, in no order. Raises :class:`FileNotFoundError`, :class:`NotADirectoryError`."""
-        with os.scandir(path) as entries:
-            yield from entries
+        """What lies in a folder, in no order. Ask an entry for its status while the scan goes on, and for no path.
+
+        Raises :class:`FileNotFoundError`, :class:`NotADirectoryError`.
+        """
+        folder = self.open_folder(path)
+        try:
+            with os.scandir(folder) as entries:
+                yield from entries
+        finally:
+            os.close(folder)
 
     def real_path(self, path: Where) -> Path:
         """Where a path leads, all links followed; also where nothing lies there."""
@@ -211,20 +289,53 @@ class Disk:
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     @contextmanager
-    def mapped(self, path: Where) -> Iterator[memoryview]:
-        """The content of a file, read as it is looked at."""
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-            memoryview(content) as view,
-        ):
-            yield view
-
-    @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder for the time being, on this machine."""
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
+
+
+@contextmanager
+def _name_in(path: Where, folder: int | None = None) -> Iterator[tuple[Where, int | None]]:
+    """A name, and the open folder in which it is no link to be followed; a path that may lead anywhere as it is."""
+    if not isinstance(path, Below) or not path.names:
+        yield os.fspath(path), folder
+        return
+    if not {"", ".", ".."}.isdisjoint(path.names):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+    at = os.open(path.top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in path.names[:-1]:
+            above, at = at, _open(name, _ON_THE_WAY, at)
+            os.close(above)
+        yield path.names[-1], at
+    finally:
+        os.close(at)
+
+
+def _open(name: Where, how: int, folder: int | None, mode: int = 0o666) -> int:
+    if folder is None:
+        return os.open(name, how | os.O_CLOEXEC, mode)
+    try:
+        return os.open(name, how | os.O_CLOEXEC | os.O_NOFOLLOW, mode, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(name, folder):
+            raise _link_at(name) from None
+        raise
+
+
+def _link_at(path: Where) -> OSError:
+    return OSError(errno.ELOOP, "it is a link, which is not followed", str(path))
+
+
+def _is_link(name: Where, folder: int) -> bool:
+    with suppress(OSError):
+        return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    return False
+
+
+def _is_file_or_folder(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 disk = Disk()
@@ -235,9 +346,9 @@ disk = Disk()
 
 
 @contextmanager
-def opened(path: Where, how: int = READ, folder: int | None = None) -> Iterator[int]:
+def opened(path: Where, how: int = READ, folder: int | None = None, mode: int = 0o666) -> Iterator[int]:
     """An open file, closed at the end."""
-    fd = disk.open(path, how, folder)
+    fd = disk.open(path, how, folder, mode)
     try:
         yield fd
     finally:
@@ -274,41 +385,40 @@ def names_in(path: Where) -> list[str]:
         return []
 
 
-def make_folders(path: Path) -> list[Path]:
+def make_folders(path: Folder) -> list[Folder]:
     """Make a folder and those above it; those in which one is new, to be synced for it to last, innermost first."""
     changed = []
-    for folder in (path, *path.parents):
+    for folder, above in pairwise((path, *path.parents)):
         if exists(folder):
             break
-        changed.append(folder.parent)
+        changed.append(above)
     disk.make_folders(path)
     return changed
 
 
 def files_below(
-    path: Path, wanted: Callable[[str], bool], left_out: Callable[[Path, OSError], object] = lambda path, error: None
-) -> Iterator[Path]:
+    path: Below, wanted: Callable[[str], bool], left_out: Callable[[Below, OSError], object]
+) -> Iterator[Below]:
     """The files below a folder in order, through those folders, and of those names, that are ``wanted``.
 
-    Links to folders are not followed. Folders that cannot be read, and links that lead nowhere, are ``left_out``.
+    Folders that cannot be read, and links, are ``left_out``.
     """
-    folders = []
+    folders, found = [], []
     try:
-        entries = sorted(disk.scan(path), key=lambda entry: entry.name)
+        for entry in disk.scan(path):
+            if not wanted(entry.name):
+                continue
+            if entry.is_symlink():
+                left_out(path / entry.name, _link_at(entry.name))
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif entry.is_file(follow_symlinks=False):
+                found.append(entry.name)
     except OSError as error:
         left_out(path, error)
-        return
-    for entry in entries:
-        if not wanted(entry.name):
-            continue
-        try:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif stat.S_ISREG(entry.stat().st_mode):
-                yield path / entry.name
-        except OSError as error:
-            left_out(path / entry.name, error)
-    for name in folders:
+    for name in sorted(found):
+        yield path / name
+    for name in sorted(folders):
         yield from files_below(path / name, wanted, left_out)
 
 
@@ -322,9 +432,16 @@ def read_chunks(path: Where) -> Iterator[memoryview]:
             position += size
 
 
-def read_whole(path: Where) -> bytes:
-    """The content of a file."""
-    return b"".join(bytes(view) for view in read_chunks(path))
+def read_whole(path: Where, most: int) -> bytes:
+    """The content of a file. Raises :class:`OSError` where it is larger than ``most`` bytes."""
+    content = bytearray()
+    with opened(path) as fd:
+        if disk.size(fd) <= most:
+            while len(content) <= most and (piece := disk.read_at(fd, CHUNK, len(content))):
+                content += piece
+            if len(content) <= most:
+                return bytes(content)
+    raise OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
 
 
 def append_to(path: Where, data: bytes) -> None:
@@ -381,10 +498,11 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def replace_whole(
-    path: Path,
+    path: Folder,
     write: Callable[[io.RawIOBase], object],
     *,
     temporary: str,
+    mode: int = 0o666,
     go_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Write a file under a temporary name, sync it, and rename it. An older one is replaced whole.
@@ -397,6 +515,8 @@ def replace_whole(
         Called with a file to write to.
     temporary : str
         Its name until then.
+    mode : int
+        Who may read it at most; the umask takes away more.
     go_on : callable
         Asked after each call of the disk, which may not return for long: nothing is changed any more where it says no.
 
@@ -414,7 +534,7 @@ def replace_whole(
     folder = disk.open_folder(path.parent)
     try:
         check()
-        with opened(temporary, NEW, folder) as fd, _Output(fd, check) as output:
+        with opened(temporary, NEW, folder, mode) as fd, _Output(fd, check) as output:
             try:
                 write(output)
                 check()

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.manifest.files import read_table, write_manifest
-from airflow_dicom_get.manifest.frames import frame_of, table_of
+from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_of
 from airflow_dicom_get.notebook import read_instances
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.store import StoreScu
@@ -143,6 +145,113 @@ def test_a_root_that_the_caller_names_counts(got: Retrieved, target: EmbeddedPac
     assert named.returncode == 0, named.stderr
     with pytest.raises(InvalidOption, match="is a DICOM node"):
         verify(forged, root="dicom://X@127.0.0.1:1")
+
+
+CLEAR = "\x1b[2J\x1b]0;owned\x07\n\u202e"
+
+
+@pytest.mark.parametrize("column", ["sop_instance_uid", "uri", "sha256", "forwarded_to", "destination", "error"])
+def test_what_a_manifest_says_does_not_reach_the_terminal(
+    got: Retrieved, target: EmbeddedPacs, tmp_path: Path, column: str
+) -> None:
+    changes: dict[str, Any] = {column: CLEAR}
+    if column == "uri":
+        odd = got.folder / f"odd{CLEAR}.dcm"
+        odd.write_bytes(b"")
+        changes = {"uri": odd.as_uri()}
+    elif column == "forwarded_to":
+        changes |= {"uri": None, "state": "forwarded"}
+    elif column == "error":
+        changes |= {"uri": None, "state": "missing", "reason": CLEAR}
+    forged = got.forged(**changes)
+    shell = [sys.executable, "-m", "airflow_dicom_get.cli"]
+    node = f"DEST@127.0.0.1:{target.port}"
+    for words in (
+        ["verify", "--manifest", str(forged)],
+        ["store", node, "--manifest", str(forged), "--state", str(tmp_path / "state"), "--verbose"],
+        ["store", node, str(got.folder), "--state", str(tmp_path / "other")],
+    ):
+        done = subprocess.run([*shell, *words], capture_output=True, timeout=60)
+        for line in (done.stdout + done.stderr).decode().splitlines():
+            assert line.isprintable(), line
+        assert b"Traceback" not in done.stderr
+
+
+WRONG: dict[str, Any] = {
+    "bytes": pa.string(), "study_instance_uid": pa.int64(), "state": pa.list_(pa.string()),
+    "uri": pa.binary(), "received_at": pa.string(), "dataset_offset": pa.float64(),
+}  # fmt: skip
+"""Columns, and another type than theirs."""
+
+
+def of_type(table: pa.Table, column: str, kind: Any) -> pa.Table:
+    values: list[Any] = [{pa.int64(): 1, pa.binary(): b"\xff", pa.float64(): 0.5}.get(kind, "zz")] * table.num_rows
+    if pa.types.is_list(kind):
+        values = [["zz"]] * table.num_rows
+    return table.set_column(table.schema.get_field_index(column), column, pa.array(values, kind))
+
+
+@pytest.mark.parametrize("column", WRONG)
+def test_a_manifest_of_other_types_is_none(got: Retrieved, target: EmbeddedPacs, tmp_path: Path, column: str) -> None:
+    table = of_type(read_table(got.uri), column, WRONG[column])
+    path = got.folder / "_manifests" / "types.parquet"
+    pq.write_table(table, path)
+    for call in (
+        lambda: verify(path),
+        lambda: stored(target, tmp_path, path),
+        lambda: combine_manifests([path], tmp_path / "all.parquet"),
+        lambda: load_manifests([got.uri, path]),
+        lambda: GetScu("PACS@127.0.0.1:1", destination=got.folder).get_study(manifest=path),
+    ):
+        with pytest.raises(ManifestError, match=f"column {column}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("column", "uid"),
+    [
+        *(("study_instance_uid", uid) for uid in ("../outside", "/outside", "..", CLEAR, "x" * 100_000)),
+        ("series_instance_uid", "../../outside"), ("sop_instance_uid", "../../../outside/x"),
+    ],
+)  # fmt: skip
+def test_a_get_goes_nowhere_for_a_malformed_uid(
+    got: Retrieved, embedded: Embedded, private: Holding, tmp_path: Path, column: str, uid: str
+) -> None:
+    """A row that says of itself that its UIDs are malformed is missing; no folder is made, read or cleaned for it."""
+    part = tmp_path / "outside" / "1.2" / ".1.2.3.20260101T000000Z-dead0001.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"")
+    changes: dict[str, Any] = {column: uid, "state": "missing", "reason": "bad_uid", "uri": None}
+    forged = got.forged(**changes)
+    scu = GetScu(f"PACS@127.0.0.1:{embedded(private.folder).port}", destination=got.folder)
+    result = scu.get_study(manifest=forged)
+    assert (result.verdict, result.completed, result.failed) == (
+        "failed" if column == "study_instance_uid" else "partial", 11, 1,
+    )  # fmt: skip
+    assert [str(x.relative_to(tmp_path / "outside")) for x in part.parents[1].rglob("*.*")] == [
+        str(part.parent.relative_to(tmp_path / "outside")), str(part.relative_to(tmp_path / "outside")),
+    ]  # fmt: skip
+    assert {x.name for x in got.folder.iterdir()} == {"_manifests", private.study}
+
+
+def test_a_digest_that_is_none_is_that_of_no_object(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
+    forged = got.forged(sha256="zz")
+    assert verify(forged).counts == {"=": 11, "*": 1}
+    assert reasons(stored(target, tmp_path, forged)) == {"size_changed": 1}
+
+
+def test_a_column_that_is_there_twice_is_refused(got: Retrieved) -> None:
+    table = read_table(got.uri)
+    path = got.folder / "_manifests" / "twice.parquet"
+    pq.write_table(table.append_column("uri", table["uri"]), path)
+    with pytest.raises(ManifestError, match="uri is there twice"):
+        verify(path)
+
+
+def test_a_verdict_that_is_none_proves_nothing(got: Retrieved, tmp_path: Path) -> None:
+    path = got.folder / "_manifests" / "word.parquet"
+    write_manifest(read_table(got.uri), path, verdict="\x1b[32mcomplete", evidence="much", run="r")
+    assert combine_manifests([got.uri, path], tmp_path / "all.parquet")["verdict"] == "unverified"
 
 
 def test_a_manifest_that_lies_elsewhere_needs_a_root(

@@ -101,10 +101,10 @@ def test_a_study_that_cannot_be_begun_can_be_tried_again(tmp_path: Path, monkeyp
     class Full(files.Disk):
         full = True
 
-        def open(self, path: files.Where, how: int, folder: int | None = None) -> int:
+        def open(self, path: files.Where, how: int, folder: int | None = None, mode: int = 0o666) -> int:
             if self.full and str(path).endswith(".jsonl"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().open(path, how, folder)
+            return super().open(path, how, folder, mode)
 
     disk = Full()
     monkeypatch.setattr(files, "disk", disk)

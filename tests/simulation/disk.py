@@ -465,13 +465,10 @@ def _call(operation: str) -> Callable[[F], F]:
 class Entry:
     """What :meth:`ModelDisk.scan` gives: as :class:`os.DirEntry`."""
 
-    __slots__ = ("_disk", "_node", "name", "path")
+    __slots__ = ("_disk", "_node", "_path", "name")
 
     def __init__(self, disk: ModelDisk, node: File | Folder, name: str, path: str) -> None:
-        self._disk, self._node, self.name, self.path = disk, node, name, path
-
-    def __fspath__(self) -> str:
-        return self.path
+        self._disk, self._node, self.name, self._path = disk, node, name, path
 
     def inode(self) -> int:
         """See :meth:`os.DirEntry.inode`."""
@@ -491,7 +488,7 @@ class Entry:
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """See :meth:`os.DirEntry.stat`."""
-        return self._disk.status(self.path)
+        return self._disk.status(self._path)
 
 
 class ModelDisk(files.Disk):
@@ -605,7 +602,7 @@ class ModelDisk(files.Disk):
     # --- open files --------------------------------------------------------------------------
 
     @_call("open")
-    def open(self, path: Where, how: int, folder: int | None = None) -> int:
+    def open(self, path: Where, how: int, folder: int | None = None, mode: int = 0o666) -> int:
         """See :meth:`files.Disk.open`."""
         parent, name = self._parent(path, folder)
         node = parent.entries.get(name) if name else parent
@@ -614,7 +611,7 @@ class ModelDisk(files.Disk):
             if not how & os.O_CREAT:
                 raise _error(errno.ENOENT, path)
             self._may_change(parent, path)
-            node = File(self.volume.number())
+            node = File(self.volume.number(), mode=mode & 0o755)
             self.volume.create(parent, name, node)
             return self._opened(node, how, path)
         if how & os.O_CREAT and how & os.O_EXCL:
@@ -913,19 +910,6 @@ class ModelDisk(files.Disk):
         """See :meth:`files.Disk.free`."""
         self._find(path)
         return self.volume.room(), self.volume.capacity or 1 << 50
-
-    @contextmanager
-    def mapped(self, path: Where) -> Iterator[memoryview]:
-        """See :meth:`files.Disk.mapped`."""
-        fd = self.open(path, files.READ)
-        try:
-            content = self.read_at(fd, self.size(fd), 0)
-            if not content:
-                raise ValueError("cannot mmap an empty file")
-            with memoryview(content) as view:
-                yield view
-        finally:
-            self.close(fd)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -7,6 +7,7 @@ they go to the disk as plain text, by a few writes where Parquet needs sixty. In
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from airflow_dicom_get.manifest import files, schema
@@ -23,6 +24,7 @@ class Rows:
     ) -> None:
         self.instances = list(instances)
         self.about = (source, destination, *tags)
+        self.schema = SimpleNamespace(names=[*schema.COLUMNS, *tags])
 
 
 def _write(rows: Rows, file: Any, facts: Mapping[str, str]) -> None:

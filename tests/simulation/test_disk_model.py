@@ -32,7 +32,7 @@ class Side:
     """A disk, and what was opened on it."""
 
     def __init__(self, disk: files.Disk, root: Path) -> None:
-        self.disk, self.root = disk, root
+        self.disk, self.root = disk, files.Below(root)
         self.fds: list[int] = []
 
     def opened(self, fd: int) -> str:
@@ -81,17 +81,8 @@ def kind_and_size(status: os.stat_result) -> tuple[int, int]:
 
 def listed(side: Side, path: str) -> list[tuple[Any, ...]]:
     return sorted(
-        (entry.name, entry.path.removeprefix(str(side.root)), entry.is_dir(), kind_and_size(entry.stat()))
-        for entry in side.disk.scan(side.root / path)
+        (entry.name, entry.is_dir(), kind_and_size(entry.stat())) for entry in side.disk.scan(side.root / path)
     )
-
-
-def read_mapped(side: Side, path: str) -> bytes | str:
-    try:
-        with side.disk.mapped(side.root / path) as view:
-            return bytes(view)
-    except ValueError:
-        return "empty"
 
 
 def closed(side: Side, number: int) -> None:
@@ -112,7 +103,6 @@ def any_call(pair: Pair, chance: Random) -> tuple[str, Call]:
         "remove": lambda at: at.disk.remove(at.root / path),
         "status": lambda at: kind_and_size(at.disk.status(at.root / path)),
         "scan": lambda at: listed(at, path),
-        "mapped": lambda at: read_mapped(at, path),
         "is_writable": lambda at: at.disk.is_writable(at.root / path),
     }
     if pair.sides[0].fds:

@@ -1,0 +1,275 @@
+"""A destination that others may write to: FIFOs, devices, links and endless files in it lead nowhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+
+from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError
+from airflow_dicom_get.manifest.files import read_table, tables_below
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks import locks
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, header_line
+from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below
+from airflow_dicom_get.store import StoreScu
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.verify import verify
+from tests.support.holdings import Holding
+
+DEAD = "20260101T000000Z-dead0001"
+
+
+class Study:
+    """A study at a PACS, a folder to retrieve it to, and another folder that is none of our business."""
+
+    def __init__(self, pacs: EmbeddedPacs, holding: Holding, root: Path) -> None:
+        self.node, self.uid = f"PACS@127.0.0.1:{pacs.port}", holding.study
+        self.folder, self.outside = root / "shared", root / "outside"
+        for one in (self.folder, self.outside):
+            one.mkdir()
+        self.series = str(dcmread(holding.files[0], stop_before_pixels=True).SeriesInstanceUID)
+        self.total = len(holding.entries)
+
+    def get(self, **options: Any) -> Result:
+        scu = GetScu(self.node, destination=self.folder, retries=0, **options)
+        return scu.get_study({"StudyInstanceUID": self.uid})
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((self.folder / self.uid).rglob("*.dcm"))
+
+    def ledger(self) -> Path:
+        """A name for the ledger of another run."""
+        folder = self.folder / "_manifests" / ".ledger" / self.uid
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{DEAD}.jsonl"
+
+
+@pytest.fixture
+def study(embedded: Callable[..., EmbeddedPacs], private: Holding, tmp_path: Path) -> Study:
+    return Study(embedded(private.folder), private, tmp_path)
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_a_ledger(path: Path) -> None:
+    other = path.parents[4] / "outside" / "ledger"
+    other.write_text(header_line())
+    path.symlink_to(other)
+
+
+def a_socket(path: Path) -> None:
+    before = os.getcwd()
+    os.chdir(path.parent)  # the names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def an_endless_line(path: Path) -> None:
+    path.write_bytes(header_line().encode() + b'{"state": "' + b"x" * (100 << 10))
+
+
+def an_endless_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+LEDGERS = (a_fifo, a_link_to_zeros, a_link_to_a_ledger, a_socket, an_endless_line, an_endless_file)
+
+
+@pytest.mark.parametrize("make", LEDGERS)
+def test_a_ledger_that_is_none_ends_the_run(study: Study, make: Callable[[Path], None]) -> None:
+    """Nobody waits for a FIFO, and nothing endless is read."""
+    make(study.ledger())
+    result = study.get()
+    assert (result.verdict, result.completed) == ("failed", 0)
+    assert study.ledger().name in result.errors[0]["error"]
+    assert "Move it away" in result.errors[0]["hint"]
+    study.ledger().unlink()
+    assert study.get().verdict == "complete"
+
+
+PLACES: dict[str, Callable[[Study], Path]] = {
+    "study": lambda study: study.folder / study.uid,
+    "series": lambda study: study.folder / study.uid / study.series,
+    "ledgers": lambda study: study.folder / "_manifests" / ".ledger",
+    "ledgers of the study": lambda study: study.folder / "_manifests" / ".ledger" / study.uid,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_link_leads_nothing_out_of_the_destination(study: Study, place: str, durable: bool) -> None:
+    link = PLACES[place](study)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(study.outside)
+    result = study.get(durable=durable)
+    assert result.verdict in ("failed", "partial")
+    assert "it is a link" in str(result.errors)
+    assert not list(study.outside.iterdir())
+    link.unlink()
+    assert study.get(durable=durable).verdict == "complete"
+
+
+def test_manifests_do_not_go_where_a_link_leads(study: Study) -> None:
+    (study.folder / "_manifests").symlink_to(study.outside)
+    with pytest.raises(InvalidOption, match="is a file, or a link, which is not followed"):
+        study.get()
+    assert study.get(manifest_root=study.outside).verdict == "complete"  # named by its operator
+
+
+@pytest.mark.parametrize("place", ["study", "series"])
+def test_what_is_held_is_not_looked_for_behind_a_link(study: Study, place: str) -> None:
+    """A neighbour moves a folder away, and leaves a link to it: from then on he decides what is there."""
+    assert study.get().verdict == "complete"
+    folder = PLACES[place](study)
+    shutil.move(folder, study.outside)
+    folder.symlink_to(study.outside / folder.name)
+    assert study.get().verdict != "complete"
+    found = verify(study=study.uid, destination=study.folder)
+    assert found.exit_code == 3
+    assert found.counts["="] < study.total
+
+
+def test_a_destination_that_is_a_link_is_what_its_operator_wants(study: Study, tmp_path: Path) -> None:
+    study.folder.rmdir()
+    study.folder.symlink_to(study.outside)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root").symlink_to(tmp_path / "elsewhere")
+    result = study.get(manifest_root=tmp_path / "root")
+    assert (result.verdict, len(list(study.outside.rglob("*.dcm")))) == ("complete", study.total)
+    assert list((tmp_path / "elsewhere").glob("*.parquet"))
+    assert study.get(manifest_root=tmp_path / "root").skipped == study.total
+
+
+def test_nothing_outside_is_removed_as_left_by_a_dead_run(study: Study) -> None:
+    part = study.outside / f".1.2.3.{DEAD}.part"
+    part.write_bytes(b"of another destination")
+    folder = study.folder / study.uid
+    folder.mkdir()
+    (folder / "1.2").symlink_to(study.outside)
+    (folder / f".{DEAD}.lock").symlink_to(study.outside / "lock")
+    assert study.get().verdict == "complete"
+    assert part.exists()
+    assert not (study.outside / "lock").exists()
+
+
+FINAL = (a_fifo, a_link_to_zeros, a_socket)
+
+
+@pytest.mark.parametrize("make", FINAL)
+def test_what_stands_under_a_final_name_holds_nobody_up(study: Study, make: Callable[[Path], None]) -> None:
+    assert study.get().verdict == "complete"
+    name = study.files[0]
+    name.unlink()
+    make(name)
+    result = study.get(adopt=True, verify_held="digest")
+    assert (result.verdict, result.completed) == ("partial", study.total - 1)
+    found = verify(study=study.uid, destination=study.folder)
+    assert (found.exit_code, found.counts["="]) == (3, study.total - 1)
+    name.unlink()
+    assert study.get().verdict == "complete"
+
+
+def test_a_link_under_a_final_name_does_not_count(study: Study) -> None:
+    """Equal bytes behind a link are somebody else's, who may change them at any time."""
+    assert study.get().verdict == "complete"
+    name = study.files[0]
+    shutil.move(name, study.outside / "one")
+    name.symlink_to(study.outside / "one")
+    before = (study.outside / "one").read_bytes()
+    for options in ({}, {"adopt": True}, {"resume": False, "on_conflict": "replace"}):
+        result = study.get(**options)
+        assert (result.verdict, result.completed) == ("partial", study.total - 1)
+        assert "link" in str(result.errors)
+    assert (study.outside / "one").read_bytes() == before
+
+
+def test_nobody_else_may_take_the_lock_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / f".{DEAD}.lock"
+    lock = locks.hold(Below(tmp_path) / path.name)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    files.disk.close(lock)
+    # The name of a run is known once it holds one lock: a neighbour may be first in the folder of the next study.
+    with pytest.raises(FileExistsError):
+        locks.hold(Below(tmp_path) / path.name)
+
+
+def test_a_manifest_is_read_from_a_regular_file(tmp_path: Path) -> None:
+    a_fifo(tmp_path / "fifo.parquet")
+    a_link_to_zeros(tmp_path / "zeros.parquet")
+    an_endless_file(tmp_path / "endless.parquet")
+    for name in ("fifo", "zeros", "endless"):
+        with pytest.raises(ManifestError, match=r"no regular file|larger than"):
+            read_table(tmp_path / f"{name}.parquet")
+
+
+def test_manifests_behind_links_are_left_out(study: Study, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = Path(str(study.get().manifest_uri).removeprefix("file://"))
+    shutil.copy(manifest, study.outside / "other.parquet")
+    (manifest.parent / "a-link.parquet").symlink_to(study.outside / "other.parquet")
+    (manifest.parent / "a-folder").symlink_to(study.outside)
+    a_fifo(manifest.parent / "fifo.parquet")
+    assert len(list(tables_below(study.folder))) == 1
+    for name in ("a-folder", "a-link.parquet"):
+        assert f"{name}' is left out: it is a link" in caplog.text
+
+
+@pytest.fixture
+def target(embedded: Callable[..., EmbeddedPacs], tmp_path: Path) -> StoreScu:
+    (tmp_path / "target").mkdir()
+    pacs = embedded(tmp_path / "target", ae_title="DEST")
+    return StoreScu(f"DEST@127.0.0.1:{pacs.port}", manifest_root=tmp_path / "state")
+
+
+def test_store_sends_nothing_that_a_link_leads_to_out_of_its_source(
+    private: Holding, target: StoreScu, tmp_path: Path
+) -> None:
+    one, other = sorted(private.files)[:2]
+    drop, secret = tmp_path / "drop", tmp_path / "secret"
+    for folder in (drop, secret):
+        folder.mkdir()
+    shutil.copy(one, drop / "one.dcm")
+    (drop / "again.dcm").symlink_to("one.dcm")
+    shutil.copy(other, secret / "other.dcm")
+    (drop / "other.dcm").symlink_to(secret / "other.dcm")
+    (drop / "all").symlink_to(secret)
+    a_fifo(drop / "fifo.dcm")
+    left: list[str] = []
+    result = target.store(drop, on_unusable=lambda name, why: left.append(f"{Path(name).name} {why}"))
+    assert (result.verdict, result.reason, result.completed) == ("partial", "unusable_files", 1)
+    assert sorted(left) == [
+        f"{name} cannot be read: it is a link, which is not followed" for name in ("all", "other.dcm")
+    ]
+    assert target.store(drop, root=secret).completed == 2
+    assert target.store(drop / "other.dcm").verdict == "complete"  # named itself
+
+
+def test_a_ledger_is_bounded(tmp_path: Path) -> None:
+    folder = tmp_path / ".ledger" / "1.2"
+    folder.mkdir(parents=True)
+    an_endless_file(folder / f"{DEAD}.jsonl")
+    began = time.process_time()
+    with pytest.raises(LedgerError, match="larger than 512 MiB"):
+        FolderLedgers(Below(tmp_path), OWN).read("1.2")
+    assert time.process_time() - began < 30
