@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -118,7 +119,13 @@ def open_destination(options: GetOptions) -> OpenDestination:
 
 def root_for(options: RootOptions) -> Root:
     """Where manifests and ledgers lie for a node to store at."""
-    return named_root(options) or FolderRoot(Below(state_folder()))
+    named = named_root(options)
+    if named is not None:
+        return named
+    state = state_folder()
+    with suppress(OSError):  # whoever writes there says what is wrong
+        files.make_private(state)
+    return FolderRoot(Below(state))
 
 
 def named_root(options: RootOptions) -> Root | None:
@@ -233,7 +240,7 @@ class FolderRoot:
 
 
 def state_folder() -> Path:
-    """Where the shell keeps manifests and ledgers of destinations that hold none themselves."""
+    """Where the shell keeps manifests and ledgers of destinations that hold none themselves: its user's alone."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
     return base / "dicom-get"

@@ -248,6 +248,10 @@ class Disk:
         with _name_in(path) as (name, at), suppress(FileExistsError):
             os.mkdir(name, dir_fd=at)
 
+    def close_to_others(self, path: Where) -> None:
+        """Let nobody but its owner look into a folder."""
+        os.chmod(path, 0o700)
+
     def remove_folder(self, path: Where) -> None:
         """Remove an empty folder."""
         with _name_in(path) as (name, at):
@@ -394,6 +398,13 @@ def make_folders(path: Folder) -> list[Folder]:
         changed.append(above)
     disk.make_folders(path)
     return changed
+
+
+def make_private(path: Path) -> None:
+    """Make a folder for our user alone; one that is there is closed to others. Raises :class:`OSError`."""
+    disk.make_folders(path)
+    if disk.status(path).st_mode & 0o077:
+        disk.close_to_others(path)
 
 
 def files_below(

@@ -17,6 +17,7 @@ from pydicom import dcmread
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError
 from airflow_dicom_get.manifest.files import read_table, tables_below
+from airflow_dicom_get.manifest.frames import combine_manifests
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, header_line
@@ -273,3 +274,30 @@ def test_a_ledger_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="larger than 512 MiB"):
         FolderLedgers(Below(tmp_path), OWN).read("1.2")
     assert time.process_time() - began < 30
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_state_of_the_shell_is_its_users_alone(
+    private: Holding, target: StoreScu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    state = tmp_path / "xdg" / "dicom-get"
+    if there:
+        state.mkdir(parents=True, mode=0o755)
+    assert StoreScu(str(target.options.addr)).store(private.files[0]).verdict == "complete"
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert list(state.glob("*.parquet"))
+
+
+def test_a_manifest_that_may_name_patients_is_not_for_all(study: Study) -> None:
+    before = os.umask(0)
+    try:
+        plain, tagged = study.get(), study.get(tags=("PatientID",))
+        both = combine_manifests([plain.manifest_uri, tagged.manifest_uri], study.outside)
+    finally:
+        os.umask(before)
+    modes = [
+        stat.S_IMODE(Path(str(uri).removeprefix("file://")).stat().st_mode)
+        for uri in (plain.manifest_uri, tagged.manifest_uri, both["manifest_uri"])
+    ]
+    assert modes == [0o666, 0o640, 0o640]

@@ -849,6 +849,10 @@ class ModelDisk(files.Disk):
         self._may_change(parent, path)
         self.volume.create(parent, name, Folder(self.volume.number()))
 
+    def close_to_others(self, path: Where) -> None:
+        """See :meth:`files.Disk.close_to_others`."""
+        self.volume.set_mode(path, 0o700)
+
     @_call("remove_folder")
     def remove_folder(self, path: Where) -> None:
         """See :meth:`files.Disk.remove_folder`."""
