@@ -24,45 +24,56 @@ skip() {
 }
 
 command -v apt-get >/dev/null || skip "no apt-get here"
-if [ "$(id -u)" -eq 0 ]; then
-    as_root=()
-elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || skip "that needs root"
     as_root=(sudo -n)
-else
-    skip "that needs root"
+    echo "make: the tests use ${packages[*]}, which is not installed; calling sudo, which does not ask for a password here"
+    "${as_root[@]}" true 2>/dev/null || skip "that needs root, and sudo asks for a password"
 fi
 
+# In one process of root's: what it has begun it ends, also where whoever called it is gone.
+"${as_root[@]}" bash -s -- "${packages[@]}" <<'ROOT'
+set -u
 # invoke-rc.d asks this file whether a package may start its service; 101 means no. One that is there stays as it is.
-policy=/usr/sbin/policy-rc.d
-mark="put here for the length of one apt-get by airflow-dicom-get, process $$"
-put_back() {
-    if grep -qsF "$mark" "$policy"; then "${as_root[@]}" rm -f "$policy"; fi
-}
-trap put_back EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+policy=${POLICY_RC_D:-/usr/sbin/policy-rc.d}
 if [ ! -e "$policy" ]; then
-    printf '#!/bin/sh\n# %s\nexit 101\n' "$mark" |
-        "${as_root[@]}" sh -C -c 'umask 022 && cat >"$0" && chmod 755 "$0"' "$policy" || skip "cannot write $policy"
+    # Whoever is killed cannot remove it. So another process does, as soon as nobody has this pipe open: neither we nor
+    # an apt-get that outlives us. Where that one is killed too, the file removes itself when it is next asked.
+    exec 9> >(trap '' INT TERM HUP; exec setsid sh -c 'cat >/dev/null; rm -f "$0"' "$policy" >/dev/null 2>&1)
+    keeper=$!
+    printf '#!/bin/sh\n# Put here for the length of one apt-get by airflow-dicom-get.\n%s && exit 101\nrm -f "$0"\n' \
+        "[ -e /proc/$keeper ] && grep -qs $(cat /proc/sys/kernel/random/boot_id) /proc/sys/kernel/random/boot_id" |
+        sh -C -c 'umask 022 && cat >"$0" && chmod 755 "$0"' "$policy" || exit 11
+    trap 'rm -f "$policy"; kill -KILL "$keeper" 2>/dev/null' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
 fi
-"${as_root[@]}" "$policy" "${packages[0]}" start >/dev/null 2>&1
-[ $? -eq 101 ] || skip "the $policy of this machine lets services start"
+"$policy" "$1" start </dev/null >/dev/null 2>&1
+[ $? -eq 101 ] || exit 12
 
-echo "make: installing ${packages[*]} for the tests (no service is started)"
+echo "make: installing $* for the tests (no service is started)"
 log=$(mktemp)
 apt() {
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 "$@" </dev/null >>"$log" 2>&1
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 "$@" </dev/null >>"$log" 2>&1
 }
-if ! apt install --no-install-recommends "${packages[@]}"; then
-    apt update && apt install --no-install-recommends "${packages[@]}" || {
+if ! apt install --no-install-recommends "$@"; then
+    apt update && apt install --no-install-recommends "$@" || {
         tail -n 5 "$log" >&2
         rm -f "$log"
-        skip "apt-get failed"
+        exit 13
     }
 fi
 rm -f "$log"
-for package in "${packages[@]}"; do
+for package; do
     # Those without a service of that name, as dcmtk, are passed over.
-    "${as_root[@]}" update-rc.d "$package" disable >/dev/null 2>&1
+    update-rc.d "$package" disable </dev/null >/dev/null 2>&1
 done
+exit 0
+ROOT
+case $? in
+    11) skip "policy-rc.d cannot be written" ;;
+    12) skip "the policy-rc.d of this machine lets services start" ;;
+    13) skip "apt-get failed" ;;
+esac
 exit 0
