@@ -68,6 +68,7 @@ KINDS: dict[str, str] = {name: kind for name, _, kind in _COLUMNS}
 """What a column holds: ``string``, ``int64`` or ``timestamp``."""
 _UIDS = frozenset({"study", "series", "sop"})
 _WORDS: Mapping[str, Collection[str]] = {"state": STATES, "reason": REASONS}
+_SIZES = frozenset({"bytes", "dataset_offset"})
 _NOT_READ = frozenset({"dataset_bytes", "dimse_status", "attempt", "association", "received_at", "duration_ms"})
 """What is derived, and what tells how an instance came: a run that reads a manifest has its own."""
 
@@ -183,10 +184,14 @@ def instances_of(table: pa.Table) -> list[Instance]:
 
 
 def _read(attribute: str, value: Any) -> Any:
-    """A value of a file, which anybody may have written. A word that is none of ours says nothing."""
+    """A value of a file, which anybody may have written. A word that is none of ours, or no size, says nothing."""
     if attribute in _WORDS:
         return value if value in _WORDS[attribute] else None
-    if attribute == "sha256" and value:
+    if attribute in _SIZES:
+        return value if value is not None and value >= 0 else None
+    if attribute == "sha256":
+        if not value:
+            return None
         try:
             return bytes.fromhex(value)
         except ValueError:

@@ -162,7 +162,7 @@ def open_object(item: StoredObject) -> Opened:
     )
     # Where file meta information and data set disagree, it is the data set that is stored.
     sop_class = uid_value(values.get(h.SOP_CLASS_UID, b"")) or sop_class
-    if study is None or series is None or sop is None or not is_uid(sop_class):
+    if study is None or series is None or sop is None or not is_uid(sop_class) or not is_uid(syntax):
         raise UnusableError("contains an invalid UID")
     instance = Instance(study, series, sop, sop_class)
     instance.syntax = syntax

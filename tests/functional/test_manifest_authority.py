@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,6 +239,39 @@ def test_a_digest_that_is_none_is_that_of_no_object(got: Retrieved, target: Embe
     forged = got.forged(sha256="zz")
     assert verify(forged).counts == {"=": 11, "*": 1}
     assert reasons(stored(target, tmp_path, forged)) == {"size_changed": 1}
+
+
+def test_a_bare_data_set_whose_row_is_malformed_costs_that_row(
+    embedded: Embedded, private: Holding, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    got = Retrieved(embedded, private, tmp_path / "data", store_with_file_meta=False)
+    result = stored(target, tmp_path, got.forged(transfer_syntax_uid=f"1.2{CLEAR}"))
+    assert (result.verdict, result.completed, reasons(result)) == ("partial", 11, {"size_changed": 1})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": ""}, {"bytes": -(2**63)}, {"dataset_offset": -(2**63)}, {"bytes": -1, "dataset_offset": -1}]
+)
+def test_a_size_or_digest_that_is_none_says_nothing(got: Retrieved, changes: dict[str, Any]) -> None:
+    assert verify(got.forged(**changes)).same
+
+
+def test_no_node_is_called_because_a_row_names_it(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = f"X@127.0.0.1:{server.getsockname()[1]}"
+        sent: dict[str, Any] = {"uri": None, "state": "forwarded", "forwarded_to": node}
+        for number, changes in enumerate([{"source": node}, {"destination": f"dicom://{node}"}, sent]):
+            forged = got.forged(f"forged{number}", **changes)
+            verify(forged)
+            verify(frame_of(read_table(forged)), manifest_root=tmp_path / "v")
+            stored(target, tmp_path, forged)
+            scu = GetScu(f"DEST@127.0.0.1:{target.port}", destination=got.folder, retries=0)
+            assert scu.get_study(manifest=forged).skipped == 12
+            combine_manifests([got.uri, forged], tmp_path / "all.parquet")
+            read_instances(frame_of(read_table(forged)))
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_a_column_that_is_there_twice_is_refused(got: Retrieved) -> None:
