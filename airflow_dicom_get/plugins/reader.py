@@ -11,13 +11,15 @@ import io
 import json
 import os
 import resource
-import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_dicom_get.plugins.contents import contents_of, csv_lines
+from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     _give_up_rights()
     form, *place = arguments
     try:
-        given = open_below(place[0], place[1:]) if place else io.BytesIO(sys.stdin.buffer.read())
+        given = _opened(place[0], place[1:]) if place else io.BytesIO(sys.stdin.buffer.read())
     except OSError:
         return NO_FILE
     try:
@@ -82,23 +84,8 @@ def _give_up_rights() -> None:
         resource.setrlimit(what, (limit, limit))
 
 
-def open_below(root: str, names: Sequence[str]) -> BinaryIO:
-    """Open a regular file below a folder, by names none of which is a link; a FIFO or a device is not waited for.
-
-    :raises OSError: there is none
-    """
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for name in names[:-1]:
-        below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        os.close(folder)
-        folder = below
-    how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    fd = os.open(names[-1], how, dir_fd=folder)
-    os.close(folder)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError("This is no regular file.")
-    return open(fd, "rb")
+def _opened(root: str, names: Sequence[str]) -> BinaryIO:
+    return open(files.disk.open(Below(Path(root), tuple(names)), files.READ), "rb")
 
 
 def _parquet(given: BinaryIO) -> pq.ParquetFile:
