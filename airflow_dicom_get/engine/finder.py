@@ -11,7 +11,7 @@ from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
 from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
+from airflow_dicom_get.net.find import MAX_ROWS, PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
 from airflow_dicom_get.vocabulary import noun
 
 log = logging.getLogger(__name__)
@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 Keys = Mapping[int, str | bytes | Iterable[str]]
 Answer = tuple[Row, bytearray]
 
-MAX_ROWS = 200_000
-"""Rows of one C-FIND, where nothing tells how many there should be."""
 STRANGE = 1000
 """Rows of one answer that contradict the key, after which the peer is taken to ignore it."""
 UNIQUE = {"STUDY": h.STUDY_INSTANCE_UID, "SERIES": h.SERIES_INSTANCE_UID, "IMAGE": h.SOP_INSTANCE_UID}

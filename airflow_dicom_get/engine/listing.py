@@ -13,11 +13,13 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.finder import MAX_ROWS, Finder, Keys
+from airflow_dicom_get.dicom.values import kept
+from airflow_dicom_get.engine.finder import Finder, Keys
 from airflow_dicom_get.engine.matching import Dropped, Row
 from airflow_dicom_get.engine.resolve import Scope, note_row, shown_uid
 from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
+from airflow_dicom_get.net.find import MAX_ROWS
 from airflow_dicom_get.records import Instance, Key
 
 log = logging.getLogger(__name__)
@@ -238,7 +240,7 @@ class _Lister:
                 continue
             if uid not in listing.series:
                 number = i.int_value(row.get(h.SERIES_NUMBER))
-                listing.series[uid] = SeriesInfo(uid, i.text_value(row.get(h.MODALITY)), number)
+                listing.series[uid] = SeriesInfo(uid, kept(i.text_value(row.get(h.MODALITY))), number)
             if not self._image_filters:
                 series, count = listing.series[uid], i.int_value(row.get(i.SERIES_RELATED_INSTANCES))
                 series.related_instances = _larger(series.related_instances, count)
@@ -332,7 +334,9 @@ def _larger(one: int | None, other: int | None) -> int | None:
 
 
 def _most_rows(series: SeriesInfo) -> int:
-    return MAX_ROWS if series.related_instances is None else 2 * series.related_instances + _SLACK
+    """A count bounds the answer, and lifts no bound: it is the peer's claim, too."""
+    claimed = series.related_instances
+    return MAX_ROWS if claimed is None or claimed < 0 else min(2 * claimed + _SLACK, MAX_ROWS)
 
 
 def _uid(raw: bytes | None) -> str | None:

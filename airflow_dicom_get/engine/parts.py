@@ -12,6 +12,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.engine.finder import Answer, Finder, Keys
 from airflow_dicom_get.engine.matching import Dropped, Row
 from airflow_dicom_get.errors import OperationFailed
+from airflow_dicom_get.net.find import MAX_ANSWER
 
 MAX_QUERIES = 1000
 """C-FINDs of one search."""
@@ -169,6 +170,8 @@ class _Search:
         counts = [i.PATIENT_RELATED_STUDIES] if self._counted else []
         self._returned = (h.STUDY_INSTANCE_UID, i.STUDY_DATE, i.STUDY_TIME, *counts, *returned)
         self._found = Matches()
+        self._bytes = 0
+        """Of the rows that are kept."""
 
     def run(self) -> Matches:
         finder, found, whole = self._finder, self._found, Part.of(self._keys)
@@ -203,7 +206,9 @@ class _Search:
         enough = partial(self._enough, found)
         for row, raw in finder.answers("STUDY", keys, self._returned, dropped=dropped, enough=enough):
             uid = row.get(h.STUDY_INSTANCE_UID, b"").strip(b"\0 ")
-            found.answers.setdefault(uid, (row, raw))
+            if uid not in found.answers:
+                found.answers[uid] = row, raw
+                self._bytes += len(raw)
             if part.covers(row):
                 here.add(uid)
             else:
@@ -219,7 +224,7 @@ class _Search:
         again: set[bytes] = set()
         whole = bool(halves) and bool(self._keys.get(i.STUDY_DATE))
         for half in halves:
-            if self._found.queries >= MAX_QUERIES or self._enough(self._found):
+            if self._found.queries >= MAX_QUERIES or self._bytes >= MAX_ANSWER or self._enough(self._found):
                 return False
             try:
                 here, others = self._ask(half, Dropped())

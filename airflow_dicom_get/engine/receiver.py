@@ -19,6 +19,7 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
+from airflow_dicom_get.dicom.values import kept
 from airflow_dicom_get.engine.retrieval import Intake
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
 from airflow_dicom_get.net.association import STUCK, Association
@@ -201,7 +202,7 @@ class Receiver:
             instance = Instance(study, instance.series, sop, request.sop_class)
         instance.sop_class = request.sop_class
         instance.syntax = request.syntax
-        instance.modality = instance.modality or text_value(values.get(h.MODALITY))
+        instance.modality = instance.modality or kept(text_value(values.get(h.MODALITY)))
         instance.series_number = (
             instance.series_number if instance.series_number is not None else int_value(values.get(h.SERIES_NUMBER))
         )

@@ -284,9 +284,9 @@ class Pass:
         """Request again, in smaller pieces, what a failed request left untried; mark the rest."""
         state, peer = self._state, self._retrieval.peer
         left = self._left(request)
+        hinted, outcome.failed_uids = set(outcome.failed_uids), []  # of any number, and kept no longer
         if not left:
             return
-        hinted = set(outcome.failed_uids)
         if outcome.status in _WHOLE:
             ended = s.describe(outcome.status)
             reported = bool(outcome.failed) or outcome.status != s.SUCCESS

@@ -34,7 +34,7 @@ def c_echo(association: Association) -> None:
         ),
     )
     limit = deadline(association.deadlines.acse)
-    answer, _ = read_response(association, context_id, message_id, c.C_ECHO_RSP, limit, "acse", 0)
+    answer, _, _ = read_response(association, context_id, message_id, c.C_ECHO_RSP, limit, "acse")
     if answer.status != 0:
         raise OperationFailed(
             f"{association.node} answered the C-ECHO with {describe(answer.status)}.",

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import command as c
-from airflow_dicom_get.dicom.identifier import MAX_IDENTIFIER
 from airflow_dicom_get.dicom.status import CANCEL, describe, is_pending
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
-from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed, PeerError
+from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotiated, OperationFailed, PeerError, TooMuch
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
@@ -21,6 +20,10 @@ FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_
 
 log = logging.getLogger(__name__)
 
+MAX_ROW, MAX_ANSWER = 1 << 16, 64 << 20
+"""Bytes of one row, and of all rows of one C-FIND."""
+MAX_ROWS = 200_000
+"""Rows of one C-FIND."""
 _CANCEL_GRACE = 5.0
 """Seconds that a peer may go on with its answer after the C-CANCEL."""
 
@@ -31,10 +34,10 @@ def c_find(
     identifier: bytes,
     *,
     row_seconds: float,
-    max_rows: int,
+    max_rows: int = MAX_ROWS,
     enough: Callable[[], bool] | None = None,
 ) -> Iterator[bytearray]:
-    """Send a C-FIND and yield each matching identifier (implicit VR).
+    """Send a C-FIND and yield each matching identifier (implicit VR), an empty one for a row of too many bytes.
 
     Parameters
     ----------
@@ -43,7 +46,7 @@ def c_find(
     row_seconds : float
         Deadline per row, ``find_response``.
     max_rows : int
-        A peer that sends more is aborted: the answer is without end.
+        A peer that sends more is aborted, as one that sends more than :data:`MAX_ANSWER`: the answer is without end.
     enough : callable, optional
         Asked after each row; once it is true, a C-CANCEL-RQ is sent (PS3.7 9.3.2.3) and what still comes is not
         yielded. A peer that does not end its answer within five seconds is aborted; no error is raised then.
@@ -55,7 +58,7 @@ def c_find(
     OperationFailed
         The final status is not a success.
     ListTooLong
-        More than ``max_rows`` rows came.
+        More than ``max_rows`` rows, or more bytes, came.
     """
     context_id = context_for(association, model)
     if context_id is None:
@@ -74,18 +77,21 @@ def c_find(
         ),
         identifier,
     )
-    rows = 0
+    rows = came = long = 0
     while True:
         try:
-            answer, row = read_response(
+            answer, row, size = read_response(
                 association,
                 context_id,
                 message_id,
                 c.C_FIND_RSP,
                 deadline(row_seconds),
                 "find_response",
-                MAX_IDENTIFIER,
+                keep=MAX_ROW,
+                most=MAX_ANSWER - came,
             )
+        except TooMuch:
+            raise _too_long(association, f"{MAX_ANSWER >> 20} MiB") from None
         except AssociationAborted as error:
             if rows:
                 raise
@@ -99,10 +105,13 @@ def c_find(
             rows += 1
             if rows > max_rows:
                 association.abort()
-                raise ListTooLong(
-                    f"{association.node} sent more than {max_rows} rows in response to one C-FIND.",
-                    node=str(association.node),
-                )
+                raise _too_long(association, f"{max_rows} rows")
+            came += size
+            if size > MAX_ROW:
+                long += 1
+                if long == 1:
+                    log.warning("%s sent a C-FIND row of more than %d KiB.", association.node, MAX_ROW >> 10)
+                row = None
             yield row if row is not None else bytearray()
             if enough is not None and enough():
                 _cancel(association, context_id, message_id)
@@ -118,6 +127,14 @@ def c_find(
         )
 
 
+def _too_long(association: Association, what: str) -> ListTooLong:
+    return ListTooLong(
+        f"{association.node} sent more than {what} in response to one C-FIND.",
+        hint="Narrow the query. If it is narrow, ask the PACS admin what its log says about it.",
+        node=str(association.node),
+    )
+
+
 def _cancel(association: Association, context_id: int, message_id: int) -> None:
     """Cancel a C-FIND (PS3.4 C.4.1.3) and read what is on its way, so that the association can be used on."""
     association.send_message(
@@ -127,8 +144,8 @@ def _cancel(association: Association, context_id: int, message_id: int) -> None:
     limit = deadline(_CANCEL_GRACE)
     try:
         while True:
-            answer, _ = read_response(
-                association, context_id, message_id, c.C_FIND_RSP, limit, "find_response", MAX_IDENTIFIER
+            answer, _, _ = read_response(
+                association, context_id, message_id, c.C_FIND_RSP, limit, "find_response", most=MAX_ANSWER
             )
             if answer.status is None or not is_pending(answer.status):
                 if answer.status not in (CANCEL, 0):

@@ -12,7 +12,6 @@ from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_fin
 from airflow_dicom_get.net.messages import context_for
 from airflow_dicom_get.records import Key
 
-_MAX_ROWS = 200_000
 _UIDS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID})
 
 
@@ -76,9 +75,7 @@ def ask(association: Association, series: Mapping[str, Collection[str] | None]) 
 def _rows(association: Association, model: str, level: str, keys: Mapping[int, str]) -> Iterator[dict[int, bytes]]:
     identifier = i.encode_identifier({i.QUERY_RETRIEVE_LEVEL: level, **keys}, _UIDS)
     study = keys[h.STUDY_INSTANCE_UID]
-    for raw in c_find(
-        association, model, identifier, row_seconds=association.deadlines.find_response, max_rows=_MAX_ROWS
-    ):
+    for raw in c_find(association, model, identifier, row_seconds=association.deadlines.find_response):
         try:
             row = i.decode_identifier(raw, _UIDS)
         except h.HeaderError:

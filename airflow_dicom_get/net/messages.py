@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom.command import MAX_COMMAND_LENGTH, Command
-from airflow_dicom_get.errors import PeerProtocolError
+from airflow_dicom_get.errors import PeerProtocolError, TooMuch
 from airflow_dicom_get.net.association import Association
 
 
 def read_response(
-    association: Association, context_id: int, message_id: int, field: int, limit: float, phase: str, max_dataset: int
-) -> tuple[Command, bytearray | None]:
-    """Read one response with its data set, whole.
+    association: Association,
+    context_id: int,
+    message_id: int,
+    field: int,
+    limit: float,
+    phase: str,
+    *,
+    keep: int = 0,
+    most: int = 0,
+) -> tuple[Command, bytearray | None, int]:
+    """Read one response with its data set.
+
+    Parameters
+    ----------
+    keep : int
+        Bytes of the data set that are kept; what goes beyond is read, and counted.
+    most : int
+        Bytes that it may have.
+
+    Returns
+    -------
+    (Command, bytearray or None, int)
+        The command, the data set if there is one, and how many bytes that had.
 
     Raises
     ------
     PeerProtocolError
-        Another message, another message id, another context, or more bytes than allowed; the
-        association is aborted.
+        Another message, another message id or another context; the association is aborted.
+    TooMuch
+        More bytes than ``most``; the association is aborted.
     """
 
     def broken(what: str) -> PeerProtocolError:
@@ -26,7 +47,7 @@ def read_response(
 
     command: Command | None = None
     raw = bytearray()
-    dataset = bytearray()
+    dataset, size = bytearray(), 0
     while True:
         association.in_message = bool(raw) or command is not None
         fragment = association.fragment(limit, phase)
@@ -52,17 +73,18 @@ def read_response(
             if command.responded_id != message_id:
                 raise broken(f"answered message {command.responded_id} instead of {message_id}")
             if not command.has_dataset:
-                return command, None
+                return command, None, 0
         else:
             if command is None:
                 raise broken("sent a data set without its command")
-            dataset += fragment.data
-            if len(dataset) > max_dataset:
-                raise broken(f"sent a data set of more than {max_dataset} bytes")
+            dataset += fragment.data[: max(keep - size, 0)]
+            size += len(fragment.data)
+            if size > most:
+                raise TooMuch(broken(f"sent a data set of more than {most} bytes").message, node=str(association.node))
             if fragment.last:
                 if association.told is not None:
                     association.told.received(context_id, command, dataset)
-                return command, dataset
+                return command, dataset, size
 
 
 def context_for(association: Association, abstract_syntax: str) -> int | None:

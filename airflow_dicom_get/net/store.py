@@ -151,8 +151,8 @@ class StoreChannel:
         AssociationAborted, DeadlineExceeded (phase ``sub_operation``), PeerProtocolError, Cancelled
         """
         association = self._association
-        answer, _ = read_response(
-            association, self._context_id, self._message_id, c.C_STORE_RSP, limit, "sub_operation", 0
+        answer, _, _ = read_response(
+            association, self._context_id, self._message_id, c.C_STORE_RSP, limit, "sub_operation"
         )
         if answer.status is None:
             association.abort(2)

@@ -1,10 +1,12 @@
-"""What a peer sends is bounded: size and time of an object, the free space, what is read after a refusal."""
+"""What a peer sends is bounded: an object, what is read after a refusal, the disk, and the memory that rows take."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.net import get
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving.wire import IMPLICIT_LE
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Storescp
 
@@ -118,3 +122,71 @@ def test_the_last_of_the_free_space_is_left(tmp_path: Path, instances: int) -> N
         if instances > 5:
             assert 6 * MIB < free < 12 * MIB, f"{free >> 20} MiB are free"
         assert "MiB are not used" in str(result.errors)
+
+
+# --- memory --------------------------------------------------------------------------------------------
+
+
+def run(pacs: MisbehavingPacs, verb: str, *options: str) -> tuple[int, str, int]:
+    """The shell in a process of its own: its exit status, what it said, and its peak memory in MiB."""
+    call = [sys.executable, "-m", "airflow_dicom_get.cli", verb, f"PACS@127.0.0.1:{pacs.port}"]
+    call += ["--study", pacs.study_uid, "--json", *options]
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(call, stdout=said, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return child.returncode, said.read(), usage.ru_maxrss >> 10
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Peak memory in MiB of a get of a few instances."""
+    with MisbehavingPacs(series=1, instances=150) as pacs:
+        status, said, peak = run(pacs, "get", "--to", str(tmp_path_factory.mktemp("usual")))
+    assert status == 0, said
+    return peak
+
+
+def test_a_claim_of_a_count_lifts_no_bound(usual: int) -> None:
+    """At most 1 KB for each of 200,000 rows."""
+    with MisbehavingPacs("find_claims", series=1, instances=3) as pacs:
+        status, said, peak = run(pacs, "plan")
+    assert status == 1, said
+    assert "more than 200000 rows" in said
+    assert peak < usual + 200
+
+
+@pytest.mark.parametrize(("level", "status"), [("STUDY", 1), ("IMAGE", 1)])
+def test_rows_of_any_size_do_not_fill_the_memory(usual: int, level: str, status: int) -> None:
+    with MisbehavingPacs("find_huge_rows") as pacs:
+        found, said, peak = run(pacs, "find", "--level", level)
+    assert found == status, said
+    assert "more than 64 MiB in response to one C-FIND" in said
+    assert said.count("more than 64 KiB") == 1
+    assert peak < usual + 30
+
+
+def test_a_row_that_is_too_long_is_lost_alone() -> None:
+    with MisbehavingPacs("find_huge_rows", param=2) as pacs:
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}")
+        rows = scu.find({"StudyInstanceUID": pacs.study_uid}, level="IMAGE")
+    assert (len(rows), rows.doubt) == (8, "list_contradicted")
+
+
+def test_an_everyday_value_that_is_too_long_costs_no_row(tmp_path: Path) -> None:
+    with MisbehavingPacs("find_long_texts") as pacs:
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path)
+        (row,) = scu.find({"StudyInstanceUID": pacs.study_uid}, return_keys=["StudyID"])
+        assert (row.StudyID, row.StudyDescription) == ("X" * 3000, "X" * 3000)
+        result = scu.get_study({"StudyInstanceUID": pacs.study_uid})
+    assert result.verdict == "complete"
+    assert set(result.manifest["modality"]) == {"X" * 1024}
+
+
+def test_texts_that_are_kept_are_cut(tmp_path: Path, usual: int) -> None:
+    with MisbehavingPacs("huge_modality", series=1, instances=250, pairs=[(CT, IMPLICIT_LE)]) as pacs:
+        status, said, peak = run(pacs, "get", "--to", str(tmp_path))
+    assert status == 0, said
+    assert peak < usual + 90  # a few of these texts at a time
+    assert sum(path.stat().st_size for path in (tmp_path / "_manifests").rglob("*.jsonl")) < 250 * 2048

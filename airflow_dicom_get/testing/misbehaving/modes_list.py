@@ -361,6 +361,58 @@ class FindEndless(_AtFind):
             yield from archive.find("IMAGE", query, [archive.another(like, number)], self.describe)
 
 
+@mode("find_claims")
+class FindClaims(_AtFind):
+    """Claims two milliards of related instances, and lists new ones endlessly, as fast as it can."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return row | {tag: "2000000000" for tag in (0x00201208, 0x00201209) if tag in row}
+
+    def find(self, message: Message) -> None:
+        syntax = self.syntax_of(message.context)
+        query = archive.parse_identifier(message.data, syntax)
+        if query.get(_LEVEL) != "IMAGE":
+            super().find(message)
+            return
+        row = next(iter(self.rows("IMAGE", query)))
+        fields: dict[int, wire.Value] = {
+            wire.CLASS: message.elements.get(wire.CLASS, b""),
+            wire.FIELD: wire.C_FIND | wire.RESPONSE,
+            wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
+            wire.DATA_SET_TYPE: wire.WITH_DATA_SET,
+            wire.STATUS: _PENDING,
+        }
+        answer = wire.p_data(message.context, wire.COMMAND_BIT | wire.LAST_BIT, wire.command(fields))
+        mark = "7" * 12
+        data = archive.encode_identifier(row | {0x00080018: f"2.25.{mark}"}, syntax)
+        answer += wire.p_data(message.context, wire.LAST_BIT, data)
+        for number in count(0, 100):
+            self.link.send(*(answer.replace(mark.encode(), b"1%011d" % (number + n)) for n in range(100)))
+
+
+@mode("find_huge_rows")
+class FindHugeRows(_AtFind):
+    """Adds to every answer ``param`` rows (700) of 900,000 bytes."""
+
+    param = 700
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        found = list(super().rows(level, query))
+        yield from found
+        for _ in range(int(self.number) if found else 0):
+            yield found[0] | {0x00081030: "x" * 900_000}
+
+
+@mode("find_long_texts")
+class FindLongTexts(_AtFind):
+    """Answers every C-FIND with texts of 3000 characters where 16 or 64 are allowed."""
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        row = super().describe(level, group)
+        return row | {tag: "X" * 3000 for tag in (0x00081030, 0x00200010, 0x00080060, 0x00080054) if tag in row}
+
+
 @mode("find_repeats")
 class FindRepeats(_AtFind):
     """Answers a C-FIND by repeating its first row endlessly, with ``param`` seconds (0) after each."""

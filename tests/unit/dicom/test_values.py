@@ -77,8 +77,8 @@ def test_a_row_in_order_is_read_as_pydicom_reads_it(undefined: bool) -> None:
 @pytest.mark.parametrize("name", sorted(name for name in python_encoding if name))
 def test_texts_of_every_character_set_are_read_as_pydicom_reads_them(name: str) -> None:
     letters = {"iso_ir_126": "Διον", "iso_ir_127": "قباني", "iso_ir_138": "שרון", "iso_ir_144": "Люк",
-               "euc_kr": "김희중", "shift_jis": "ﾔﾏﾀﾞ", "iso2022_jp": "山田", "iso_ir_166": "นาม", "GB18030": "王小东", "GBK": "王小东",
-               "UTF8": "王 Ä"}  # fmt: skip
+               "euc_kr": "김희중", "shift_jis": "ﾔﾏﾀﾞ", "iso2022_jp": "山田", "iso_ir_166": "นาม",
+               "GB18030": "王小东", "GBK": "王小东", "UTF8": "王 Ä"}  # fmt: skip
     made = Dataset()
     made.SpecificCharacterSet = name if "2022" not in name else ["", name]
     made.PatientID = made.PatientName = letters.get(python_encoding[name], "abc")
