@@ -40,6 +40,8 @@ class Stored:
         The mark that a bucket gave to its content.
     truncated : bool
         Its data set runs past its end: so it came.
+    other_patient : bool
+        It came with another Patient ID than was asked for.
     """
 
     series: str
@@ -57,6 +59,7 @@ class Stored:
     durable: bool = False
     etag: str | None = None
     truncated: bool = False
+    other_patient: bool = False
 
     @property
     def key(self) -> Key:
@@ -105,6 +108,7 @@ class Instance:
     duration_ms: int | None = None
     tags: tuple[str | None, ...] | None = None
     truncated: bool | None = None
+    other_patient: bool | None = None
     key: Key = field(init=False)
     """What makes it an instance of its study: Series and SOP Instance UID."""
 
@@ -128,6 +132,8 @@ class Instance:
     @property
     def remark(self) -> str | None:
         """The reason that its row shows though it is held."""
+        if self.other_patient:
+            return "other_patient_id"
         return "truncated_dataset" if self.truncated else None
 
     @property
@@ -148,7 +154,7 @@ class Instance:
         self.syntax = stored.syntax or self.syntax
         self.where, self.forwarded_to = stored.where, stored.forwarded_to
         self.bytes, self.sha256, self.dataset_offset = stored.bytes, stored.sha256, stored.dataset_offset
-        self.truncated = stored.truncated
+        self.truncated, self.other_patient = stored.truncated, stored.other_patient
         self.fill(stored)
 
     def become(self, other: Instance) -> None:

@@ -312,6 +312,11 @@ REASONS: Mapping[str, Reason] = {
         "Ask the PACS admin to look at the file, which may be damaged there. Fetching it again brings the same bytes.",
         remark=True,
     ),
+    "other_patient_id": Reason(
+        "Its Patient ID is not the one that was asked for. It is stored as the PACS sent it.",
+        "Ask the PACS admin whether the patients were merged. If they were not, the PACS mixes them up.",
+        remark=True,
+    ),
     # Of a whole retrieval
     "still_growing": Reason(
         "The list of the PACS was still changing after the last round.", "Run again later.", transient=True, of="result"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.values import decode_text
 from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
 from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
@@ -97,7 +98,7 @@ class Finder:
         Parameters
         ----------
         keys : mapping
-            Tags to values; bytes are sent as they are, and not compared.
+            Tags to values; bytes are sent as they are, in the Specific Character Set that is among them.
         dropped : Dropped, optional
             Takes the rows that contradict; those of the Finder by default.
         enough : callable, optional
@@ -110,7 +111,7 @@ class Finder:
         elements[i.QUERY_RETRIEVE_LEVEL] = level
         wanted = frozenset(elements) | {h.SPECIFIC_CHARACTER_SET}
         identifier = i.encode_identifier(elements, _UIDS)
-        matcher = Matcher(level, {tag: value for tag, value in keys.items() if not isinstance(value, bytes)})
+        matcher = Matcher(level, _texts(keys))
         self.came = 0
         try:
             for raw in c_find(
@@ -175,6 +176,15 @@ class Finder:
             dropped=dropped,
             enough=lambda: dropped.total - before >= STRANGE,
         )
+
+
+def _texts(keys: Keys) -> dict[int, str | Iterable[str]]:
+    """Keys as they are compared with the rows."""
+    character_set = keys.get(h.SPECIFIC_CHARACTER_SET, b"")
+    encoding = character_set if isinstance(character_set, bytes) else b""
+    return {
+        tag: decode_text(value, "LO", encoding) if isinstance(value, bytes) else value for tag, value in keys.items()
+    }
 
 
 def check_answered(finder: Finder, dropped: Dropped | None = None) -> None:

@@ -118,8 +118,8 @@ class _Test:
             return any(_like(have, wanted) for wanted in self._wanted)
         if self._vr == "IS":
             return any(have.lstrip("+0") == wanted.lstrip("+0") for wanted in self._wanted)
-        if self._vr in _FOLDED_VRS and have.isascii():
-            return any(not wanted.isascii() or _like(have.upper(), wanted.upper()) for wanted in self._wanted)
+        if self._vr in _FOLDED_VRS:
+            return any(_like(have.casefold(), wanted.casefold()) for wanted in self._wanted)
         return True
 
     def _spelling(self, readings: Iterable[str]) -> str:
@@ -177,6 +177,13 @@ def _readings(raw: bytes, character_set: bytes, vr: str) -> list[str]:
         except UnicodeDecodeError:
             pass
     return [decode_text(raw, vr, character_set)]
+
+
+def same_text(one: bytes, character_set: bytes, other: bytes, other_set: bytes) -> bool:
+    """Whether two values of VR LO without their padding say the same, each in its own Specific Character Set."""
+    if one.isascii() and other.isascii():
+        return one == other
+    return not set(_readings(one, character_set, "LO")).isdisjoint(_readings(other, other_set, "LO"))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.finder import Answer, Finder, Keys, check_answered
-from airflow_dicom_get.engine.matching import Row
+from airflow_dicom_get.engine.matching import Row, same_text
 from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Filter, Query
 from airflow_dicom_get.errors import InvalidQuery, peer_text
@@ -33,6 +33,8 @@ class Scope:
     """As C-FIND returned it, encoded; the unique key above the study in Patient Root."""
     character_set: bytes = b"ISO_IR 192"
     """In which ``patient_id`` is encoded."""
+    of_patient: bool = False
+    """Whether it is asked for by its Patient ID."""
     series: frozenset[str] | None = None
     instances: frozenset[str] | None = None
     named: frozenset[Key] = frozenset()
@@ -60,6 +62,11 @@ class Scope:
             return {}
         keys = {i.PATIENT_ID: self.patient_id}
         return keys if self.patient_id.isascii() else {**keys, h.SPECIFIC_CHARACTER_SET: self.character_set}
+
+    def is_of_patient(self, patient_id: bytes, character_set: bytes) -> bool:
+        """Whether a Patient ID is the study's, as far as both are known."""
+        known, patient_id = (self.patient_id or b"").strip(b"\0 "), patient_id.strip(b"\0 ")
+        return not known or not patient_id or same_text(patient_id, character_set, known, self.character_set)
 
     @property
     def whole_series(self) -> bool:
@@ -180,6 +187,7 @@ def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool =
         instances=frozenset(query.instances) or None,
         filters=filters,
         listed=listed,
+        of_patient=query.patient_id is not None or query.model == "PatientRoot",
     )
 
 
@@ -192,7 +200,7 @@ def note_row(scope: Scope, row: Row) -> bool:
     patient_id = row.get(i.PATIENT_ID, b"").strip(b"\0 ")
     if patient_id and not scope.patient_id:
         scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
-    return patient_id in (b"", scope.patient_id)
+    return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
 def _check_count(count: int, limit: int) -> None:

@@ -70,6 +70,8 @@ def taken_line(instance: Instance | Stored, destination: str) -> str:
     }
     if instance.truncated:
         entry["truncated"] = True
+    if instance.other_patient:
+        entry["other_patient"] = True
     return json.dumps(entry) + "\n"
 
 
@@ -333,6 +335,7 @@ def _record(key: Key, entry: Mapping[str, Any]) -> Stored:
         instance_number=_number(entry.get("instance_number")),
         forwarded_to=_interned(entry.get("forwarded_to")),
         truncated=entry.get("truncated") is True,
+        other_patient=entry.get("other_patient") is True,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
-from airflow_dicom_get.engine.matching import Dropped, Matcher
+from airflow_dicom_get.engine.matching import Dropped, Matcher, same_text
 
 ACCESSION, PATIENT_ID, STUDY_DATE, MODALITY, MODALITIES, STUDY, SERIES, NAME, DESCRIPTION, TIME = (
     0x00080050, 0x00100020, 0x00080020, 0x00080060, 0x00080061, 0x0020000D, 0x0020000E, 0x00100010, 0x00081030,
@@ -75,6 +75,29 @@ class TestRows:
         assert not contradicts(PATIENT_ID, asked, asked.encode(encoding) + b" ", character_set=character_set)
         assert contradicts(PATIENT_ID, asked, other.encode(encoding), character_set=character_set)
         assert contradicts(PATIENT_ID, "MULLER", asked.encode(encoding), character_set=character_set)
+
+    def test_other_keys_are_compared_after_decoding_too(self) -> None:
+        """Whatever the case; of text in another character set it was taken for granted that it fits."""
+        for raw, character_set in (("SCHÄDEL".encode("latin-1"), b"ISO_IR 100"), ("Schädel".encode(), b"ISO_IR 192")):
+            assert not contradicts(DESCRIPTION, "schädel*", raw, character_set=character_set)
+            assert contradicts(DESCRIPTION, "KNIE*", raw, character_set=character_set)
+            assert contradicts(DESCRIPTION, "schäfer*", raw, character_set=character_set)
+
+    @pytest.mark.parametrize(
+        ("one", "its", "other", "others", "same"),
+        [
+            (b"P1", b"", b"P1", b"ISO_IR 192", True),
+            (b"P1", b"", b"P2", b"", False),
+            (b"\xc4 1", b"ISO_IR 100", "Ä 1".encode(), b"ISO_IR 192", True),
+            (b"\xc4 1", b"ISO_IR 100", b"\xc4 1", b"ISO_IR 144", False),
+            (b"\xc4 1", b"", "Ä 1".encode(), b"ISO_IR 192", True),
+            (b"\xc4 1", b"", "Ä 1".encode(), b"", True),
+            (b"\xc4 1", b"", b"A 1", b"", False),
+        ],
+    )
+    def test_texts_in_two_character_sets(self, one: bytes, its: bytes, other: bytes, others: bytes, same: bool) -> None:
+        assert same_text(one, its, other, others) is same
+        assert same_text(other, others, one, its) is same
 
     def test_an_unknown_character_set_is_no_crash(self) -> None:
         assert contradicts(PATIENT_ID, "A", b"\xc4", character_set=b"NONSENSE")
