@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.errors import OperationFailed
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving import modes_object
 
 KEYS = ["SeriesNumber", "InstanceNumber", "StudyTime", "Modality"]
 
@@ -75,3 +79,53 @@ def test_a_row_of_sequences_without_end_is_lost_alone(tmp_path: Path, capsys: py
     with MisbehavingPacs("find_nested", param=16) as pacs:
         scu = GetScu(f"PACS@127.0.0.1:{pacs.port}")
         assert len(scu.find({"StudyInstanceUID": pacs.study_uid}, level="IMAGE")) == 8
+
+
+# --- anything ------------------------------------------------------------------------------------------
+
+_JUNK = [
+    b"9" * 20, b"-9223372036854775809", b"2147483648", b"-1", b"1_0", b"1.0", b"1e400", b"NaN", b"-inf", b"+",
+    b"\\\\1", b"SMITH^JOHN", b"20240230", b"99999999", b"-20240101", b"246061", b"\0", b" \0 ", b"\x1b$B",
+    b"\x1b(B\x1b", b"\xed\xa0\x80", b"\xff\xfe", b"..", b"1" * 70, b"\\".join([b"1.2"] * 9), b"OFFLINE",
+    b"x" * 300, b"\xf0\x9f\x98\x80" * 20, b"\r\n\x1b[31m", b"ISO 2022 IR 87\\ISO 2022 IR 149", b"idna",
+    b"unicode_escape", b"undefined", b"GB18030",
+]  # fmt: skip
+_TAGS = [
+    0x00080005, 0x00080020, 0x00080030, 0x00080056, 0x00080060, 0x00080061, 0x00080062, 0x00100010,
+    0x00100020, 0x00200010, 0x00200011, 0x00200013, 0x00201206, 0x00201208, 0x00201209,
+]  # fmt: skip
+_VALUE = st.one_of(st.sampled_from(_JUNK), st.binary(max_size=40))
+
+
+@settings(
+    max_examples=int(os.environ.get("FUZZ_VALUES", "25")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.dictionaries(st.sampled_from(_TAGS), _VALUE, min_size=1, max_size=6))
+@example(dict.fromkeys(_TAGS, b"9" * 20))
+@example(dict.fromkeys(_TAGS, b"SMITH^JOHN"))
+@example(dict.fromkeys(_TAGS, b"\xed\xa0\x80\0"))
+def test_whatever_the_values_are_all_is_held_and_written_down(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture, odd: dict[int, bytes]
+) -> None:
+    """From the bytes of rows and objects to frames and a written manifest: each value costs itself at most."""
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch, MisbehavingPacs("odd_values", series=1, instances=3) as pacs:
+        patch.setattr(modes_object, "_ODD", odd)
+        scu = GetScu(
+            f"PACS@127.0.0.1:{pacs.port}",
+            destination=tmp_path_factory.mktemp("to"),
+            tags=["PatientName", "PatientID", "StudyDate", "InstanceNumber"],
+        )
+        for level, number in (("STUDY", 1), ("SERIES", 1), ("IMAGE", 3)):
+            asked = {"StudyInstanceUID": pacs.study_uid}
+            frame = scu.find(asked, level=level, return_keys=[*KEYS, "PatientBirthDate"], as_frame=True)
+            assert len(frame) == number
+            frame.to_parquet(tmp_path_factory.mktemp("frame") / "rows.parquet")
+        result = scu.get_study({"StudyInstanceUID": pacs.study_uid})
+        assert pacs.faults == []
+    assert (result.completed, result.expected) == (3, 3)
+    assert result.verdict in ("complete", "unverified")
+    assert len(result.manifest) == 3
+    assert "unexpected" not in caplog.text.lower()
