@@ -179,6 +179,8 @@ def _cases() -> Iterator[Case]:
         "no_counts", "no_classes", "abort_end", "stall_end", "reject_once_then_ok", "a702_then_ok",
     ):  # fmt: skip
         yield Case(mode, COMPLETE, (ALL, ALL))
+    for mode in ("find_nested", "find_long_texts", "odd_values", "other_patient"):
+        yield Case(mode, COMPLETE, (ALL, ALL))
     yield Case("slow_objects", COMPLETE, (ALL, ALL), {"param": 0.05})
     yield Case("cancel_ignored", COMPLETE, (ALL, ALL), {"param": 0.01})
     yield Case("slow_line", COMPLETE, (2, 2), {"param": 10_000, "size": 16_000, "series": 1, "instances": 2})
@@ -236,6 +238,9 @@ def _cases() -> Iterator[Case]:
         if mode.startswith("uid_") and mode != "uid_mismatch":
             yield Case(mode, PARTIAL, (ALL - 1, ALL - 1), {"victim": 2}, check=_statuses(0xA900))
     yield Case("dup_diff", PARTIAL, (1, ALL), {"victim": 2}, reason="different_content", check=_number("conflicts", 1))
+    yield Case("huge_modality", COMPLETE, (ALL, ALL), {"pairs": [(CT, IMPLICIT_LE)]}, alone=True)
+    yield Case("find_huge_rows", UNVERIFIED, (ALL, ALL), {"param": 2}, alone=True)
+    yield Case("find_claims", _all("failed", "unverified"), (0, ALL), {"max_bytes": 4 << 20}, alone=True)
     yield Case("deflate_bomb", FAILED, (0, 0), {"pairs": [(CT, DEFLATED_LE)]}, alone=True, seconds=20.0)
     yield Case("endless_object", PARTIAL, (1, ALL - 1), {"max_bytes": 8 << 20}, alone=True, seconds=20.0)
     yield Case(
