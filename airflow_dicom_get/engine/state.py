@@ -6,7 +6,7 @@ destination did comes in as arguments, and what follows for the run goes out as 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -95,8 +95,8 @@ class StudyState:
         one was made in vain.
     left, returned : set of (series, sop)
         Instances that left the list before they were held, and were asked for once more; those of them that came.
-    tried_classes : set of str
-        SOP classes that were proposed for instances whose class is not known.
+    tried_classes : dict of set of str
+        By series the SOP classes in which its instances of unknown class were asked for.
     inventory : dict
         What the destination held before this run, and no list has named yet.
     gone : list of Instance
@@ -117,7 +117,7 @@ class StudyState:
     remarks: Counter[str] = field(default_factory=Counter)
     stop_reason: str | None = None
     cancelled_by: str | None = None
-    tried_classes: set[str] = field(default_factory=set)
+    tried_classes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     sop_classes: Collection[str] | None = None
     unwanted: set[Key] = field(default_factory=set)
     counted: dict[str | None, int] = field(default_factory=dict)

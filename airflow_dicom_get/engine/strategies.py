@@ -102,9 +102,15 @@ def _guessed(at: Situation, unknown: Sequence[Instance]) -> Passes:
         groups = {merged: named, (): groups.get((), [])}
     for classes, part in groups.items():
         classes = classes or common_classes()
-        at.state.tried_classes.update(classes)
+        _tried(at, part, classes)
         for proposals in pack({c: at.peer.syntaxes(c) for c in classes}):
             yield proposals, _requests(at, _todo(part))
+
+
+def _tried(at: Situation, targets: Iterable[Instance], classes: Iterable[str]) -> None:
+    """Note in which classes the instances of unknown class of a series were asked for."""
+    for series in {x.series for x in targets}:
+        at.state.tried_classes[series].update(classes)
 
 
 def _todo(targets: Iterable[Instance]) -> list[Instance]:
@@ -117,7 +123,7 @@ def ladder(at: Situation, left: Sequence[Instance]) -> Passes:
     classes: dict[str, None] = {}
     for x in targets:
         guesses = (x.sop_class,) if x.sop_class else at.guess(x)
-        classes.update(dict.fromkeys(guesses or tuple(at.state.tried_classes)))
+        classes.update(dict.fromkeys(guesses or tuple(at.state.tried_classes[x.series])))
     syntaxes = dict.fromkeys(
         syntax for c in classes for syntax in candidates(c) if syntax not in UNCOMPRESSED and at.peer.accepts(c, syntax)
     )
@@ -131,9 +137,10 @@ def every_class(at: Situation, left: Sequence[Instance]) -> Passes:
     targets = [x for x in left if x.sop_class is None]
     if targets:
         likely = {c for x in targets for c in likely_classes(x.modality, at.state.scope.sop_classes)}
-        others = sorted(other_classes(at.state.tried_classes), key=lambda c: c not in likely)
+        tried = set.intersection(*(at.state.tried_classes[x.series] for x in targets))
+        others = sorted(other_classes(tried), key=lambda c: c not in likely)
         for proposals in pack({c: at.peer.syntaxes(c) for c in others}):
-            at.state.tried_classes.update(p.abstract_syntax for p in proposals)
+            _tried(at, targets, {p.abstract_syntax for p in proposals})
             yield proposals, _lists(at, _todo(targets))
 
 

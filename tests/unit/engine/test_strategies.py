@@ -125,10 +125,16 @@ class TestFallBacks:
     def test_every_class_is_for_unknown_ones_and_tries_none_twice(self) -> None:
         assert run(EVERY, situation({"1.2.3": 1})) == []
         at = situation({"1.2.3": 1}, sop_class=UNKNOWN)
-        at.state.tried_classes.add(CT)
+        at.state.tried_classes["1.2.3"].add(CT)
         tried = [p.abstract_syntax for proposals, _ in run(EVERY, at) for p in proposals]
         assert CT not in tried
         assert MR in tried
+
+    def test_every_class_asks_in_one_that_was_tried_for_another_series_alone(self) -> None:
+        at = situation({"1.2.3": 1, "1.2.4": 1}, sop_class=UNKNOWN)
+        at.state.tried_classes["1.2.3"].add(CT)
+        at.state.tried_classes["1.2.4"].add(MR)
+        assert {CT, MR} <= {p.abstract_syntax for proposals, _ in run(EVERY, at) for p in proposals}
 
     def test_single_ones_are_asked_for_alone(self) -> None:
         assert shape(run(SINGLY, situation({"1.2.3": 3}))) == [("IMAGE", "1.2.3", 1)] * 3
