@@ -9,7 +9,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.dicom.values import dataset_of
-from airflow_dicom_get.engine.finder import UNIQUE, Answer, Finder, Keys, check_answered
+from airflow_dicom_get.engine.finder import UNIQUE, Answer, Finder, check_answered
 from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import LEVELS, Query

@@ -75,7 +75,7 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
     "send": ("ECONNRESET", "kill", "power"),
     "receive": ("ECONNRESET", "kill", "power"),
 }
-BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict")
+BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict", "correct")
 
 
 MATCHING = ("prefix", "folds", "ignores", "ignores", "leaves out", "empties")
@@ -106,17 +106,23 @@ class Run:
         Number of an association, from 1, its mode, and the mode's parameter.
     breaks : tuple
         Number of something that the PACS sends, and how the line ends there.
+    verb : {"get", "manifest"}
+        Whether the query is asked for, or what the manifest of the run before lists.
     """
 
     options: Mapping[str, Any]
     faults: tuple[Planned, ...] = ()
     ill: tuple[tuple[int, str, float | None], ...] = ()
     breaks: tuple[tuple[int, str], ...] = ()
+    verb: str = "get"
 
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """What happens between two runs: a name of :data:`BETWEEN`, and the number of the file to which it happens."""
+    """What happens between two runs: a name of :data:`BETWEEN`, and the number of the file to which it happens.
+
+    The archive may change too, as in a run: a name of :data:`~tests.simulation.pacs.CHANGES`, and of the instance.
+    """
 
     what: str
     which: int = 0
@@ -139,6 +145,8 @@ class History:
     """Whether ``verify`` is asked at the end, after ``harms``."""
     harms: tuple[Between, ...] = ()
     model: str = "StudyRoot"
+    quick: bool = False
+    """Whether it is ``verify --quick``."""
 
     def to_json(self) -> str:
         """The history as text, to be kept."""
@@ -156,7 +164,7 @@ class History:
                 steps.append(Between(**step))
                 continue
             step["faults"] = tuple(Planned(**fault) for fault in step["faults"])
-            steps.append(Run(step["options"], step["faults"], _tuples(step["ill"]), _tuples(step["breaks"])))
+            steps.append(Run(**step | {name: _tuples(step[name]) for name in ("ill", "breaks")}))
         plain["instances"] = tuple(Instance(**item) for item in plain["instances"])
         plain["habits"] = Habits(**plain["habits"])
         plain["harms"] = tuple(Between(**harm) for harm in plain["harms"])
@@ -187,13 +195,14 @@ def history_of(seed: int) -> History:
     for number in range(runs):
         if number:
             steps += [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 0, 1, 2)))]
-        steps.append(_run(chance, count, ill_chance, common, destination))
+        run = _run(chance, count, ill_chance, common, destination)
+        steps.append(replace(run, verb="manifest") if number and chance.random() < 0.15 else run)
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
     query, model = _query(chance, instances, habits)
     verify = query == {"StudyInstanceUID": STUDY_UID} and chance.random() < 0.3
     harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
-    return History(
+    history = History(
         seed,
         instances,
         habits,
@@ -205,7 +214,59 @@ def history_of(seed: int) -> History:
         verify,
         tuple(harms) if verify else (),
         model,
+        verify and chance.random() < 0.4,
     )
+    return THEMES[chance.randrange(len(THEMES))](chance, history) if chance.random() < 0.2 else history
+
+
+def _corrected(chance: random.Random, history: History) -> History:
+    """What is held is corrected at the PACS, and comes again beside something that was deleted here."""
+    first, second = _two(chance, history)
+    between = (Between("delete", chance.randrange(64)), Between("correct", chance.randrange(64)))
+    habits = replace(history.habits, gets="series", cap=0)
+    return replace(history, habits=habits, changes=(), steps=(first, *between, second))
+
+
+def _replaced(chance: random.Random, history: History) -> History:
+    """What is held is corrected at the PACS, and all of it is fetched again to take its place."""
+    first, second = _two(chance, history)
+    options = {**second.options, "on_conflict": "replace", "resume": False}
+    options.pop("adopt", None)
+    between = Between("correct", chance.randrange(64))
+    if history.destination == "folder" and chance.random() < 0.5:
+        count = sum(i.study == STUDY_UID for i in history.instances)
+        what = chance.choice(("power", "power after"))
+        second = replace(
+            second, faults=(Planned(chance.choice(("rename", "sync")), 1 + chance.randrange(2 * count), what),)
+        )
+    return replace(history, changes=(), steps=(first, between, replace(second, options=options)))
+
+
+def _by_manifest(chance: random.Random, history: History) -> History:
+    """A run breaks off, somebody deletes what it had stored, and what its manifest lists is asked for."""
+    first, second = _two(chance, history)
+    count = sum(i.study == STUDY_UID for i in history.instances)
+    broken = replace(
+        first,
+        options={**first.options, "retries": 0},
+        breaks=((10 + chance.randrange(4 * count + 4), chance.choice(BREAKS)),),
+    )
+    between = Between("delete", chance.randrange(64))
+    return replace(history, changes=(), steps=(broken, between, replace(second, verb="manifest")))
+
+
+def _two(chance: random.Random, history: History) -> tuple[Run, Run]:
+    """Two runs, the first without faults."""
+    begun = history.steps[0]
+    assert isinstance(begun, Run)
+    options = {name: value for name, value in begun.options.items() if name not in ("resume", "adopt")}
+    second = next((step for step in history.steps[1:] if isinstance(step, Run)), Run(options))
+    options = {**second.options, **options}
+    return Run(options), replace(second, ill=(), options=options)
+
+
+THEMES = (_corrected, _replaced, _by_manifest)
+"""Courses of events that chance alone would seldom put together."""
 
 
 def _study(chance: random.Random, habits: Habits) -> tuple[Instance, ...]:
@@ -282,6 +343,8 @@ def _options(chance: random.Random) -> dict[str, Any]:
         options["ack"] = "durable"
     if chance.random() < 0.15:
         options["sop_classes"] = chance.choice(([CT], [MR], [MR], [CT, MR]))
+    if chance.random() < 0.1:
+        options["on_conflict"] = "replace"
     return options
 
 
@@ -319,7 +382,7 @@ _CALLS = {
 
 def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[str, Any], destination: str) -> Run:
     options = dict(common)
-    if chance.random() < 0.1:
+    if chance.random() < (0.5 if "on_conflict" in options else 0.1):
         options["resume"] = False
     elif chance.random() < 0.1:
         options["adopt"] = True

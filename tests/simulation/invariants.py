@@ -12,7 +12,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
 from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import mark
 from tests.simulation.pacs import SERIES, SOP, SOP_CLASS, Find, Key, listed
-from tests.simulation.world import Played, World
+from tests.simulation.world import Played, World, key_of
 
 LONGEST = 2 * 3600.0
 """Seconds within which any run ends: the operation's hour, and what may come after it."""
@@ -34,6 +34,10 @@ def after_run(world: World, run: Played) -> None:
         _numbers(world, run)
         if run.result.verdict == "complete":
             _complete(world, run, files)
+        elif run.result.reason == "nothing_asked" and any(
+            meant(world, key, run.run.options.get("sop_classes")) for key in run.asked or ()
+        ):
+            world.finding("nothing is asked for, and the manifest lists something")
 
 
 # --- what lies there -------------------------------------------------------------------------------
@@ -91,12 +95,20 @@ def class_of(data: bytes) -> str:
 
 
 def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None:
-    """What was whole under a final name stays as it was."""
-    if any(fault.ends == "power" for _, _, fault in run.met):
-        return  # what was not synced before this run is not there any more
-    for path, _, key, content in final_files(run.before):
-        if files.get(path) != content and _is_whole(world, path, key, content):
-            world.finding("lost" if path not in files else "changed", path)
+    """What was whole under a final name stays as it was, or is replaced by another whole one where that is asked for.
+
+    What was not synced before this run is not there any more where power was lost in it.
+    """
+    cut = any(fault.ends == "power" for _, _, fault in run.met)
+    for path, _, key, content in final_files(run.lasting if cut else run.before):
+        if files.get(path) == content or not _is_whole(world, path, key, content):
+            continue
+        if path not in files:
+            world.finding("lost", path)
+        elif run.run.options.get("on_conflict") != "replace" or not _is_whole(world, path, key, files[path]):
+            world.finding("changed", path)
+        else:
+            mark("replaced")
 
 
 def _nothing_torn(world: World, run: Played, files: dict[str, bytes]) -> None:
@@ -139,10 +151,18 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         world.finding("complete without a second list", len(lists))
         return
     classes = run.run.options.get("sop_classes")
-    wanted = {key for named in lists[-2:] for key in named if meant(world, key, classes)}
+    if run.asked is not None:
+        wanted = {key for key in run.asked if meant(world, key, classes)}
+    else:
+        wanted = {key for named in lists[-2:] for key in named if meant(world, key, classes)}
     if classes is not None:
         wanted -= _of_other_classes(finds, classes)
-    if not run.changed and not _lists_lie(run) and not (world.history.habits.cap and _cut_unseen(world, finds)):
+    if (
+        run.asked is None
+        and not run.changed
+        and not _lists_lie(run)
+        and not (world.history.habits.cap and _cut_unseen(world, finds))
+    ):
         wanted |= {key for key in _listable(world) if meant(world, key, classes)}
     if any(not is_uid(sop) or not is_uid(series) for series, sop in wanted):
         world.finding("complete, and a listed UID is malformed", wanted)
@@ -157,6 +177,22 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and other bytes than were sent", path)
         elif files[path] == world.theirs.get(path) and _is_looked_at(world, run):
             world.finding("complete, and somebody else's file", path)
+    for key, data in _taken(world, run):
+        path = f"{ROOT}/{STUDY_UID}/{key[0]}/{key[1]}.dcm"
+        if key in wanted and path in files and data_set(files[path]) != data:
+            world.finding("complete, and other bytes came", path)
+
+
+def _taken(world: World, run: Played) -> Iterator[tuple[Key, bytes]]:
+    """What the PACS was told that we took in a run, but for what was asked for once more to confirm a list."""
+    held = {key_of(row) for row in run.rows if row["state"] == "held"}
+    for get in world.pacs.gets:
+        if get.run != run.number:
+            continue
+        for key, data in get.taken:
+            if get.level == "IMAGE" or key not in held:
+                yield key, data
+        held |= {key for key, _ in get.taken}
 
 
 def _of_other_classes(finds: list[Find], classes: Collection[str]) -> set[Key]:
@@ -229,7 +265,7 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
         return  # nothing says that what was taken is still what it was
     now = {key: (path, content) for path, _, key, content in final_files(run.before)}
     for row in last.rows:
-        key = row["series_instance_uid"], row["sop_instance_uid"]
+        key = key_of(row)
         if row["state"] in ("stored", "held") and key in now:
             path, content = now[key]
             if _is_whole(world, path, key, content) and path not in world.theirs:
@@ -253,7 +289,7 @@ def has_ended(world: World, run: Played) -> bool:
     if verdict == "unverified":
         return habits.counts == "high" or bool(habits.cap) or bool(malformed)
     for row in run.rows:
-        key = row["series_instance_uid"], row["sop_instance_uid"]
+        key = key_of(row)
         match row["state"]:
             case "conflict":
                 if len(set(world.pacs.sent[key])) < 2 and path_of(row) not in world.theirs:

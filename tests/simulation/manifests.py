@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow_dicom_get.manifest import files, schema
+from airflow_dicom_get.manifest.schema import COLUMNS
 from airflow_dicom_get.records import Instance
 
-_COLUMNS = {"series_instance_uid": "series", "sop_instance_uid": "sop", "state": "state", "reason": "reason"}
+_COLUMNS = {
+    "study_instance_uid": "study",
+    "series_instance_uid": "series",
+    "sop_instance_uid": "sop",
+    "sop_class_uid": "sop_class",
+    "state": "state",
+    "reason": "reason",
+}
+_TOLD = ("series_instance_uid", "sop_instance_uid", "state", "reason")
 
 
 class Rows:
@@ -25,6 +34,20 @@ class Rows:
         self.instances = list(instances)
         self.about = (source, destination, *tags)
         self.schema = SimpleNamespace(names=[*schema.COLUMNS, *tags])
+
+    column_names = tuple(COLUMNS)
+    """As of a table: what takes manifests takes these too."""
+
+    def column(self, name: str) -> _Column:
+        """See :class:`pyarrow.Table`."""
+        return _Column([getattr(x, _COLUMNS[name]) or None for x in self.instances])
+
+
+class _Column(NamedTuple):
+    values: list[Any]
+
+    def to_pylist(self) -> list[Any]:
+        return self.values
 
 
 def _write(rows: Rows, file: Any, facts: Mapping[str, str]) -> None:
@@ -45,6 +68,6 @@ PLAIN: list[tuple[Any, str, object]] = [
 def plain_rows(table: Any) -> list[dict[str, Any]]:
     """Of each row of a table, or of :class:`Rows`, which instance it is, and what became of it."""
     if not isinstance(table, Rows):
-        found: list[dict[str, Any]] = table.select(list(_COLUMNS)).to_pylist()
+        found: list[dict[str, Any]] = table.select(list(_TOLD)).to_pylist()
         return found
-    return [{name: getattr(x, attribute) or None for name, attribute in _COLUMNS.items()} for x in table.instances]
+    return [{name: getattr(x, _COLUMNS[name]) or None for name in _TOLD} for x in table.instances]

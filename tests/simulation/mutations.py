@@ -137,6 +137,27 @@ MUTATIONS: Mapping[str, Mutation] = {
         "Below(one.rows, sum(of == one.uid for of, _ in self.instances), one.related_instances, self.images_filtered)",
         "it never comes to an end",
     ),
+    "a_conflict_after_the_answer_marks_a_record_of_its_own": Mutation(
+        "engine.state:StudyState.confirm",
+        'if not conflict and (record is not instance or record.state == "conflict"):',
+        'if record is not instance or record.state == "conflict":',
+        "complete, and other bytes came",
+    ),
+    "what_a_manifest_says_is_held_counts": Mutation(
+        "engine.retry:asked_by",
+        "if state in OUTSIDE_LIST or",
+        'if state in (*OUTSIDE_LIST, "stored", "held") or',
+        "nothing is asked for, and the manifest lists something",
+    ),
+    "the_second_of_two_in_one_run_takes_the_place_of_the_first": Mutation(
+        "sinks.filesystem:_FileWriter._meet_first",
+        'if self._sink.options.on_conflict == "replace" and not placed:',
+        'if self._sink.options.on_conflict == "replace":',
+        "complete, and other bytes came",
+    ),
+    "what_replaces_another_is_not_synced_before": Mutation(
+        "sinks.filesystem:_FileWriter._put_over", "if self._sink.options.durable:", "if False:", "changed"
+    ),
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),

@@ -7,7 +7,7 @@ each association one of its modes, or none; :class:`Habits` hold for all of them
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -96,6 +96,8 @@ class Get:
     series: str
     uids: list[str]
     sent: list[Key] = field(default_factory=list)
+    taken: list[tuple[Key, bytes]] = field(default_factory=list)
+    """What was answered with success, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,15 @@ class ModelPacs:
         """A request or a sub-operation begins."""
         self._moment += 1
         while self._changes and self._changes[0].moment <= self._moment and not self.healed:
-            change = self._changes.pop(0)
-            CHANGES[change.what](self, change.which)
-            self.ever |= {(i.study, i.series, i.sop) for i in self.site.instances}
-            self.known |= self.held()
-            self.log.append(("change", change.what, change.which))
-            mark(f"archive: {change.what}")
+            self.change(self._changes.pop(0))
+
+    def change(self, change: Change) -> None:
+        """Change the archive."""
+        CHANGES[change.what](self, change.which)
+        self.ever |= {(i.study, i.series, i.sop) for i in self.site.instances}
+        self.known |= self.held()
+        self.log.append(("change", change.what, change.which))
+        mark(f"archive: {change.what}")
 
     def send(self) -> str | None:
         """Something is to be sent; how the line ends there, if it does."""
@@ -271,6 +276,14 @@ class Observer:
         self._lost = False
         self._command, self._data = bytearray(), bytearray()
         self._storing = ""
+        self._unanswered: deque[tuple[Key, bytes]] = deque()
+
+    def answered(self, status: int) -> None:
+        """The answer came to what was sent whole first."""
+        if self._unanswered:
+            sent = self._unanswered.popleft()
+            if status == 0 and self.get is not None:
+                self.get.taken.append(sent)
 
     def note(self, data: bytes) -> None:
         """So much went out."""
@@ -322,6 +335,7 @@ class Observer:
         if before and before[-1] != data:
             mark("pacs: other bytes of one instance")
         before.append(data)
+        self._unanswered.append((key, data))
         if self.get is not None:
             self.get.sent.append(key)
         self._pacs.log.append(("sent", key[1], hashlib.sha256(data).hexdigest()[:8]))
@@ -487,6 +501,9 @@ class Habitual(Behaviour):
 
     def await_response(self, retrieval: Retrieval) -> int:
         status = super().await_response(retrieval)
+        link = self.link
+        assert isinstance(link, ModelLink)
+        link.observer.answered(status)
         self.pacs.log.append(("answered", status))
         return status
 

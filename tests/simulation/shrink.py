@@ -71,9 +71,13 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, harms=())
     if history.verify:
         yield replace(history, verify=False, harms=())
+    if history.quick:
+        yield replace(history, quick=False)
 
 
 def _smaller_runs(run: Run) -> Iterator[Run]:
+    if run.verb != "get":
+        yield replace(run, verb="get")
     for name in ("faults", "ill", "breaks"):
         items = getattr(run, name)
         if len(items) > 4:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,6 +22,7 @@ from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.verify import Verification
+from airflow_dicom_get.vocabulary import OUTSIDE_LIST
 from tests.simulation.codecs import CODECS
 from tests.simulation.destinations import DESTINATIONS, Destination, path_of
 from tests.simulation.faults import Fault, Faults, Killed, Process
@@ -30,7 +31,7 @@ from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.manifests import PLAIN, plain_rows
 from tests.simulation.marks import in_history, mark
-from tests.simulation.pacs import ModelPacs
+from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs, listed
 
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
@@ -48,6 +49,10 @@ class Played:
     run: Run
     before: dict[str, bytes]
     """All files, as they were."""
+    lasting: dict[str, bytes] = field(default_factory=dict)
+    """Of these what outlasts a power cut, where there will be one."""
+    asked: frozenset[Key] | None = None
+    """What the manifest lists that is asked for."""
     result: Result | None = None
     refused: Exception | None = None
     """It raised, as it may where nothing was fetched."""
@@ -116,6 +121,8 @@ class World:
         self.torn: set[str | None] = set()
         self.trace: list[Any] = []
         self.sends: list[int] = []
+        self.manifest: Any = None
+        """Of the last run that left one."""
         wanted = [step.options.get("sop_classes") for step in history.steps if isinstance(step, Run)]
         self.classes = (
             frozenset(uid for uids in wanted for uid in uids or ()) if wanted and None not in wanted else None
@@ -163,7 +170,7 @@ class World:
         for harm in self.history.harms:
             self.between(harm)
         exit_code = self.verify()
-        self.run(Run(options | {"verify_held": "digest"}), healing=True)
+        self.run(Run(options | {"verify_held": "size" if self.history.quick else "digest"}), healing=True)
         invariants.after_run(self, self.runs[-1])
         invariants.agrees(self, self.runs[-1], exit_code)
 
@@ -182,6 +189,12 @@ class World:
         """One run of the retrieval."""
         process = Process(Faults({(f.operation, f.number): _fault(f) for f in run.faults}))
         played = Played(len(self.runs) + 1, run, self.place.files(), healing=healing)
+        if any(fault.what.startswith("power") for fault in run.faults):
+            played.lasting = self.place.durable()
+        manifest = self.manifest if run.verb == "manifest" else None
+        if manifest is not None:
+            mark("get: by a manifest")
+            played.asked = frozenset(key_of(row) for row in plain_rows(manifest) if row["state"] not in OUTSIDE_LIST)
         self.runs.append(played)
         self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         self.loop.at += _PAUSE
@@ -191,9 +204,11 @@ class World:
             transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
             options = {**self.place.options, **run.options}
             scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
-            played.result = scu.get_study(self.history.query, query_model=self.history.model)
+            query = self.history.query if manifest is None else None
+            played.result = scu.get_study(query, query_model=self.history.model, manifest=manifest)
             if played.result.rows is not None:
-                played.rows = plain_rows(played.result.rows())
+                self.manifest = played.result.rows()
+                played.rows = plain_rows(self.manifest)
 
         error = self.call(work, process)
         played.killed = isinstance(error, Killed)
@@ -228,6 +243,7 @@ class World:
                 addr=NODE,
                 destination=self.place.address,
                 query_model=self.history.model,
+                quick=self.history.quick,
                 deadlines=DEADLINES,
                 **options,
             )
@@ -240,7 +256,7 @@ class World:
             raise error
         exit_code = seen[0].exit_code if seen else 1
         self.trace.append(("verify", exit_code, self.loop.at))
-        mark(f"verify: {exit_code}")
+        mark(f"verify{' --quick' if self.history.quick else ''}: {exit_code}")
         return exit_code
 
     def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
@@ -271,6 +287,9 @@ class World:
     def between(self, step: Between) -> None:
         """What others do between two runs."""
         mark(f"between: {step.what}")
+        if step.what in CHANGES:
+            self.pacs.change(Change(0, step.what, step.which))
+            return
         there = self.place.files()
         final = sorted(path for path in there if path.endswith(".dcm"))
         path = final[step.which % len(final)] if final else None
@@ -287,6 +306,11 @@ class World:
                 content = content[: len(content) // 2]
                 self.torn.add(path)
         self.place.harm(step.what, path, content)
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """Series and SOP Instance UID of a row of a manifest."""
+    return row["series_instance_uid"] or "", row["sop_instance_uid"] or ""
 
 
 def _fault(planned: Planned) -> Fault:
