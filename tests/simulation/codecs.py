@@ -6,7 +6,7 @@ what a history costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,11 +69,6 @@ def _copied(accepted: acse.Accepted) -> acse.Accepted:
     )
 
 
-def _encode(elements: Iterable[archive.Element], syntax: str) -> bytes:
-    return bytes(_encoded((*elements,), syntax))
-
-
-_encoded = _remembered(archive.encode, lambda elements, syntax: (elements, syntax))
 _command = _remembered(command.Command, bytes)
 
 CODECS: list[tuple[Any, str, object]] = [
@@ -96,7 +91,7 @@ CODECS: list[tuple[Any, str, object]] = [
         "associate_accept",
         _remembered(wire.associate_accept, lambda request, answers, roles, *x: (request, (*answers,), (*roles,), x)),
     ),
-    (archive, "encode", _encode),
+    (archive, "encode_identifier", _remembered(archive.encode_identifier, _items)),
     (archive, "parse_identifier", _remembered(archive.parse_identifier, lambda data, syntax: (data, syntax), dict)),
 ]
 """Module, name and what remembers it, of what both sides code."""

@@ -418,7 +418,7 @@ def _parts(path: Where) -> list[str]:
     text = os.fspath(path)
     if not text:
         raise _error(errno.ENOENT, path)
-    if len(os.fsencode(text)) >= _PATH_MAX:
+    if 4 * len(text) >= _PATH_MAX and len(os.fsencode(text)) >= _PATH_MAX:
         raise _error(errno.ENAMETOOLONG, path)
     return [part for part in text.split("/") if part not in ("", ".")]
 
@@ -439,7 +439,7 @@ def _may_look_in(folder: Folder, name: str, path: object) -> None:
         raise _error(errno.EACCES, path)
     if folder.removed:
         raise _error(errno.ENOENT, path)
-    if len(os.fsencode(name)) > _NAME_MAX:
+    if 4 * len(name) > _NAME_MAX and len(os.fsencode(name)) > _NAME_MAX:
         raise _error(errno.ENAMETOOLONG, path)
 
 

@@ -126,7 +126,9 @@ class Loop:
         """Wait in a list until somebody calls :meth:`wake`, or for so many seconds; whether it was woken."""
         task = self.current
         assert task is not None, "only a task can wait"
-        self.check()
+        process = task.process
+        if process is not None and process.dead:
+            raise Killed
         wait = Wait(task)
         if waiters is not None:
             waiters.append(wait)
@@ -134,7 +136,8 @@ class Loop:
             self._numbers += 1
             heappush(self._timers, (self.at + max(timeout, 0.0), self._numbers, wait))
         self.hub.switch()
-        self.check()
+        if process is not None and process.dead:
+            raise Killed
         if waiters is not None and not wait.woken:
             waiters.remove(wait)
         return bool(wait.woken)
@@ -360,8 +363,7 @@ class Time:
 
     def monotonic(self) -> float:
         loop = self._loop
-        process = loop.process
-        if process is not None and process.dead:
+        if loop.current is not None and loop.current.process is not None and loop.current.process.dead:
             return float("inf")  # whoever catches all there is, and goes on until a time, comes to its end
         loop.at += _TICK
         return loop.at

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -230,6 +231,18 @@ class ModelLink(Link):
         super().__init__(_Observed(line, self.observer), number)
         self._pacs = pacs
 
+    def send_raw_command(self, context: int, encoded: bytes) -> None:
+        if len(encoded) > self.fragment_size:
+            super().send_raw_command(context, encoded)
+        else:
+            self.send(_command_pdu(context, encoded))
+
+    def send_data(self, context: int, pieces: Iterable[bytes]) -> None:
+        if isinstance(pieces, tuple) and sum(map(len, pieces)) <= self.fragment_size:
+            self.send_fragment(context, b"".join(pieces), True)
+        else:
+            super().send_data(context, pieces)
+
     def send(self, *parts: bytes | memoryview) -> None:
         how = self._pacs.send()
         if how is None:
@@ -251,6 +264,16 @@ class ModelLink(Link):
                 self.bound(1200.0, 0)
                 self.hold()
         raise GoneError("broken off on purpose")
+
+
+@lru_cache(10_000)
+def _command_pdu(context: int, encoded: bytes) -> bytes:
+    return wire.p_data(context, wire.COMMAND_BIT | wire.LAST_BIT, encoded)
+
+
+@lru_cache(10_000)
+def _pieces(instance: Instance) -> tuple[bytes, ...]:
+    return tuple(instance.pieces())
 
 
 class _Observed:
@@ -287,7 +310,7 @@ class Observer:
 
     def note(self, data: bytes) -> None:
         """So much went out."""
-        if self._lost:
+        if self._lost or self.get is None:
             return
         stream = self._bytes
         if not stream and len(data) >= 6 and len(data) == 6 + int.from_bytes(data[2:6], "big"):
@@ -491,6 +514,14 @@ class Habitual(Behaviour):
     def operate(self, retrieval: Retrieval, instance: Instance) -> None:
         self.pacs.moment()
         super().operate(retrieval, instance)
+
+    def store(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self.store_command(retrieval, instance, context)
+        if type(self).send_dataset is Behaviour.send_dataset:
+            self.link.send_data(context, _pieces(instance))
+        else:
+            self.send_dataset(context, iter(_pieces(instance)))
+        self.count(instance)
 
     def get_response(
         self, retrieval: Retrieval, status: int | None, counters: dict[int, wire.Value], failed: Sequence[str] = ()

@@ -268,7 +268,7 @@ class World:
             if process.dead:
                 error, main.error = Killed(), None
                 self.loop.bury(process)
-                gc.collect()  # whatever is left of it ends on its own disk, not on that of the next run
+                gc.collect(1)  # whatever is left of it ends on its own disk, not on that of the next run
             else:
                 self.loop.settle(process)
                 if left := self.loop.of(process):
@@ -345,9 +345,11 @@ def _freeze() -> None:
 
     What was in use at such a time and is garbage later is found at one of the rare times when all is looked through.
     """
-    if next(_numbers) % 1000 == 0:
+    if next(_numbers) % 1000:
+        gc.collect(1)
+    else:
         gc.unfreeze()
-    gc.collect()
+        gc.collect()
     gc.freeze()
 
 

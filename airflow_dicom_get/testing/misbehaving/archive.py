@@ -280,14 +280,18 @@ def find(
 ) -> Iterator[Row]:
     """Answer a C-FIND: one row per match with the keys that were asked for, unknown ones empty."""
     groups: dict[tuple[str, ...], list[Instance]] = {}
+    depth = _LEVELS.index(level) + 1 if level in _LEVELS else 1
+    # Most of what is held is ruled out by a unique key, and never described.
+    asked = [query.get(_UNIQUE_KEYS[upper], "") for upper in _LEVELS[:depth]]
+    named = [(n, frozenset(uids.split("\\"))) for n, uids in enumerate(asked) if uids not in ("", "*")]
     for instance in listing:
-        key = (instance.study, instance.series, instance.sop)[: _LEVELS.index(level) + 1 if level in _LEVELS else 1]
-        groups.setdefault(key, []).append(instance)
+        key = (instance.study, instance.series, instance.sop)[:depth]
+        if all(key[n] in uids for n, uids in named):
+            groups.setdefault(key, []).append(instance)
     for group in groups.values():
         row = describe(level, group)
         if all(_wanted(key, row[key], wanted) for key, wanted in query.items() if key != 0x00080052 and key in row):
-            asked = {key: row.get(key, "") for key in query}
-            yield {**asked, 0x00080052: level, 0x00080054: row[0x00080054]}
+            yield {**{key: row.get(key, "") for key in query}, 0x00080052: level, 0x00080054: row[0x00080054]}
 
 
 class RefusedError(LookupError):
