@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 # Each test process starts servers of its own and waits for them much of the time: one more than there are cores is
-# quickest, and more than four gain nothing.
-TESTS  ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4) --dist loadfile
+# quickest, and more than four gain nothing. The files are in order already: tests/conftest.py puts the longest first.
+TESTS  ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4) --dist loadfile --no-loadscope-reorder
 
 PY := $(VENV)/bin/python
 # Orthanc is installed to /usr/sbin, which is not on everyone's path.

@@ -52,6 +52,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, package in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"{package} is not installed: apt-get install {package}"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _begin_with_the_longest(items)
+
+
+def _begin_with_the_longest(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first: with one that a worker begins last, the others would have nothing to do.
+
+    These are the files with a test that is marked as slow, then those whose tests may take longest, or are most.
+    """
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+
+    def length(tests: list[pytest.Item]) -> tuple[bool, float, int]:
+        slow = any(test.get_closest_marker("slow") for test in tests)
+        limits = [float(mark.args[0]) for test in tests for mark in test.iter_markers("timeout")]
+        return slow, max(limits, default=0.0), len(tests)
+
+    items[:] = [test for tests in sorted(files.values(), key=length, reverse=True) for test in tests]
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from airflow_dicom_get.vocabulary import State
 from notebooks import NAMED, execute
 from tests.support.holdings import Holding
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = ("01_first_look", "02_complete_or_not", "03_throughput", "04_to_pixels", "05_cohort_tables")
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.simulation.exhaustive import POINTS
 
-HISTORIES = int(os.environ.get("HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("HISTORIES", "5000"))
 
 
 def run(*command: str) -> str:
