@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -414,13 +414,17 @@ def _contents(
     return found
 
 
-def _parts(path: Where) -> list[str]:
-    text = os.fspath(path)
-    if not text:
+def _parts(path: Where) -> tuple[str, ...]:
+    return _split(os.fspath(path))
+
+
+@lru_cache(10_000)
+def _split(path: str) -> tuple[str, ...]:
+    if not path:
         raise _error(errno.ENOENT, path)
-    if 4 * len(text) >= _PATH_MAX and len(os.fsencode(text)) >= _PATH_MAX:
+    if len(os.fsencode(path)) >= _PATH_MAX:
         raise _error(errno.ENAMETOOLONG, path)
-    return [part for part in text.split("/") if part not in ("", ".")]
+    return tuple(part for part in path.split("/") if part not in ("", "."))
 
 
 def _child(node: File | Folder, name: str, path: object) -> File | Folder:
@@ -572,7 +576,7 @@ class ModelDisk(files.Disk):
             if folder is None:
                 raise self.process.breach(f"{text} is a relative path")
             node = self._handle(folder).node
-        *above, name = _parts(path) or [""]
+        *above, name = _parts(path) or ("",)
         if ".." in above or name == "..":
             raise self.process.breach(f"{text} leads upwards")
         for part in above:
