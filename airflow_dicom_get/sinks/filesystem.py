@@ -237,7 +237,8 @@ class FilesystemSink:
                 return None
             found = told
         if not found.durable and not self._read_only:
-            self._sync_now(study, path)
+            if not self._sync_now(study, path):
+                return None  # it is fetched again: a sync of it may have failed in the run that took it
             self._record(study, found)
         found.where = place
         return found
@@ -256,13 +257,18 @@ class FilesystemSink:
             ledger.taken(stored)
             ledger.durable([stored.key])
 
-    def _sync_now(self, study: str, path: Below) -> None:
-        """Make a file durable that a run before this one has left, perhaps in folders that it has never synced."""
-        if self.options.durable:
-            files.write_again(path)
-            sync_path(path)
-            sync_path(path.parent)
-            self._study(study).sync_folders()  # and once in a run all those above
+    def _sync_now(self, study: str, path: Below) -> bool:
+        """Make a file durable that a run before this one has left, perhaps in folders that it has never synced.
+
+        Whether it surely is, where a sync of it may have failed before: not if we may not write it again.
+        """
+        if not self.options.durable:
+            return True
+        written = files.write_again(path)
+        sync_path(path)
+        sync_path(path.parent)
+        self._study(study).sync_folders()  # and once in a run all those above
+        return written
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
@@ -705,11 +711,16 @@ class _FileWriter:
             offset = meta.dataset_offset if meta else 0
             size = self._disk.size(fd)
             if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
+                if (
+                    self._sink.options.durable
+                    and instance.key not in self._sink.recorded_durable(instance.study)
+                    and not files.write_again(final, self._folder)
+                    and instance.key in self._sink.recorded_digests(instance.study)
+                ):
+                    return self._put_over(final)  # taken by a run before this one, whose sync may have failed
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd)
-                if self._sink.options.durable and instance.key not in self._sink.recorded_durable(instance.study):
-                    files.write_again(final, self._folder)
                 self._study.ledger.taken(instance)
                 self._drop()
                 there, fd = fd, -1

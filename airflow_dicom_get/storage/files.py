@@ -477,8 +477,8 @@ def sync_path(path: Where) -> None:
         disk.sync(fd)
 
 
-def write_again(path: Where, folder: int | None = None) -> None:
-    """Write a file once more as it is, where we may: a sync of it is then one of what it holds.
+def write_again(path: Where, folder: int | None = None) -> bool:
+    """Write a file once more as it is, where we may: a sync of it is then one of what it holds. Whether we may.
 
     After a sync that failed, what could not be written counts as written; the next sync succeeds and writes nothing.
     So it is of no worth to sync what another process has written, or a run before this one. Whoever changes the file
@@ -487,7 +487,7 @@ def write_again(path: Where, folder: int | None = None) -> None:
     try:
         fd = disk.open(path, CHANGE, folder)
     except OSError:
-        return
+        return False
     try:
         disk.keep_others_out(fd)
         position = 0
@@ -496,6 +496,7 @@ def write_again(path: Where, folder: int | None = None) -> None:
             position += len(chunk)
     finally:
         disk.close(fd)
+    return True
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

@@ -48,7 +48,10 @@ class Mutation:
 
 MUTATIONS: Mapping[str, Mutation] = {
     "adopted_file_not_written_again": Mutation(
-        "storage.files:write_again", "fd = disk.open(path, CHANGE, folder)", "return", "complete, and not durable"
+        "storage.files:write_again", "fd = disk.open(path, CHANGE, folder)", "return True", "complete, and not durable"
+    ),
+    "a_file_that_may_not_be_written_again_is_synced_as_it_is": Mutation(
+        "storage.files:write_again", "return False", "return True", "complete, and not durable"
     ),
     "zeros_in_a_ledger_are_damage": Mutation(
         "sinks.ledger:_entries", 'or b"\\0" in line', "", "it never comes to an end"

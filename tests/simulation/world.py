@@ -31,7 +31,7 @@ from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.manifests import PLAIN, plain_rows
 from tests.simulation.marks import in_history, mark
-from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs, listed
+from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs
 
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
