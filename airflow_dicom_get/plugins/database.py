@@ -173,7 +173,7 @@ def retrievals(dag_ids: Collection[str], since: datetime, until: datetime) -> li
                 dag_id,
                 outcome_of(state, verdict),
                 moment,
-                source,
+                _shown(str(source)) if source else None,
                 int(_number(held)),
                 int(_number(size)),
                 _number(seconds),
@@ -221,9 +221,14 @@ def _summary(value: Any) -> dict[str, Any] | None:
     return {**_plain(value), "errors": kept[:_MAX_ERRORS]}
 
 
+def _shown(text: str) -> str:
+    """A text as it fits in a page: not too long, and without half a surrogate pair, which JSON can hold."""
+    return text[:_MAX_TEXT].encode(errors="replace").decode()
+
+
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: item[:_MAX_TEXT] if isinstance(item, str) else item
+        key: _shown(item) if isinstance(item, str) else item
         for key, item in value.items()
         if isinstance(item, str | bool) or (isinstance(item, int | float) and abs(item) < _MAX_NUMBER)
     }

@@ -277,3 +277,12 @@ def bucket(moto, connect_bucket):
 def prefix():
     """A prefix in the bucket that no other test has."""
     return f"t{os.urandom(6).hex()}"
+
+
+@pytest.fixture
+def kept():
+    """Put task instances of a DAG with their XComs into Airflow's database, and take them away in the end."""
+    from tests.support.kept_runs import kept_runs
+
+    with kept_runs() as keep:
+        yield keep

@@ -9,7 +9,6 @@ import json
 import re
 import sys
 import time
-import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,24 +17,9 @@ from airflow.sdk import DAG
 
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
+from tests.support.kept_runs import summary
 
 SECRET_DAG = "page_secret"
-SUMMARY = {
-    "schema": 1,
-    "verdict": "complete",
-    "reason": None,
-    "total": 10,
-    "completed": 10,
-    "skipped": 0,
-    "failed": 0,
-    "bytes": 40_000_000,
-    "duration_seconds": 1.0,
-    "bytes_per_second": 40e6,
-    "errors": [],
-    "source": "PACS@10.0.0.5:104",
-    "destination": "/data/dicom",
-    "manifest_uri": None,
-}
 
 
 @pytest.fixture(scope="module")
@@ -96,72 +80,6 @@ def rows_of(html: str) -> list[str]:
     """The rows of the table, as text."""
     body = html.partition("<tbody>")[2].partition("</tbody>")[0]
     return [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("<tr>")[1:]]
-
-
-@pytest.fixture
-def kept():
-    """Put task instances of a DAG with their XComs into Airflow's database, and take them away in the end."""
-    from airflow import settings
-    from airflow.models import TaskInstance  # noqa: TID251
-    from airflow.models.dagrun import DagRun  # noqa: TID251
-    from airflow.models.task_state_store import TaskStateStoreModel  # noqa: TID251
-    from airflow.models.xcom import XComModel  # noqa: TID251
-    from airflow.utils.state import DagRunState
-    from sqlalchemy import delete, insert
-
-    dag_ids = set()
-
-    def keep(dag_id: str, tasks: list[dict], run_id: str = "manual__1", moment: datetime | None = None) -> None:
-        dag_ids.add(dag_id)
-        moment = moment or datetime.now(UTC) - timedelta(hours=1)
-        with settings.get_session()() as session:
-            run = DagRun(dag_id=dag_id, run_id=run_id, run_type="manual", state=DagRunState.RUNNING, run_after=moment)
-            session.add(run)
-            session.flush()
-            instances, xcoms, stored = [], [], []
-            for number, task in enumerate(tasks):
-                place = {"dag_id": dag_id, "run_id": run_id, "task_id": "get", "map_index": task.get("index", number)}
-                begun = moment + timedelta(seconds=number)
-                instances.append(
-                    {
-                        **place,
-                        "id": uuid.uuid4(),
-                        "start_date": begun if task.get("begun", True) else None,
-                        "queued_dttm": begun,
-                        "state": task["state"],
-                        "rendered_map_index": task.get("label"),
-                        "operator": task.get("operator", "DicomGetOperator"),
-                        "try_number": 1,
-                        "max_tries": 3,
-                        "pool": "default_pool",
-                        "pool_slots": 1,
-                        "span_status": "not_started",
-                    }
-                )
-                for key in ("summary", "return_value"):
-                    if key in task:
-                        xcoms.append(
-                            {**place, "dag_run_id": run.id, "key": key, "value": task[key], "timestamp": begun}
-                        )
-                for key, value in task.get("stored", {}).items():
-                    stored.append(
-                        {**place, "dag_run_id": run.id, "key": key, "value": json.dumps(value), "updated_at": begun}
-                    )
-            for model, values in ((TaskInstance, instances), (XComModel, xcoms), (TaskStateStoreModel, stored)):
-                if values:
-                    session.execute(insert(model.__table__), values)
-            session.commit()
-
-    yield keep
-    with settings.get_session()() as session:
-        for dag_id in dag_ids:
-            session.execute(delete(TaskInstance).where(TaskInstance.dag_id == dag_id))
-            session.execute(delete(DagRun).where(DagRun.dag_id == dag_id))
-        session.commit()
-
-
-def summary(verdict: str = "complete", failed: int = 0, **more) -> dict:
-    return {**SUMMARY, "verdict": verdict, "failed": failed, "completed": 10 - failed, **more}
 
 
 # --- who may see what ------------------------------------------------------------------------------------
@@ -371,9 +289,10 @@ def test_what_comes_from_a_dag_is_escaped(page, kept):
         {"verdict": "partial", "completed": 10**30, "bytes": 1e308, "total": 10**400, "failed": 1},
         {"verdict": "complete", "bytes": "0x10", "duration_seconds": "inf", "completed": "nan", "source": ["a"]},
         {"verdict": "complete", "total": 1, "source": "s" * 70_000},
+        {"verdict": "\ud800", "total": 1, "source": "\ud800", "reason": "\ud800"},
         ["verdict"],
     ],
-    ids=["bare", "lists", "numbers", "texts", "large", "list"],
+    ids=["bare", "lists", "numbers", "texts", "large", "surrogates", "list"],
 )  # fmt: skip
 def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
     kept("page_odd", [{"state": "success", "summary": odd}, {"state": "success", "summary": summary(), "label": "2.5"}])
