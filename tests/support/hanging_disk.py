@@ -42,6 +42,8 @@ def serve(mount: str) -> None:
     import mfusepy
 
     class Hanging(mfusepy.Operations):
+        use_ns = True
+
         def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
             is_file = path.endswith(".parquet")
             mode = stat.S_IFREG | 0o644 if is_file else stat.S_IFDIR | 0o755
