@@ -189,7 +189,7 @@ def _launch(form: str, given: IO[bytes] | None, place: tuple[str, ...]) -> tuple
     read_end, write_end = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "airflow_dicom_get.plugins.reader", form, *place],
+            [sys.executable, "-P", "-m", "airflow_dicom_get.plugins.reader", form, *place],
             stdin=given or subprocess.DEVNULL,
             stdout=write_end,
             stderr=subprocess.DEVNULL,
