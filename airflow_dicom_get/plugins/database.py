@@ -97,6 +97,8 @@ def _summaries() -> Any:
         XComModel.map_index == _TASK.map_index,
         XComModel.key == "summary",
         _at_most(_VALUE, MAX_SUMMARY),
+        # Half a surrogate pair: SQLite hands out what is no UTF-8, and the whole answer is lost.
+        cast(_VALUE, Text).not_like("%\\ud%", escape="/"),
     )
 
 
