@@ -94,29 +94,6 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "description": "For example 500, or 100,1000. 0: never. Blank: not known.",
                         "schema": {"type": ["string", "null"]},
                     },
-                    "connect_timeout": {
-                        "label": "Seconds to connect",
-                        "schema": {"type": ["number", "null"], "default": 10},
-                    },
-                    "acse_timeout": {
-                        "label": "Seconds to accept an association",
-                        "schema": {"type": ["number", "null"], "default": 30},
-                    },
-                    "next_object_timeout": {
-                        "label": "Seconds between instances",
-                        "description": "Also before the first instance. A PACS with a tape archive needs more.",
-                        "schema": {"type": ["number", "null"], "default": 300},
-                    },
-                    "idle_timeout": {
-                        "label": "Seconds without a byte",
-                        "description": "In the middle of a message.",
-                        "schema": {"type": ["number", "null"], "default": 60},
-                    },
-                    "operation_timeout": {
-                        "label": "Seconds for a whole retrieval",
-                        "description": "Blank: no limit.",
-                        "schema": {"type": ["number", "null"]},
-                    },
                     "use_tls": {
                         "label": "Use TLS",
                         "schema": {"type": ["boolean", "null"], "default": False},
@@ -182,9 +159,13 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                         "schema": {"type": ["string", "null"]},
                     },
                     "path_style": {
-                        "label": "Bucket in the path",
-                        "description": "Unchanged: yes if an endpoint host is given. Switched on and off again: no.",
-                        "schema": {"type": ["boolean", "null"]},
+                        "label": "Bucket in the URL",
+                        "description": "In the path, or as a virtual host; auto: in the path if a host is given.",
+                        "schema": {
+                            "type": ["string", "null"],
+                            "enum": ["auto", "path", "virtual"],
+                            "default": "auto",
+                        },
                     },
                     "session_token": {
                         "label": "Session token",
@@ -239,12 +220,12 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "allowed_destinations": {
                         "description": (
-                            "Where objects of a manifest may lie that a task hands on: patterns of paths and s3:// "
-                            "addresses, one a line, with ``*`` for any characters. Empty: anywhere."
+                            "Where tasks may write to, and read the objects of a manifest from: patterns of paths, "
+                            "s3:// and dicom:// addresses, one a line, with ``*`` for any characters. Empty: anywhere."
                         ),
                         "version_added": "0.1.0",
                         "type": "string",
-                        "example": "/data/dicom*",
+                        "example": "/data/dicom/*",
                         "default": "",
                     },
                     "manifest_xcom_max_bytes": {

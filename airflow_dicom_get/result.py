@@ -330,7 +330,8 @@ class EchoReport:
     round_trip_ms : float
         Time from the C-ECHO request to its response.
     accepted : dict
-        Whether the node accepts a service, by its name: ``C-ECHO``, ``C-FIND StudyRoot``, ``C-GET PatientRoot``, ….
+        Whether the node accepts a service, by its name: ``C-ECHO``, ``C-FIND StudyRoot``, ``C-GET PatientRoot``,
+        ``C-STORE`` (of one of the common classes), ….
     max_pdu_length : int
         Largest PDU that the node accepts; 0 means no limit.
     profile : dict

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from airflow_dicom_get import errors, getscu  # noqa: E402
 from airflow_dicom_get.cli.main import build_parser  # noqa: E402
+from airflow_dicom_get.config.connection import connection_fields  # noqa: E402
 from airflow_dicom_get.config.options import OPTIONS  # noqa: E402
 from airflow_dicom_get.dicom import status, syntaxes  # noqa: E402
 from airflow_dicom_get.engine import find, listing, resolve  # noqa: E402
@@ -64,6 +65,10 @@ def connections() -> str:
             name = types if isinstance(types, str) else next(one for one in types if one != "null")
             text = " ".join(filter(None, [field.get("description", ""), f"One of {allowed}." if allowed else ""]))
             body.append((field["label"], code(key), name, shown, text))
+        for key, one in connection_fields().items() if kind["connection-type"] == "dicom" else ():
+            if key not in kind["conn-fields"]:
+                shown = "" if one.default is None else code(f"{one.default:g}")
+                body.append(("–", code(key), one.json_type, shown, one.doc))
         parts.append(f"Extra fields of the type `{kind['connection-type']}`, *{kind['hook-name']}*:\n")
         parts.append(rows(("in the form", "key in `extra`", "type", "default", ""), body))
     return "\n".join(parts)

@@ -311,8 +311,6 @@ class S3Config(Checked):
             )
         if self.profile is not None and self.access_key is not None:
             raise invalid("s3_config.profile", "is given together with keys", "Give one of the two.")
-        if self.ca_bundle is not None and (self.endpoint or "").startswith("http://"):
-            raise invalid("s3_config.ca_bundle", "has no effect for an endpoint without TLS", "Give one with https.")
         if self.kms_key_id is not None and self.sse != "aws:kms":
             raise invalid("s3_config.kms_key_id", "needs the encryption aws:kms", "Give sse='aws:kms' as well.")
 

@@ -18,11 +18,18 @@ _SERVICES = {
     "C-GET StudyRoot": STUDY_ROOT_GET,
     "C-GET PatientRoot": PATIENT_ROOT_GET,
 }
+_STORAGE = (
+    "1.2.840.10008.5.1.4.1.1.2",  # CT
+    "1.2.840.10008.5.1.4.1.1.4",  # MR
+    "1.2.840.10008.5.1.4.1.1.7",  # secondary capture
+    "1.2.840.10008.5.1.4.1.1.1.1",  # digital X-ray
+)
+"""Classes of which a node that stores anything takes one."""
 
 
 def echo(source: Source) -> EchoReport:
     """One association with a C-ECHO on it."""
-    proposals = [Proposal(uid, IMPLICIT_LE) for uid in _SERVICES.values()]
+    proposals = [Proposal(uid, IMPLICIT_LE) for uid in (*_SERVICES.values(), *_STORAGE)]
     with source.association(proposals) as association:
         accepted = {p.abstract_syntax for p in association.accepted.contexts.values()}
         began = clock.monotonic()
@@ -30,7 +37,10 @@ def echo(source: Source) -> EchoReport:
         return EchoReport(
             node=str(source.node),
             round_trip_ms=(clock.monotonic() - began) * 1000,
-            accepted={name: uid in accepted for name, uid in _SERVICES.items()},
+            accepted={
+                **{name: uid in accepted for name, uid in _SERVICES.items()},
+                "C-STORE": not accepted.isdisjoint(_STORAGE),
+            },
             implementation_version=association.accepted.implementation or None,
             max_pdu_length=association.accepted.max_pdu_length,
         )

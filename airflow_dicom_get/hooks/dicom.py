@@ -210,6 +210,8 @@ class DicomHook(BaseHook):
         accepted = [name for name, yes in report.accepted.items() if yes]
         missing = [name for name in (f"C-FIND {model}", f"C-GET {model}") if not report.accepted.get(name)]
         offers = f"{report.node} answers in {report.round_trip_ms:.0f} ms and offers {', '.join(accepted)}"
+        if accepted == ["C-ECHO", "C-STORE"]:
+            return True, f"{offers}: can be forwarded to; cannot be retrieved from."
         if f"C-GET {model}" in missing:
             return False, f"{offers}, but not {' and '.join(missing)}: studies cannot be retrieved from it by C-GET."
         if missing:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseHook
 
-from airflow_dicom_get.config.checks import Choice, Flag, Parsed, invalid, setting, shown
+from airflow_dicom_get.config.checks import Choice, Flag, Parsed, Setting, invalid, reworded, setting, shown
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.config.node import password_in
-from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, peer_text
 from airflow_dicom_get.hooks._connection import (
     TEST_SECONDS,
     Answer,
+    check_unknown,
     extras_of,
     find_connection,
     of_connection,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 FIELDS: Mapping[str, str] = {
     "region": "region",
-    "path_style": "path_style",
     "session_token": "session_token",
     "profile": "profile",
     "ca_file": "ca_bundle",
@@ -42,8 +42,10 @@ FIELDS: Mapping[str, str] = {
 }
 """Extra fields of a ``dicom_s3`` connection that are settings of :class:`~airflow_dicom_get.config.groups.S3Config`."""
 
-_OWN = ("scheme", "bucket")
+_OWN = ("scheme", "bucket", "path_style")
 _SCHEME = Choice("https", "http")
+_PATH_STYLES = {"auto": None, "path": True, "virtual": False}
+_PATH_STYLE = Choice(*_PATH_STYLES)
 _AWS_NAMES = {
     "endpoint": "endpoint_url",
     "region": "region_name",
@@ -54,6 +56,14 @@ _AWS_NAMES = {
 _AWS_TYPE = "aws"
 _PROVIDER = "apache-airflow-providers-amazon"
 _ROLE = ("role_arn", "assume_role_method", "assume_role_kwargs")
+_AWS_FIELDS = frozenset(
+    {
+        *("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "config_kwargs", "endpoint_url"),
+        *("external_id", "profile_name", "region_name", "role_arn", "service_config", "session_kwargs", "verify"),
+    }
+)
+"""What an ``aws`` connection may say, besides what begins with ``assume_role``."""
+_CLIENT_OPTIONS = frozenset({"client_cert", "proxies", "proxies_config", "signature_version"})
 _PROBE = ".connection-test"
 
 
@@ -132,12 +142,13 @@ class DicomS3Hook(BaseHook):
         )
 
     def _parse_own(self, conn: Connection, extras: Mapping[str, Any]) -> tuple[S3Config, str | None]:
-        for key in sorted(set(extras) - set(FIELDS) - set(_OWN)):
-            self.log.warning("Connection %s: the extra field %s is unknown and has no effect.",
-                             self.s3_conn_id, shown(key))  # fmt: skip
+        check_unknown(set(extras) - set(FIELDS) - set(_OWN), self.s3_conn_id, self.log)
         values = {FIELDS[key]: value for key, value in extras.items() if key in FIELDS}
+        values["path_style"] = _PATH_STYLES[_PATH_STYLE("path_style", extras.get("path_style", "auto"))]
         scheme = _SCHEME("scheme", extras.get("scheme", "https"))
         values["endpoint"] = self._endpoint(conn, scheme)
+        if scheme == "http" and values["endpoint"] is not None and "ca_file" in extras:
+            raise invalid("ca_file", "is given, and scheme is http", "Set scheme to https, or clear it.")
         values["access_key"], values["secret_key"] = _blank(conn.login), _blank(conn.password)
         names = {
             "access_key": "login (access key)",
@@ -172,19 +183,23 @@ class DicomS3Hook(BaseHook):
         return f"{scheme}://{host}:{conn.port}" if conn.port else f"{scheme}://{host}"
 
     def _parse_aws(self, conn: Connection, extras: Mapping[str, Any]) -> tuple[S3Config, str | None]:
+        unknown = {key for key in extras if key not in _AWS_FIELDS and not key.startswith("assume_role")}
+        check_unknown(unknown, self.s3_conn_id, self.log)
         service = _mapping(_mapping(extras, "service_config"), "s3")
         session = _mapping(extras, "session_kwargs")
         # The service's own endpoint wins, as in the amazon provider.
-        values = {
+        values: dict[str, Any] = {
             "endpoint": service.get("endpoint_url", extras.get("endpoint_url")),
             "region": extras.get("region_name", session.get("region_name")),
             "ca_bundle": _verify(service.get("verify", extras.get("verify"))),
         }
-        bucket = service.get("bucket_name")
+        values["bucket"] = service.get("bucket_name")
+        options = self._client_options(extras)
+        kind = S3Config
+        if options:
+            kind, values["config_kwargs"] = _AwsConfig, options
         if any(key in extras for key in _ROLE):
-            return self._checked(
-                _RoleConfig, {**values, "bucket": bucket, "provider_session": self._role()}, _AWS_NAMES
-            )
+            return self._checked(_AwsConfig, {**values, "provider_session": self._role()}, _AWS_NAMES)
         names = dict(_AWS_NAMES)
         if _blank(conn.login) or _blank(conn.password):
             keys = _blank(conn.login), _blank(conn.password)
@@ -196,7 +211,29 @@ class DicomS3Hook(BaseHook):
         values["access_key"], values["secret_key"] = keys
         values["session_token"] = extras.get("aws_session_token", session.get("aws_session_token"))
         values["profile"] = extras.get("profile_name", session.get("profile_name"))
-        return self._checked(S3Config, {**values, "bucket": bucket}, names)
+        return self._checked(kind, values, names)
+
+    def _client_options(self, extras: Mapping[str, Any]) -> dict[str, Any]:
+        """What of ``config_kwargs`` the connection has to say; the rest, as time-outs, is the engine's."""
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        given = _mapping(extras, "config_kwargs")
+        options = {key: value for key, value in given.items() if key in _CLIENT_OPTIONS}
+        style = _mapping(given, "s3").get("addressing_style")
+        if style is not None:
+            options["s3"] = {"addressing_style": style}
+        ignored = {*(given.keys() - options.keys() - {"s3"}), *(_mapping(given, "s3").keys() - {"addressing_style"})}
+        check_unknown((f"config_kwargs.{key}" for key in ignored), self.s3_conn_id, self.log)
+        if options.get("signature_version") == "unsigned":
+            options["signature_version"] = UNSIGNED
+        try:
+            Config(**options)
+        except (BotoCoreError, TypeError, ValueError) as error:
+            what = f"cannot be used: {peer_text(error, 160)}"
+            raise invalid("config_kwargs", what, "Give what botocore's Config takes.") from None
+        return options
 
     def _role(self) -> Any:
         """The session of the amazon provider, which takes roles and renews what it was lent."""
@@ -221,7 +258,7 @@ class DicomS3Hook(BaseHook):
             raise _renamed(error, names) from None
         if config.ca_bundle is not None:
             _check_file(names["ca_bundle"], config.ca_bundle)
-        if kind is S3Config and config.access_key is None and config.profile is None:
+        if config.access_key is None and config.profile is None and "provider_session" not in given:
             self.log.warning(
                 "Connection %s has no keys, profile or role: boto3 uses the credentials that it finds on this machine.",
                 self.s3_conn_id,
@@ -246,17 +283,27 @@ class DicomS3Hook(BaseHook):
         )
 
 
+_ANY = Parsed(lambda _, value: value, "a value", optional=True)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class _RoleConfig(S3Config):
-    """A bucket whose credentials are lent, and renewed, by the amazon provider."""
+class _AwsConfig(S3Config):
+    """What an ``aws`` connection can say beyond a bucket and its keys."""
 
     provider_session: Any = setting(  # noqa: RUF009 - it makes a dataclass field
-        None, Parsed(lambda _, value: value, "a session"), "The provider's boto3 session."
+        None, _ANY, "Session of the amazon provider, which lends credentials and renews them."
+    )
+    config_kwargs: Any = dataclasses.field(
+        default=None, repr=False, metadata={"setting": Setting(_ANY, "Options of botocore's Config.")}
     )
 
     def session(self) -> Any:
-        """The provider's session."""
-        return self.provider_session
+        """See :meth:`S3Config.session`."""
+        return S3Config.session(self) if self.provider_session is None else self.provider_session
+
+    def client_options(self) -> dict[str, Any]:
+        """See :meth:`S3Config.client_options`."""
+        return dict(self.config_kwargs or {})
 
 
 def _blank(value: Any) -> str | None:
@@ -301,7 +348,7 @@ def _renamed(error: InvalidOption, names: Mapping[str, str]) -> InvalidOption:
     def rename(text: str) -> str:
         return re.sub(r"\bs3_config\.(\w+)", lambda match: names.get(match[1], match[1]), text)
 
-    return InvalidOption(rename(error.message), hint=rename(error.hint), option=rename(error.facts["option"]))
+    return reworded(error, rename)
 
 
 def _where(config: S3Config, bucket: str) -> str:

@@ -154,7 +154,11 @@ class FolderLedgers:
                 f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
             ) from error
         return merge_records(
-            (path.stem, parse_ledger([(str(path), _content(path, study))], study, self.destination)) for path in paths
+            (
+                path.name.removesuffix(".jsonl"),
+                parse_ledger([(str(path), _content(path, study))], study, self.destination),
+            )
+            for path in paths
         )
 
 

@@ -353,22 +353,24 @@ def make_client(config: S3Config) -> Any:
 
     session = config.session()
     own_path = config.path_style if config.path_style is not None else config.endpoint is not None
+    own: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "connect_timeout": CONNECT_TIMEOUT,
+        "read_timeout": READ_TIMEOUT,
+        "max_pool_connections": config.max_concurrency * REQUESTS_PER_SLOT,
+        # Adaptive: slower where the service asks for it. What is made again, and how often, the bucket decides.
+        "retries": {"mode": "adaptive", "total_max_attempts": 1},
+        "tcp_keepalive": True,
+        # The digest of each body is given here; what is signed is verified by services that ignore checksums.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    s3 = {"addressing_style": "path" if own_path else "auto", "payload_signing_enabled": True}
+    more = config.client_options()
     return session.client(
         "s3",
         region_name=config.region or session.region_name or "us-east-1",
         endpoint_url=config.endpoint,
         verify=config.ca_bundle,
-        config=Config(
-            signature_version="s3v4",
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
-            max_pool_connections=config.max_concurrency * REQUESTS_PER_SLOT,
-            # Adaptive: slower where the service asks for it. What is made again, and how often, the bucket decides.
-            retries={"mode": "adaptive", "total_max_attempts": 1},
-            tcp_keepalive=True,
-            # The digest of each body is given here; what is signed is verified by services that ignore checksums.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if own_path else "auto", "payload_signing_enabled": True},
-        ),
+        config=Config(**{**own, **more, "s3": {**s3, **(more.get("s3") or {})}}),
     )

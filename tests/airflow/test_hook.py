@@ -14,6 +14,7 @@ from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.get_provider_info import get_provider_info
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.servers import Storescp
 
 PLAIN = {"conn_type": "dicom", "host": "pacs.example", "port": 104, "login": "ORTHANC"}
 
@@ -251,6 +252,28 @@ def test_the_test_button_says_what_to_mend(pacs, archive, connect):
     ok, message = connect(f"dicom://PACS@127.0.0.1:{port}").test_connection()
     assert not ok
     assert str(port) in message
+
+
+STORES = "can be forwarded to; cannot be retrieved from."
+
+
+@pytest.mark.dcmtk
+def test_a_node_that_only_stores_is_a_good_one(connect, tmp_path):
+    with Storescp(tmp_path) as node:
+        ok, message = connect(f"dicom://STORESCP@127.0.0.1:{node.port}").test_connection()
+    assert ok
+    assert message.endswith(f"and offers C-ECHO, C-STORE: {STORES}")
+
+
+def test_a_pacs_without_c_get_is_told_from_a_node_that_only_stores(pacs, connect):
+    pacs.no_get = pacs.no_find = True
+    ok, message = connect(f"dicom://PACS@127.0.0.1:{pacs.port}").test_connection()
+    assert ok
+    assert message.endswith(STORES)
+    pacs.no_find = False
+    ok, message = connect(f"dicom://PACS@127.0.0.1:{pacs.port}").test_connection()
+    assert not ok
+    assert "but not C-GET StudyRoot: studies cannot be retrieved from it by C-GET." in message
 
 
 def test_the_test_button_ends_in_time_when_nobody_answers(connect, monkeypatch):

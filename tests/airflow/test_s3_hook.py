@@ -48,7 +48,8 @@ def of(server, **extra):
 
 def test_the_form_has_the_settings_of_s3_and_what_belongs_to_the_connection_alone():
     form = FORM["conn-fields"]
-    assert set(form) == {"scheme", "bucket", *FIELDS}
+    assert set(form) == {"scheme", "bucket", "path_style", *FIELDS}
+    assert form["path_style"]["schema"]["enum"] == ["auto", "path", "virtual"]
     import dataclasses
 
     settings = {item.name: item for item in dataclasses.fields(S3Config)}
@@ -76,7 +77,7 @@ def test_what_the_form_saves_is_taken_with_all_its_nulls(connect):
 
 def test_a_connection_is_a_configuration(connect):
     extra = {"region": "eu-central-1", "session_token": "tok", "storage_class": "GLACIER_IR", "max_concurrency": "4"}
-    hook = connect({**PLAIN, "extra": {**extra, "bucket": "trial", "path_style": "false"}})
+    hook = connect({**PLAIN, "extra": {**extra, "bucket": "trial", "path_style": "virtual"}})
     assert hook.config == S3Config(
         access_key="key", secret_key="hush-hush", endpoint="https://minio.example:9000", region="eu-central-1",
         session_token="tok", storage_class="GLACIER_IR", max_concurrency=4, path_style=False,
@@ -132,6 +133,10 @@ def test_credentials_of_the_machine_are_never_taken_in_silence(connect, capsys):
         ({"extra": {"scheme": "ftp"}}, "scheme"),
         ({"extra": {"bucket": "no_bucket/at all"}}, "bucket"),
         ({"extra": {"path_style": "perhaps"}}, "path_style"),
+        ({"extra": {"path_style": True}}, "path_style"),
+        ({"extra": {"tls_ca": "/ca.pem"}}, "tls_ca"),
+        ({"extra": {"ssl": True}}, "ssl"),
+        ({"extra": {"scheme": "http", "ca_file": "/ca.pem"}}, "ca_file"),
         ({"extra": {"profile": "p"}}, "profile"),
         ({"login": None, "password": None, "extra": {"session_token": "t"}}, "session_token"),
         ({"extra": {"sse": "rot13"}}, "sse"),
@@ -212,6 +217,12 @@ def test_the_profile_of_an_aws_connection(connect):
         ({"login": "k", "password": "s", "extra": {"verify": "/nowhere.pem"}}, "verify"),
         ({"login": "k", "password": "s", "extra": {"endpoint_url": "minio"}}, "endpoint_url"),
         ({"extra": {"session_kwargs": 3}}, "session_kwargs"),
+        ({"login": "k", "password": "s", "extra": {"config_kwargs": 3}}, "config_kwargs"),
+        (
+            {"login": "k", "password": "s", "extra": {"config_kwargs": {"s3": {"addressing_style": "sideways"}}}},
+            "config_kwargs",
+        ),
+        ({"login": "k", "password": "s", "extra": {"ssl_verify": False}}, "ssl_verify"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else value,
 )
@@ -219,6 +230,50 @@ def test_each_bad_field_of_an_aws_connection_is_named(connect, conn, field):
     with pytest.raises(InvalidOption) as caught:
         connect({"conn_type": "aws", **conn}).config  # noqa: B018
     assert field in str(caught.value).partition(". ")[0]
+
+
+def test_what_is_not_taken_of_an_aws_connection_is_named(connect, capsys):
+    extra = {
+        "config_kwargs": {"connect_timeout": 3, "s3": {"use_accelerate_endpoint": True}},
+        "regoin_name": "eu-west-1",
+        "assume_role_note": "its provider's",
+        "external_id": None,
+    }
+    assert connect({"conn_type": "aws", "login": "k", "password": "s", "extra": extra}).config == S3Config(
+        access_key="k", secret_key="s"
+    )
+    said = capsys.readouterr().out
+    for key in ("regoin_name", "config_kwargs.connect_timeout", "config_kwargs.use_accelerate_endpoint"):
+        assert f"the extra field '{key}' is unknown and has no effect" in said
+    assert "assume_role_note" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "path", "signature"),
+    [
+        ({}, "s3.example", f"/{BUCKET}/", "AWS4-HMAC-SHA256 "),
+        ({"s3": {"addressing_style": "virtual"}}, f"{BUCKET}.s3.example", "/", "AWS4-HMAC-SHA256 "),
+        ({"signature_version": "s3"}, "s3.example", f"/{BUCKET}/", f"AWS {ACCESS_KEY}:"),
+        ({"signature_version": "unsigned"}, "s3.example", f"/{BUCKET}/", None),
+    ],
+    ids=["proxy", "addressing", "signature", "unsigned"],
+)
+def test_the_client_of_an_aws_connection_is_set_up_as_it_says(connect, moto, options, host, path, signature):
+    """The service has a name that only the proxy could resolve."""
+    with FaultProxy(moto, lambda *_: (403, "AccessDenied", "seen")) as proxy:
+        extra = {
+            "endpoint_url": "http://s3.example",
+            "service_config": {"s3": {"bucket_name": BUCKET}},
+            "config_kwargs": {"proxies": {"http": f"http://127.0.0.1:{proxy.port}"}, **options},
+        }
+        hook = connect({"conn_type": "aws", "login": ACCESS_KEY, "password": SECRET_KEY, "extra": extra})
+        ok, message = hook.test_connection()
+    assert (ok, "AccessDenied" in message) == (False, True), message
+    lines = [line.decode() for line in proxy.heads[0]]
+    assert lines[0].startswith(f"PUT http://{host}{path}.connection-test ")
+    found = [line.partition(": ")[2] for line in lines if line.lower().startswith("authorization: ")]
+    assert found == [] if signature is None else found[0].startswith(signature)
+    assert SECRET_KEY not in repr(hook.config)
 
 
 def test_a_role_without_the_provider_that_takes_it_names_the_provider(connect, monkeypatch):
