@@ -210,8 +210,8 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     "manifest_root": {
                         "description": (
                             "Where the manifests of transfers to another DICOM node are written: an absolute path or "
-                            "an s3:// address. Empty: nowhere. Retrievals to a folder or a bucket write them there. Where it "
-                            "is set, the page opens manifests below it alone, and none in a bucket."
+                            "an s3:// address. Empty: nowhere. Retrievals to a folder or a bucket write them there. "
+                            "Where it is set, the page opens manifests below it alone, and none in a bucket."
                         ),
                         "version_added": "0.1.0",
                         "type": "string",

@@ -24,6 +24,7 @@ from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import (
+    Listed,
     Named,
     Opened,
     RefusedError,
@@ -167,7 +168,9 @@ class StoreScu:
             raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
         others: list[Instance] = []
         if manifest is not None:
-            objects, others = objects_of(load_listed(manifest, self.options.s3_config, root), self.options.s3_config)
+            listed = load_listed(manifest, self.options.s3_config, root)
+            self._check_not_source(listed)
+            objects, others = objects_of(listed, self.options.s3_config)
             shown_source = str(manifest) if isinstance(manifest, str | os.PathLike) else "manifest"
         else:
             assert source is not None
@@ -211,6 +214,19 @@ class StoreScu:
         result = results[0]
         events.completed(completed_event(result))
         return result
+
+    def _check_not_source(self, listed: Listed) -> None:
+        """Refuse to store at the node that a manifest was retrieved from."""
+        for text in listed.table["source"].unique().to_pylist():
+            try:
+                source = Node.parse(text or "")
+            except InvalidOption:
+                continue
+            target = self._target
+            if source.endpoint == target.node.endpoint and source.ae_title in (None, target.called):
+                raise invalid(
+                    "addr", f"{target} is the node that the manifest was retrieved from", "Name the node to store at."
+                )
 
 
 class _Run:

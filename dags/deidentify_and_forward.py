@@ -201,7 +201,7 @@ with DAG(
     # other node's answer.
     store = DicomStoreOperator.partial(
         task_id="store",
-        dicom_conn_id="dicom_target",
+        target_conn_id="dicom_target",
         # Manifest and ledger, by which another run knows what was sent.
         manifest_root="{{ params.copies }}/_forwarded",
         max_active_tis_per_dag=2,

@@ -120,7 +120,7 @@ with DAG(
     # so that any worker knows what was sent.
     store = DicomStoreOperator.partial(
         task_id="store",
-        dicom_conn_id="dicom_target",
+        target_conn_id="dicom_target",
         manifest_root=PLACE + "/_forwarded",
         max_active_tis_per_dag=2,
     ).expand(manifest=get.output)

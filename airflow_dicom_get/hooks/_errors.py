@@ -13,6 +13,11 @@ from airflow_dicom_get.errors import DicomGetError
 log = logging.getLogger(__name__)
 
 
+def may_pass(error: DicomGetError | AirflowNotFoundException) -> bool:
+    """Whether another try may do better; a connection may only seem missing, where its secrets backend is away."""
+    return isinstance(error, AirflowNotFoundException) or error.transient
+
+
 @contextmanager
 def said_first() -> Iterator[None]:
     """Log an error as a line of its own, before Airflow writes the tracebacks of it and of each of its causes."""
@@ -27,6 +32,8 @@ def said_first() -> Iterator[None]:
 def final_errors() -> Iterator[None]:
     """Let an error that a retry cannot fix fail the task at once, whatever its ``retries``.
 
+    A connection that is not found is tried again: a secrets backend that cannot be reached looks the same to Airflow.
+
     The operators do this themselves; use it in ``@task`` functions that call hooks or read manifests::
 
         @task(retries=3)
@@ -34,15 +41,12 @@ def final_errors() -> Iterator[None]:
             with final_errors():
                 return len(load_manifests(manifests))
 
-    :raises AirflowFailException: instead of an error of this package that is not ``transient``, or of a missing
-        connection
+    :raises AirflowFailException: instead of an error of this package that is not ``transient``
     """
     try:
         with said_first():
             yield
-    except AirflowNotFoundException as error:
-        raise AirflowFailException(str(error)) from error
     except DicomGetError as error:
-        if error.transient:
+        if may_pass(error):
             raise
         raise AirflowFailException(str(error)) from error

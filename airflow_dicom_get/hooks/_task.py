@@ -23,24 +23,13 @@ class Cancellable(Protocol):
 
 
 class DicomTask(BaseOperator):
-    """Base of the DICOM operators and the sensor.
-
-    :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
-    """
+    """Base of the DICOM operators and the sensor."""
 
     ui_color = "#d9ebf2"
+    dicom_conn_id: str
 
-    def __init__(
-        self,
-        *,
-        dicom_conn_id: str = DicomHook.default_conn_name,
-        query_model: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.dicom_conn_id = dicom_conn_id
-        self.query_model = query_model
         self._given: dict[str, Any] = {}
         self._scu: Cancellable | None = None
         self._killed = False

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.options import OPTIONS, GetOptions, Options
 from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._errors import final_errors, said_first
@@ -27,10 +29,38 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 OUTSIDE_WINDOW = ("defer", "fail", "ignore")
+ENGINE_OPTIONS = (
+    "verify_held", "on_conflict", "adopt", "trust_destination", "checksum", "durable", "ack", "sop_classes",
+    "require_exact", "retries", "transfer_syntaxes", "deadlines", "transcript",
+)  # fmt: skip
+"""Options of the engine that a task may set itself: what a connection says is for all tasks alike."""
 DEFAULT_POOL = "default_pool"
 _GRACE_SECONDS = 1.0
 """From the word that ends a task to the abort: Airflow kills the process after five."""
 _POLL_SECONDS = 0.2
+
+
+def check_engine_options(given: Any, verb: type[Options]) -> None:
+    """Check options of the engine, each alone, as soon as the DAG is parsed.
+
+    :param verb: the options that the engine has for what the task does
+    :raises InvalidOption: one is malformed, or is not for a task to set
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise invalid("engine_options", "is not a mapping", 'For example, give {"verify_held": "digest"}.')
+    allowed = verb.own(dict.fromkeys(ENGINE_OPTIONS))
+    for name, value in given.items():
+        if name not in allowed:
+            raise invalid(
+                "engine_options",
+                f"{shown(name)} is not one of them",
+                f"They are {', '.join(allowed)}. Limits, hours, titles and TLS belong to the connection.",
+            )
+        checked = OPTIONS[name].check(name, value)
+        if isinstance(checked, Path) and not checked.is_absolute():
+            raise invalid(name, f"{shown_path(checked)} is not an absolute path", "Write an absolute path.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,7 @@ class TransferOperator(DicomTask):
     """Base of the operators that end with a verdict and a manifest."""
 
     phase = "get"
+    verb: ClassVar[type[Options]] = GetOptions
 
     def __init__(
         self,
@@ -63,9 +94,11 @@ class TransferOperator(DicomTask):
         manifest_root: str | None = None,
         manifest_xcom: str = "auto",
         outside_window: str = "defer",
+        engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_engine_options(engine_options, self.verb)
         self.manifest = manifest
         self.s3_conn_id = s3_conn_id
         self.associations = associations
@@ -75,10 +108,17 @@ class TransferOperator(DicomTask):
         self.manifest_root = manifest_root
         self.manifest_xcom = manifest_xcom
         self.outside_window = outside_window
+        self.engine_options = engine_options
+
+    @classmethod
+    def partial(cls, **kwargs: Any) -> Any:
+        """Check when the DAG is parsed what ``__init__`` checks only when a mapped task runs."""
+        check_engine_options(kwargs.get("engine_options"), cls.verb)
+        return super().partial(**kwargs)
 
     def execute(self, context: Context) -> Any:
         """Do the transfer, and return the manifest or a reference to it."""
-        return self._transfer(context)
+        return self._transfer(context, first=True)
 
     def execute_after_window(self, context: Context, event: Any = None) -> Any:
         """Resume when the window of the connection has opened."""
@@ -93,7 +133,7 @@ class TransferOperator(DicomTask):
         """
         raise NotImplementedError
 
-    def _transfer(self, context: Context) -> Any:
+    def _transfer(self, context: Context, *, first: bool = False) -> Any:
         from airflow_dicom_get.engine.report import merge
 
         with final_errors():
@@ -101,7 +141,8 @@ class TransferOperator(DicomTask):
             self._check_choices()
             self._check_dependants(context)
             transfer = self.prepare(context, run_name_of(context["ti"]), ends)
-            self._warn_of_limits(context)
+            if first:
+                self._warn_of_limits(context)
             progress = Progress(
                 log=self.log,
                 store=context.get("task_state_store"),
@@ -189,6 +230,7 @@ class TransferOperator(DicomTask):
             self.log.warning(
                 "retries is 0, so any interruption ends this task. With retries=3, for example, a retry resumes it."
             )
+        text = ""
         if self.pool == DEFAULT_POOL:
             text = (
                 "This task runs in default_pool, so nothing limits the associations of all tasks to what the PACS "
@@ -196,15 +238,32 @@ class TransferOperator(DicomTask):
             )
             if configuration.boolean("require_pool"):
                 raise AirflowFailException(f"{text} [dicom_get] require_pool is set.")
-            self.log.warning(text)
+            most = self.max_active_tis_per_dag
+            if most is not None and most * self.associations <= self.hook.config.own.max_associations:
+                return
         elif self.pool_slots < self.associations:
-            self.log.warning(
-                "associations=%d but pool_slots=%d, so the pool %s counts too few associations. Set pool_slots=%d.",
-                self.associations,
-                self.pool_slots,
-                self.pool,
-                self.associations,
+            text = (
+                f"associations={self.associations} but pool_slots={self.pool_slots}, so the pool {self.pool} counts "
+                f"too few associations. Set pool_slots={self.associations}."
             )
+        if text and self._speaks_for_the_run(context):
+            self.log.warning("%s", text)
+
+    def _speaks_for_the_run(self, context: Context) -> bool:
+        """Whether this is the one of the tasks of a run with too wide a pool that says so, and its first try."""
+        ti = context["ti"]
+        if ti.try_number > 1 or (ti.map_index or 0) > 0 or self.dag is None:
+            return False
+
+        def too_wide(task: Any) -> bool:
+            associations = getattr(task, "partial_kwargs", vars(task)).get("associations", 1)
+            return task.pool == DEFAULT_POOL or task.pool_slots < associations
+
+        tasks = [
+            task for task in self.dag.tasks if issubclass(getattr(task, "operator_class", type(task)), TransferOperator)
+        ]
+        found = [(task.max_active_tis_per_dag is not None, task.task_id) for task in tasks if too_wide(task)]
+        return min(found)[1] == self.task_id
 
     def one_of(self, *names: str) -> tuple[str, Any]:
         """The one field of these that is given, and its value."""

@@ -17,7 +17,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
-from airflow_dicom_get.config.options import NodeOptions
+from airflow_dicom_get.config.options import NodeOptions, StoreOptions
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
@@ -55,7 +55,7 @@ from airflow_dicom_get.vocabulary import CANCELLED, REASONS, UNVERIFIED, advice
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_dicom_get.config.options import GetOptions, StoreOptions
+    from airflow_dicom_get.config.options import GetOptions
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.store import StoreScu
     from airflow_dicom_get.verify import Verification
@@ -105,9 +105,13 @@ class DicomFindOperator(DicomTask):
         on_truncation: str = "fail",
         shard_instances: int | None = None,
         on_empty: str = "return",
+        query_model: str | None = None,
+        dicom_conn_id: str = DicomHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.query_model = query_model
+        self.dicom_conn_id = dicom_conn_id
         self.query = query
         self.level = level
         self.study_date = study_date
@@ -267,12 +271,8 @@ class DicomGetOperator(TransferOperator):
     :param strict_forward: end at the first instance that a DICOM node as destination refuses
     :param store_with_file_meta: write DICOM files, not bare data sets
     :param resume: skip what is held and verified
-    :param verify_held: ``size`` or ``digest``: how what is held is verified
     :param tags: keywords of attributes to add as columns of the manifest. They go to XCom, which every viewer of
         the DAG can read.
-    :param checksum: ``sha256``, or None for no digest
-    :param durable: confirm an instance only when it is synced to disk
-    :param ack: ``taken`` or ``durable``: when an instance is acknowledged to the PACS
     :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifests and ledger; by default
         ``_manifests`` in the destination, and for a DICOM node ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: ``auto`` returns the manifest as a DataFrame, and a reference to its file where it is larger
@@ -280,6 +280,9 @@ class DicomGetOperator(TransferOperator):
     :param outside_window: outside the window of the connection, ``defer`` until it opens, ``fail``, or ``ignore`` it
     :param on_bad_study: whether a malformed UID in a list makes the task ``fail`` or is skipped (``skip``)
     :param verbose: log each instance
+    :param engine_options: options of ``GetScu`` for this task, as in ``{"verify_held": "digest"}``: ``verify_held``,
+        ``on_conflict``, ``adopt``, ``trust_destination``, ``checksum``, ``durable``, ``ack``, ``sop_classes``,
+        ``require_exact``, ``retries``, ``transfer_syntaxes``, ``deadlines``, ``transcript``
     :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     """
@@ -302,25 +305,21 @@ class DicomGetOperator(TransferOperator):
         query: Mapping[str, Any] | None = None,
         destination: str,
         store_with_file_meta: bool = True,
-        verify_held: str = "size",
         tags: Sequence[str] = (),
-        checksum: str | None = "sha256",
-        durable: bool = True,
-        ack: str = "taken",
         on_bad_study: str = "fail",
         verbose: bool = False,
+        query_model: str | None = None,
+        dicom_conn_id: str = DicomHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.query_model = query_model
+        self.dicom_conn_id = dicom_conn_id
         self.study = study
         self.query = query
         self.destination = destination
         self.store_with_file_meta = store_with_file_meta
-        self.verify_held = verify_held
         self.tags = tags
-        self.checksum = checksum
-        self.durable = durable
-        self.ack = ack
         self.on_bad_study = on_bad_study
         self.verbose = verbose
 
@@ -359,12 +358,9 @@ class DicomGetOperator(TransferOperator):
             strict_forward=self.strict_forward,
             store_with_file_meta=self.store_with_file_meta,
             resume=self.resume,
-            verify_held=self.verify_held,
             tags=tuple(self.tags),
-            checksum=self.checksum,
-            durable=self.durable,
-            ack=self.ack,
             verbose=self.verbose,
+            **(self.engine_options or {}),
             **more,
         ).options
         make = partial(_client, options, ends)
@@ -433,14 +429,15 @@ class DicomStoreOperator(TransferOperator):
     Retrieve first, forward later, with the acknowledgement of the node for every instance::
 
         get = DicomGetOperator.partial(task_id="get", destination="/data/dicom", retries=3).expand(study=find.output)
-        DicomStoreOperator.partial(task_id="store", dicom_conn_id="archive").expand(manifest=get.output)
+        DicomStoreOperator.partial(task_id="store", target_conn_id="archive").expand(manifest=get.output)
 
     The task succeeds if the verdict is one of ``accept``. Otherwise it is retried if the
     result is transient, which sends only what the node has not acknowledged yet, and fails at once if it is not.
+    Nothing is stored at the node from which the manifest was retrieved.
 
     :param manifest: manifest of a retrieval, of any shape, or several: the objects that they list (templated)
     :param source: an absolute path or ``s3://[CONN_ID@]bucket/prefix``, instead of a manifest (templated)
-    :param dicom_conn_id: the ``dicom`` connection of the node to store at (templated)
+    :param target_conn_id: the ``dicom`` connection of the node to store at (templated)
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of the bucket in which the objects lie; by default the one
         that the address of source or manifest names (templated)
     :param associations: number of parallel associations of the task; set ``pool_slots`` to the same number
@@ -451,21 +448,30 @@ class DicomStoreOperator(TransferOperator):
         ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: as in ``DicomGetOperator``
     :param outside_window: outside the window of the connection, ``defer`` until it opens, ``fail``, or ``ignore`` it
+    :param engine_options: options of ``StoreScu`` for this task: ``verify_held``, ``trust_destination``, ``checksum``,
+        ``retries``, ``deadlines``, ``transcript``
     """
 
-    template_fields: Sequence[str] = ("manifest", "source", "dicom_conn_id", "s3_conn_id", "manifest_root")
+    template_fields: Sequence[str] = ("manifest", "source", "target_conn_id", "s3_conn_id", "manifest_root")
     phase = "store"
+    verb = StoreOptions
 
     def __init__(
         self,
         *,
         manifest: Any = None,
         source: str | None = None,
-        dicom_conn_id: str,
+        target_conn_id: str,
         **kwargs: Any,
     ) -> None:
-        super().__init__(manifest=manifest, dicom_conn_id=dicom_conn_id, **kwargs)
+        super().__init__(manifest=manifest, **kwargs)
         self.source = source
+        self.target_conn_id = target_conn_id
+
+    @property
+    def hook(self) -> DicomHook:
+        """The hook of the node to store at."""
+        return DicomHook(self.target_conn_id)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide manifests."""
@@ -502,6 +508,7 @@ class DicomStoreOperator(TransferOperator):
             "s3_config": buckets[0].s3_config if buckets else None,
             "strict_forward": self.strict_forward,
             "resume": self.resume,
+            **(self.engine_options or {}),
         }
         hook = self.hook
         hours = hook.config.own
@@ -595,7 +602,6 @@ class DicomVerifyOperator(DicomTask):
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
     :param quick: compare sizes only; do not read the objects
     :param fail_on_difference: whether differences fail the task
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
 
     template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
@@ -693,7 +699,7 @@ class DicomVerifyOperator(DicomTask):
         if self.dicom_conn_id is not None:
             hook = DicomHook(self.dicom_conn_id)
             source = str(hook.node)
-            options |= hook.config.own.values(NodeOptions) | {"query_model": self.query_model or hook.query_model}
+            options |= hook.config.own.values(NodeOptions) | {"query_model": hook.query_model}
         found = verify(
             listed,
             study=studies or None,

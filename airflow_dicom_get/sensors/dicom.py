@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow.sdk.configuration import conf
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.engine.arrivals import Awaited, Counts
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.hooks._errors import final_errors
+from airflow_dicom_get.hooks._errors import final_errors, may_pass
 from airflow_dicom_get.hooks._redaction import label_of, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.triggers.dicom import DicomStudyTrigger, ask
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     :param min_instances: how many instances each study must have
     :param deferrable: wait in the triggerer rather than in a worker slot; Airflow's ``[operators]
         default_deferrable`` by default
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     :param dicom_conn_id: the ``dicom`` connection to the PACS (templated)
     """
 
@@ -55,9 +55,11 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         min_instances: int = 1,
         poke_interval: timedelta | float = 60,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        dicom_conn_id: str = DicomHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, **kwargs)
+        self.dicom_conn_id = dicom_conn_id
         self.study = study
         self.query = query
         self.settled_for = settled_for
@@ -84,9 +86,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         if done:
             return done.xcom_value
         self.defer(
-            trigger=DicomStudyTrigger(
-                awaited.to_json(), self._counts, self.poke_interval, self.dicom_conn_id, self.query_model
-            ),
+            trigger=DicomStudyTrigger(awaited.to_json(), self._counts, self.poke_interval, self.dicom_conn_id),
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout),
         )
@@ -101,11 +101,10 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     def poke(self, context: Context) -> PokeReturnValue:
         """Query once. A PACS that is down or busy is queried again later."""
         with final_errors():
-            awaited = self._awaited()
             try:
-                found = ask(self.hook, awaited, self._counts, query_model=self.query_model, on_scu=self._take)
-            except DicomGetError as error:
-                if not error.transient or self._killed:
+                found = ask(self.hook, self._awaited(), self._counts, on_scu=self._take)
+            except (DicomGetError, AirflowNotFoundException) as error:
+                if not may_pass(error) or self._killed:
                     raise
                 self.log.warning("The PACS could not be queried: %s", error)
                 return PokeReturnValue(False)
@@ -148,7 +147,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     def _frozen(self, query: Mapping[str, Any]) -> dict[str, Any]:
         """The query, checked, with ``today`` as the date of now: it may be asked still after midnight."""
         hook = self.hook
-        parsed = parse_query(query, query_model=self.query_model or hook.query_model, timezone=hook.timezone)
+        parsed = parse_query(query, query_model=hook.query_model, timezone=hook.timezone)
         keys: dict[str, Any] = {item.keyword: item.value for item in parsed.filters}
         for name, uids in (
             ("StudyInstanceUID", parsed.studies),

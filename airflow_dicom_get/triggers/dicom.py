@@ -7,10 +7,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_dicom_get.engine.arrivals import Arrivals, Awaited, find_arrivals
 from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.hooks._errors import may_pass
 from airflow_dicom_get.hooks.dicom import DicomHook
 
 if TYPE_CHECKING:
@@ -27,18 +29,16 @@ def ask(
     awaited: Awaited,
     before: Mapping[str, Sequence[float]],
     *,
-    query_model: str | None,
     on_scu: Callable[[GetScu], None],
 ) -> Arrivals:
     """Ask the PACS of a connection once: what the sensor does in a worker, and the trigger in a thread.
 
     :param before: the counts of the last time
-    :param query_model: by default that of the connection
     :param on_scu: takes the client before it is used, to cancel it by
     """
     scu = hook.get_scu(seconds=ASK_SECONDS)
     on_scu(scu)
-    model = query_model or hook.query_model
+    model = hook.query_model
 
     def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Any:
         return scu.find(query, level=level, query_model=model, return_keys=return_keys)
@@ -59,7 +59,6 @@ class DicomStudyTrigger(BaseTrigger):
     :param counts: what the sensor has seen already
     :param poke_interval: seconds between two queries
     :param dicom_conn_id: the ``dicom`` connection to the PACS
-    :param query_model: ``StudyRoot`` or ``PatientRoot``; by default that of the connection
     """
 
     def __init__(
@@ -68,20 +67,17 @@ class DicomStudyTrigger(BaseTrigger):
         counts: Mapping[str, Sequence[float]],
         poke_interval: float,
         dicom_conn_id: str,
-        query_model: str | None = None,
     ) -> None:
         super().__init__()
         self.awaited = Awaited(**awaited)
         self.counts = {study: list(values) for study, values in counts.items()}
         self.poke_interval = poke_interval
         self.dicom_conn_id = dicom_conn_id
-        self.query_model = query_model
         self._kwargs = {
             "awaited": dict(awaited),
             "counts": dict(counts),
             "poke_interval": poke_interval,
             "dicom_conn_id": dicom_conn_id,
-            "query_model": query_model,
         }
         self._scu: GetScu | None = None
 
@@ -99,8 +95,8 @@ class DicomStudyTrigger(BaseTrigger):
             await asyncio.sleep(self.poke_interval)
             try:
                 found = await self._ask()
-            except DicomGetError as error:
-                if not error.transient:
+            except (DicomGetError, AirflowNotFoundException) as error:
+                if not may_pass(error):
                     yield TriggerEvent({"error": str(error)})
                     return
                 self.log.warning("The PACS could not be queried: %s", error)
@@ -120,7 +116,7 @@ class DicomStudyTrigger(BaseTrigger):
     async def _ask(self) -> Arrivals:
         def in_thread() -> Arrivals:
             hook = DicomHook(self.dicom_conn_id)
-            return ask(hook, self.awaited, self.counts, query_model=self.query_model, on_scu=self._take)
+            return ask(hook, self.awaited, self.counts, on_scu=self._take)
 
         try:
             return await asyncio.wait_for(asyncio.to_thread(in_thread), ASK_SECONDS + GRACE_SECONDS)

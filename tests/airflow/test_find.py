@@ -105,9 +105,10 @@ def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs):
         for name, options in BAD.items():
             find(name, **options)
     run = run_dag(dag)
-    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
-        BAD, ("failed", 1)
-    )
+    # A connection may only seem to be missing: its secrets backend may be away for a moment.
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == {
+        name: ("failed", 3 if name in ("no_connection",) else 1) for name in BAD
+    }
     assert pacs.total_associations == 0
 
 

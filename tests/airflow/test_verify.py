@@ -63,7 +63,7 @@ def test_each_difference_is_named_and_the_next_get_mends_them(run_dag, pacs, arc
         tells = verify(task_id="tells", study=archive.many, destination=str(tmp_path), fail_on_difference=False,
                        manifest=first.output)  # fmt: skip
         mend = get(task_id="mend", manifest="{{ ti.xcom_pull('tells', key='summary').manifest_uri }}",
-                   destination=str(tmp_path), verify_held="digest")  # fmt: skip
+                   destination=str(tmp_path), engine_options={"verify_held": "digest"})  # fmt: skip
         spoilt >> [fails, tells]
         tells >> mend
     run = run_dag(dag)
@@ -139,9 +139,10 @@ def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, bucket):
         for name, (options, _) in BAD.items():
             verify(**{"task_id": name, **options})
     run = run_dag(dag)
-    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
-        BAD, ("failed", 1)
-    )
+    # A connection may only seem to be missing: its secrets backend may be away for a moment.
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == {
+        name: ("failed", 3 if name in ("no_node",) else 1) for name in BAD
+    }
     for _, word in BAD.values():
         assert word in run.log
     assert pacs.total_associations == 0

@@ -300,6 +300,28 @@ class TestManifest:
             said = json.loads(done.stdout)
             assert (said["verdict"], said["skipped"]) == ("complete", 40)
 
+    @pytest.mark.parametrize("how", ["address", "frame", "other title", "no title"])
+    def test_nothing_goes_back_to_where_it_came_from(
+        self, embedded: Embedded, private: Holding, tmp_path: Path, how: str
+    ) -> None:
+        source = embedded(private.folder)
+        title = "" if how == "no title" else "PACS@"
+        got = GetScu(f"{title}127.0.0.1:{source.port}", out_dir=tmp_path / "out").get_study(
+            {"StudyInstanceUID": private.study}
+        )
+        assert got.verdict == "complete"
+        manifest = got.manifest if how == "frame" else got.manifest_uri
+        scu = StoreScu(f"{'OTHER' if how == 'other title' else 'PACS'}@localhost:{source.port}", manifest_root=tmp_path)
+        asked = source.total_associations
+        if how == "other title":  # another archive behind the same door
+            assert scu.store(manifest=manifest).verdict == "complete"
+            return
+        with pytest.raises(InvalidOption, match="is the node that the manifest was retrieved from"):
+            scu.store(manifest=manifest)
+        assert source.total_associations == asked
+        # What is no manifest says nothing of its source.
+        assert scu.store(tmp_path / "out").completed == 12
+
     def test_objects_that_changed_since(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         got = self.retrieved(embedded, ct, tmp_path / "out")
         paths = sorted(got.manifest["uri"])

@@ -55,6 +55,7 @@ def home(tmp_path_factory, pacs, mailbox) -> Iterator[LiveAirflow]:
     environment = {
         "AIRFLOW_CONN_DICOM_DEFAULT": f"dicom://PACS@127.0.0.1:{pacs.port}",
         "AIRFLOW_CONN_SMTP_DEFAULT": mailbox.connection,
+        "DICOM_DESTINATION": str(folder / "held"),
         "DICOM_REPORTS": str(folder / "reports"),
         "DICOM_SETTLED_MINUTES": "0.05",
     }
@@ -114,10 +115,10 @@ def test_a_night_sets_off_its_report(home, tmp_path):
         assert "60 of 60 instances are held" in Path(summary["report"]).read_text("utf-8")
 
 
-def test_a_new_study_is_waited_for_in_the_triggerer(home, archive, tmp_path):
+def test_a_new_study_is_waited_for_in_the_triggerer(home, archive):
     unpause(home, "on_new_study")
     home.make_pool("pacs", 2)
-    run = home.trigger("on_new_study", study=archive[1], destination=str(tmp_path))
+    run = home.trigger("on_new_study", study=archive[1])
     run.wait_task("arrived", ["deferred"])
     assert run.wait() == "success"
-    assert sum(1 for _ in tmp_path.glob("[0-9]*/*/*.dcm")) == 60
+    assert sum(1 for _ in (home.home.FOLDER / "held").glob("[0-9]*/*/*.dcm")) == 60

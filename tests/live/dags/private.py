@@ -59,7 +59,7 @@ with DAG(
     )
     store = DicomStoreOperator.partial(
         task_id="store",
-        dicom_conn_id="archive",
+        target_conn_id="archive",
         manifest_root="{{ params.destination }}/store",
         accept=("complete", "partial", "failed"),
         **ROOM,
