@@ -8,9 +8,10 @@ What it reads:
 
 * the events of the asset `dicom_night`
 * the connection that the manifest's address names, `dicom_s3_default` by default
-* param `manifest`: the address of a manifest, instead of that of the event
-* param `folder`: where the report goes; by default the environment variable `DICOM_REPORTS`, else the folder
-  `dicom-reports` in Airflow's home. All workers, and everyone who reads the report, need access to that folder.
+* param `manifest`: the address of a manifest of an earlier event, instead of that of the last one
+* param `folder`: where the report goes, one of the folders in the environment variable `DICOM_REPORTS`, absolute paths
+  with commas between them; by default the folder `dicom-reports` in Airflow's home. All workers, and everyone who reads
+  the report, need access to that folder.
 * params `report_format` and `table_format`
 
 Report, table and XCom contain no patient data: columns that `tags` added to a manifest are left out.
@@ -19,7 +20,9 @@ Report, table and XCom contain no patient data: columns that `tags` added to a m
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
+from html import escape
 
 from airflow.sdk import DAG, Asset, Param, task
 from airflow.sdk.exceptions import AirflowFailException
@@ -27,9 +30,10 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_dicom_get.tasks import final_errors
 
 NIGHT = Asset("dicom_night")
-FOLDER = os.environ.get("DICOM_REPORTS") or os.path.expanduser(
-    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-reports")
-)
+# Whoever triggers a run chooses one of these, and can name no other.
+FOLDERS = os.environ.get("DICOM_REPORTS", "").split(",")
+if not FOLDERS[0]:
+    FOLDERS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-reports"))]
 
 with DAG(
     dag_id="analyse_manifest",
@@ -42,14 +46,14 @@ with DAG(
             None,
             type=["null", "string"],
             title="Manifest",
-            description="Blank for the newest night; else an absolute path, or s3://CONN_ID@bucket/….parquet.",
+            description="Blank for the newest night; else the address of one of the last hundred.",
         ),
         "folder": Param(
-            FOLDER,
+            FOLDERS[0],
             type="string",
-            pattern="^/",
+            enum=FOLDERS,
             title="Folder",
-            description="Absolute path, below which each run writes its files.",
+            description="Below it each run writes its files.",
         ),
         "report_format": Param(
             "html",
@@ -73,13 +77,16 @@ with DAG(
     @task(inlets=[NIGHT])
     def choose(params=None, triggering_asset_events=None, inlet_events=None) -> list:
         if params["manifest"]:
-            return [params["manifest"]]
+            # Any other file would be read with the rights of the worker.
+            nights = [event.extra for event in inlet_events[NIGHT][-100:]]
+            found = [night for night in nights if night.get("manifest_uri") == params["manifest"]]
+            if not found:
+                raise AirflowFailException("The manifest is none of the last hundred events of the asset dicom_night.")
+            return found[-1:]
         # A manual run has no event of its own.
         events = list(triggering_asset_events.get(NIGHT, ())) or list(inlet_events[NIGHT][-1:])
         if not events:
-            raise AirflowFailException(
-                "The asset dicom_night has no event yet. Run nightly_to_s3 first, or name a manifest in the params."
-            )
+            raise AirflowFailException("The asset dicom_night has no event yet. Run nightly_to_s3 first.")
         return [event.extra for event in events]
 
     # One row for each series, with only those columns of the manifest that every retrieval writes.
@@ -88,12 +95,12 @@ with DAG(
         from pathlib import Path
 
         from airflow_dicom_get import load_manifests
-        from airflow_dicom_get.manifest.files import safe_name
+        from airflow_dicom_get.manifest.files import safe_cell, safe_name
 
         with final_errors():
             frame = load_manifests(manifests)
         # Of several nights, the latest row of each instance.
-        frame = frame.drop_duplicates("sop_instance_uid", keep="last")
+        frame = frame.drop_duplicates(["study_instance_uid", "series_instance_uid", "sop_instance_uid"], keep="last")
         frame["held"] = frame["state"].isin(["stored", "held", "forwarded"])
         frame["missing"] = frame["state"].isin(["failed", "missing", "conflict"])
         table = frame.groupby(["study_instance_uid", "series_instance_uid"], as_index=False).agg(
@@ -132,7 +139,8 @@ with DAG(
             if params["table_format"] == "parquet":
                 table.to_parquet(table_file, index=False)
             else:
-                table.to_csv(table_file, index=False)
+                # A spreadsheet would take some texts of a PACS for formulas.
+                table.map(safe_cell).to_csv(table_file, index=False)
             report_file.write_text(page(summary, by_modality, reasons, html=report_file.suffix == ".html"), "utf-8")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             # A full disk, in contrast, may have space at the next try.
@@ -147,7 +155,7 @@ with DAG(
 
 
 def page(summary: dict, by_modality, reasons, *, html: bool) -> str:
-    """The report, as HTML or as Markdown. pandas escapes the values of a table."""
+    """The report, as HTML or as Markdown. pandas escapes the values of a table in HTML."""
     first = f"{summary['held']} of {summary['instances']} instances are held, {summary['bytes'] / 1e6:.1f} MB"
     parts = [("By modality", by_modality), ("Not held, by reason", reasons)]
     if html:
@@ -159,6 +167,12 @@ def page(summary: dict, by_modality, reasons, *, html: bool) -> str:
 
 def markdown(frame) -> str:
     """A table in Markdown; pandas needs an additional package for that."""
+    from airflow_dicom_get.manifest.files import safe_cell
+
+    def cell(value) -> str:
+        # What a PACS sent stays text: no formula, no HTML, no other cell, row or link.
+        return " ".join(re.sub(r"([\\|`\[\]])", r"\\\1", escape(str(safe_cell(value)))).split())
+
     frame = frame.reset_index()
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *(map(cell, row) for row in frame.to_numpy().tolist())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

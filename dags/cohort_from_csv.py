@@ -17,8 +17,8 @@ What it reads:
 * param `csv`: the file; all workers need access to it. Its accession numbers stay out of logs and XCom.
 * param `label`: the column with the labels. They go to XCom and manifest, so no names.
 * param `unknown`: what to do with rows for which the PACS has no study
-* param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
-  `dicom` in Airflow's home
+* param `destination`: one of the folders in the environment variable `DICOM_DESTINATION`, absolute paths with commas
+  between them; by default the folder `dicom` in Airflow's home
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from airflow.sdk.exceptions import AirflowSkipException
 from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.tasks import final_errors, report
 
-DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
-    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
-)
+# Whoever triggers a run chooses one of these, and can name no other.
+DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
+if not DESTINATIONS[0]:
+    DESTINATIONS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom"))]
 
 with DAG(
     dag_id="cohort_from_csv",
@@ -64,11 +65,11 @@ with DAG(
             title="If the PACS has no study for a row",
         ),
         "destination": Param(
-            DESTINATION,
+            DESTINATIONS[0],
             type="string",
-            pattern="^/",
+            enum=DESTINATIONS,
             title="Folder",
-            description="Absolute path, below which each study gets a folder named by its UID.",
+            description="Below it each study gets a folder named by its UID.",
         ),
     },
     default_args={

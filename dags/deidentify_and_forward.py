@@ -14,10 +14,10 @@ What it reads:
   anyone who has it can check whether a copy belongs to a patient whose ID they know. Another secret changes all UIDs:
   `airflow variables set dicom_deidentify_secret "$(openssl rand -hex 32)"`
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
-* param `destination`: an absolute path for the originals; by default the environment variable `DICOM_DESTINATION`, else
-  the folder `dicom` in Airflow's home
-* param `copies`: an absolute path for the copies, outside `destination`. The task owns the folder of a study in it, and
-  deletes files in it that do not belong to the copy.
+* param `destination`: the folder of the originals, one of those in the environment variable `DICOM_DESTINATION`,
+  absolute paths with commas between them; by default the folder `dicom` in Airflow's home. The copies go to a folder of
+  that name with `-deidentified` behind it. The task owns the folder of a study in it, and deletes files in it that do
+  not belong to the copy.
 
 dicognito must be installed on the workers: `pip install dicognito`, or the extra `examples`.
 
@@ -43,9 +43,12 @@ from airflow_dicom_get.operators.dicom import (
 )
 from airflow_dicom_get.tasks import final_errors
 
-DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
-    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
-)
+# Whoever triggers a run chooses one of these, and can name no other.
+DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
+if not DESTINATIONS[0]:
+    DESTINATIONS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom"))]
+# Beside the originals, never among them.
+COPIES = "{{ params.destination }}-deidentified"
 
 
 def clean(dataset, anonymizer) -> None:
@@ -91,18 +94,11 @@ with DAG(
             description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
         ),
         "destination": Param(
-            DESTINATION,
+            DESTINATIONS[0],
             type="string",
-            pattern="^/",
+            enum=DESTINATIONS,
             title="Folder of the originals",
-            description="Absolute path, below which each study gets a folder named by its UID.",
-        ),
-        "copies": Param(
-            f"{DESTINATION}-deidentified",
-            type="string",
-            pattern="^/",
-            title="Folder of the copies",
-            description="Absolute path, below which each copy gets a folder named by its own Study Instance UID.",
+            description="Below it each study gets a folder named by its UID.",
         ),
     },
     default_args={
@@ -132,7 +128,7 @@ with DAG(
     ).expand(study=find.output)
 
     @task(max_active_tis_per_dag=2, pool="default_pool")
-    def deidentify(manifest, originals: str, copies: str) -> str:
+    def deidentify(manifest, copies: str) -> str:
         """Copy what a manifest lists, de-identified, and return the folder of the copy."""
         from urllib.parse import unquote, urlsplit
 
@@ -150,8 +146,6 @@ with DAG(
                 "The variable dicom_deidentify_secret is not set or has fewer than 32 characters. Set it under Admin, "
                 "Variables, to a random text that nobody else knows."
             )
-        if Path(copies).resolve().is_relative_to(Path(originals).resolve()):
-            raise AirflowFailException("The folder of the copies is inside that of the originals. Give another one.")
         with final_errors():
             frame = load_manifest(manifest)
         rows = frame[frame["state"].isin(["stored", "held"])]
@@ -193,9 +187,7 @@ with DAG(
                 path.unlink()
         return str(folder)
 
-    copy = deidentify.partial(originals="{{ params.destination }}", copies="{{ params.copies }}").expand(
-        manifest=get.output
-    )
+    copy = deidentify.partial(copies=COPIES).expand(manifest=get.output)
 
     # Waits until every study of the run is de-identified. Its manifest lists the copies: their UIDs, and for each the
     # other node's answer.
@@ -203,7 +195,7 @@ with DAG(
         task_id="store",
         target_conn_id="dicom_target",
         # Manifest and ledger, by which another run knows what was sent.
-        manifest_root="{{ params.copies }}/_forwarded",
+        manifest_root=COPIES + "/_forwarded",
         max_active_tis_per_dag=2,
     ).expand(source=copy)
 

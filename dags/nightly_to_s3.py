@@ -13,7 +13,8 @@ What it reads:
 * pool `pacs`, with as many slots as the PACS allows associations: `airflow pools set pacs 2 'associations of the PACS'`
 * param `study_date`: blank for the day before the run, also if the run is cleared later or is one of a backfill
 * param `modalities`: blank for all
-* param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
+* param `bucket`: one of the places in the environment variable `DICOM_BUCKET`, bucket and prefix, with commas between
+  them; by default `dicom/studies`
 * environment variable `DICOM_MAIL_TO`: the recipient of the mails; `root@localhost` by default
 
 It is paused on creation, so that no PACS is queried before you unpause it.
@@ -41,6 +42,8 @@ POOL = "pacs"
 NIGHT = Asset("dicom_night")
 MAIL_TO = os.environ.get("DICOM_MAIL_TO", "root@localhost")
 
+# Whoever triggers a run chooses one of these, and can name no other.
+PLACES = (os.environ.get("DICOM_BUCKET") or "dicom/studies").split(",")
 # The connection is part of the address, so that readers of a manifest know how to reach the bucket.
 PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
 # Not "today-1": a run that is cleared on Friday still means its own day.
@@ -101,11 +104,11 @@ with DAG(
             description="A study is taken that has at least one of them. None chosen: all studies.",
         ),
         "bucket": Param(
-            os.environ.get("DICOM_BUCKET", "dicom/studies"),
+            PLACES[0],
             type="string",
-            pattern="^[^/@]+(/[^/@]+)*$",
+            enum=PLACES,
             title="Bucket and prefix",
-            description="Where the studies are kept, for example dicom/studies. The bucket must exist.",
+            description="Where the studies are kept. The bucket must exist.",
         ),
     },
     default_args={

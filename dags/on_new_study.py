@@ -15,8 +15,8 @@ What it reads:
 * pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study`: its Study Instance UID
-* param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
-  `dicom` in Airflow's home
+* param `destination`: one of the folders in the environment variable `DICOM_DESTINATION`, absolute paths with commas
+  between them; by default the folder `dicom` in Airflow's home
 * environment variable `DICOM_SETTLED_MINUTES`: how long the study must not change, 10 by default
 """
 
@@ -31,9 +31,10 @@ from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 
 SETTLED_FOR = timedelta(minutes=float(os.environ.get("DICOM_SETTLED_MINUTES") or 10))
-DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
-    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
-)
+# Whoever triggers a run chooses one of these, and can name no other.
+DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
+if not DESTINATIONS[0]:
+    DESTINATIONS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom"))]
 
 with DAG(
     dag_id="on_new_study",
@@ -50,11 +51,11 @@ with DAG(
             description="Of the study that is to come.",
         ),
         "destination": Param(
-            DESTINATION,
+            DESTINATIONS[0],
             type="string",
-            pattern="^/",
+            enum=DESTINATIONS,
             title="Folder",
-            description="Absolute path, below which each study gets a folder named by its UID.",
+            description="Below it each study gets a folder named by its UID.",
         ),
     },
     default_args={

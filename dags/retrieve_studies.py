@@ -6,8 +6,8 @@ What it reads:
 * pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
-* param `destination`: an absolute path; by default the environment variable `DICOM_DESTINATION`, else the folder
-  `dicom` in Airflow's home
+* param `destination`: one of the folders in the environment variable `DICOM_DESTINATION`, absolute paths with commas
+  between them; by default the folder `dicom` in Airflow's home
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from airflow.sdk import DAG, Param
 
 from airflow_dicom_get.tasks import retrieve
 
-DESTINATION = os.environ.get("DICOM_DESTINATION") or os.path.expanduser(
-    os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom")
-)
+# Whoever triggers a run chooses one of these, and can name no other.
+DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
+if not DESTINATIONS[0]:
+    DESTINATIONS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom"))]
 
 with DAG(
     dag_id="retrieve_studies",
@@ -38,11 +39,11 @@ with DAG(
             description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
         ),
         "destination": Param(
-            DESTINATION,
+            DESTINATIONS[0],
             type="string",
-            pattern="^/",
+            enum=DESTINATIONS,
             title="Folder",
-            description="Absolute path, below which each study gets a folder named by its UID.",
+            description="Below it each study gets a folder named by its UID.",
         ),
     },
     default_args={

@@ -11,7 +11,8 @@ What it reads:
 * pool `pacs`, with as many slots as each PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
 * param `study_date`: `20240115`, `2024-01-15`, `today-1`, or a range as `2024-01-01/2024-01-31`
-* param `bucket`: bucket and prefix, by default the environment variable `DICOM_BUCKET`, else `dicom/studies`
+* param `bucket`: one of the places in the environment variable `DICOM_BUCKET`, bucket and prefix, with commas between
+  them; by default `dicom/studies`
 
 The DAG can be cleared and run again safely: what is in the bucket is not fetched again, and what the other PACS has
 acknowledged is not sent again. A run asks for approval every time.
@@ -32,6 +33,8 @@ from airflow_dicom_get.operators.dicom import (
     DicomVerifyOperator,
 )
 
+# Whoever triggers a run chooses one of these, and can name no other.
+PLACES = (os.environ.get("DICOM_BUCKET") or "dicom/studies").split(",")
 # The connection is part of the address, so that readers of a manifest know how to reach the bucket.
 PLACE = "s3://dicom_s3_default@{{ params.bucket }}"
 
@@ -50,11 +53,11 @@ with DAG(
             description="A day, today, today-1, or a range as 2024-01-01/2024-01-31.",
         ),
         "bucket": Param(
-            os.environ.get("DICOM_BUCKET", "dicom/studies"),
+            PLACES[0],
             type="string",
-            pattern="^[^/@]+(/[^/@]+)*$",
+            enum=PLACES,
             title="Bucket and prefix",
-            description="Where the studies are kept, for example dicom/studies. The bucket must exist.",
+            description="Where the studies are kept. The bucket must exist.",
         ),
     },
     default_args={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.config.destination import (
     Destination,
     FilesystemDestination,
@@ -60,14 +60,24 @@ class Destinations:
         return self.destination.conn_id if self.root is None else self.root.conn_id
 
 
-def resolve_destination(value: Any, option: str, s3_conn_id: str | None = None) -> ResolvedDestination:
+def resolve_destination(
+    value: Any, option: str, s3_conn_id: str | None = None, *, configured: bool = False
+) -> ResolvedDestination:
     """Look up the connection that a destination needs.
 
     :param value: an absolute path, ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or ``dicom://[AE@]host:port``
     :param s3_conn_id: the connection of a bucket whose address names none
-    :raises InvalidOption: it is malformed, a relative path, or a bucket without a connection
+    :param configured: whether the configuration names it, not a DAG
+    :raises InvalidOption: it is malformed, a relative path, a bucket without a connection, or none of ``[dicom_get]
+        allowed_destinations``
     """
     place = parse_destination(check_address(value, option), option)
+    if not configured and not configuration.is_allowed(place):
+        raise invalid(
+            option,
+            f"{shown_path(place)} is none of [dicom_get] allowed_destinations",
+            "Give one of these, or ask the administrator of this Airflow to add it.",
+        )
     if isinstance(place, S3Destination):
         from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
@@ -120,12 +130,13 @@ def resolve_root(
 ) -> ResolvedDestination | None:
     """What ``manifest_root`` names, or else ``[dicom_get] manifest_root`` where that is asked for."""
     option = "manifest_root"
-    if manifest_root is None and configured:
+    ours = manifest_root is None and configured
+    if ours:
         option = "[dicom_get] manifest_root"
         manifest_root = configuration.text("manifest_root") or None
     if manifest_root is None:
         return None
-    root = resolve_destination(manifest_root, option, s3_conn_id)
+    root = resolve_destination(manifest_root, option, s3_conn_id, configured=ours)
     if isinstance(root.destination, ForwardDestination):
         raise invalid(
             option, "a DICOM node cannot hold manifests", "Give an absolute path, or s3://CONN_ID@bucket/prefix."

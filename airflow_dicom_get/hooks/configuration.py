@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from airflow.sdk.configuration import conf
 
+from airflow_dicom_get.config.destination import Destination, FilesystemDestination, S3Destination
 from airflow_dicom_get.get_provider_info import get_provider_info
 
 SECTION = "dicom_get"
@@ -31,13 +33,18 @@ def boolean(option: str) -> bool:
     return conf.getboolean(SECTION, option, fallback=_default(option) == "True")
 
 
-def is_allowed(place: str) -> bool:
+def is_allowed(place: Destination) -> bool:
     """Whether ``[dicom_get] allowed_destinations`` has a place: one of its patterns fits, or there are none.
 
-    :param place: a path, or an address ``s3://bucket/prefix`` or ``dicom://…``
+    A path with ``..`` is not allowed: where it leads is not what it says.
     """
     patterns = [line.strip() for line in text("allowed_destinations").splitlines() if line.strip()]
-    return not patterns or any(fnmatchcase(place, pattern) for pattern in patterns)
+    if not patterns:
+        return True
+    if isinstance(place, FilesystemDestination) and ".." in place.path.parts:
+        return False
+    name = str(replace(place, conn_id=None) if isinstance(place, S3Destination) else place)
+    return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}/", pattern) for pattern in patterns)
 
 
 def max_map_length() -> int:

@@ -79,6 +79,11 @@ def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try
     return "/".join([*map(safe_name, (dag_id, run_id, task_id)), f"{map_index}-{try_number}"])
 
 
+def safe_cell(value: Any) -> Any:
+    """A value as a spreadsheet may open it: a text that it would take for a formula gets a quote in front."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
 def write_manifest(
     rows: pa.Table | pa.RecordBatchReader,
     path: str | Folder,

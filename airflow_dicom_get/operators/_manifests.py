@@ -146,8 +146,8 @@ def _remove(uri: str) -> None:
 def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
     """Load the manifests that a task was given, as one.
 
-    Objects may be opened in the places in which their ``_manifests`` lie; of what a task handed on, in the
-    destinations of its rows as far as ``[dicom_get] allowed_destinations`` has them.
+    Objects may be opened in the places in which their ``_manifests`` lie, of what a task handed on in the destinations
+    of its rows, as far as ``[dicom_get] allowed_destinations`` has them.
 
     :param manifest: of any shape, or several
     :param s3_conn_id: the connection of those in a bucket whose address names none
@@ -167,9 +167,7 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
         elif uri is not None:
             _check_manifest_place(uri)
         listed = load_listed(one, how)
-        if not isinstance(one, str):
-            listed = Listed(listed.table, tuple(x for x in listed.places if configuration.is_allowed(str(x))))
-        given.append(listed)
+        given.append(Listed(listed.table, tuple(x for x in listed.places if configuration.is_allowed(x))))
     if not given:
         raise invalid(
             "manifest",

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest.files import safe_cell
 from airflow_dicom_get.vocabulary import NOT_HELD, OUTSIDE_LIST
 
 if TYPE_CHECKING:
@@ -188,7 +189,4 @@ def csv_lines(file: pq.ParquetFile) -> Iterator[str]:
 
 
 def _cell(value: Any) -> Any:
-    """A value as a spreadsheet may open it: a text that it would take for a formula gets a quote in front."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"
-    return value.isoformat() if hasattr(value, "isoformat") else value
+    return safe_cell(value.isoformat() if hasattr(value, "isoformat") else value)

@@ -150,9 +150,18 @@ DAGS = Path(__file__).parents[2] / "dags"
 
 
 @pytest.fixture
-def load_dag():
-    """Load a DAG of the repository."""
+def load_dag(tmp_path, prefix, monkeypatch):
+    """Load a DAG of the repository, with the places that a test may choose from."""
     from airflow.dag_processing.dagbag import DagBag
+
+    from airflow_dicom_get.testing.s3_servers import BUCKET
+
+    for name, places in {
+        "DICOM_DESTINATION": (tmp_path, tmp_path / "out", tmp_path / "originals"),
+        "DICOM_REPORTS": (tmp_path, tmp_path / "file" / "x"),
+        "DICOM_BUCKET": (f"{BUCKET}/{prefix}", "nosuchbucket/studies"),
+    }.items():
+        monkeypatch.setenv(name, ",".join(map(str, places)))
 
     def load(name: str) -> Any:
         bag = DagBag(dag_folder=DAGS / f"{name}.py", bundle_name="dags-folder")

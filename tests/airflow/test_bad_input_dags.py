@@ -76,7 +76,7 @@ def test_without_the_connection_of_the_bucket_the_log_says_how_to_make_it(run_da
     monkeypatch.delenv("AIRFLOW_CONN_DICOM_S3_DEFAULT")
     run = run_dag(load(name), run_conf=params(name))
     assert run.state == "failed"
-    assert (run.task("get", 0).state, run.task("get", 0).try_number) == ("failed", 1)
+    assert (run.task("get", 0).state, run.task("get", 0).try_number) == ("failed", 2)
     assert "`dicom_s3_default` isn't defined" in run.log
     assert "Create it under Admin, Connections, with the type DICOM storage (S3)." in run.log
 
@@ -85,7 +85,7 @@ def test_without_the_connection_of_the_pacs_the_log_says_how_to_make_it(run_dag,
     monkeypatch.delenv("AIRFLOW_CONN_DICOM_DEFAULT")
     run = run_dag(load("retrieve_studies"), run_conf=params("retrieve_studies"))
     assert run.state == "failed"
-    assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
+    assert (run.task("find").state, run.task("find").try_number) == ("failed", 2)
     assert "Create it under Admin, Connections, with the type DICOM (PACS)." in run.log
 
 
@@ -139,22 +139,48 @@ def test_there_is_no_night_to_analyse(run_dag, load, tmp_path):
     run = run_dag(load("analyse_manifest"), run_conf={"folder": str(tmp_path)})
     assert run.state == "failed"
     assert (run.task("choose").state, run.task("choose").try_number) == ("failed", 1)
-    assert "Run nightly_to_s3 first, or name a manifest in the params." in run.log
+    assert "Run nightly_to_s3 first." in run.log
 
 
-def test_the_manifest_to_analyse_is_missing(run_dag, load, tmp_path):
+@pytest.fixture
+def announce(run_dag):
+    """An event of the asset of the nights, about a manifest."""
+    from airflow.sdk import DAG, Asset, task
+
+    night = Asset("dicom_night")
+
+    def tell(uri: str, rows: int = 1, sha256: str = "") -> None:
+        extra = {"kind": "dicom-manifest", "schema": 1, "manifest_uri": uri, "rows": rows, "sha256": sha256}
+        with DAG("announce") as dag:
+
+            @task(outlets=[night])
+            def event(outlet_events=None):
+                outlet_events[night].extra = extra
+
+            event()
+        assert run_dag(dag).state == "success"
+
+    return tell
+
+
+def test_the_manifest_to_analyse_is_missing(run_dag, load, announce, tmp_path):
     conf = {"folder": str(tmp_path), "manifest": f"s3://dicom_s3_default@{BUCKET}/no/such.parquet"}
+    announce(conf["manifest"])
     run = run_dag(load("analyse_manifest"), run_conf=conf)
     assert run.state == "failed"
     assert (run.task("analyse").state, run.task("analyse").try_number) == ("failed", 1)
     assert "/no/such.parquet' cannot be read." in run.log
 
 
-def test_the_folder_of_the_report_is_none(run_dag, load, tmp_path, archive, monkeypatch):
+def test_the_folder_of_the_report_is_none(run_dag, load, announce, tmp_path):
+    from airflow_dicom_get.manifest.frames import reference
+
     (tmp_path / "file").write_text("")
     pacs = load("retrieve_studies")
     run = run_dag(pacs, run_conf={"study_date": "2024-01-15", "destination": str(tmp_path / "out")})
     manifest = run.xcom("report")["manifests"][0]
+    found = reference(manifest)
+    announce(manifest, found["rows"], found["sha256"])
     run = run_dag(load("analyse_manifest"), run_conf={"folder": str(tmp_path / "file" / "x"), "manifest": manifest})
     assert run.state == "failed"
     assert (run.task("analyse").state, run.task("analyse").try_number) == ("failed", 1)

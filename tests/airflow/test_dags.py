@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from airflow.sdk.exceptions import ParamValidationError
 
 FOLDER = Path(__file__).parents[2] / "dags"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -78,17 +79,27 @@ def test_the_page_describes_each(bag, name):
         assert f"`{key}`" in section, key
 
 
+WRITTEN_TO = {"destination": "DICOM_DESTINATION", "folder": "DICOM_REPORTS", "bucket": "DICOM_BUCKET"}
+"""Params that say where a DAG writes to, and the variable that lists what they may be."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_places_follow_the_environment_or_lie_in_the_home_of_airflow(name, tmp_path, monkeypatch):
     def places():
         params = runpy.run_path(str(FOLDER / f"{name}.py"))["dag"].params
-        return {key: params[key] for key in ("destination", "folder", "bucket") if key in params}
+        for key in WRITTEN_TO.keys() & params.keys():
+            # Whoever may trigger may choose, and name no other.
+            assert params.get_param(key).schema["enum"][0] == params[key]
+            with pytest.raises(ParamValidationError):
+                params.get_param(key).resolve("/etc")
+        assert not {key for key in params if "folder" in key or "copies" in key} - WRITTEN_TO.keys()
+        return {key: params.get_param(key).schema["enum"] for key in WRITTEN_TO if key in params}
 
     home = os.environ["AIRFLOW_HOME"]
-    usual = {"destination": f"{home}/dicom", "folder": f"{home}/dicom-reports", "bucket": "dicom/studies"}
+    usual = {"destination": [f"{home}/dicom"], "folder": [f"{home}/dicom-reports"], "bucket": ["dicom/studies"]}
     found = places()
     assert found.items() <= usual.items()
-    given = {"destination": str(tmp_path / "d"), "folder": str(tmp_path / "r"), "bucket": "b/p"}
-    for variable, place in zip(("DICOM_DESTINATION", "DICOM_REPORTS", "DICOM_BUCKET"), given.values(), strict=True):
-        monkeypatch.setenv(variable, place)
+    given = {"destination": [str(tmp_path / "d"), "/d2"], "folder": [str(tmp_path / "r")], "bucket": ["b/p", "b/q"]}
+    for key, variable in WRITTEN_TO.items():
+        monkeypatch.setenv(variable, ",".join(given[key]))
     assert places() == {key: given[key] for key in found}

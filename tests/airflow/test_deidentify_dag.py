@@ -64,7 +64,7 @@ def run(run_dag, load_dag, tmp_path):
     dag = load_dag("deidentify_and_forward")
     for task in dag.tasks:
         task.retries = 0
-    conf = {"destination": str(tmp_path / "originals"), "copies": str(tmp_path / "copies")}
+    conf = {"destination": str(tmp_path / "originals")}
     return lambda: run_dag(dag, run_conf=conf)
 
 
@@ -92,7 +92,7 @@ def instances_below(folder: Path) -> dict[str, Path]:
 def test_all_copies_arrive_and_nothing_of_the_patient_and_again_nothing(run, source, originals, orthanc, tmp_path):
     first = run()
     assert first.state == "success"
-    copies = instances_below(tmp_path / "copies")
+    copies = instances_below(tmp_path / "originals-deidentified")
     assert len(copies) == len(originals) == 52
     # The destination lists and holds just these.
     assert sorted(first.xcom("confirm", "summary", index)["symbols"]["="] for index in range(2)) == [12, 40]
@@ -117,7 +117,7 @@ def test_all_copies_arrive_and_nothing_of_the_patient_and_again_nothing(run, sou
         copy = copies[row.sop_instance_uid]
         assert hashlib.sha256(copy.read_bytes()[-row.bytes :]).hexdigest() == row.sha256
         assert row.source == str(copy.parent.parent)
-    assert len(list((tmp_path / "copies" / "_forwarded").rglob("store/*.parquet"))) == 2
+    assert len(list((tmp_path / "originals-deidentified" / "_forwarded").rglob("store/*.parquet"))) == 2
 
     before = {path: path.read_bytes() for path in copies.values()}
     second = run()
@@ -125,7 +125,7 @@ def test_all_copies_arrive_and_nothing_of_the_patient_and_again_nothing(run, sou
     assert source.sent.total() == 52
     summaries = [second.xcom("store", "summary", index) for index in range(2)]
     assert sorted((summary["completed"], summary["skipped"]) for summary in summaries) == [(12, 12), (40, 40)]
-    assert {path: path.read_bytes() for path in instances_below(tmp_path / "copies").values()} == before
+    assert {path: path.read_bytes() for path in instances_below(tmp_path / "originals-deidentified").values()} == before
     assert len(ask(orthanc, "/instances")) == 52
 
 
@@ -136,12 +136,12 @@ def test_one_instance_that_cannot_be_deidentified_keeps_all_from_going(burned_in
     assert ran.task("store").state == "upstream_failed"
     assert f"Instance {burned_in} was not de-identified (ValueError)" in ran.log
     assert ask(orthanc, "/instances") == []
-    assert not list((tmp_path / "copies").rglob("*.part"))
+    assert not list((tmp_path / "originals-deidentified").rglob("*.part"))
 
 
 def test_what_does_not_belong_to_the_copy_is_not_forwarded(run, source, originals, orthanc, tmp_path):
     assert run().state == "success"
-    some = next(iter(instances_below(tmp_path / "copies").values()))
+    some = next(iter(instances_below(tmp_path / "originals-deidentified").values()))
     stray, half = some.with_name("1.2.3.dcm"), some.with_name(".x.part")
     for path in (stray, half):
         path.write_bytes(some.read_bytes()[:1000])
@@ -158,12 +158,12 @@ def test_without_a_secret_nothing_is_copied(run, source, orthanc, tmp_path, monk
     ran = run()
     assert ran.state == "failed"
     assert "The variable dicom_deidentify_secret is not set or has fewer than 32 characters." in ran.log
-    assert not instances_below(tmp_path / "copies")
+    assert not instances_below(tmp_path / "originals-deidentified")
 
 
 def test_a_file_that_the_disk_has_no_room_for_leaves_nothing_and_the_whole_one_stays(load_dag, originals, tmp_path):
     write = load_dag("deidentify_and_forward").get_task("deidentify").python_callable.__globals__["write"]
-    path = tmp_path / "copies" / "1.2" / "1.2.3.dcm"
+    path = tmp_path / "originals-deidentified" / "1.2" / "1.2.3.dcm"
     write(originals[0], path)
     whole = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -21,7 +21,7 @@ from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.hooks._node_config import BothWindows, both_windows
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
-from airflow_dicom_get.operators.dicom import DicomGetOperator
+from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomStoreOperator, DicomVerifyOperator
 from airflow_dicom_get.testing.archive import Archive as Index
 from airflow_dicom_get.testing.s3_servers import BUCKET, SECRET_KEY, FaultProxy
 
@@ -393,13 +393,53 @@ def test_bad_places_fail_at_once_and_before_any_traffic(run_dag, pacs, archive, 
             get(**{"task_id": name, "study": archive.private, "manifest_root": str(tmp_path), **options})
     before = bucket.objects()
     run = run_dag(dag)
-    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == dict.fromkeys(
-        BAD, ("failed", 1)
-    )
+    # A connection may only seem to be missing: its secrets backend may be away for a moment.
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == {
+        name: ("failed", 3 if name in ("no_connection", "no_node") else 1) for name in BAD
+    }
     for _, word in BAD.values():
         assert word in run.log
     assert pacs.total_associations == 0
     assert bucket.objects() == before
+
+
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "folder": {"destination": "{root}/outside"},
+    "above": {"destination": "{root}/in/../outside"},
+    "bucket": {"destination": "s3://store@other-bucket/x"},
+    "prefix": {"destination": "s3://store@bucket/other"},
+    "node": {"destination": "dicom://ARCHIVE@127.0.0.1:104"},
+    "connection": {"destination": "dicom://pacs_2"},
+    "root": {"destination": "dicom://archive", "manifest_root": "{root}/outside"},
+}
+
+
+def test_no_other_places_than_the_allowed_ones_are_taken(run_dag, pacs, archive, target, bucket, tmp_path, monkeypatch):
+    patterns = [f"{tmp_path}/in/*", "s3://bucket/night*", "dicom://archive"]
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", "\n".join(patterns))
+    monkeypatch.setenv("AIRFLOW_CONN_PACS_2", f"dicom://ARCHIVE@127.0.0.1:{target.port}")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with DAG("outside", default_args=AT_ONCE) as dag:
+        for name, options in OUTSIDE.items():
+            places = {key: value.format(root=tmp_path) for key, value in options.items()}
+            get(task_id=name, study=archive.private, **places)
+        DicomStoreOperator(task_id="source", source=str(outside), target_conn_id="archive")
+        DicomVerifyOperator(task_id="verify", study=archive.private, destination=str(outside), dicom_conn_id="pacs")
+    run = run_dag(dag)
+    names = [*OUTSIDE, "source", "verify"]
+    assert {name: run.task(name).state for name in names} == dict.fromkeys(names, "failed")
+    assert {run.task(name).try_number for name in OUTSIDE} == {1}
+    assert run.log.count("is none of [dicom_get] allowed_destinations. Give one of these, or ask") >= len(names)
+    assert (pacs.total_associations, target.total_associations) == (0, 0)
+    assert list(outside.iterdir()) == []
+
+    with DAG("inside", default_args=AT_ONCE) as dag:
+        first = get(study=archive.private, destination=str(tmp_path / "in" / "data"))
+        DicomStoreOperator(
+            task_id="store", manifest=first.output, target_conn_id="archive", manifest_root=str(tmp_path / "in" / "m")
+        )
+    assert run_dag(dag).state == "success"
 
 
 def test_a_bucket_that_is_not_there_fails_for_good_and_one_that_is_down_is_tried_again(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from airflow_dicom_get.config.groups import Window
+from airflow_dicom_get.manifest.frames import frame_of
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.s3_servers import BUCKET
 from tests.support.mailbox_server import Mailbox, texts
 
@@ -99,6 +103,41 @@ def test_a_night_with_something_missing_is_published_and_fails_and_tells(
     report = (tmp_path / looked.xcom("analyse")["report"]).read_text("utf-8")
     assert "Not held, by reason" in report
     assert "sub_operation_failed" in report
+
+
+def test_another_file_than_the_manifest_of_a_night_is_not_read(run_dag, load_dag, tmp_path):
+    dag = load_dag("analyse_manifest")
+    run = run_dag(dag, run_conf={"manifest": f"s3://other@{BUCKET}/_manifests/of-somebody.parquet"})
+    assert run.state == "failed"
+    assert (run.task("choose").state, run.task("choose").try_number) == ("failed", 1)
+    assert "The manifest is none of the last hundred events of the asset dicom_night." in run.log
+
+
+FORMULA = "=HYPERLINK(|x)"
+
+
+@pytest.mark.parametrize("report_format", ["markdown", "html"])
+def test_a_report_takes_what_a_pacs_sent_for_text_and_counts_an_instance_of_each_series(
+    load_dag, tmp_path, report_format
+):
+    rows = [Instance("1.1", "1.2", "1.9"), Instance("1.1", "1.3", "1.9"), Instance("1.1", "1.3", "1.8")]
+    for row in rows:
+        row.modality = FORMULA if row.series == "1.2" else "<b>[x](javascript:1)"
+        row.state, row.bytes = "stored", 10
+    frame = frame_of(manifest_table(rows, source="A@h:1", destination="/d"))
+    again = frame_of(manifest_table(rows[:1], source="A@h:1", destination="/d"))
+    analyse = load_dag("analyse_manifest").task_dict["analyse"].python_callable
+    params = {"folder": str(tmp_path), "report_format": report_format, "table_format": "csv"}
+    found = analyse([frame, again], params=params, run_id="run")
+    assert (found["instances"], found["series"], found["held"]) == (3, 2, 3)
+    table = pd.read_csv(found["table"])
+    assert list(table["modality"]) == [f"'{FORMULA}", "<b>[x](javascript:1)"]
+    assert list(table["instances"]) == [1, 2]
+    report = Path(found["report"]).read_text("utf-8")
+    assert "<b>" not in report
+    if report_format == "markdown":
+        assert "| &#x27;=HYPERLINK(\\|x) |" in report
+        assert "\\[x\\](javascript:1)" in report
 
 
 def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, prefix, monkeypatch):

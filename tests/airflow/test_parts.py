@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
+from airflow_dicom_get.config.destination import parse_destination
 from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
 from airflow_dicom_get.hooks._destinations import check_address, resolve_destinations
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries
+from airflow_dicom_get.hooks.configuration import is_allowed
 from airflow_dicom_get.manifest.files import task_run_name
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
@@ -136,6 +138,35 @@ def test_places_that_depend_on_the_worker_are_refused(place):
 @pytest.mark.parametrize("place", ["/data", "file:///data", "s3://bucket/x", "dicom://PACS_B"])
 def test_whole_places_are_taken(place):
     assert check_address(place, "destination") == place
+
+
+ALLOWED = "/data/dicom/*\n\n  s3://imaging/night/*  \ndicom://archive\ndicom://*@10.0.0.9:104\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("/data/dicom", True), ("/data/dicom/", True), ("/data/dicom/a/b", True), ("file:///data/dicom/a", True),
+        ("/data/dicom2", False), ("/data", False), ("/data/dicom/../x", False), ("/data/dicom/a/../b", False),
+        ("file:///data/dicom/%2e%2e/x", False), ("/DATA/dicom/a", False),
+        ("s3://imaging/night/x", True), ("s3://any-conn@imaging/night/x", True), ("s3://imaging/night", True),
+        ("s3://imaging", False), ("s3://imaging/nights", False), ("s3://imaging2/night/x", False),
+        ("dicom://archive", True), ("dicom://other", False), ("dicom://A@10.0.0.9:104", True),
+        ("dicom://A@10.0.0.8:104", False), ("dicom://10.0.0.9:104", False),
+    ],
+)  # fmt: skip
+def test_places_are_held_against_those_that_are_allowed(place, allowed, monkeypatch):
+    assert is_allowed(parse_destination(place))
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", ALLOWED)
+    assert is_allowed(parse_destination(place)) == allowed
+
+
+def test_the_root_of_the_configuration_needs_no_other_leave(monkeypatch):
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", "dicom://*")
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_ROOT", "/manifests")
+    assert resolve_destinations("dicom://B@host:104").root is not None
+    with pytest.raises(InvalidOption, match=r"^manifest_root: '/manifests' is none of \[dicom_get\] allowed_dest"):
+        resolve_destinations("dicom://B@host:104", manifest_root="/manifests")
 
 
 def test_the_configured_root_is_for_transfers_to_a_node(monkeypatch):
