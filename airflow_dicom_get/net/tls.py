@@ -115,16 +115,16 @@ def tls_error(node: object, error: Exception, option: str = "tls", *, agreed: bo
     """
     reason = getattr(error, "reason", None) or type(error).__name__
     facts = {"node": str(node), "tls_reason": reason}
-    who = "peer"
-    known = _NO_CIPHER if not agreed and reason == "SSLV3_ALERT_HANDSHAKE_FAILURE" else _REASONS.get(reason)
     if isinstance(error, ssl.SSLCertVerificationError):
-        who = "certificate of the peer"
-        known = _VERIFICATION.get(
+        what, hint = _VERIFICATION.get(
             error.verify_code, (f"cannot be verified: {peer_text(error.verify_message)}", "Check tls.ca.")
         )
+        hint = hint.replace("tls.", f"{option}.")
+        return TlsFailed(f"No TLS session with {node}: the certificate of the peer {what}.", hint=hint, **facts)
+    known = _NO_CIPHER if not agreed and reason == "SSLV3_ALERT_HANDSHAKE_FAILURE" else _REASONS.get(reason)
     if known is not None:
         hint = known[1].replace("tls.", f"{option}.")
-        return TlsFailed(f"No TLS session with {node}: the {who} {known[0]}.", hint=hint, **facts)
+        return TlsFailed(f"No TLS session with {node}: the peer {known[0]}.", hint=hint, **facts)
     hung_up = not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
     what = "the peer closed the connection" if hung_up else peer_text(error, 120)
     return ConnectFailed(
