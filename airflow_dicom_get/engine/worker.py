@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import identifier as i
@@ -290,9 +291,10 @@ class Pass:
         if outcome.status in _WHOLE:
             ended = s.describe(outcome.status)
             reported = bool(outcome.failed) or outcome.status != s.SUCCESS
+            on_compression = cache(peer.on_compression)
             for target in left:
                 if target.sop in hinted or (reported and not hinted):
-                    text = f"The source ended with {ended}. {peer.on_compression(target.sop_class)}".rstrip()
+                    text = f"The source ended with {ended}. {on_compression(target.sop_class)}".rstrip()
                     state.not_received(target, "sub_operation_failed", text)
                 else:
                     state.not_received(target, "not_sent", f"The source ended with {ended} and did not send it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pynetdicom import pdu
 from pynetdicom.pdu_items import (
@@ -33,8 +34,7 @@ _USER_INFORMATION, _VERSION_NAME = 0x50, 0x55
 _USER_ITEMS = frozenset({0x51, 0x54})  # maximum length, role selection
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A presentation context to propose: one abstract syntax, one transfer syntax."""
 
     abstract_syntax: str

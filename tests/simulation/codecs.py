@@ -76,6 +76,7 @@ CODECS: list[tuple[Any, str, object]] = [
     (association, "decode_accept", _remembered(acse.decode_accept, lambda data, x: (bytes(data), (*x,)), _copied)),
     (messages, "Command", _command),
     (get, "Command", _command),
+    (association, "_BUFFER", 1 << 15),  # nothing is larger here, and each association makes one
     (command, "encode", _remembered(command.encode, _items)),
     (identifier, "encode_identifier", _remembered(identifier.encode_identifier, _identifier)),
     (

@@ -32,7 +32,7 @@ PAIRS = (
 
 EXPENSIVE = frozenset(
     {"ac_huge", "deflate_bomb", "endless_object", "endless_objects", "find_endless", "find_repeats", "pdu_huge"}
-    | {"pending_flood", "cmd_bomb", "pdv_flood"}
+    | {"pending_flood", "cmd_bomb", "pdv_flood", "huge_modality"}
 )
 """Modes that are nothing but many bytes: they cost a hundred histories and belong to tests over sockets."""
 MODES = tuple(sorted(MODE_CLASSES.keys() - EXPENSIVE))

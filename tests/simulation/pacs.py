@@ -400,7 +400,7 @@ class Habitual(Behaviour):
     def negotiate(self, request: AssociateRequest) -> list[Answer]:
         answers = super().negotiate(request)
         if self.pacs.habits.model == "patient":
-            answers = [replace(a, result=3) if a.abstract in _STUDY_ROOT else a for a in answers]
+            answers = [a._replace(result=3) if a.abstract in _STUDY_ROOT else a for a in answers]
         return answers
 
     # --- lists ---------------------------------------------------------------------------------

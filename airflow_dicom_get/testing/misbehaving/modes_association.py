@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import Instance
@@ -88,7 +87,7 @@ class AcUnknownCtx(_AtAssociate):
         proposed = {p.id for p in request.proposals}
         free = (i for i in range(255, 0, -2) if i not in proposed)
         answers = super().negotiate(request)
-        return [replace(a, id=next(free, 254)) if a.abstract in self.storage_classes() else a for a in answers]
+        return [a._replace(id=next(free, 254)) if a.abstract in self.storage_classes() else a for a in answers]
 
     def storage_classes(self) -> set[str]:
         """The storage classes of the archive."""
@@ -108,7 +107,7 @@ class AcOtherTs(_AtAssociate):
         if answer.result or answer.abstract not in {i.sop_class for i in self.site.instances}:
             return answer
         wrong = wire.JPEG_2000 if wire.JPEG_2000 not in offered else wire.EXPLICIT_BE
-        return replace(answer, syntaxes=(wrong,))
+        return answer._replace(syntaxes=(wrong,))
 
 
 @mode("ac_two_ts")
@@ -117,7 +116,7 @@ class AcTwoTs(AcOtherTs):
 
     def other(self, answer: Answer, request: AssociateRequest) -> Answer:
         changed = super().other(answer, request)
-        return answer if changed is answer else replace(answer, syntaxes=answer.syntaxes + changed.syntaxes)
+        return answer if changed is answer else answer._replace(syntaxes=answer.syntaxes + changed.syntaxes)
 
 
 @mode("ac_small_pdu")
@@ -160,7 +159,7 @@ class RoleRefused(_AtAssociate):
     """Rejects the SCP role for every class, so that every sub-operation fails: A702."""
 
     def roles(self, request: AssociateRequest) -> list[Role]:
-        return [replace(role, scp=0) for role in request.roles]
+        return [role._replace(scp=0) for role in request.roles]
 
 
 @mode("wrong_called_ae")
@@ -209,7 +208,7 @@ class NoStorage(_AtAssociate):
 
     def negotiate(self, request: AssociateRequest) -> list[Answer]:
         services = wire.FIND | wire.GET | {wire.VERIFICATION}
-        return [a if a.abstract in services else replace(a, result=3) for a in super().negotiate(request)]
+        return [a if a.abstract in services else a._replace(result=3) for a in super().negotiate(request)]
 
 
 @mode("no_release_rp")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -40,8 +41,7 @@ class GoneError(ConnectionError):
     """The association is over: the peer left, a bound was reached, or the server closes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A presentation context as proposed."""
 
     id: int
@@ -49,8 +49,7 @@ class Proposal:
     syntaxes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A presentation context as answered; ``syntaxes`` holds one, but for a peer that lies."""
 
     id: int
@@ -59,8 +58,7 @@ class Answer:
     syntaxes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
+class Role(NamedTuple):
     """An SCP/SCU role selection item (PS3.7 D.3.3.4)."""
 
     abstract: str
@@ -68,8 +66,7 @@ class Role:
     scp: int
 
 
-@dataclass(frozen=True, slots=True)
-class AssociateRequest:
+class AssociateRequest(NamedTuple):
     """What an A-ASSOCIATE-RQ says, as far as an SCP needs it."""
 
     called: str
