@@ -270,7 +270,7 @@ class Pass:
         left: list[Instance] = []
         refused = False
         for target in targets:
-            if target.state in DONE:
+            if target.state in DONE or self._state.refused_here(target):
                 continue
             if target.sop_class is not None and target.sop_class not in classes:
                 refused = True
