@@ -158,9 +158,7 @@ class ForwardSink:
                 held.clear()
         self._remember(study, recorded)
         with self._mutex:
-            self._sent[study] = {
-                x.sop: _Sent(x.series, x.sha256, x.bytes) for x in held.values() if x.bytes is not None
-            }
+            self._sent[study] = {x.sop: _Sent(x.series, x.sha256, x.bytes) for x in held.values()}
         return held
 
     def _hold_against_list(
@@ -608,7 +606,7 @@ def _other_series(series: str) -> Taken:
 
 def _same(first: _Sent | Stored, size: int, digest: bytes) -> bool:
     """Whether a data set is the one that was sent first, as far as that is known."""
-    return size == first.bytes and first.sha256 in (None, digest)
+    return first.bytes in (None, size) and first.sha256 in (None, digest)
 
 
 class _Draining:
