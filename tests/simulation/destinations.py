@@ -11,6 +11,7 @@ from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from tests.simulation.bucket import ENDPOINT, Service
 from tests.simulation.disk import Volume
 from tests.simulation.faults import Chance, Process
+from tests.simulation.node import ModelNode
 
 ROOT = "/data"
 """Where instances lie: paths of a bucket begin with it too."""
@@ -31,6 +32,10 @@ class Destination(Protocol):
     @property
     def options(self) -> Mapping[str, Any]:
         """Of the verbs, besides the address."""
+
+    @property
+    def node(self) -> ModelNode | None:
+        """The node that it is."""
 
     @property
     def cuts(self) -> int:
@@ -57,6 +62,7 @@ class FolderDestination:
 
     address = ROOT
     options: Mapping[str, Any] = {}
+    node = None
 
     def __init__(self, chance: Chance, traits: Mapping[str, Any]) -> None:
         self.volume = Volume(chance)
@@ -110,6 +116,7 @@ class BucketDestination:
     address = f"s3://dicom{ROOT}"
     options: Mapping[str, Any] = {"s3_config": {"access_key": "K", "secret_key": "S", "endpoint": ENDPOINT}}
     cuts = 0
+    node = None
 
     def __init__(self, chance: Chance, traits: Mapping[str, Any]) -> None:
         self.service = Service("dicom")
@@ -150,7 +157,55 @@ class BucketDestination:
                 self.service.remove(key)
 
 
+class NodeDestination:
+    """Another node; see :class:`Destination`. What it has answered for is durable."""
+
+    address = "dicom://STORE@node.example:11112"
+    options: Mapping[str, Any] = {"manifest_root": "/state"}
+    cuts = 0
+
+    def __init__(self, chance: Chance, traits: Mapping[str, Any]) -> None:
+        self.node = ModelNode()
+        for name, value in traits.items():
+            setattr(self.node, name, value)
+        self.machine = Volume(chance)
+        """The disk of the machine that runs us, with the ledgers."""
+
+    def seams(self, process: Process) -> list[tuple[Any, str, object]]:
+        """See :class:`Destination`."""
+        return [
+            (files, "disk", self.machine.disk(process)),
+            (options, "check_folder", lambda path, option: None),
+        ]
+
+    def files(self) -> dict[str, bytes]:
+        """See :class:`Destination`."""
+        return {f"{ROOT}/{x.study}/{x.series}/{sop}.dcm": x.data for sop, x in self.node.held.items()}
+
+    def durable(self) -> dict[str, bytes]:
+        """See :class:`Destination`."""
+        return self.files()
+
+    def left_open(self) -> list[str]:
+        """See :class:`Destination`."""
+        return self.machine.left_open()
+
+    def harm(self, what: str, path: str | None, content: bytes = b"") -> None:
+        """See :class:`Destination`: nobody tears what lies there, or makes it read-only."""
+        sop = path.rpartition("/")[2].removesuffix(".dcm") if path is not None else ""
+        match what:
+            case "power":
+                self.machine.cut()
+            case "evict":
+                self.machine.evict()
+            case "overwrite" if sop:
+                self.node.held[sop] = self.node.held[sop]._replace(data=content)
+            case "delete" if sop:
+                del self.node.held[sop]
+
+
 DESTINATIONS: Mapping[str, Callable[[Chance, Mapping[str, Any]], Destination]] = {
     "folder": FolderDestination,
     "bucket": BucketDestination,
+    "node": NodeDestination,
 }

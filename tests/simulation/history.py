@@ -18,6 +18,7 @@ from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, MR, STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
+from tests.simulation.node import DOWN, NODE_FAULTS
 from tests.simulation.pacs import CHANGES, Change, Habits
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ BREAKS = tuple(
 DISK_FAULTS: Mapping[str, tuple[str, ...]] = {
     "sync": ("EIO", "kill", "power", "kill after", "power after"),
     "rename": ("EIO", "kill", "power", "kill after", "power after"),
-    "write": ("ENOSPC", "EIO", "short", "kill", "power", "kill after", "power after"),
+    "write": ("ENOSPC", "ENOSPC", "EIO", "short", "kill", "power", "kill after", "power after"),
     "open": ("EACCES", "EMFILE", "kill", "kill after"),
     "close": ("kill", "power"),
     "unlink": ("EACCES", "kill", "kill after", "power after"),
@@ -108,6 +109,8 @@ class Run:
         Number of something that the PACS sends, and how the line ends there.
     verb : {"get", "manifest"}
         Whether the query is asked for, or what the manifest of the run before lists.
+    node : tuple
+        What the node that is the destination does, see :meth:`~tests.simulation.node.ModelNode.begin`.
     """
 
     options: Mapping[str, Any]
@@ -115,6 +118,7 @@ class Run:
     ill: tuple[tuple[int, str, float | None], ...] = ()
     breaks: tuple[tuple[int, str], ...] = ()
     verb: str = "get"
+    node: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ class History:
                 steps.append(Between(**step))
                 continue
             step["faults"] = tuple(Planned(**fault) for fault in step["faults"])
-            steps.append(Run(**step | {name: _tuples(step[name]) for name in ("ill", "breaks")}))
+            steps.append(Run(**step | {name: _tuples(step.get(name, [])) for name in ("ill", "breaks", "node")}))
         plain["instances"] = tuple(Instance(**item) for item in plain["instances"])
         plain["habits"] = Habits(**plain["habits"])
         plain["harms"] = tuple(Between(**harm) for harm in plain["harms"])
@@ -187,8 +191,8 @@ def history_of(seed: int) -> History:
     count = sum(i.study == STUDY_UID for i in instances)
     ill_chance = chance.choice((0.0, 0.3, 0.7))
     runs = chance.choice((1, 1, 2, 2, 3))
-    common = _options(chance)
-    destination = chance.choice(("folder", "folder", "bucket"))
+    destination = chance.choice(("folder", "folder", "folder", "bucket", "bucket", "node"))
+    common = _options(chance, destination)
     if habits.cap and chance.random() < 0.5:
         common["list_limit"] = str(habits.cap)
     steps: list[Run | Between] = []
@@ -200,7 +204,7 @@ def history_of(seed: int) -> History:
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
     query, model = _query(chance, instances, habits)
-    verify = query == {"StudyInstanceUID": STUDY_UID} and chance.random() < 0.3
+    verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.4
     harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
     history = History(
         seed,
@@ -214,8 +218,10 @@ def history_of(seed: int) -> History:
         verify,
         tuple(harms) if verify else (),
         model,
-        verify and chance.random() < 0.4,
+        verify and chance.random() < 0.3,
     )
+    if destination == "node":
+        return _unreachable(chance, history) if chance.random() < 0.15 else history
     return THEMES[chance.randrange(len(THEMES))](chance, history) if chance.random() < 0.2 else history
 
 
@@ -253,6 +259,12 @@ def _by_manifest(chance: random.Random, history: History) -> History:
     )
     between = Between("delete", chance.randrange(64))
     return replace(history, changes=(), steps=(broken, between, replace(second, verb="manifest")))
+
+
+def _unreachable(chance: random.Random, history: History) -> History:
+    """All is forwarded, and then the node cannot be reached."""
+    first, second = _two(chance, history)
+    return replace(history, changes=(), steps=(first, replace(second, faults=(), breaks=(), node=(DOWN,))))
 
 
 def _two(chance: random.Random, history: History) -> tuple[Run, Run]:
@@ -326,7 +338,7 @@ def _query(chance: random.Random, instances: tuple[Instance, ...], habits: Habit
             return study, model
 
 
-def _options(chance: random.Random) -> dict[str, Any]:
+def _options(chance: random.Random, destination: str) -> dict[str, Any]:
     """Options that all runs of a history have."""
     options: dict[str, Any] = {
         "durable": chance.random() < 0.85,
@@ -343,13 +355,25 @@ def _options(chance: random.Random) -> dict[str, Any]:
         options["ack"] = "durable"
     if chance.random() < 0.15:
         options["sop_classes"] = chance.choice(([CT], [MR], [MR], [CT, MR]))
-    if chance.random() < 0.1:
+    if destination == "node":
+        options.pop("store_with_file_meta", None)
+        for name in ("strict_forward", "trust_destination"):
+            if chance.random() < 0.15:
+                options[name] = True
+    elif chance.random() < 0.1:
         options["on_conflict"] = "replace"
     return options
 
 
 def _traits(chance: random.Random, destination: str) -> dict[str, Any]:
     traits: dict[str, Any] = {}
+    if destination == "node":
+        traits["find"] = chance.choice(("yes", "yes", "yes", "no", "fails"))
+        if chance.random() < 0.4:
+            traits["again"] = "keeps"
+        if chance.random() < 0.15:
+            traits["refuses"] = chance.choice((CT, MR))
+        return traits
     if destination == "folder":
         if chance.random() < 0.1:
             traits["renames"] = chance.choice(("link", "plain"))
@@ -384,11 +408,11 @@ def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[s
     options = dict(common)
     if chance.random() < (0.5 if "on_conflict" in options else 0.1):
         options["resume"] = False
-    elif chance.random() < 0.1:
+    elif destination != "node" and chance.random() < 0.1:
         options["adopt"] = True
     faults = []
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
-        own = DISK_FAULTS if destination == "folder" else S3_FAULTS
+        own = S3_FAULTS if destination == "bucket" else DISK_FAULTS
         table = chance.choice((own, own, NETWORK_FAULTS))
         # The first two thirds of the table's operations are those after which programs break.
         operation = chance.choice(tuple(table)[:4] if chance.random() < 0.6 else tuple(table))
@@ -405,4 +429,11 @@ def _run(chance: random.Random, count: int, ill_chance: float, common: Mapping[s
         breaks = [
             (1 + chance.randrange(6 * count + 12), chance.choice(BREAKS)) for _ in range(chance.choice((1, 1, 2)))
         ]
-    return Run(options, tuple(faults), tuple(ill), tuple(breaks))
+    node = []
+    if destination == "node":
+        for _ in range(chance.choice((0, 0, 1, 1, 2))):
+            met = chance.choice((*NODE_FAULTS, *NODE_FAULTS, *BREAKS))
+            node.append((1 + chance.randrange(count + 2 if met in NODE_FAULTS else 3 * count + 6), met))
+        if chance.random() < 0.08:
+            node = [DOWN]
+    return Run(options, tuple(faults), tuple(ill), tuple(breaks), node=tuple(node))

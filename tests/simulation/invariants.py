@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
+from airflow_dicom_get.vocabulary import HELD
 from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import mark
 from tests.simulation.pacs import SERIES, SOP, SOP_CLASS, Find, Key, listed
@@ -103,6 +104,8 @@ def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None
     for path, _, key, content in final_files(run.lasting if cut else run.before):
         if files.get(path) == content or not _is_whole(world, path, key, content):
             continue
+        if world.place.node is not None and (path not in run.confirmed or path in world.theirs):
+            continue  # nobody knew, or could see, that the node has it, or what
         if path not in files:
             world.finding("lost", path)
         elif run.run.options.get("on_conflict") != "replace" or not _is_whole(world, path, key, files[path]):
@@ -166,9 +169,14 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         wanted |= {key for key in _listable(world) if meant(world, key, classes)}
     if any(not is_uid(sop) or not is_uid(series) for series, sop in wanted):
         world.finding("complete, and a listed UID is malformed", wanted)
+    node = world.place.node
+    if node is not None and node.down and wanted:
+        world.finding("complete, and the destination was not reached")
     durable = world.place.durable() if run.run.options.get("durable", True) else files
     for series, sop in sorted(wanted):
         path = f"{ROOT}/{STUDY_UID}/{series}/{sop}.dcm"
+        if node is not None and path in world.deleted and node.find == "no":
+            continue  # our records of its answers stand
         if path not in files:
             world.finding("complete, and not there", path)
         elif durable.get(path) != files[path]:
@@ -179,6 +187,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and somebody else's file", path)
     for key, data in _taken(world, run):
         path = f"{ROOT}/{STUDY_UID}/{key[0]}/{key[1]}.dcm"
+        if node is not None and node.again == "keeps" and path in run.before:
+            continue  # it says that it took it, and did not
         if key in wanted and path in files and data_set(files[path]) != data:
             world.finding("complete, and other bytes came", path)
 
@@ -207,6 +217,8 @@ def _of_other_classes(finds: list[Find], classes: Collection[str]) -> set[Key]:
 
 def _is_looked_at(world: World, run: Played) -> bool:
     """Whether a run sees that somebody has put other bytes of the same size under a name: by digest, or by ETag."""
+    if world.place.node is not None:
+        return False
     if world.history.destination == "bucket":
         return bool(world.history.traits.get("etags", True))
     return run.run.options.get("verify_held") == "digest"
@@ -245,6 +257,9 @@ def _not_asked_again(world: World, run: Played) -> None:
         return
     if any(operation in ("read", "scan", "status", "open", "open_folder") for operation, _, _ in run.met):
         return
+    node = world.place.node
+    if node is not None and (node.find == "fails" or run.run.node or run.met or world.runs[run.number - 2].met):
+        return  # it does not tell what it holds, or our records do not
     confirmed = Counter[Key]()
     for row in _confirmed(world, run):
         confirmed[row] += 1
@@ -266,7 +281,7 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
     now = {key: (path, content) for path, _, key, content in final_files(run.before)}
     for row in last.rows:
         key = key_of(row)
-        if row["state"] in ("stored", "held") and key in now:
+        if row["state"] in HELD and key in now:
             path, content = now[key]
             if _is_whole(world, path, key, content) and path not in world.theirs:
                 yield key
@@ -291,6 +306,8 @@ def has_ended(world: World, run: Played) -> bool:
     for row in run.rows:
         key = key_of(row)
         match row["state"]:
+            case "conflict" if world.place.node is not None and _two_of(world, key[1]):
+                mark("node: two instances of one UID")
             case "conflict":
                 if len(set(world.pacs.sent[key])) < 2 and path_of(row) not in world.theirs:
                     if not _torn_unseen(world, run, path_of(row), key):
@@ -300,8 +317,15 @@ def has_ended(world: World, run: Played) -> bool:
                 if row["reason"] != "bad_uid":
                     return False
             case "failed":
-                return False
+                known = world.pacs.known.get(key)
+                if world.place.node is None or known is None or world.place.node.refuses != known.sop_class:
+                    return False
     return bool(run.rows)
+
+
+def _two_of(world: World, sop: str) -> bool:
+    """Whether two instances of one SOP Instance UID were there, of which a node holds one."""
+    return sum(uid == sop for _, uid in world.pacs.known) > 1
 
 
 def _says_nothing(world: World) -> bool:

@@ -161,6 +161,24 @@ MUTATIONS: Mapping[str, Mutation] = {
     "what_replaces_another_is_not_synced_before": Mutation(
         "sinks.filesystem:_FileWriter._put_over", "if self._sink.options.durable:", "if False:", "changed"
     ),
+    "a_node_that_cannot_be_reached_confirms_what_it_was_sent": Mutation(
+        "sinks.forward:ForwardSink._listed",
+        "raise lost from error",
+        "return None",
+        "complete, and the destination was not reached",
+    ),
+    "what_the_node_lists_is_sent_again_in_another_series": Mutation(
+        "sinks.forward:ForwardSink.inventory",
+        "for x in held.values()}",
+        "for x in held.values() if x.bytes is not None}",
+        "complete, and not there",
+    ),
+    "the_answer_of_a_node_is_not_looked_at": Mutation(
+        "sinks.forward:ForwardSink.answered",
+        'if outcome in ("busy", "refused"):',
+        "if False:",
+        "complete, and not there",
+    ),
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),

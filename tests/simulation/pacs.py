@@ -223,13 +223,12 @@ class ModelPacs:
         return own[which % len(own)] if own else None
 
 
-class ModelLink(Link):
-    """A connection that breaks off where the history says."""
+class BreakingLink(Link):
+    """A connection that breaks off where the history says: ``how`` is asked before something is sent."""
 
-    def __init__(self, line: Line, number: int, pacs: ModelPacs) -> None:
-        self.observer = Observer(pacs, self)
-        super().__init__(_Observed(line, self.observer), number)
-        self._pacs = pacs
+    def __init__(self, line: Line, number: int, how: Callable[[], str | None]) -> None:
+        super().__init__(line, number)
+        self._how = how
 
     def send_raw_command(self, context: int, encoded: bytes) -> None:
         if len(encoded) > self.fragment_size:
@@ -244,7 +243,7 @@ class ModelLink(Link):
             super().send_data(context, pieces)
 
     def send(self, *parts: bytes | memoryview) -> None:
-        how = self._pacs.send()
+        how = self._how()
         if how is None:
             super().send(*parts)
             return
@@ -274,6 +273,14 @@ def _command_pdu(context: int, encoded: bytes) -> bytes:
 @lru_cache(10_000)
 def _pieces(instance: Instance) -> tuple[bytes, ...]:
     return tuple(instance.pieces())
+
+
+class ModelLink(BreakingLink):
+    """A connection of the model PACS."""
+
+    def __init__(self, line: Line, number: int, pacs: ModelPacs) -> None:
+        self.observer = Observer(pacs, self)
+        super().__init__(_Observed(line, self.observer), number, pacs.send)
 
 
 class _Observed:

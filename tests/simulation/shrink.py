@@ -78,7 +78,7 @@ def _smaller(history: History) -> Iterator[History]:
 def _smaller_runs(run: Run) -> Iterator[Run]:
     if run.verb != "get":
         yield replace(run, verb="get")
-    for name in ("faults", "ill", "breaks"):
+    for name in ("faults", "ill", "breaks", "node"):
         items = getattr(run, name)
         if len(items) > 4:
             yield replace(run, **{name: items[:4]})

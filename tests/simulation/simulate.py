@@ -45,7 +45,11 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "a run is killed": ("verdict: killed",),
     "power is lost": ("between: power", "disk: a page was torn", "disk: a name was lost"),
     "the line ends": tuple(f"break: {how}" for how in BREAKS),
-    "verify": ("verify: 0", "verify: 3", "verify: 4"),
+    "verify": ("verify: 0", "verify: 3", "verify: 4", "verify --quick: 0", "verify --quick: 3"),
+    "a node is the destination": ("node: breaks off", "node: C-FIND fails", "node: stored again"),
+    "the node cannot be reached": ("node: down",),
+    "a manifest is asked for": ("get: by a manifest",),
+    "a correction takes the place of what is held": ("replaced",),
     "ends": ("verdict: complete", "verdict: partial", "verdict: unverified", "verdict: failed", "verdict: empty"),
 }
 """What has to happen in at least one of a hundred histories, and the marks that say so."""

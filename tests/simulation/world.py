@@ -21,8 +21,9 @@ from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
+from airflow_dicom_get.testing.misbehaving.line import Line
 from airflow_dicom_get.verify import Verification
-from airflow_dicom_get.vocabulary import OUTSIDE_LIST
+from airflow_dicom_get.vocabulary import HELD, OUTSIDE_LIST
 from tests.simulation.codecs import CODECS
 from tests.simulation.destinations import DESTINATIONS, Destination, path_of
 from tests.simulation.faults import Fault, Faults, Killed, Process
@@ -51,6 +52,8 @@ class Played:
     """All files, as they were."""
     lasting: dict[str, bytes] = field(default_factory=dict)
     """Of these what outlasts a power cut, where there will be one."""
+    confirmed: frozenset[str] = frozenset()
+    """Paths of what earlier runs said they hold, for good."""
     asked: frozenset[Key] | None = None
     """What the manifest lists that is asked for."""
     result: Result | None = None
@@ -103,8 +106,8 @@ class World:
         By run what it did; and how often the PACS sent something.
     confirmed : set of str
         Paths of what some run said it holds, for good.
-    torn : set of str
-        Paths of what somebody has cut short.
+    torn, deleted : set of str
+        Paths of what somebody has cut short, or removed.
     classes : frozenset of str, optional
         The SOP classes that any run wants; None for all.
     """
@@ -113,12 +116,13 @@ class World:
         self.history, self.loop, self.told = history, loop, told
         self.place: Destination = DESTINATIONS[history.destination](loop.chance, history.traits)
         self.pacs = ModelPacs(history.instances, history.habits, history.changes)
-        self.network = Network(loop, self.pacs.accept)
+        self.network = Network(loop, self.accept)
         self.runs: list[Played] = []
         self.findings: list[str] = []
         self.theirs: dict[str, bytes] = {}
         self.confirmed: set[str] = set()
         self.torn: set[str | None] = set()
+        self.deleted: set[str | None] = set()
         self.trace: list[Any] = []
         self.sends: list[int] = []
         self.manifest: Any = None
@@ -132,6 +136,12 @@ class World:
         """Something is wrong."""
         number = self.runs[-1].number if self.runs else 0
         self.findings.append(f"{what} (run {number}){': ' if details else ''}{', '.join(map(str, details))}")
+
+    def accept(self, line: Line, port: int) -> Callable[[], object]:
+        """See :class:`~tests.simulation.line.Network`."""
+        if port == 104 or self.place.node is None:
+            return self.pacs.accept(line, port)
+        return self.place.node.accept(line)
 
     # --- steps ---------------------------------------------------------------------------------
 
@@ -183,12 +193,14 @@ class World:
         runs = [step for step in self.history.steps if isinstance(step, Run)]
         options = dict(runs[-1].options) if runs else {}
         options.pop("resume", None)
+        options.pop("strict_forward", None)
         return options | {"durable": True}
 
     def run(self, run: Run, *, healing: bool = False) -> None:
         """One run of the retrieval."""
         process = Process(Faults({(f.operation, f.number): _fault(f) for f in run.faults}))
         played = Played(len(self.runs) + 1, run, self.place.files(), healing=healing)
+        played.confirmed = frozenset(self.confirmed)
         if any(fault.what.startswith("power") for fault in run.faults):
             played.lasting = self.place.durable()
         manifest = self.manifest if run.verb == "manifest" else None
@@ -197,6 +209,8 @@ class World:
             played.asked = frozenset(key_of(row) for row in plain_rows(manifest) if row["state"] not in OUTSIDE_LIST)
         self.runs.append(played)
         self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
+        if self.place.node is not None:
+            self.place.node.begin(run.node)
         self.loop.at += _PAUSE
         began, changes = self.loop.at, len(self.pacs.log)
 
@@ -219,7 +233,8 @@ class World:
         if run.options.get("durable", True):
             if any(not earlier.run.options.get("durable", True) for earlier in self.runs):
                 mark("durable after a run that was not")
-            self.confirmed |= {path_of(row) for row in played.rows if row["state"] in ("stored", "held")}
+            if self.place.node is None or not process.faults.met:  # what it was told may not be in our records
+                self.confirmed |= {path_of(row) for row in played.rows if row["state"] in HELD}
         played.met = list(process.faults.met)
         played.seconds = self.loop.at - began
         played.changed = any(entry[0] == "change" for entry in self.pacs.log[changes:])
@@ -305,6 +320,9 @@ class World:
             case "tear":
                 content = content[: len(content) // 2]
                 self.torn.add(path)
+            case "delete":
+                self.deleted.add(path)
+                self.confirmed.discard(path or "")
         self.place.harm(step.what, path, content)
 
 
