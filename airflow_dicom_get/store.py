@@ -23,6 +23,7 @@ from airflow_dicom_get.net.association import OVER, time_is_over
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks.base import Taken
 from airflow_dicom_get.sinks.objects import (
     Listed,
     Named,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.net.peer import Peer
-    from airflow_dicom_get.sinks.base import Taken
     from airflow_dicom_get.sinks.forward import ForwardSink
 
 log = logging.getLogger(__name__)
@@ -454,6 +454,8 @@ class _Run:
         digest = hashlib.sha256() if recorded else None
         skip = opened.dataset_offset
         writer = self._sink.begin(record)
+        if isinstance(writer, Taken):
+            return writer
         try:
             for view in opened.chunks():
                 if digest is not None:

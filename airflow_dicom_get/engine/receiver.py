@@ -150,7 +150,11 @@ class Receiver:
             self._head += view
         elif self._identify():
             assert self._instance is not None
-            self._writer = self._retrieval.sink.begin(self._instance)
+            begun = self._retrieval.sink.begin(self._instance)
+            if isinstance(begun, Taken):
+                self._refusal = begun
+                return
+            self._writer = begun
             if self._head:
                 self._writer.write(memoryview(self._head))
                 self._head = bytearray()

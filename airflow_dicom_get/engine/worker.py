@@ -36,7 +36,7 @@ from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.get import GetOutcome, c_get
 from airflow_dicom_get.net.retries import allowed
-from airflow_dicom_get.records import Instance
+from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.vocabulary import DONE
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ class Pass:
         self._workers = 1
         self._singled_out = 0
         """How often an instance was set apart or given up because associations died of it."""
+        self._given_up: set[Key] = set()
+        """What was refused while it came, with its association; it is not asked for again."""
         self.outcomes: list[GetOutcome] = []
 
     def execute(self, associations: int) -> None:
@@ -107,7 +109,9 @@ class Pass:
                 return
             except DicomGetError as error:
                 cause = self._judged(error)
-                failures = 1 if self._moves() > before else failures + 1
+                moved = self._moves() > before
+                given_up = moved and bool(cause.facts.get("given_up"))  # by us, and what it was for is settled
+                failures = 0 if given_up else 1 if moved else failures + 1
                 if isinstance(cause, Cancelled) or failures > allowed(cause, self._retrieval.options.retries):
                     self._fail(cause)
                     return
@@ -115,7 +119,7 @@ class Pass:
                     log.info("%s allows fewer associations; continuing with those that are open", source.node)
                     return
                 self._intake.remark(cause)
-                if not (isinstance(cause, ForwardLate) and failures == 1):  # it has answered by now
+                if not given_up and not (isinstance(cause, ForwardLate) and failures == 1):  # it has answered by now
                     source.back_off(failures, cause, self._retrieval.options.retries)
             except Exception as error:
                 log.exception("an association ended unexpectedly")
@@ -124,7 +128,7 @@ class Pass:
 
     def _moves(self) -> int:
         """Grows with whatever brings the pass nearer to its end; a source that kills everything does so in vain."""
-        return self._state.progress + min(self._singled_out, _MOST_SINGLED_OUT)
+        return self._state.progress + len(self._given_up) + min(self._singled_out, _MOST_SINGLED_OUT)
 
     def _fail(self, error: DicomGetError) -> None:
         with self._mutex:
@@ -203,7 +207,9 @@ class Pass:
         """
         left = self._left(request)
         given_up = bool(error.facts.get("given_up"))
-        self._singled_out += given_up
+        if given_up:
+            self._given_up.update(x.key for x in request.targets if self._state.refused_here(x))
+            self._singled_out += 1
         # A destination that cannot even be reached says nothing about the instance that was to go there.
         cuts = 0 if moved or given_up else request.cuts + (not error.facts.get("unreachable"))
         front: list[Request] = []

@@ -82,8 +82,8 @@ class Sink(Protocol):
     def head(self, held: Stored, size: int) -> bytes:
         """The first bytes of what is held, at most ``size``; empty where it cannot be read back."""
 
-    def begin(self, instance: Instance) -> Writer:
-        """Begin an instance whose study, series, sop, sop_class and syntax are known.
+    def begin(self, instance: Instance) -> Writer | Taken:
+        """Begin an instance whose study, series, sop, sop_class and syntax are known, or refuse it.
 
         Raises as :meth:`Writer.write`.
         """

@@ -236,16 +236,13 @@ class ForwardSink:
         """Nothing: what was forwarded lies with the destination."""
         return b""
 
-    def begin(self, instance: Instance) -> Writer:
+    def begin(self, instance: Instance) -> Writer | Taken:
         """See :meth:`sinks.base.Sink.begin`."""
         assert instance.sop_class is not None
         assert instance.syntax is not None
         if self._stopped:
-            return _Draining(
-                Taken(
-                    s.OUT_OF_RESOURCES, "strict_forward", "An earlier instance was refused, and strict_forward is set."
-                )
-            )
+            text = "An earlier instance was refused, and strict_forward is set."
+            return Taken(s.OUT_OF_RESOURCES, "strict_forward", text)
         known = self._claim(instance)
         if known is not None:
             return _Comparing(self, instance, known)
@@ -254,7 +251,7 @@ class ForwardSink:
         except BaseException:
             self.give_up(instance)
             raise
-        if isinstance(writer, _Draining):
+        if isinstance(writer, Taken):
             self.give_up(instance)
         return writer
 
@@ -289,7 +286,7 @@ class ForwardSink:
             self._under_way.discard((instance.study, instance.sop))
             self._changed.notify_all()
 
-    def _begin(self, instance: Instance) -> Writer:
+    def _begin(self, instance: Instance) -> Writer | Taken:
         assert instance.sop_class is not None
         assert instance.syntax is not None
         try:
@@ -298,11 +295,11 @@ class ForwardSink:
             raise _not_recorded(error) from error
         once = self._taken_once(instance)
         if once and all(x.series != instance.series for x in once):
-            return _Draining(_other_series(once[0].series))
+            return _other_series(once[0].series)
         pair = Proposal(instance.sop_class, instance.syntax)
         line = self._line(pair)
         if line is None:
-            return _Draining(self._no_context(instance, pair))
+            return self._no_context(instance, pair)
         digest = hashlib.sha256() if self.options.checksum or once else None
         line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
         return _ForwardWriter(self, line, instance, digest, once)
@@ -607,25 +604,6 @@ def _other_series(series: str) -> Taken:
 def _same(first: _Sent | Stored, size: int, digest: bytes) -> bool:
     """Whether a data set is the one that was sent first, as far as that is known."""
     return first.bytes in (None, size) and first.sha256 in (None, digest)
-
-
-class _Draining:
-    """An instance that is not sent on: its data set is read, and the answer stands already."""
-
-    __slots__ = ("_taken",)
-
-    def __init__(self, taken: Taken) -> None:
-        self._taken = taken
-
-    def write(self, view: memoryview) -> None:
-        """See :meth:`sinks.base.Writer.write`."""
-
-    def take(self) -> Taken:
-        """See :meth:`sinks.base.Writer.take`."""
-        return self._taken
-
-    def abort(self) -> None:
-        """See :meth:`sinks.base.Writer.abort`."""
 
 
 class _Comparing:

@@ -84,6 +84,17 @@ def test_what_was_refused_is_not_read_for_ever(tmp_path: Path, mode: str) -> Non
         assert "more than 64 MiB, or for more than 30 s, of what was refused" in str(result.errors)
 
 
+def test_what_the_destination_refuses_is_not_read_for_ever_either(tmp_path: Path) -> None:
+    with (
+        MisbehavingPacs("endless_object", series=1, instances=5, victim=2) as pacs,
+        MisbehavingPacs("no_storage") as destination,
+    ):
+        to = f"dicom://DEST@127.0.0.1:{destination.port}"
+        result = retrieve(pacs, destination=to, manifest_root=tmp_path, retries=0)
+    assert (result.verdict, result.reason) == ("failed", "destination_refused")
+    assert reasons(result) == dict.fromkeys(pacs.uids, "destination_refused")
+
+
 def test_a_large_object_that_is_held_is_drained_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes again to confirm a list is not refused, and its association goes on."""
     monkeypatch.setattr(get, "MAX_REST", 1000)

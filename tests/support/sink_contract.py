@@ -112,6 +112,8 @@ def dataset_of(instance: Instance, size: int = 3000, variant: int = 0) -> bytes:
 def send(sink: Sink, instance: Instance, data: bytes) -> Taken:
     """Write a data set in fragments, as it would come, and take it."""
     writer = sink.begin(instance)
+    if isinstance(writer, Taken):
+        return writer
     buffer = bytearray(FRAGMENT)
     for start in range(0, len(data), FRAGMENT):
         piece = data[start : start + FRAGMENT]
@@ -186,6 +188,7 @@ class SinkContract:
         sink = harness.sink()
         instance = new(1)
         writer = sink.begin(instance)
+        assert not isinstance(writer, Taken)
         data = dataset_of(instance, size)
         for start in range(0, len(data) - 1000, FRAGMENT):
             writer.write(memoryview(data)[start : start + FRAGMENT])
@@ -246,6 +249,7 @@ class SinkContract:
         half = new(2)
         data = dataset_of(half, LARGE)
         writer = dead.begin(half)
+        assert not isinstance(writer, Taken)
         writer.write(memoryview(data)[: 10 << 20])
         harness.crash(dead)
         sink = harness.sink()
