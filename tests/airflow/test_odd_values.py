@@ -18,8 +18,14 @@ def test_no_name_gets_into_a_log(run_dag, tmp_path, monkeypatch):
         query = {"StudyInstanceUID": pacs.study_uid}
         for level in ("STUDY", "SERIES"):
             DicomFindOperator(task_id=f"find_{level}", query=query, level=level, return_keys=keys)
-        at_once = {"settled_for": timedelta(0), "poke_interval": 0.2, "timeout": 20}
-        DicomStudySensor(task_id="wait", study=pacs.study_uid, deferrable=True, **at_once)
+        DicomStudySensor(
+            task_id="wait",
+            study=pacs.study_uid,
+            deferrable=True,
+            settled_for=timedelta(0),
+            poke_interval=0.2,
+            timeout=20,
+        )
         get = DicomGetOperator(
             task_id="get", study=pacs.study_uid, destination=str(tmp_path), tags=["SeriesNumber", "StudyDate"]
         )
