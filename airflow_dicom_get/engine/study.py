@@ -70,6 +70,7 @@ def run_studies(
                 state.errors.append(unexpected(error))
         state.cancelled_by = retrieval.source.cancel.reason
         state.conclude()
+        retrieval.sink.end_study(scope.study)
 
 
 class StudyRun:

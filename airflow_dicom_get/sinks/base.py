@@ -91,6 +91,9 @@ class Sink(Protocol):
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         """Those that came since the last call; with ``wait`` all that are still due."""
 
+    def end_study(self, study: str) -> None:
+        """Give back what is held open for a study, of which nothing more comes in this run; close raises its errors."""
+
     def close(self) -> None:
         """Confirm what is due, give back locks and files.
 

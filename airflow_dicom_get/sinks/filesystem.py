@@ -161,6 +161,7 @@ class FilesystemSink:
         self._mutex = threading.Lock()
         self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
+        self._unclosed: OSError | None = None
         self._durable: dict[str, set[Key]] = {}
         """By study what runs before this one have recorded as durable."""
         self._digests: dict[str, Mapping[Key, Collection[bytes]]] = {}
@@ -465,6 +466,19 @@ class FilesystemSink:
             done, self._done = self._done, []
             return done
 
+    def end_study(self, study: str) -> None:
+        """See :meth:`sinks.base.Sink.end_study`."""
+        with self._room:
+            self._wait(lambda: not self._due)
+        if self._left():
+            return
+        self._durable.pop(study, None)
+        self._digests.pop(study, None)
+        ended = self._studies.pop(study, None)
+        if ended is not None:
+            failed = first_failure([partial(ended.close, self.options.durable, self.cancel)])
+            self._unclosed = self._unclosed or failed
+
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
         with self._room:
@@ -473,11 +487,10 @@ class FilesystemSink:
             return
         if self._syncer is not None:
             self._syncer.join()
-        failed = first_failure(
-            partial(study.close, self.options.durable, self.cancel) for study in self._studies.values()
-        )
-        if failed is not None:
-            raise sink_error(failed, "The ledger of what is held cannot be written") from failed
+        for study in list(self._studies):
+            self.end_study(study)
+        if self._unclosed is not None:
+            raise sink_error(self._unclosed, "The ledger of what is held cannot be written") from self._unclosed
 
 
 class _GivenUpError(Exception):

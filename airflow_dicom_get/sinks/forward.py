@@ -130,6 +130,7 @@ class ForwardSink:
         self._mutex = threading.Lock()
         self._changed = clock.condition(self._mutex)
         self._ledgers: dict[str, Ledger] = {}
+        self._unclosed: OSError | None = None
         self._idle: list[_Line] = []
         self._classes = classes
         self._pairs: dict[Proposal, None] = {}  # seen, the latest last
@@ -496,6 +497,14 @@ class ForwardSink:
             else:
                 line.association.release()
 
+    def end_study(self, study: str) -> None:
+        """See :meth:`sinks.base.Sink.end_study`."""
+        with self._changed:
+            ledger = self._ledgers.pop(study, None) if not self._late else None
+        if ledger is not None:
+            failed = first_failure([ledger.sync, ledger.close])
+            self._unclosed = self._unclosed or failed
+
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
         with self._changed:
@@ -503,9 +512,10 @@ class ForwardSink:
             while self._late:
                 self._changed.wait(1.0)
         self._release_idle()
-        failed = first_failure(work for ledger in self._ledgers.values() for work in (ledger.sync, ledger.close))
-        if failed is not None:
-            raise _not_recorded(failed) from failed
+        for study in list(self._ledgers):
+            self.end_study(study)
+        if self._unclosed is not None:
+            raise _not_recorded(self._unclosed) from self._unclosed
 
 
 def _not_recorded(error: OSError) -> SinkError:

@@ -83,6 +83,7 @@ class S3Sink:
         self._read_only = read_only
         self._room = clock.condition()
         self._studies: dict[str, _Study] = {}
+        self._unclosed: OSError | None = None
         self._due = 0
         self._done: list[Confirmation] = []
         self._parted: set[_Parts] = set()
@@ -271,13 +272,22 @@ class S3Sink:
                 self._done += [Confirmation(x, "The run was cancelled.", "cancelled") for x in waiting]
                 self._due -= len(waiting)
 
+    def end_study(self, study: str) -> None:
+        """See :meth:`sinks.base.Sink.end_study`."""
+        ended = self._studies.pop(study, None)
+        if ended is not None and not self.uploads.abandoned:
+            failed = first_failure([ended.ledger.close])
+            self._unclosed = self._unclosed or failed
+
     def close(self) -> None:
         """See :meth:`sinks.base.Sink.close`."""
         self.uploads.close()
         for parts in () if self.uploads.abandoned else list(self._parted):
             parts.abort()
-        failed = first_failure(study.ledger.close for study in self._studies.values())
-        if failed is not None and not self.uploads.abandoned:
+        for study in list(self._studies):
+            self.end_study(study)
+        failed = self._unclosed
+        if failed is not None:
             raise SinkError(f"The ledger cannot be written: {failed.strerror or failed}.", hint=_LEDGER_HINT)
 
     def opened(self, parts: _Parts) -> None:

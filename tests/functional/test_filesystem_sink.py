@@ -24,6 +24,7 @@ from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.sample_data import big_study
 from tests.support.holdings import Holding
 
 COUNT = 12
@@ -461,3 +462,23 @@ def test_a_sync_that_fails_in_any_way_is_told_and_waited_for_no_longer(
     }
     again = retrieve(pacs, private.study, tmp_path)
     assert (again.verdict, again.completed) == ("complete", COUNT)
+
+
+def test_what_is_open_does_not_grow_with_the_studies_of_a_run(tmp_path: Path) -> None:
+    studies = []
+    (tmp_path / "pacs").mkdir()
+    for number in range(8):
+        studies.append(big_study(tmp_path / str(number), 1, 600, name=f"one{number}", series=1))
+        for path in (tmp_path / str(number)).iterdir():
+            path.rename(tmp_path / "pacs" / f"{number}-{path.name}")
+    opened: list[int] = []
+    with EmbeddedPacs(tmp_path / "pacs") as server:
+        scu = GetScu(f"PACS@127.0.0.1:{server.port}", destination=tmp_path / "out")
+        result = scu.get_study(
+            {"StudyInstanceUID": studies},
+            on_sub_operation=lambda event: opened.append(
+                sum("/out/" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+            ),
+        )
+    assert (result.verdict, result.completed) == ("complete", 8)
+    assert max(opened) <= 5, opened

@@ -86,6 +86,9 @@ class Sink:
     def begin(self, instance: Instance) -> Writer:
         return Writer(self, instance)
 
+    def end_study(self, study: str) -> None:
+        """Nothing is held open."""
+
     def confirmations(self, *, wait: bool = False) -> list[Confirmation]:
         due, self.due = self.due, []
         return due
