@@ -498,6 +498,8 @@ class _Verify:
         if not item.there:
             return NOT_THERE, f"{where}, not there" if listed else "no longer listed, and not present"
         symbol, what = self._content(item)
+        if self.has_source and not item.at_source:  # a get leaves it alone, whatever it holds
+            return NOT_LISTED, where if symbol == SAME else f"{where}: {what}"
         if symbol != SAME:
             return symbol, what
         return (SAME, what) if listed else (NOT_LISTED, where)

@@ -576,7 +576,7 @@ class _Study:
         failed = first_failure([self.ledger.sync] if durable else [])
         if cancel.left:
             return
-        failed = failed or first_failure([self.ledger.close])
+        unclosed = first_failure([self.ledger.close])
         for fd in (*self._folders.values(), *self._gone):
             with suppress(OSError):  # nothing was written through it
                 self._disk.close(fd)
@@ -585,8 +585,8 @@ class _Study:
         for folder in (*(self.path / uid for uid in self._folders), self.path):
             with suppress(OSError):
                 self._disk.remove_folder(folder)  # only where nothing came
-        if failed is not None:
-            raise failed
+        if (error := failed or unclosed) is not None:
+            raise error
 
 
 class _FileWriter:
