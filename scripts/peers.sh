@@ -37,13 +37,14 @@ fi
 set -u
 # invoke-rc.d asks this file whether a package may start its service; 101 means no. One that is there stays as it is.
 policy=${POLICY_RC_D:-/usr/sbin/policy-rc.d}
+boot=/proc/sys/kernel/random/boot_id
 if [ ! -e "$policy" ]; then
     # Whoever is killed cannot remove it. So another process does, as soon as nobody has this pipe open: neither we nor
     # an apt-get that outlives us. Where that one is killed too, the file removes itself when it is next asked.
     exec 9> >(trap '' INT TERM HUP; exec setsid sh -c 'cat >/dev/null; rm -f "$0"' "$policy" >/dev/null 2>&1)
     keeper=$!
     printf '#!/bin/sh\n# Put here for the length of one apt-get by airflow-dicom-get.\n%s && exit 101\nrm -f "$0"\n' \
-        "[ -e /proc/$keeper ] && grep -qs $(cat /proc/sys/kernel/random/boot_id) /proc/sys/kernel/random/boot_id" |
+        "grep -qs '^State:.[^ZX]' /proc/$keeper/status && grep -qs $(cat $boot) $boot" |
         sh -C -c 'umask 022 && cat >"$0" && chmod 755 "$0"' "$policy" || exit 11
     trap 'rm -f "$policy"; kill -KILL "$keeper" 2>/dev/null' EXIT
     trap 'exit 130' INT
