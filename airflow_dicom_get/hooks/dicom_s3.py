@@ -221,6 +221,10 @@ class DicomS3Hook(BaseHook):
 
         given = _mapping(extras, "config_kwargs")
         options = {key: value for key, value in given.items() if key in _CLIENT_OPTIONS}
+        if any("@" in str(address) for address in _mapping(given, "proxies").values()):
+            raise password_in(
+                "config_kwargs.proxies", "Give the proxy alone. One that asks for a login is named in HTTPS_PROXY."
+            )
         style = _mapping(given, "s3").get("addressing_style")
         if style is not None:
             options["s3"] = {"addressing_style": style}

@@ -223,6 +223,8 @@ def test_the_profile_of_an_aws_connection(connect):
             "config_kwargs",
         ),
         ({"login": "k", "password": "s", "extra": {"ssl_verify": False}}, "ssl_verify"),
+        ({"extra": {"endpoint_url": "https://me:hush-hush@minio.example"}}, "endpoint_url"),
+        ({"extra": {"config_kwargs": {"proxies": {"https": "http://me:hush-hush@proxy:3128"}}}}, "proxies"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else value,
 )
@@ -230,6 +232,7 @@ def test_each_bad_field_of_an_aws_connection_is_named(connect, conn, field):
     with pytest.raises(InvalidOption) as caught:
         connect({"conn_type": "aws", **conn}).config  # noqa: B018
     assert field in str(caught.value).partition(". ")[0]
+    assert "hush" not in str(caught.value)
 
 
 def test_what_is_not_taken_of_an_aws_connection_is_named(connect, capsys):
