@@ -24,6 +24,7 @@ from airflow_dicom_get.manifest.frames import (
 )
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.sinks.objects import Listed, load_listed
+from airflow_dicom_get.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,7 +132,7 @@ def _remove(uri: str) -> None:
     """Remove a part that now stands in the whole, if that is allowed."""
     place = parse_destination(uri, "manifest")
     if isinstance(place, FilesystemDestination):
-        place.path.unlink(missing_ok=True)
+        files.disk.remove(place.path)
     elif isinstance(place, S3Destination):
         from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 

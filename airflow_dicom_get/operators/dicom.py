@@ -23,7 +23,7 @@ from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
-from airflow_dicom_get.errors import DicomGetError, IncompleteRetrieval, sentences
+from airflow_dicom_get.errors import DicomGetError, IncompleteRetrieval, printable, sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import (
     ResolvedDestination,
@@ -554,7 +554,7 @@ class DicomStoreOperator(TransferOperator):
         return [result]
 
     def _unusable(self, name: str, why: str) -> None:
-        self.log.warning("Skipped: %s %s", name, why)
+        self.log.warning("Skipped: %s", printable(f"{name} {why}"))
 
 
 @contextmanager

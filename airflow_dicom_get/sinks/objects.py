@@ -24,7 +24,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DicomGetError, InvalidOption
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
@@ -177,7 +177,7 @@ def whole_instance(path: Folder, study: str, series: str, sop: str) -> Stored | 
     try:
         return _whole_instance(StoredObject(str(path), path), path, study, series, sop)
     except (UnusableError, UnreadableError) as error:
-        log.info("the file of instance %s is not adopted: %s", sop, error)
+        log.info("the file of instance %s is not adopted: %s", printable(sop), error)
         return None
 
 
