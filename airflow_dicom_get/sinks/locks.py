@@ -31,7 +31,8 @@ def hold(path: Folder) -> int:
         except FileExistsError:
             raise
         except OSError:  # it may be there all the same
-            disk.remove(path)
+            with suppress(OSError):
+                disk.remove(path)
             raise
         try:
             disk.lock(lock, wait=True)
