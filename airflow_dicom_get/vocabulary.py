@@ -38,7 +38,27 @@ VERDICTS: Mapping[Verdict, str] = {
     EMPTY: "the query matched nothing",
     CANCELLED: "stopped by a signal or by `cancel()`",
 }
-"""What each verdict means."""
+"""What each verdict means, of a retrieval."""
+
+STORE_VERDICTS: Mapping[Verdict, str] = {
+    COMPLETE: "every instance that was to be stored is at the target",
+    FAILED: "no instance is at the target",
+    PARTIAL: "some instances are at the target, some are not; `reason` says why",
+    UNVERIFIED: "every instance was sent; it is not certain that the target has them",
+    EMPTY: "there was nothing to store",
+    CANCELLED: VERDICTS[CANCELLED],
+}
+"""What each verdict means of a ``store``."""
+
+VERIFY_VERDICTS: Mapping[Verdict, str] = {
+    COMPLETE: "all that was compared is the same",
+    FAILED: "nothing could be compared",
+    PARTIAL: "there are differences",
+    UNVERIFIED: "no difference was found, but not everything could be compared",
+    EMPTY: "there was nothing to compare",
+    CANCELLED: VERDICTS[CANCELLED],
+}
+"""What each verdict means of a ``verify``."""
 
 WORST_FIRST: tuple[Verdict, ...] = (FAILED, CANCELLED, PARTIAL, UNVERIFIED, EMPTY, COMPLETE)
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from airflow_dicom_get.result import Result
 
 MODES = ("auto", "full", "reference")
+MOST_STUDIES = 50
+"""UIDs of studies in a summary."""
 
 
 def run_name_of(ti: Any) -> str:
@@ -102,6 +104,7 @@ class Manifest:
         from pyarrow import compute
 
         found = self._reference or {}
+        studies = sorted(uid for uid in self._table["study_instance_uid"].unique().to_pylist() if uid)
         return {
             "studies": compute.count_distinct(self._table["study_instance_uid"]).as_py(),
             "series": compute.count_distinct(self._table["series_instance_uid"]).as_py(),
@@ -110,6 +113,7 @@ class Manifest:
                 "manifest_uri": found.get("manifest_uri"),
                 "manifest_rows": self._table.num_rows,
                 "manifest_sha256": found.get("sha256"),
+                "study_instance_uids": studies[:MOST_STUDIES],
             },
         }
 

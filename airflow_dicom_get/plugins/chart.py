@@ -1,4 +1,4 @@
-"""The chart of the page: how fast retrievals were over time, and how many were complete. Plain numbers for an SVG."""
+"""The chart of the page: how fast retrievals were over time, and how many runs complete. Plain numbers for an SVG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from airflow_dicom_get.plugins.database import Retrieval
+from airflow_dicom_get.plugins.database import Run
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, ENDED_WELL
 from airflow_dicom_get.vocabulary import noun
 
@@ -39,7 +39,7 @@ class Span:
 
     @property
     def count(self) -> int:
-        """How many retrievals."""
+        """How many runs."""
         return self.complete + self.incomplete + self.other
 
 
@@ -65,7 +65,7 @@ class Chart:
     summary: str = ""
 
 
-def chart_of(retrievals: Sequence[Retrieval]) -> Chart | None:
+def chart_of(retrievals: Sequence[Run]) -> Chart | None:
     """Draw some retrievals; None if there are none."""
     if not retrievals:
         return None
@@ -78,7 +78,7 @@ def chart_of(retrievals: Sequence[Retrieval]) -> Chart | None:
     return chart
 
 
-def _spans(retrievals: Sequence[Retrieval]) -> tuple[int, list[Span]]:
+def _spans(retrievals: Sequence[Run]) -> tuple[int, list[Span]]:
     times = [int(one.moment.timestamp()) for one in retrievals]
     first, last = min(times), max(times)
     step = next((step for step in _STEPS if (last - first) / step < _MOST_SPANS - 1), _STEPS[-1])
@@ -141,7 +141,7 @@ def _draw_counts(chart: Chart, spans: Sequence[Span], step: int, width: float) -
             below += count
     bad = sum(span.incomplete for span in spans)
     count = sum(span.count for span in spans)
-    chart.summary += f" {count} {noun(count, 'retrieval')}, {bad} not complete."
+    chart.summary += f" {count} {noun(count, 'run')}, {bad} not complete."
 
 
 def _draw_time(chart: Chart, spans: Sequence[Span], step: int, width: float) -> None:

@@ -20,12 +20,9 @@ from airflow.models.xcom import XComModel
 from airflow.utils.session import create_session
 from sqlalchemy import Text, and_, cast, func, or_, select
 
-from airflow_dicom_get.plugins.outcomes import NEVER_RAN_STATES, outcome_of
+from airflow_dicom_get.plugins.outcomes import GET, KINDS, NEVER_RAN_STATES, Kind, kind_of, outcome_of
 
-OPERATORS = ("DicomGetOperator", "DicomStoreOperator", "DicomVerifyOperator")
-"""Those whose summary holds a verdict."""
-
-MAX_RETRIEVALS = 50_000
+MAX_RUNS = 50_000
 """The newest so many are looked at: what a list needs grows with them, in time and memory."""
 
 MAX_RETURNED = 32 << 20
@@ -42,11 +39,12 @@ _MOMENT = func.coalesce(_TASK.start_date, _TASK.queued_dttm, _TASK.scheduled_dtt
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieval:
-    """One retrieval, as far as counting, choosing and sorting need it."""
+class Run:
+    """One task of ours, as far as counting, choosing and sorting need it."""
 
     id: UUID
     dag_id: str
+    operator: str
     outcome: str
     moment: datetime
     """When it began; where it has not, when it came to wait."""
@@ -54,6 +52,13 @@ class Retrieval:
     instances: int
     bytes: int
     seconds: float
+    scope: tuple[str, str] | None = None
+    """Destination and studies, where they are known: what was retrieved, however often."""
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it is a retrieval."""
+        return self.operator == GET
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,11 @@ class Task:
     def name(self) -> str:
         """What it is called: the study it retrieves, where Airflow keeps that; it drops it between two tries."""
         return self.label or (self.task_id if self.map_index < 0 else f"{self.task_id} [{self.map_index}]")
+
+    @property
+    def kind(self) -> Kind:
+        """What it does."""
+        return kind_of(self.operator)
 
     @property
     def outcome(self) -> str:
@@ -107,9 +117,9 @@ def _at_most(value: Any, size: int) -> Any:
     return func.length(cast(value, Text)) <= size
 
 
-def _text(name: str) -> Any:
+def _text(name: str, size: int = 200) -> Any:
     """A value of a summary, which may hold anything, as a short text."""
-    return func.substr(_VALUE[name].as_string(), 1, 200)
+    return func.substr(_VALUE[name].as_string(), 1, size)
 
 
 def _number(text: Any) -> float:
@@ -121,10 +131,10 @@ def _number(text: Any) -> float:
     return value if 0 <= value < _MAX_NUMBER else 0.0
 
 
-def dags_with_retrievals(since: datetime, until: datetime) -> list[str]:
-    """The DAGs that had retrievals in a span of time, whoever may see them."""
+def dags_with_runs(since: datetime, until: datetime) -> list[str]:
+    """The DAGs that had tasks of ours in a span of time, whoever may see them."""
     with create_session(scoped=False) as session:
-        return sorted(session.scalars(select(_TASK.dag_id).where(*_retrievals_of(since, until)).distinct()))
+        return sorted(session.scalars(select(_TASK.dag_id).where(*_runs_of(since, until)).distinct()))
 
 
 def teams_of(dag_ids: Collection[str]) -> dict[str, str | None]:
@@ -140,9 +150,9 @@ def dag_ids() -> list[str]:
         return list(session.scalars(select(DagModel.dag_id)))
 
 
-def _retrievals_of(since: datetime, until: datetime) -> tuple[Any, ...]:
+def _runs_of(since: datetime, until: datetime) -> tuple[Any, ...]:
     return (
-        _TASK.operator.in_(OPERATORS),
+        _TASK.operator.in_(KINDS),
         _TASK.state.is_not(None),
         _TASK.state.not_in(NEVER_RAN_STATES),
         since <= _MOMENT,
@@ -150,37 +160,54 @@ def _retrievals_of(since: datetime, until: datetime) -> tuple[Any, ...]:
     )
 
 
-def retrievals(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Retrieval]:
-    """All retrievals of some DAGs in a span of time, newest first: killed and running ones too."""
+def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run]:
+    """All tasks of ours of some DAGs in a span of time, newest first: killed and running ones too."""
     if not dag_ids:
         return []
     statement = (
         select(
             _TASK.id,
             _TASK.dag_id,
+            _TASK.operator,
             _TASK.state,
             _MOMENT,
-            *map(_text, ("verdict", "source", "completed", "bytes", "duration_seconds")),
+            *map(_text, ("verdict", "source", "completed", "bytes", "duration_seconds", "destination")),
+            _text("study_instance_uids", MAX_SUMMARY),
         )
         .select_from(TaskInstance.__table__)
         .outerjoin(XComModel, _summaries())
-        .where(*_retrievals_of(since, until), _TASK.dag_id.in_(dag_ids))
+        .where(*_runs_of(since, until), _TASK.dag_id.in_(dag_ids))
         .order_by(_MOMENT.desc())
-        .limit(MAX_RETRIEVALS)
+        .limit(MAX_RUNS)
     )
     with create_session(scoped=False) as session:
         return [
-            Retrieval(
+            Run(
                 key,
                 dag_id,
+                operator,
                 outcome_of(state, verdict),
                 moment,
                 _shown(str(source)) if source else None,
                 int(_number(held)),
                 int(_number(size)),
                 _number(seconds),
+                (str(place), str(studies)) if place and studies else None,
             )
-            for key, dag_id, state, moment, verdict, source, held, size, seconds in session.execute(statement)
+            for (
+                key,
+                dag_id,
+                operator,
+                state,
+                moment,
+                verdict,
+                source,
+                held,
+                size,
+                seconds,
+                place,
+                studies,
+            ) in session.execute(statement)
         ]
 
 
@@ -237,7 +264,7 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tasks(keys: Iterable[UUID]) -> list[Task]:
-    """The task instances of some retrievals, in their order."""
+    """The task instances of some runs, in their order."""
     wanted = list(keys)
     with create_session(scoped=False) as session:
         found = {row[0]: _task(row) for row in session.execute(_tasks(_TASK.id.in_(wanted)))}

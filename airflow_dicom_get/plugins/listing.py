@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from statistics import median
@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.plugins import database
 from airflow_dicom_get.plugins.chart import Chart, chart_of
-from airflow_dicom_get.plugins.database import Retrieval, Task
+from airflow_dicom_get.plugins.database import Run, Task
 from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, ENDED_WELL, INCOMPLETE, LIVE, OUTCOMES
 
 PAGE_ROWS = 50
@@ -118,16 +118,17 @@ class View:
 def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
     """Collect the list for a user who may see these DAGs."""
     asked = [dag_id for dag_id in dag_ids if not choice.dag_id or dag_id == choice.dag_id]
-    everything = database.retrievals(asked, choice.begin, choice.end)
+    everything = database.runs(asked, choice.begin, choice.end)
     chosen = [one for one in everything if not choice.source or one.source == choice.source]
-    counts = Counter(one.outcome for one in chosen)
+    counts = Counter(one.outcome for one in newest(chosen))
     # The tiles count all verdicts, so that each can be chosen by them; chart and table show the chosen one.
     shown = [one for one in chosen if _has(one, choice.verdict)]
     pages = max(1, -(-len(shown) // PAGE_ROWS))
     choice = replace(choice, page=min(max(choice.page, 1), pages))
     # Newest first already, and sorting keeps that order.
     ordered = sorted(shown, key=_urgency)[(choice.page - 1) * PAGE_ROWS : choice.page * PAGE_ROWS]
-    speeds = [one.bytes / one.seconds for one in shown if one.bytes and one.seconds]
+    gets = [one for one in shown if one.retrieves]
+    speeds = [one.bytes / one.seconds for one in gets if one.bytes and one.seconds]
     return View(
         choice=choice,
         dag_ids=dag_ids,
@@ -137,21 +138,33 @@ def view_of(choice: Choice, dag_ids: Sequence[str]) -> View:
         incomplete=sum(counts[name] for name in ENDED_BADLY),
         live=sum(counts[name] for name in LIVE),
         complete=sum(counts[name] for name in ENDED_WELL),
-        instances=sum(one.instances for one in shown),
-        bytes=sum(one.bytes for one in shown),
+        instances=sum(one.instances for one in newest(shown)),
+        bytes=sum(one.bytes for one in gets),
         speed=median(speeds) if speeds else None,
-        chart=chart_of(shown),
+        chart=chart_of(gets),
         tasks=database.tasks(one.id for one in ordered),
         pages=pages,
-        cut=database.MAX_RETRIEVALS if len(everything) == database.MAX_RETRIEVALS else 0,
+        cut=database.MAX_RUNS if len(everything) == database.MAX_RUNS else 0,
     )
 
 
-def _has(one: Retrieval, verdict: str) -> bool:
+def newest(runs: Iterable[Run]) -> list[Run]:
+    """The retrievals among some runs, newest first, each once: the newest of several of the same studies to one place.
+
+    What is not known of a run, as while it is under way, it does not share with others.
+    """
+    found: dict[object, Run] = {}
+    for one in runs:
+        if one.retrieves:
+            found.setdefault(one.scope or one.id, one)
+    return list(found.values())
+
+
+def _has(one: Run, verdict: str) -> bool:
     return not verdict or one.outcome == verdict or (verdict == INCOMPLETE and one.outcome in ENDED_BADLY)
 
 
-def _urgency(one: Retrieval) -> int:
+def _urgency(one: Run) -> int:
     if one.outcome in ENDED_BADLY:
         return 0
     return 1 if one.outcome in LIVE else 2

@@ -8,8 +8,8 @@ from typing import Any
 
 from airflow_dicom_get.plugins import database, texts
 from airflow_dicom_get.plugins.contents import Contents
-from airflow_dicom_get.plugins.database import OPERATORS, Task
-from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, LIVE, OUTCOMES
+from airflow_dicom_get.plugins.database import Task
+from airflow_dicom_get.plugins.outcomes import ENDED_BADLY, KINDS, LIVE
 
 _COUNTS = ("done", "total", "failed", "bytes", "bytes_per_second", "associations")
 
@@ -20,7 +20,7 @@ class View:
 
     task: Task
     kind: str
-    """``retrieval``, ``find`` or ``other``."""
+    """``transfer``, ``find`` or ``other``."""
     meaning: str = ""
     live: bool = False
     bad: bool = False
@@ -32,7 +32,7 @@ class View:
     @property
     def has_manifest(self) -> bool:
         """Whether there is a manifest to be shown."""
-        return self.kind == "retrieval" and bool(self.summary)
+        return self.kind == "transfer" and bool(self.summary)
 
     @property
     def name(self) -> str:
@@ -47,13 +47,13 @@ def view_of(task: Task) -> View:
     summary = task.summary or {}
     if "matched" in summary:
         return View(task, "find", summary=summary)
-    if task.operator not in OPERATORS and "verdict" not in summary:
+    if task.operator not in KINDS and "verdict" not in summary:
         return View(task, "other")
     live = task.outcome in LIVE
     return View(
         task,
-        "retrieval",
-        meaning=OUTCOMES[task.outcome],
+        "transfer",
+        meaning=task.kind.meaning(task.outcome),
         live=live,
         bad=task.outcome in ENDED_BADLY,
         progress=progress_of(task) if live else {},

@@ -143,7 +143,7 @@ def retrievals(
 ) -> HTMLResponse:
     """All retrievals of the DAGs that the user may see."""
     chosen = listing.Choice.of(dag_id=dag_id, verdict=verdict, source=source, since=since, until=until, page=page)
-    dag_ids = _readable(database.dags_with_retrievals(chosen.begin, chosen.end), user)
+    dag_ids = _readable(database.dags_with_runs(chosen.begin, chosen.end), user)
     return _render(request, "list.html", listing.view_of(chosen, dag_ids), 400 if chosen.complaint else 200)
 
 

@@ -199,7 +199,7 @@ def test_all_retrievals_are_listed_those_that_need_somebody_first(page, kept):
     assert "not_sent" in rows[3]
     assert "PACS@10.0.0.5:104 /data/dicom" in rows[3]
     assert "40.0 MB 40.0 MB/s" in rows[3]
-    tiles = " ".join(re.sub(r"<[^>]+>", " ", html.partition('class="tiles"')[2].partition("</ul>")[0]).split())
+    tiles = tiles_of(html)
     assert "4 not complete" in tiles
     assert "3 under way" in tiles
     assert "2 complete" in tiles
@@ -254,7 +254,7 @@ def test_pages(page, kept):
         assert len(rows) == count
         seen += rows if number < 4 else []
     assert len(set(seen)) == 120
-    assert "120 retrievals" in html
+    assert "120 runs" in html
     assert 'rel="prev"' in html
     assert 'rel="next"' not in html
     assert "dag_id=page_many&amp;page=2" in html
@@ -279,6 +279,47 @@ def test_what_comes_from_a_dag_is_escaped(page, kept):
         answer = page(path)
         assert answer.status_code == 200, path
         assert "<script>" not in answer.text
+
+
+def tiles_of(html: str) -> str:
+    """The tiles, as text."""
+    return " ".join(re.sub(r"<[^>]+>", " ", html.partition('class="tiles"')[2].partition("</ul>")[0]).split())
+
+
+def test_a_retrieval_counts_once_and_what_is_none_does_not_count(page, kept):
+    def of(*studies: str, **more) -> dict:
+        return summary(study_instance_uids=list(studies), bytes=1_000_000, **more)
+
+    kept(
+        "page_kinds",
+        [
+            {"state": "failed", "summary": of("1.1", verdict="partial", failed=4)},
+            {"state": "success", "summary": of("1.1"), "label": "1.1 again"},
+            {"state": "success", "summary": of("1.2")},
+            {"state": "success", "summary": of("1.1", destination="/data/other")},
+            {"state": "success", "summary": of("1.1"), "operator": "DicomStoreOperator"},
+            {"state": "failed", "summary": {**of("1.1", verdict="partial", failed=3), "bytes": 0},
+             "operator": "DicomVerifyOperator"},
+        ],
+    )  # fmt: skip
+    html = page("/?dag_id=page_kinds").text
+    tiles = tiles_of(html)
+    assert "0 not complete" in tiles
+    assert "3 complete" in tiles
+    assert "30 instances held" in tiles
+    assert "4.0 MB received" in tiles
+    rows = rows_of(html)
+    assert len(rows) == 6
+    kinds = [next(kind for kind in ("retrieval", "store", "verification") if f" {kind} · " in row) for row in rows]
+    assert sorted(kinds) == ["retrieval"] * 4 + ["store", "verification"]
+
+    store, verify = (page(f"/dags/page_kinds/runs/manual__1/tasks/get/{index}").text for index in (4, 5))
+    assert "10 of 10 instances at the target" in tiles_of(store)
+    assert "1.0 MB sent" in tiles_of(store)
+    assert "7 of 10 instances the same" in tiles_of(verify)
+    assert "3 not the same" in tiles_of(verify)
+    for html in (store, verify):
+        assert not re.search("received|the PACS lists|held", html)
 
 
 @pytest.mark.parametrize(
@@ -306,14 +347,14 @@ def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
 
 def test_the_chart_says_how_fast_it_was(kept):
     from airflow_dicom_get.plugins.chart import chart_of
-    from airflow_dicom_get.plugins.database import retrievals
+    from airflow_dicom_get.plugins.database import runs
 
     begin = datetime(2026, 2, 1, tzinfo=UTC)
     for day in range(10):
         tasks = [{"state": "success", "summary": summary(bytes=(day + 1) * 10**7)} for _ in range(3)]
         tasks[0] = {"state": "failed", "summary": summary("partial", 1, bytes=0, duration_seconds=50)}
         kept("page_chart", tasks, run_id=f"manual__{day}", moment=begin + timedelta(days=day))
-    chart = chart_of(retrievals(["page_chart"], begin, begin + timedelta(days=20)))
+    chart = chart_of(runs(["page_chart"], begin, begin + timedelta(days=20)))
     assert chart is not None
     assert chart.step == "6 hours"
     assert len(chart.dots) == 10
@@ -321,7 +362,7 @@ def test_the_chart_says_how_fast_it_was(kept):
     assert chart.dots[-1][2] == "Feb 10 00:00 to 06:00: 100.0 MB/s"
     assert [text for _, text in chart.speed_ticks] == ["0", "50", "100"]
     assert sum(name == "bad" for *_, name, _ in chart.bars) == 10
-    assert chart.summary == "55.0 MB/s on average. 30 retrievals, 10 not complete."
+    assert chart.summary == "55.0 MB/s on average. 30 runs, 10 not complete."
     assert all(chart.left <= x and x + wide <= chart.right for x, _, wide, *_ in chart.bars)
     assert chart_of([]) is None
 
@@ -344,7 +385,7 @@ def test_ten_thousand_retrievals(page, kept, record_property):
         began = time.perf_counter()
         answer = page("/?dag_id=page_full")
         took.append(time.perf_counter() - began)
-        assert "10,000 retrievals" in answer.text
+        assert "10,000 runs" in answer.text
         assert all(row.startswith("partial") for row in rows_of(answer.text))
     print(f"\n10,000 retrievals: {min(took):.3f} s")
     record_property("seconds", min(took))
@@ -432,6 +473,8 @@ def test_runs_of_a_real_dag(page, run_dag, pacs, archive, first_uid, patient, tm
     run = run_dag(dag)
     html = page("/?dag_id=page_real").text
     assert len(rows_of(html)) == 3
+    # Of three runs two are of the study of sixty: it counts once.
+    assert "71 instances held" in tiles_of(html)
     bad = next(index for index in (0, 1) if run.xcom("get", "summary", index)["verdict"] == "partial")
     for path in (
         f"/dags/page_real/runs/{run.run_id}/tasks/get/{bad}",

@@ -209,7 +209,7 @@ def test_nothing_of_another_dag_can_be_read_through_one_of_ones_own(server, kept
         tmp_path / "else.txt",
         "relative/mine/manual__1/get/15-1.parquet",
         "\0",
-        "\ud800",
+        "/" + "x" * 5000,
         ["a", "list"],
         f"{root}/{MINE}/{RUN}/get/19-1.parquet\0",
     ]  # fmt: skip
