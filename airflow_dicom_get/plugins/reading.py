@@ -30,7 +30,7 @@ from airflow_dicom_get.plugins.reader import CONTENTS, CSV, NO_FILE
 
 log = logging.getLogger(__name__)
 
-SECONDS = 10.0
+SECONDS = 20.0
 """How long a page waits for its manifest, its turn included, and a download for its first rows."""
 DOWNLOAD_SECONDS = 600.0
 AT_ONCE = 4

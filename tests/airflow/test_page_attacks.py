@@ -376,8 +376,8 @@ def test_others_do_not_wait_for_one_who_asks_for_a_fifo_a_bucket_and_a_bomb(serv
     took = besieged(server, kept, tmp_path, [task(file), task(fifo), task(named), task("", return_value=frame)])
     with pytest.raises(BlockingIOError):
         silent_bucket.accept()
-    # Measured on an idle machine: 0.05 s, and 0.6 s for a manifest. Before, the server answered nobody.
-    assert max(max(times) for times in took.values()) < 9
+    # Well below a second on a machine that is not busy. Before, the server answered nobody for as long as it took.
+    assert max(max(times) for times in took.values()) < 30
 
 
 @pytest.mark.skipif(forgetful.lacking() is not None, reason=f"not installed: {forgetful.lacking()}")
@@ -385,7 +385,7 @@ def test_others_do_not_wait_for_one_who_asks_for_a_disk_that_hangs(server, kept,
     with hanging_disk.mounted(tmp_path / "hanging") as disk:
         files = [disk / MINE / RUN / "get" / f"{index}-1.parquet" for index in range(3)]
         took = besieged(server, kept, tmp_path, list(map(task, files)))
-        assert max(max(times) for times in took.values()) < 9
+        assert max(max(times) for times in took.values()) < 30
         # Even one that cannot be killed keeps but the place of the one who asked.
         assert len(server.readers()) <= 2
     eventually("the readers are gone", lambda: not server.readers(), 30)
