@@ -363,7 +363,7 @@ class FindEndless(_AtFind):
 
 @mode("find_claims")
 class FindClaims(_AtFind):
-    """Claims two milliards of related instances, and lists new ones endlessly, as fast as it can."""
+    """Claims 2,000,000,000 related instances, and lists new ones endlessly, as fast as it can."""
 
     def describe(self, level: str, group: Sequence[Instance]) -> Row:
         row = super().describe(level, group)
