@@ -57,7 +57,7 @@ def test_in_process(pacs: MisbehavingPacs, tmp_path: Path, caplog: pytest.LogCap
 def test_in_the_shell(pacs: MisbehavingPacs, tmp_path: Path, verb: str) -> None:
     call = [sys.executable, "-W", "always", "-m", "airflow_dicom_get.cli", verb, f"PACS@127.0.0.1:{pacs.port}"]
     call += ["--study", pacs.study_uid, "--verbose"]
-    call += ["--to", str(tmp_path)] if verb == "get" else ["--level", "IMAGE", "--return-key", "Modality"]
+    call += ["--to", str(tmp_path)] if verb == "get" else ["--level", "IMAGE", "--return-key", "PatientName"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "HOSTILE^" not in done.stderr
