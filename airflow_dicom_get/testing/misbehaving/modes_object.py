@@ -233,12 +233,12 @@ class OddValues(_OtherValues):
 
 @mode("huge_modality")
 class HugeModality(_OtherValues):
-    """Sends objects with a Modality of ``param`` bytes (900,000), which fits in implicit VR alone."""
+    """Sends objects in implicit VR with a Modality of ``param`` bytes (900,000), for which explicit VR has no room."""
 
     param = 900_000
 
     def changes(self, instance: Instance) -> dict[int, str]:
-        return {0x00080060: "M" * int(self.number)}
+        return {0x00080060: "M" * int(self.number)} if instance.syntax == wire.IMPLICIT_LE else {}
 
 
 @mode("other_patient")
