@@ -53,6 +53,12 @@ MUTATIONS: Mapping[str, Mutation] = {
     "a_file_that_may_not_be_written_again_is_synced_as_it_is": Mutation(
         "storage.files:write_again", "return False", "return True", "complete, and not durable"
     ),
+    "a_ledger_whose_sync_failed_stays_open": Mutation(
+        "sinks.filesystem:_Study.close",
+        "unclosed = first_failure",
+        "unclosed = failed or first_failure",
+        "left open or locked",
+    ),
     "zeros_in_a_ledger_are_damage": Mutation(
         "sinks.ledger:_entries", 'or b"\\0" in line', "", "it never comes to an end"
     ),
