@@ -236,7 +236,7 @@ def verify(
     destination : str or Path
         Where to look, if not where the manifest says: a path, ``s3://bucket/prefix`` or ``dicom://[AE@]host:port``.
     quick : bool
-        Compare only sizes; do not read the objects.
+        Compare only sizes; do not read the objects, but for those whose ETag is not the recorded one.
     manifest_root, s3_config, forward_target, query_model
         As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
     on_difference : callable
@@ -530,12 +530,13 @@ class _Verify:
             item.told = next(iter(item.recorded), None)
             return SAME, "listed by its destination"
         try:
-            size = stored.size()
+            size, etag = stored.status()
             fits = [record for record in item.recorded if record.bytes in (None, size)]
             if item.recorded and not fits:
                 return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
-            if self.quick:
-                item.told = next(iter(fits), None)
+            same = [x for x in fits if not (isinstance(x, Stored) and x.etag and etag and x.etag != etag)]
+            if self.quick and (same or not fits):  # an object that was written anew is read
+                item.told = next(iter(same), None)
                 return SAME, "of the same size" if fits else "there"
             stored.row = stored.row or item.row  # what tells a bare data set
             opened = open_object(stored)

@@ -73,11 +73,16 @@ class StoredObject:
 
     def size(self) -> int:
         """Its size. Raises :class:`MissingError`, :class:`UnreadableError`."""
+        return self.status()[0]
+
+    def status(self) -> tuple[int, str]:
+        """Its size, and the service's mark of its content, empty for a file. Raises as :meth:`size`."""
         self._check()
         try:
             if self.path is not None:
-                return files.disk.status(self.path).st_size
-            return int(self.bucket.call("head_object", self.key)["ContentLength"])
+                return files.disk.status(self.path).st_size, ""
+            told = self.bucket.call("head_object", self.key)
+            return int(told["ContentLength"]), str(told.get("ETag") or "")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingError("it does not exist") from error
         except OSError as error:
