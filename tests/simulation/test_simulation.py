@@ -69,3 +69,8 @@ def test_a_mending_that_is_taken_out_is_missed(name: str) -> None:
     history = History.from_json((SEEDS / f"{name}.json").read_text())
     with taken_out(name) as mutation:
         assert failure(history) == mutation.shows
+
+
+def test_the_page_of_proofs_names_each_mending_that_is_taken_out() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "proof.md").read_text()
+    assert [name for name in MUTATIONS if f"`{name}`" not in text] == []
