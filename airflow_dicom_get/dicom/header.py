@@ -35,6 +35,8 @@ ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 32
 _LONGEST_HEADER = 12
 _NEVER = 1 << 62
+_BLOCK = 512
+"""Bytes that a disk writes at least at once."""
 _INFLATE_CHUNK = 1 << 16
 _MOST_STEPS, _MOST_INFLATED = 100_000, 64 << 20
 """Elements that are followed, and bytes that are inflated, while a data set arrives: a few hundredths of a second."""
@@ -219,6 +221,11 @@ class Walk(Protocol):
     def whole(self) -> bool:
         """Whether what was fed is a whole data set; true, too, where following it to its end would cost too much."""
 
+    @property
+    def torn(self) -> bool:
+        """Whether a part of the data set is lost: it ends inside an element, or goes on as blocks that were never
+        written do, with zeros. Other bytes behind its last element are somebody's, and no sign of that."""
+
 
 class ElementWalk:
     """The :class:`Walk` over elements: what it costs grows with their number, not with their bytes.
@@ -235,7 +242,7 @@ class ElementWalk:
         Elements and items after which it follows no further.
     """
 
-    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_size", "_steps")
+    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_size", "_steps", "_zeros")
 
     def __init__(self, encoding: Encoding, at: int = 0, seen: int = 0, most: int = _NEVER) -> None:
         self._encoding, self._steps = encoding, most
@@ -246,6 +253,8 @@ class ElementWalk:
         """The first bytes of a header that goes on in the next view."""
         self._levels: list[_Level] = []
         self._known: bool | None = None
+        self._zeros = False
+        """Whether zeros stand where an element should begin."""
 
     def feed(self, view: bytes | bytearray | memoryview) -> None:
         """See :meth:`Walk.feed`."""
@@ -258,6 +267,11 @@ class ElementWalk:
     def whole(self) -> bool:
         """See :attr:`Walk.whole`."""
         return self._known if self._known is not None else self._next == self._size and not self._levels
+
+    @property
+    def torn(self) -> bool:
+        """See :attr:`Walk.torn`."""
+        return self._zeros if self._known is not None else self._next > self._size or bool(self._levels)
 
     def _follow(self, view: bytes | bytearray | memoryview, before: int) -> None:
         data, base = view, before
@@ -278,6 +292,8 @@ class ElementWalk:
         except _NeedMoreError:
             self._piece = bytes(data[self._next - base :])
         except HeaderError:
+            rest = bytes(data[self._next - base :][:_BLOCK])
+            self._zeros = len(rest) == _BLOCK and not any(rest[_LONGEST_HEADER:])  # a header may be cut, too
             self._end(False)
 
     def _run(self, view: bytes | bytearray | memoryview, pos: int) -> int:
@@ -345,6 +361,11 @@ class DeflateWalk:
         """See :attr:`Walk.whole`."""
         return self._known if self._known is not None else self._inflate.eof
 
+    @property
+    def torn(self) -> bool:
+        """See :attr:`Walk.torn`."""
+        return not self.whole
+
 
 class _EitherWalk:
     """Two walks over one data set, of which one lays its elements out as they are."""
@@ -361,6 +382,11 @@ class _EitherWalk:
     def whole(self) -> bool:
         """See :attr:`Walk.whole`."""
         return any(walk.whole for walk in self._walks)
+
+    @property
+    def torn(self) -> bool:
+        """See :attr:`Walk.torn`."""
+        return all(walk.torn for walk in self._walks)
 
 
 def walk_of(syntax: str) -> Walk:

@@ -212,6 +212,15 @@ class _Lister:
         patient = self._scope.patient_keys() if self._finder.by_patient else {}
         return {**patient, h.STUDY_INSTANCE_UID: self._scope.study}
 
+    def _count(self, row: Row, tag: int) -> int | None:
+        """A count of a row; one that is there and no number leaves the row unread."""
+        raw = row.get(tag, b"").strip(b"\0 ")
+        count = i.int_value(raw)
+        if raw and (count is None or count < 0):
+            self._finder.unreadable += 1
+            return None
+        return count
+
     def _ask_study(self) -> int | None:
         """What the source says of the study itself; how many series it says there are."""
         listing, scope = self._listing, self._scope
@@ -221,9 +230,9 @@ class _Lister:
                 continue
             listing.below_study = Below()
             if scope.whole_study:
-                instances = i.int_value(row.get(i.STUDY_RELATED_INSTANCES))
+                instances = self._count(row, i.STUDY_RELATED_INSTANCES)
                 listing.related_instances = _larger(listing.related_instances, instances)
-                related_series = _larger(related_series, i.int_value(row.get(i.STUDY_RELATED_SERIES)))
+                related_series = _larger(related_series, self._count(row, i.STUDY_RELATED_SERIES))
         return related_series
 
     def _ask_series(self, dropped: Dropped, related_series: int | None) -> None:
@@ -242,7 +251,7 @@ class _Lister:
                 number = i.int_value(row.get(h.SERIES_NUMBER))
                 listing.series[uid] = SeriesInfo(uid, kept(i.text_value(row.get(h.MODALITY))), number)
             if not self._image_filters:
-                series, count = listing.series[uid], i.int_value(row.get(i.SERIES_RELATED_INSTANCES))
+                series, count = listing.series[uid], self._count(row, i.SERIES_RELATED_INSTANCES)
                 series.related_instances = _larger(series.related_instances, count)
         if scope.series is not None:
             listing.below_study = None

@@ -112,13 +112,15 @@ def end_of(
 ) -> End:
     """Judge the studies of a search, and keep what is to be said of it, and what ended the call after them.
 
-    A study that is there, and in which nothing is that the query names or filters, is not meant by it.
+    A study that is there, and in which nothing is that the query names or filters, is not meant by it; but it may be
+    where the PACS writes a value otherwise than the query, and stays.
     """
     judged = [(state, judge(state)) for state in states]
     meant = [
         (state, numbers)
         for state, numbers in judged
         if not (state.scope.narrowed and state.scope.found and numbers.verdict == EMPTY and not state.rows())
+        or (state.listing is not None and state.listing.dropped.spellings)
     ]
     kept = meant or judged
     states, numbers = [state for state, _ in kept], [numbers for _, numbers in kept]

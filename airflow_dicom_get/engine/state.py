@@ -203,10 +203,13 @@ class StudyState:
         return found
 
     def leave_out(self, sop: str, sop_class: str) -> None:
-        """It came out that an instance, whose class the list does not tell, is of a class that is not wanted."""
-        for one in self.of(sop):
-            if one.sop_class in (None, sop_class) and one.state not in DONE:
-                self._leave_out(one)
+        """It came out that an instance, whose class the list does not tell, is of a class that is not wanted.
+
+        Where two series have one of this UID, the command does not tell which it was, and both stay wanted.
+        """
+        meant = [one for one in self.of(sop) if one.sop_class in (None, sop_class) and one.state not in DONE]
+        if len(meant) == 1:
+            self._leave_out(meant[0])
 
     def _leave_out(self, one: Instance) -> None:
         self.unwanted.add(one.key)

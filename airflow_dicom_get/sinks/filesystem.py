@@ -29,7 +29,7 @@ from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledgers, contradict, first_failure
-from airflow_dicom_get.sinks.objects import ends_whole, whole_instance
+from airflow_dicom_get.sinks.objects import is_torn, whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
     Below,
@@ -770,7 +770,7 @@ class _FileWriter:
             return not any(self._disk.read_at(fd, _PREAMBLE, 0)) or ends_in_meta(
                 self._disk.read_at(fd, META_LIMIT, 0), size
             )
-        return not ends_whole(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
+        return is_torn(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
 
     def _put_over(self, final: str) -> Taken:
         """Take the place of what is there, and let nothing that was recorded of it count for this one.

@@ -297,7 +297,8 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                     stored[keys[-1]] = _record(keys[-1], entry)
                 elif state == "durable" and len(set(keys)) == 1 and keys[0] in stored:
                     record = stored[keys[0]]
-                    record.durable = schema == SCHEMA or destination == OWN or record.forwarded_to is not None
+                    own = destination == OWN and not entry.get("forwarded_to")
+                    record.durable = schema == SCHEMA or own or record.forwarded_to is not None
                     record.etag = entry.get("etag")
                     record.forwarded_to = _interned(entry.get("forwarded_to")) or record.forwarded_to
                 elif state == "dropped" and schema == 1:  # took back a record of its own file

@@ -30,6 +30,9 @@ def hold(path: Folder) -> int:
             lock = disk.open(path, files.NEW, mode=0o600)
         except FileExistsError:
             raise
+        except FileNotFoundError:  # another run found the folder empty at its end, and removed it
+            disk.make_folders(path.parent)
+            continue
         except OSError:  # it may be there all the same
             with suppress(OSError):
                 disk.remove(path)

@@ -214,15 +214,22 @@ def _whole_instance(item: StoredObject, path: Folder, study: str, series: str, s
 
 
 def ends_whole(path: Folder, meta: FileMeta) -> bool:
-    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted.
+    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
+    return _walked(path, meta).whole
 
-    The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it.
-    """
+
+def is_torn(path: Folder, meta: FileMeta) -> bool:
+    """Whether a part of the data set is lost; see :attr:`~airflow_dicom_get.dicom.header.Walk.torn`."""
+    return _walked(path, meta).torn
+
+
+def _walked(path: Folder, meta: FileMeta) -> h.Walk:
+    """The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it."""
     walk, ahead = h.walk_of(meta.syntax), meta.dataset_offset
     for view in files.read_chunks(path):
         walk.feed(view[ahead:])
         ahead = max(ahead - len(view), 0)
-    return walk.whole
+    return walk
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
@@ -270,7 +277,9 @@ def objects_in(
             found += [
                 StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
                 for item in bucket.list(prefix)
-                if not _OURS.intersection(item.key.split("/")) and not item.key.rpartition("/")[2].startswith(".")
+                if not _OURS.intersection(item.key.split("/"))
+                and not item.key.rpartition("/")[2].startswith(".")
+                and not (item.key.endswith("/") and not item.size)  # what consoles make for a folder
             ]
         else:
             raise invalid(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from airflow_dicom_get.dicom.part10 import META_LIMIT, ends_in_meta, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
-from airflow_dicom_get.sinks.objects import ends_whole
+from airflow_dicom_get.sinks.objects import is_torn
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -129,7 +129,7 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
         if same or size <= offset:
             complete = same
         else:
-            complete = not ends_in_meta(head, size) if meta is None else ends_whole(copy, meta)
+            complete = not ends_in_meta(head, size) if meta is None else not is_torn(copy, meta)
     return Existing(same, complete, size, whole.digest(), offset, etag)
 
 

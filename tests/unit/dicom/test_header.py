@@ -385,3 +385,23 @@ def test_damage_behind_the_header_of_a_deflated_data_set(size: int) -> None:
 def test_damage_in_the_header_of_a_deflated_data_set(size: int) -> None:
     found, error = scan(DEFLATED_LE, cut(b"\x07" + deflated(dataset()), [size]))
     assert (found, error) == (None, "the deflated data set cannot be inflated")
+
+
+@pytest.mark.parametrize(
+    ("behind", "torn"),
+    [
+        (b"", False),
+        (b"\n", False),
+        (bytes(100), False),
+        (b"a signature" * 100, False),
+        (bytes(4096), True),
+        (b"\xe0\x7f\x10\x00OW\x00\x00\x00\x10\x00\x00" + bytes(10), True),
+        (b"\x40\x00\x75\x02SQ\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff", True),
+    ],
+    ids=["nothing", "newline", "padding", "trailer", "lost blocks", "cut value", "open sequence"],
+)
+def test_bytes_of_somebody_behind_a_data_set_do_not_make_it_torn(behind: bytes, torn: bool) -> None:
+    walk = h.walk_of("1.2.840.10008.1.2.1")
+    walk.feed(b"\x20\x00\x13\x00IS\x02\x001 " + behind)
+    assert walk.torn is torn
+    assert walk.whole is (not behind)
