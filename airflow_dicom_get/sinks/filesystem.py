@@ -22,14 +22,14 @@ from typing import Any
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, file_header, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
-from airflow_dicom_get.sinks import locks
+from airflow_dicom_get.sinks import locks, objects
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledgers, contradict, first_failure
-from airflow_dicom_get.sinks.objects import is_torn, whole_instance
+from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
     Below,
@@ -54,8 +54,6 @@ _ENDING, _AT_ONCE = 5.0, 1.0
 
 In any other run it may take as long as a source for its next instance: a file server that restarts comes back.
 """
-_PREAMBLE = 132
-"""Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 _GATHER = 0.02
 """Seconds in which more instances may join the first of a batch."""
 _RESERVE, _RESERVE_SHARE = 1 << 30, 20
@@ -720,7 +718,8 @@ class _FileWriter:
         instance = self._instance
         fd = self._disk.open(final, files.READ, self._folder)
         try:
-            meta = read_file_meta(self._disk.read_at(fd, META_LIMIT, 0))
+            head = self._disk.read_at(fd, META_LIMIT, 0)
+            meta = read_file_meta(head)
             offset = meta.dataset_offset if meta else 0
             size = self._disk.size(fd)
             if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
@@ -739,7 +738,7 @@ class _FileWriter:
                 there, fd = fd, -1
                 return self._stays(there, size)
             placed = instance.key in self._study.placed
-            if not placed and self._is_torn(fd, size, offset, meta):
+            if not placed and self._is_torn(fd, size, offset, head):
                 return self._put_over(final)
         finally:
             if fd >= 0:
@@ -753,24 +752,19 @@ class _FileWriter:
             "A different data set is already stored under this UID; it was kept.",
         )
 
-    def _is_torn(self, fd: int, size: int, offset: int, meta: FileMeta | None) -> bool:
+    def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        if size <= offset:
-            return True
         digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
         if digests and digest_of(fd) in digests:  # so it came, and so a run took it
             return False
         if self._instance.key in self._sink.torn:
-            begin, own = (offset, self._offset) if meta is not None else (0, 0)
+            begin, own = (offset, self._offset) if offset else (0, 0)
             if differ_by_lost_blocks(fd, begin, self._fd, own):
                 return True
         if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
             return True
-        if meta is None:  # a bare data set, or no DICOM file: but for one that begins with zeros, as crashes leave them
-            return not any(self._disk.read_at(fd, _PREAMBLE, 0)) or ends_in_meta(
-                self._disk.read_at(fd, META_LIMIT, 0), size
-            )
-        return is_torn(self._study.path / self._instance.series / f"{self._instance.sop}.dcm", meta)
+        path = self._study.path / self._instance.series / f"{self._instance.sop}.dcm"
+        return not objects.looks_whole(path, head, size)
 
     def _put_over(self, final: str) -> Taken:
         """Take the place of what is there, and let nothing that was recorded of it count for this one.

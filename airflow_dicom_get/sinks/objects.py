@@ -22,7 +22,7 @@ from airflow_dicom_get.config.destination import (
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
-from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3
@@ -40,6 +40,8 @@ Named = str | os.PathLike[str]
 """A folder, or an address ``s3://bucket/prefix``."""
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
 _OURS = frozenset({MANIFESTS, ".ledger"})
+_PREAMBLE = 132
+"""Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 
 
 class UnusableError(Exception):
@@ -218,11 +220,6 @@ def ends_whole(path: Folder, meta: FileMeta) -> bool:
     return _walked(path, meta).whole
 
 
-def is_torn(path: Folder, meta: FileMeta) -> bool:
-    """Whether a part of the data set is lost; see :attr:`~airflow_dicom_get.dicom.header.Walk.torn`."""
-    return _walked(path, meta).torn
-
-
 def _walked(path: Folder, meta: FileMeta) -> h.Walk:
     """The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it."""
     walk, ahead = h.walk_of(meta.syntax), meta.dataset_offset
@@ -230,6 +227,20 @@ def _walked(path: Folder, meta: FileMeta) -> h.Walk:
         walk.feed(view[ahead:])
         ahead = max(ahead - len(view), 0)
     return walk
+
+
+def looks_whole(path: Folder, head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes, which begins with ``head``, is whole as far as it tells by itself.
+
+    Bytes that somebody has put behind its data set do not count against it.
+
+    One that is no Part 10 file may be a bare data set or anything else, and is; but for one that is cut off before its
+    data set, and one that begins with zeros, as crashes leave them.
+    """
+    meta = read_file_meta(head)
+    if meta is None:
+        return any(head[:_PREAMBLE]) and not ends_in_meta(head, size)
+    return size > meta.dataset_offset and not _walked(path, meta).torn
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:

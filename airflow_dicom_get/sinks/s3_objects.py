@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from airflow_dicom_get.dicom.part10 import META_LIMIT, ends_in_meta, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
-from airflow_dicom_get.sinks.objects import is_torn
+from airflow_dicom_get.sinks.objects import looks_whole
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -126,10 +126,7 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
             behind_our_head.update(chunk[max(offset - position, 0) :])
             position += len(chunk)
         same = behind_our_head.digest() == ours.sha256
-        if same or size <= offset:
-            complete = same
-        else:
-            complete = not ends_in_meta(head, size) if meta is None else not is_torn(copy, meta)
+        complete = same or looks_whole(copy, head, size)
     return Existing(same, complete, size, whole.digest(), offset, etag)
 
 

@@ -75,9 +75,9 @@ MUTATIONS: Mapping[str, Mutation] = {
         "an error that nobody expected",
     ),
     "page_of_zeros_counts_as_whole": Mutation(
-        "sinks.filesystem:_FileWriter._is_torn",
-        "read_at(fd, _PREAMBLE, 0)",
-        "read_at(fd, META_LIMIT, 0)",
+        "sinks.objects:looks_whole",
+        "any(head[:_PREAMBLE])",
+        "any(head)",
         "it never comes to an end",
     ),
     "records_of_a_file_that_is_gone_count_for_the_next": Mutation(
@@ -105,7 +105,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "engine.matching:Matcher.contradiction", "absent = None", "return None", "stored though it is not meant"
     ),
     "a_whole_file_of_other_bytes_counts_as_torn": Mutation(
-        "sinks.filesystem:_FileWriter._is_torn", "if size <= offset:", "if True:", "changed"
+        "sinks.filesystem:_FileWriter._is_torn", "return not objects", "return True or not objects", "changed"
     ),
     "what_is_not_synced_is_recorded_as_durable": Mutation(
         "sinks.filesystem:FilesystemSink._synced", "if self.options.durable else ()", "", "complete, and not durable"
