@@ -93,12 +93,14 @@ class Disk:
     def open(self, path: Where, how: int, folder: int | None = None, mode: int = 0o666) -> int:
         """Open a file, by its name in an open ``folder`` if one is given, or a folder to be synced; its descriptor.
 
-        What is neither, as a FIFO, is refused, and nothing is waited for.
+        What is neither, as a FIFO, is refused, and nothing is waited for; but what a person names to be written to may
+        be a pipe or a terminal.
         """
         with _name_in(path, folder) as (name, at):
-            fd = _open(name, how | os.O_NONBLOCK, at, mode)
+            named = at is None and how & os.O_WRONLY
+            fd = _open(name, how if named else how | os.O_NONBLOCK, at, mode)
         try:
-            if not how & os.O_EXCL and not _is_file_or_folder(os.fstat(fd).st_mode):
+            if not named and not how & os.O_EXCL and not _is_file_or_folder(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file", str(path))
         except OSError:
             os.close(fd)

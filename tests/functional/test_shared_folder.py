@@ -301,3 +301,13 @@ def test_a_manifest_that_may_name_patients_is_not_for_all(study: Study) -> None:
         for uri in (plain.manifest_uri, tagged.manifest_uri, both["manifest_uri"])
     ]
     assert modes == [0o666, 0o640, 0o640]
+
+
+def test_what_a_person_names_to_be_written_to_may_be_a_pipe(tmp_path: Path) -> None:
+    a_fifo(tmp_path / "transcript")
+    reader = os.open(tmp_path / "transcript", os.O_RDONLY | os.O_NONBLOCK)
+    files.append_to(tmp_path / "transcript", b"a line\n")
+    assert os.read(reader, 100) == b"a line\n"
+    with pytest.raises(OSError, match="no regular file"):
+        files.append_to(Below(tmp_path) / "transcript", b"a line\n")
+    os.close(reader)
