@@ -79,7 +79,7 @@ class Pass:
         self._singled_out = 0
         """How often an instance was set apart or given up because associations died of it."""
         self._given_up: set[Key] = set()
-        """What was refused while it came, with its association; it is not asked for again."""
+        """What is settled of requests that were cut off since an instance was refused while it came."""
         self.outcomes: list[GetOutcome] = []
 
     def execute(self, associations: int) -> None:
@@ -208,7 +208,7 @@ class Pass:
         left = self._left(request)
         given_up = bool(error.facts.get("given_up"))
         if given_up:
-            self._given_up.update(x.key for x in request.targets if self._state.refused_here(x))
+            self._given_up |= {x.key for x in request.targets} - {x.key for x in left}
             self._singled_out += 1
         # A destination that cannot even be reached says nothing about the instance that was to go there.
         cuts = 0 if moved or given_up else request.cuts + (not error.facts.get("unreachable"))

@@ -18,7 +18,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.net import get
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
-from airflow_dicom_get.testing.misbehaving.wire import IMPLICIT_LE
+from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, IMPLICIT_LE
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Storescp
 
@@ -93,6 +93,16 @@ def test_what_the_destination_refuses_is_not_read_for_ever_either(tmp_path: Path
         result = retrieve(pacs, destination=to, manifest_root=tmp_path, retries=0)
     assert (result.verdict, result.reason) == ("failed", "destination_refused")
     assert reasons(result) == dict.fromkeys(pacs.uids, "destination_refused")
+
+
+def test_many_large_objects_of_classes_that_are_not_wanted_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs its association, and is then known to be of another class."""
+    monkeypatch.setattr(get, "MAX_REST", 1000)
+    with MisbehavingPacs("no_classes", series=1, instances=30, size=400_000, pairs=[(CT, EXPLICIT_LE)]) as pacs:
+        result = retrieve(pacs, destination=tmp_path, sop_classes=["MRImageStorage"], retries=1)
+    assert (result.verdict, result.total) == ("empty", 0), result.errors
 
 
 def test_a_large_object_that_is_held_is_drained_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
