@@ -183,7 +183,7 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and not durable", path)
         elif not _is_whole(world, path, (series, sop), files[path]):
             world.finding("complete, and other bytes than were sent", path)
-        elif files[path] == world.theirs.get(path) and _is_looked_at(world, run):
+        elif _is_theirs(world, path, (series, sop), files[path]) and _is_looked_at(world, run):
             world.finding("complete, and somebody else's file", path)
     for key, data in _taken(world, run):
         path = f"{ROOT}/{STUDY_UID}/{key[0]}/{key[1]}.dcm"
@@ -213,6 +213,11 @@ def _of_other_classes(finds: list[Find], classes: Collection[str]) -> set[Key]:
         for row in find.rows
         if find.level == "IMAGE" and SOP in row and row.get(SOP_CLASS, "") not in ("", *classes)
     }
+
+
+def _is_theirs(world: World, path: str, key: Key, content: bytes) -> bool:
+    """Whether somebody else wrote it: not where he put back what there was, as with each second of his changes."""
+    return content == world.theirs.get(path) and data_set(content) not in world.pacs.sent[key]
 
 
 def _is_looked_at(world: World, run: Played) -> bool:
