@@ -204,7 +204,7 @@ def history_of(seed: int) -> History:
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
     query, model = _query(chance, instances, habits)
-    verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.4
+    verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.6
     harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
     history = History(
         seed,
@@ -218,7 +218,7 @@ def history_of(seed: int) -> History:
         verify,
         tuple(harms) if verify else (),
         model,
-        verify and chance.random() < 0.3,
+        verify and chance.random() < 0.4,
     )
     if destination == "node":
         return _unreachable(chance, history) if chance.random() < 0.15 else history

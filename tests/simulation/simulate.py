@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from airflow_dicom_get.net.transcript import line_of
+from tests.simulation import coverage
 from tests.simulation.history import BREAKS, MATCHING, history_of
 from tests.simulation.marks import reached
 from tests.simulation.world import play
 
 _ENOUGH = 1000
 """Histories from which on what happens too seldom is seen."""
+_MANY = 100_000
+"""Histories from which on each combination has to be met."""
 TWICE = 50
 """Each so many-th seed is played twice, and the two are compared."""
 
@@ -58,6 +61,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 def _played(seed: int) -> tuple[list[str], object]:
     """What is wrong with the history of a seed, and all that was done in it."""
     world = play(history_of(seed))
+    coverage.note(world.history)
     return world.findings, (world.trace, world.pacs.log)
 
 
@@ -77,11 +81,14 @@ def seldom(marks: Counter[str], played: int) -> list[str]:
     return [name for names in CLASSES.values() for name in names if marks[name] * 100 < played]
 
 
-def play_all(seeds: Iterable[int], most: int = 50) -> tuple[dict[int, list[str]], Counter[str], int]:
-    """Play histories; those that failed, the marks, and how many were played."""
+def play_all(
+    seeds: Iterable[int], most: int = 50
+) -> tuple[dict[int, list[str]], Counter[str], Counter[coverage.Cell], int]:
+    """Play histories; those that failed, the marks, what they met together, and how many were played."""
     logging.disable(logging.CRITICAL)
     gc.disable()  # each history does so at its beginning; not by chance between two
     reached.clear()
+    coverage.met.clear()
     failed: dict[int, list[str]] = {}
     played = 0
     for seed in seeds:
@@ -91,7 +98,7 @@ def play_all(seeds: Iterable[int], most: int = 50) -> tuple[dict[int, list[str]]
             failed[seed] = found
             if len(failed) >= most:
                 break
-    return failed, Counter(reached), played
+    return failed, Counter(reached), Counter(coverage.met), played
 
 
 def main() -> int:
@@ -101,6 +108,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--most", type=int, default=50, help="failures after which a process stops")
     parser.add_argument("--marks", action="store_true", help="print how often each case was reached")
+    parser.add_argument("--coverage", action="store_true", help="print how many histories met what together")
     parser.add_argument("--transcript", metavar="FILE", help="write down what was said in the first history that fails")
     given = parser.parse_args()
     first, last = map(int, given.seeds.split(":"))
@@ -110,13 +118,19 @@ def main() -> int:
         results = pool.starmap(play_all, [(part, given.most) for part in parts])
         pool.close()
         pool.join()  # so that what they used is known
-    failed = {seed: found for part, _, _ in results for seed, found in part.items()}
-    marks = sum((part for _, part, _ in results), Counter[str]())
-    played = sum(number for _, _, number in results)
+    failed = {seed: found for part, *_ in results for seed, found in part.items()}
+    marks = sum((part for _, part, _, _ in results), Counter[str]())
+    together = sum((part for _, _, part, _ in results), Counter[coverage.Cell]())
+    played = sum(number for *_, number in results)
     seconds = time.monotonic() - began
     too_seldom = seldom(marks, played) if played >= _ENOUGH else []
     if too_seldom:
         print(f"met in less than 1 % of the histories: {', '.join(too_seldom)}")
+    unmet = coverage.empty(together)
+    if given.coverage:
+        print(coverage.table(together))
+    if unmet and (given.coverage or played >= _MANY):
+        print(f"met by no history: {'; '.join(map(' / '.join, ((*map(str, cell),) for cell in unmet)))}")
     if given.marks:
         for name, number in sorted(marks.items()):
             print(f"{number / max(played, 1):9.2%}  {name}")
@@ -132,7 +146,7 @@ def main() -> int:
         f"{played} histories of {given.seeds} in {seconds:.0f} s, {played / seconds:.0f}/s, "
         f"{each:.0f} ms of a core each: {len(failed)} failed"
     )
-    return bool(failed or too_seldom)
+    return bool(failed or too_seldom or (unmet and played >= _MANY))
 
 
 if __name__ == "__main__":
