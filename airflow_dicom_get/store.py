@@ -313,6 +313,8 @@ class _Run:
     def _closed(self, sink: ForwardSink) -> None:
         try:
             sink.close()
+        except DicomGetError as error:
+            self._failed(error)
         except Exception as error:
             log.exception("the ledgers cannot be closed")
             self._failed(unexpected(error))
