@@ -151,10 +151,13 @@ class History:
     model: str = "StudyRoot"
     quick: bool = False
     """Whether it is ``verify --quick``."""
+    store: tuple[Run, ...] = ()
+    """Runs of ``store`` at the end, from the destination to a node."""
 
     def to_json(self) -> str:
         """The history as text, to be kept."""
         plain = asdict(self)
+        plain["store"] = [asdict(run) for run in self.store]
         plain["steps"] = [{"kind": type(step).__name__, **asdict(step)} for step in self.steps]
         return json.dumps(plain, indent=1) + "\n"
 
@@ -167,13 +170,18 @@ class History:
             if step.pop("kind") == "Between":
                 steps.append(Between(**step))
                 continue
-            step["faults"] = tuple(Planned(**fault) for fault in step["faults"])
-            steps.append(Run(**step | {name: _tuples(step.get(name, [])) for name in ("ill", "breaks", "node")}))
+            steps.append(_run_of(step))
         plain["instances"] = tuple(Instance(**item) for item in plain["instances"])
+        plain["store"] = tuple(_run_of(run) for run in plain.get("store", ()))
         plain["habits"] = Habits(**plain["habits"])
         plain["harms"] = tuple(Between(**harm) for harm in plain["harms"])
         plain["changes"] = tuple(Change(**change) for change in plain["changes"])
         return cls(**plain, steps=tuple(steps))
+
+
+def _run_of(plain: dict[str, Any]) -> Run:
+    plain["faults"] = tuple(Planned(**fault) for fault in plain["faults"])
+    return Run(**plain | {name: _tuples(plain.get(name, [])) for name in ("ill", "breaks", "node")})
 
 
 def _tuples(lists: list[list[Any]]) -> tuple[Any, ...]:
@@ -219,10 +227,33 @@ def history_of(seed: int) -> History:
         tuple(harms) if verify else (),
         model,
         verify and chance.random() < 0.4,
+        _stores(chance, count, destination, common),
     )
     if destination == "node":
         return _unreachable(chance, history) if chance.random() < 0.15 else history
     return THEMES[chance.randrange(len(THEMES))](chance, history) if chance.random() < 0.2 else history
+
+
+def _stores(chance: random.Random, count: int, destination: str, common: Mapping[str, Any]) -> tuple[Run, ...]:
+    """Runs that store all of it at a node: they read files of DICOM."""
+    if destination == "node" or not common.get("store_with_file_meta", True) or chance.random() >= 0.2:
+        return ()
+    runs = []
+    for _ in range(chance.choice((1, 1, 2))):
+        table = DISK_FAULTS if destination == "folder" else S3_FAULTS
+        operation = chance.choice(("sync", "write", "open", "read") if destination == "folder" else tuple(table))
+        fault = Planned(operation, 1 + chance.randrange(3 * count + 4), chance.choice(table[operation]))
+        runs.append(
+            Run(
+                {"retries": chance.choice((0, 1)), "resume": chance.random() < 0.85},
+                (fault,) if chance.random() < 0.5 else (),
+                node=tuple(
+                    (1 + chance.randrange(count + 4), chance.choice((*NODE_FAULTS, *BREAKS)))
+                    for _ in range(chance.choice((0, 1, 2)))
+                ),
+            )
+        )
+    return tuple(runs)
 
 
 def _corrected(chance: random.Random, history: History) -> History:

@@ -188,6 +188,12 @@ MUTATIONS: Mapping[str, Mutation] = {
         "if False:",
         "complete, and not there",
     ),
+    "a_store_that_cannot_close_its_ledger_ends_unexpectedly": Mutation(
+        "store:_Run._closed",
+        "except DicomGetError as error:",
+        "except ZeroDivisionError as error:",
+        "an error of a store that nobody expected",
+    ),
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),

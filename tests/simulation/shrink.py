@@ -71,6 +71,10 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, harms=())
     if history.verify:
         yield replace(history, verify=False, harms=())
+    for at in range(len(history.store)):
+        yield replace(history, store=_without(history.store, at))
+        for smaller in _smaller_runs(history.store[at]):
+            yield replace(history, store=(*history.store[:at], smaller, *history.store[at + 1 :]))
     if history.quick:
         yield replace(history, quick=False)
 

@@ -51,6 +51,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "verify": ("verify: 0", "verify: 3", "verify: 4", "verify --quick: 0", "verify --quick: 3"),
     "a node is the destination": ("node: breaks off", "node: C-FIND fails", "node: stored again"),
     "the node cannot be reached": ("node: down",),
+    "what was retrieved is stored at a node": ("store: complete", "store: partial"),
     "a manifest is asked for": ("get: by a manifest",),
     "a correction takes the place of what is held": ("replaced",),
     "ends": ("verdict: complete", "verdict: partial", "verdict: unverified", "verdict: failed", "verdict: empty"),

@@ -32,11 +32,12 @@ from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.manifests import PLAIN, plain_rows
 from tests.simulation.marks import in_history, mark
+from tests.simulation.node import ModelNode
 from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs
 
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
-_PAUSE = 60.0
+PAUSE = 60.0
 """Seconds between two runs: the names of runs tell their order by whole seconds."""
 PARQUET = 40
 """Each so many-th history writes its manifests as Parquet."""
@@ -117,6 +118,8 @@ class World:
         self.place: Destination = DESTINATIONS[history.destination](loop.chance, history.traits)
         self.pacs = ModelPacs(history.instances, history.habits, history.changes)
         self.network = Network(loop, self.accept)
+        self.node = self.place.node or ModelNode()
+        """Where instances are stored."""
         self.runs: list[Played] = []
         self.findings: list[str] = []
         self.theirs: dict[str, bytes] = {}
@@ -139,15 +142,13 @@ class World:
 
     def accept(self, line: Line, port: int) -> Callable[[], object]:
         """See :class:`~tests.simulation.line.Network`."""
-        if port == 104 or self.place.node is None:
-            return self.pacs.accept(line, port)
-        return self.place.node.accept(line)
+        return self.pacs.accept(line, port) if port == 104 else self.node.accept(line)
 
     # --- steps ---------------------------------------------------------------------------------
 
     def play(self) -> None:
         """All of it."""
-        from tests.simulation import invariants
+        from tests.simulation import invariants, storing
 
         for step in self.history.steps:
             if isinstance(step, Between):
@@ -165,6 +166,8 @@ class World:
                 return
             if invariants.has_ended(self, self.runs[-1]):
                 self.verified()
+                if self.history.store and self.runs[-1].verdict == "complete" and not self.findings:
+                    storing.store(self)
                 return
         self.finding("it never comes to an end", [run.verdict for run in self.runs], self.runs[-1].rows)
 
@@ -198,7 +201,7 @@ class World:
 
     def run(self, run: Run, *, healing: bool = False) -> None:
         """One run of the retrieval."""
-        process = Process(Faults({(f.operation, f.number): _fault(f) for f in run.faults}))
+        process = Process(Faults({(f.operation, f.number): fault_of(f) for f in run.faults}))
         played = Played(len(self.runs) + 1, run, self.place.files(), healing=healing)
         played.confirmed = frozenset(self.confirmed)
         if any(fault.what.startswith("power") for fault in run.faults):
@@ -211,7 +214,7 @@ class World:
         self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         if self.place.node is not None:
             self.place.node.begin(run.node)
-        self.loop.at += _PAUSE
+        self.loop.at += PAUSE
         began, changes = self.loop.at, len(self.pacs.log)
 
         def work() -> None:
@@ -265,7 +268,7 @@ class World:
             seen.append(result)
 
         self.pacs.begin(0, {}, {})
-        self.loop.at += _PAUSE
+        self.loop.at += PAUSE
         error = self.call(work, Process())
         if error is not None and not isinstance(error, DicomGetError):
             raise error
@@ -331,7 +334,8 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["series_instance_uid"] or "", row["sop_instance_uid"] or ""
 
 
-def _fault(planned: Planned) -> Fault:
+def fault_of(planned: Planned) -> Fault:
+    """What a planned fault does."""
     what, _, when = planned.what.partition(" ")
     after = when == "after"
     if what == "short":
