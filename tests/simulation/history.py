@@ -47,7 +47,7 @@ BREAKS = tuple(
 )
 
 DISK_FAULTS: Mapping[str, tuple[str, ...]] = {
-    "sync": ("EIO", "kill", "power", "kill after", "power after"),
+    "sync": ("EIO", "EIO", "kill", "power", "kill after", "power after"),
     "rename": ("EIO", "kill", "power", "kill after", "power after"),
     "write": ("ENOSPC", "ENOSPC", "EIO", "short", "kill", "power", "kill after", "power after"),
     "open": ("EACCES", "EMFILE", "kill", "kill after"),

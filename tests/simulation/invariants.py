@@ -177,6 +177,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         path = f"{ROOT}/{STUDY_UID}/{series}/{sop}.dcm"
         if node is not None and path in world.deleted and node.find == "no":
             continue  # our records of its answers stand
+        if node is not None and node.again == "keeps" and path not in files and sop in node.held:
+            continue  # it said that it took it, and kept one of another series that no record of ours names
         if path not in files:
             world.finding("complete, and not there", path)
         elif durable.get(path) != files[path]:
@@ -347,5 +349,12 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
     # Where nothing else confirms a list, a get has all of a series sent again; verify does not.
     again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
+    unknown = all(
+        row["state"] in ("held", "withdrawn") or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
+        for row in run.rows
+    )
+    if exit_code == 0 and not nothing and unknown:
+        mark("verify: a whole file that no record names is another one than the PACS has")
+        return
     if nothing != (exit_code == 0):
         world.finding(f"verify says {exit_code}", run.verdict, run.rows)
