@@ -252,7 +252,7 @@ class TransferOperator(DicomTask):
     def _speaks_for_the_run(self, context: Context) -> bool:
         """Whether this is the one of the tasks of a run with too wide a pool that says so, and its first try."""
         ti = context["ti"]
-        if ti.try_number > 1 or (ti.map_index or 0) > 0 or self.dag is None:
+        if ti.try_number > 1 or (ti.map_index or 0) > 0:
             return False
 
         def too_wide(task: Any) -> bool:
