@@ -416,11 +416,11 @@ class GetScu:
         return asked_by(load_table(manifest, self.options.s3_config), self.options.sop_classes)
 
     def _options_for(self, asked: Asked | None) -> GetOptions:
-        """The options, with digests compared where the manifest names objects whose content is in doubt."""
+        """The options, with digests made and compared where the manifest names objects whose content is in doubt."""
         o = self.options
-        if asked is None or not asked.by_digest or o.checksum is None:
+        if asked is None or not asked.by_digest:
             return o
-        return replace(o, verify_held="digest")
+        return replace(o, verify_held="digest", checksum="sha256")
 
     def _hours(self) -> tuple[datetime | None, datetime | None]:
         """When the source's window closes, and when it opens if it is closed now: looked at once in a call."""

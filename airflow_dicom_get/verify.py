@@ -55,7 +55,7 @@ from airflow_dicom_get.sinks.objects import (
 )
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
-from airflow_dicom_get.vocabulary import PRESENT, REASONS
+from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -221,6 +221,9 @@ def verify(
     A manifest describes only its own run. Without a `destination`, an instance that it lists as not held counts as
     not stored, even if a later run has fetched it: verify the last manifest, or give the destination.
 
+    An instance that it lists with another data set than the source sent stays a difference; one that it lists as
+    changed or unreadable is the same where its recorded digest fits again. What was not compared is not the same.
+
     Parameters
     ----------
     manifest : manifest, reference or URI
@@ -309,6 +312,8 @@ class _Item:
     """What the manifest or our records say of the object; where records contradict each other, any may be it."""
     told: Instance | Stored | None = None
     """The one that the object is."""
+    doubt: str | None = None
+    """The reason for which the manifest doubts its content."""
     trouble: str | None = None
     remark: str | None = None
 
@@ -322,13 +327,22 @@ class _Verify:
     ) -> None:
         self.options, self.place, self.s3 = options, options.destination, options.s3_config
         self.quick, self.on_difference = quick, on_difference
-        self.items: dict[tuple[str, Key], _Item] = {}
+        self.items: dict[tuple[str, Key, str | None], _Item] = {}
+        """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
         self.found = Verification()
 
-    def _item(self, row: Instance) -> _Item:
-        return self.items.setdefault((row.study, row.key), _Item(row))
+    def _item(self, row: Instance, place: str | None = None) -> _Item:
+        return self.items.setdefault((row.study, row.key, place), _Item(row))
+
+    def _listed_item(self, row: Instance) -> _Item:
+        """What a row of the manifest is of: where no destination is given, each object that it names is one."""
+        item, at = self._item(row), row.uri or row.forwarded_to
+        known = [one.uri or one.forwarded_to for one in item.recorded]
+        if self.place is None and at and known and at not in known:
+            return self._item(row, at)
+        return item
 
     # --- what is listed ------------------------------------------------------------------------
 
@@ -341,14 +355,17 @@ class _Verify:
                 continue
             if row.state == "withdrawn":
                 continue
-            item = self._item(row)
+            item = self._listed_item(row)
             item.in_manifest = True
-            if row.state in PRESENT:
-                item.recorded = (row,)
-                if row.uri and self.place is None:
-                    item.item = opener.object_of(row)
+            if row.reason in CONTENT_IN_DOUBT:
+                item.doubt = row.reason
+            if row.state in PRESENT or (item.doubt and row.sha256 is not None):
+                item.row = item.row if item.recorded else row
+                item.recorded = (*item.recorded, row)
+            if (row.state in PRESENT or item.doubt) and row.uri and self.place is None:
+                item.item = opener.object_of(row)
         # A malformed UID is no name of a folder.
-        self.studies = self.studies or tuple(dict.fromkeys(study for study, _ in self.items if is_uid(study)))
+        self.studies = self.studies or tuple(dict.fromkeys(study for study, _, _ in self.items if is_uid(study)))
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
@@ -412,9 +429,8 @@ class _Verify:
         ledgers = self._root().ledgers(self.place.uri)
         for study in self.studies:
             for records in ledgers.read(study).values():
-                row = Instance(study, records[0].series, records[0].sop)
-                row.adopt(records[0])
-                item = self._item(row)
+                item = self._item(Instance(study, records[0].series, records[0].sop))
+                item.row.adopt(records[0])
                 item.in_records, item.recorded = True, records
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
@@ -464,6 +480,9 @@ class _Verify:
         """Hold the three against each other, and settle the row of each instance."""
         from airflow_dicom_get.engine.report import remarks_of
 
+        for (study, instance, at), item in self.items.items():
+            if at is not None:
+                item.at_source = self.items[study, instance, None].at_source
         gone = [
             key
             for key, item in self.items.items()
@@ -471,11 +490,14 @@ class _Verify:
         ]
         for key in gone:  # recorded once, and gone everywhere
             del self.items[key]
-        known = {study for (study, _), item in self.items.items() if item.at_source or not self.has_source}
+        known = {study for (study, _, _), item in self.items.items() if item.at_source or not self.has_source}
         for study in self.studies:
             if study not in known and self.found.uncompared is None:
                 where = "listed by the PACS" if self.has_source else "listed or stored anywhere"
                 self._uncompared(InvalidQuery(f"Study {study} is not {where}.", hint="Check its UID.", study=study))
+        if not self.items and self.found.uncompared is None:
+            hint = "Look at the result of the retrieval that was to bring some."
+            self._uncompared(InvalidQuery("No instance is listed.", hint=hint))
         order = sorted(self.items.values(), key=lambda item: (item.row.study, item.row.series, item.row.sop))
         with clock.pool(_READERS, "dicom-get-verify") as pool:
             for item, (symbol, what) in zip(order, pool.map(self._judge, order), strict=True):
@@ -495,6 +517,8 @@ class _Verify:
         if item.trouble is not None:
             return UNREADABLE, item.trouble
         listed, where = self._listed(item)
+        if item.doubt == "different_content" and (item.there or self.place is None):
+            return DIFFERENT, "another data set was sent for it, and was not stored"
         if not item.there:
             return NOT_THERE, f"{where}, not there" if listed else "no longer listed, and not present"
         symbol, what = self._content(item)
@@ -535,7 +559,7 @@ class _Verify:
             if item.recorded and not fits:
                 return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
             same = [x for x in fits if not (isinstance(x, Stored) and x.etag and etag and x.etag != etag)]
-            if self.quick and (same or not fits):  # an object that was written anew is read
+            if self.quick and item.doubt is None and (same or not fits):  # an object that was written anew is read
                 item.told = next(iter(same), None)
                 return SAME, "of the same size" if fits else "there"
             stored.row = stored.row or item.row  # what tells a bare data set
@@ -558,6 +582,8 @@ class _Verify:
             return SAME, "of the same digest"
         if item.told is None and item.remark is not None:
             return DIFFERENT, "cut off, and no record says that it was sent so"
+        if item.doubt is not None:
+            return DIFFERENT, "its content is in doubt, and no digest is recorded"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
     # --- the manifest --------------------------------------------------------------------------
@@ -622,7 +648,7 @@ def _instances_in(
         found = objects_below(folder) if files.is_folder(folder) else []
     else:
         prefix = f"{place.prefix}/{study}" if place.prefix else study
-        found = objects_in([f"s3://{place.bucket}/{prefix}"], s3)
+        found = objects_in([S3Destination(place.bucket, prefix).uri], s3)
     for item in found:
         below = item.path.names[1:] if isinstance(item.path, Below) else item.key[len(prefix) + 1 :].split("/")
         if len(below) == 2 and below[1].endswith(".dcm"):
@@ -671,9 +697,12 @@ def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
         case "+":
             row.state, row.reason, row.error, row.uri = "missing", "not_sent", what, None
             row.forwarded_to = None
+        case "*" if item.doubt == "different_content":
+            row.state, row.reason, row.error = "conflict", item.doubt, what
         case "*":
             row.state, row.reason, row.error = "failed", "size_changed", what
         case _:
-            row.state, row.reason, row.error = "failed", "destination_error", what
+            reason = "unreadable" if item.item is not None else "destination_error"
+            row.state, row.reason, row.error = "failed", reason, what
     row.received_at = clock.now()
     return row

@@ -275,6 +275,12 @@ REASONS: Mapping[str, Reason] = {
         "Run again to fetch it again, and find out what else writes there.",
         transient=True,
     ),
+    "unreadable": Reason(
+        "The object at the destination cannot be read.",
+        "Run again to fetch it again, and find out what became of the disk or the permissions there.",
+        transient=True,
+        local=True,
+    ),
     "different_content": Reason(
         "A different data set is already stored under its UIDs. It was kept.",
         "Compare the two. To take what the PACS sends, move the stored one away and run again, or run once with "
@@ -370,7 +376,11 @@ REASONS: Mapping[str, Reason] = {
     "unusable_files": Reason(
         "Some files are not DICOM instances that can be stored.", "Leave these files out, or correct them.", of="result"
     ),
-    "nothing_asked": Reason("There was nothing to retrieve.", of="result"),
+    "nothing_asked": Reason(
+        "There was nothing to retrieve or to store.",
+        "Look at the result of the retrieval that wrote the manifest.",
+        of="result",
+    ),
     # Errors that ended it
     "connect_failed": Reason("No connection to the node could be made.", transient=True, of="error"),
     "tls_failed": Reason("No TLS session could be made.", of="error"),
@@ -405,7 +415,7 @@ SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"
 """Reasons that asking one by one does not change."""
 NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled"})
 """Reasons of instances that were not kept, and that say nothing of the destination's health."""
-CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "different_content"})
+CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "unreadable", "different_content"})
 """Reasons of instances of which another object than the recorded one may lie at the destination."""
 STOPS: frozenset[str] = frozenset({"window", "strict_forward", "destination_error", "destination_full"})
 """Reasons for which a run is ended in order, and which the instances not tried then have."""

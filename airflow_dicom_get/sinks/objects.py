@@ -288,7 +288,7 @@ def objects_in(
             found += [
                 StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
                 for item in bucket.list(prefix)
-                if not _OURS.intersection(item.key.split("/"))
+                if not _OURS.intersection(item.key[len(prefix) :].split("/"))
                 and not item.key.rpartition("/")[2].startswith(".")
                 and not (item.key.endswith("/") and not item.size)  # what consoles make for a folder
             ]

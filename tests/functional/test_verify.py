@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
@@ -164,6 +168,8 @@ class TestFolder:
     def test_bare_data_sets(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         bare = Got(embedded(ct.folder), ct, tmp_path / "bare", store_with_file_meta=False)
         assert verify(bare.result.manifest_uri).same
+        for addr in (None, bare.node):
+            assert verify(study=bare.study, destination=bare.folder, addr=addr).same
         bare.spoil()
         assert len(verify(bare.result.manifest_uri).differences) == 3
 
@@ -253,7 +259,78 @@ class TestFolder:
         assert (gone.exit_code, gone.counts) == (4, {"-": 40})
 
 
+class TestDoubt:
+    """What is not known to be the same is a difference, and stays one in the manifest of the comparison."""
+
+    @pytest.mark.parametrize("quick", [False, True])
+    def test_a_conflict(self, got: Got, quick: bool) -> None:
+        frame = got.result.manifest
+        frame.loc[frame["sop_instance_uid"] == got.sops[0], ["state", "reason"]] = ["conflict", "different_content"]
+        manifest: Any = frame
+        at: dict[str, Any] = {"destination": got.folder}
+        for place in ({}, at, at | {"addr": got.node}):
+            found = verify(manifest, quick=quick, **place)
+            assert (found.exit_code, marks(found)) == (3, {got.sops[0]: "*"}), place
+            assert [row.state for row in found.rows].count("conflict") == 1
+            manifest = found.manifest_uri or manifest
+
+    @pytest.mark.parametrize("quick", [False, True])
+    def test_a_difference(self, got: Got, quick: bool) -> None:
+        path = got.paths[got.sops[1]]
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + b"zz")
+        first = verify(got.result.manifest_uri)
+        places: tuple[dict[str, Any], ...] = ({}, {"destination": got.folder})
+        for place in places:
+            assert marks(verify(first.manifest_uri, quick=quick, **place)) == {got.sops[1]: "*"}
+            path.write_bytes(content)
+            assert verify(first.manifest_uri, quick=quick, **place).same
+            path.write_bytes(content[:-2] + b"zz")
+        frame = first.manifest
+        frame["sha256"] = None
+        path.write_bytes(content)
+        assert marks(verify(frame, destination=got.folder, quick=quick)) == {got.sops[1]: "*"}
+
+    def test_what_cannot_be_read_is_not_held(self, got: Got, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = got.paths[got.sops[0]]
+
+        class BadSector(files.Disk):
+            def read_into(self, fd: int, view: memoryview, position: int) -> int:
+                if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return super().read_into(fd, view, position)
+
+        monkeypatch.setattr(files, "disk", BadSector())
+        found = verify(got.result.manifest_uri)
+        assert marks(found) == {got.sops[0]: "!"}
+        again = got.get(manifest=found.manifest_uri)
+        assert (again.verdict, again.reason) == ("failed", "destination_error")
+
+    def test_each_object_of_an_instance_is_looked_at(self, got: Got, embedded: Embedded, ct: Holding) -> None:
+        other = Got(got.source, ct, got.folder.parent / "other")
+        both = load_manifests([got.result.manifest_uri, got.result.manifest_uri, other.result.manifest_uri])
+        for addr in (None, got.node):
+            assert verify(both, addr=addr).counts == {"=": 80}
+        got.paths[got.sops[0]].unlink()
+        assert marks(verify(both)) == {got.sops[0]: "+"}
+        assert verify(both, destination=other.folder).counts == {"=": 40}
+
+    def test_nothing_that_is_listed(self, got: Got) -> None:
+        failed = GetScu("X@127.0.0.1:1", out_dir=got.folder, retries=0).get_study({"StudyInstanceUID": got.study})
+        assert failed.verdict == "failed"
+        found = verify(failed.manifest_uri)
+        assert (found.same, found.exit_code, found.uncompared) == (False, 4, "No instance is listed.")
+
+
 class TestBucket:
+    @pytest.mark.parametrize("prefix", ["a%2520b", "_manifests/x"])
+    def test_an_odd_prefix(self, embedded: Embedded, moto: Moto, private: Holding, prefix: str) -> None:
+        place: dict[str, Any] = {"destination": f"s3://{BUCKET}/odd/{prefix}", "s3_config": moto.config}
+        scu = GetScu(f"PACS@127.0.0.1:{embedded(private.folder).port}", **place)
+        assert scu.get_study({"StudyInstanceUID": private.study}).verdict == "complete"
+        found = verify(study=private.study, **place)
+        assert (found.same, found.counts) == (True, {"=": 12})
+
     def test_differences(self, embedded: Embedded, moto: Moto, ct: Holding) -> None:
         place = f"s3://{BUCKET}/verify-verb"
         node = f"PACS@127.0.0.1:{embedded(ct.folder).port}"
