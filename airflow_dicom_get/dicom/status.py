@@ -57,14 +57,17 @@ def is_pending(status: int) -> bool:
     return status in (PENDING, PENDING_OPTIONAL_KEYS)
 
 
-def store_outcome(status: int) -> Literal["ok", "warning", "busy", "refused"]:
+def store_outcome(status: int) -> Literal["ok", "warning", "duplicate", "busy", "refused"]:
     """What the answer to a C-STORE means (PS3.4 B.2.3, PS3.7 C): ``busy`` may pass, ``refused`` will not.
 
-    0111 is no status of the storage service, but given by some for an instance that they hold.
+    ``duplicate``, 0111, is no status of the storage service, but given by some that hold another instance of this UID,
+    of whatever content, and keep it.
     """
     if status == SUCCESS:
         return "ok"
-    if status in (0x0001, 0x0107, 0x0116, DUPLICATE_INSTANCE) or 0xB000 <= status <= 0xBFFF:
+    if status == DUPLICATE_INSTANCE:
+        return "duplicate"
+    if status in (0x0001, 0x0107, 0x0116) or 0xB000 <= status <= 0xBFFF:
         return "warning"
     if status == RESOURCE_LIMITATION or 0xA700 <= status <= 0xA7FF:
         return "busy"

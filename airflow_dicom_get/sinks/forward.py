@@ -141,6 +141,8 @@ class ForwardSink:
         """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
         self._under_way: set[tuple[str, str]] = set()
         """Study and SOP Instance UID of what is being sent."""
+        self._unanswered: set[tuple[str, str, _Sent]] = set()
+        """Study, SOP Instance UID and content of what went out whole, and was not answered: the node may have it."""
         self._late = 0
         self._done: list[Confirmation] = []
         self._closed = False
@@ -403,14 +405,19 @@ class ForwardSink:
         status = response.status
         if response.comment:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
-        outcome = s.store_outcome(status)
+        outcome, text = s.store_outcome(status), f"The destination answered {s.describe_store(status)}."
+        if outcome == "duplicate":  # what it has is this data set only where we have sent it before
+            known = bool(self._taken_once(instance)) or _sent(instance) in self._unanswered
+            outcome, status = ("warning", s.SUCCESS) if known else ("refused", status)
+            text += (
+                "" if known else " Nothing of ours tells that it is this data set; trust_destination takes its word."
+            )
         if outcome in ("busy", "refused"):
             reason = "destination_error" if outcome == "busy" else "destination_refused"
-            text = f"The destination answered {s.describe_store(status)}."
             return self._refusal(instance, s.store_status_for_source(status), reason, text)
         instance.forwarded_to, instance.forward_status, instance.forward_error = self.name, outcome, None
         if outcome == "warning":
-            instance.forward_error = f"The destination answered {s.describe_store(status)}."
+            instance.forward_error = text
         self._record(instance)
         return Taken(s.store_status_for_source(status), state="forwarded")
 
@@ -432,8 +439,14 @@ class ForwardSink:
         except OSError as error:  # it is there all the same; only a later run would send it again
             log.warning("the ledger of forwards cannot be written: %s", error.strerror or error)
 
+    def sent_whole(self, instance: Instance) -> None:
+        """Remember what went out whole, and has no answer yet."""
+        with self._mutex:
+            self._unanswered.add(_sent(instance))
+
     def late(self, line: _Line, instance: Instance) -> ForwardLate:
         """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
+        self.sent_whole(instance)
         with self._mutex:
             self._late += 1
         clock.spawn(lambda: self._wait_late(line, instance), "dicom-get-late")
@@ -525,6 +538,10 @@ def _not_recorded(error: OSError) -> SinkError:
     )
 
 
+def _sent(instance: Instance) -> tuple[str, str, _Sent]:
+    return instance.study, instance.sop, _Sent(instance.series, instance.sha256, instance.bytes)
+
+
 class _ForwardWriter:
     """One instance on its way on."""
 
@@ -565,15 +582,26 @@ class _ForwardWriter:
             if not any(_same(x, self._size, self._hash.digest()) for x in self._once):
                 self.abort()  # before its last fragment: the destination has no whole data set to replace its own by
                 return _OTHER_CONTENT
+        early, whole = line.association.wait_for_data(0.0), False
         try:
             line.channel.finish(limit)
+            whole = True
             line.channel.digest_sent()
             instance.sha256 = self._hash.digest() if self._hash is not None else None
             if not line.channel.wait_for_response(limit):
                 self._line = None
                 raise sink.late(line, instance)
             response = line.channel.response(limit)
+            if early and s.store_outcome(response.status) in ("ok", "warning"):
+                whole = False
+                raise PeerProtocolError(
+                    f"{sink.name} confirmed instance {instance.sop} before it had the whole data set.",
+                    hint="What it confirms may be lost: tell its admin, or forward to the node behind it.",
+                    node=sink.name,
+                )
         except PeerError as error:
+            if whole:
+                sink.sent_whole(instance)
             raise self._lost(error) from error
         self._line = None
         try:

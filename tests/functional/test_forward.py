@@ -215,7 +215,7 @@ class TestStatuses:
         [
             (0xB000, "forwarded", None, "warning", 0xB000),
             (0xB007, "forwarded", None, "warning", 0xB007),
-            (0x0111, "forwarded", None, "warning", 0),
+            (0x0111, "failed", "destination_refused", "error", 0xC000),
             (0xA700, "failed", "destination_error", "error", 0xA700),
             (0x0213, "failed", "destination_error", "error", 0xA700),
             (0xC001, "failed", "destination_refused", "error", 0xC001),
@@ -318,6 +318,34 @@ class TestLost:
             assert result.verdict == "complete"
             assert set(destination.times.values()) == {1}
             assert destination.held() == {sop: data for sop, (_, data) in sent_by(ct).items()}
+
+    def test_a_success_before_the_data_is_there_is_none(self, embedded: Embedded, tmp_path: Path) -> None:
+        """More data than sockets hold: it has answered before the last of them can have gone."""
+        archive = tmp_path / "big"
+        archive.mkdir()
+        study = big_study(archive, 1, 32 << 20)
+        with OddDestination() as destination:
+            destination.early = True
+            result = forward(embedded(archive), destination, tmp_path / "state", study, retries=0)
+            assert (result.verdict, result.completed) == ("failed", 0)
+            assert "before it had the whole data set" in str(result.errors[0]["error"])
+            destination.early = False
+            again = forward(embedded(archive), destination, tmp_path / "state", study)
+            assert (again.verdict, again.skipped) == ("complete", 0)
+
+    def test_a_duplicate_is_what_was_sent_before(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
+        """The answer to the third instance is lost; sent again, the node has it already."""
+        lost: list[int] = []
+
+        def status(number: int) -> int:
+            if number == 3:
+                lost.append(number)
+                raise DieError
+            return 0x0111 if number == 4 else 0
+
+        with OddDestination(status=status) as destination:
+            result = forward(embedded(private.folder), destination, tmp_path, private.study)
+            assert (lost, result.verdict, result.warning) == ([3], "complete", 1)
 
     def test_gone_for_a_while(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         gone = threading.Event()

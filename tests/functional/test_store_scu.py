@@ -170,7 +170,7 @@ def test_response_without_status() -> None:
         (0xB007, "warning", 0xB007),
         (0xB123, "warning", 0x0000),
         (0x0107, "warning", 0x0000),
-        (0x0111, "warning", 0x0000),
+        (0x0111, "duplicate", 0xC000),
         (0xA700, "busy", 0xA700),
         (0xA7FF, "busy", 0xA700),
         (0x0213, "busy", 0xA700),

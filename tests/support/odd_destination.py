@@ -46,6 +46,8 @@ class OddDestination:
     delay: Callable[[int], float] = lambda number: 0.0
     reject: Callable[[int], tuple[int, int, int] | None] = lambda number: None
     on_data: Callable[[int, int], None] = lambda number, size: None
+    early: bool = False
+    """Whether it answers as soon as it has the command, before any data."""
     max_pdu: int = 16384
     ae_title: str = "ODD"
     host: str = "127.0.0.1"
@@ -183,13 +185,15 @@ class OddDestination:
                     if control & 2:
                         request, command = _elements(command), b""
                         data, current = bytearray(), self._next()
+                        if self.early:
+                            self._answer(sock, context, pairs[context], request, b"", current, number)
                     continue
                 assert request is not None
                 if len(part) % 2 and not control & 2:
                     self.odd_fragments += 1
                 data += part
                 self.on_data(current, len(data))
-                if control & 2:
+                if control & 2 and not self.early:
                     self._answer(sock, context, pairs[context], request, bytes(data), current, number)
 
     def _next(self) -> int:
