@@ -37,7 +37,7 @@ from airflow_dicom_get.sinks.objects import (
     objects_of,
     open_object,
 )
-from airflow_dicom_get.vocabulary import DONE
+from airflow_dicom_get.vocabulary import DONE, HELD
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
@@ -247,6 +247,8 @@ class _Run:
         o = scu.options
         self.cancel = cancel
         self.rows: dict[tuple[str, Key], Instance] = {}
+        self._records: dict[tuple[str, Key], list[Instance]] = {}
+        """What became of each object of an instance; the first one is its row."""
         self.unusable: list[tuple[str, str]] = []
         self.strict = o.strict_forward
         self._options, self._events, self._on_unusable = o, events, on_unusable
@@ -284,6 +286,8 @@ class _Run:
         finally:
             self._closed(self._sink)
         self._untried = sum(item.row is None for item in queue)  # what a manifest names has its row already
+        for records in self._records.values():
+            _join(records)
         for row in self.rows.values():
             if row.state is None:
                 row.state, row.reason = "missing", self._why_untried()
@@ -352,14 +356,10 @@ class _Run:
         if opened is None:
             return
         instance = opened.instance
-        with self._mutex:
-            record = self.rows.setdefault(_identity(instance), instance)
-        if record.state in DONE:
-            record = instance  # a second object of the same instance: judged by the sink, beside the first one's row
-        else:
-            # What is sent is what the object says, and not its manifest.
-            record.sop_class, record.syntax = instance.sop_class, instance.syntax
-            record.fill(instance)
+        record = self._record(instance)
+        # What is sent is what the object says, and not its manifest.
+        record.sop_class, record.syntax = instance.sop_class, instance.syntax
+        record.fill(instance)
         held = self._inventory(instance.study).get(instance.key)
         if held is None:
             self._store(item, opened, record)
@@ -368,6 +368,13 @@ class _Run:
             record.adopt(held)
         else:  # the sink says in which way it differs
             self._store(item, None, record)
+
+    def _record(self, instance: Instance) -> Instance:
+        """What becomes of an object: the row of its instance; a second one has its own, and the two are joined last."""
+        with self._mutex:
+            records = self._records.setdefault(_identity(instance), [])
+            records.append(instance if records else self.rows.setdefault(_identity(instance), instance))
+            return records[-1]
 
     def _open(self, item: StoredObject) -> Opened | None:
         """The object with its header read; None if it is not what its manifest says, which its row then tells."""
@@ -381,7 +388,8 @@ class _Run:
         except (UnreadableError, UnusableError) as error:
             if row is None:
                 raise
-            self._changed(self.rows[_identity(row)], f"{item.name}: {error}", refused=isinstance(error, RefusedError))
+            record = self._record(_blank(row))
+            self._changed(record, f"{item.name}: {error}", refused=isinstance(error, RefusedError))
             return None
         return opened
 
@@ -487,8 +495,6 @@ class _Run:
             return
         record.state = "conflict" if taken.reason == "different_content" else "failed"
         record.reason, record.error = taken.reason, taken.error
-        if record is not first and record.state == "conflict":
-            first.state, first.reason, first.error = record.state, record.reason, record.error
         self._events.arrived(record, record.sop, taken.error or taken.reason, 0, new=False)
         if self.strict:
             self._stopped = True
@@ -509,6 +515,19 @@ class _Run:
 
 def _identity(row: Instance) -> tuple[str, Key]:
     return row.study, row.key
+
+
+def _join(records: Sequence[Instance]) -> None:
+    """Let the row of an instance tell of all its objects: it is stored where each of them, or its like, is."""
+    row = records[0]
+    stored = [x for x in records if x.state in HELD]
+    digests = {x.sha256 for x in stored} - {None}
+    lacking = [x for x in records if x.state not in HELD and x.sha256 not in digests]
+    lacking.sort(key=lambda x: x.state != "conflict")
+    if lacking:
+        row.state, row.reason, row.error = lacking[0].state, lacking[0].reason, lacking[0].error
+    elif row.state not in HELD:
+        row.become(stored[0])
 
 
 def _blank(row: Instance) -> Instance:

@@ -234,7 +234,7 @@ def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, n
         node=node,
         destination=f"dicom://{node}",
         kind="store",
-        transient=any_transient(rows) or (error is not None and error.transient),
+        transient=untried > 0 or any_transient(rows) or (error is not None and error.transient),
     )
     _measure(result, events)
     if end.cancelled_by is not None or isinstance(error, Cancelled):
@@ -246,6 +246,8 @@ def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, n
             result.reason = error.word
     elif unusable:
         result.verdict, result.reason = PARTIAL if held else FAILED, "unusable_files"
+    elif not rows:
+        result.verdict, result.reason = FAILED, "nothing_asked"
     found = [_entry(error.message, error.hint)] if error is not None else []
     if unusable:
         examples = "; ".join(f"{name} {why}" for name, why in unusable[:3])
@@ -365,7 +367,8 @@ def _may_pass(end: End) -> bool:
             return False
     raised = [error for state in end.states for error in state.errors]
     reasons = [n.reason for n in end.numbers if n.verdict != CANCELLED and n.reason is not None]
-    return any_transient(end.rows()) or any(error.transient for error in raised) or any(map(is_transient, reasons))
+    passing = any(error.transient or isinstance(error, Cancelled) for error in raised)
+    return any_transient(end.rows()) or passing or any(map(is_transient, reasons))
 
 
 def _most_frequent_reason(rows: Iterable[Instance]) -> str | None:

@@ -21,6 +21,7 @@ import pytest
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
+from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
@@ -194,6 +195,24 @@ class TestFiles:
             assert sum(destination.times.values()) == 2
             assert (result.verdict, result.completed) == ("complete", 1)
 
+    @pytest.mark.parametrize("refused", [0xC001, 0xA700])
+    @pytest.mark.parametrize("associations", [1, 2])
+    def test_each_of_two_different_ones_counts(
+        self, private: Holding, tmp_path: Path, refused: int, associations: int
+    ) -> None:
+        """The node refuses the first, for good or for the moment, and takes the second: the first is not there."""
+        folder = tmp_path / "twice"
+        folder.mkdir()
+        content = private.entries[sorted(private.entries)[0]].path.read_bytes()
+        (folder / "a.dcm").write_bytes(content)
+        (folder / "b.dcm").write_bytes(content[:-2] + b"zz")
+        refusals = 1 if refused == 0xC001 else 3
+        with OddDestination(
+            delay=lambda number: 0.3, status=lambda number: refused if number <= refusals else 0
+        ) as destination:
+            result = store(destination, tmp_path / "state", folder, associations=associations)
+            assert (result.verdict, result.total, result.completed) == ("failed", 1, 0)
+
 
 class TestFailures:
     def test_statuses(self, private: Holding, tmp_path: Path) -> None:
@@ -254,7 +273,7 @@ class TestFailures:
             scu = StoreScu(destination.node, manifest_root=tmp_path)
             threading.Timer(0.5, scu.cancel).start()
             result = scu.store(ct.folder)
-            assert result.verdict == "cancelled"
+            assert (result.verdict, result.transient) == ("cancelled", True)
             assert 0 < result.completed == len(destination.held()) < 40
             again = store(destination, tmp_path, ct.folder)
             assert (again.verdict, again.skipped) == ("complete", result.completed)
@@ -335,6 +354,25 @@ class TestManifest:
             assert states(result)["failed", "size_changed", None] == 3 or result.reason == "size_changed"
             assert len(destination.held()) == 37
             assert destination.ends["aborted"] >= 1, "a digest that does not fit is seen before the last fragment"
+
+    def test_each_object_that_a_manifest_names_counts(
+        self, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        node = f"PACS@127.0.0.1:{embedded(private.folder).port}"
+        found = [
+            GetScu(node, out_dir=tmp_path / name).get_study({"StudyInstanceUID": private.study}) for name in ("a", "b")
+        ]
+        both = load_manifests([result.manifest_uri for result in found])
+        next((tmp_path / "a").rglob("*.dcm")).unlink()
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=both)
+            assert (result.verdict, result.total, result.failed) == ("partial", 12, 1)
+
+    def test_a_manifest_without_rows(self, tmp_path: Path) -> None:
+        found = GetScu("X@127.0.0.1:1", out_dir=tmp_path / "out", retries=0).get_study({"StudyInstanceUID": "1.2.3"})
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=found.manifest_uri)
+            assert (result.verdict, result.reason, result.exit_code) == ("failed", "nothing_asked", 1)
 
     def test_rows_without_an_object(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         hidden = sorted(ct.entries)[:2]
