@@ -212,7 +212,7 @@ def each_of(manifests: Any) -> list[Any]:
 
 
 def load_tables(manifests: Any, s3_config: S3 = None) -> list[pa.Table]:
-    """Load one manifest, or several, each of any shape. None stands for a task that was skipped."""
+    """Load one manifest, or several, each of any shape. None, of a task that failed or was skipped, gives none."""
     return [load_table(item, s3_config) for item in each_of(manifests) if item is not None]
 
 
@@ -249,7 +249,8 @@ def combine_manifests(
     Parameters
     ----------
     manifests : iterable
-        Of any shape; None is skipped.
+        Of any shape. None, of a task that failed or was skipped, proves nothing: the verdict is ``unverified`` at best.
+        Leave out those that you know to be skipped.
     to : str or Path
         The file to write, or a folder or prefix in which a file with the name of a new run is created.
     s3_config : S3Config or mapping, optional
@@ -260,9 +261,10 @@ def combine_manifests(
     ManifestError
         One of them cannot be read, or does not match its reference. Nothing is written then.
     """
-    tables = load_tables(manifests, s3_config)
-    facts = [metadata_of(table) for table in tables]
-    # A DataFrame may have lost its metadata on the way: nothing is proven then.
+    given = each_of(manifests)
+    tables = load_tables(given, s3_config)
+    # A DataFrame may have lost its metadata on the way, and who gave None may have failed: nothing is proven then.
+    facts = [*map(metadata_of, tables), *({} for manifest in given if manifest is None)]
     verdict = worst(_word(fact.get("verdict"), WORST_FIRST, UNVERIFIED) for fact in facts)
     evidence = weakest(_word(fact.get("evidence"), EVIDENCE, "none") for fact in facts)
     name = run or clock.run_name()

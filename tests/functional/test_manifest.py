@@ -291,7 +291,7 @@ class TestShapes:
     def test_combine(self, written: Path, tmp_path: Path) -> None:
         other = tmp_path / "o.parquet"
         write_manifest(table(2), other, verdict="partial", evidence="list+counts", run="r2")
-        ref = combine_manifests([str(written), read_manifest(other), None], tmp_path / "new" / "all.parquet")
+        ref = combine_manifests([str(written), read_manifest(other)], tmp_path / "new" / "all.parquet")
         assert (ref["verdict"], ref["rows"]) == ("partial", 5)
         frame = load_manifest(ref)
         assert len(frame) == 5
@@ -309,6 +309,8 @@ class TestShapes:
         frame.attrs.clear()
         assert combine_manifests([str(written), frame], tmp_path / "a.parquet")["verdict"] == "unverified"
         assert combine_manifests([], tmp_path / "b.parquet")["verdict"] == "empty"
+        ref = combine_manifests(iter([str(written), None]), tmp_path / "c.parquet")
+        assert (ref["verdict"], ref["rows"]) == ("unverified", 3)
 
     def test_combine_writes_nothing_if_one_is_broken(self, written: Path, tmp_path: Path) -> None:
         with pytest.raises(ManifestError):
