@@ -377,8 +377,9 @@ class StudyState:
             elif key in self.unlisted:
                 if instance.state in HELD:
                     instance.state, instance.reason = "unexpected", instance.reason or "not_listed"
-            elif key in named and instance.state not in HELD:
-                instance.state, instance.reason = "missing", "gone_from_list"
+            elif key in named:  # asked for, whatever is listed
+                if instance.state not in HELD:
+                    instance.state, instance.reason = "missing", "gone_from_list"
             else:
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
         if listing is None:
@@ -386,13 +387,20 @@ class StudyState:
                 instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
                 instance.state, instance.reason = "missing", "bad_uid"
             return
-        for series, sop in sorted(named - self.instances.keys() - self.inventory.keys() - self.unwanted):
-            instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)
-            instance.state, instance.reason = "missing", "gone_from_list"
-        if not (self.scope.whole_study or named) or self.sop_classes is not None:
+        for key in sorted(named - self.instances.keys() - self.unwanted):
+            held = self.inventory.get(key)
+            if held is not None and self.sop_classes is not None and held.sop_class not in self.sop_classes:
+                continue
+            instance = self.instances[key] = Instance(self.scope.study, *key)
+            if held is not None:
+                instance.adopt(held)
+                instance.state, instance.reason = "held", instance.remark
+            else:
+                instance.state, instance.reason = "missing", "gone_from_list"
+        if not self.scope.whole_study or self.sop_classes is not None:
             return
         for key, held in self.inventory.items():
-            if key not in listing.instances and key not in self.instances and (not named or key in named):
+            if key not in listing.instances and key not in self.instances:
                 instance = Instance(self.scope.study, held.series, held.sop)
                 instance.adopt(held)
                 instance.state, instance.reason = "withdrawn", "gone_from_list"

@@ -88,7 +88,7 @@ def _verdict(state: StudyState, scope: list[Instance], held: int, total: int) ->
 
 
 def _lost(state: StudyState, listing: Listing) -> int:
-    """Instances that a manifest asks for, and that are neither listed nor held."""
+    """Instances that a manifest asks for, and that are not listed, held or not."""
     return sum(
         key not in listing.instances and key not in state.unlisted and x.state not in OUTSIDE_LIST
         for key, x in state.instances.items()
