@@ -473,6 +473,7 @@ def test_the_execution_timeout_leaves_a_verdict_and_a_manifest(run_dag, pacs, ar
     assert len(held_files(tmp_path)) == 60
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may be raised in a weakref, too
 def test_the_timeout_of_airflow_itself_leaves_nothing_behind(run_dag, pacs, archive, tmp_path, monkeypatch):
     """Raised between any two instructions, should the engine not have ended before."""
     monkeypatch.setattr(DicomGetOperator, "_seconds", lambda self: float("inf"))

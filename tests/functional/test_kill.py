@@ -37,7 +37,7 @@ KILLS = int(os.environ.get("KILLS", "1"))
 SEED = os.environ.get("KILL_SEED", "1")
 COMMAND = (sys.executable, "-m", "airflow_dicom_get.cli")
 C_STORE_RQ, C_CANCEL_RQ = 0x0001, 0x0FFF
-WITHIN = 5.0
+WITHIN = 30.0
 """Seconds that tell an end in order from a hang. Two are promised; a busy machine may need longer."""
 
 Relays = Callable[..., Relay]
