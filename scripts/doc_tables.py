@@ -374,7 +374,7 @@ def store_statuses_received() -> str:
     means = {
         "ok": "stored",
         "warning": "stored, with a warning",
-        "duplicate": "stored where this data set was sent to the node before; else a `conflict`",
+        "duplicate": "stored, if this data set was sent to the node before; else not stored, and not retried",
         "busy": "not stored; retried",
         "refused": "not stored; not retried",
     }
