@@ -212,8 +212,8 @@ def history_of(seed: int) -> History:
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
     changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
     query, model = _query(chance, instances, habits)
-    verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.6
-    harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1)))]
+    verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.7
+    harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1, 1)))]
     history = History(
         seed,
         instances,
@@ -226,7 +226,7 @@ def history_of(seed: int) -> History:
         verify,
         tuple(harms) if verify else (),
         model,
-        verify and chance.random() < 0.4,
+        verify and chance.random() < 0.5,
         _stores(chance, count, destination, common),
     )
     if destination == "node":
@@ -422,7 +422,7 @@ def _traits(chance: random.Random, destination: str) -> dict[str, Any]:
 
 
 _CALLS = {
-    "write": 4,
+    "write": 2,
     "sync": 3,
     "rename": 1,
     "open": 3,
