@@ -290,6 +290,8 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
         key = key_of(row)
         if row["state"] in HELD and key in now:
             path, content = now[key]
+            if path in world.read_only and not last.run.options.get("durable", True):
+                continue  # it cannot be written once more, and so not be made durable
             if _is_whole(world, path, key, content) and path not in world.theirs:
                 yield key
 

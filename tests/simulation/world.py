@@ -107,8 +107,8 @@ class World:
         By run what it did; and how often the PACS sent something.
     confirmed : set of str
         Paths of what some run said it holds, for good.
-    torn, deleted : set of str
-        Paths of what somebody has cut short, or removed.
+    torn, deleted, read_only : set of str
+        Paths of what somebody has cut short, removed, or made read-only.
     classes : frozenset of str, optional
         The SOP classes that any run wants; None for all.
     """
@@ -125,6 +125,7 @@ class World:
         self.theirs: dict[str, bytes] = {}
         self.confirmed: set[str] = set()
         self.torn: set[str | None] = set()
+        self.read_only: set[str | None] = set()
         self.deleted: set[str | None] = set()
         self.trace: list[Any] = []
         self.sends: list[int] = []
@@ -320,6 +321,8 @@ class World:
                 assert path is not None
                 content = content[:-60] + bytes(255 - byte for byte in content[-60:-20]) + content[-20:]
                 self.theirs[path] = content
+            case "read-only":
+                self.read_only.add(path)
             case "tear":
                 content = content[: len(content) // 2]
                 self.torn.add(path)
