@@ -76,7 +76,7 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
     "send": ("ECONNRESET", "kill", "power"),
     "receive": ("ECONNRESET", "kill", "power"),
 }
-BETWEEN = ("power", "overwrite", "tear", "delete", "read-only", "evict", "correct")
+BETWEEN = ("power", "power", "overwrite", "tear", "delete", "read-only", "evict", "correct")
 
 
 MATCHING = ("prefix", "folds", "ignores", "ignores", "leaves out", "empties")
@@ -199,7 +199,7 @@ def history_of(seed: int) -> History:
     count = sum(i.study == STUDY_UID for i in instances)
     ill_chance = chance.choice((0.0, 0.3, 0.7))
     runs = chance.choice((1, 1, 2, 2, 3))
-    destination = chance.choice(("folder", "folder", "folder", "bucket", "bucket", "node"))
+    destination = chance.choice(("folder",) * 4 + ("bucket",) * 2 + ("node",))
     common = _options(chance, destination)
     if habits.cap and chance.random() < 0.5:
         common["list_limit"] = str(habits.cap)
