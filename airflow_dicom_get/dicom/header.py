@@ -294,6 +294,7 @@ class ElementWalk:
         except HeaderError:
             rest = bytes(data[self._next - base :][:_BLOCK])
             self._zeros = len(rest) == _BLOCK and not any(rest[_LONGEST_HEADER:])  # a header may be cut, too
+            self._zeros = self._zeros or (self._next == 0 and not any(rest[:8]))  # behind nothing nobody put them
             self._end(False)
 
     def _run(self, view: bytes | bytearray | memoryview, pos: int) -> int:

@@ -405,3 +405,9 @@ def test_bytes_of_somebody_behind_a_data_set_do_not_make_it_torn(behind: bytes, 
     walk.feed(b"\x20\x00\x13\x00IS\x02\x001 " + behind)
     assert walk.torn is torn
     assert walk.whole is (not behind)
+
+
+def test_a_data_set_that_begins_with_zeros_is_torn() -> None:
+    walk = h.walk_of(EXPLICIT_LE)
+    walk.feed(bytes(100) + b"what a power cut left")
+    assert walk.torn
