@@ -60,7 +60,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "left open or locked",
     ),
     "a_quick_verify_passes_over_etags": Mutation(
-        "verify:_Verify._content", "if self.quick and (same or not fits):", "if self.quick:", "verify says 0"
+        "verify:_Verify._content", "and (same or not fits):", ":", "verify says 0"
     ),
     "zeros_in_a_ledger_are_damage": Mutation(
         "sinks.ledger:_entries", 'or b"\\0" in line', "", "it never comes to an end"
