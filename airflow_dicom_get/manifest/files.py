@@ -6,7 +6,6 @@ Writing needs pyarrow alone.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -70,15 +69,9 @@ _LARGEST = 1 << 30
 
 
 def safe_name(text: str) -> str:
-    """A part of a path: every character outside ``[A-Za-z0-9._-]`` becomes ``_``, and so do leading dots.
-
-    Where anything was replaced, ``-`` and 8 hexadecimal digits of the SHA-256 of the text tell it from others.
-    """
+    """A part of a path: every character outside ``[A-Za-z0-9._-]`` becomes ``_``, and so do leading dots."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
-    name = re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name) or "_"
-    if name == text:
-        return name
-    return f"{name}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name) or "_"
 
 
 def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try_number: int) -> str:

@@ -194,7 +194,7 @@ async def manifest(user: GetUserDep, dag_id: str, run_id: str, task_id: str, map
     pieces = await reading.csv_of(task, user.get_id())
     if pieces is None:
         raise HTTPException(409, reading.NOT_SHOWN)
-    name = f"{safe_name(f'{task.dag_id}-{task.run_id}-{task.task_id}-{task.map_index}')}.csv"
+    name = safe_name(f"{task.dag_id}-{task.run_id}-{task.task_id}-{task.map_index}.csv")
     return StreamingResponse(
         pieces,
         media_type="text/csv; charset=utf-8",

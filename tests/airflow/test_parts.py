@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -127,7 +126,7 @@ def test_the_name_of_a_manifest_holds_nothing_that_leads_elsewhere():
     name = task_run_name(
         dag_id="../x", run_id="manual__2026-01-01T00:00:00+00:00", task_id="group.get", map_index=-1, try_number=2
     )
-    assert re.fullmatch(r"___x-[0-9a-f]{8}/manual__2026-01-01T00_00_00_00_00-[0-9a-f]{8}/group.get/-1-2", name)
+    assert name == "___x/manual__2026-01-01T00_00_00_00_00/group.get/-1-2"
 
 
 @pytest.mark.parametrize("place", ["", None, "None", "data", "./data", "~/data", "~", "file:data"])
