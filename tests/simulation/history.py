@@ -399,7 +399,7 @@ def _options(chance: random.Random, destination: str) -> dict[str, Any]:
 def _traits(chance: random.Random, destination: str) -> dict[str, Any]:
     traits: dict[str, Any] = {}
     if destination == "node":
-        traits["find"] = chance.choice(("yes", "yes", "yes", "no", "fails"))
+        traits["find"] = chance.choice(("yes", "yes", "no", "fails", "fails"))
         if chance.random() < 0.4:
             traits["again"] = "keeps"
         if chance.random() < 0.15:
