@@ -68,6 +68,8 @@ class Receiver:
         self._size = 0
         self._refusal: Taken | None = None
         self._other_class = self._drains = False
+        self._series: str | None = None
+        """Of an object whose class is not wanted, where its data set was read."""
         self.confirms = False
         """Whether what is held is asked for once more, to see what else comes: it is drained, and not compared."""
         self.came: set[Key] | None = None
@@ -79,6 +81,7 @@ class Receiver:
         self._request = request
         self._writer = self._instance = self._refusal = self._walk = None
         self._other_class = self._drains = False
+        self._series = None
         self._size = 0
         wanted = self._state.sop_classes
         self.limit = self._deadlines.stall
@@ -91,11 +94,15 @@ class Receiver:
             )
         elif wanted is not None and request.sop_class not in wanted:
             self._other_class = True
-            self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
+            if len(self._state.of(request.sop_instance)) < 2:  # else its data set tells which one it is
+                self._refuse_class()
 
     def _refuse(self, status: int, reason: str, error: str) -> Literal[False]:
         self._refusal = Taken(status, reason, error)
         return False
+
+    def _refuse_class(self) -> Literal[False]:
+        return self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
 
     def data(self, view: memoryview, last: bool) -> bool:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -188,6 +195,9 @@ class Receiver:
             self.came.add((series, sop))
         if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
+        if self._other_class:
+            self._series = series
+            return self._refuse_class()
         if self._state.listed_elsewhere(series, sop):
             return self._refuse(s.MISMATCH, "uid_mismatch", f"Its data set names series {series}, the list another.")
         instance = self._state.instances.get((series, sop))
@@ -250,7 +260,7 @@ class Receiver:
         assert self._request is not None
         if self._drains or self._other_class:
             self._release()
-            self._intake.set_aside(self._request, self._size, held=self._drains)
+            self._intake.set_aside(self._request, self._size, self._series, held=self._drains)
             self._hold("sub_operation", "took an instance in")
             self.came_at = _NEVER
             return s.SUCCESS if self._drains else s.NOT_AUTHORISED
@@ -301,7 +311,7 @@ class Receiver:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         assert self._request is not None
         if self._other_class:
-            self._intake.set_aside(self._request, self._size, held=False)
+            self._intake.set_aside(self._request, self._size, self._series, held=False)
             return
         taken = self._refusal
         if taken is None or self._drains:

@@ -81,12 +81,12 @@ class Intake:
             answered = self.state.answer(uid, instance, taken)
         self._tell(answered, uid, size if answered.error is None else 0)
 
-    def set_aside(self, request: StoreRequest, size: int, *, held: bool) -> None:
+    def set_aside(self, request: StoreRequest, size: int, series: str | None, *, held: bool) -> None:
         """An object was not taken, and nothing is wrong with it: it is held, or of a class that is not wanted."""
         self.retrieval.events.drained(size)
         if not held:
             with self._mutex:
-                self.state.leave_out(request.sop_instance, request.sop_class)
+                self.state.leave_out(request.sop_instance, request.sop_class, series)
 
     def learn_count(self, series: str | None, total: int | None, sent: Collection[Key] | None) -> None:
         """See :meth:`StudyState.learn_count`."""

@@ -202,12 +202,16 @@ class StudyState:
         self.left.update(x.key for x in found)
         return found
 
-    def leave_out(self, sop: str, sop_class: str) -> None:
+    def leave_out(self, sop: str, sop_class: str, series: str | None) -> None:
         """It came out that an instance, whose class the list does not tell, is of a class that is not wanted.
 
-        Where two series have one of this UID, the command does not tell which it was, and both stay wanted.
+        Where two series have one of this UID, it is the one in ``series``; both stay wanted where that is not known.
         """
-        meant = [one for one in self.of(sop) if one.sop_class in (None, sop_class) and one.state not in DONE]
+        meant = [
+            one
+            for one in self.of(sop)
+            if one.sop_class in (None, sop_class) and one.state not in DONE and series in (None, one.series)
+        ]
         if len(meant) == 1:
             self._leave_out(meant[0])
 

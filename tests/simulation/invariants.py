@@ -234,11 +234,11 @@ def _is_looked_at(world: World, run: Played) -> bool:
 def _torn_unseen(world: World, run: Played, path: str, key: Key) -> bool:
     """Whether nobody can see that a file is torn.
 
-    A power cut took pages out of the middle of one that was not confirmed; or it has no file meta information, and so
-    may be anything.
+    A power cut took pages out of the middle of one that was not confirmed, or less than a block at the end of one that
+    was cut short besides; or it has no file meta information, and so may be anything.
     """
     content = data_set(world.place.files().get(path, b""))
-    if not run.run.options.get("store_with_file_meta", True):
+    if not run.run.options.get("store_with_file_meta", True) or (world.place.cuts > 0 and path in world.torn):
         return world.place.cuts > 0 or path in world.torn
     return world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
 
@@ -267,6 +267,9 @@ def _not_asked_again(world: World, run: Played) -> None:
     node = world.place.node
     if node is not None and (node.find == "fails" or run.run.node or run.met or world.runs[run.number - 2].met):
         return  # it does not tell what it holds, or our records do not
+    failed = any(operation == "sync" and fault.error for one in world.runs for operation, _, fault in one.met)
+    if failed and world.place.cuts:
+        return  # the records of a run whose ledger could not be synced are gone
     confirmed = Counter[Key]()
     for row in _confirmed(world, run):
         confirmed[row] += 1
@@ -355,11 +358,13 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
     again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     unknown = all(
-        row["state"] in ("held", "withdrawn") or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
+        row["state"] in ("held", "withdrawn")
+        or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
+        or (row["state"] == "stored" and path_of(row) in run.before)
         for row in run.rows
     )
     if exit_code == 0 and not nothing and unknown:
-        mark("verify: a whole file that no record names is another one than the PACS has")
+        mark("verify: a whole file that no record names")
         return
     if nothing != (exit_code == 0):
         world.finding(f"verify says {exit_code}", run.verdict, run.rows)
