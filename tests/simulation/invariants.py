@@ -240,7 +240,8 @@ def _torn_unseen(world: World, run: Played, path: str, key: Key) -> bool:
     content = data_set(world.place.files().get(path, b""))
     if not run.run.options.get("store_with_file_meta", True) or (world.place.cuts > 0 and path in world.torn):
         return world.place.cuts > 0 or path in world.torn
-    return world.place.cuts > 0 and any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key])
+    padded = len(content.rstrip(b"\0")) < len(content)  # less than a block of zeros, as somebody may put behind his
+    return world.place.cuts > 0 and (padded or any(len(content) == len(sent) != 0 for sent in world.pacs.sent[key]))
 
 
 def _lists_lie(run: Played) -> bool:
