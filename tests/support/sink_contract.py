@@ -308,8 +308,9 @@ class SinkContract:
 
     def test_one_uid_in_two_series(self, harness: Harness) -> None:
         sink = harness.sink()
-        one, other = new(1), new(1)
-        other.series = f"{SERIES}.2"
+        one = new(1)
+        other = Instance(STUDY, f"{SERIES}.2", one.sop, CT)
+        other.syntax = one.syntax
         assert outcome(sink, one, dataset_of(one)) == "kept"
         second = outcome(sink, other, dataset_of(other))
         sink.close()
