@@ -213,13 +213,14 @@ class _Lister:
         return {**patient, h.STUDY_INSTANCE_UID: self._scope.study}
 
     def _count(self, row: Row, tag: int) -> int | None:
-        """A count of a row; one that is there and no number leaves the row unread."""
-        raw = row.get(tag, b"").strip(b"\0 ")
-        count = i.int_value(raw)
-        if raw and (count is None or count < 0):
+        """A count of a row, also where it is written as ``3.0``; one that is no number leaves the row unread."""
+        text = i.text_value(row.get(tag))
+        try:
+            count = float(text or "nan")
+        except ValueError:
             self._finder.unreadable += 1
             return None
-        return count
+        return int(count) if i.fits_64_bits(count) else None
 
     def _ask_study(self) -> int | None:
         """What the source says of the study itself; how many series it says there are."""

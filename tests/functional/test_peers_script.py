@@ -33,7 +33,11 @@ class Machine:
         path.chmod(0o755)
 
     def run(self) -> subprocess.Popen[str]:
-        environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "POLICY_RC_D": str(self.policy)}
+        environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "POLICY_RC_D": str(self.policy),
+            "TMPDIR": str(self.folder),
+        }
         return subprocess.Popen(
             ["bash", str(SCRIPT), PROGRAM], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
