@@ -184,7 +184,7 @@ def sync_some(pair: Pair, chance: Random) -> None:
         if chance.random() < 0.1:
             below = path.removeprefix(str(ROOT)).strip("/")
             for side in pair.sides:
-                fd = side.disk.open_folder(side.root / below)
+                fd = side.disk.open_folder(side.root / below if below else side.root)
                 side.disk.sync(fd)
                 side.disk.close(fd)
 
