@@ -352,7 +352,6 @@ def besieged(server: Server, kept: Any, tmp_path: Path, attacks: list[dict[str, 
                     answer = server.get(path, "other")
                     took[name].append(round(time.monotonic() - began, 2))
                     assert answer.status_code == 200
-                    assert name != "manifest" or OPEN_UID in answer.text
             answers = {one.result() for one in attacking}
         finally:
             over.set()
@@ -360,6 +359,8 @@ def besieged(server: Server, kept: Any, tmp_path: Path, attacks: list[dict[str, 
     after = server.memory()
     print(f"\nwhile {ATTACKERS} requests hang: {took}; server {before} to {after} MiB, reader {max(held)} MiB")
     assert took["manifest"]
+    # While it is besieged, a busy machine may not start the process that reads it in time; the page says so then.
+    assert OPEN_UID in server.get(paths["manifest"], "other").text
     assert answers == {200, 409}
     assert after - before < 200
     assert max(held) < 700
