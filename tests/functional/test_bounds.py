@@ -19,8 +19,6 @@ from airflow_dicom_get.net import get
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, IMPLICIT_LE
-from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
-from airflow_dicom_get.testing.servers import Storescp
 
 MIB = 1 << 20
 
@@ -41,19 +39,6 @@ def assert_it_alone_is_lost(result: Any, pacs: MisbehavingPacs, reason: str) -> 
 
 
 # --- an object without end -----------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["folder", "bucket", "node"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """A destination of each kind."""
-    if request.param == "folder":
-        return {"destination": tmp_path / "to"}
-    if request.param == "bucket":
-        moto: Moto = request.getfixturevalue("moto")
-        config = {key: value for key, value in moto.config.items() if key != "bucket"}
-        return {"destination": f"s3://{BUCKET}/{tmp_path.name}", "s3_config": config}
-    storescp: Storescp = request.getfixturevalue("storescp")
-    return {"destination": f"dicom://{storescp.node}", "manifest_root": tmp_path / "state"}
 
 
 def test_an_object_without_end_costs_itself_and_its_association(

@@ -11,23 +11,8 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import PATIENT_ID
 from airflow_dicom_get.testing.misbehaving.wire import FIND
-from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
-from airflow_dicom_get.testing.servers import Storescp
 
 WORD = "other_patient_id"
-
-
-@pytest.fixture(params=["folder", "bucket", "node"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """A destination of each kind."""
-    if request.param == "folder":
-        return {"destination": tmp_path / "to"}
-    if request.param == "bucket":
-        moto: Moto = request.getfixturevalue("moto")
-        config = {key: value for key, value in moto.config.items() if key != "bucket"}
-        return {"destination": f"s3://{BUCKET}/{tmp_path.name}", "s3_config": config}
-    storescp: Storescp = request.getfixturevalue("storescp")
-    return {"destination": f"dicom://{storescp.node}", "manifest_root": tmp_path / "state"}
 
 
 def test_they_are_stored_with_a_remark(place: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

@@ -34,20 +34,34 @@ def lacking() -> str | None:
     return None if os.access("/dev/fuse", os.R_OK | os.W_OK) else "/dev/fuse"
 
 
+def start(script: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Have a script serve a file system at a new folder; its process, once it is there."""
+    folder.mkdir()
+    server = subprocess.Popen([sys.executable, script, str(folder)])
+    deadline = time.monotonic() + 30
+    while not folder.is_mount():
+        if server.poll() is not None or time.monotonic() > deadline:
+            server.kill()
+            server.wait()
+            unmount(folder)
+            raise RuntimeError("the file system is not there")
+        time.sleep(0.02)
+    return server
+
+
+def unmount(folder: Path) -> None:
+    """Take a file system away, whoever still has files of it open."""
+    subprocess.run(["fusermount3", "-u", "-z", str(folder)], check=False)
+
+
 @contextmanager
 def mounted(folder: Path) -> Iterator[Path]:
     """A mount of it."""
-    folder.mkdir()
-    server = subprocess.Popen([sys.executable, __file__, str(folder)])
+    server = start(__file__, folder)
     try:
-        deadline = time.monotonic() + 30
-        while not folder.is_mount():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the file system is not there")
-            time.sleep(0.02)
         yield folder
     finally:
-        subprocess.run(["fusermount3", "-u", "-z", str(folder)], check=False)
+        unmount(folder)
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:

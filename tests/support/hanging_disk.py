@@ -7,10 +7,8 @@ A process that reads one of them cannot be killed before the file system is gone
 from __future__ import annotations
 
 import stat
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,19 +20,15 @@ SIZE = 100_000
 @contextmanager
 def mounted(folder: Path) -> Iterator[Path]:
     """A mount of it; see :func:`tests.support.forgetful.lacking` for what it needs."""
-    folder.mkdir()
-    server = subprocess.Popen([sys.executable, __file__, str(folder)])
+    from tests.support.forgetful import start, unmount  # not there for the script
+
+    server = start(__file__, folder)
     try:
-        deadline = time.monotonic() + 30
-        while not folder.is_mount():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the file system is not there")
-            time.sleep(0.02)
         yield folder
     finally:
         server.kill()
         server.wait()
-        subprocess.run(["fusermount3", "-u", "-z", str(folder)], check=False)
+        unmount(folder)
 
 
 def serve(mount: str) -> None:

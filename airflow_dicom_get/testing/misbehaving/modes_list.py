@@ -20,6 +20,20 @@ class _AtFind(Behaviour):
     stages = frozenset({FIND})
 
 
+def _pending(message: Message, row: Row, syntax: str) -> bytes:
+    """A C-FIND-RSP with a row, to be sent as often as one likes."""
+    fields: dict[int, wire.Value] = {
+        wire.CLASS: message.elements.get(wire.CLASS, b""),
+        wire.FIELD: wire.C_FIND | wire.RESPONSE,
+        wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
+        wire.DATA_SET_TYPE: wire.WITH_DATA_SET,
+        wire.STATUS: _PENDING,
+    }
+    answer = wire.p_data(message.context, wire.COMMAND_BIT | wire.LAST_BIT, wire.command(fields))
+    data = archive.encode_identifier(row, syntax)
+    return answer + wire.p_data(message.context, wire.LAST_BIT, data)
+
+
 def _ghost(instances: Sequence[Instance]) -> Instance:
     """An instance of the first series that is listed and not held."""
     return archive.another(instances[0], 903)
@@ -376,17 +390,8 @@ class FindClaims(_AtFind):
             super().find(message)
             return
         row = next(iter(self.rows("IMAGE", query)))
-        fields: dict[int, wire.Value] = {
-            wire.CLASS: message.elements.get(wire.CLASS, b""),
-            wire.FIELD: wire.C_FIND | wire.RESPONSE,
-            wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
-            wire.DATA_SET_TYPE: wire.WITH_DATA_SET,
-            wire.STATUS: _PENDING,
-        }
-        answer = wire.p_data(message.context, wire.COMMAND_BIT | wire.LAST_BIT, wire.command(fields))
         mark = "7" * 12
-        data = archive.encode_identifier(row | {0x00080018: f"2.25.{mark}"}, syntax)
-        answer += wire.p_data(message.context, wire.LAST_BIT, data)
+        answer = _pending(message, row | {0x00080018: f"2.25.{mark}"}, syntax)
         for number in count(0, 100):
             self.link.send(*(answer.replace(mark.encode(), b"1%011d" % (number + n)) for n in range(100)))
 
@@ -423,15 +428,7 @@ class FindRepeats(_AtFind):
         syntax = self.syntax_of(message.context)
         query = archive.parse_identifier(message.data, syntax)
         row = next(iter(self.rows(query.get(0x00080052, ""), query)), {})
-        fields: dict[int, wire.Value] = {
-            wire.CLASS: message.elements.get(wire.CLASS, b""),
-            wire.FIELD: wire.C_FIND | wire.RESPONSE,
-            wire.RESPONDED_ID: message.number(wire.MESSAGE_ID),
-            wire.DATA_SET_TYPE: wire.WITH_DATA_SET,
-            wire.STATUS: _PENDING,
-        }
-        answer = wire.p_data(message.context, wire.COMMAND_BIT | wire.LAST_BIT, wire.command(fields))
-        answer += wire.p_data(message.context, wire.LAST_BIT, archive.encode_identifier(row, syntax))
+        answer = _pending(message, row, syntax)
         if not self.number:
             self.link.flood(answer * 64)
         while True:
