@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -114,10 +115,12 @@ class NotRead(Exception):
 class Reader:
     """A process that reads one manifest, and what it writes."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: asyncio.StreamReader, pipe: Any) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], output: asyncio.StreamReader, stream: asyncio.StreamWriter
+    ) -> None:
         self._process = process
         self._output = output
-        self._pipe = pipe
+        self._stream = stream
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """What it writes, to the end. Raises :class:`NotRead` if that is not all of it."""
@@ -136,7 +139,7 @@ class Reader:
         """End it, if it has not ended."""
         if self._process.poll() is None:
             self._process.kill()
-        self._pipe.close()
+        self._stream.close()
 
 
 class Readers:
@@ -164,10 +167,8 @@ class Readers:
             watch = asyncio.create_task(self._watch(process, entered.pop_all()))
             self._watched.add(watch)
             watch.add_done_callback(self._watched.discard)
-        output = asyncio.StreamReader(_PIECE)
-        loop = asyncio.get_running_loop()
-        pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), end)
-        return Reader(process, output, pipe)
+        output, stream = await asyncio.open_connection(sock=end, limit=_PIECE)
+        return Reader(process, output, stream)
 
     async def _watch(self, process: subprocess.Popen[bytes], place: AsyncExitStack) -> None:
         loop = asyncio.get_running_loop()
@@ -184,25 +185,26 @@ class Readers:
                     process.kill()
 
 
-def _launch(form: str, given: IO[bytes] | None, place: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start a process; with the end of the pipe that it writes to."""
-    read_end, write_end = os.pipe()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "airflow_dicom_get.plugins.reader", form, *place],
-            stdin=given or subprocess.DEVNULL,
-            stdout=write_end,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **_LIGHT},
-        )
-    except BaseException:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(write_end)
-        if given is not None:
-            given.close()
-    return process, open(read_end, "rb", buffering=0)
+def _launch(form: str, given: IO[bytes] | None, place: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a process; with the end of the socket that it writes to.
+
+    No pipe: uvloop closes the descriptor of one twice, and by the second time it may be another viewer's connection.
+    """
+    ours, its = socket.socketpair()
+    with its, given or nullcontext():
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "airflow_dicom_get.plugins.reader", form, *place],
+                stdin=given or subprocess.DEVNULL,
+                stdout=its,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **_LIGHT},
+            )
+        except BaseException:
+            ours.close()
+            raise
+    ours.setblocking(False)
+    return process, ours
 
 
 _PAGES = Readers(AT_ONCE, SECONDS)

