@@ -525,7 +525,8 @@ def test_a_forward_and_its_verify_to_real_servers(
         assert (result.verdict, result.completed) == ("complete", len(ct.files))
         found = verify(result.manifest_uri, addr=source, manifest_root=tmp_path / "v", **way)
         assert (found.same, found.counts) == (True, {"=": len(ct.files)})
-        plain = GetScu(source, manifest_root=tmp_path / "p", destination=way["destination"])
+        way = {"destination": way["destination"], "retries": 0, "deadlines": {"acse": 2}}
+        plain = GetScu(source, manifest_root=tmp_path / "p", **way)
         assert plain.get_study({"StudyInstanceUID": ct.study}).completed == 0
 
 
