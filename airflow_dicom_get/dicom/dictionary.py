@@ -21,6 +21,18 @@ class Attribute:
         return self.tag >> 16
 
 
+_AT_HAND = (
+    Attribute(0x00080005, "SpecificCharacterSet", "CS"),
+    Attribute(0x00080018, "SOPInstanceUID", "UI"),
+    Attribute(0x00080052, "QueryRetrieveLevel", "CS"),
+    Attribute(0x00100020, "PatientID", "LO"),
+    Attribute(0x0020000D, "StudyInstanceUID", "UI"),
+    Attribute(0x0020000E, "SeriesInstanceUID", "UI"),
+)
+"""What most queries consist of: pydicom's dictionary, which has them too, takes 0.2 s to import."""
+_BY_NAME = {name: attribute for attribute in _AT_HAND for name in (attribute.keyword, f"{attribute.tag:08x}")}
+
+
 class UnknownAttributeError(ValueError):
     """A text that names no attribute; ``hint`` says what may have been meant."""
 
@@ -37,10 +49,11 @@ def find_attribute(text: str) -> Attribute:
     UnknownAttributeError
         No such keyword, a private tag, or a tag that the dictionary does not hold.
     """
-    # The dictionary takes 0.2 s to import.
+    name = text.strip()
+    if (known := _BY_NAME.get(name)) is not None:
+        return known
     from pydicom.datadict import dictionary_keyword, dictionary_VR, tag_for_keyword
 
-    name = text.strip()
     if match := _TAG.fullmatch(name):
         tag = int((match[1] or match[3]) + (match[2] or match[4]), 16)
         if (tag >> 16) & 1:

@@ -185,7 +185,9 @@ class Readers:
                     process.kill()
 
 
-def _launch(form: str, given: IO[bytes] | None, place: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _launch(
+    form: str, given: IO[bytes] | None, place: tuple[str, ...]
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a process; with the end of the socket that it writes to.
 
     No pipe: uvloop closes the descriptor of one twice, and by the second time it may be another viewer's connection.
@@ -196,7 +198,7 @@ def _launch(form: str, given: IO[bytes] | None, place: tuple[str, ...]) -> tuple
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "airflow_dicom_get.plugins.reader", form, *place],
                 stdin=given or subprocess.DEVNULL,
-                stdout=its,
+                stdout=its.fileno(),
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, **_LIGHT},
             )
