@@ -412,6 +412,7 @@ class HeaderScan:
         "_next_try",
         "_plain",
         "_syntax",
+        "_taken",
         "_wanted",
         "done",
         "values",
@@ -426,6 +427,8 @@ class HeaderScan:
         deflated = syntax == DEFLATED_LE
         self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
         self._plain = bytearray()
+        self._taken = 0
+        """Bytes that were fed of a deflated data set."""
         self._next_try = 0
         self.values: dict[int, bytes] = {}
         self.done = False
@@ -438,7 +441,8 @@ class HeaderScan:
         Raises
         ------
         HeaderError
-            Not a data set in its transfer syntax, or a mandatory UID is not within :data:`MAX_HEADER`.
+            Not a data set in its transfer syntax, or a mandatory UID is not within :data:`MAX_HEADER`, of what is
+            inflated or of what it is inflated from.
         """
         data: bytes | bytearray | memoryview = view
         damaged = False
@@ -447,6 +451,8 @@ class HeaderScan:
             assert self.walk is not None
             self.walk.feed(view)
             damaged = not self._inflated(self._inflate, view)
+            self._taken += len(view)
+            last = last or self._inflate.eof  # whatever follows the end of its stream is none of it
             data = self._plain
         elif len(self._plain) + len(view) > MAX_HEADER or self._plain:
             room = MAX_HEADER - len(self._plain)
@@ -454,7 +460,7 @@ class HeaderScan:
             if self._plain:
                 self._plain += data
                 data = self._plain
-        full = len(data) >= MAX_HEADER
+        full = len(data) >= MAX_HEADER or self._taken >= MAX_HEADER
         if len(data) < self._next_try and not (last or full or damaged):
             return
         if full:

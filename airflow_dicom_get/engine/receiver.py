@@ -73,7 +73,8 @@ class Receiver:
         self.confirms = False
         """Whether what is held is asked for once more, to see what else comes: it is drained, and not compared."""
         self.came: set[Key] | None = None
-        """What was sent since this was set to an empty set; what names no instance as ("", its SOP Instance UID)."""
+        """What was sent since this was set to an empty set; what names no instance as ("", its SOP Instance UID), which
+        is empty where that is malformed."""
 
     def begin(self, request: StoreRequest) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -266,7 +267,8 @@ class Receiver:
             return s.SUCCESS if self._drains else s.NOT_AUTHORISED
         taken = self._refusal
         if self.came is not None and self._instance is None:
-            self.came.add(("", self._request.sop_instance))
+            uid = self._request.sop_instance
+            self.came.add(("", uid if is_uid(uid) else ""))  # any other text may be of any length
         if taken is None and self._writer is None:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:

@@ -1,0 +1,112 @@
+"""What comes without end and brings nothing: it fills no memory and no log, and no deadline waits for its end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
+from airflow_dicom_get.testing.misbehaving.behaviour import (
+    FIND,
+    GET,
+    MODE_CLASSES,
+    Behaviour,
+    Retrieval,
+    Spoiler,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pacs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Gives a PACS of a behaviour of these tests."""
+
+    @contextmanager
+    def make(behaviour: type[Behaviour] | None, **options: Any) -> Iterator[MisbehavingPacs]:
+        if behaviour is not None:
+            monkeypatch.setitem(MODE_CLASSES, "of_a_test", behaviour)
+        with MisbehavingPacs("of_a_test" if behaviour is not None else None, **{"series": 1, **options}) as server:
+            yield server
+        assert server.faults == []
+
+    return make
+
+
+def shell(*arguments: str) -> tuple[int, str, int]:
+    """The shell in a process of its own: its exit status, what it said, and its peak memory in MiB."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen([sys.executable, "-m", "airflow_dicom_get.cli", *arguments], stdout=said, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return child.returncode, said.read(), usage.ru_maxrss >> 10
+
+
+def node(server: MisbehavingPacs) -> str:
+    return f"PACS@127.0.0.1:{server.port}"
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+class _DeflatesToNothing(Spoiler):
+    """Sends a deflated object of 300 MiB that inflates to nothing: of empty blocks, or behind the end of its stream."""
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self.store_command(retrieval, instance, context)
+        head, piece = (b"", b"\0\0\0\xff\xff" * 20_000) if self.param == "blocks" else (b"\3\0", bytes(100_000))
+        self.send_dataset(context, iter([head, *[piece] * 3000]))
+        self.tally(retrieval, instance, self.await_response(retrieval))
+
+
+@pytest.mark.parametrize("param", ["blocks", "behind its end"])
+def test_what_inflates_to_nothing_is_not_kept(pacs: Callable[..., Any], tmp_path: Path, param: str) -> None:
+    deflated = {"pairs": [(CT, wire.DEFLATED_LE)], "list_syntaxes": True, "instances": 3}
+    with pacs(_DeflatesToNothing, param=param, **deflated) as server:
+        status, said, peak = shell(
+            "get", node(server), "--study", server.study_uid, "--to", str(tmp_path), "--retries", "0"
+        )
+    assert status == 3, said
+    assert "unparsable" in said
+    assert peak < 250, f"{peak} MiB"
+
+
+class _LongNames(Behaviour):
+    """Counts no instances, and sends to each C-GET of a series or a study 300 objects whose UID is text of 1 MB."""
+
+    stages = frozenset({FIND, GET})
+
+    def describe(self, level: str, group: Any) -> dict[int, str]:
+        row = super().describe(level, group)
+        return {tag: value for tag, value in row.items() if tag not in (0x00201206, 0x00201208, 0x00201209)}
+
+    def before(self, retrieval: Retrieval) -> None:
+        if len(retrieval.instances) < 100:
+            return
+        context = self.context_for(retrieval.instances[0])
+        assert context is not None
+        for number in range(300):
+            fields = self.store_fields(retrieval, retrieval.instances[0])
+            fields[wire.INSTANCE] = f"{number}{'x' * 1_000_000}"
+            self.link.send_command(context, fields)
+            self.link.send_data(context, (b"\0\0",))
+            self.link.read()
+
+
+def test_names_of_what_was_refused_are_not_kept(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_LongNames, instances=100, size=600) as server:
+        status, said, peak = shell("get", node(server), "--study", server.study_uid, "--to", str(tmp_path))
+    assert status in (0, 3), said
+    assert "an object with an invalid UID was sent and refused" in said
+    assert peak < 250, f"{peak} MiB"
