@@ -140,7 +140,9 @@ class _Get:
                 association.in_message = self._in_message()
                 if self.enough is not None and not association.in_message and not self.cancel_sent and self.enough():
                     self._send_cancel(_ENOUGH_GRACE)
-                limit = self.limit if self.cancel_sent or not association.in_message else float("inf")
+                # Of a data set that is to be taken or read on, its own bounds hold: _store_request, _read_rest.
+                bounded = self.store is not None or self.drain is not None
+                limit = float("inf") if bounded and not self.cancel_sent else self.limit
                 try:
                     fragment = association.fragment(limit, "next_object")
                 except CancelSeenError:
@@ -346,6 +348,7 @@ class _Get:
             return None
         if command.has_dataset:
             self.final = command
+            self._progress()  # its identifier is due in the same time
             return None
         return self._outcome(command)
 

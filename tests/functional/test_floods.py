@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from airflow_dicom_get import GetScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
@@ -24,6 +26,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import (
     Retrieval,
     Spoiler,
 )
+from airflow_dicom_get.testing.misbehaving.wire import Message
 
 MIB = 1 << 20
 
@@ -110,3 +113,35 @@ def test_names_of_what_was_refused_are_not_kept(pacs: Callable[..., Any], tmp_pa
     assert status in (0, 3), said
     assert "an object with an invalid UID was sent and refused" in said
     assert peak < 250, f"{peak} MiB"
+
+
+# --- time ------------------------------------------------------------------------------------------------
+
+
+class _EmptyFragments(Behaviour):
+    """Begins a command, or the identifier of its final response, and goes on with fragments that hold nothing."""
+
+    stages = frozenset({GET})
+
+    def get(self, message: Message) -> None:
+        flags = wire.COMMAND_BIT
+        if self.param == "identifier":
+            flags = 0
+            self.send_response(message, {wire.FIELD: wire.C_GET | wire.RESPONSE, wire.STATUS: 0xB000,
+                                         wire.RESPONDED_ID: message.number(wire.MESSAGE_ID)}, b"")  # fmt: skip
+        self.link.send(wire.p_data(message.context, flags, b"\0\0"))
+        while True:
+            self.link.send(wire.p_data(message.context, flags, b"") * 500)
+            time.sleep(0.02)
+
+    def send_response(self, message: Message, fields: dict[int, wire.Value], data: bytes = b"") -> None:
+        self.link.send_command(message.context, {**fields, wire.DATA_SET_TYPE: wire.WITH_DATA_SET})
+
+
+@pytest.mark.parametrize("param", ["command", "identifier"])
+def test_fragments_that_hold_nothing_are_no_progress(pacs: Callable[..., Any], tmp_path: Path, param: str) -> None:
+    with pacs(_EmptyFragments, param=param, instances=2, max_seconds=60.0) as server:
+        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 1.0, "idle": 30.0})
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+    assert (result.verdict, result.reason) == ("failed", "deadline")
+    assert "sent no instance within 1 s" in str(result.errors)
