@@ -166,16 +166,22 @@ def _take_context(out: Accepted, value: bytes, proposals: Sequence[Proposal]) ->
     number, result = struct.unpack_from("BxBx", value)
     index, even = divmod(number - 1, 2)
     if even or not 0 <= index < len(proposals) or number in out.results:
-        out.remarks.append(f"context {number} was never proposed, or was answered twice")
+        _remark(out, f"context {number} was never proposed, or was answered twice")
         return
     out.results[number] = result
     if result:  # the transfer syntax says nothing then
         return
     syntaxes = [_uid(name) for kind, name in _items(value[4:]) if kind == _TRANSFER]
     if syntaxes != [proposals[index].transfer_syntax]:
-        out.remarks.append(f"context {number} was accepted in a transfer syntax that was not proposed for it")
+        _remark(out, f"context {number} was accepted in a transfer syntax that was not proposed for it")
         return
     out.contexts[number] = proposals[index]
+
+
+def _remark(out: Accepted, text: str) -> None:
+    """Say something once, and not of more contexts than there can be: a PDU has room for 100,000 that are wrong."""
+    if len(out.remarks) < MAX_CONTEXTS and text not in out.remarks:
+        out.remarks.append(text)
 
 
 def _take_user_information(out: Accepted, value: bytes) -> None:

@@ -19,6 +19,7 @@ from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import (
+    ASSOCIATE,
     FIND,
     GET,
     MODE_CLASSES,
@@ -145,3 +146,24 @@ def test_fragments_that_hold_nothing_are_no_progress(pacs: Callable[..., Any], t
         result = scu.get_study({"StudyInstanceUID": server.study_uid})
     assert (result.verdict, result.reason) == ("failed", "deadline")
     assert "sent no instance within 1 s" in str(result.errors)
+
+
+# --- the log ---------------------------------------------------------------------------------------------
+
+
+class _ContextsWithoutEnd(Behaviour):
+    """Fills its A-ASSOCIATE-AC up to 1 MiB with contexts that were never proposed, or are answered twice."""
+
+    stages = frozenset({ASSOCIATE})
+
+    def answer(self, accept: bytes) -> None:
+        body = accept[6:]
+        strange = b"".join(bytes((0x21, 0, 0, 4, number, 0, 0, 0)) for number in (1, 2, 3, 4, 253, 255))
+        self.link.send(wire.pdu(wire.ASSOCIATE_AC, body + strange * ((MIB - len(body)) // len(strange))))
+
+
+def test_contexts_without_end_are_remarked_on_once(pacs: Callable[..., Any]) -> None:
+    with pacs(_ContextsWithoutEnd) as server:
+        status, said, _ = shell("echo", node(server))
+    assert status == 0, said[-1000:]
+    assert 1 <= said.count("never proposed") <= 10
