@@ -10,7 +10,9 @@ import os
 import select
 import socket
 import ssl
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from airflow_dicom_get import clock
@@ -18,6 +20,8 @@ from airflow_dicom_get import clock
 SLICE = 0.2
 """Longest single wait in seconds: how soon a cancel is seen."""
 _READ = 1 << 18
+_AT_ONCE = 1 << 16
+"""Bytes that OpenSSL is given, or takes, at once."""
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -52,7 +56,7 @@ class Transport(Protocol):
 
 
 class SocketTransport:
-    """TCP, or TLS over it; see :class:`Transport`."""
+    """TCP; see :class:`Transport`."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(SLICE)
@@ -66,38 +70,22 @@ class SocketTransport:
                 self._option(socket.IPPROTO_TCP, _QUICKACK, 1)
             except OSError:
                 pass
-        try:
-            return self._read(view)
-        except ssl.SSLWantReadError:
-            raise TimeoutError from None
+        return self._read(view)
 
     def send(self, view: memoryview) -> int:
         """See :meth:`Transport.send`."""
-        try:
-            return self._sock.send(view)
-        except ssl.SSLWantWriteError:
-            raise TimeoutError from None
+        return self._sock.send(view)
 
     def wait(self, seconds: float) -> bool:
         """See :meth:`Transport.wait`."""
-        sock = self._sock
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            return True
         poll = select.poll()
-        poll.register(sock, select.POLLIN)
+        poll.register(self._sock, select.POLLIN)
         if _QUICKACK is not None:  # the answer may come in two pieces, the second held back for our ACK
             self._option(socket.IPPROTO_TCP, _QUICKACK, 1)
         return bool(poll.poll(max(min(seconds, SLICE), 0) * 1000))
 
     def said(self) -> OSError | None:
         """See :meth:`Transport.said`."""
-        if isinstance(self._sock, ssl.SSLSocket):
-            try:
-                self._sock.recv(1)
-            except ssl.SSLError as alert:
-                return alert
-            except OSError:
-                pass
         return None
 
     def hang_up(self, last: bytes, seconds: float) -> None:
@@ -122,6 +110,136 @@ class SocketTransport:
         except OSError:
             pass
         self._sock.close()
+
+
+class TlsTransport:
+    """TLS over another transport; see :class:`Transport`.
+
+    OpenSSL works in memory, on what it is given here. Where it has the socket, one call of it goes on for as long as
+    a peer sends what holds no data, as session tickets or HelloRequests, and no deadline or cancel is looked at.
+    """
+
+    def __init__(self, line: SocketTransport, tls: ssl.SSLContext, server_name: str) -> None:
+        self._line = line
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._session = tls.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
+        self._mutex = threading.Lock()  # of the session and of what it sends: OpenSSL has none
+        self._buffer = memoryview(bytearray(_AT_ONCE))
+        self._ready = b""
+        """What is encrypted and has not gone."""
+        self._promised = 0
+        """Bytes of the caller's that are among it, and that he does not know to be taken yet."""
+
+    def shake_hands(self, limit: float, ended: Callable[[], bool]) -> None:
+        """Open the session. Raises :class:`TimeoutError` at the limit, or where it has ended, and :class:`OSError`."""
+        while True:
+            try:
+                with self._mutex:
+                    self._session.do_handshake()
+                    self._flush()
+                    return
+            except (ssl.SSLWantReadError, TimeoutError):
+                pass
+            except ssl.SSLError:
+                with suppress(TimeoutError):
+                    self._answer()  # the peer learns why
+                raise
+            with suppress(TimeoutError):
+                self._answer()
+            left = limit - clock.monotonic()
+            if left <= 0 or ended():
+                raise TimeoutError
+            if self._line.wait(left):
+                self._take()
+
+    def agreed(self) -> bool:
+        """Whether the peer has chosen a cipher suite."""
+        return self._session.cipher() is not None
+
+    def receive(self, view: memoryview) -> int:
+        """See :meth:`Transport.receive`."""
+        limit = clock.monotonic() + SLICE
+        while True:
+            try:
+                with self._mutex:
+                    return self._session.read(len(view), view)  # type: ignore[return-value]
+            except ssl.SSLWantReadError:
+                self._answer()
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                return 0
+            if clock.monotonic() >= limit:
+                raise TimeoutError
+            self._take()
+
+    def _take(self) -> None:
+        """Give OpenSSL what has come. Raises as :meth:`Transport.receive`."""
+        size = self._line.receive(self._buffer)
+        if size:
+            self._incoming.write(self._buffer[:size])
+        else:
+            self._incoming.write_eof()
+
+    def _answer(self) -> None:
+        """Send what OpenSSL has to say. Raises :class:`TimeoutError` where the line does not take it."""
+        try:
+            with self._mutex:
+                self._flush()
+        except TimeoutError:
+            raise
+        except OSError:
+            pass  # what the peer has said before it hung up can be read all the same
+
+    def _flush(self) -> None:
+        limit = clock.monotonic() + SLICE
+        if self._outgoing.pending:
+            self._ready += self._outgoing.read()
+        while self._ready:
+            if clock.monotonic() >= limit:
+                raise TimeoutError
+            self._ready = self._ready[self._line.send(memoryview(self._ready)) :]
+
+    def send(self, view: memoryview) -> int:
+        """See :meth:`Transport.send`; after a :class:`TimeoutError` it is called with the same bytes again."""
+        with self._mutex:
+            if not self._promised:
+                most = min(len(view), _AT_ONCE)
+                try:
+                    while self._promised < most:
+                        self._promised += self._session.write(view[self._promised : most])
+                except ssl.SSLWantReadError:  # it waits for the peer
+                    if not self._promised:
+                        raise TimeoutError from None
+            self._flush()
+            taken, self._promised = self._promised, 0
+            return taken
+
+    def wait(self, seconds: float) -> bool:
+        """See :meth:`Transport.wait`."""
+        return bool(self._session.pending() or self._incoming.pending) or self._line.wait(seconds)
+
+    def said(self) -> OSError | None:
+        """See :meth:`Transport.said`."""
+        try:
+            self.receive(memoryview(bytearray(1)))
+        except ssl.SSLError as alert:
+            return alert
+        except OSError:
+            pass
+        return None
+
+    def hang_up(self, last: bytes, seconds: float) -> None:
+        """See :meth:`Transport.hang_up`."""
+        with self._mutex:
+            try:
+                self._session.write(last)
+            except OSError:
+                pass
+            last = self._ready + self._outgoing.read()
+        self._line.hang_up(last, seconds)
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`."""
+        self._line.close()
 
 
 def connect_socket(
@@ -158,9 +276,8 @@ def connect_socket(
     sock = _reach(host, port, limit, ended)
     try:
         _arm(sock)
-        if tls is not None:
-            sock = _shake_hands(sock, tls, server_name or host, limit, ended)
-        return SocketTransport(sock)
+        line = SocketTransport(sock)
+        return line if tls is None else _secured(line, tls, server_name or host, limit, ended)
     except BaseException:
         sock.close()
         raise
@@ -219,23 +336,15 @@ def _waited(sock: socket.socket, event: int, limit: float, ended: Callable[[], b
     return bool(poll.poll(min(left, SLICE) * 1000))
 
 
-def _shake_hands(
-    sock: socket.socket, tls: ssl.SSLContext, server_name: str, limit: float, ended: Callable[[], bool]
-) -> ssl.SSLSocket:
-    secure = tls.wrap_socket(sock, server_hostname=server_name, do_handshake_on_connect=False)
+def _secured(
+    line: SocketTransport, tls: ssl.SSLContext, server_name: str, limit: float, ended: Callable[[], bool]
+) -> Transport:
+    secure = TlsTransport(line, tls, server_name)
     try:
-        while True:
-            try:
-                secure.do_handshake()
-                return secure
-            except ssl.SSLWantReadError:
-                _waited(secure, select.POLLIN, limit, ended)
-            except ssl.SSLWantWriteError:
-                _waited(secure, select.POLLOUT, limit, ended)
+        secure.shake_hands(limit, ended)
+        return secure
     except OSError as error:
-        agreed = secure.cipher() is not None
-        secure.close()
-        raise HandshakeError(agreed) from error
+        raise HandshakeError(secure.agreed()) from error
 
 
 def _arm(sock: socket.socket) -> None:

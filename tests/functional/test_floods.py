@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from airflow_dicom_get import GetScu
+from airflow_dicom_get import GetScu, clock
+from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
@@ -28,6 +33,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import (
     Spoiler,
 )
 from airflow_dicom_get.testing.misbehaving.wire import Message
+from tests.support.certificates import Authority
 
 MIB = 1 << 20
 
@@ -167,3 +173,90 @@ def test_contexts_without_end_are_remarked_on_once(pacs: Callable[..., Any]) -> 
         status, said, _ = shell("echo", node(server))
     assert status == 0, said[-1000:]
     assert 1 <= said.count("never proposed") <= 10
+
+
+# --- TLS -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def flooding(data: bytes, most: float = 60.0) -> Iterator[tuple[int, threading.Event]]:
+    """A server that sends the same bytes until a client hangs up, at most so many seconds; its port, and whether one
+    has hung up."""
+    left = threading.Event()
+
+    def flood(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                limit = time.monotonic() + most
+                try:
+                    with client:
+                        client.settimeout(most)
+                        client.recv(16)
+                        while time.monotonic() < limit:
+                            client.sendall(data)
+                except OSError:
+                    left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=flood, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], left
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(most)
+
+
+def test_a_handshake_without_end_ends_at_its_deadline(tmp_path: Path) -> None:
+    """HelloRequests, which need no certificate, in the place of a ServerHello; with its manifest, too."""
+    hello_requests = (b"\x16\x03\x03\0\4" + bytes(4)) * 20_000
+    with flooding(hello_requests) as (port, left):
+        authority = Authority(tmp_path, "ours")
+        scu = GetScu(
+            f"PACS@127.0.0.1:{port}",
+            destination=tmp_path / "out",
+            retries=0,
+            tls={"ca": authority.ca},
+            deadlines={"connect": 1.0},
+        )
+        result = scu.get_study({"StudyInstanceUID": "1.2.3"})
+        assert left.wait(60), "it was the server that ended it"
+    assert (result.verdict, result.reason) == ("failed", "deadline")
+    assert "did not finish the TLS handshake within 1 s" in str(result.errors)
+    assert result.manifest_uri is not None
+
+
+def test_session_tickets_without_end_do_not_hold_up_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call takes in a bounded part of what holds no data, and looks at the time."""
+    authority = Authority(tmp_path, "ours")
+    pair = authority.issue("server")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 700  # 180 KB
+    written, over = threading.Event(), threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client, suppress(OSError), context.wrap_socket(client, server_side=True):
+            written.set()
+            over.wait(60)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
+        server = threading.Thread(target=serve, args=(listener,), daemon=True)
+        server.start()
+        trusted = ssl.create_default_context(cafile=authority.ca)
+        line = transport.connect_socket("127.0.0.1", listener.getsockname()[1], 30.0, trusted)
+        written.wait(10)  # or until there is no room for more of them on the line
+        seconds = itertools.count(time.monotonic())
+        monkeypatch.setattr(clock, "monotonic", lambda: next(seconds))
+        view = memoryview(bytearray(1 << 18))
+        looks = 0
+        while line.wait(0) and looks < 2:
+            with pytest.raises(TimeoutError):
+                line.receive(view)
+            looks += 1
+        line.close()
+        over.set()
+    server.join(60)
+    assert looks == 2, "all tickets were taken in at once"
