@@ -203,6 +203,11 @@ class FilesystemSink:
                 held[found.key] = found
         return held
 
+    def _look_on(self) -> None:
+        """Raise :class:`SinkError` where the run is to end: to read what is there may take long."""
+        if self.cancel.ending():
+            raise SinkError("The run ended before it was known what is held.", hint="Run again.")
+
     def _files(self, study: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
         try:
             for series in self.disk.scan(self.root / study):
@@ -222,12 +227,12 @@ class FilesystemSink:
         if not candidates:
             return None
         size = entry.stat(follow_symlinks=False).st_size
-        fits = [record for record in candidates if record.bytes == size]
+        fits = [record for record in candidates if record.bytes == size <= files.LARGEST]
         if not fits:
             return None
         found = fits[0]
         if self.options.verify_held == "digest" or not found.durable or contradict(candidates):
-            digest = digest_of_path(path)
+            digest = digest_of_path(path, self._look_on)
             told = next((record for record in fits if record.sha256 == digest), None)
             if told is None:
                 # Without a digest in the records nothing says that it is not what was written.
@@ -244,6 +249,7 @@ class FilesystemSink:
 
     def _adopted(self, study: str, series: str, sop: str, path: Below) -> Stored | None:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
+        self._look_on()
         found = whole_instance(path, study, series, sop)
         if found is not None:
             self._sync_now(study, path)
@@ -722,6 +728,7 @@ class _FileWriter:
             meta = read_file_meta(head)
             offset = meta.dataset_offset if meta else 0
             size = self._disk.size(fd)
+            files.check_size(size)
             if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
                 if (
                     self._sink.options.durable

@@ -26,6 +26,8 @@ from airflow_dicom_get import clock
 
 CHUNK = 1 << 18
 """Bytes read at a time: small enough to stay in the cache of a core."""
+LARGEST = (16 << 30) + (1 << 20)
+"""Bytes of the file of an instance: none that comes is larger, and of what another has put there no more is read."""
 READ, CREATE, APPEND = os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND | os.O_CREAT
 CHANGE, REPLACE, NEW = os.O_RDWR, os.O_RDWR | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_EXCL
 """Ways to open a file."""
@@ -435,14 +437,25 @@ def files_below(
         yield from files_below(path / name, wanted, left_out)
 
 
+def check_size(size: int) -> None:
+    """Refuse a file that is too large for an instance. Raises :class:`OSError`."""
+    if size > LARGEST:
+        raise OSError(errno.EFBIG, f"it is larger than {LARGEST >> 30} GiB, and so no instance")
+
+
 def read_chunks(path: Where) -> Iterator[memoryview]:
-    """The content of a file; each view is void when the next one is asked for."""
+    """The content of a file; each view is void when the next one is asked for.
+
+    Raises :class:`OSError` also where it is too large for an instance, or grows to that meanwhile.
+    """
     view = memoryview(bytearray(CHUNK))
     position = 0
     with opened(path) as fd:
+        check_size(disk.size(fd))
         while size := disk.read_into(fd, view, position):
             yield view[:size]
             position += size
+            check_size(position)
 
 
 def read_whole(path: Where, most: int) -> bytes:
@@ -496,6 +509,7 @@ def write_again(path: Where, folder: int | None = None) -> bool:
         while chunk := disk.read_at(fd, CHUNK, position):
             write_all(fd, chunk)
             position += len(chunk)
+            check_size(position)
     finally:
         disk.close(fd)
     return True
@@ -594,19 +608,21 @@ class _Output(io.RawIOBase):
 
 
 def digest_of(fd: int) -> bytes:
-    """Sha256 of a whole open file."""
+    """Sha256 of a whole open file. Raises :class:`OSError` as :func:`read_chunks`."""
     digest = hashlib.sha256()
     position = 0
     while chunk := disk.read_at(fd, CHUNK, position):
         digest.update(chunk)
         position += len(chunk)
+        check_size(position)
     return digest.digest()
 
 
-def digest_of_path(path: Where) -> bytes:
-    """Sha256 of a file by its name."""
+def digest_of_path(path: Where, go_on: Callable[[], object] = lambda: None) -> bytes:
+    """Sha256 of a file by its name; ``go_on`` is called on the way, and raises what ends it."""
     digest = hashlib.sha256()
     for view in read_chunks(path):
+        go_on()
         digest.update(view)
     return digest.digest()
 

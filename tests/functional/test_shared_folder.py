@@ -15,12 +15,15 @@ import pytest
 from pydicom import dcmread
 
 from airflow_dicom_get import GetScu
-from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError
+from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, SinkError
 from airflow_dicom_get.manifest.files import read_table, tables_below
 from airflow_dicom_get.manifest.frames import combine_manifests
+from airflow_dicom_get.net.association import CancelToken
+from airflow_dicom_get.records import Stored
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import locks
-from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, header_line
+from airflow_dicom_get.sinks.filesystem import FilesystemSink
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, header_line, taken_line
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
 from airflow_dicom_get.store import StoreScu
@@ -175,7 +178,7 @@ def test_nothing_outside_is_removed_as_left_by_a_dead_run(study: Study) -> None:
     assert not (study.outside / "lock").exists()
 
 
-FINAL = (a_fifo, a_link_to_zeros, a_socket)
+FINAL = (a_fifo, a_link_to_zeros, a_socket, an_endless_file)
 
 
 @pytest.mark.parametrize("make", FINAL)
@@ -190,6 +193,38 @@ def test_what_stands_under_a_final_name_holds_nobody_up(study: Study, make: Call
     assert (found.exit_code, found.counts["="]) == (3, study.total - 1)
     name.unlink()
     assert study.get().verdict == "complete"
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_endless_instance_is_not_read(study: Study, recorded: bool) -> None:
+    """Neither because it begins as an instance does, nor because a ledger says that it is as large as that."""
+    assert study.get().verdict == "complete"
+    name, size = study.files[0], 1 << 40
+    with name.open("r+b") as file:
+        file.truncate(size)
+    if recorded:
+        record = Stored(study.series, name.stem, "1.2", "1.2.840.10008.1.2", None, size, 0)
+        study.ledger().write_text(header_line() + taken_line(record, OWN))
+    began = time.process_time()
+    result = study.get()
+    assert (result.verdict, result.completed) == ("partial", study.total - 1)
+    assert "larger than 16 GiB" in str(result.errors)
+    left: list[str] = []
+    with pytest.raises(OSError, match="larger than 16 GiB"):
+        left += map(str, files.read_chunks(name))
+    assert not left
+    assert time.process_time() - began < 30
+
+
+def test_who_reads_what_is_held_ends_with_the_run(study: Study) -> None:
+    assert study.get().verdict == "complete"
+    cancel, ledgers = CancelToken(), FolderLedgers(Below(study.folder) / "_manifests", OWN)
+    options = GetScu(study.node, destination=study.folder, verify_held="digest").options
+    sink = FilesystemSink(study.folder, ledgers, "20260102T000000Z-00000001", options, cancel=cancel)
+    assert len(sink.inventory(study.uid)) == study.total
+    cancel.cancel("SIGTERM")
+    with pytest.raises(SinkError, match="ended before"):
+        sink.inventory(study.uid)
 
 
 def test_a_link_under_a_final_name_does_not_count(study: Study) -> None:
