@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +31,7 @@ READABLE_SCHEMAS = frozenset({1, SCHEMA})
 OWN = "."
 """How a ledger calls the destination that it lies in: it may be moved as a whole."""
 _LARGEST = 512 << 20
-"""Bytes of the ledger of one run for one study: of nearly a million instances."""
+"""Bytes of the ledgers of one study, of all runs together: of nearly a million instances."""
 _LONGEST = 64 << 10
 """Bytes of a line; ours have some hundred, and two thousand at most."""
 
@@ -153,12 +153,10 @@ class FolderLedgers:
             raise LedgerError(
                 f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
             ) from error
+        runs = {str(path): path.name.removesuffix(".jsonl") for path in paths}
         return merge_records(
-            (
-                path.name.removesuffix(".jsonl"),
-                parse_ledger([(str(path), _content(path, study))], study, self.destination),
-            )
-            for path in paths
+            (runs[path], parse_ledger([(path, content)], study, self.destination, frozenset(runs.values())))
+            for path, content in _contents(paths, study)
         )
 
 
@@ -259,6 +257,22 @@ def contradict(records: Sequence[Stored]) -> bool:
     return len({record.sha256 for record in records}) > 1
 
 
+def _contents(paths: Iterable[Folder], study: str) -> Iterator[tuple[str, bytes]]:
+    """Each ledger and what is in it."""
+    size = 0
+    for path in paths:
+        content = _content(path, study)
+        size += len(content)
+        if size > _LARGEST:
+            raise LedgerError(
+                f"The ledgers of study {study} are larger than {_LARGEST >> 20} MiB together, with {path}.",
+                hint="They were not changed. Move away those that no run of yours wrote.",
+                study=study,
+                path=str(path),
+            )
+        yield str(path), content
+
+
 def _content(path: Folder, study: str) -> bytes:
     try:
         return files.read_whole(path, _LARGEST)
@@ -271,11 +285,12 @@ def _content(path: Folder, study: str) -> bytes:
         ) from error
 
 
-def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: str) -> RunRecords:
+def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: str, runs: Collection[str]) -> RunRecords:
     """The records of one run for one destination, in one file or several: where each lies, and its content.
 
-    A torn last line is ignored. In schema 1 no destination is named: what was recorded as durable
-    counts where it must be this one, and only if one series of the SOP Instance UID was taken.
+    Of the runs that a line names only those count that have records, given as ``runs``. A torn last line is ignored.
+    In schema 1 no destination is named: what was recorded as durable counts where it must be this one, and only if one
+    series of the SOP Instance UID was taken.
 
     Raises
     ------
@@ -306,7 +321,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                         stored.pop(key, None)
                 elif state == "dropped" and where == destination:
                     stored.pop(keys[0], None)
-                    dropped[keys[0]] = frozenset(map(str, entry.get("runs", ())))
+                    dropped[keys[0]] = frozenset(run for run in entry.get("runs", ()) if run in runs)
             except (KeyError, OverflowError, TypeError, ValueError):
                 raise LedgerError(
                     f"The ledger {path} contains an unreadable record.",

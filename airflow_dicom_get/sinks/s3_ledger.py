@@ -55,7 +55,7 @@ class BucketLedgers:
         for key, content in zip(keys, contents, strict=True):
             runs.setdefault(_run_of(key), []).append((self.bucket.uri(key), content))
         last_first = sorted(runs.items(), reverse=True)
-        return merge_records((run, parse_ledger(parts, study, self.destination)) for run, parts in last_first)
+        return merge_records((run, parse_ledger(parts, study, self.destination, runs)) for run, parts in last_first)
 
 
 def _keys(bucket: Bucket, folder: str) -> list[str]:

@@ -67,7 +67,7 @@ def write(
 
 
 def parse(content: bytes, destination: str = OWN) -> dict[Key, Stored]:
-    return parse_ledger([("ledger", content)], STUDY, destination).stored
+    return parse_ledger([("ledger", content)], STUDY, destination, ()).stored
 
 
 # --- what is written ------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from airflow_dicom_get.manifest.frames import combine_manifests
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Stored
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.sinks import locks
+from airflow_dicom_get.sinks import ledger, locks
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
-from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, header_line, taken_line
+from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, dropped_line, header_line, taken_line
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
 from airflow_dicom_get.store import StoreScu
@@ -309,6 +309,38 @@ def test_a_ledger_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="larger than 512 MiB"):
         FolderLedgers(Below(tmp_path), OWN).read("1.2")
     assert time.process_time() - began < 30
+
+
+def test_all_ledgers_of_a_study_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".ledger" / "1.2"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(ledger, "_LARGEST", 3 << 20)
+    ledgers = FolderLedgers(Below(tmp_path), OWN)
+    for number in range(3):
+        record = Stored("1.3", f"1.4.{number}", "1.2", "1.2.840.10008.1.2", None, 1, 0, modality="x" * 1000)
+        lines = header_line() + taken_line(record, OWN) * 1000
+        (folder / f"{DEAD[:-1]}{number}.jsonl").write_text(lines)
+        if number < 2:
+            assert len(ledgers.read("1.2")) == number + 1
+    with pytest.raises(LedgerError, match="larger than 3 MiB together"):
+        ledgers.read("1.2")
+
+
+def test_runs_that_a_ledger_invents_take_no_memory(tmp_path: Path) -> None:
+    """Each of a few characters is a text and a place in a set of a hundred bytes: gigabytes out of some megabytes."""
+    folder = tmp_path / ".ledger" / "1.2"
+    folder.mkdir(parents=True)
+    kept, other = f"{DEAD[:-1]}2", f"{DEAD[:-1]}3"
+    record = Stored("1.3", "1.4", "1.2", "1.2.840.10008.1.2", None, 1, 0)
+    (folder / f"{other}.jsonl").write_text(header_line() + taken_line(record, OWN))
+    lines = (dropped_line(("1.3", f"1.5.{n}"), OWN, [f"{n}.{m}" for m in range(4000)]) for n in range(30))
+    ended = dropped_line(record.key, OWN, [other, "of nobody"])
+    (folder / f"{kept}.jsonl").write_text(header_line() + "".join(lines) + ended)
+    content = (folder / f"{kept}.jsonl").read_bytes()
+    found = ledger.parse_ledger([(kept, content)], "1.2", OWN, frozenset([kept, other]))
+    assert len(found.dropped) == 31
+    assert {name for names in found.dropped.values() for name in names} == {other}
+    assert FolderLedgers(Below(tmp_path), OWN).read("1.2") == {}
 
 
 @pytest.mark.parametrize("there", [False, True])
