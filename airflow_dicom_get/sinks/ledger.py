@@ -32,6 +32,7 @@ OWN = "."
 """How a ledger calls the destination that it lies in: it may be moved as a whole."""
 _LARGEST = 512 << 20
 """Bytes of the ledgers of one study, of all runs together: of nearly a million instances."""
+_MOST = 1 << 63
 _LONGEST = 64 << 10
 """Bytes of a line; ours have some hundred, and two thousand at most."""
 
@@ -347,8 +348,8 @@ def _record(key: Key, entry: Mapping[str, Any]) -> Stored:
         sop=key[1],
         sop_class=_interned(entry["class"]),
         syntax=_interned(entry["syntax"]),
-        bytes=int(entry["size"]),
-        dataset_offset=int(entry["dataset_offset"]),
+        bytes=_fits(int(entry["size"])),
+        dataset_offset=_fits(int(entry["dataset_offset"])),
         sha256=bytes.fromhex(digest) if digest else None,
         modality=_interned(entry.get("modality")),
         series_number=_number(entry.get("series_number")),
@@ -366,7 +367,14 @@ def _interned(text: str | None) -> str | None:
 def _number(value: Any) -> int | None:
     if value is not None and type(value) is not int:
         raise TypeError
-    return value
+    return value if value is None else _fits(value)
+
+
+def _fits(number: int) -> int:
+    """A number that a column of a manifest can hold. Raises :class:`OverflowError`."""
+    if not -_MOST <= number < _MOST:
+        raise OverflowError
+    return number
 
 
 def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str, Any]]]:

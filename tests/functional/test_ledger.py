@@ -344,6 +344,9 @@ TAKEN = taken_line(instance("1.1"), OWN).encode()
         (b"\xff\xfe\n", "is damaged in line 2"),
         (b"[" * 100_000 + b"\n", "is damaged in line 2"),
         (TAKEN.replace(b'"size": 100', b'"size": Infinity'), "contains an unreadable record"),
+        (TAKEN.replace(b'"size": 100', b'"size": %d' % (1 << 63)), "contains an unreadable record"),
+        (TAKEN.replace(b'"dataset_offset": 50', b'"dataset_offset": %d' % (1 << 63)), "contains an unreadable record"),
+        (TAKEN.replace(b'"series_number": 3', b'"series_number": %d' % (1 << 63)), "contains an unreadable record"),
         (TAKEN.replace(b'"modality": "CT"', b'"modality": 1'), "contains an unreadable record"),
     ],
 )  # fmt: skip
