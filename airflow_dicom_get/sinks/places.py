@@ -6,13 +6,14 @@ destination than these two protocols.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, ForwardDestination, S3Destination
 from airflow_dicom_get.config.groups import ForwardTarget
 from airflow_dicom_get.config.options import GetOptions, RootOptions
@@ -123,9 +124,16 @@ def root_for(options: RootOptions) -> Root:
     if named is not None:
         return named
     state = state_folder()
-    with suppress(OSError):  # whoever writes there says what is wrong
+    try:
         files.make_private(state)
-    return FolderRoot(Below(state))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ELOOP):  # of all else it says what is wrong who writes there
+            raise InvalidOption(
+                f"The folder {shown_path(state)} cannot hold the state: {error.strerror}.",
+                hint="Set XDG_STATE_HOME to a folder in which nobody else may write, or give manifest_root.",
+                option="manifest_root",
+            ) from None
+    return FolderRoot(state)
 
 
 def named_root(options: RootOptions) -> Root | None:
@@ -239,11 +247,11 @@ class FolderRoot:
         return self._cancel is None or not self._cancel.left
 
 
-def state_folder() -> Path:
+def state_folder() -> Below:
     """Where the shell keeps manifests and ledgers of destinations that hold none themselves: its user's alone."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
-    return base / "dicom-get"
+    return Below(base) / "dicom-get"
 
 
 # --- another node ----------------------------------------------------------------------------------

@@ -253,8 +253,16 @@ class Disk:
             os.mkdir(name, dir_fd=at)
 
     def close_to_others(self, path: Where) -> None:
-        """Let nobody but its owner look into a folder."""
-        os.chmod(path, 0o700)
+        """Let nobody but us look into a folder of ours; another user's is refused."""
+        folder = self.open_folder(path)
+        try:
+            found = os.fstat(folder)
+            if found.st_uid != os.geteuid():
+                raise OSError(errno.EPERM, "it belongs to another user", str(path))
+            if found.st_mode & 0o077:
+                os.fchmod(folder, 0o700)
+        finally:
+            os.close(folder)
 
     def remove_folder(self, path: Where) -> None:
         """Remove an empty folder."""
@@ -404,11 +412,16 @@ def make_folders(path: Folder) -> list[Folder]:
     return changed
 
 
-def make_private(path: Path) -> None:
-    """Make a folder for our user alone; one that is there is closed to others. Raises :class:`OSError`."""
+def make_private(path: Below) -> None:
+    """Make a folder for our user alone; one of ours that is there is closed to others.
+
+    Raises
+    ------
+    OSError
+        It cannot be made; or a link, or another user's folder, is there: what lies in it is not ours.
+    """
     disk.make_folders(path)
-    if disk.status(path).st_mode & 0o077:
-        disk.close_to_others(path)
+    disk.close_to_others(path)
 
 
 def files_below(

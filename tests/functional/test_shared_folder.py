@@ -356,6 +356,27 @@ def test_the_state_of_the_shell_is_its_users_alone(
     assert list(state.glob("*.parquet"))
 
 
+@pytest.mark.parametrize("made_by", ["a link", "another user"])
+def test_the_state_of_the_shell_is_not_anothers(
+    private: Holding, target: StoreScu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_by: str
+) -> None:
+    """Whoever makes the folder first could close another folder to others, or say what is held at a node."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    state, other = tmp_path / "xdg" / "dicom-get", tmp_path / "other"
+    state.parent.mkdir()
+    other.mkdir(mode=0o755)
+    if made_by == "a link":
+        state.symlink_to(other)
+    else:
+        state.mkdir(mode=0o777)
+        monkeypatch.setattr(os, "geteuid", lambda: state.stat().st_uid + 1)
+    with pytest.raises(InvalidOption, match=r"is a link|belongs to another user"):
+        StoreScu(str(target.options.addr)).store(private.files[0])
+    assert stat.S_IMODE(other.stat().st_mode) == 0o755
+    assert not list(other.iterdir())
+    assert not list(state.iterdir())
+
+
 def test_a_manifest_that_may_name_patients_is_not_for_all(study: Study) -> None:
     before = os.umask(0)
     try:
