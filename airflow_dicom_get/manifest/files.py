@@ -64,6 +64,7 @@ _S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
 _WITH_TAGS = 0o640
+_FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four of full width, as East Asian ones take them
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
 
@@ -81,7 +82,7 @@ def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try
 
 def safe_cell(value: Any) -> Any:
     """A value as a spreadsheet may open it: a text that it would take for a formula gets a quote in front."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def write_manifest(

@@ -178,7 +178,7 @@ def csv_lines(file: pq.ParquetFile) -> Iterator[str]:
     """The whole table as CSV, piece by piece; nothing before the first rows could be read."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(file.schema_arrow.names)
+    writer.writerow(map(_cell, file.schema_arrow.names))
     for batch in file.iter_batches(_BATCH, use_threads=False):
         columns = [map(_cell, column.to_pylist()) for column in batch.columns]
         writer.writerows(zip(*columns, strict=True))
@@ -189,4 +189,6 @@ def csv_lines(file: pq.ParquetFile) -> Iterator[str]:
 
 
 def _cell(value: Any) -> Any:
-    return safe_cell(value.isoformat() if hasattr(value, "isoformat") else value)
+    if value is None or isinstance(value, int | float):
+        return value
+    return safe_cell(value.isoformat() if hasattr(value, "isoformat") else str(value))

@@ -544,6 +544,25 @@ def test_a_manifest_of_many_rows_and_formulas(tmp_path):
         assert contents_of(file).differences_count == 1
 
 
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+def test_no_cell_of_a_csv_file_is_a_formula(tmp_path, sign):
+    """Names of columns come from a DAG as well."""
+    import csv
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from airflow_dicom_get.plugins.contents import csv_lines
+
+    text = f"{sign}cmd|'/C calc'!A0"
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({text: [text, "x"], "number": [-1, 1.5], "list": [[1], [2]]}), path)
+    with pq.ParquetFile(path) as file:
+        lines = list(csv.reader(io.StringIO("".join(csv_lines(file)), newline="")))
+    assert lines == [[f"'{text}", "number", "list"], [f"'{text}", "-1.0", "[1]"], ["x", "1.5", "[2]"]]
+
+
 # --- beside the page -------------------------------------------------------------------------------------
 
 
