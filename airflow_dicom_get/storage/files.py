@@ -32,6 +32,8 @@ READ, CREATE, APPEND = os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_A
 CHANGE, REPLACE, NEW = os.O_RDWR, os.O_RDWR | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_EXCL
 """Ways to open a file."""
 _WRITE_BACK = 8 << 20
+_DEEPEST = 64
+"""Folders below the one that is looked through."""
 _BLOCK = 512
 """Bytes that a disk writes as one; a file system loses whole multiples of it."""
 _RENAME_NOREPLACE = 1
@@ -429,25 +431,29 @@ def files_below(
 ) -> Iterator[Below]:
     """The files below a folder in order, through those folders, and of those names, that are ``wanted``.
 
-    Folders that cannot be read, and links, are ``left_out``.
+    Folders that cannot be read, or lie too deep, and links, are ``left_out``.
     """
-    folders, found = [], []
-    try:
-        for entry in disk.scan(path):
-            if not wanted(entry.name):
-                continue
-            if entry.is_symlink():
-                left_out(path / entry.name, _link_at(entry.name))
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                found.append(entry.name)
-    except OSError as error:
-        left_out(path, error)
-    for name in sorted(found):
-        yield path / name
-    for name in sorted(folders):
-        yield from files_below(path / name, wanted, left_out)
+    waiting = [path]
+    while waiting:
+        at = waiting.pop()
+        folders, found = [], []
+        try:
+            if len(at.names) > len(path.names) + _DEEPEST:
+                raise OSError(errno.ENAMETOOLONG, f"it lies more than {_DEEPEST} folders deep")
+            for entry in disk.scan(at):
+                if not wanted(entry.name):
+                    continue
+                if entry.is_symlink():
+                    left_out(at / entry.name, _link_at(entry.name))
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(entry.name)
+        except OSError as error:
+            left_out(at, error)
+        for name in sorted(found):
+            yield at / name
+        waiting += (at / name for name in sorted(folders, reverse=True))
 
 
 def check_size(size: int) -> None:

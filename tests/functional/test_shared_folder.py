@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -269,6 +270,35 @@ def test_manifests_behind_links_are_left_out(study: Study, caplog: pytest.LogCap
     assert len(list(tables_below(study.folder))) == 1
     for name in ("a-folder", "a-link.parquet"):
         assert f"{name}' is left out: it is a link" in caplog.text
+
+
+def a_tower(path: Path) -> None:
+    """Folders in folders, more than Python's calls go deep."""
+    at = os.open(path, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=at)
+        below = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+
+
+def test_a_tower_of_folders_costs_nothing_but_what_lies_in_it(
+    study: Study, target: StoreScu, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert study.get().verdict == "complete"
+    left: list[str] = []
+    try:
+        for above in (study.folder / study.uid, study.folder / "_manifests"):
+            a_tower(above)
+        assert len(list(tables_below(study.folder))) == 1
+        assert "left out: it lies more than 64 folders deep" in caplog.text
+        assert verify(study=study.uid, destination=study.folder).exit_code == 0
+        result = target.store(study.folder, on_unusable=lambda name, why: left.append(why))
+    finally:
+        subprocess.run(["rm", "-rf", study.folder], check=True)  # neither does shutil go as deep
+    assert (result.verdict, result.completed) == ("partial", study.total)
+    assert left == ["cannot be read: it lies more than 64 folders deep"]
 
 
 @pytest.fixture
