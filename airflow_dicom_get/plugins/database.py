@@ -29,6 +29,9 @@ MAX_RETURNED = 32 << 20
 """Characters of what a task returned, as XCom holds it; ours return far less."""
 MAX_SUMMARY = 1 << 16
 """Characters of a summary, or of what is shown while a task runs."""
+_MAX_STUDIES = 1 << 12
+"""Characters of the studies of a summary, as JSON: more than ours has of them."""
+_MAX_NAME, _MAX_PLACE = 200, 5000
 _MAX_TEXT = 1000
 _MAX_ERRORS = 10
 _MAX_NUMBER = 1 << 63
@@ -107,9 +110,13 @@ def _summaries() -> Any:
         XComModel.map_index == _TASK.map_index,
         XComModel.key == "summary",
         _at_most(_VALUE, MAX_SUMMARY),
-        # Half a surrogate pair: SQLite hands out what is no UTF-8, and the whole answer is lost.
-        cast(_VALUE, Text).not_like("%\\ud%", escape="/"),
+        _without_halves(),
     )
+
+
+def _without_halves() -> Any:
+    """Leave out what has half a surrogate pair: SQLite hands out what is no UTF-8, and the whole answer is lost."""
+    return cast(_VALUE, Text).not_like("%\\ud%", escape="/")
 
 
 def _at_most(value: Any, size: int) -> Any:
@@ -172,7 +179,7 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
             _TASK.state,
             _MOMENT,
             *map(_text, ("verdict", "source", "completed", "bytes", "duration_seconds", "destination")),
-            _text("study_instance_uids", MAX_SUMMARY),
+            _text("study_instance_uids", _MAX_STUDIES),
         )
         .select_from(TaskInstance.__table__)
         .outerjoin(XComModel, _summaries())
@@ -259,8 +266,13 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _shown(item) if isinstance(item, str) else item
         for key, item in value.items()
-        if isinstance(item, str | bool) or (isinstance(item, int | float) and abs(item) < _MAX_NUMBER)
+        if isinstance(item, str) or is_number(item)
     }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that some DAG has left is a number that can be shown."""
+    return isinstance(value, int | float) and abs(value) < _MAX_NUMBER
 
 
 def tasks(keys: Iterable[UUID]) -> list[Task]:
@@ -279,11 +291,21 @@ def task(dag_id: str, run_id: str, task_id: str, map_index: int) -> Task | None:
     return None if row is None else _task(row)
 
 
-def returned(of: Task) -> Any:
-    """What the task returned, as XCom holds it; None if it returned nothing, or too much."""
-    wanted = (*_place(XComModel, of), XComModel.key == "return_value", _at_most(_VALUE, MAX_RETURNED))
+def returned(of: Task) -> dict[str, str]:
+    """Of what the task returned, as XCom holds it, what a manifest or a reference has; nothing if it returned too much.
+
+    The database picks it: Python would make hundreds of MB of objects of some MB, and nobody else's turn meanwhile.
+    """
+    names = {"__classname__": _MAX_NAME, "__data__": MAX_RETURNED, "manifest_uri": _MAX_PLACE}
+    wanted = (
+        *_place(XComModel, of),
+        XComModel.key == "return_value",
+        _at_most(_VALUE, MAX_RETURNED),
+        _without_halves(),
+    )
     with create_session(scoped=False) as session:
-        return session.scalar(select(_VALUE).where(*wanted))
+        found = session.execute(select(*(_text(name, size) for name, size in names.items())).where(*wanted)).first()
+    return {name: str(text) for name, text in zip(names, found or (), strict=False) if text is not None}
 
 
 def shown_while_running(of: Task) -> dict[str, Any]:

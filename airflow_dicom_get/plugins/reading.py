@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -96,8 +96,7 @@ def _source(task: Task) -> tuple[IO[bytes] | None, tuple[str, ...]] | None:
     except ManifestError:
         return None
     if content is None:
-        named = returned.get("manifest_uri") if isinstance(returned, dict) else None
-        place = own_file(task, named or (task.summary or {}).get("manifest_uri"))
+        place = own_file(task, returned.get("manifest_uri") or (task.summary or {}).get("manifest_uri"))
         return None if place is None else (None, place)
     given = TemporaryFile()  # noqa: SIM115
     given.write(content)
@@ -142,24 +141,36 @@ class Reader:
         self._stream.close()
 
 
+class Turns:
+    """Places for so many at a time, one for each user: whoever asks for more waits, and nobody else does."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = asyncio.Semaphore(at_once)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def of(self, user: str) -> AsyncIterator[None]:
+        """Wait for a place, and keep it to the end of the block."""
+        turn = self._turns.setdefault(user, asyncio.Lock())
+        async with turn, self._free:
+            yield
+
+
 class Readers:
-    """Places for so many processes, one for each user: whoever asks for more waits, and nobody else does.
+    """Processes that read manifests, each at its place among :class:`Turns`.
 
     A process keeps its place until it is gone. One that waits for a disk that hangs cannot be killed.
     """
 
     def __init__(self, at_once: int, seconds: float) -> None:
         self._seconds = seconds
-        self._free = asyncio.Semaphore(at_once)
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns = Turns(at_once)
         self._watched: set[asyncio.Task[None]] = set()
 
     async def start(self, user: str, form: str, task: Task) -> Reader:
         """Begin to read the manifest of a task. Raises :class:`NotRead` if it has none, :class:`OSError`."""
-        turn = self._turns.setdefault(user, asyncio.Lock())
         async with AsyncExitStack() as entered:
-            await entered.enter_async_context(turn)
-            await entered.enter_async_context(self._free)
+            await entered.enter_async_context(self._turns.of(user))
             source = await run_in_threadpool(_source, task)
             if source is None:
                 raise NotRead("it is not the file of this task instance")

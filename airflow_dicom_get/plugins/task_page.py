@@ -66,7 +66,7 @@ def progress_of(task: Task) -> dict[str, Any]:
     live = task.outcome in LIVE
     shown = database.shown_while_running(task) if live else {}
     stored = shown.get("progress", {})
-    counts = {name: stored[name] for name in _COUNTS if isinstance(stored.get(name), int | float)}
+    counts = {name: stored[name] for name in _COUNTS if database.is_number(stored.get(name))}
     resume_at = shown.get("window", {}).get("resume_at") if task.state == "deferred" else None
     return {
         "outcome": task.outcome,

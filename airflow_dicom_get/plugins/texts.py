@@ -51,7 +51,10 @@ def moment(value: Any) -> str:
     if not isinstance(value, datetime):
         return NOTHING
     aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-    return f"{aware.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    try:
+        return f"{aware.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    except OverflowError:  # of the first year, or the last
+        return NOTHING
 
 
 def status(value: Any) -> str:

@@ -6,9 +6,11 @@ take a parameter whose type it cannot find for one of the query, which leaves a 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -130,8 +132,11 @@ def _readable(dag_ids: list[str], user: Any) -> list[str]:
     ]
 
 
+_LISTS = reading.Turns(reading.AT_ONCE)
+
+
 @app.get("/")
-def retrievals(
+async def retrievals(
     request: Request,
     user: GetUserDep,
     dag_id: str = "",
@@ -143,8 +148,19 @@ def retrievals(
 ) -> HTMLResponse:
     """All retrievals of the DAGs that the user may see."""
     chosen = listing.Choice.of(dag_id=dag_id, verdict=verdict, source=source, since=since, until=until, page=page)
-    dag_ids = _readable(database.dags_with_runs(chosen.begin, chosen.end), user)
-    return _render(request, "list.html", listing.view_of(chosen, dag_ids), 400 if chosen.complaint else 200)
+
+    def shown() -> HTMLResponse:
+        dag_ids = _readable(database.dags_with_runs(chosen.begin, chosen.end), user)
+        return _render(request, "list.html", listing.view_of(chosen, dag_ids), 400 if chosen.complaint else 200)
+
+    # A list of many runs takes seconds: who asks for many lists waits, and takes no thread of Airflow's for that.
+    try:
+        async with AsyncExitStack() as entered:
+            async with asyncio.timeout(reading.SECONDS):
+                await entered.enter_async_context(_LISTS.of(user.get_id()))
+            return await run_in_threadpool(shown)
+    except TimeoutError:
+        raise HTTPException(503, "Too many lists are asked for at a time. Try again in a moment.") from None
 
 
 # --- one task instance ---------------------------------------------------------------------------------

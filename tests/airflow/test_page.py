@@ -345,6 +345,77 @@ def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
     assert page("/dags/page_odd/runs/manual__1/tasks/get/0").status_code == 200
 
 
+def test_of_what_a_task_returned_only_what_is_needed_is_made_an_object(kept):
+    from airflow_dicom_get.plugins import database
+
+    values = [
+        {"manifest_uri": "/data/m.parquet", "rows": [{}] * 1000},
+        {"__classname__": "pandas.DataFrame", "__data__": "00", "__version__": 1},
+        [[]] * 1000,
+        {"manifest_uri": {"a": [1]}, "__data__": None},
+        {"manifest_uri": "\ud800"},
+        "text",
+        None,
+    ]
+    kept("page_returned", [{"state": "success", "return_value": value} for value in values])
+    tasks = [database.task("page_returned", "manual__1", "get", number) for number in range(len(values))]
+    assert [database.returned(task) for task in tasks if task is not None] == [
+        {"manifest_uri": "/data/m.parquet"},
+        {"__classname__": "pandas.DataFrame", "__data__": "00"},
+        {},
+        {"manifest_uri": '{"a":[1]}'},
+        {},
+        {},
+        {},
+    ]
+
+
+def test_who_asks_for_many_lists_waits_and_others_do_not(server, page, kept, monkeypatch):
+    """More at once than Airflow has threads for all its pages."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    from airflow_dicom_get.plugins import listing
+
+    kept("page_open", [{"state": "success", "summary": summary()}])
+    entered, go_on, view_of = [], threading.Event(), listing.view_of
+
+    def slow(choice, dag_ids):
+        if choice.source == "slow":
+            entered.append(choice)
+            go_on.wait()
+        return view_of(choice, dag_ids)
+
+    monkeypatch.setattr(listing, "view_of", slow)
+    with ThreadPoolExecutor(46) as pool:
+        try:
+            asked = [pool.submit(page, "/?source=slow", "viewer") for _ in range(45)]
+            while not entered:
+                time.sleep(0.01)
+            assert pool.submit(page, "/").result(60).status_code == 200
+            assert len(entered) == 1
+        finally:
+            go_on.set()
+        assert {one.result(120).status_code for one in asked} <= {200, 503}
+
+
+@pytest.mark.parametrize(
+    ("state", "more"),
+    [
+        ("failed", {"summary": summary("partial", 1, resume_at="0001-01-01T00:00:00+23:59")}),
+        ("failed", {"summary": summary("partial", 1, plan_at="9999-12-31T23:59:59-23:59")}),
+        ("running", {"stored": {"progress": {"total": 10**400, "done": 1, "bytes": 10**400}}}),
+        ("running", {"stored": {"progress": {"total": float("inf"), "done": float("nan")}}}),
+        ("deferred", {"stored": {"window": {"resume_at": "0001-01-01T00:00:00+23:59"}}}),
+    ],
+    ids=["first year", "last year", "numbers", "no numbers", "window"],
+)
+def test_no_odd_value_takes_a_page_away(page, kept, state, more):
+    kept("page_values", [{"state": state, **more}])
+    for end in ("", "/progress"):
+        assert page(f"/dags/page_values/runs/manual__1/tasks/get/0{end}").status_code == 200
+
+
 def test_the_chart_says_how_fast_it_was(kept):
     from airflow_dicom_get.plugins.chart import chart_of
     from airflow_dicom_get.plugins.database import runs
