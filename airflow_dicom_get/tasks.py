@@ -162,6 +162,7 @@ def find_cohort(
     path: str,
     *,
     label: str,
+    within: Sequence[str] | None = None,
     unknown: str = "fail",
     dicom_conn_id: str = DicomHook.default_conn_name,
 ) -> list[list[Item]]:
@@ -173,18 +174,20 @@ def find_cohort(
 
     :param path: the file
     :param label: name of the column with the labels
+    :param within: folders in one of which the file has to lie; to be given where whoever triggers a run names the
+        file, which is read with the rights of the worker
     :param unknown: what happens if the PACS has no study for a row: ``fail``, or ``skip`` the row
     :param dicom_conn_id: the ``dicom`` connection to the PACS
     :return: lists of one Item each, or of more if there are more than Airflow can map over
     :raises AirflowFailException: the file is malformed, the PACS has no study for a row, or it refuses the query
     """
     from airflow_dicom_get.engine.matching import remark_text
-    from airflow_dicom_get.engine.study_list import read_study_list
+    from airflow_dicom_get.engine.study_list import list_within, read_study_list
 
     with final_errors():
         if unknown not in UNKNOWN:
             raise invalid("unknown", f"{shown(unknown)} is not allowed", f"Give {' or '.join(UNKNOWN)}.")
-        rows = read_study_list(path, label=label)
+        rows = read_study_list(path if within is None else list_within(path, within), label=label)
         found = DicomHook(dicom_conn_id).get_scu().find_listed(rows)
         items: dict[str, Item] = {}
         for entry in found.entries:

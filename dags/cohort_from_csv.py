@@ -14,7 +14,9 @@ What it reads:
 * connection `dicom_default`: the PACS, as type DICOM
 * pool `pacs`, with as many slots as the PACS allows associations:
   `airflow pools set pacs 2 'associations of the PACS'` (a task whose pool is missing waits, and no log says so)
-* param `csv`: the file; all workers need access to it. Its accession numbers stay out of logs and XCom.
+* param `csv`: the file, in one of the folders in the environment variable `DICOM_LISTS`, absolute paths with commas
+  between them; by default the folder `dicom-lists` in Airflow's home. All workers need access to it. Its accession
+  numbers stay out of logs and XCom.
 * param `label`: the column with the labels. They go to XCom and manifest, so no names.
 * param `unknown`: what to do with rows for which the PACS has no study
 * param `destination`: one of the folders in the environment variable `DICOM_DESTINATION`, absolute paths with commas
@@ -36,6 +38,10 @@ from airflow_dicom_get.tasks import final_errors, report
 DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
 if not DESTINATIONS[0]:
     DESTINATIONS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom"))]
+# Nor any file that a worker can read: only one in these folders.
+LISTS = os.environ.get("DICOM_LISTS", "").split(",")
+if not LISTS[0]:
+    LISTS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-lists"))]
 
 with DAG(
     dag_id="cohort_from_csv",
@@ -48,7 +54,8 @@ with DAG(
             type="string",
             pattern="^/",
             title="CSV file",
-            description="Absolute path of a file with StudyInstanceUID or AccessionNumber, and a label, in each row.",
+            description="Absolute path of a file with StudyInstanceUID or AccessionNumber, and a label, in each row. "
+            f"It has to lie in {' or '.join(LISTS)}.",
         ),
         "label": Param(
             "Cohort",
@@ -87,7 +94,11 @@ with DAG(
         from airflow_dicom_get.tasks import find_cohort
 
         return find_cohort(
-            params["csv"], label=params["label"], unknown=params["unknown"], dicom_conn_id="dicom_default"
+            params["csv"],
+            label=params["label"],
+            within=LISTS,
+            unknown=params["unknown"],
+            dicom_conn_id="dicom_default",
         )
 
     found = find()

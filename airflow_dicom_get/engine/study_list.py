@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,15 @@ from airflow_dicom_get.engine.matching import Contradiction, Dropped, Row
 from airflow_dicom_get.engine.resolve import shown_uid
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.net.find import FIND_PROPOSALS
+from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.files import Below
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.source import Source
 
 UID, ACCESSION = "StudyInstanceUID", "AccessionNumber"
+_LARGEST = 64 << 20
+"""Bytes of a file that others may have chosen: of a million studies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +191,28 @@ class _Noted(Dropped):
         self._note(row)
 
 
-def read_study_list(path: str, *, label: str | None = None, option: str = "csv") -> list[ListedStudy]:
+def list_within(path: str, folders: Sequence[str], option: str = "csv") -> Below:
+    """A file that others may choose, in one of some folders, given by its absolute path.
+
+    Raises
+    ------
+    InvalidOption
+        It lies in none of them.
+    """
+    for folder in folders:
+        with suppress(ValueError):
+            return Below(Path(folder)).at(path)
+    raise invalid(option, f"{shown_path(path)} lies in none of the folders of lists", "Give a file in one of these.")
+
+
+def read_study_list(path: str | Below, *, label: str | None = None, option: str = "csv") -> list[ListedStudy]:
     """Read a CSV file with a column ``StudyInstanceUID`` or ``AccessionNumber``; commas, semicolons or tabs.
 
     Parameters
     ----------
-    path : str
-        The file, in UTF-8. Of both columns the first is taken; others are not looked at.
+    path : str or Below
+        The file, in UTF-8; where others may choose it, as :func:`list_within` gives it: then it has to be a regular
+        file, and not behind a link. Of both columns the first is taken; others are not looked at.
     label : str, optional
         Name of a column that says what each study is to be called. Then every row has to name a study and a label,
         and a study that stands there twice has to have the same.
@@ -218,7 +239,7 @@ def read_study_list(path: str, *, label: str | None = None, option: str = "csv")
 class _Rows:
     """The rows of a file, and what is wrong with them."""
 
-    def __init__(self, path: str, option: str, label: str | None) -> None:
+    def __init__(self, path: str | Below, option: str, label: str | None) -> None:
         self._path, self._option = path, option
         text = self._text()
         head = text.partition("\n")[0]
@@ -233,7 +254,10 @@ class _Rows:
 
     def _text(self) -> str:
         try:
-            return Path(self._path).read_text("utf-8-sig")
+            if not isinstance(self._path, Below):
+                return Path(self._path).read_text("utf-8-sig")
+            content = files.read_whole(self._path, _LARGEST)
+            return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
         except OSError as error:
             what, hint = f"cannot be read: {error.strerror}", "Check the path."
         except UnicodeDecodeError:

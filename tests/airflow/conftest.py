@@ -158,6 +158,7 @@ def load_dag(tmp_path, prefix, monkeypatch):
 
     for name, places in {
         "DICOM_DESTINATION": (tmp_path, tmp_path / "out", tmp_path / "originals"),
+        "DICOM_LISTS": (tmp_path / "lists", tmp_path),
         "DICOM_REPORTS": (tmp_path, tmp_path / "file" / "x"),
         "DICOM_BUCKET": (f"{BUCKET}/{prefix}", "nosuchbucket/studies"),
     }.items():

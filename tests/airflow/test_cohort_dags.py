@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -65,6 +66,30 @@ def test_a_bad_row_ends_it_before_any_traffic(run_dag, load_dag, cohort, pacs, w
     assert run.state == "failed"
     assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
     assert message in run.log
+    assert pacs.total_associations == 0
+
+
+@pytest.mark.parametrize("how", ["another folder", "dots", "a link", "a FIFO", "a device"])
+def test_no_other_file_of_the_worker_is_read(run_dag, load_dag, cohort, tmp_path, monkeypatch, pacs, how):
+    params = cohort("Cohort,StudyInstanceUID\nsecret-label,{private}\n")
+    dag = load_dag("cohort_from_csv")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    monkeypatch.setitem(dag.task_dict["find"].python_callable.__globals__, "LISTS", [str(lists)])
+    match how:
+        case "dots":
+            params["csv"] = f"{lists}/../cohort.csv"
+        case "a link":
+            (lists / "link").symlink_to(tmp_path)
+            params["csv"] = f"{lists}/link/cohort.csv"
+        case "a FIFO":
+            os.mkfifo(lists / "fifo")
+            params["csv"] = f"{lists}/fifo"
+        case "a device":
+            params["csv"] = "/dev/zero"
+    run = run_dag(dag, run_conf=params)
+    assert (run.state, run.task("find").state, run.task("find").try_number) == ("failed", "failed", 1)
+    assert "lies in none of the folders of lists" in run.log or "cannot be read" in run.log
     assert pacs.total_associations == 0
 
 
