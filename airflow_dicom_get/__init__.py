@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     # What type checkers see in place of the names that load on first use.
     from airflow_dicom_get.config.groups import Deadlines as Deadlines
     from airflow_dicom_get.config.node import Node as Node
+    from airflow_dicom_get.exports.verb import export as export
     from airflow_dicom_get.getscu import GetScu as GetScu
     from airflow_dicom_get.manifest.frames import combine_manifests as combine_manifests
     from airflow_dicom_get.manifest.frames import load_manifest as load_manifest
@@ -39,6 +40,7 @@ _PUBLIC = {
     "load_manifests": "manifest.frames",
     "combine_manifests": "manifest.frames",
     "read_manifest": "manifest.frames",
+    "export": "exports.verb",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -258,6 +258,13 @@ class Cancelled(DicomGetError):
     at_fault = "us"
 
 
+class NotProven(DicomGetError):
+    """What is to be exported is not complete, or is not what its manifest says; ``verdict`` says how it stands."""
+
+    word = "incomplete"
+    at_fault = "input"
+
+
 class IncompleteRetrieval(DicomGetError):
     """A retrieval did not end as ``complete``; ``verdict`` and ``reason`` say how it ended."""
 

@@ -298,6 +298,14 @@ def compare(
     return found
 
 
+def examine(options: VerifyOptions, listed: Listed) -> Verification:
+    """Read what a manifest lists where it says that it lies, and compare digests. Nothing is written."""
+    work = _Verify(options, False, None)
+    work.read_manifest(listed)
+    work.look()
+    return work.compare()
+
+
 @dataclass(slots=True)
 class _Item:
     """What is known of one instance."""

@@ -278,6 +278,7 @@ _ERRORS = {
     "away: what it recorded is then fetched again, unless `adopt` is set.",
     "ManifestError": "Check the address; a manifest whose digest differs from its reference has been changed.",
     "Cancelled": "Run again; what is held is not fetched again.",
+    "NotProven": "Retrieve what is missing, or export it with `accept`; `verify` says what is not as recorded.",
     "IncompleteRetrieval": "Raised by `raise_for_verdict()` and the operators; the manifest has the reasons.",
 }
 

@@ -15,11 +15,12 @@ from airflow_dicom_get.cli.config import NamedNode, find_node, key_of
 from airflow_dicom_get.cli.inputs import query_of, read_studies
 from airflow_dicom_get.cli.progress import progress_bar
 from airflow_dicom_get.cli.signals import cancelling
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.checks import invalid, reworded, shown
 from airflow_dicom_get.config.options import (
     OPTIONS,
     CallOptions,
     ConnectionOptions,
+    ExportOptions,
     GetOptions,
     StoreOptions,
     VerifyOptions,
@@ -31,7 +32,7 @@ from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.study_list import UID
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import printable
+from airflow_dicom_get.errors import InvalidOption, printable
 from airflow_dicom_get.vocabulary import COMPLETE, EXIT_CODES, UNVERIFIED, noun
 
 if TYPE_CHECKING:
@@ -300,6 +301,29 @@ def verify(typed: Namespace) -> int:
     if found.manifest_uri:
         output.note(f"manifest: {found.manifest_uri}")
     return found.exit_code
+
+
+def export(typed: Namespace) -> int:
+    from airflow_dicom_get.exports.verb import FORMS, summary, write_export
+
+    options = ExportOptions.check(nested(options_from_shell(typed), shell_name), shell_name)
+    if typed.form not in FORMS:
+        raise invalid("--as", f"{shown(typed.form)} is not allowed", f"Give one of {', '.join(FORMS)}.")
+    try:
+        written = write_export(
+            options, typed.manifests, typed.form, typed.to, check=typed.check, root=typed.root or None
+        )
+    except InvalidOption as error:
+        name = error.facts["option"]
+        raise reworded(error, lambda text: text.replace(name, _EXPORT.get(name, shell_name(name)), 1)) from None
+    if typed.json:
+        output.emit_json(written)
+    else:
+        output.emit([summary(written), *written["files"]])
+    return 0
+
+
+_EXPORT = {"to": "--to", "form": "--as", "manifests": "MANIFEST", "manifest": "MANIFEST", "root": "--root"}
 
 
 def pacs(typed: Namespace) -> int:

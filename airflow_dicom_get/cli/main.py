@@ -17,9 +17,17 @@ from typing import Any, NoReturn
 from airflow_dicom_get import __version__
 from airflow_dicom_get.cli import streams
 from airflow_dicom_get.config.checks import AETitle, shown
-from airflow_dicom_get.config.options import CallOptions, EchoOptions, FindOptions, StoreOptions, VerifyOptions
+from airflow_dicom_get.config.options import (
+    CallOptions,
+    EchoOptions,
+    ExportOptions,
+    FindOptions,
+    StoreOptions,
+    VerifyOptions,
+)
 from airflow_dicom_get.config.shell import add_shell_options, in_shell
-from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, InvalidQuery, ManifestError, NotProven
+from airflow_dicom_get.vocabulary import EXIT_CODES, PARTIAL
 
 EXIT_USAGE = 2
 
@@ -64,6 +72,17 @@ exit codes:
   2 bad usage or input
   3 differences
   4 no difference found, but the PACS could not be compared with
+"""
+
+_EXPORT_EPILOG = """\
+forms:
+  sha256sums  what sha256sum -c reads, relative to the destination
+
+exit codes:
+  0 written
+  1 a place cannot be reached or written to
+  2 bad usage or input; nothing was written
+  3 not complete and not accepted, or a file is not what its manifest says; nothing was written
 """
 
 _KEYS = "--study UID | -k KEY=VALUE ..."
@@ -157,6 +176,18 @@ def build_parser() -> ArgumentParser:
     verify.add_argument("--quick", action="store_true", help="Compare sizes only; do not read the objects.")
     verify.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
     add_shell_options(verify, VerifyOptions)
+
+    export = verb(
+        "export", "MANIFEST ... --as FORM --to PATH", "Write manifests in a form that other tools read.",
+        epilog=_EXPORT_EPILOG,
+    )  # fmt: skip
+    export.add_argument("manifests", nargs="+", metavar="MANIFEST", help="Manifests of runs; the newest row counts.")
+    export.add_argument("--as", dest="form", required=True, metavar="FORM", help="sha256sums.")
+    export.add_argument("--to", required=True, metavar="PATH", help="New file, or s3://bucket/key.")
+    export.add_argument("--check", action="store_true", help="Read every file first, and compare its digest.")
+    _root(export)
+    export.add_argument("--json", action="store_true", help="Print the result as one JSON value.")
+    add_shell_options(export, ExportOptions)
 
     pacs = verb("pacs", "--dir FOLDER", "Serve a folder as a PACS, for tests and trials.")
     pacs.add_argument("--dir", metavar="FOLDER", help="Folder of DICOM files to serve.")
@@ -284,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if isinstance(error, InvalidOption) else in_shell(str(error))
         output.note(f"error: {text}")
         return EXIT_USAGE
+    except NotProven as error:
+        output.note(f"error: {in_shell(str(error))}")
+        return EXIT_CODES[PARTIAL]
     except DicomGetError as error:
         output.note(f"error: {in_shell(str(error))}")
         return 1

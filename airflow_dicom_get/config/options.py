@@ -28,6 +28,7 @@ from airflow_dicom_get.config.checks import (
     Integer,
     Parsed,
     Setting,
+    Text,
     invalid,
     reworded,
     setting,
@@ -58,6 +59,7 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.vocabulary import ACCEPTABLE, Verdict
 
 
 def _items(option: str, value: Any) -> list[str]:
@@ -154,6 +156,24 @@ def _parse_root(option: str, value: Any) -> Destination:
     if isinstance(root, ForwardDestination):
         raise invalid(option, "a DICOM node cannot hold manifests", "Give a folder.")
     return root
+
+
+def _parse_verdicts(option: str, value: Any) -> tuple[Verdict, ...]:
+    words = _items(option, value)
+    for word in words:
+        if word not in ACCEPTABLE:
+            raise invalid(option, f"{shown(word)} is not allowed", f"Give some of {', '.join(ACCEPTABLE)}.")
+    return tuple(verdict for verdict in ACCEPTABLE if verdict in words)
+
+
+def _parse_columns(option: str, value: Any) -> tuple[str, ...]:
+    return tuple(_items(option, value))
+
+
+def _parse_url(option: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[!-~]+", value):
+        raise invalid(option, f"{shown(value)} is not an address", "Give one that begins with https://.")
+    return value
 
 
 Backend = Literal["Filesystem", "S3", "Forward"]
@@ -410,18 +430,11 @@ class ModelOptions(Options):
 
 
 @option_group
-class RootOptions(Options):
-    """Where manifests and ledgers lie, and how buckets are reached."""
+class BucketOptions(Options):
+    """How buckets are reached."""
 
-    title = "manifests and buckets"
+    title = "buckets"
 
-    manifest_root: FilesystemDestination | S3Destination | None = setting(
-        None,
-        Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
-        "Folder or prefix for manifests and ledgers. Default: _manifests in the destination.",
-        shell=("--state", "--manifest-root"),
-        metavar="DIR",
-    )
     s3_config: S3Config | None = setting(
         None, Group(S3Config, optional=True), "Bucket for the instances, and how to reach it."
     )
@@ -430,6 +443,25 @@ class RootOptions(Options):
         """See :meth:`Options.agreed`."""
         if self.s3_config is not None:
             _check_file(self.s3_config.ca_bundle, spelling("s3_config.ca_bundle"))
+        return super().agreed(spelling)
+
+
+@option_group
+class RootOptions(BucketOptions):
+    """Where manifests and ledgers lie."""
+
+    title = "manifests"
+
+    manifest_root: FilesystemDestination | S3Destination | None = setting(
+        None,
+        Parsed(_parse_root, "a folder, or s3://bucket/prefix", optional=True),
+        "Folder or prefix for manifests and ledgers. Default: _manifests in the destination.",
+        shell=("--state", "--manifest-root"),
+        metavar="DIR",
+    )
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
         if isinstance(self.manifest_root, FilesystemDestination):
             check_folder(self.manifest_root.path, spelling("manifest_root"))
         elif self.manifest_root is not None:
@@ -680,6 +712,53 @@ class VerifyOptions(ConnectionOptions, PlaceOptions, ModelOptions, ListOptions):
     addr: Node | None = setting(None, OPTIONAL_NODE, "Address of a PACS to compare with, [AE@]host:port.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(BucketOptions):
+    """The options of :func:`~airflow_dicom_get.exports.verb.export`."""
+
+    title = "export"
+
+    name: str | None = setting(
+        None, Text(optional=True), "Name of the data set, for croissant.", shell=("--name",), metavar="TEXT"
+    )
+    licence: str | None = setting(
+        None,
+        Parsed(_parse_url, "an address that begins with https://", optional=True),
+        "Address of its licence, for croissant.",
+        shell=("--licence", "--license"),
+        metavar="URL",
+    )
+    citation: str | None = setting(
+        None, Text(optional=True), "How to cite it, for croissant.", shell=("--citation",), metavar="TEXT"
+    )
+    description: str | None = setting(
+        None, Text(optional=True), "What it is, for croissant.", shell=("--description",), metavar="TEXT"
+    )
+    mapping: Path | None = setting(
+        None,
+        Parsed(_parse_file, "a CSV file", optional=True),
+        "Persons, procedures and dates of the studies, for omop.",
+        shell=("--mapping",),
+        metavar="CSV",
+    )
+    accept: tuple[Verdict, ...] = setting(
+        (),
+        Parsed(_parse_verdicts, f"a list of {', '.join(ACCEPTABLE)}"),
+        "Verdicts besides complete that may be exported; what is missing is then said in the export.",
+        shell=("--accept",),
+        repeat=True,
+        metavar="VERDICT",
+    )
+    columns: tuple[str, ...] = setting(
+        (),
+        Parsed(_parse_columns, "a list of columns"),
+        "Columns of tags in the manifest to take along, for series and croissant; they may name patients.",
+        shell=("--columns", "--column"),
+        repeat=True,
+        metavar="NAME",
+    )
+
+
 # --- the table -------------------------------------------------------------------------------------
 
 
@@ -712,8 +791,9 @@ class Option:
 
 
 GROUPS: tuple[type[Options], ...] = (
-    ModelOptions, ScopeOptions, PlaceOptions, RootOptions, HeldOptions, WritingOptions, ForwardingOptions, GetOptions,
-    TransferOptions, AdmissionOptions, LimitOptions, ListOptions, NodeOptions, ConnectionOptions,
+    ModelOptions, ScopeOptions, PlaceOptions, RootOptions, BucketOptions, HeldOptions, WritingOptions,
+    ForwardingOptions, GetOptions, TransferOptions, AdmissionOptions, LimitOptions, ListOptions, NodeOptions,
+    ConnectionOptions, ExportOptions,
 )  # fmt: skip
 """The classes that declare options, in the order of ``--help`` and the documentation."""
 

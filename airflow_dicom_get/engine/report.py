@@ -325,6 +325,12 @@ def verdict_of_comparison(same: bool, differences: bool) -> Verdict:
     return PARTIAL if differences else UNVERIFIED
 
 
+def verdict_of_manifests(said: Iterable[Verdict], not_held: bool) -> Verdict:
+    """The verdict of several manifests together: the worst of theirs, and never better than their rows."""
+    verdict = worst(said)
+    return worst((verdict, PARTIAL)) if not_held else verdict
+
+
 def completed_event(result: Result) -> Completed:
     """The event that ends a call."""
     return Completed(

@@ -37,7 +37,7 @@ from airflow_dicom_get.manifest.schema import (
     as_metadata,
     metadata_of,
 )
-from airflow_dicom_get.vocabulary import EVIDENCE, UNVERIFIED, WORST_FIRST, weakest, worst
+from airflow_dicom_get.vocabulary import EVIDENCE, UNVERIFIED, WORST_FIRST, Evidence, Verdict, weakest, worst
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,14 +45,17 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "began",
     "bytes_in_xcom",
     "combine_manifests",
     "each_of",
+    "facts_of",
     "frame_of",
     "load_manifest",
     "load_manifests",
     "load_table",
     "load_tables",
+    "newest_rows",
     "one_table",
     "parquet_in_xcom",
     "read_manifest",
@@ -239,6 +242,41 @@ def one_table(tables: Sequence[pa.Table]) -> pa.Table:
     return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
 
 
+def newest_rows(manifests: DataFrame) -> DataFrame:
+    """Keep the last row of each instance of several runs, by the column ``run_at``: its state after all of them."""
+    key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
+    rows = manifests.sort_values("run_at", kind="stable")
+    if (rows["source"] == "").any():
+        # A verification names no source and no destination: those of the retrieval before it hold.
+        for name in ("source", "destination"):
+            known = rows[name].mask(rows[name] == "").groupby([rows[part] for part in key]).ffill()
+            rows = rows.assign(**{name: known.fillna("")})
+    last: DataFrame = rows.drop_duplicates(key, keep="last").reset_index(drop=True)
+    return last
+
+
+def began(runs: Any) -> Any:
+    """When some runs began, a column of times; null where a name does not say it."""
+    import pandas as pd
+
+    return pd.to_datetime(runs.str.extract(r"(\d{8}T\d{6}Z)")[0], format="%Y%m%dT%H%M%SZ", utc=True)
+
+
+def facts_of(tables: Sequence[pa.Table], given: Sequence[Any] = ()) -> list[tuple[Verdict, Evidence]]:
+    """Verdict and evidence of each manifest. A DataFrame may have lost them on the way: nothing is proven then.
+
+    Parameters
+    ----------
+    given : sequence
+        What the tables were loaded from: who gave None may have failed, and is one more at the end.
+    """
+    facts = [*map(metadata_of, tables), *({} for manifest in given if manifest is None)]
+    return [
+        (_word(fact.get("verdict"), WORST_FIRST, UNVERIFIED), _word(fact.get("evidence"), EVIDENCE, "none"))
+        for fact in facts
+    ]
+
+
 def combine_manifests(
     manifests: Any, to: str | Path, s3_config: S3 = None, *, run: str | None = None
 ) -> dict[str, Any]:
@@ -263,10 +301,8 @@ def combine_manifests(
     """
     given = each_of(manifests)
     tables = load_tables(given, s3_config)
-    # A DataFrame may have lost its metadata on the way, and who gave None may have failed: nothing is proven then.
-    facts = [*map(metadata_of, tables), *({} for manifest in given if manifest is None)]
-    verdict = worst(_word(fact.get("verdict"), WORST_FIRST, UNVERIFIED) for fact in facts)
-    evidence = weakest(_word(fact.get("evidence"), EVIDENCE, "none") for fact in facts)
+    facts = facts_of(tables, given)
+    verdict, evidence = worst(said for said, _ in facts), weakest(rests_on for _, rests_on in facts)
     name = run or clock.run_name()
     place = place_of(to)
     if isinstance(place, S3Destination):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import shown, shown_path
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import S3, tables_below
-from airflow_dicom_get.manifest.frames import REFERENCE_KIND, frame_of, load_manifest, table_in_xcom
+from airflow_dicom_get.manifest.frames import (
+    REFERENCE_KIND,
+    began,
+    frame_of,
+    load_manifest,
+    newest_rows,
+    table_in_xcom,
+)
 from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
 from airflow_dicom_get.notebook.rest import RestApi
 
@@ -76,7 +83,7 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
         facts = metadata_of(table)
         tables.append(_labelled(table, {name: facts.get(name) for name in ("run", "verdict")}))
     frame = frame_of(pa.concat_tables(tables, promote_options="default"))
-    return _ordered(frame.assign(run_at=_began(frame["run"])), f"The manifests at {shown_path(where)}")
+    return _ordered(frame.assign(run_at=began(frame["run"])), f"The manifests at {shown_path(where)}")
 
 
 def latest(manifests: DataFrame) -> DataFrame:
@@ -87,15 +94,7 @@ def latest(manifests: DataFrame) -> DataFrame:
     manifests : DataFrame
         As returned by :func:`read_manifests` or :func:`load_manifests`.
     """
-    key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
-    rows = manifests.sort_values("run_at", kind="stable")
-    if (rows["source"] == "").any():
-        # A verification names no source and no destination: those of the retrieval before it hold.
-        for name in ("source", "destination"):
-            known = rows[name].mask(rows[name] == "").groupby([rows[part] for part in key]).ffill()
-            rows = rows.assign(**{name: known.fillna("")})
-    last: DataFrame = rows.drop_duplicates(key, keep="last").reset_index(drop=True)
-    return last
+    return newest_rows(manifests)
 
 
 def read_instances(rows: DataFrame, root: Any = None, **s3: Any) -> list[Dataset]:
@@ -155,13 +154,6 @@ def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:
     for name, value in facts.items():
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table.replace_schema_metadata(None)
-
-
-def _began(runs: Any) -> Any:
-    """The time in the names of runs."""
-    import pandas as pd
-
-    return pd.to_datetime(runs.str.extract(r"(\d{8}T\d{6}Z)")[0], format="%Y%m%dT%H%M%SZ", utc=True)
 
 
 def _ordered(frame: DataFrame, what: str) -> DataFrame:

@@ -551,6 +551,7 @@ def replace_whole(
     temporary: str,
     mode: int = 0o666,
     go_on: Callable[[], bool] = lambda: True,
+    new: bool = False,
 ) -> None:
     """Write a file under a temporary name, sync it, and rename it. An older one is replaced whole.
 
@@ -566,6 +567,8 @@ def replace_whole(
         Who may read it at most; the umask takes away more.
     go_on : callable
         Asked after each call of the disk, which may not return for long: nothing is changed any more where it says no.
+    new : bool
+        Replace nothing: where something lies under ``path``, it is a :class:`FileExistsError`.
 
     Raises
     ------
@@ -587,7 +590,7 @@ def replace_whole(
                 check()
                 disk.sync(fd)
                 check()
-                disk.rename_over(temporary, path.name, folder)
+                (disk.rename_new if new else disk.rename_over)(temporary, path.name, folder)
             except BaseException:
                 with suppress(OSError):
                     check()

@@ -28,7 +28,9 @@ NAMES = {
 SET_A_VERDICT = frozenset({"engine/verdict.py", "engine/report.py"})
 
 MOST_PARAMETERS = 8
-PUBLIC_VERBS = frozenset({"getscu.py:GetScu.__init__", "store.py:StoreScu.__init__", "verify.py:verify"})
+PUBLIC_VERBS = frozenset(
+    {"getscu.py:GetScu.__init__", "store.py:StoreScu.__init__", "verify.py:verify", "exports/verb.py:export"}
+)
 """Their parameters are the options of the contract."""
 HANDED_ON = frozenset(
     {

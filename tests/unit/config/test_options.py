@@ -34,6 +34,7 @@ from airflow_dicom_get.config.options import (
     OPTIONS,
     CallOptions,
     EchoOptions,
+    ExportOptions,
     FindOptions,
     GetOptions,
     Options,
@@ -44,6 +45,7 @@ from airflow_dicom_get.config.options import (
 )
 from airflow_dicom_get.config.shell import add_shell_options, options_from_shell, shell_name
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.verify import verify
@@ -151,6 +153,7 @@ class TestAgreement:
             (GetScu.__init__, GetOptions, {"self"}),
             (StoreScu.__init__, StoreOptions, {"self"}),
             (verify, VerifyOptions, {"manifest", "root", "study", "quick", "on_difference", "manifest_name"}),
+            (export, ExportOptions, {"manifests", "form", "to", "check", "root"}),
         ],
     )
     def test_python_takes_the_same_parameters_with_the_same_defaults(
@@ -178,7 +181,9 @@ class TestAgreement:
         assert GetScu("h:104", deadlines=None).options.deadlines == Deadlines()
 
     @pytest.mark.parametrize(
-        "verb", [EchoOptions, FindOptions, CallOptions, StoreOptions, VerifyOptions], ids=lambda verb: verb.__name__
+        "verb",
+        [EchoOptions, FindOptions, CallOptions, StoreOptions, VerifyOptions, ExportOptions],
+        ids=lambda verb: verb.__name__,
     )
     def test_every_option_of_a_verb_is_declared_by_one_group(self, verb: type[Options]) -> None:
         rows = [item for item in dataclasses.fields(verb) if (verb, item.name) != (VerifyOptions, "addr")]

@@ -1,0 +1,269 @@
+"""What is exported: the newest row of each instance of some manifests, what of it is held, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
+from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.report import verdict_of_manifests
+from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
+from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table
+from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
+from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
+from airflow_dicom_get.vocabulary import COMPLETE, NOT_HELD, PRESENT, READABLE, Verdict, noun
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pandas import DataFrame, Series
+
+    from airflow_dicom_get.config.groups import S3Config
+
+_FROM, _AT = "manifest", "run_at"
+_SHOWN = 10
+"""What a message names at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Several manifests as one."""
+
+    rows: DataFrame
+    """The newest row of each instance that is held or missing; what was withdrawn is of no scope."""
+    verdict: Verdict
+    places: tuple[FilesystemDestination | S3Destination, ...]
+    """Where objects may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
+
+    @property
+    def held(self) -> DataFrame:
+        """What there is an object of, in the order of the UIDs."""
+        held: DataFrame = self.rows[self.rows["state"].isin(PRESENT)]
+        return held
+
+    @property
+    def missing(self) -> DataFrame:
+        """What is listed and not held."""
+        missing: DataFrame = self.rows[self.rows["state"].isin(NOT_HELD)]
+        return missing
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns beside those of every manifest: of ``tags``, and labels."""
+        return [name for name in self.rows.columns if name not in COLUMNS]
+
+    def lack(self) -> str:
+        """What is missing, as a sentence; empty where nothing is."""
+        missing = self.missing
+        if not len(missing):
+            return ""
+        reasons = missing["reason"].fillna("no reason").value_counts()
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return f"{len(missing)} of {len(self.rows)} instances are missing ({why}); the verdict is {self.verdict}."
+
+    def check_columns(self, wanted: Sequence[str]) -> None:
+        """Refuse a column that the manifests do not have. Raises :class:`InvalidOption`."""
+        for name in wanted:
+            if name not in self.columns:
+                has = f"It has {', '.join(self.columns)}." if self.columns else "It has none beside its own."
+                raise invalid("columns", f"{shown(name)} is no column of tags of the manifest", has)
+
+
+def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequence[Named] | None = None) -> Cohort:
+    """Load manifests of any shape, and keep the newest row of each instance.
+
+    The newest is the one of the run that began last; where a manifest does not say when its run began, of the manifest
+    that was given last. A manifest of which no row is left no longer counts for the verdict.
+
+    Raises
+    ------
+    ManifestError
+        One cannot be read, or they list nothing.
+    """
+    given = each_of(manifests)
+    listed = [load_listed(one, s3, root) for one in given if one is not None]
+    tables = [one.table for one in listed]
+    rows = newest_rows(_numbered(tables))
+    left = set(rows[_FROM])
+    said = [
+        verdict
+        for number, (verdict, _) in enumerate(facts_of(tables, given))
+        if number in left or number >= len(tables) or not tables[number].num_rows
+    ]
+    in_scope = rows["state"].isin(PRESENT | NOT_HELD)
+    if not in_scope.any():
+        raise ManifestError(
+            "The manifests list no instance that is held or missing.",
+            hint="Look at the verdict of the retrieval that wrote them.",
+        )
+    verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
+    key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
+    kept = rows[in_scope].drop(columns=[_FROM, _AT]).sort_values(key, kind="stable", ignore_index=True)
+    places = dict.fromkeys(place for one in listed for place in one.places)
+    return Cohort(kept, verdict, tuple(places))
+
+
+def _numbered(tables: Sequence[pa.Table]) -> DataFrame:
+    """The rows of all manifests, with the number of theirs, and the time or the place by which they are ordered."""
+    import pandas as pd
+    from pyarrow import compute
+
+    if not tables:
+        raise invalid("manifests", "names none", "Give a manifest, a reference or an address.")
+    frame = frame_of(one_table([_labelled(table, number) for number, table in enumerate(tables)]))
+    frame.attrs.clear()
+    runs = began(pd.Series([metadata_of(table).get("run") for table in tables], dtype="string"))
+    order = list(range(len(tables)))
+    if runs.notna().all():
+        # The name of a run has seconds, and a second run may begin in the same one: what it received came later.
+        order.sort(key=lambda number: (runs[number], compute.max(tables[number]["received_at"]).value or 0))
+    places = pd.Series(range(len(tables)), index=order)
+    return frame.assign(**{_AT: places.loc[frame[_FROM].to_numpy(dtype="int64")].to_numpy()})
+
+
+def _labelled(table: pa.Table, number: int) -> pa.Table:
+    import pyarrow as pa
+
+    left_out = [name for name in (_FROM, _AT) if name in table.column_names]
+    return table.drop_columns(left_out).append_column(_FROM, pa.array([number] * table.num_rows, pa.int64()))
+
+
+def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
+    """Refuse what is not complete, unless its verdict is accepted.
+
+    Raises
+    ------
+    NotProven
+    """
+    if cohort.verdict == COMPLETE or cohort.verdict in accept:
+        return
+    raise NotProven(
+        f"The verdict is {cohort.verdict}, and nothing was written. {cohort.lack()}".strip(),
+        hint=f"Retrieve what is missing, or accept it: accept {cohort.verdict}.",
+        verdict=cohort.verdict,
+    )
+
+
+def check_objects(cohort: Cohort, s3: S3Config | None) -> None:
+    """Read every object that is held, and compare its digest.
+
+    Raises
+    ------
+    NotProven
+        One is not there, cannot be read, or is another one.
+    S3Error
+        A bucket cannot be reached.
+    """
+    from airflow_dicom_get.config.options import VerifyOptions
+    from airflow_dicom_get.manifest.frames import table_of
+    from airflow_dicom_get.verify import examine
+
+    held = table_of(cohort.held[list(COLUMNS)])
+    found = examine(VerifyOptions.check({"s3_config": s3}), Listed(held, cohort.places))
+    if found.same:
+        return
+    what = [str(difference) for difference in found.differences[:_SHOWN]] or [found.uncompared or ""]
+    more = f" and {len(found.differences) - _SHOWN} more" if len(found.differences) > _SHOWN else ""
+    raise NotProven(
+        f"What is stored is not what the manifest says, and nothing was written: {'; '.join(what)}{more}.",
+        hint="A get with the manifest that verify writes fetches what is missing or different.",
+        verdict=cohort.verdict,
+    )
+
+
+# --- where it lies ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a cohort, below one place."""
+
+    rows: DataFrame
+    """Of the files alone, with a column ``path``: relative to the place."""
+    place: FilesystemDestination | S3Destination
+
+
+def files_of(cohort: Cohort) -> Files:
+    """The files of a cohort by their paths relative to the destination.
+
+    Raises
+    ------
+    ManifestError
+        There is no file of something that is held, it has no digest, its row is malformed, or the files lie in several
+        places.
+    """
+    held = cohort.held
+    _refuse(
+        held, ~held["state"].isin(READABLE), "was forwarded to a node, and has no file", "Export `series` or `omop`."
+    )
+    _refuse(
+        held,
+        ~held["sha256"].fillna("").str.fullmatch(r"[0-9a-f]{64}").astype(bool),
+        "has no digest in the manifest",
+        "Verify it, and export the manifest that verify writes; retrieve with a checksum.",
+    )
+    path = paths_of(held)
+    places = roots_of(held, path)
+    _refuse(held, places.isna(), "lies at a place that is not of our layout", "Give a manifest that a get wrote.")
+    roots = sorted(places.unique())
+    if len(roots) > 1:
+        raise ManifestError(
+            f"The files lie in {len(roots)} places: {', '.join(map(shown_path, roots[:_SHOWN]))}.",
+            hint="Export each place by itself.",
+        )
+    if not roots:
+        raise ManifestError("Nothing of it is held, so there is no file.", hint="Retrieve it first.")
+    place = parse_destination(roots[0], "uri")
+    assert isinstance(place, FilesystemDestination | S3Destination)
+    return Files(held.assign(path=path), place)
+
+
+def paths_of(rows: DataFrame) -> Series[str]:
+    """Where an instance lies below its destination.
+
+    Raises
+    ------
+    ManifestError
+        A UID is malformed: it is no part of a path.
+    """
+    for name in ("study_instance_uid", "series_instance_uid", "sop_instance_uid"):
+        uids = rows[name].unique()
+        bad = [uid for uid in uids if not (isinstance(uid, str) and is_uid(uid))]
+        if bad:
+            raise ManifestError(
+                f"{shown(bad[0])} in the column {name} of the manifest is not a valid UID.",
+                hint="Find out who wrote this manifest.",
+            )
+    return rows["study_instance_uid"] + "/" + rows["series_instance_uid"] + "/" + rows["sop_instance_uid"] + ".dcm"
+
+
+def roots_of(rows: DataFrame, paths: Series[str]) -> Series[str]:
+    """The place in which each file lies by its path; null where its address says another path, or none."""
+    import pandas as pd
+
+    found, known = [], {}
+    for uri, path in zip(rows["uri"], paths, strict=True):
+        fits = isinstance(uri, str) and uri.endswith(f"/{path}")
+        root = uri[: -len(path) - 1] if fits else None
+        if root not in known:
+            known[root] = root if root is not None and _is_place(root) else None
+        found.append(known[root])
+    return pd.Series(found, index=rows.index, dtype="string")
+
+
+def _is_place(root: str) -> bool:
+    try:
+        place = parse_destination(root, "uri")
+    except InvalidOption:
+        return False
+    return isinstance(place, S3Destination) or (isinstance(place, FilesystemDestination) and place.path.is_absolute())
+
+
+def _refuse(rows: DataFrame, bad: Any, what: str, hint: str) -> None:
+    """Refuse what is held and cannot stand in a list of files."""
+    wrong = rows.loc[bad.to_numpy(), "sop_instance_uid"]
+    if len(wrong):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ManifestError(f"The {noun(1, 'instance')} {shown(wrong.iloc[0])}{more} {what}.", hint=hint)

@@ -1,0 +1,325 @@
+"""The verb ``export``: each form is checked by the tool of somebody else that reads it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from airflow_dicom_get import GetScu, export, load_manifest
+from airflow_dicom_get.cli.main import main
+from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven, SinkError
+from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.records import Instance
+from airflow_dicom_get.testing.pacs import EmbeddedPacs
+from airflow_dicom_get.testing.s3_servers import BUCKET, S3Server
+from airflow_dicom_get.verify import verify
+from airflow_dicom_get.vocabulary import State
+from tests.support.holdings import Holding
+
+Embedded = Callable[..., EmbeddedPacs]
+
+
+class Got:
+    """A study in a folder, and its manifests."""
+
+    def __init__(self, pacs: EmbeddedPacs, holding: Holding, folder: Path) -> None:
+        self.pacs, self.study, self.folder = pacs, holding.study, folder
+        self.holding = holding
+
+    def get(self, **options: Any) -> str:
+        """Retrieve it; the URI of the manifest."""
+        options = {"destination": self.folder, "retries": 0, **options}
+        uri = (
+            GetScu(f"{self.pacs.host}:{self.pacs.port}", **options)
+            .get_study({"StudyInstanceUID": self.study})
+            .manifest_uri
+        )
+        assert uri is not None
+        return uri
+
+    def partial(self) -> tuple[str, set[str]]:
+        """The same with two instances that the PACS fails to send."""
+        refused = set(sorted(self.holding.entries)[:2])
+        self.pacs.fail = refused
+        uri = self.get()
+        self.pacs.fail = set()
+        return uri, refused
+
+
+@pytest.fixture
+def got(embedded: Embedded, ct: Holding, tmp_path: Path) -> Got:
+    return Got(embedded(ct.folder), ct, tmp_path / "dicom")
+
+
+@pytest.fixture(scope="module")
+def complete(ct: Holding, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The manifest of a complete retrieval, and its folder; nobody changes either."""
+    folder = tmp_path_factory.mktemp("complete") / "dicom"
+    with EmbeddedPacs(ct.folder) as pacs:
+        return Got(pacs, ct, folder).get(tags=["AccessionNumber", "PatientID"]), folder
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The shell's verb, in this process: most of its time is its start."""
+    out, err = io.StringIO(), io.StringIO()
+    words = ["export", *map(str, arguments)]
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(words)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def sha256sum(sums: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["sha256sum", "--check", "--strict", str(sums)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def made_up(path: Path, states: dict[int, State], *, run: str = "20260301T220000Z-ffffffff", **changes: Any) -> Path:
+    """Write a manifest of a study that nobody has retrieved."""
+    rows = []
+    for number, state in states.items():
+        row = Instance("1.2", "1.2.3", f"1.2.3.{number}", "1.2.840.10008.5.1.4.1.1.2")
+        row.state, row.modality, row.syntax = state, "CT", "1.2.840.10008.1.2.1"
+        if state in ("stored", "held", "unexpected"):
+            row.sha256, row.bytes, row.dataset_offset, row.where = bytes([number] * 32), 1000, 300, "file:///data/1.2/"
+        else:
+            row.reason = "not_sent"
+        for name, value in changes.items():
+            setattr(row, name, value)
+        rows.append(row)
+    verdict = "partial" if set(states.values()) & {"missing", "failed"} else "complete"
+    write_manifest(
+        manifest_table(rows, source="PACS@a:104", destination="/data"), path, verdict=verdict, evidence="list", run=run
+    )
+    return path
+
+
+class TestSha256sums:
+    def test_sha256sum_agrees_on_a_folder(self, complete: tuple[str, Path], ct: Holding, tmp_path: Path) -> None:
+        uri, folder = complete
+        command = [sys.executable, "-m", "airflow_dicom_get.cli", "export", uri, "--as", "sha256sums"]
+        done = subprocess.run([*command, "--to", tmp_path / "SHA256SUMS"], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [
+            f"complete: {len(ct.files)} instances in 4 series of 1 study",
+            str(tmp_path / "SHA256SUMS"),
+        ]
+        checked = sha256sum(tmp_path / "SHA256SUMS", folder)
+        assert checked.returncode == 0
+        assert sorted(checked.stdout.splitlines()) == sorted(
+            f"{path.relative_to(folder)}: OK" for path in folder.glob("[0-9]*/*/*.dcm")
+        )
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        victim = next(copy.glob("[0-9]*/*/*.dcm"))
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+        spoilt = sha256sum(tmp_path / "SHA256SUMS", copy)
+        assert spoilt.returncode == 1
+        assert f"{victim.relative_to(copy)}: FAILED" in spoilt.stdout
+
+    @pytest.mark.parametrize("server", ["moto", "juicefs"])
+    def test_sha256sum_agrees_on_objects_that_boto_fetched(
+        self, request: pytest.FixtureRequest, embedded: Embedded, private: Holding, tmp_path: Path, server: str
+    ) -> None:
+        import boto3
+
+        service: S3Server = request.getfixturevalue(server)
+        config = {name: value for name, value in service.config.items() if name != "bucket"}
+        prefix = f"exports-{tmp_path.name}"
+        got = Got(embedded(private.folder), private, tmp_path)
+        uri = got.get(destination=f"s3://{BUCKET}/{prefix}", s3_config=config)
+        written = export(uri, "sha256sums", f"s3://{BUCKET}/{prefix}/SHA256SUMS", s3_config=config, check=True)
+        assert written["files"] == [f"s3://{BUCKET}/{prefix}/SHA256SUMS"]
+        with pytest.raises(InvalidOption, match="exists already"):
+            export(uri, "sha256sums", f"s3://{BUCKET}/{prefix}/SHA256SUMS", s3_config=config)
+        client = boto3.client(
+            "s3",
+            endpoint_url=config["endpoint"],
+            aws_access_key_id=config["access_key"],
+            aws_secret_access_key=config["secret_key"],
+            region_name="us-east-1",
+        )
+        for item in client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]:
+            path = tmp_path / item["Key"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not item["Key"].endswith("/"):
+                client.download_file(BUCKET, item["Key"], str(path))
+        client.close()
+        checked = sha256sum(tmp_path / prefix / "SHA256SUMS", tmp_path / prefix)
+        assert (checked.returncode, len(checked.stdout.splitlines())) == (0, len(private.files))
+
+    def test_what_is_missing_stands_in_comments(self, got: Got, tmp_path: Path) -> None:
+        uri, refused = got.partial()
+        sums = tmp_path / "SHA256SUMS"
+        written = export(uri, "sha256sums", sums, accept=["partial"])
+        assert (written["verdict"], written["missing"], written["instances"]) == ("partial", 2, 38)
+        comments = [line for line in sums.read_text().splitlines() if line.startswith("#")]
+        assert "2 of 40 instances are missing (2 sub_operation_failed)" in comments[0]
+        assert {Path(line.split()[2]).stem for line in comments[1:]} == refused
+        checked = sha256sum(sums, got.folder)
+        assert (checked.returncode, len(checked.stdout.splitlines())) == (0, 38)
+
+    def test_without_a_file_it_is_a_text(self, complete: tuple[str, Path], tmp_path: Path) -> None:
+        uri, _ = complete
+        text = export(load_manifest(uri), "sha256sums")
+        export([uri], "sha256sums", tmp_path / "sums")
+        assert text == (tmp_path / "sums").read_text()
+
+
+class TestOnlyWhatIsProven:
+    def test_what_is_not_complete_is_refused_unless_it_is_accepted(self, got: Got, tmp_path: Path) -> None:
+        uri, _ = got.partial()
+        to = tmp_path / "new" / "SHA256SUMS"
+        done = shell(uri, "--as", "sha256sums", "--to", to)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "The verdict is partial, and nothing was written. 2 of 40 instances are missing" in done.stderr
+        assert not to.parent.exists()
+        assert shell(uri, "--as", "sha256sums", "--to", to, "--accept", "unverified").returncode == 3
+        done = shell(uri, "--as", "sha256sums", "--to", to, "--accept", "partial", "--json")
+        assert (done.returncode, json.loads(done.stdout)["missing"]) == (0, 2)
+
+    def test_the_newest_row_of_each_instance_counts(self, got: Got, tmp_path: Path) -> None:
+        """A retrieval that leaves two out, and one that fetches them; in any order that they are given in."""
+        first, _ = got.partial()
+        second = got.get()
+        for manifests in ([first, second], [second, first]):
+            assert export(manifests, "sha256sums").count("\n") == 40
+        with pytest.raises(NotProven):
+            export(first, "sha256sums")
+
+    def test_a_later_verification_takes_the_proof_away(self, got: Got) -> None:
+        uri = got.get()
+        victim = next(got.folder.glob("[0-9]*/*/*.dcm"))
+        victim.unlink()
+        found = verify(uri)
+        assert export(uri, "sha256sums")
+        with pytest.raises(NotProven, match="1 of 40 instances are missing"):
+            export([uri, found.manifest_uri], "sha256sums")
+
+    def test_rows_speak_louder_than_the_verdict_of_the_file(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
+        table = pq.read_table(path)
+        write_manifest(table, tmp_path / "b.parquet", verdict="complete", evidence="list", run="20260301T220000Z-0")
+        with pytest.raises(NotProven, match="The verdict is partial"):
+            export(tmp_path / "b.parquet", "sha256sums")
+
+    def test_a_frame_without_its_verdict_proves_nothing(self, complete: tuple[str, Path]) -> None:
+        frame = load_manifest(complete[0])
+        frame.attrs.clear()
+        with pytest.raises(NotProven, match="The verdict is unverified"):
+            export(frame, "sha256sums")
+        with pytest.raises(NotProven, match="The verdict is unverified"):
+            export([complete[0], None], "sha256sums")
+        assert export(frame, "sha256sums", accept="unverified")
+
+    def test_check_looks_into_the_folder(self, got: Got, tmp_path: Path) -> None:
+        uri = got.get()
+        assert shell(uri, "--as", "sha256sums", "--to", tmp_path / "a", "--check").returncode == 0
+        manifests = sorted((got.folder / "_manifests").glob("*"))
+        gone, changed, *_ = sorted(got.folder.glob("[0-9]*/*/*.dcm"))
+        gone.unlink()
+        changed.write_bytes(changed.read_bytes()[:-2] + b"zz")
+        done = shell(uri, "--as", "sha256sums", "--to", tmp_path / "b", "--check")
+        assert (done.returncode, done.stdout) == (3, "")
+        for path in (gone, changed):
+            assert str(path.relative_to(got.folder)).removesuffix(".dcm") in done.stderr
+        assert not (tmp_path / "b").exists()
+        assert sorted((got.folder / "_manifests").glob("*")) == manifests, "a check writes nothing"
+
+    def test_what_the_pacs_withdrew_is_no_part_and_what_it_did_not_list_is(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "withdrawn", 3: "unexpected"})
+        assert [line[-11:] for line in export(path, "sha256sums").splitlines()] == ["1.2.3.1.dcm", "1.2.3.3.dcm"]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--as", "xml"), "--as: 'xml' is not allowed. Give one of sha256sums"),
+            (("--as", "sha256sums", "--accept", "nothing"), "--accept: 'nothing' is not allowed"),
+            (("--as", "sha256sums", "--mapping", "x.csv"), "--mapping does not belong to the form sha256sums"),
+            (("--as", "sha256sums", "--to", "dicom://a:104"), "is a DICOM node"),
+            (("--as", "sha256sums", "--to", "."), "names no file"),
+        ],
+    )
+    def test_it_is_said_before_anything_is_read(self, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+        to = [] if "--to" in arguments else ["--to", tmp_path / "x"]
+        done = shell("/nowhere/m.parquet", *arguments, *to)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_that_is_there_stays(self, complete: tuple[str, Path], tmp_path: Path) -> None:
+        to = tmp_path / "SHA256SUMS"
+        to.write_text("of somebody else")
+        done = shell(complete[0], "--as", "sha256sums", "--to", to)
+        assert done.returncode == 2
+        assert f"--to: '{to}' exists already. Give another name, or move it away." in done.stderr
+        assert to.read_text() == "of somebody else"
+        assert list(tmp_path.iterdir()) == [to]
+
+    def test_a_manifest_of_a_newer_schema(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored"})
+        table = pq.read_table(path)
+        table = table.replace_schema_metadata({**table.schema.metadata, b"dicom_get.schema": b"2"})
+        pq.write_table(table, path)
+        done = shell(path, "--as", "sha256sums", "--to", tmp_path / "sums")
+        assert done.returncode == 2
+        assert "has schema '2', and this version reads schema 1" in done.stderr
+        assert not (tmp_path / "sums").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"sha256": None}, "has no digest in the manifest"),
+            ({"where": "file:///data/other.dcm"}, "lies at a place that is not of our layout"),
+            ({"where": None}, "lies at a place that is not of our layout"),
+            ({"study": "../../etc", "where": "file:///data/../../etc/"}, "is not a valid UID"),
+            ({"sop": "1.2\n0000"}, "is not a valid UID"),
+            ({"state": "forwarded", "where": None}, "was forwarded to a node, and has no file"),
+        ],
+    )
+    def test_a_row_that_is_no_file_of_ours(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored"}, **changes)
+        with pytest.raises(ManifestError, match=message):
+            export(path, "sha256sums", tmp_path / "sums")
+        assert not (tmp_path / "sums").exists()
+
+    def test_files_of_two_places(self, tmp_path: Path) -> None:
+        one = made_up(tmp_path / "a.parquet", {1: "stored"})
+        other = made_up(tmp_path / "b.parquet", {2: "stored"}, where="file:///other/1.2/")
+        with pytest.raises(ManifestError, match=r"The files lie in 2 places: 'file:///data', 'file:///other'\."):
+            export([one, other], "sha256sums")
+
+    def test_nothing_is_held(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "missing"})
+        with pytest.raises(ManifestError, match="Nothing of it is held"):
+            export(path, "sha256sums", accept="partial")
+        with pytest.raises(ManifestError, match="list no instance"):
+            export(made_up(tmp_path / "b.parquet", {}), "sha256sums")
+        with pytest.raises(InvalidOption, match="names none"):
+            export([], "sha256sums")
+
+    def test_a_disk_that_gets_full_leaves_nothing(
+        self, complete: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from airflow_dicom_get.storage import files
+
+        def full(*_: object) -> int:
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(files.disk, "write", full)
+        with pytest.raises(SinkError, match="cannot be written: No space left"):
+            export(complete[0], "sha256sums", tmp_path / "sums")
+        assert list(tmp_path.iterdir()) == []
