@@ -22,6 +22,26 @@ if TYPE_CHECKING:
 
     from airflow_dicom_get.config.groups import S3Config
 
+_USED = (
+    "study_instance_uid",
+    "series_instance_uid",
+    "sop_instance_uid",
+    "sop_class_uid",
+    "transfer_syntax_uid",
+    "modality",
+    "series_number",
+    "instance_number",
+    "state",
+    "reason",
+    "uri",
+    "bytes",
+    "sha256",
+    "dataset_offset",
+    "forwarded_to",
+    "source",
+    "destination",
+)
+"""The columns that some form has, or the order of the rows and a check of the objects rest on."""
 _FROM, _AT = "manifest", "run_at"
 _SHOWN = 10
 """What a message names at most."""
@@ -40,8 +60,8 @@ class Cohort:
     @property
     def held(self) -> DataFrame:
         """What there is an object of, in the order of the UIDs."""
-        held: DataFrame = self.rows[self.rows["state"].isin(PRESENT)]
-        return held
+        there = self.rows["state"].isin(PRESENT)
+        return self.rows if there.all() else self.rows[there]
 
     @property
     def missing(self) -> DataFrame:
@@ -84,13 +104,20 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     """
     given = each_of(manifests)
     listed = [load_listed(one, s3, root) for one in given if one is not None]
+    places = dict.fromkeys(place for one in listed for place in one.places)
     tables = [one.table for one in listed]
-    rows = newest_rows(_numbered(tables))
-    left = set(rows[_FROM])
+    verdicts = [verdict for verdict, _ in facts_of(tables, given)]
+    sizes = [table.num_rows for table in tables]
+    rows = _numbered(tables)
+    del listed, tables  # of a large manifest they are most of what is held here
+    _give_back()
+    rows = newest_rows(rows)
+    _give_back()
+    left = set(rows[_FROM].unique())
     said = [
         verdict
-        for number, (verdict, _) in enumerate(facts_of(tables, given))
-        if number in left or number >= len(tables) or not tables[number].num_rows
+        for number, verdict in enumerate(verdicts)
+        if number in left or number >= len(sizes) or not sizes[number]
     ]
     in_scope = rows["state"].isin(PRESENT | NOT_HELD)
     if not in_scope.any():
@@ -100,8 +127,8 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
         )
     verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
-    kept = rows[in_scope].drop(columns=[_FROM, _AT]).sort_values(key, kind="stable", ignore_index=True)
-    places = dict.fromkeys(place for one in listed for place in one.places)
+    rows = rows.drop(columns=[_FROM, _AT, "source", "destination"])
+    kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
     return Cohort(kept, verdict, tuple(places))
 
 
@@ -123,11 +150,18 @@ def _numbered(tables: Sequence[pa.Table]) -> DataFrame:
     return frame.assign(**{_AT: places.loc[frame[_FROM].to_numpy(dtype="int64")].to_numpy()})
 
 
+def _give_back() -> None:
+    """What was needed to read is needed no more: the pool of Arrow would keep it."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+
+
 def _labelled(table: pa.Table, number: int) -> pa.Table:
     import pyarrow as pa
 
-    left_out = [name for name in (_FROM, _AT) if name in table.column_names]
-    return table.drop_columns(left_out).append_column(_FROM, pa.array([number] * table.num_rows, pa.int64()))
+    wanted = [name for name in table.column_names if name in _USED or name not in {*COLUMNS, _FROM, _AT}]
+    return table.select(wanted).append_column(_FROM, pa.array([number] * table.num_rows, pa.int64()))
 
 
 def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
@@ -160,7 +194,7 @@ def check_objects(cohort: Cohort, s3: S3Config | None) -> None:
     from airflow_dicom_get.manifest.frames import table_of
     from airflow_dicom_get.verify import examine
 
-    held = table_of(cohort.held[list(COLUMNS)])
+    held = table_of(cohort.held.reindex(columns=list(COLUMNS)))
     found = examine(VerifyOptions.check({"s3_config": s3}), Listed(held, cohort.places))
     if found.same:
         return

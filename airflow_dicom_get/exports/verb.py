@@ -11,7 +11,9 @@ from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.config.options import ExportOptions
 from airflow_dicom_get.exports.cohort import Cohort, check_objects, check_proof, load_cohort
+from airflow_dicom_get.exports.series import series_table
 from airflow_dicom_get.exports.sha256sums import sha256sums
+from airflow_dicom_get.exports.tables import TABLES, encoded
 from airflow_dicom_get.exports.writing import Target
 from airflow_dicom_get.vocabulary import noun
 
@@ -46,6 +48,12 @@ FORMS: Mapping[str, Form] = {
     "sha256sums": Form(
         lambda cohort, options: sha256sums(cohort),
         lambda cohort, options, target: [(target.name, sha256sums(cohort).encode())],
+    ),
+    "series": Form(
+        lambda cohort, options: series_table(cohort, options.columns),
+        lambda cohort, options, target: [(target.name, encoded(series_table(cohort, options.columns), target.name))],
+        takes=("columns",),
+        suffixes=TABLES,
     ),
 }
 """The forms, by their names."""

@@ -245,13 +245,16 @@ def one_table(tables: Sequence[pa.Table]) -> pa.Table:
 def newest_rows(manifests: DataFrame) -> DataFrame:
     """Keep the last row of each instance of several runs, by the column ``run_at``: its state after all of them."""
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
-    rows = manifests.sort_values("run_at", kind="stable")
+    rows = manifests
+    if not rows["run_at"].is_monotonic_increasing:
+        rows = rows.sort_values("run_at", kind="stable")
     if (rows["source"] == "").any():
         # A verification names no source and no destination: those of the retrieval before it hold.
         for name in ("source", "destination"):
             known = rows[name].mask(rows[name] == "").groupby([rows[part] for part in key]).ffill()
             rows = rows.assign(**{name: known.fillna("")})
-    last: DataFrame = rows.drop_duplicates(key, keep="last").reset_index(drop=True)
+    again = rows.duplicated(key, keep="last")
+    last: DataFrame = (rows[~again] if again.any() else rows).reset_index(drop=True)
     return last
 
 

@@ -80,6 +80,18 @@ def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
+IDC_QUERY = """
+SELECT StudyInstanceUID, Modality, COUNT(DISTINCT SeriesInstanceUID) AS series, SUM(instanceCount) AS instances,
+       SUM(series_size_MB) AS size
+FROM index WHERE Modality = 'CT' AND instanceCount > 1 GROUP BY StudyInstanceUID, Modality ORDER BY size DESC
+"""
+"""As the tutorials of idc-index have it, where the client's main table is called so."""
+
+
+def files_in(folder: Path) -> list[Path]:
+    return list(folder.glob("[0-9]*/*/*.dcm"))
+
+
 def sha256sum(sums: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     command = ["sha256sum", "--check", "--strict", str(sums)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
@@ -175,6 +187,68 @@ class TestSha256sums:
         text = export(load_manifest(uri), "sha256sums")
         export([uri], "sha256sums", tmp_path / "sums")
         assert text == (tmp_path / "sums").read_text()
+
+
+class TestSeries:
+    def test_a_query_written_for_idc_index(self, complete: tuple[str, Path], ct: Holding, tmp_path: Path) -> None:
+        import duckdb
+
+        uri, folder = complete
+        for name in ("series.parquet", "series.csv"):
+            written = export(uri, "series", tmp_path / name)
+            assert written["series"] == 4
+            index = duckdb.sql(f"SELECT * FROM '{tmp_path / name}'")
+            assert index.columns == [
+                "StudyInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "instanceCount", "series_size_MB",
+                "series_uri", "sop_class_uids", "transfer_syntax_uids", "missing",
+            ]  # fmt: skip
+            assert duckdb.sql(IDC_QUERY).fetchall() == [
+                (ct.study, "CT", 4, 40, pytest.approx(sum(path.stat().st_size for path in files_in(folder)) / 1e6))
+            ]
+        by_series = {path.parent for path in files_in(folder)}
+        table = export(uri, "series")
+        assert set(table["series_uri"]) == {str(path) for path in by_series}
+        assert dict(zip(table["series_uri"], table["instanceCount"], strict=True)) == {
+            str(path): len(list(path.glob("*.dcm"))) for path in by_series
+        }
+        assert table["transfer_syntax_uids"].nunique() == 3
+
+    def test_what_is_missing_is_counted_series_by_series(self, tmp_path: Path) -> None:
+        one = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
+        none = made_up(tmp_path / "b.parquet", {3: "missing"}, series="1.2.4")
+        table = export([one, none], "series", accept=["partial"])
+        assert table[["SeriesInstanceUID", "instanceCount", "missing"]].to_numpy().tolist() == [
+            ["1.2.3", 1, 1],
+            ["1.2.4", 0, 1],
+        ]
+        assert table["series_size_MB"].tolist() == [0.001, 0]
+
+    def test_a_forward_has_its_node(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "forwarded"}, reason=None, forwarded_to="ARCHIVE@b:104")
+        assert export(path, "series")["series_uri"].tolist() == ["dicom://ARCHIVE@b:104"]
+
+    def test_patients_only_where_they_are_asked_for_by_name(self, complete: tuple[str, Path], tmp_path: Path) -> None:
+        uri, _ = complete
+        patient = load_manifest(uri)["PatientID"].unique().tolist()
+        export(uri, "series", tmp_path / "a.csv")
+        assert not any(word in (tmp_path / "a.csv").read_text() for word in [*patient, "PatientID"])
+        table = export(uri, "series", tmp_path / "b.csv", columns="PatientID")
+        assert table["series"] == 4
+        text = (tmp_path / "b.csv").read_text()
+        assert text.splitlines()[0].endswith(",PatientID,missing")
+        assert text.count(f",{patient[0]},") == 4
+        assert (tmp_path / "b.csv").stat().st_mode & 0o007 == 0
+        with pytest.raises(InvalidOption, match=r"'PatientName' is no column of tags of the manifest. It has Acc"):
+            export(uri, "series", columns=["PatientName"])
+        with pytest.raises(InvalidOption, match="is no column of tags"):
+            export(uri, "series", columns=["uri"])
+
+    def test_a_cell_is_no_formula(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored"}, modality='=HYPERLINK("x")')
+        export(path, "series", tmp_path / "a.csv")
+        assert "'=HYPERLINK" in (tmp_path / "a.csv").read_text()
+        with pytest.raises(InvalidOption, match=r"ends in none of \.csv, \.parquet"):
+            export(path, "series", tmp_path / "a.xlsx")
 
 
 class TestOnlyWhatIsProven:
