@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +199,13 @@ class TestSeries:
         for name in ("series.parquet", "series.csv"):
             written = export(uri, "series", tmp_path / name)
             assert written["series"] == 4
-            index = duckdb.sql(f"SELECT * FROM '{tmp_path / name}'")
+            index: Any = duckdb.sql(f"SELECT * FROM '{tmp_path / name}'")
             assert index.columns == [
                 "StudyInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "instanceCount", "series_size_MB",
                 "series_uri", "sop_class_uids", "transfer_syntax_uids", "missing",
             ]  # fmt: skip
-            assert duckdb.sql(IDC_QUERY).fetchall() == [
+            found: Any = duckdb.sql(IDC_QUERY)
+            assert found.fetchall() == [
                 (ct.study, "CT", 4, 40, pytest.approx(sum(path.stat().st_size for path in files_in(folder)) / 1e6))
             ]
         by_series = {path.parent for path in files_in(folder)}
@@ -249,6 +252,86 @@ class TestSeries:
         assert "'=HYPERLINK" in (tmp_path / "a.csv").read_text()
         with pytest.raises(InvalidOption, match=r"ends in none of \.csv, \.parquet"):
             export(path, "series", tmp_path / "a.xlsx")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of mlcroissant and rdflib
+class TestCroissant:
+    @pytest.fixture
+    def mlc(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its dependencies' own changes to come
+            return pytest.importorskip("mlcroissant", reason="mlcroissant is not installed: pip install mlcroissant")
+
+    def test_mlcroissant_takes_and_loads_it(
+        self, mlc: Any, complete: tuple[str, Path], ct: Holding, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        uri, folder = complete
+        described = ["--name", "A study", "--licence", "https://creativecommons.org/licenses/by/4.0/"]
+        described += ["--citation", "Somebody, 2026", "--description", "Forty slices."]
+        done = shell(uri, "--as", "croissant", *described, "--to", tmp_path / "croissant.json", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["files"] == [
+            str(tmp_path / "croissant.parquet"),
+            str(tmp_path / "croissant.json"),
+        ]
+        with caplog.at_level("WARNING"):
+            dataset = mlc.Dataset(tmp_path / "croissant.json")
+        assert not dataset.metadata.ctx.issues.errors
+        # What was not given is all that it misses.
+        assert {text.partition('"')[2].partition('"')[0] for text in dataset.metadata.ctx.issues.warnings} <= {
+            "http://mlcommons.org/croissant/sdVersion", "https://schema.org/datePublished",
+            "https://schema.org/version",
+        }, dataset.metadata.ctx.issues.warnings  # fmt: skip
+        assert "JSON-LD `@context` is not standard" not in caplog.text
+        assert (dataset.metadata.name, dataset.metadata.description) == ("A study", "Forty slices.")
+        assert dataset.metadata.license == ["https://creativecommons.org/licenses/by/4.0/"]
+        assert dataset.metadata.cite_as == "Somebody, 2026"
+        records = list(dataset.records("instances"))
+        assert {_text(record["instances/path"]) for record in records} == {
+            str(path.relative_to(folder)) for path in files_in(folder)
+        }
+        assert {_text(record["instances/study_instance_uid"]) for record in records} == {ct.study}
+        for record in records:
+            content = (folder / _text(record["instances/path"])).read_bytes()
+            assert (len(content), sha256(content).hexdigest()) == (
+                record["instances/bytes"],
+                _text(record["instances/sha256"]),
+            )
+
+    def test_what_is_missing_is_a_record_set_of_its_own(self, mlc: Any, got: Got, tmp_path: Path) -> None:
+        uri, refused = got.partial()
+        export(uri, "croissant", tmp_path / "c.json", name="Part", accept=["partial"])
+        dataset = mlc.Dataset(tmp_path / "c.json")
+        assert "2 of 40 instances are missing" in dataset.metadata.description
+        missing = list(dataset.records("missing"))
+        assert {_text(record["missing/sop_instance_uid"]) for record in missing} == refused
+        assert len(list(dataset.records("instances"))) == 38
+
+    def test_without_a_file_its_instances_stand_in_it(self, mlc: Any, complete: tuple[str, Path], ct: Holding) -> None:
+        found = export(complete[0], "croissant", name="A study", columns=["AccessionNumber"])
+        json.dumps(found)
+        records = list(mlc.Dataset(jsonld=found).records("instances"))
+        assert {_text(record["instances/sop_instance_uid"]) for record in records} == set(ct.entries)
+        assert "PatientID" not in str(found)
+        assert "AccessionNumber" in str(found)
+
+    def test_nothing_is_made_up(self, complete: tuple[str, Path], tmp_path: Path) -> None:
+        found = export(complete[0], "croissant", name="A study")
+        assert found.keys() == {"@context", "@type", "conformsTo", "name", "recordSet"}
+        with pytest.raises(InvalidOption, match="name is missing: the form croissant needs it"):
+            export(complete[0], "croissant")
+        with pytest.raises(InvalidOption, match="licence: 'CC-BY' is not an address"):
+            export(complete[0], "croissant", name="x", licence="CC-BY")
+
+    def test_a_table_of_somebody_else_stays(self, complete: tuple[str, Path], tmp_path: Path) -> None:
+        (tmp_path / "c.parquet").write_text("of somebody else")
+        with pytest.raises(InvalidOption, match=r"c\.parquet' exists already"):
+            export(complete[0], "croissant", tmp_path / "c.json", name="x")
+        assert [path.name for path in tmp_path.iterdir()] == ["c.parquet"]
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 class TestOnlyWhatIsProven:
