@@ -79,6 +79,7 @@ forms:
   sha256sums  what sha256sum -c reads, relative to the destination
   series      a table of series in the names of idc-index, .csv or .parquet
   croissant   metadata of a data set (Croissant 1.1), .json, and a table of its instances beside them, .parquet
+  omop        rows of image_occurrence of OMOP imaging, .csv or .parquet; --mapping has persons, procedures and dates
 
 exit codes:
   0 written
@@ -184,7 +185,9 @@ def build_parser() -> ArgumentParser:
         epilog=_EXPORT_EPILOG,
     )  # fmt: skip
     export.add_argument("manifests", nargs="+", metavar="MANIFEST", help="Manifests of runs; the newest row counts.")
-    export.add_argument("--as", dest="form", required=True, metavar="FORM", help="sha256sums, series or croissant.")
+    export.add_argument(
+        "--as", dest="form", required=True, metavar="FORM", help="sha256sums, series, croissant or omop."
+    )
     export.add_argument("--to", required=True, metavar="PATH", help="New file, or s3://bucket/key.")
     export.add_argument("--check", action="store_true", help="Read every file first, and compare its digest.")
     _root(export)

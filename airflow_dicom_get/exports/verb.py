@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import invalid, shown
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.config.options import ExportOptions
-from airflow_dicom_get.exports import croissant
+from airflow_dicom_get.exports import croissant, omop
 from airflow_dicom_get.exports.cohort import Cohort, check_objects, check_proof, load_cohort
 from airflow_dicom_get.exports.series import series_table
 from airflow_dicom_get.exports.sha256sums import sha256sums
@@ -62,6 +62,13 @@ FORMS: Mapping[str, Form] = {
         takes=("name", "licence", "citation", "description", "columns"),
         needs=("name",),
         suffixes=(".json", ".jsonld"),
+    ),
+    "omop": Form(
+        omop.image_occurrence,
+        omop.contents,
+        takes=("mapping",),
+        needs=("mapping",),
+        suffixes=TABLES,
     ),
 }
 """The forms, by their names."""

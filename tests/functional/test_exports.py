@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,139 @@ class TestCroissant:
         with pytest.raises(InvalidOption, match=r"c\.parquet' exists already"):
             export(complete[0], "croissant", tmp_path / "c.json", name="x")
         assert [path.name for path in tmp_path.iterdir()] == ["c.parquet"]
+
+
+CDM = """
+CREATE TABLE person (person_id integer PRIMARY KEY);
+CREATE TABLE procedure_occurrence (procedure_occurrence_id integer PRIMARY KEY);
+CREATE TABLE visit_occurrence (visit_occurrence_id integer PRIMARY KEY);
+CREATE TABLE concept (concept_id integer PRIMARY KEY);
+CREATE TABLE image_occurrence (
+    image_occurrence_id integer NOT NULL PRIMARY KEY,
+    person_id integer NOT NULL REFERENCES person (person_id),
+    procedure_occurrence_id integer NOT NULL REFERENCES procedure_occurrence (procedure_occurrence_id),
+    visit_occurrence_id integer NULL REFERENCES visit_occurrence (visit_occurrence_id),
+    anatomic_site_concept_id integer NULL REFERENCES concept (concept_id),
+    wadors_uri text NULL,
+    local_path text NULL,
+    image_occurrence_date date NOT NULL,
+    image_study_uid varchar(250) NOT NULL,
+    image_series_uid varchar(250) NOT NULL,
+    modality_concept_id integer NOT NULL REFERENCES concept (concept_id)
+);
+"""
+"""The table of OHDSI's imaging extension, with what it needs of the CDM.
+
+Names, types, what may be null and the keys are those of *inst/csv/new_csv/OMOP_CDM_Medical_Imaging_Ex_Field_Level.csv*
+in github.com/OHDSI/ImageWG.
+"""
+MAPPED = "person_id,procedure_occurrence_id,image_occurrence_date,visit_occurrence_id,wadors_uri"
+
+
+class TestOmop:
+    @pytest.fixture
+    def cdm(self) -> Iterator[Any]:
+        import duckdb
+
+        with duckdb.connect() as database:
+            database.execute(CDM)
+            database.execute("INSERT INTO person VALUES (7); INSERT INTO procedure_occurrence VALUES (70);")
+            database.execute("INSERT INTO visit_occurrence VALUES (700); INSERT INTO concept VALUES (0), (4300757);")
+            yield database
+
+    @pytest.mark.parametrize("key", ["StudyInstanceUID", "AccessionNumber"])
+    @pytest.mark.parametrize("name", ["images.csv", "images.parquet"])
+    def test_a_database_made_by_its_ddl_takes_it(
+        self, cdm: Any, complete: tuple[str, Path], ct: Holding, tmp_path: Path, key: str, name: str
+    ) -> None:
+        uri, folder = complete
+        value = ct.study if key == "StudyInstanceUID" else load_manifest(uri)["AccessionNumber"].iloc[0]
+        mapping = tmp_path / "mapping.csv"
+        mapping.write_text(f"{key},{MAPPED}\n{value},7,70,2026-01-31,700,\n1.2.3,8,80,2026-02-01,,\n")
+        done = shell(uri, "--as", "omop", "--mapping", mapping, "--to", tmp_path / name)
+        assert (done.returncode, done.stderr) == (0, "")
+        cdm.execute(f"INSERT INTO image_occurrence BY NAME SELECT * FROM '{tmp_path / name}'")
+        rows = cdm.execute("SELECT * FROM image_occurrence ORDER BY 1").fetchall()
+        series = sorted({path.parent for path in files_in(folder)})
+        assert rows == [
+            (number, 7, 70, 700, None, None, str(path), date(2026, 1, 31), ct.study, path.name, 4300757)
+            for number, path in enumerate(series, 1)
+        ]
+        assert (tmp_path / name).stat().st_mode & 0o007 == 0
+        for change in ("person_id = NULL", "modality_concept_id = 1", "person_id = 8", "image_study_uid = NULL"):
+            with pytest.raises(duckdb_error(), match=r"onstraint"):
+                cdm.execute(f"UPDATE image_occurrence SET {change}")
+
+    def test_a_study_without_a_line_is_named_and_nothing_is_written(self, tmp_path: Path) -> None:
+        one = made_up(tmp_path / "a.parquet", {1: "stored"})
+        other = made_up(tmp_path / "b.parquet", {1: "stored"}, study="1.3", where="file:///data/1.3/")
+        mapping = tmp_path / "mapping.csv"
+        mapping.write_text(
+            "StudyInstanceUID;person_id;procedure_occurrence_id;image_occurrence_date\n1.2;7;70;2026-01-31\n"
+        )
+        with pytest.raises(InvalidOption, match=r"mapping\.csv' has no line for 1\.3\. Add a line"):
+            export([one, other], "omop", tmp_path / "out.csv", mapping=mapping)
+        assert not (tmp_path / "out.csv").exists()
+        assert len(export(one, "omop", mapping=mapping)) == 1
+
+    def test_what_is_missing_stands_beside_it(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
+        mapping = tmp_path / "mapping.csv"
+        mapping.write_text(f"StudyInstanceUID,{MAPPED}\n1.2,7,70,2026-01-31,,https://pacs.example/studies/1.2\n")
+        written = export(path, "omop", tmp_path / "out.csv", mapping=mapping, accept=["partial"])
+        assert written["files"] == [str(tmp_path / "out.missing.csv"), str(tmp_path / "out.csv")]
+        assert (tmp_path / "out.missing.csv").read_text().splitlines()[1:] == ["1.2,1.2.3,1.2.3.2,missing,not_sent"]
+        assert (tmp_path / "out.csv").read_text().splitlines()[1:] == [
+            "1,7,70,,,https://pacs.example/studies/1.2,/data/1.2/1.2.3,2026-01-31,1.2,1.2.3,4300757"
+        ]
+
+    def test_concepts(self, tmp_path: Path) -> None:
+        """OMOP's own for none where the table has none; what the user maps comes first."""
+        one = made_up(tmp_path / "a.parquet", {1: "stored"}, modality="SR")
+        mapping = tmp_path / "mapping.csv"
+        for column, values, concept in (("", "", 0), (",modality_concept_id", ",4300757", 4300757)):
+            head = "StudyInstanceUID,person_id,procedure_occurrence_id,image_occurrence_date"
+            mapping.write_text(f"{head}{column}\n1.2,7,70,2026-01-31{values}\n")
+            assert export(one, "omop", mapping=mapping)["modality_concept_id"].tolist() == [concept]
+        forwarded = made_up(tmp_path / "b.parquet", {1: "forwarded"}, reason=None, forwarded_to="A@b:104")
+        assert export(forwarded, "omop", mapping=mapping)["local_path"].isna().all()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("person_id\n1", "has no column StudyInstanceUID or AccessionNumber"),
+            ("StudyInstanceUID,person_id\n1.2,7", "has no column procedure_occurrence_id"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,,70,2026-01-31,,", "line 2, column person_id is empty"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,SECRET,70,2026-01-31,,", "column person_id is not a whole number"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,7,2147483648,2026-01-31,,", "is not a whole number up to 2147483647"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,7,70,31.1.2026,,", "image_occurrence_date is not a date"),
+            (f"StudyInstanceUID,{MAPPED}\n1.x,7,70,2026-01-31,,", "column StudyInstanceUID is not a valid UID"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,7,70,2026-01-31,,,9", "beyond the last is filled"),
+            (f"StudyInstanceUID,{MAPPED}\n1.2,7,70,2026-01-31,,\n1.2,8,70,2026-01-31,,", "names the study of line 2"),
+            (f"AccessionNumber,{MAPPED}\nA1,7,70,2026-01-31,,", "the manifest has no column AccessionNumber"),
+            ("\xff", "is not in UTF-8"),
+        ],
+    )
+    def test_a_bad_mapping(self, tmp_path: Path, text: str, message: str) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored"})
+        (tmp_path / "mapping.csv").write_text(text, "latin-1")
+        with pytest.raises((InvalidOption, ManifestError), match=re.escape(message)) as caught:
+            export(path, "omop", tmp_path / "out.csv", mapping=tmp_path / "mapping.csv")
+        assert "SECRET" not in str(caught.value)
+        assert not (tmp_path / "out.csv").exists()
+
+    def test_a_mapping_that_is_not_there(self, tmp_path: Path) -> None:
+        path = made_up(tmp_path / "a.parquet", {1: "stored"})
+        with pytest.raises(InvalidOption, match="mapping is missing: the form omop needs it"):
+            export(path, "omop")
+        with pytest.raises(InvalidOption, match="cannot be read: No such file"):
+            export(path, "omop", mapping=tmp_path / "none.csv")
+
+
+def duckdb_error() -> type[Exception]:
+    import duckdb
+
+    return duckdb.ConstraintException
 
 
 def _text(value: Any) -> str:
