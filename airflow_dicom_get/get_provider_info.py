@@ -230,16 +230,10 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
                     },
                     "manifest_xcom_max_bytes": {
                         "description": (
-                            "Largest manifest, in bytes as XCom stores it, that a task returns as a DataFrame when "
-                            "its ``manifest_xcom`` is ``auto``. A larger one is returned as a reference to its file."
+                            "Largest manifest, in bytes as XCom stores it, that a task returns as a DataFrame: about "
+                            "33,000 rows by default. Of a larger one a reference to its file is returned where "
+                            "``manifest_xcom`` is ``auto``, and where it is ``full``, the task fails."
                         ),
-                        "version_added": "0.1.0",
-                        "type": "integer",
-                        "example": None,
-                        "default": "1048576",
-                    },
-                    "manifest_xcom_hard_max_bytes": {
-                        "description": "Largest manifest, in bytes as XCom stores it, for ``manifest_xcom='full'``.",
                         "version_added": "0.1.0",
                         "type": "integer",
                         "example": None,

@@ -118,7 +118,8 @@ with DAG(
 
         labels = {item["study_instance_uid"]: item["label"] for part in parts for item in part}
         with final_errors():
-            # One by one: each keeps its own verdict, and the whole gets the worst of them.
+            # A large manifest is a reference to a file, not a DataFrame: load_manifest takes either. One by one: each
+            # keeps its own verdict, and the whole gets the worst of them.
             frames = [load_manifest(manifest) for manifest in manifests[:]]
             if not frames:
                 raise AirflowSkipException("No manifest was left. The log of `report` says why.")

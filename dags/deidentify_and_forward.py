@@ -147,6 +147,7 @@ with DAG(
                 "Variables, to a random text that nobody else knows."
             )
         with final_errors():
+            # A DataFrame or a reference to a file, whichever the task before returned.
             frame = load_manifest(manifest)
         rows = frame[frame["state"].isin(["stored", "held"])]
         # The same secret gives the same UIDs, for every instance of the study and in every try.

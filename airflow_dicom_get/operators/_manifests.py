@@ -61,38 +61,38 @@ class Manifest:
     :param conn_id: the connection by which its bucket is reached; it stands in the address that is handed on
     """
 
-    def __init__(
-        self, results: Sequence[Result], name: str, *, mode: str, log: Any, conn_id: str | None = None
-    ) -> None:
+    def __init__(self, results: Sequence[Result], name: str, *, mode: str, conn_id: str | None = None) -> None:
         self._reference = _one_file(results, name, conn_id)
         self._table = load_table(self._reference) if self._reference else _rows(results)
         self._frame: Any = None
         self.problem: str | None = None
         """Why what was asked for cannot be returned; the task is to fail with it."""
+        self.remark: str | None = None
+        """That a reference is returned where a smaller manifest would have been a DataFrame."""
         if mode != "reference":
             frame = frame_of(self._table)
-            size = bytes_in_xcom(frame)
-            limit = configuration.integer(
-                "manifest_xcom_max_bytes" if mode == "auto" else "manifest_xcom_hard_max_bytes"
-            )
+            size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_max_bytes")
             if size <= limit:
                 self._frame = frame
             else:
-                self._too_large(mode, size, limit, log)
+                self._too_large(mode, size, limit)
         if self._frame is None and self._reference is None and self.problem is None:
             self.problem = (
                 "There is no manifest file to refer to. Give manifest_root, or set [dicom_get] manifest_root."
             )
 
-    def _too_large(self, mode: str, size: int, limit: int, log: Any) -> None:
-        what = f"The manifest of {self._table.num_rows} rows takes {size} bytes in XCom"
+    def _too_large(self, mode: str, size: int, limit: int) -> None:
+        what = (
+            f"The manifest of {self._table.num_rows} rows takes {size} bytes in XCom, and [dicom_get] "
+            f"manifest_xcom_max_bytes is {limit}"
+        )
         if mode == "full":
             self.problem = (
-                f"{what}, and [dicom_get] manifest_xcom_hard_max_bytes is {limit}. Give manifest_xcom='auto', and "
-                "load_manifest() in the next task; or map over smaller parts with shard_instances of find."
+                f"{what}. Give manifest_xcom='auto', and load_manifest() in the next task; or map over smaller parts "
+                "with shard_instances of find."
             )
         else:
-            log.warning("%s, over %d: a reference to its file is returned. load_manifest() takes either.", what, limit)
+            self.remark = f"{what}: a reference to its file is returned, not a DataFrame. load_manifest() takes either."
 
     @property
     def value(self) -> Any:

@@ -165,7 +165,7 @@ class TransferOperator(DicomTask):
             if transfer.scratch is not None:
                 for one in results:
                     one.manifest_uri = None
-            manifest = Manifest(results, transfer.name, mode=self.manifest_xcom, log=self.log, conn_id=transfer.conn_id)
+            manifest = Manifest(results, transfer.name, mode=self.manifest_xcom, conn_id=transfer.conn_id)
             if transfer.scratch is not None:
                 transfer.scratch.cleanup()
         progress.finish("done")
@@ -288,6 +288,9 @@ class TransferOperator(DicomTask):
         ti = context["ti"]
         self._push(ti, "summary", summary(result, **manifest.counts(), try_number=ti.try_number), result)
         value = manifest.value
+        if manifest.remark is not None and manifest.problem is None:
+            # The last line: a task that takes the reference for a frame counts its keys, and is green.
+            self.log.warning("%s", manifest.remark)
         waits = result.resume_at is not None and self.outside_window == "defer"
         if result.verdict in check_accept(self.accept) and not waits and manifest.problem is None:
             return value

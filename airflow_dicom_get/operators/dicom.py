@@ -276,7 +276,8 @@ class DicomGetOperator(TransferOperator):
     :param manifest_root: absolute path or ``s3://[CONN_ID@]bucket/prefix`` for manifests and ledger; by default
         ``_manifests`` in the destination, and for a DICOM node ``[dicom_get] manifest_root`` (templated)
     :param manifest_xcom: ``auto`` returns the manifest as a DataFrame, and a reference to its file where it is larger
-        than ``[dicom_get] manifest_xcom_max_bytes``; ``full`` always the DataFrame; ``reference`` always the reference
+        than ``[dicom_get] manifest_xcom_max_bytes``; ``full`` the DataFrame or, where it is larger, an error;
+        ``reference`` always the reference. ``load_manifest()`` takes either.
     :param outside_window: outside the window of the connection, ``defer`` until it opens, ``fail``, or ``ignore`` it
     :param on_bad_study: whether a malformed UID in a list makes the task ``fail`` or is skipped (``skip``)
     :param verbose: log each instance
@@ -646,13 +647,13 @@ class DicomVerifyOperator(DicomTask):
                 self.log.warning("%d × %s", error["count"], sentences(error["error"], error["hint"] or ""))
             frame = found.frame()
             summed = self._summary(context, found, result, conn_id)
-            size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_hard_max_bytes")
+            size, limit = bytes_in_xcom(frame), configuration.integer("manifest_xcom_max_bytes")
             ti = context["ti"]
             ti.xcom_push("summary", summed)
             if size > limit:
                 raise AirflowFailException(
                     f"{found.summary()}. The {len(frame)} differences take {size} bytes in XCom, and [dicom_get] "
-                    f"manifest_xcom_hard_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
+                    f"manifest_xcom_max_bytes is {limit}; all of them are in {summed['manifest_uri']}."
                 )
             failing = found.unreachable or (not found.same and self.fail_on_difference)
             if failing and self.do_xcom_push:

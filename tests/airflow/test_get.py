@@ -398,17 +398,23 @@ def test_a_large_manifest_is_returned_as_a_reference(run_dag, pacs, archive, tmp
         assert summary["manifest_kind"] == "reference"
         assert (summary["manifest_uri"], summary["manifest_sha256"]) == (value["manifest_uri"], value["sha256"])
     assert run.xcom("rows") == [12, 12]
+    # Once, of the one that would have been a DataFrame, and after all else that its task says.
+    said = [line for line in run.log.splitlines() if "DicomGetOperator]" in line]
+    last = next(number for number, line in enumerate(said) if "12 of 12 instances" in line) + 1
+    assert "12 rows takes" in said[last]
+    remark = "a reference to its file is returned, not a DataFrame. load_manifest() takes either."
+    assert [number for number, line in enumerate(said) if remark in line] == [last]
 
 
-def test_a_manifest_over_the_hard_limit_is_said_to_be_and_not_tried_again(
+def test_a_full_manifest_over_the_limit_is_said_to_be_and_not_tried_again(
     run_dag, pacs, archive, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_XCOM_HARD_MAX_BYTES", "10000")
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__MANIFEST_XCOM_MAX_BYTES", "10000")
     with DAG("full", default_args=AT_ONCE) as dag:
         get(study=archive.private, destination=str(tmp_path), manifest_xcom="full")
     run = run_dag(dag)
     assert (run.task("get").state, run.task("get").try_number) == ("failed", 1)
-    assert "manifest_xcom_hard_max_bytes is 10000" in run.log
+    assert "manifest_xcom_max_bytes is 10000" in run.log
     assert run.xcom("get", "summary")["verdict"] == "complete"
     assert run.xcom("get")["kind"] == "dicom-manifest"
 

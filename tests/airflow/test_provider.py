@@ -93,7 +93,7 @@ def test_airflow_finds_the_connection_type_and_the_configuration():
     assert hook is not None
     assert hook.hook_class_name == "airflow_dicom_get.hooks.dicom.DicomHook"
     assert hook.connection_id_attribute_name == "dicom_conn_id"
-    assert conf.getint("dicom_get", "manifest_xcom_max_bytes") == 1048576
+    assert conf.getint("dicom_get", "manifest_xcom_max_bytes") == 10485760
 
 
 @pytest.mark.parametrize("name", list(INFO["config"]["dicom_get"]["options"]))

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.timeout(600)
 CASES = [
     # rows, manifest_xcom, what is returned
     (1_000, "auto", "frame"),
-    (30_000, "auto", "reference"),
-    (30_000, "full", "frame"),
+    (30_000, "auto", "frame"),
+    (30_000, "reference", "reference"),
     (500_000, "auto", "reference"),
     (500_000, "full", "error"),
 ]
@@ -73,7 +73,7 @@ def test_a_manifest(backend, objects, tmp_path, record, rows, mode, kind):
     if kind == "error":
         log = run.log("get")
         assert f"The manifest of {rows} rows takes" in log
-        assert "manifest_xcom_hard_max_bytes is 10485760. Give manifest_xcom='auto'" in log
+        assert "manifest_xcom_max_bytes is 10485760. Give manifest_xcom='auto'" in log
         assert run.task("get")["try_number"] == 1
     else:
         loaded = run.xcom("load")
