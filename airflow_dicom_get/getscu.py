@@ -15,7 +15,7 @@ from airflow_dicom_get.config.checks import Integer, invalid
 from airflow_dicom_get.config.destination import check_folder
 from airflow_dicom_get.config.groups import Deadlines, ForwardTarget, S3Config, Tls, UserIdentity, Window
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.config.options import GetOptions
+from airflow_dicom_get.config.options import GetOptions, parse_keywords
 from airflow_dicom_get.errors import (
     DicomGetError,
     InvalidOption,
@@ -292,7 +292,7 @@ class GetScu:
             matches everything.
         level : {"STUDY", "SERIES", "IMAGE"}
             Level of the rows.
-        return_keys : sequence of str
+        return_keys : str or sequence of str
             Additional keywords to return.
         as_frame : bool
             Return a DataFrame with one text column per keyword.
@@ -322,9 +322,10 @@ class GetScu:
                 f"level: {str(level)[:32]!a} is not a query level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
             )
         most = None if limit is None else Integer(1)("limit", limit)
+        keywords = parse_keywords("return_keys", return_keys)
         parsed = self._parse(query, query_model, selective=False)
         with self._opened_source() as source:
-            rows = find_rows(source, parsed, level, tuple(return_keys), limit=most, split=split_on_truncation)
+            rows = find_rows(source, parsed, level, keywords, limit=most, split=split_on_truncation)
         for text in rows.remark_texts():
             if on_remark is None:
                 log.warning("%s: %s", source.node, text)

@@ -15,6 +15,7 @@ from airflow_dicom_get.engine.items import Item, make_item, pack
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
+from airflow_dicom_get.operators._outcome import check_accept
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.vocabulary import (
     COMPLETE,
@@ -111,7 +112,7 @@ def report(
         # By index: Airflow's own iterator over XCom asks for one more, and logs an error for it.
         whole = _sum_up(len(parts), [summaries[index] for index in range(len(summaries))], manifests)
         text = _text(whole)
-        if whole["verdict"] not in accept:
+        if whole["verdict"] not in check_accept(accept):
             raise AirflowFailException(f"{text} Clear the failed tasks to resume: what is held is not fetched again.")
     log.info("%s", text)
     return whole

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from pathlib import Path
@@ -56,7 +56,7 @@ from airflow_dicom_get.config.groups import (
     parse_timezone,
 )
 from airflow_dicom_get.config.node import Node
-from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.dictionary import Attribute, UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.vocabulary import ACCEPTABLE, Verdict
@@ -115,14 +115,24 @@ _MOST_ROWS = 1_000_000
 _NOT_TEXT = frozenset({"SQ", "OB", "OW", "OF", "OD", "OL", "OV", "OB or OW", "UN", "NONE"})
 
 
+def parse_keywords(option: str, value: Any) -> tuple[str, ...]:
+    """Keywords of attributes, each given as such or as a tag; one alone need not be a list."""
+    return tuple(dict.fromkeys(attribute.keyword for _, attribute in _attributes(option, value)))
+
+
+def _attributes(option: str, value: Any) -> Iterator[tuple[str, Attribute]]:
+    # The comma in (gggg,eeee) separates nothing.
+    for word in _items(option, re.split(r",(?![^(]*\))", value) if isinstance(value, str) else value):
+        try:
+            yield word, find_attribute(word)
+        except UnknownAttributeError as error:
+            raise invalid(option, f"{shown(word)} {error.what}", error.hint) from None
+
+
 def _parse_tags(option: str, value: Any) -> tuple[str, ...]:
     """Keywords of the attributes that become columns of the manifest."""
     keywords = []
-    for word in _items(option, value):
-        try:
-            attribute = find_attribute(word)
-        except UnknownAttributeError as error:
-            raise invalid(option, f"{shown(word)} {error.what}", error.hint) from None
+    for word, attribute in _attributes(option, value):
         if attribute.vr in _NOT_TEXT or attribute.group in (0x0000, 0x0002):
             raise invalid(option, f"{shown(word)} has no text value in the data set", "Leave it out.")
         keywords.append(attribute.keyword)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
-from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.dictionary import find_attribute
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.dicom.values import dataset_of
 from airflow_dicom_get.engine.finder import UNIQUE, Answer, Finder, check_answered
@@ -16,7 +16,7 @@ from airflow_dicom_get.engine.query import LEVELS, Query
 from airflow_dicom_get.engine.resolve import resolve, shown_uid
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.whole import doubt_remark
-from airflow_dicom_get.errors import InvalidOption, peer_text
+from airflow_dicom_get.errors import peer_text
 from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ROWS
 
 if TYPE_CHECKING:
@@ -115,10 +115,7 @@ def find_rows(
         The PACS leaves a key out of all its answers, and so does not match on it.
     InvalidOption, NotNegotiated, OperationFailed, ListTooLong, and whatever ends an association
     """
-    try:
-        asked = [int(find_attribute(keyword).tag) for keyword in (*_RETURNED[level], *return_keys)]
-    except UnknownAttributeError as error:
-        raise InvalidOption(f"return_keys: {error}", option="return_keys") from None
+    asked = [int(find_attribute(keyword).tag) for keyword in (*_RETURNED[level], *return_keys)]
     named = {"STUDY": query.studies, "SERIES": query.series, "IMAGE": query.instances}
     below = LEVELS[LEVELS.index(level) + 1 :]
     own: dict[int, Any] = {f.tag: f.value for f in query.filters if f.level in (level, *below) or not f.value}

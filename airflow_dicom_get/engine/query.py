@@ -103,13 +103,14 @@ def parse_query(
     ----------
     query : mapping
         Keys are DICOM keywords, ``(gggg,eeee)`` or ``ggggeeee``. UIDs may be a list, or one text with
-        backslashes. Dates are ``YYYYMMDD``, ``YYYY-MM-DD``, ``today``, ``today-1``, a range of these as
-        ``a/b``, or a DICOM range. Where ``QueryRetrieveLevel`` is absent, it is the lowest level whose
-        unique key is given: IMAGE with ``SOPInstanceUID``, SERIES with ``SeriesInstanceUID``, else STUDY.
+        backslashes. Dates are ``YYYYMMDD``, ``YYYY-MM-DD``, ``today``, ``today-1``, a date-time with its offset,
+        which is the day that it is in ``timezone``, a range of these as ``a/b``, or a DICOM range. Where
+        ``QueryRetrieveLevel`` is absent, it is the lowest level whose unique key is given: IMAGE with
+        ``SOPInstanceUID``, SERIES with ``SeriesInstanceUID``, else STUDY.
     query_model : str
         ``StudyRoot`` or ``PatientRoot``.
     timezone : str or tzinfo
-        Time zone of ``today``.
+        Time zone of ``today``, and of the day of a date-time.
     now : datetime, optional
         The present, with a time zone; the clock by default.
     selective : bool
@@ -141,8 +142,8 @@ def parse_query(
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
         if keyword in values
     }
-    today = (now or datetime.fromtimestamp(clock.now(), zone)).astimezone(zone).date()
-    filters = tuple(_parse_filter(attribute, value, today) for attribute, value in values.values())
+    present = (now or datetime.fromtimestamp(clock.now(), zone)).astimezone(zone)
+    filters = tuple(_parse_filter(attribute, value, present) for attribute, value in values.values())
     level = _level(level_given[1] if level_given else None, uids)
     patient_id = next((item.value for item in filters if item.keyword == "PatientID"), None)
     if level == "PATIENT" and model != "PatientRoot":
@@ -241,14 +242,14 @@ def _parse_uids(keyword: str, value: Any, *, unique: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(uids))
 
 
-def _parse_filter(attribute: Attribute, value: Any, today: date) -> Filter:
+def _parse_filter(attribute: Attribute, value: Any, present: datetime) -> Filter:
     keyword, vr = attribute.keyword, attribute.vr
-    if value is None:
+    if value is None and vr != "DA":
         value = ""
     if vr == "UI":
         text = "\\".join(_parse_uids(keyword, value, unique=False))
     elif vr == "DA":
-        text = _parse_date(keyword, value, today)
+        text = _parse_date(keyword, value, present)
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
         what = "is a list, and only UIDs can be matched by a list" if isinstance(value, list | tuple) else "is not text"
         raise _bad(keyword, what, "Give a string.")
@@ -285,24 +286,34 @@ def _check_text(keyword: str, vr: str, text: str) -> None:
         raise _bad(keyword, f"is not a valid value of VR {vr}", _FORMS[vr])
 
 
-_DAY = r"today(?:-\d{1,5})?|\d{8}|\d{4}-\d{2}-\d{2}"
+_MOMENT = (
+    r"(?:\d{4}-\d{2}-\d{2}[t ]\d{2}:\d{2}(?::\d{2}(?:\.\d{1,9})?)?(?:z|[+-]\d{2}:?\d{2})?"
+    r"|\d{8}t\d{6}(?:z|[+-]\d{4})?)"
+)
+"""A date-time as Airflow's templates render it: ``logical_date``, ``ts``, ``ts_nodash_with_tz``."""
+_DAY = rf"today(?:-\d{{1,5}})?|\d{{8}}|\d{{4}}-\d{{2}}-\d{{2}}|{_MOMENT}"
 _DAYS = re.compile(rf"(?P<one>{_DAY})|(?P<a>{_DAY})?\s*/\s*(?P<b>{_DAY})?|(?P<c>\d{{8}})?-(?P<d>\d{{8}})?", re.ASCII)
 
 
-def _parse_date(keyword: str, value: Any, today: date) -> str:
+def _parse_date(keyword: str, value: Any, present: datetime) -> str:
     """A date, or a range of dates, as DICOM writes it (PS3.4 C.2.2.2.5)."""
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        value = _day_of(keyword, value, present)
     if isinstance(value, date):
         return f"{value:%Y%m%d}"
     text = str(value).strip() if isinstance(value, str | int) else None
     if text == "":
         return ""
+    if value is None or (text and text.lower() in ("none", "null")):
+        hint = "In Airflow, a run that was triggered without a logical date has no dates: give it one, or use a param."
+        raise _bad(keyword, "is null, not a date", hint)
     match = _DAYS.fullmatch(text.lower()) if text else None
     if not match:
         raise _bad(keyword, "is not a valid date", "Write YYYYMMDD, YYYY-MM-DD, today, today-1, or a range as a/b.")
     if match["one"]:
-        return _day(keyword, match["one"], today)
+        return _day(keyword, match["one"], present)
     first, last = (
-        _day(keyword, part, today) if part else "" for part in (match["a"] or match["c"], match["b"] or match["d"])
+        _day(keyword, part, present) if part else "" for part in (match["a"] or match["c"], match["b"] or match["d"])
     )
     if not first and not last:
         raise _bad(keyword, "is a range without ends", "Give at least one end.")
@@ -311,12 +322,26 @@ def _parse_date(keyword: str, value: Any, today: date) -> str:
     return f"{first}-{last}"
 
 
-def _day(keyword: str, text: str, today: date) -> str:
+def _day(keyword: str, text: str, present: datetime) -> str:
     try:
         if text.startswith("today"):
-            day = today - timedelta(days=int(text[6:] or 0))
+            day = present.date() - timedelta(days=int(text[6:] or 0))
+        elif len(text) > len("2024-01-31"):
+            day = _day_of(keyword, datetime.fromisoformat(text.upper()), present)
         else:
             day = datetime.strptime(text.replace("-", ""), "%Y%m%d").date()
+    except InvalidQuery:
+        raise
     except (ValueError, OverflowError):
         raise _bad(keyword, "contains a day that does not exist", "Check day and month.") from None
     return f"{day.year:04}{day:%m%d}"
+
+
+def _day_of(keyword: str, moment: datetime, present: datetime) -> date:
+    """The day that a moment is where the node is."""
+    if moment.tzinfo is None:
+        raise _bad(keyword, "is a date-time without an offset", "Add one, as in +01:00, or give the date alone.")
+    try:
+        return moment.astimezone(present.tzinfo).date()
+    except OverflowError:
+        raise _bad(keyword, "contains a day that does not exist", "Check day and month.") from None

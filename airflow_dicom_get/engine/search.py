@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from airflow_dicom_get.config.checks import invalid, shown
-from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
+from airflow_dicom_get.config.options import parse_keywords
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.items import (
     Item,
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 
 Find = Callable[[Mapping[str, Any], str, Sequence[str]], "Found"]
 """Sends a C-FIND at a level, asks for further keys, and gives the rows."""
-
-
-def _keyword(key: str) -> str:
-    try:
-        return find_attribute(str(key)).keyword
-    except UnknownAttributeError as error:
-        raise invalid("return_keys", f"{shown(key)} {error.what}", error.hint) from None
 
 
 class Search:
@@ -62,7 +54,7 @@ class Search:
         self._level = level
         self._model = model
         self._modalities = list(modalities)
-        self._return_keys = [_keyword(key) for key in return_keys]
+        self._return_keys = parse_keywords("return_keys", return_keys)
         self._timezone = timezone
         self.queries = 0
         self.doubt: str | None = None

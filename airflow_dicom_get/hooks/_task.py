@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from airflow.sdk import BaseOperator
 
+from airflow_dicom_get.config.checks import Check
 from airflow_dicom_get.hooks.dicom import DicomHook
 
 if TYPE_CHECKING:
@@ -27,21 +28,46 @@ class DicomTask(BaseOperator):
 
     ui_color = "#d9ebf2"
     dicom_conn_id: str
+    checks: ClassVar[Mapping[str, Check]] = {}
+    """How each parameter that is a choice or a number is checked, and what makes of it what the task uses."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._given: dict[str, Any] = {}
+        self._emptied: set[str] = set()
         self._scu: Cancellable | None = None
         self._killed = False
 
     @classmethod
     def partial(cls, **kwargs: Any) -> Any:
-        """Name the mapped tasks by what they work on, unless the DAG names them itself.
+        """Check what ``__init__`` checks, which runs for mapped tasks only when they do; and name these.
 
-        A class attribute would not do: the default that ``partial`` fills in hides it.
+        They are named by what they work on, unless the DAG names them itself. A class attribute would not do: the
+        default that ``partial`` fills in hides it.
+
+        :raises InvalidOption: a parameter is malformed; the DAG is not imported, and the error stands on its page
         """
+        cls.check_together({name: cls.checked(name, value) for name, value in kwargs.items()})
         kwargs.setdefault("map_index_template", "{{ " + LABEL_KEY + " }}")
         return super().partial(**kwargs)
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Any:
+        """Check a parameter as soon as the DAG is parsed, and return what the task uses.
+
+        What a subclass has as a template has no value yet, and is left as it is.
+
+        :raises InvalidOption: it is malformed
+        """
+        check = cls.checks.get(name)
+        return value if check is None or name in cls.template_fields else check(name, value)
+
+    @classmethod
+    def check_together(cls, parameters: Mapping[str, Any]) -> None:
+        """Check parameters against each other, those that are given.
+
+        :raises InvalidOption: two of them contradict each other
+        """
 
     @property
     def hook(self) -> DicomHook:
@@ -57,6 +83,11 @@ class DicomTask(BaseOperator):
     def given(self, name: str) -> Any:
         """The rendered value of a field, where the field itself holds only what may be shown."""
         return self._given.get(name, getattr(self, name))
+
+    def rendered_to_nothing(self, name: str) -> bool:
+        """Whether a field was given, and its template or the task before left null, or nothing, of it."""
+        value = self.given(name)
+        return name in self._emptied or (isinstance(value, str) and value.strip() in ("", "None"))
 
     def shown(self, name: str, value: Any) -> Any:
         """What the rendered field ``name`` shows for ``value``."""
@@ -76,9 +107,11 @@ class DicomTask(BaseOperator):
     ) -> None:
         # Airflow stores what the fields hold after this call, in clear, for every viewer of the DAG. The
         # argument names are Airflow's: mapped tasks pass them by keyword.
+        before = {name: getattr(parent, name, None) for name in template_fields}
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
         if parent is not self:
             return
+        self._emptied = {name for name, value in before.items() if value is not None and getattr(self, name) is None}
         self._given = {}  # a new one: tasks are copied, and the copies would share it
         for name in template_fields:
             value = getattr(self, name)

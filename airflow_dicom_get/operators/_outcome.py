@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
@@ -15,7 +15,7 @@ from airflow_dicom_get.vocabulary import ACCEPTABLE, CANCELLED
 
 def check_accept(accept: Any) -> tuple[str, ...]:
     """The verdicts that are a success."""
-    words = (accept,) if isinstance(accept, str) else tuple(accept)
+    words = (accept,) if isinstance(accept, str) else tuple(accept) if isinstance(accept, Iterable) else (accept,)
     for word in words:
         if word not in ACCEPTABLE:
             raise invalid("accept", f"{shown(word)} is not allowed", f"Give some of {', '.join(ACCEPTABLE)}.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.config.checks import Check, Choice, Flag, Parsed, invalid, shown, shown_path
 from airflow_dicom_get.config.options import OPTIONS, GetOptions, Options
 from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.hooks import configuration
@@ -40,14 +40,19 @@ _GRACE_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 
 
-def check_engine_options(given: Any, verb: type[Options]) -> None:
-    """Check options of the engine, each alone, as soon as the DAG is parsed.
+def engine_options_of(verb: type[Options]) -> Check:
+    """The check of options of the engine, each alone.
 
     :param verb: the options that the engine has for what the task does
+    """
+    return Parsed(lambda option, given: _check_engine_options(given, verb), "a mapping", optional=True)
+
+
+def _check_engine_options(given: Any, verb: type[Options]) -> Any:
+    """Return the options as they are given, since the engine checks them once more, together.
+
     :raises InvalidOption: one is malformed, or is not for a task to set
     """
-    if given is None:
-        return
     if not isinstance(given, Mapping):
         raise invalid("engine_options", "is not a mapping", 'For example, give {"verify_held": "digest"}.')
     allowed = verb.own(dict.fromkeys(ENGINE_OPTIONS))
@@ -61,6 +66,7 @@ def check_engine_options(given: Any, verb: type[Options]) -> None:
         checked = OPTIONS[name].check(name, value)
         if isinstance(checked, Path) and not checked.is_absolute():
             raise invalid(name, f"{shown_path(checked)} is not an absolute path", "Write an absolute path.")
+    return given
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,15 @@ class TransferOperator(DicomTask):
     """Base of the operators that end with a verdict and a manifest."""
 
     phase = "get"
-    verb: ClassVar[type[Options]] = GetOptions
+    checks: ClassVar[Mapping[str, Check]] = {
+        "associations": OPTIONS["associations"].check,
+        "accept": Parsed(lambda option, given: check_accept(given), "verdicts"),
+        "strict_forward": Flag(),
+        "resume": Flag(),
+        "manifest_xcom": Choice(*MODES),
+        "outside_window": Choice(*OUTSIDE_WINDOW),
+        "engine_options": engine_options_of(GetOptions),
+    }
 
     def __init__(
         self,
@@ -98,23 +112,16 @@ class TransferOperator(DicomTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_engine_options(engine_options, self.verb)
         self.manifest = manifest
         self.s3_conn_id = s3_conn_id
-        self.associations = associations
-        self.accept = accept
-        self.strict_forward = strict_forward
-        self.resume = resume
+        self.associations = self.checked("associations", associations)
+        self.accept = self.checked("accept", accept)
+        self.strict_forward = self.checked("strict_forward", strict_forward)
+        self.resume = self.checked("resume", resume)
         self.manifest_root = manifest_root
-        self.manifest_xcom = manifest_xcom
-        self.outside_window = outside_window
-        self.engine_options = engine_options
-
-    @classmethod
-    def partial(cls, **kwargs: Any) -> Any:
-        """Check when the DAG is parsed what ``__init__`` checks only when a mapped task runs."""
-        check_engine_options(kwargs.get("engine_options"), cls.verb)
-        return super().partial(**kwargs)
+        self.manifest_xcom = self.checked("manifest_xcom", manifest_xcom)
+        self.outside_window = self.checked("outside_window", outside_window)
+        self.engine_options = self.checked("engine_options", engine_options)
 
     def execute(self, context: Context) -> Any:
         """Do the transfer, and return the manifest or a reference to it."""
@@ -138,7 +145,6 @@ class TransferOperator(DicomTask):
 
         with final_errors():
             ends = time.monotonic() + self._seconds()
-            self._check_choices()
             self._check_dependants(context)
             transfer = self.prepare(context, run_name_of(context["ti"]), ends)
             if first:
@@ -201,16 +207,6 @@ class TransferOperator(DicomTask):
             return float("inf")
         seconds = self.execution_timeout.total_seconds()
         return seconds - min(10.0, 0.2 * seconds)
-
-    def choices(self) -> dict[str, Sequence[str]]:
-        """What each parameter that is a choice may be."""
-        return {"manifest_xcom": MODES, "outside_window": OUTSIDE_WINDOW}
-
-    def _check_choices(self) -> None:
-        for name, allowed in self.choices().items():
-            if getattr(self, name) not in allowed:
-                raise invalid(name, f"{shown(getattr(self, name))} is not allowed", f"Give {' or '.join(allowed)}.")
-        check_accept(self.accept)
 
     def _check_dependants(self, context: Context) -> None:
         """Refuse what Airflow would fail only after the work: to map over what one task returns."""
@@ -292,13 +288,13 @@ class TransferOperator(DicomTask):
             # The last line: a task that takes the reference for a frame counts its keys, and is green.
             self.log.warning("%s", manifest.remark)
         waits = result.resume_at is not None and self.outside_window == "defer"
-        if result.verdict in check_accept(self.accept) and not waits and manifest.problem is None:
+        if result.verdict in self.accept and not waits and manifest.problem is None:
             return value
         if self.do_xcom_push:
             self._push(ti, "return_value", value, result)
         if manifest.problem is not None:
             # Where the transfer itself failed, that is the error to see: often the reason for this one too.
-            if result.verdict in check_accept(self.accept):
+            if result.verdict in self.accept:
                 raise AirflowFailException(manifest.problem)
             self.log.warning("%s", manifest.problem)
         if waits:

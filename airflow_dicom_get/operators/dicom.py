@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.checks import Check, Choice, Flag, Integer, Parsed, invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
-from airflow_dicom_get.config.options import NodeOptions, StoreOptions
+from airflow_dicom_get.config.options import OPTIONS, NodeOptions, StoreOptions, parse_keywords
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
@@ -48,7 +48,7 @@ from airflow_dicom_get.operators._manifests import (
 )
 from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.operators._transfer import Transfer, TransferOperator
+from airflow_dicom_get.operators._transfer import Transfer, TransferOperator, engine_options_of
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED, REASONS, UNVERIFIED, advice
 
@@ -64,6 +64,8 @@ LEVELS = ("STUDY", "SERIES")
 ON_EMPTY = ("return", "skip", "fail")
 ON_TRUNCATION = ("fail", "return")
 ON_BAD_STUDY = ("fail", "skip")
+MODEL = Choice("StudyRoot", "PatientRoot", optional=True)
+"""By default that of the connection."""
 
 
 class DicomFindOperator(DicomTask):
@@ -76,7 +78,8 @@ class DicomFindOperator(DicomTask):
     :param query: DICOM keywords or tags, and values (templated)
     :param level: ``STUDY``, or ``SERIES`` to retrieve only the series that match
     :param study_date: StudyDate of the query: ``20240131``, ``2024-01-31``, ``2024-01-01/2024-01-31``, ``today``,
-        ``today-1`` in the connection's time zone (templated)
+        ``today-1`` in the connection's time zone, or a date-time such as ``{{ logical_date }}``, which is the day that
+        it is there (templated)
     :param modalities: one or several modalities, of which a study (or series) has at least one (templated)
     :param return_keys: keywords whose values go into the ``keys`` of each Item. They go to XCom, which every viewer of
         the DAG can read.
@@ -92,6 +95,15 @@ class DicomFindOperator(DicomTask):
 
     template_fields: Sequence[str] = ("query", "study_date", "modalities", "dicom_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"query": "json"}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "level": Choice(*LEVELS),
+        "return_keys": Parsed(parse_keywords, "keywords"),
+        "split_on_truncation": Flag(),
+        "on_truncation": Choice(*ON_TRUNCATION),
+        "shard_instances": Integer(1, optional=True),
+        "on_empty": Choice(*ON_EMPTY),
+        "query_model": MODEL,
+    }
 
     def __init__(
         self,
@@ -110,17 +122,17 @@ class DicomFindOperator(DicomTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.query_model = query_model
+        self.query_model = self.checked("query_model", query_model)
         self.dicom_conn_id = dicom_conn_id
         self.query = query
-        self.level = level
+        self.level = self.checked("level", level)
         self.study_date = study_date
         self.modalities = modalities
-        self.return_keys = return_keys
-        self.split_on_truncation = split_on_truncation
-        self.on_truncation = on_truncation
-        self.shard_instances = shard_instances
-        self.on_empty = on_empty
+        self.return_keys = self.checked("return_keys", return_keys)
+        self.split_on_truncation = self.checked("split_on_truncation", split_on_truncation)
+        self.on_truncation = self.checked("on_truncation", on_truncation)
+        self.shard_instances = self.checked("shard_instances", shard_instances)
+        self.on_empty = self.checked("on_empty", on_empty)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide the values of identifying keys."""
@@ -150,12 +162,6 @@ class DicomFindOperator(DicomTask):
 
     def _checked(self) -> tuple[dict[str, Any], list[str]]:
         """The query as one mapping, and the modalities; before any traffic."""
-        for name, allowed in (("level", LEVELS), ("on_empty", ON_EMPTY), ("on_truncation", ON_TRUNCATION)):
-            if getattr(self, name) not in allowed:
-                raise invalid(name, f"{shown(getattr(self, name))} is not allowed", f"Give {' or '.join(allowed)}.")
-        size: Any = self.shard_instances
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise invalid("shard_instances", f"{shown(size)} is not allowed", "Give a whole number of at least 1.")
         given = self.given("query")
         if given is not None and not isinstance(given, Mapping):
             raise invalid("query", "is not a mapping", 'For example, give {"PatientID": "…"}.')
@@ -165,9 +171,10 @@ class DicomFindOperator(DicomTask):
         for name, key in (("study_date", "StudyDate"), ("modalities", self._modality_key)):
             if getattr(self, name) and query.get(key):
                 raise invalid(name, f"is given, and so is {key} in query", "Give one of them.")
+        if self.rendered_to_nothing("study_date"):
+            hint = "A run that was triggered without a logical date has no dates: give it one, or use a param."
+            raise invalid("study_date", "rendered to nothing", hint)
         if self.study_date is not None:
-            if not str(self.study_date).strip() or str(self.study_date) == "None":
-                raise invalid("study_date", "rendered to nothing", "Correct its template.")
             query["StudyDate"] = str(self.study_date).strip()
         return query, self._modality_codes()
 
@@ -298,6 +305,14 @@ class DicomGetOperator(TransferOperator):
         "manifest_root",
     )
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
+    checks: ClassVar[Mapping[str, Check]] = {
+        **TransferOperator.checks,
+        "store_with_file_meta": Flag(),
+        "tags": OPTIONS["tags"].check,
+        "on_bad_study": Choice(*ON_BAD_STUDY),
+        "verbose": Flag(),
+        "query_model": MODEL,
+    }
 
     def __init__(
         self,
@@ -314,15 +329,15 @@ class DicomGetOperator(TransferOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.query_model = query_model
+        self.query_model = self.checked("query_model", query_model)
         self.dicom_conn_id = dicom_conn_id
         self.study = study
         self.query = query
         self.destination = destination
-        self.store_with_file_meta = store_with_file_meta
-        self.tags = tags
-        self.on_bad_study = on_bad_study
-        self.verbose = verbose
+        self.store_with_file_meta = self.checked("store_with_file_meta", store_with_file_meta)
+        self.tags = self.checked("tags", tags)
+        self.on_bad_study = self.checked("on_bad_study", on_bad_study)
+        self.verbose = self.checked("verbose", verbose)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide manifests, and the values of identifying keys."""
@@ -332,10 +347,6 @@ class DicomGetOperator(TransferOperator):
     def map_label(self) -> str:
         """Name what is retrieved, without patient data: the study's UID."""
         return label_of(self.given("study"), self.given("query"), self.given("manifest"))
-
-    def choices(self) -> dict[str, Sequence[str]]:
-        """What each parameter that is a choice may be."""
-        return {**super().choices(), "on_bad_study": ON_BAD_STUDY}
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Look up the connections, and make the queries."""
@@ -359,7 +370,7 @@ class DicomGetOperator(TransferOperator):
             strict_forward=self.strict_forward,
             store_with_file_meta=self.store_with_file_meta,
             resume=self.resume,
-            tags=tuple(self.tags),
+            tags=self.tags,
             verbose=self.verbose,
             **(self.engine_options or {}),
             **more,
@@ -455,7 +466,10 @@ class DicomStoreOperator(TransferOperator):
 
     template_fields: Sequence[str] = ("manifest", "source", "target_conn_id", "s3_conn_id", "manifest_root")
     phase = "store"
-    verb = StoreOptions
+    checks: ClassVar[Mapping[str, Check]] = {
+        **TransferOperator.checks,
+        "engine_options": engine_options_of(StoreOptions),
+    }
 
     def __init__(
         self,
@@ -607,6 +621,7 @@ class DicomVerifyOperator(DicomTask):
 
     template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json"}
+    checks: ClassVar[Mapping[str, Check]] = {"quick": Flag(), "fail_on_difference": Flag()}
 
     def __init__(
         self,
@@ -626,8 +641,8 @@ class DicomVerifyOperator(DicomTask):
         self.destination = destination
         self.dicom_conn_id = dicom_conn_id  # type: ignore[assignment]  # here it may be left out
         self.s3_conn_id = s3_conn_id
-        self.quick = quick
-        self.fail_on_difference = fail_on_difference
+        self.quick = self.checked("quick", quick)
+        self.fail_on_difference = self.checked("fail_on_difference", fail_on_difference)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide manifests."""

@@ -10,7 +10,7 @@ from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.checks import Check, Choice, Flag, Integer, Parsed, invalid, shown
 from airflow_dicom_get.engine.arrivals import Awaited, Counts
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from airflow_dicom_get.engine.items import Item
+
+
+SETTLED_FOR = timedelta(minutes=10)
+
+
+def _settled_for(option: str, value: Any) -> timedelta:
+    if not isinstance(value, timedelta) or value < timedelta(0):
+        raise invalid(option, f"{shown(value)} is not allowed", "Give a timedelta of at least 0.")
+    return value
 
 
 class DicomStudySensor(DicomTask, BaseSensorOperator):
@@ -45,13 +54,19 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
 
     template_fields: Sequence[str] = ("study", "query", "dicom_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "settled_for": Parsed(_settled_for, "a timedelta"),
+        "min_instances": Integer(1),
+        "mode": Choice("poke", "reschedule"),
+        "deferrable": Flag(),
+    }
 
     def __init__(
         self,
         *,
         study: str | Item | Sequence[str | Item] | None = None,
         query: Mapping[str, Any] | None = None,
-        settled_for: timedelta = timedelta(minutes=10),
+        settled_for: timedelta = SETTLED_FOR,
         min_instances: int = 1,
         poke_interval: timedelta | float = 60,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -62,10 +77,19 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         self.dicom_conn_id = dicom_conn_id
         self.study = study
         self.query = query
-        self.settled_for = settled_for
-        self.min_instances = min_instances
-        self.deferrable = deferrable
+        self.settled_for = self.checked("settled_for", settled_for)
+        self.min_instances = self.checked("min_instances", min_instances)
+        self.deferrable = self.checked("deferrable", deferrable)
+        self.check_together({"mode": self.mode, "settled_for": self.settled_for, "deferrable": self.deferrable})
         self._counts: Counts = {}
+
+    @classmethod
+    def check_together(cls, parameters: Mapping[str, Any]) -> None:
+        """Refuse to look from a process that forgets what it counted."""
+        deferrable = parameters.get("deferrable", conf.getboolean("operators", "default_deferrable", fallback=False))
+        if parameters.get("mode") == "reschedule" and parameters.get("settled_for", SETTLED_FOR) and not deferrable:
+            hint = "Set deferrable=True, which frees the worker slot as well, or settled_for=timedelta(0)."
+            raise invalid("mode", "reschedule forgets in between what was counted before", hint)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide the values of identifying keys."""
@@ -119,15 +143,6 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
 
     def _awaited(self) -> Awaited:
         """What is waited for, checked before any traffic."""
-        settled: Any = self.settled_for
-        if not isinstance(settled, timedelta) or settled < timedelta(0):
-            raise invalid("settled_for", f"{shown(settled)} is not allowed", "Give a timedelta of at least 0.")
-        least: Any = self.min_instances
-        if not isinstance(least, int) or isinstance(least, bool) or least < 1:
-            raise invalid("min_instances", f"{shown(least)} is not allowed", "Give a whole number of at least 1.")
-        if self.reschedule and settled:
-            hint = "Set deferrable=True, which frees the worker slot as well, or settled_for=timedelta(0)."
-            raise invalid("mode", "reschedule forgets in between what was counted before", hint)
         study, query = self.given("study"), self.given("query")
         if (study is None) == (query is None):
             what = "both are given" if study is not None else "neither is given"
@@ -142,7 +157,9 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         named = [] if study is None else [uid for one in queries for uid in one["StudyInstanceUID"]]
         if study is not None and not named:
             raise invalid("study", "is an empty list", "Give at least one study.")
-        return Awaited(queries, named, settled_seconds=settled.total_seconds(), min_instances=least)
+        return Awaited(
+            queries, named, settled_seconds=self.settled_for.total_seconds(), min_instances=self.min_instances
+        )
 
     def _frozen(self, query: Mapping[str, Any]) -> dict[str, Any]:
         """The query, checked, with ``today`` as the date of now: it may be asked still after midnight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import MethodType
 from typing import Any
 
@@ -86,30 +86,48 @@ BAD: dict[str, dict[str, Any]] = {
     "blank": {"study_date": "{{ '' }}"},
     "twice": {"query": {"StudyDate": "20240101"}},
     "no_date": {"study_date": "yesterday"},
-    "level": {"level": "IMAGE"},
+    "null": {"study_date": "{{ params.none }}"},
+    "null_key": {"study_date": None, "query": {"StudyDate": "{{ params.none }}", "Modality": "CT"}},
     "other_level": {"query": {"QueryRetrieveLevel": "SERIES"}},
     "key": {"query": {"PatientNam": "x"}},
     "deep": {"query": {"InstanceNumber": "1"}},
     "wildcard": {"query": {"PatientID": "*"}},
     "modality": {"modalities": "['CT', 'MR']"},
-    "shards": {"shard_instances": 0},
-    "on_empty": {"on_empty": "ignore"},
-    "model": {"query_model": "Worklist"},
-    "return_key": {"return_keys": ["NoSuchKey"]},
     "no_connection": {"dicom_conn_id": "nowhere"},
 }
 
 
-def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs):
-    with DAG("find_bad", default_args=AT_ONCE) as dag:
-        for name, options in BAD.items():
+@pytest.mark.parametrize("native", [False, True])
+def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, native):
+    with DAG("find_bad", default_args=AT_ONCE, params={"none": None}, render_template_as_native_obj=native) as dag:
+        # A list that a template renders natively is none of text.
+        bad = {name: options for name, options in BAD.items() if not (native and name == "modality")}
+        for name, options in bad.items():
             find(name, **options)
     run = run_dag(dag)
     # A connection may only seem to be missing: its secrets backend may be away for a moment.
-    assert {name: (run.task(name).state, run.task(name).try_number) for name in BAD} == {
-        name: ("failed", 3 if name in ("no_connection",) else 1) for name in BAD
+    assert {name: (run.task(name).state, run.task(name).try_number) for name in bad} == {
+        name: ("failed", 3 if name in ("no_connection",) else 1) for name in bad
     }
     assert pacs.total_associations == 0
+    assert "study_date rendered to nothing. A run that was triggered without a logical date has no dates" in run.log
+    assert "StudyDate is null, not a date" in run.log
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_date_of_a_run_is_the_day_that_it_is_at_the_node(run_dag, pacs, archive, native, monkeypatch):
+    """Half past eleven in the evening of the day before, in UTC."""
+    monkeypatch.setenv("AIRFLOW_CONN_BERLIN", f"dicom://PACS@127.0.0.1:{pacs.port}/?timezone=Europe%2FBerlin")
+    with DAG("of_run", schedule="@daily", start_date=datetime(2024, 1, 1, tzinfo=UTC),
+             render_template_as_native_obj=native) as dag:  # fmt: skip
+        find("berlin", dicom_conn_id="berlin", study_date="{{ logical_date }}")
+        find("ts", dicom_conn_id="berlin", study_date="{{ ts }}")
+        find("query", dicom_conn_id="berlin", study_date=None, query={"StudyDate": "{{ logical_date }}"})
+        find("utc", study_date="{{ logical_date }}")
+    night = datetime.strptime(STUDY_DATE, "%Y%m%d").replace(tzinfo=UTC) - timedelta(minutes=30)
+    run = run_dag(dag, logical_date=night)
+    both = sorted([archive.private, archive.many])
+    assert [uids(run.xcom(name)) for name in ("berlin", "ts", "query", "utc")] == [both, both, both, []]
 
 
 def test_shards_are_mapped_and_each_retrieves_its_part(run_dag, pacs, archive, tmp_path):

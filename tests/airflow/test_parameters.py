@@ -94,11 +94,88 @@ REFUSED: list[tuple[Any, str]] = [
 
 def make(operator, *, mapped: bool, **options):
     """An operator of a DAG that is parsed, as it is or mapped."""
-    own = {"destination": "/data"} if operator is DicomGetOperator else {"target_conn_id": "archive"}
+    own: dict[type[BaseOperator], dict[str, Any]] = {
+        DicomGetOperator: {"destination": "/data"},
+        DicomStoreOperator: {"target_conn_id": "archive"},
+    }
+    over: Any = {DicomFindOperator: {"study_date": "today"}, DicomStudySensor: {"study": "1.2"}}
+    name, value = next(iter(over.get(operator, {"manifest": "/m.parquet"}).items()))
     with DAG("parsed"):
         if mapped:
-            return operator.partial(task_id="task", **own, **options).expand(manifest=["/m.parquet"])
-        return operator(task_id="task", manifest="/m.parquet", **own, **options)
+            return operator.partial(task_id="task", **own.get(operator, {}), **options).expand(**{name: [value]})
+        return operator(task_id="task", **{name: value}, **own.get(operator, {}), **options)
+
+
+WRONG: list[tuple[type[BaseOperator], dict[str, Any], str]] = [
+    *(
+        (operator, options, words)
+        for operator in (DicomGetOperator, DicomStoreOperator)
+        for options, words in (
+            ({"accept": ("bogus",)}, "accept: 'bogus' is not allowed. Give some of complete"),
+            ({"accept": None}, "accept is missing"),
+            ({"associations": 99}, "associations: 99 is not allowed. Give a whole number from 1 to"),
+            ({"associations": 0}, "associations: 0 is not allowed"),
+            ({"associations": "{{ params.n }}"}, "associations: '{{ params.n }}' is not allowed"),
+            ({"manifest_xcom": "always"}, "manifest_xcom: 'always' is not allowed. Give auto, full or reference."),
+            ({"outside_window": "wait"}, "outside_window: 'wait' is not allowed"),
+            ({"resume": "perhaps"}, "resume: 'perhaps' is not allowed"),
+            ({"strict_forward": None}, "strict_forward is missing"),
+        )
+    ),
+    (DicomGetOperator, {"on_bad_study": "ignore"}, "on_bad_study: 'ignore' is not allowed"),
+    (DicomGetOperator, {"query_model": "Worklist"}, "query_model: 'Worklist' is not allowed"),
+    (DicomGetOperator, {"tags": "StudyDat"}, "tags: 'StudyDat' is not a DICOM keyword. Did you mean StudyDate?"),
+    (DicomGetOperator, {"store_with_file_meta": 2}, "store_with_file_meta: 2 is not allowed"),
+    (DicomGetOperator, {"verbose": "loud"}, "verbose: 'loud' is not allowed"),
+    (DicomFindOperator, {"level": "IMAGE"}, "level: 'IMAGE' is not allowed. Give STUDY or SERIES."),
+    (DicomFindOperator, {"shard_instances": 0}, "shard_instances: 0 is not allowed"),
+    (DicomFindOperator, {"on_empty": "ignore"}, "on_empty: 'ignore' is not allowed"),
+    (DicomFindOperator, {"on_truncation": "ignore"}, "on_truncation: 'ignore' is not allowed"),
+    (DicomFindOperator, {"query_model": "Worklist"}, "query_model: 'Worklist' is not allowed"),
+    (DicomFindOperator, {"return_keys": ["NoSuchKey"]}, "return_keys: 'NoSuchKey' is not a DICOM keyword"),
+    (DicomFindOperator, {"return_keys": "NoSuchKey"}, "return_keys: 'NoSuchKey' is not a DICOM keyword"),
+    (DicomVerifyOperator, {"quick": "fast"}, "quick: 'fast' is not allowed"),
+    (DicomStudySensor, {"settled_for": timedelta(-1)}, "settled_for: datetime.timedelta(days=-1) is not allowed"),
+    (DicomStudySensor, {"settled_for": 600}, "settled_for: 600 is not allowed. Give a timedelta"),
+    (DicomStudySensor, {"min_instances": 0}, "min_instances: 0 is not allowed"),
+    (DicomStudySensor, {"mode": "reschedule"}, "mode: reschedule forgets in between what was counted before"),
+]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("operator", "options", "words"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_no_template_is_checked_as_the_dag_is_parsed(operator, options, words, mapped):
+    with pytest.raises(InvalidOption) as caught:
+        make(operator, mapped=mapped, **options)
+    assert words in str(caught.value)
+
+
+def test_the_mode_of_a_mapped_sensor_is_checked_as_the_dag_is_parsed():
+    with pytest.raises(InvalidOption, match=r"mode: 'sleep' is not allowed\. Give poke or reschedule"):
+        make(DicomStudySensor, mapped=True, mode="sleep")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_sensor_that_counts_elsewhere_may_be_rescheduled(mapped):
+    make(DicomStudySensor, mapped=mapped, mode="reschedule", settled_for=timedelta(0))
+    make(DicomStudySensor, mapped=mapped, mode="reschedule", deferrable=True)
+
+
+def test_a_text_where_a_list_of_keywords_belongs_is_one_keyword():
+    assert make(DicomGetOperator, mapped=False, tags="StudyDate").tags == ("StudyDate",)
+    assert make(DicomFindOperator, mapped=False, return_keys="(0020,1206)").return_keys == (
+        "NumberOfStudyRelatedSeries",
+    )
+    assert make(DicomGetOperator, mapped=False, accept="partial").accept == ("partial",)
+
+
+def test_a_parameter_that_a_subclass_has_as_a_template_is_left_for_later():
+    class Templated(DicomGetOperator):
+        template_fields = (*DicomGetOperator.template_fields, "accept")
+
+    with DAG("parsed"):
+        task = Templated(task_id="task", study="1.2", destination="/data", accept="{{ params.accept }}")
+    assert task.accept == "{{ params.accept }}"
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -127,9 +127,6 @@ BAD: dict[str, dict[str, Any]] = {
     "uid": {"study": ["1.2", "patient"]},
     "query": {"query": {"PatientNam": "x"}},
     "nothing_selected": {"query": {"StudyDate": ""}},
-    "settled": {"study": "1.2", "settled_for": timedelta(-1)},
-    "instances": {"study": "1.2", "min_instances": 0},
-    "reschedule": {"study": "1.2", "mode": "reschedule", "settled_for": timedelta(minutes=1)},
     "connection": {"study": "1.2", "dicom_conn_id": "nowhere"},
 }
 

@@ -230,6 +230,34 @@ class TestDates:
     def test_forms(self, value: object, expected: str) -> None:
         assert only_filter({"StudyDate": value}).value == expected
 
+    @pytest.mark.parametrize(
+        ("value", "berlin", "new_york"),
+        [
+            ("2024-01-15 23:30:00+00:00", "20240116", "20240115"),  # {{ logical_date }}
+            ("2024-01-15T23:30:00+00:00", "20240116", "20240115"),  # {{ ts }}
+            ("20240115T233000+0000", "20240116", "20240115"),  # {{ ts_nodash_with_tz }}
+            ("2024-01-15T23:30:00.123456Z", "20240116", "20240115"),
+            ("2024-01-15 23:30+0100", "20240115", "20240115"),
+            (datetime(2024, 1, 15, 23, 30, tzinfo=UTC), "20240116", "20240115"),
+            ("2024-01-14 23:30:00+00:00 / 2024-01-15 23:30:00+00:00", "20240115-20240116", "20240114-20240115"),
+            ("2024-01-14/2024-01-15T23:30:00Z", "20240114-20240116", "20240114-20240115"),
+        ],
+    )
+    def test_a_date_time_is_the_day_that_it_is_at_the_node(self, value: object, berlin: str, new_york: str) -> None:
+        assert only_filter({"StudyDate": value}, "Europe/Berlin").value == berlin
+        assert only_filter({"StudyDate": value}, "America/New_York").value == new_york
+
+    @pytest.mark.parametrize("value", ["2024-01-15 23:30:00", "2024-01-15T23:30", "20240115T233000"])
+    def test_a_date_time_without_an_offset_could_be_either_day(self, value: str) -> None:
+        with pytest.raises(InvalidQuery, match="StudyDate is a date-time without an offset"):
+            parse({"StudyDate": value})
+
+    @pytest.mark.parametrize("value", [None, "None", " none ", "null"])
+    def test_a_date_that_a_template_rendered_to_null_is_none(self, value: object) -> None:
+        with pytest.raises(InvalidQuery, match="StudyDate is null, not a date") as caught:
+            parse({"StudyDate": value, "Modality": "CT"})
+        assert "without a logical date" in str(caught.value)
+
     def test_today_is_the_day_at_the_node(self) -> None:
         assert only_filter({"StudyDate": "today"}, "America/New_York").value == "20240229"
         assert only_filter({"StudyDate": "today"}, "Asia/Tokyo").value == "20240301"
@@ -237,7 +265,9 @@ class TestDates:
     @pytest.mark.parametrize(
         "value",
         ["20240230", "2024-13-01", "2024", "yesterday", "today+1", "20240102-20240101", "today/today-1", "-", "/",
-         "2024.01.01", "01.02.2024", "20240101\\20240102", "2024*", "today-999999", ["20240101"], 1.5, "２０２４0101"],
+         "2024.01.01", "01.02.2024", "20240101\\20240102", "2024*", "today-999999",
+         "2024-02-30T10:00Z", "2024-01-15T25:00Z", "0001-01-01T00:00+14:00", "20240115T10:00Z",
+         ["20240101"], 1.5, "２０２４0101"],
     )  # fmt: skip
     def test_what_is_no_date_is_refused_without_showing_it(self, value: object) -> None:
         with pytest.raises(InvalidQuery, match=r"^StudyDate\b") as caught:
