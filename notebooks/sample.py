@@ -20,7 +20,7 @@ import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.files import task_run_name, write_manifest
 from airflow_dicom_get.manifest.schema import manifest_rows
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -271,11 +271,19 @@ def _stored(row: Instance, size: int, at: float, seconds: float, association: in
 
 
 def _write_run(root: Path, source: _Source, began: datetime, rows: list[Instance]) -> None:
+    """Write the manifest of a run of Airflow where a task writes it: its name says nothing of when that was."""
     name = f"{began:%Y%m%dT%H%M%SZ}-{hashlib.sha256(f'{source.name} {began}'.encode()).hexdigest()[:8]}"
     held = sum(row.state == "stored" for row in rows)
+    place = task_run_name(
+        dag_id=f"nightly_{source.name.partition('@')[0].lower()}",
+        run_id=f"{'scheduled' if began.hour == _FIRST_NIGHT.hour else 'manual'}__{began.isoformat()}",
+        task_id="get",
+        map_index=0,
+        try_number=1,
+    )
     write_manifest(
         manifest_rows(rows, source=source.name, destination="/data/dicom"),
-        root / f"{name}.parquet",
+        root / f"{place}.parquet",
         verdict=COMPLETE if held == len(rows) else PARTIAL if held else FAILED,
         evidence="list+counts",
         run=name,
