@@ -333,7 +333,7 @@ class GetScu:
                 on_remark(text)
         if not as_frame:
             return rows
-        frame = frame_of_rows(rows)
+        frame = frame_of_rows(rows, level, keywords)
         frame.attrs["cut"] = rows.cut
         return frame
 

@@ -221,20 +221,33 @@ class _Distinct:
                     self._finder.cannot_read(error)
 
 
-def frame_of_rows(rows: Sequence[Dataset]) -> DataFrame:
-    """One text column per keyword."""
+def frame_of_rows(rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
+    """One text column per keyword; of no rows those that were asked for."""
     import pandas as pd
 
     return pd.DataFrame(
-        [
+        columns=None if rows else list(dict.fromkeys((*_RETURNED[level], *return_keys))),
+        data=[
             {
                 element.keyword: peer_text(element.value, 1024) if element.VR == "UN" else _text(element.value)
                 for element in row
                 if element.keyword
             }
             for row in rows
-        ]
+        ],
     )
+
+
+def dates_of(frame: DataFrame) -> DataFrame:
+    """A frame of rows as one of texts and dates: its columns of dates as such, one that is malformed as null."""
+    import pandas as pd
+
+    made = frame.astype("string")
+    for name in frame.columns:
+        if find_attribute(str(name)).vr == "DA":
+            made[name] = pd.to_datetime(made[name], format="%Y%m%d", errors="coerce").astype("datetime64[s]")
+    made.attrs.update(frame.attrs)
+    return made
 
 
 def _text(value: object) -> str:

@@ -21,6 +21,8 @@ from airflow_dicom_get.hooks._node_config import CONN_NAME, CONN_TYPE, NodeConfi
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pandas import DataFrame
+
     from airflow_dicom_get.config.node import Node
     from airflow_dicom_get.config.options import GetOptions
     from airflow_dicom_get.getscu import GetScu
@@ -142,12 +144,26 @@ class DicomHook(BaseHook):
         return self.get_conn().echo()
 
     def find(self, query: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Send a C-FIND.
+        """Send a C-FIND, and return data sets of pydicom, which XCom does not take; see :meth:`find_df`.
 
         :param query: DICOM keywords and values
         :param kwargs: passed to :meth:`GetScu.find`, as ``level``
         """
         return self.get_conn().find(query, **{"query_model": self.query_model, **kwargs})
+
+    def find_df(self, query: Mapping[str, Any], *, level: str = "STUDY", **kwargs: Any) -> DataFrame:
+        """Send a C-FIND, and return a DataFrame of texts and dates, which a ``@task`` function may return.
+
+        What it returns goes to XCom, which every viewer of the DAG can read: drop the columns that name patients.
+
+        :param query: DICOM keywords and values
+        :param level: ``STUDY``, ``SERIES`` or ``IMAGE``
+        :param kwargs: passed to :meth:`GetScu.find`, as ``return_keys``
+        :return: one row an answer, one column a keyword: text, and dates as ``datetime64``, a malformed one null
+        """
+        from airflow_dicom_get.engine.find import dates_of
+
+        return dates_of(self.find(query, level=level, as_frame=True, **kwargs))
 
     def plan(self, query: Mapping[str, Any], **kwargs: Any) -> Plan:
         """List what a retrieval would fetch."""

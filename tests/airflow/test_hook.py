@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Any
 
+import pandas as pd
 import pytest
 from airflow.sdk.exceptions import AirflowNotFoundException
 
@@ -199,6 +200,43 @@ def test_the_verbs(pacs, archive, tmp_path):
     result = hook.get_study({"StudyInstanceUID": archive.private}, str(tmp_path), tags=["Modality"])
     assert (result.verdict, result.completed) == ("complete", 12)
     assert set(result.manifest["Modality"]) == {"CT", "OT", "SR"}
+
+
+def test_the_answers_of_a_find_as_a_frame_that_a_task_returns(run_dag, pacs, archive, monkeypatch):
+    from airflow.sdk import DAG, task
+
+    keys = ["PatientBirthDate"]
+    real = pacs.archive.find
+
+    def find(level, asked, unsupported):
+        """One of the two has a date that is none."""
+        rows = real(level, asked, unsupported)
+        return [*rows[:-1], *({**row, 0x00100030: "in May"} for row in rows[-1:])]
+
+    with DAG("frames") as dag:
+
+        @task
+        def found(query):
+            return DicomHook("pacs").find_df(query, return_keys=keys)
+
+        @task
+        def series():
+            return DicomHook("pacs").find_df({"StudyInstanceUID": archive.many}, level="SERIES")
+
+        found.override(task_id="some")({"StudyDate": "20240101/20240131"})
+        found.override(task_id="none")({"StudyDate": "19991231"})
+        series()
+    monkeypatch.setattr(pacs.archive, "find", find)
+    run = run_dag(dag)
+    assert run.state == "success"
+    some, none = run.xcom("some"), run.xcom("none")
+    assert sorted(some["StudyInstanceUID"]) == sorted([archive.private, archive.many])
+    assert set(some["StudyDate"]) == {pd.Timestamp("2024-01-15")}
+    assert some["PatientBirthDate"].isna().sum() == 1
+    assert str(some["AccessionNumber"].dtype).startswith("string")
+    assert len(none) == 0
+    assert {"StudyInstanceUID", "StudyDate", "PatientBirthDate"} <= set(none.columns)
+    assert len(run.xcom("series")) == 3
 
 
 def test_two_lines_in_a_task(run_dag, pacs, archive, tmp_path):
