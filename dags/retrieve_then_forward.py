@@ -93,14 +93,15 @@ with DAG(
     # grown since then fails here, and is fixed by clearing its `get`.
     check = DicomVerifyOperator.partial(task_id="check", dicom_conn_id="dicom_default").expand(manifest=get.output)
 
-    # What the approver sees: numbers, without patient data.
+    # What the approver sees: the UID of each study, by which a viewer finds it, and numbers; no patient data.
     @task(pool="default_pool")
     def describe(summaries) -> str:
         summaries = list(summaries)
         instances = sum(summary["completed"] for summary in summaries)
         lines = [f"Studies: {len(summaries)}. Instances: {instances}.", ""]
         lines += [
-            f"* instances: {summary['completed']}, series: {summary['series']}, as of {summary['plan_at']}"
+            f"* {', '.join(summary['study_instance_uids'])}: instances: {summary['completed']}, "
+            f"series: {summary['series']}, as of {summary['plan_at']}"
             for summary in summaries
         ]
         return "\n".join(lines)

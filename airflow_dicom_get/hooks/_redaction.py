@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.manifest.frames import REFERENCE_KIND
 from airflow_dicom_get.vocabulary import noun
 
@@ -83,7 +84,15 @@ def label_of(study: Any, query: Any, manifest: Any) -> str:
         if not isinstance(shown, Mapping):
             return "query"
         return " ".join(f"{key}={value}" for key, value in shown.items() if key != "QueryRetrieveLevel")[:200]
-    return str(shown_manifest(manifest))[:200]
+    named = "study_instance_uid" in getattr(manifest, "columns", ())
+    study = study_in(manifest["study_instance_uid"].unique()) if named else None
+    return study or str(shown_manifest(manifest))[:200]
+
+
+def study_in(studies: Iterable[Any]) -> str | None:
+    """The UID of the study that rows of a manifest are of; None if they are of several, or of none."""
+    found = list(studies)
+    return str(found[0]) if len(found) == 1 and isinstance(found[0], str) and is_uid(found[0]) else None
 
 
 def _study_label(study: Any) -> str:

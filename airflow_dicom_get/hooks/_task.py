@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 from airflow.sdk import BaseOperator
 
 from airflow_dicom_get.config.checks import Check
+from airflow_dicom_get.hooks._redaction import study_in
 from airflow_dicom_get.hooks.dicom import DicomHook
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ class DicomTask(BaseOperator):
     def map_label(self) -> str:
         """A name for what this task works on, without patient data."""
         return ""
+
+    def label_by(self, context: Context, table: Any) -> None:
+        """Name the task by the study of a manifest that had to be read first, if it is of one; shown when it ends."""
+        study = study_in(table["study_instance_uid"].unique().to_pylist())
+        if study is not None:
+            cast(dict[str, Any], context)[LABEL_KEY] = study
 
     def _do_render_template_fields(
         self,

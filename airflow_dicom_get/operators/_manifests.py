@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,20 @@ from airflow_dicom_get.manifest.frames import (
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.vocabulary import HELD, NOT_HELD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    import pyarrow as pa
 
     from airflow_dicom_get.result import Result
 
 MODES = ("auto", "full", "reference")
 MOST_STUDIES = 50
 """UIDs of studies in a summary."""
+MOST_SERIES = 50
+"""Series in a summary."""
 
 
 def run_name_of(ti: Any) -> str:
@@ -100,22 +106,52 @@ class Manifest:
         return self._reference if self._frame is None else self._frame
 
     def counts(self) -> dict[str, Any]:
-        """How many studies and series, and where the manifest is, for the summary."""
-        from pyarrow import compute
-
+        """What the manifest is of, and where it is, for the summary."""
         found = self._reference or {}
-        studies = sorted(uid for uid in self._table["study_instance_uid"].unique().to_pylist() if uid)
         return {
-            "studies": compute.count_distinct(self._table["study_instance_uid"]).as_py(),
-            "series": compute.count_distinct(self._table["series_instance_uid"]).as_py(),
-            "manifest": {
-                "manifest_kind": "reference" if self._frame is None else "inline",
-                "manifest_uri": found.get("manifest_uri"),
-                "manifest_rows": self._table.num_rows,
-                "manifest_sha256": found.get("sha256"),
-                "study_instance_uids": studies[:MOST_STUDIES],
-            },
+            **counts_of(self._table),
+            "manifest_kind": "reference" if self._frame is None else "inline",
+            "manifest_uri": found.get("manifest_uri"),
+            "manifest_rows": self._table.num_rows,
+            "manifest_sha256": found.get("sha256"),
         }
+
+
+def counts_of(table: pa.Table) -> dict[str, Any]:
+    """What a manifest is of, as a summary has it: studies, series, and the reasons of what is not held.
+
+    Of the series those with something missing come first.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    def among(states: Iterable[str]) -> Any:
+        return compute.is_in(table["state"], value_set=pa.array(sorted(states)))
+
+    held, missing = among(HELD), among(NOT_HELD)
+    counted = table.select(["study_instance_uid", "series_instance_uid", "modality", "series_number"])
+    for name, column in (
+        ("held", held.cast(pa.int64())),
+        ("not_held", missing.cast(pa.int64())),
+        ("bytes", compute.if_else(held, compute.fill_null(table["bytes"], 0), 0)),
+    ):
+        counted = counted.append_column(name, column)
+    keys, first, added = counted.column_names[:2], counted.column_names[2:4], counted.column_names[4:]
+    grouped = counted.group_by(keys, use_threads=False).aggregate(
+        [*((name, "first") for name in first), *((name, "sum") for name in added)]
+    )
+    names = {**{f"{name}_first": name for name in first}, **{f"{name}_sum": name for name in added}}
+    rows = [{names.get(name, name): value for name, value in row.items()} for row in grouped.to_pylist()]
+    rows.sort(key=lambda row: (not row["not_held"], row[keys[0]] or "", row["series_number"] or 0, row[keys[1]] or ""))
+    studies = sorted({row[keys[0]] for row in rows if row[keys[0]]})
+    reasons = Counter(table.filter(missing)["reason"].to_pylist())
+    return {
+        "studies": len({row[keys[0]] for row in rows}),
+        "series": len(rows),
+        "study_instance_uids": studies[:MOST_STUDIES],
+        "reasons": {reason or "unknown": count for reason, count in reasons.most_common()},
+        "series_rows": rows[:MOST_SERIES],
+    }
 
 
 def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
@@ -22,11 +22,11 @@ def check_accept(accept: Any) -> tuple[str, ...]:
     return words
 
 
-def summary(result: Result, *, studies: int, series: int, manifest: dict[str, Any], try_number: int) -> dict[str, Any]:
+def summary(result: Result, *, kind: str, manifest: Mapping[str, Any], try_number: int) -> dict[str, Any]:
     """The readable value beside the manifest, which XCom shows in hexadecimal.
 
-    :param studies: how many of the manifest, as ``series``
-    :param manifest: the ``manifest_…`` keys
+    :param kind: ``get``, ``store`` or ``verify``
+    :param manifest: what it is of, and where it is
     """
     from airflow_dicom_get.engine.report import MOST_ERRORS
 
@@ -35,10 +35,9 @@ def summary(result: Result, *, studies: int, series: int, manifest: dict[str, An
     del values["manifest"]
     return {
         "schema": 1,
+        "kind": kind,
         **values,
         "errors": values["errors"][:MOST_ERRORS],
-        "studies": studies,
-        "series": series,
         "source": source,
         **manifest,
         "try_number": try_number,

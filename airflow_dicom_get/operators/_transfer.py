@@ -282,7 +282,8 @@ class TransferOperator(DicomTask):
     def _end(self, context: Context, result: Result, manifest: Manifest, progress: Progress) -> Any:
         """Leave summary and manifest in XCom, whatever the verdict; then succeed, raise or defer."""
         ti = context["ti"]
-        self._push(ti, "summary", summary(result, **manifest.counts(), try_number=ti.try_number), result)
+        told = summary(result, kind=self.phase, manifest=manifest.counts(), try_number=ti.try_number)
+        self._push(ti, "summary", told, result)
         value = manifest.value
         if manifest.remark is not None and manifest.problem is None:
             # The last line: a task that takes the reference for a frame counts its keys, and is green.

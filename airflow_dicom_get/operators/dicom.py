@@ -39,8 +39,10 @@ from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
 from airflow_dicom_get.manifest.frames import bytes_in_xcom, reference
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._manifests import (
     connection_of,
+    counts_of,
     load_given,
     part_name,
     place_of_objects,
@@ -354,6 +356,8 @@ class DicomGetOperator(TransferOperator):
             self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id
         )
         calls = self._calls()
+        if "manifest" in calls[0]:
+            self.label_by(context, calls[0]["manifest"])
         hook = self.hook
         model = self.query_model or hook.query_model
         for call in calls:
@@ -493,9 +497,9 @@ class DicomStoreOperator(TransferOperator):
         return shown_manifest(value) if name == "manifest" else value
 
     def map_label(self) -> str:
-        """Name what is stored, without patient data."""
+        """Name what is stored, without patient data: the study's UID."""
         manifest = self.given("manifest")
-        return str(self.source if manifest is None else shown_manifest(manifest))[:200]
+        return str(self.source)[:200] if manifest is None else label_of(None, None, manifest)
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Look up the connections, and load the manifest."""
@@ -504,6 +508,7 @@ class DicomStoreOperator(TransferOperator):
         given: dict[str, Any]
         if kind == "manifest":
             listed = load_given(value, self.s3_conn_id)
+            self.label_by(context, listed.table)
             objects = place_of_objects(listed, self.s3_conn_id or connection_of(value))
             given = {"manifest": listed}
         else:
@@ -691,6 +696,8 @@ class DicomVerifyOperator(DicomTask):
             )
         studies = study_uids(study) if study is not None else []
         listed = load_given(manifest, self.s3_conn_id) if manifest is not None else None
+        if listed is not None and study is None:
+            self.label_by(context, listed.table)
         place = (
             resolve_destination(self.destination, "destination", self.s3_conn_id)
             if self.destination is not None
@@ -734,9 +741,9 @@ class DicomVerifyOperator(DicomTask):
         return {
             **summary(
                 result,
-                studies=len({row.study for row in found.rows}),
-                series=len({(row.study, row.series) for row in found.rows}),
+                kind="verify",
                 manifest={
+                    **counts_of(manifest_table(found.rows, source="", destination="")),
                     "manifest_kind": "reference",
                     "manifest_uri": kept.get("manifest_uri"),
                     "manifest_rows": len(found.rows),

@@ -63,11 +63,19 @@ def test_an_approved_day_is_at_the_other_pacs(run_dag, load_dag, archive, moto, 
     run = run_dag(load_dag("retrieve_then_forward"), run_conf={"bucket": f"{BUCKET}/{prefix}"})
     assert run.state == "success"
     assert seen["associations"] == 0
-    assert str(seen["body"]).startswith("Studies: 2. Instances: 72.")
+    body = str(seen["body"])
+    assert body.startswith("Studies: 2. Instances: 72.")
+    for uid, instances in ((archive.private, 12), (archive.many, 60)):
+        assert f"* {uid}: instances: {instances}, series: 3, as of " in body
     assert len([key for key in moto.objects(prefix) if key.endswith(".dcm")]) == 72
     assert sorted(run.xcom("store", "summary", index)["completed"] for index in range(2)) == [12, 60]
     assert sorted(run.xcom("confirm", "summary", index)["symbols"]["="] for index in range(2)) == [12, 60]
     assert held(tmp_path / "archive") == 72
+    for name in ("check", "store", "confirm"):  # their manifests are references, read as they begin
+        labels = {run.task(name, index).rendered_map_index for index in range(2)}
+        assert labels == {archive.private, archive.many}, name
+        (of_series,) = {len(run.xcom(name, "summary", index)["series_rows"]) for index in range(2)}
+        assert of_series == 3
     assert not any(word in run.log for word in patient)
 
 

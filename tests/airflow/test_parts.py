@@ -19,10 +19,13 @@ from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_q
 from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.hooks.configuration import is_allowed
 from airflow_dicom_get.manifest.files import task_run_name
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.operators._manifests import counts_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
-from airflow_dicom_get.records import Completed, SubOperation
+from airflow_dicom_get.records import Completed, Instance, SubOperation
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.vocabulary import State
 
 LOG = logging.getLogger("test")
 
@@ -75,6 +78,9 @@ def test_manifests_are_shown_by_their_size():
         (None, {"QueryRetrieveLevel": "STUDY", "PatientID": "4711", "StudyDate": "20240115"}, None,
          "PatientID=*** StudyDate=20240115"),
         (None, None, pd.DataFrame({"a": [1]}), "manifest of 1 row"),
+        (None, None, pd.DataFrame({"study_instance_uid": ["1.2", "1.2"]}), "1.2"),
+        (None, None, pd.DataFrame({"study_instance_uid": ["1.2", "1.3"]}), "manifest of 2 rows"),
+        (None, None, pd.DataFrame({"study_instance_uid": ["DOE^JANE"]}), "manifest of 1 row"),
     ],
 )  # fmt: skip
 def test_labels_name_studies_and_nothing_of_the_patient(study, query, manifest, expected):
@@ -242,9 +248,14 @@ def test_the_summary_is_json_with_the_keys_of_its_schema():
 
     value = summary(
         Result("complete", node="A@h:1", plan_at=datetime(2026, 1, 1, tzinfo=UTC)),
-        studies=1,
-        series=2,
-        manifest={"manifest_kind": "inline", "manifest_uri": "file:///m", "manifest_rows": 3, "manifest_sha256": "0"},
+        kind="get",
+        manifest={
+            **counts_of(manifest_table([], source="", destination="")),
+            "manifest_kind": "inline",
+            "manifest_uri": "file:///m",
+            "manifest_rows": 3,
+            "manifest_sha256": "0",
+        },
         try_number=1,
     )
     assert json.loads(json.dumps(value)) == value
@@ -252,8 +263,38 @@ def test_the_summary_is_json_with_the_keys_of_its_schema():
         "schema", "verdict", "reason", "expected", "total", "completed", "skipped", "warning", "failed", "withdrawn",
         "unexpected", "conflicts", "bytes", "duration_seconds", "bytes_per_second", "associations", "rounds",
         "plan_at", "evidence", "resume_at", "errors", "studies", "series", "source", "destination", "manifest_kind",
-        "manifest_uri", "manifest_rows", "manifest_sha256", "try_number",
+        "manifest_uri", "manifest_rows", "manifest_sha256", "try_number", "kind", "study_instance_uids", "reasons",
+        "series_rows",
     }  # fmt: skip
+
+
+def test_the_summary_counts_series_and_reasons():
+    def row(study: str, series: str, number: int, state: State, **more: Any) -> Instance:
+        made = Instance(study, series, f"{series}.{number}")
+        for name, value in {"state": state, "series_number": 7, "modality": "CT", "bytes": 10, **more}.items():
+            setattr(made, name, value)
+        return made
+
+    rows = [
+        row("1.2", "1.2.1", 1, "stored"),
+        row("1.2", "1.2.1", 2, "held", bytes=None),
+        row("1.2", "1.2.1", 3, "unexpected"),
+        row("1.3", "1.3.1", 1, "missing", reason="not_sent", bytes=None),
+        row("1.3", "1.3.1", 2, "conflict", reason="other_bytes", modality=None),
+        row("1.3", "1.3.1", 3, "missing", reason="not_sent", bytes=None),
+        *(row("1.4", f"1.4.{n}", 1, "stored") for n in range(60)),
+    ]
+    found = counts_of(manifest_table(rows, source="", destination=""))
+    assert (found["studies"], found["series"]) == (3, 62)
+    assert found["study_instance_uids"] == ["1.2", "1.3", "1.4"]
+    assert found["reasons"] == {"not_sent": 2, "other_bytes": 1}
+    assert len(found["series_rows"]) == 50
+    assert found["series_rows"][:2] == [
+        {"study_instance_uid": "1.3", "series_instance_uid": "1.3.1", "modality": "CT", "series_number": 7,
+         "held": 0, "not_held": 3, "bytes": 0},
+        {"study_instance_uid": "1.2", "series_instance_uid": "1.2.1", "modality": "CT", "series_number": 7,
+         "held": 2, "not_held": 0, "bytes": 10},
+    ]  # fmt: skip
 
 
 # --- progress --------------------------------------------------------------------------------------
