@@ -13,7 +13,6 @@ from airflow_dicom_get.config.checks import shown, shown_path
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import S3, tables_below
 from airflow_dicom_get.manifest.frames import (
-    REFERENCE_KIND,
     began,
     frame_of,
     load_manifest,
@@ -22,6 +21,7 @@ from airflow_dicom_get.manifest.frames import (
 )
 from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
 from airflow_dicom_get.notebook.rest import RestApi
+from airflow_dicom_get.notebook.stored import load_reference, stored_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,7 +189,8 @@ def load_manifests(
     ca_file : str, optional
         File with the certificate authorities to trust; the system's by default.
     **s3
-        How to reach the bucket, if a task returned a reference to a manifest there.
+        How to reach the bucket, if a task returned a reference to a manifest there, or its XCom lies in one; the usual
+        AWS places by default, whatever connection of Airflow the address names.
 
     Returns
     -------
@@ -208,10 +209,10 @@ def load_manifests(
     run = api.latest_run(dag_id) if run_id is None else run_id
     frames = []
     for entry in api.entries(dag_id, run, task_id, "return_value"):
-        frame = _frame(api.value(dag_id, run, entry), s3 or None)
+        task, index = entry["task_id"], entry["map_index"]
+        frame = _frame(stored_value(api.value(dag_id, run, entry), dag_id, task, s3 or None), s3 or None)
         if frame is None:
             continue
-        task, index = entry["task_id"], entry["map_index"]
         returned = pd.Timestamp(entry["timestamp"]).tz_convert("UTC")
         frames.append(frame.assign(run=f"{run}/{task}/{index}", run_at=returned, task_id=task, map_index=index))
     if not frames:
@@ -231,8 +232,8 @@ def load_manifests(
 
 def _frame(value: Any, s3_config: S3) -> DataFrame | None:
     """A manifest out of what a task returned; None if it is something else."""
-    if isinstance(value, Mapping) and value.get("kind") == REFERENCE_KIND:
-        return load_manifest(value, s3_config)
-    table = table_in_xcom(value)
+    table = load_reference(value, s3_config)
+    if table is None:
+        table = table_in_xcom(value)
     # A verification returns a frame too, of another shape.
     return None if table is None or not set(COLUMNS) <= set(table.column_names) else frame_of(table)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import socket
 import sys
 import threading
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from airflow.sdk import DAG
+from airflow.sdk import DAG, task
 
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.notebook import latest, load_manifests, overview, read_manifest
 from airflow_dicom_get.operators.dicom import DicomGetOperator
+from airflow_dicom_get.storage.bucket import Bucket
+from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
 from notebooks import execute
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,6 +103,80 @@ def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path, monkeypat
     for options in ({"base_url": "file:///etc"}, {"base_url": "ftp://h"}, {"token": "a\nb"}, {"token": ""}):
         with pytest.raises(InvalidOption):
             load_manifests("notebook", **{**airflow, **options})
+
+
+def test_references_into_buckets_are_followed_by_the_users_own_settings(
+    airflow, run_dag, pacs, archive, bucket, prefix, monkeypatch
+):
+    """The address names a connection, which no notebook knows."""
+    with DAG("notebook_bucket") as dag:
+        DicomGetOperator(
+            task_id="get",
+            dicom_conn_id="pacs",
+            study=archive.private,
+            destination=f"s3://store@{BUCKET}/{prefix}",
+            manifest_xcom="reference",
+        )
+    assert run_dag(dag).state == "success"
+    monkeypatch.delenv("AIRFLOW_CONN_STORE")
+    keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
+    assert len(load_manifests("notebook_bucket", **airflow, endpoint=bucket.endpoint, **keys)) == 12
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+    # No credentials anywhere, and none of the machine's own.
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ManifestError, match="no credentials were found") as caught:
+        load_manifests("notebook_bucket", **airflow)
+    assert "read with your own AWS settings" in str(caught.value)
+    assert "AWS_ENDPOINT_URL" in str(caught.value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    assert len(load_manifests("notebook_bucket", **airflow)) == 12
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_what_the_object_storage_backend_moved_is_followed(
+    airflow, run_dag, pacs, archive, bucket, prefix, tmp_path, monkeypatch, where, packed
+):
+    """As ``XComObjectStorageBackend`` of the provider ``common.io`` leaves it: XCom has but an address."""
+    dag_id = f"moved_{where}{packed.replace('.', '_')}"
+    with DAG(dag_id) as dag:
+        DicomGetOperator(task_id="get", dicom_conn_id="pacs", study=archive.private, destination=str(tmp_path / "to"))
+
+        @task
+        def text():
+            return "s3://elsewhere/no/get/file.json"
+
+        text()
+    run = run_dag(dag)
+    content = json.dumps(run.raw_xcom("get")).encode()
+    content = gzip.compress(content) if packed else content
+    name = f"{dag_id}/{run.run_id}/get/{uuid4()}.json{packed}"
+    if where == "folder":
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+        address = f"file://{tmp_path}/{name}"
+    else:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        Bucket(BUCKET, None).put(f"{prefix}/{name}", content)
+        address = f"s3://aws_default@{BUCKET}/{prefix}/{name}"
+    run.move_xcom("get", address)
+    frame = load_manifests(dag_id, **airflow)
+    assert (len(frame), set(frame["verdict"]), set(frame["task_id"])) == (12, {"complete"}, {"get"})
+    for bad, what in (
+        (address.replace("file://", "gs://").replace("s3://", "gs://"), "cannot be read here"),
+        (address.removesuffix(packed) + ".lz4", "cannot be read here"),
+        (address.replace(f"get/{name.rpartition('/')[2]}", f"get/none.json{packed}"), "cannot be read"),
+    ):
+        run.move_xcom("get", bad)
+        with pytest.raises(ManifestError, match=what):
+            load_manifests(dag_id, **airflow)
 
 
 def test_an_overview_of_any_manifest(run_dag, pacs, archive, first_uid, tmp_path):

@@ -9,6 +9,7 @@ from datetime import datetime
 
 import pytest
 
+from airflow_dicom_get.notebook import load_manifests
 from tests.support.live_airflow import LiveAirflow
 
 pytestmark = pytest.mark.timeout(600)
@@ -80,6 +81,8 @@ def test_a_manifest(backend, objects, tmp_path, record, rows, mode, kind):
         assert (loaded["rows"], loaded["uids"], loaded["kind"]) == (rows, rows, kind)
         task = run.task("get")
         push = datetime.fromisoformat(task["end_date"]).timestamp() - run.xcom("get", "returned_at")
+        notebook = load_manifests("live_manifest", run_id=run.run_id, base_url=backend.address, token=backend.token())
+        assert len(notebook) == rows
         figures |= {"push": round(push, 2), "pull": loaded["pull"], "load": loaded["load"]}
     if kind == "frame":
         moved = backend.kind == "object storage"
@@ -92,4 +95,5 @@ def test_a_manifest(backend, objects, tmp_path, record, rows, mode, kind):
         assert len(value) < 1_000
     page = backend.answer("GET", f"/dicom-get{run.path.replace('dagRuns', 'runs')}/tasks/get/-1")
     assert page.status_code == 200
+    assert "cannot be shown here" not in page.text
     record(**figures, page=round(page.elapsed.total_seconds(), 2))

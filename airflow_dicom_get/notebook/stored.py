@@ -1,0 +1,93 @@
+"""What XCom holds in place of a value that lies elsewhere: followed with what the user of a notebook has."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from airflow_dicom_get.config.checks import shown_path
+from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination
+from airflow_dicom_get.errors import ManifestError, S3Error
+from airflow_dicom_get.manifest.files import S3, content_of, place_of
+from airflow_dicom_get.manifest.frames import REFERENCE_KIND, load_table
+
+__all__ = ["load_reference", "stored_value"]
+
+_ADDRESS = re.compile(r"(?P<scheme>file|s3|gs|abfss?|adl|wasbs?)://.+\.json(?P<packed>\.[a-z0-9]+)?")
+"""Where the XCom backend of the provider ``common.io`` puts a value, if it is large."""
+_UNPACK: Mapping[str | None, Callable[[bytes], bytes]] = {
+    None: bytes,
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+_OWN = (
+    "It is read with your own AWS settings, since connections of Airflow are not known here: set AWS_ENDPOINT_URL, "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give endpoint=, access_key= and secret_key=."
+)
+
+
+def stored_value(value: Any, dag_id: str, task_id: str, s3_config: S3) -> Any:
+    """The value of an XCom: itself, or what lies in the object store to which the backend of XCom moved it.
+
+    An address that does not name DAG and task is a text that some task returned.
+
+    Raises
+    ------
+    ManifestError
+        What lies there cannot be read from here.
+    """
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not {dag_id, task_id} <= set(value.split("/")):
+        return value
+    unpack = _UNPACK.get(match["packed"])
+    if match["scheme"] not in ("file", "s3") or unpack is None:
+        raise ManifestError(
+            f"The task {task_id} returned what lies at {shown_path(value)}, which cannot be read here.",
+            hint="Read the file of its manifest: the XCom summary has its manifest_uri, read_manifests() takes it.",
+            uri=value,
+        )
+    try:
+        return json.loads(unpack(_content(place_of(value), s3_config)))
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(
+            f"What the task {task_id} returned lies at {shown_path(value)}, and is no JSON.",
+            hint="Read the file of its manifest: the XCom summary has its manifest_uri.",
+            uri=value,
+        ) from None
+
+
+def load_reference(value: Any, s3_config: S3) -> Any:
+    """The table that a reference to a manifest names; None if it is no reference. Raises :class:`ManifestError`."""
+    if not isinstance(value, Mapping) or value.get("kind") != REFERENCE_KIND:
+        return None
+    place = place_of(value.get("manifest_uri"))
+    if isinstance(place, S3Destination):
+        value = {**value, "manifest_uri": place.uri}
+    with _own_settings(place, s3_config):
+        return load_table(value, s3_config)
+
+
+def _content(place: FilesystemDestination | S3Destination, s3_config: S3) -> bytes:
+    with _own_settings(place, s3_config):
+        return content_of(replace(place, conn_id=None) if isinstance(place, S3Destination) else place, s3_config)
+
+
+@contextmanager
+def _own_settings(place: FilesystemDestination | S3Destination, s3_config: S3) -> Iterator[None]:
+    """Say whose settings a bucket was read with, where that fails."""
+    try:
+        yield
+    except ManifestError as error:
+        if isinstance(place, S3Destination) and s3_config is None and isinstance(error.__cause__, S3Error):
+            raise ManifestError(error.message, hint=f"{error.hint} {_OWN}", **error.facts) from error.__cause__
+        raise
