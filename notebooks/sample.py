@@ -1,4 +1,4 @@
-"""What the notebooks show where you name nothing of your own: a PACS to retrieve from, and the manifests of a month.
+"""What the notebooks show where you name nothing of your own: the Airflow of `make ui`, a PACS, a month of manifests.
 
 The PACS is the embedded one of this package, and what it holds is made up: a CT of an ellipsoid with a sphere in it,
 sliced along a tilted axis. The month is made up too, by a model of two PACS and 30 nights, and written by the very code
@@ -8,12 +8,15 @@ that writes the manifest of a retrieval. Nothing here is of a patient; all of it
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pandas as pd
@@ -36,6 +39,23 @@ def folder() -> Path:
     made = tempfile.TemporaryDirectory(prefix="dicom-get-notebook-")
     _KEPT.append(made)
     return Path(made.name)
+
+
+# --- an Airflow ------------------------------------------------------------------------------------
+
+
+def airflow() -> dict[str, str] | None:
+    """Address and token of the Airflow that `make ui` runs; None where it does not."""
+    home = Path(os.environ.get("DICOM_DEMO_FOLDER") or Path(__file__).parent.parent / ".demo") / "airflow"
+    try:
+        address = (home / "address").read_text("utf-8").strip()
+        password = json.loads((home / "secrets.json").read_text("utf-8"))["password"]
+        body = json.dumps({"username": "admin", "password": password}).encode()
+        asked = Request(f"{address}/auth/token", body, {"Content-Type": "application/json"})
+        with urlopen(asked, timeout=10) as answer:
+            return {"base_url": address, "token": json.load(answer)["access_token"]}
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 # --- a PACS ----------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def execute(path: Path, *, cwd: Path | None = None, then: str | None = None) -> 
         # Over sockets of the file system: a kernel warns of TCP, which other users of the machine could listen on.
         over = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
         client = NotebookClient(notebook, timeout=120, record_timing=False, resources=resources, config=over)
-        client.execute(env={**os.environ, "TMPDIR": scratch})
+        # No Airflow that happens to run here, unless the caller names its folder.
+        client.execute(env={"DICOM_DEMO_FOLDER": scratch, **os.environ, "TMPDIR": scratch})
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {}

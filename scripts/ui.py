@@ -92,10 +92,15 @@ def run(console: Console, port: int) -> None:
                 raise home.DemoError(f"Airflow is not ready after {PATIENCE} s; see {home.shown(home.LOGS)}/")
             time.sleep(0.5)
         console.print(f"          ready after {time.monotonic() - began:.0f} s")
+        # For the first notebook, which asks this Airflow.
+        place = home.AIRFLOW_HOME / "address"
+        place.write_text(address, encoding="utf-8")
+        stack.callback(lambda: place.unlink(missing_ok=True))
         console.print()
         console.print(f"Open      {address}")
         console.print(f"User      admin    password {home.password()}", markup=False)
         console.print(f"Try       the DAG {home.DAG_ID}; Browse > DICOM retrievals; Admin > Connections > {CONNECTION}")
+        console.print("Notebook  notebooks/01_first_look.ipynb shows the latest run of that DAG")
         console.print("Ctrl-C stops everything.")
         while True:
             fail_if_ended(processes)

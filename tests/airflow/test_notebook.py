@@ -32,9 +32,9 @@ def airflow(tmp_path_factory):
     import uvicorn
 
     passwords = tmp_path_factory.mktemp("auth") / "passwords.json"
-    passwords.write_text(json.dumps({"viewer": "secret"}))
+    passwords.write_text(json.dumps({"viewer": "secret", "admin": "of-the-demo"}))
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
-        patch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS", "viewer:viewer")
+        patch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS", "viewer:viewer,admin:admin")
         patch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE", str(passwords))
         patch.setenv("AIRFLOW__API_AUTH__JWT_SECRET", "for the tests alone, long enough for a key" * 2)
         from airflow.api_fastapi.app import create_app, purge_cached_app
@@ -92,6 +92,15 @@ def test_manifests_of_a_run(airflow, run_dag, pacs, archive, tmp_path, monkeypat
         ROOT / "notebooks" / "01_first_look.ipynb",
         then="assert len(manifests) == 84 and len(held) == 72 and set(manifests['task_id']) == {'get', 'referred'}",
     )
+    # As `make ui` leaves it: no variable to set but, here, the DAG.
+    home = tmp_path / "demo" / "airflow"
+    home.mkdir(parents=True)
+    (home / "address").write_text(airflow["base_url"])
+    (home / "secrets.json").write_text(json.dumps({"password": "of-the-demo"}))
+    monkeypatch.delenv("AIRFLOW_URL")
+    monkeypatch.delenv("AIRFLOW_TOKEN")
+    monkeypatch.setenv("DICOM_DEMO_FOLDER", str(home.parent))
+    execute(ROOT / "notebooks" / "01_first_look.ipynb", then="assert len(manifests) == 84 and airflow")
     for options, what in (
         ({"run_id": "none"}, "does not have that|returned no manifest"),
         ({"task_id": "none"}, "does not have that|returned no manifest"),
