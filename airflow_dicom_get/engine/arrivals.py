@@ -52,26 +52,31 @@ class Arrivals:
     text: str = ""
 
 
-def find_arrivals(
-    awaited: Awaited,
-    find: Find,
-    before: Mapping[str, Sequence[float]],
-    now: float,
-    *,
-    model: str,
-    timezone: tzinfo | str = "UTC",
-) -> Arrivals:
-    """Ask for all studies once, by as few queries as can be.
+@dataclass
+class Sighting:
+    """What a PACS listed at one moment."""
 
+    items: list[Item]
+    at: float
+    """Seconds since the epoch."""
+    doubt: str | None = None
+    """Why there may be more, as a reason of the vocabulary."""
+
+
+def list_studies(
+    queries: Sequence[Mapping[str, Any]], find: Find, at: float, *, model: str, timezone: tzinfo | str = "UTC"
+) -> Sighting:
+    """Ask for all studies once, by as few queries as can be; each with its number of instances.
+
+    :param queries: as :class:`Awaited` has them
     :param find: sends a C-FIND, as :class:`~airflow_dicom_get.engine.search.Search` takes it
-    :param before: the counts of the last time
-    :param now: seconds since the epoch
+    :param at: seconds since the epoch
     :param model: the information model
     :param timezone: of ``today``
     """
     found: list[Item] = []
     doubt = None
-    for query in awaited.queries:
+    for query in queries:
         keys = dict(query)
         level = keys.pop("QueryRetrieveLevel", "STUDY")
         search = Search(find, level=level, model=model, timezone=timezone)
@@ -81,9 +86,17 @@ def find_arrivals(
                 doubt = doubt or of_lists
             found.append(item)
         doubt = doubt or search.doubt
-    arrivals = _compare(awaited, found, before, now)
-    if doubt is not None:  # said, and no reason to wait: what is listed has settled all the same
-        arrivals.text += f" ({doubt}: {REASONS[doubt].text})"
+    return Sighting(found, at, doubt)
+
+
+def find_arrivals(awaited: Awaited, seen: Sighting, before: Mapping[str, Sequence[float]]) -> Arrivals:
+    """Compare what a PACS lists with what is waited for.
+
+    :param before: the counts of the last time
+    """
+    arrivals = _compare(awaited, seen.items, before, seen.at)
+    if seen.doubt is not None:  # said, and no reason to wait: what is listed has settled all the same
+        arrivals.text += f" ({seen.doubt}: {REASONS[seen.doubt].text})"
     return arrivals
 
 

@@ -11,7 +11,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
 from airflow_dicom_get.config.checks import Check, Choice, Flag, Integer, Parsed, invalid, shown
-from airflow_dicom_get.engine.arrivals import Awaited, Counts
+from airflow_dicom_get.engine.arrivals import Awaited, Counts, find_arrivals
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks._errors import final_errors, may_pass
@@ -19,7 +19,8 @@ from airflow_dicom_get.hooks._redaction import label_of, shown_query, shown_stud
 from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.triggers.dicom import DicomStudyTrigger, ask
+from airflow_dicom_get.triggers._looks import LONGEST, look
+from airflow_dicom_get.triggers.dicom import DicomStudyTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -126,12 +127,14 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         """Query once. A PACS that is down or busy is queried again later."""
         with final_errors():
             try:
-                found = ask(self.hook, self._awaited(), self._counts, on_scu=self._take)
+                awaited = self._awaited()
+                seen = look(self.hook, awaited.queries, LONGEST, self._take)
             except (DicomGetError, AirflowNotFoundException) as error:
                 if not may_pass(error) or self._killed:
                     raise
                 self.log.warning("The PACS could not be queried: %s", error)
                 return PokeReturnValue(False)
+        found = find_arrivals(awaited, seen, self._counts)
         self._counts = found.counts
         self.log.info("%s.", found.text)
         return PokeReturnValue(found.all_settled, found.items if found.all_settled else None)

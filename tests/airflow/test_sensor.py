@@ -19,7 +19,7 @@ from airflow_dicom_get.engine.arrivals import Awaited
 from airflow_dicom_get.operators.dicom import DicomGetOperator
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
-from airflow_dicom_get.triggers import dicom as trigger_module
+from airflow_dicom_get.triggers import _looks as looks_module
 from airflow_dicom_get.triggers.dicom import DicomStudyTrigger
 
 BOTH = pytest.mark.parametrize("deferrable", [False, True], ids=["worker", "triggerer"])
@@ -186,14 +186,14 @@ def test_a_connection_that_is_away_for_a_moment_is_asked_for_again_by_the_trigge
     trigger = make(pacs, archive, poke_interval=0.05)
     looks: list[None] = []
 
-    def ask(*args, **kwargs):
+    def look(*args):
         looks.append(None)
         if len(looks) == 3:
             monkeypatch.setenv("AIRFLOW_CONN_PACS", address)
-        return real(*args, **kwargs)
+        return real(*args)
 
-    real = trigger_module.ask
-    monkeypatch.setattr(trigger_module, "ask", ask)
+    real = looks_module.look
+    monkeypatch.setattr(looks_module, "look", look)
     event = asyncio.run(first_event(trigger))
     assert event["items"][0]["study_instance_uid"] == archive.many
     assert len(looks) == 3
@@ -222,65 +222,22 @@ def test_a_connection_that_is_away_for_a_moment_is_asked_for_again_by_the_sensor
     assert "`pacs` isn't defined" in run.log
 
 
-def test_the_loop_of_the_triggerer_is_never_held_up(pacs, archive, monkeypatch):
-    """A PACS that accepts and says nothing: other triggers run on, and the question is ended by its time-out."""
-    real = trigger_module.ask
-    silent = threading.Event()
-    ended = threading.Event()
-
-    class Scu:
-        def cancel(self, reason):
-            silent.set()
-
-    def ask(hook, awaited, before, *, on_scu):
-        if not ended.is_set():
-            on_scu(Scu())
-            silent.wait(20)
-            ended.set()
-            raise RuntimeError("cancelled")
-        return real(hook, awaited, before, on_scu=on_scu)
-
-    monkeypatch.setattr(trigger_module, "ask", ask)
-    monkeypatch.setattr(trigger_module, "ASK_SECONDS", 0.3)
-    monkeypatch.setattr(trigger_module, "GRACE_SECONDS", 0.2)
-    gaps = []
-
-    async def other():
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.01)
-            gaps.append(time.monotonic() - before)
-
-    async def both():
-        task = asyncio.create_task(other())
-        event = await first_event(make(pacs, archive, poke_interval=0.05))
-        task.cancel()
-        return event
-
-    event = asyncio.run(both())
-    assert event["items"]
-    assert silent.is_set()
-    assert len(gaps) > 20
-    assert max(gaps) < 0.5
-
-
 def test_an_error_that_is_none_of_ours_costs_one_query(pacs, archive, monkeypatch, caplog):
-    real = trigger_module.ask
+    real = looks_module.look
     errors = [RecursionError("HOSTILE^PATIENT"), OverflowError("HOSTILE^PATIENT")]
 
-    def ask(*args, **kwargs):
+    def look(*args):
         if errors:
             raise errors.pop()
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(trigger_module, "ask", ask)
+    monkeypatch.setattr(looks_module, "look", look)
     assert asyncio.run(first_event(make(pacs, archive)))["items"]
     assert not errors
     assert "HOSTILE" not in caplog.text
 
 
-@pytest.mark.parametrize("end", ["cleanup", "on_kill"])
-def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, end, monkeypatch):
+def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, monkeypatch):
     entered = threading.Event()
     cancelled = threading.Event()
 
@@ -288,19 +245,17 @@ def test_a_trigger_that_is_let_go_leaves_no_association(pacs, archive, end, monk
         def cancel(self, reason):
             cancelled.set()
 
-    def ask(hook, awaited, before, *, on_scu):
+    def look(hook, queries, seconds, on_scu):
         on_scu(Scu())
         entered.set()
         cancelled.wait(10)
         raise RuntimeError("cancelled")
 
-    monkeypatch.setattr(trigger_module, "ask", ask)
+    monkeypatch.setattr(looks_module, "look", look)
 
     async def run():
-        trigger = make(pacs, archive)
-        task = asyncio.create_task(first_event(trigger))
+        task = asyncio.create_task(first_event(make(pacs, archive)))
         await asyncio.to_thread(entered.wait, 5)
-        await getattr(trigger, end)()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from airflow_dicom_get.engine.arrivals import Arrivals, Awaited, find_arrivals
+from airflow_dicom_get.engine.arrivals import Arrivals, Awaited, find_arrivals, list_studies
 from airflow_dicom_get.engine.find import Found
 
 ONE, TWO = "1.2.3.1", "1.2.3.2"
@@ -42,7 +42,8 @@ class Pacs:
 
 
 def ask(pacs: Pacs, awaited: Awaited, before: Arrivals | None, now: float) -> Arrivals:
-    return find_arrivals(awaited, pacs.find, before.counts if before else {}, now, model="StudyRoot")
+    seen = list_studies(awaited.queries, pacs.find, now, model="StudyRoot")
+    return find_arrivals(awaited, seen, before.counts if before else {})
 
 
 def test_studies_settle_once_their_numbers_have_stayed_the_same() -> None:
