@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get.config.checks import Integer, Parsed, invalid, shown
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.items import Item, make_item
 from airflow_dicom_get.engine.search import Find, Search
@@ -118,14 +120,36 @@ def _counted(item: Item, find: Find) -> tuple[Item, str | None]:
     return counted, next((rows.doubt for rows in (*answers, *lists) if rows.doubt), None)
 
 
-def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[float]], now: float) -> Arrivals:
+def counts_of(seen: Sighting, before: Mapping[str, Sequence[float]]) -> Counts:
+    """The numbers of instances of what is listed, and since when they have been that.
+
+    :param before: those of the last time
+    """
     counts: Counts = {}
-    growing = few = 0
-    for item in found:
+    for item in seen.items:
         study, count = item["study_instance_uid"], float(item["expected_instances"])
         last = before.get(study)
-        since = last[1] if last is not None and last[0] == count else now
-        counts[study] = [count, since]
+        counts[study] = [count, last[1] if last is not None and last[0] == count else seen.at]
+    return counts
+
+
+def _span(option: str, value: Any) -> timedelta:
+    if not isinstance(value, timedelta) or value < timedelta(0):
+        raise invalid(option, f"{shown(value)} is not allowed", "Give a timedelta of at least 0.")
+    return value
+
+
+SPAN = Parsed(_span, "a timedelta")
+"""What ``settled_for`` may be: how long a number of instances has to stay the same."""
+LEAST_INSTANCES = Integer(1)
+"""What ``min_instances`` may be."""
+
+
+def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[float]], now: float) -> Arrivals:
+    counts = counts_of(Sighting(found, now), before)
+    growing = few = 0
+    for item in found:
+        count, since = counts[item["study_instance_uid"]]
         if count < awaited.min_instances:
             few += 1
         elif now - since < awaited.settled_seconds:

@@ -10,8 +10,8 @@ from airflow.sdk import BaseSensorOperator, PokeReturnValue
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
-from airflow_dicom_get.config.checks import Check, Choice, Flag, Integer, Parsed, invalid, shown
-from airflow_dicom_get.engine.arrivals import Awaited, Counts, find_arrivals
+from airflow_dicom_get.config.checks import Check, Choice, Flag, invalid
+from airflow_dicom_get.engine.arrivals import LEAST_INSTANCES, SPAN, Awaited, Counts, find_arrivals
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks._errors import final_errors, may_pass
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 
 SETTLED_FOR = timedelta(minutes=10)
-
-
-def _settled_for(option: str, value: Any) -> timedelta:
-    if not isinstance(value, timedelta) or value < timedelta(0):
-        raise invalid(option, f"{shown(value)} is not allowed", "Give a timedelta of at least 0.")
-    return value
 
 
 class DicomStudySensor(DicomTask, BaseSensorOperator):
@@ -56,8 +50,8 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     template_fields: Sequence[str] = ("study", "query", "dicom_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json", "query": "json"}
     checks: ClassVar[Mapping[str, Check]] = {
-        "settled_for": Parsed(_settled_for, "a timedelta"),
-        "min_instances": Integer(1),
+        "settled_for": SPAN,
+        "min_instances": LEAST_INSTANCES,
         "mode": Choice("poke", "reschedule"),
         "deferrable": Flag(),
     }

@@ -58,6 +58,7 @@ def home(tmp_path_factory, pacs, mailbox) -> Iterator[LiveAirflow]:
         "DICOM_DESTINATION": str(folder / "held"),
         "DICOM_REPORTS": str(folder / "reports"),
         "DICOM_SETTLED_MINUTES": "0.05",
+        "DICOM_LOOKBACK_DAYS": "20000",
     }
     with LiveAirflow(folder, dags=dags, environment=environment) as live:
         yield live
@@ -122,3 +123,14 @@ def test_a_new_study_is_waited_for_in_the_triggerer(home, archive):
     run.wait_task("arrived", ["deferred"])
     assert run.wait() == "success"
     assert sum(1 for _ in (home.home.FOLDER / "held").glob("[0-9]*/*/*.dcm")) == 60
+
+
+def test_new_studies_start_a_dag_by_themselves(home):
+    home.make_pool("pacs", 2)
+    unpause(home, "on_new_study_event")
+    path = "/dags/on_new_study_event/dagRuns"
+    (found,) = eventually("a run of on_new_study_event", lambda: home.call("GET", path)["dag_runs"])
+    run = Run(home, "on_new_study_event", found["dag_run_id"])
+    assert run.wait() == "success"
+    summary = run.summary("get", 0)
+    assert (summary["verdict"], summary["total"]) == ("complete", 60)
