@@ -27,6 +27,7 @@ def get_provider_info() -> dict:  # type: ignore[type-arg]
         "operators": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.operators.dicom"]}],
         "sensors": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.sensors.dicom"]}],
         "triggers": [{"integration-name": "DICOM", "python-modules": ["airflow_dicom_get.triggers.dicom"]}],
+        "extra-links": ["airflow_dicom_get.operators.links.DicomManifestLink"],
         "connection-types": [
             {
                 "connection-type": "dicom",

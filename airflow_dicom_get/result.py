@@ -221,6 +221,10 @@ class Result:
         """The fields as plain values, with ``manifest`` for ``manifest_uri``; absent values are None."""
         return {("manifest" if name == "manifest_uri" else name): _plain(getattr(self, name)) for name in _JSON_FIELDS}
 
+    def counts(self) -> dict[str, int]:
+        """The fields that are whole numbers and known."""
+        return {name: value for name, value in self.to_json().items() if type(value) is int}
+
     def _repr_html_(self) -> str:
         rows: list[tuple[str, object]] = [
             ("node", self.node),

@@ -119,13 +119,17 @@ def shell_options() -> str:
 # --- operators -------------------------------------------------------------------------------------
 
 
+FOR_USERS = ("Operator", "Sensor", "EventTrigger")
+"""What the names of classes end in that stand in DAGs."""
+
+
 def _classes() -> Iterator[tuple[ast.ClassDef, bool]]:
-    """The classes of operators and sensors with what they are made from, and whether their module is one for users."""
-    for pattern in ("hooks/_task.py", "operators/*.py", "sensors/*.py"):
+    """The classes of operators, sensors and triggers with what they are made from, and whether each is for users."""
+    for pattern in ("hooks/_task.py", "operators/*.py", "sensors/*.py", "triggers/*.py"):
         for path in sorted((ROOT / "airflow_dicom_get").glob(pattern)):
             for node in ast.parse(path.read_text("utf-8")).body:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    yield node, not path.name.startswith("_")
+                    yield node, not path.name.startswith("_") and node.name.endswith(FOR_USERS)
 
 
 def _lineage(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
@@ -150,12 +154,12 @@ def _described(node: ast.ClassDef) -> dict[str, str]:
 
 
 def operators() -> str:
-    """The parameters of every operator and sensor, read from their source: no Airflow is needed for it."""
+    """The parameters of what DAGs are made of, read from its source: no Airflow is needed for it."""
     classes = {node.name: node for node, _ in _classes()}
     written = {"DicomHook.default_conn_name": "'dicom_default'"}
     parts = []
     for node, public in _classes():
-        if not public or not node.name.endswith(("Operator", "Sensor")):
+        if not public:
             continue
         parameters: dict[str, str] = {}
         described: dict[str, str] = {}

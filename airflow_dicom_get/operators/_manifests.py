@@ -24,6 +24,7 @@ from airflow_dicom_get.manifest.frames import (
     reference,
 )
 from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
 from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import HELD, NOT_HELD
@@ -99,6 +100,21 @@ class Manifest:
             )
         else:
             self.remark = f"{what}: a reference to its file is returned, not a DataFrame. load_manifest() takes either."
+
+    def extra_of_event(self, result: Result) -> dict[str, Any]:
+        """What an asset event says of it: the reference, which ``load_manifest`` takes, with verdict and counts."""
+        return {
+            **(self._reference or {}),
+            "verdict": result.verdict,
+            "studies": len(self.studies),
+            "instances": self._table.num_rows,
+            "counts": result.counts(),
+        }
+
+    @property
+    def studies(self) -> list[StudyCounts]:
+        """What it says of each study."""
+        return counts_by_study(self._table)
 
     @property
     def value(self) -> Any:

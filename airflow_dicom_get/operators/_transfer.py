@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from airflow.sdk import Asset
+from airflow.sdk.definitions.asset import AssetRef
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import Check, Choice, Flag, Parsed, invalid, shown, shown_path
@@ -19,13 +21,16 @@ from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._errors import final_errors, said_first
 from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.operators._lineage import Moved, lineage_of
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
+from airflow_dicom_get.operators.links import DicomManifestLink
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
 OUTSIDE_WINDOW = ("defer", "fail", "ignore")
@@ -76,15 +81,21 @@ class Transfer:
     run: Callable[[Progress], list[Result]]
     name: str
     """Of the manifest, below its root."""
+    sources: Sequence[str]
+    """Where the instances come from: addresses of nodes (``dicom://…``), folders or buckets."""
+    destination: str
     conn_id: str | None = None
     """The connection by which manifests are read back."""
     scratch: TemporaryDirectory[str] | None = None
     """Holds ledger and manifest of a transfer that has no root: gone with the task."""
+    by_study: bool = True
+    """Whether the sources have the studies by their UIDs."""
 
 
 class TransferOperator(DicomTask):
     """Base of the operators that end with a verdict and a manifest."""
 
+    operator_extra_links = (DicomManifestLink(),)
     phase = "get"
     checks: ClassVar[Mapping[str, Check]] = {
         "associations": OPTIONS["associations"].check,
@@ -122,6 +133,7 @@ class TransferOperator(DicomTask):
         self.manifest_xcom = self.checked("manifest_xcom", manifest_xcom)
         self.outside_window = self.checked("outside_window", outside_window)
         self.engine_options = self.checked("engine_options", engine_options)
+        self._moved: Moved | None = None
 
     def execute(self, context: Context) -> Any:
         """Do the transfer, and return the manifest or a reference to it."""
@@ -131,6 +143,10 @@ class TransferOperator(DicomTask):
         """Resume when the window of the connection has opened."""
         self.log.info("The window of the node has opened; resuming.")
         return self._transfer(context)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """Source and destination as datasets, one for each study; called where OpenLineage's provider is installed."""
+        return lineage_of(self._moved)
 
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Check all that can be checked before any traffic.
@@ -172,6 +188,9 @@ class TransferOperator(DicomTask):
                 for one in results:
                     one.manifest_uri = None
             manifest = Manifest(results, transfer.name, mode=self.manifest_xcom, conn_id=transfer.conn_id)
+            self._moved = Moved(
+                transfer.sources, transfer.destination, manifest.studies, result, by_study=transfer.by_study
+            )
             if transfer.scratch is not None:
                 transfer.scratch.cleanup()
         progress.finish("done")
@@ -290,6 +309,7 @@ class TransferOperator(DicomTask):
             self.log.warning("%s", manifest.remark)
         waits = result.resume_at is not None and self.outside_window == "defer"
         if result.verdict in self.accept and not waits and manifest.problem is None:
+            self._tell_outlets(context, manifest, result)
             return value
         if self.do_xcom_push:
             self._push(ti, "return_value", value, result)
@@ -303,7 +323,14 @@ class TransferOperator(DicomTask):
         if result.resume_at is not None and result.verdict != CANCELLED:
             raise AirflowFailException(f"{result.summary()}. outside_window is 'fail'.")
         raise_for(result, self.accept)
+        self._tell_outlets(context, manifest, result)
         return value
+
+    def _tell_outlets(self, context: Context, manifest: Manifest, result: Result) -> None:
+        """Give the events of the task's assets the reference, the verdict and the counts."""
+        for outlet in self.outlets:
+            if isinstance(outlet, Asset | AssetRef):
+                context["outlet_events"][outlet].extra.update(manifest.extra_of_event(result))
 
     def _push(self, ti: Any, key: str, value: Any, result: Result) -> None:
         try:

@@ -51,6 +51,7 @@ from airflow_dicom_get.operators._manifests import (
 from airflow_dicom_get.operators._outcome import summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.operators._transfer import Transfer, TransferOperator, engine_options_of
+from airflow_dicom_get.operators.links import DicomManifestLink
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.vocabulary import CANCELLED, REASONS, UNVERIFIED, advice
 
@@ -379,8 +380,10 @@ class DicomGetOperator(TransferOperator):
             **(self.engine_options or {}),
             **more,
         ).options
-        make = partial(_client, options, ends)
-        return Transfer(partial(self._run, calls, model, name, make), name, destinations.manifest_conn_id, scratch)
+        run = partial(self._run, calls, model, name, partial(_client, options, ends))
+        return Transfer(
+            run, name, [_of_node(hook)], _where(destinations.destination), destinations.manifest_conn_id, scratch
+        )
 
     def _calls(self) -> list[dict[str, Any]]:
         """What to retrieve: query or manifest for one call of the engine each."""
@@ -509,11 +512,13 @@ class DicomStoreOperator(TransferOperator):
         if kind == "manifest":
             listed = load_given(value, self.s3_conn_id)
             self.label_by(context, listed.table)
+            sources = [_where(ResolvedDestination(place)) for place in listed.places]
             objects = place_of_objects(listed, self.s3_conn_id or connection_of(value))
             given = {"manifest": listed}
         else:
             place = objects = resolve_destination(value, "source", self.s3_conn_id)
             given = {"source": _address(place)}
+            sources = [_where(place)]
         root = resolve_root(self.manifest_root, s3_conn_id=self.s3_conn_id)
         buckets = [place for place in (objects, root) if place is not None and place.s3_config is not None]
         if len({place.conn_id for place in buckets}) > 1:
@@ -534,7 +539,15 @@ class DicomStoreOperator(TransferOperator):
         hours = hook.config.own
         scu = hook.get_store_scu(associations=self.associations, **options)
         run = partial(self._run, scu.options, given, name, hours, ends)
-        return Transfer(run, name, root.conn_id if root is not None else None, scratch)
+        return Transfer(
+            run,
+            name,
+            sources,
+            _of_node(hook),
+            root.conn_id if root is not None else None,
+            scratch,
+            by_study=kind == "manifest",
+        )
 
     # --- traffic -----------------------------------------------------------------------------------
 
@@ -592,6 +605,20 @@ def _until(closes: datetime | None, scu: StoreScu) -> Iterator[None]:
         timer.cancel()
 
 
+def _of_node(hook: DicomHook) -> str:
+    """The address of the node of a connection."""
+    return f"dicom://{hook.node}"
+
+
+def _where(place: ResolvedDestination) -> str:
+    """The address of a place, with a node in place of the connection that says which."""
+    if place.target is not None:
+        return f"dicom://{place.target.node}"
+    if isinstance(place.destination, ForwardDestination):
+        return str(place.destination)
+    return place.destination.uri
+
+
 def _address(place: ResolvedDestination) -> str:
     if isinstance(place.destination, ForwardDestination):
         raise invalid("source", "is a DICOM node", "Give an absolute path, or s3://CONN_ID@bucket/prefix.")
@@ -624,6 +651,7 @@ class DicomVerifyOperator(DicomTask):
     :param fail_on_difference: whether differences fail the task
     """
 
+    operator_extra_links = (DicomManifestLink(),)
     template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json"}
     checks: ClassVar[Mapping[str, Check]] = {"quick": Flag(), "fail_on_difference": Flag()}

@@ -118,6 +118,7 @@ class DicomStudyEventTrigger(BaseEventTrigger):
 
     def __init__(
         self,
+        *,
         query: Mapping[str, Any] | None = None,
         settled_for: timedelta = timedelta(minutes=10),
         min_instances: int = 1,

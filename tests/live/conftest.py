@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ from tests.support.postgres import Postgres
 HERE = Path(__file__).parent
 POSTGRESQL = os.environ.get("LIVE_DATABASE") == "postgresql"
 SLOTS = 2
+LINEAGE = "lineage.jsonl"
+"""In the folder of Airflow: what OpenLineage's own transport writes, where its provider is installed."""
 IMPATIENT = {
     # By default, what a lost host had in hand waits for five minutes.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
@@ -55,9 +58,17 @@ def airflow(tmp_path_factory) -> Iterator[LiveAirflow]:
         if POSTGRESQL:
             environment |= stack.enter_context(Postgres()).environment
         folder = tmp_path_factory.mktemp("live")
+        lineage = {"type": "file", "log_file_path": str(folder / LINEAGE), "append": True}
+        environment["AIRFLOW__OPENLINEAGE__TRANSPORT"] = json.dumps(lineage)
         live = stack.enter_context(LiveAirflow(folder, dags=HERE / "dags", environment=environment))
         live.make_pool("pacs", SLOTS)
         yield live
+
+
+@pytest.fixture
+def lineage(airflow) -> Path:
+    """The file of OpenLineage's events."""
+    return Path(airflow.home.FOLDER / LINEAGE)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class MadeUpOperator(TransferOperator):
                 )
             ]
 
-        return Transfer(run, name)
+        return Transfer(run, name, ["dicom://PACS@10.20.0.5:104"], "/data/dicom")
 
 
 with DAG(
