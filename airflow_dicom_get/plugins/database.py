@@ -1,7 +1,7 @@
 """What Airflow keeps of our tasks: task instances, their summaries in XCom, their progress.
 
 Read from the database, as the API server does itself: by its REST interface, a page of retrievals would cost a
-request for each. Everything that is internal to Airflow and could change is imported here or in ``web``.
+request for each. Everything that is internal to Airflow and could change is imported here, in ``tables`` or in ``web``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from uuid import UUID
 from airflow.models.dag import DagModel
 from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
-from airflow.models.xcom import XComModel
 from airflow.utils.session import create_session
 from sqlalchemy import Text, and_, cast, func, or_, select
 
 from airflow_dicom_get.plugins.outcomes import GET, KINDS, NEVER_RAN_STATES, Kind, kind_of, outcome_of
+from airflow_dicom_get.plugins.tables import LAYOUT, TASK
 
 MAX_RUNS = 50_000
 """The newest so many are looked at: what a list needs grows with them, in time and memory."""
@@ -36,9 +36,7 @@ _MAX_TEXT = 1000
 _MAX_ERRORS = 10
 _MAX_NUMBER = 1 << 63
 
-_TASK = TaskInstance.__table__.c
-_VALUE = XComModel.value
-_MOMENT = func.coalesce(_TASK.start_date, _TASK.queued_dttm, _TASK.scheduled_dttm, _TASK.updated_at)
+_MOMENT = func.coalesce(TASK.start_date, TASK.queued_dttm, TASK.scheduled_dttm, TASK.updated_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,7 @@ class Run:
 class Task:
     """One task instance with all that is shown of it."""
 
+    id: UUID
     dag_id: str
     run_id: str
     task_id: str
@@ -102,21 +101,15 @@ class Task:
         return (self.summary or {}).get("verdict")
 
 
-def _summaries() -> Any:
-    return and_(
-        XComModel.dag_id == _TASK.dag_id,
-        XComModel.run_id == _TASK.run_id,
-        XComModel.task_id == _TASK.task_id,
-        XComModel.map_index == _TASK.map_index,
-        XComModel.key == "summary",
-        _at_most(_VALUE, MAX_SUMMARY),
-        _without_halves(),
-    )
+def _summaries(chosen: Iterable[Any]) -> tuple[Any, Any]:
+    """The summaries of some task instances, and what joins them to those."""
+    left, same_task = LAYOUT.xcoms("summary", chosen)
+    return left, and_(same_task, _at_most(left.value, MAX_SUMMARY), _without_halves(left.value))
 
 
-def _without_halves() -> Any:
+def _without_halves(value: Any) -> Any:
     """Leave out what has half a surrogate pair: SQLite hands out what is no UTF-8, and the whole answer is lost."""
-    return cast(_VALUE, Text).not_like("%\\ud%", escape="/")
+    return cast(value, Text).not_like("%\\ud%", escape="/")
 
 
 def _at_most(value: Any, size: int) -> Any:
@@ -124,9 +117,9 @@ def _at_most(value: Any, size: int) -> Any:
     return func.length(cast(value, Text)) <= size
 
 
-def _text(name: str, size: int = 200) -> Any:
-    """A value of a summary, which may hold anything, as a short text."""
-    return func.substr(_VALUE[name].as_string(), 1, size)
+def _text(value: Any, name: str, size: int = 200) -> Any:
+    """A part of a summary, which may hold anything, as a short text."""
+    return func.substr(value[name].as_string(), 1, size)
 
 
 def _number(text: Any) -> float:
@@ -141,7 +134,7 @@ def _number(text: Any) -> float:
 def dags_with_runs(since: datetime, until: datetime) -> list[str]:
     """The DAGs that had tasks of ours in a span of time, whoever may see them."""
     with create_session(scoped=False) as session:
-        return sorted(session.scalars(select(_TASK.dag_id).where(*_runs_of(since, until)).distinct()))
+        return sorted(session.scalars(select(TASK.dag_id).where(*_runs_of(since, until)).distinct()))
 
 
 def teams_of(dag_ids: Collection[str]) -> dict[str, str | None]:
@@ -159,9 +152,10 @@ def dag_ids() -> list[str]:
 
 def _runs_of(since: datetime, until: datetime) -> tuple[Any, ...]:
     return (
-        _TASK.operator.in_(KINDS),
-        _TASK.state.is_not(None),
-        _TASK.state.not_in(NEVER_RAN_STATES),
+        *LAYOUT.current,
+        TASK.operator.in_(KINDS),
+        TASK.state.is_not(None),
+        TASK.state.not_in(NEVER_RAN_STATES),
         since <= _MOMENT,
         until > _MOMENT,
     )
@@ -171,19 +165,22 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
     """All tasks of ours of some DAGs in a span of time, newest first: killed and running ones too."""
     if not dag_ids:
         return []
+    chosen = (*_runs_of(since, until), TASK.dag_id.in_(dag_ids))
+    left, of_task = _summaries(chosen)
+    names = ("verdict", "source", "completed", "bytes", "duration_seconds", "destination")
     statement = (
         select(
-            _TASK.id,
-            _TASK.dag_id,
-            _TASK.operator,
-            _TASK.state,
+            TASK.id,
+            TASK.dag_id,
+            TASK.operator,
+            TASK.state,
             _MOMENT,
-            *map(_text, ("verdict", "source", "completed", "bytes", "duration_seconds", "destination")),
-            _text("study_instance_uids", _MAX_STUDIES),
+            *(_text(left.value, name) for name in names),
+            _text(left.value, "study_instance_uids", _MAX_STUDIES),
         )
         .select_from(TaskInstance.__table__)
-        .outerjoin(XComModel, _summaries())
-        .where(*_runs_of(since, until), _TASK.dag_id.in_(dag_ids))
+        .outerjoin(left, of_task)
+        .where(*chosen)
         .order_by(_MOMENT.desc())
         .limit(MAX_RUNS)
     )
@@ -219,30 +216,32 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
 
 
 def _tasks(*conditions: Any) -> Any:
+    chosen = (*LAYOUT.current, *conditions)
+    left, of_task = _summaries(chosen)
     return (
         select(
-            _TASK.id,
-            _TASK.dag_id,
-            _TASK.run_id,
-            _TASK.task_id,
-            _TASK.map_index,
-            _TASK.rendered_map_index,
-            _TASK.operator,
-            _TASK.state,
-            _TASK.try_number,
-            _TASK.max_tries,
-            _TASK.start_date,
-            _TASK.end_date,
-            _VALUE,
+            TASK.id,
+            TASK.dag_id,
+            TASK.run_id,
+            TASK.task_id,
+            LAYOUT.map_index,
+            TASK.rendered_map_index,
+            TASK.operator,
+            TASK.state,
+            TASK.try_number,
+            TASK.max_tries,
+            TASK.start_date,
+            TASK.end_date,
+            left.value,
         )
         .select_from(TaskInstance.__table__)
-        .outerjoin(XComModel, _summaries())
-        .where(*conditions)
+        .outerjoin(left, of_task)
+        .where(*chosen)
     )
 
 
 def _task(row: Any) -> Task:
-    return Task(*row[1:-1], _summary(row[-1]))  # type: ignore[call-arg]
+    return Task(*row[:-1], _summary(row[-1]))  # type: ignore[call-arg]
 
 
 def _summary(value: Any) -> dict[str, Any] | None:
@@ -279,15 +278,15 @@ def tasks(keys: Iterable[UUID]) -> list[Task]:
     """The task instances of some runs, in their order."""
     wanted = list(keys)
     with create_session(scoped=False) as session:
-        found = {row[0]: _task(row) for row in session.execute(_tasks(_TASK.id.in_(wanted)))}
+        found = {row[0]: _task(row) for row in session.execute(_tasks(TASK.id.in_(wanted)))}
     return [found[key] for key in wanted if key in found]
 
 
 def task(dag_id: str, run_id: str, task_id: str, map_index: int) -> Task | None:
-    """One task instance of any operator."""
-    place = {"dag_id": dag_id, "run_id": run_id, "task_id": task_id, "map_index": map_index}
+    """One task instance of any operator; of several at one place, as in a loop, the newest."""
+    place = (TASK.dag_id == dag_id, TASK.run_id == run_id, TASK.task_id == task_id, LAYOUT.map_index == map_index)
     with create_session(scoped=False) as session:
-        row = session.execute(_tasks(*(_TASK[name] == value for name, value in place.items()))).first()
+        row = session.execute(_tasks(*place).order_by(_MOMENT.desc()).limit(1)).first()
     return None if row is None else _task(row)
 
 
@@ -297,23 +296,31 @@ def returned(of: Task) -> dict[str, str]:
     The database picks it: Python would make hundreds of MB of objects of some MB, and nobody else's turn meanwhile.
     """
     names = {"__classname__": _MAX_NAME, "__data__": MAX_RETURNED, "manifest_uri": _MAX_PLACE}
-    wanted = (
-        *_place(XComModel, of),
-        XComModel.key == "return_value",
-        _at_most(_VALUE, MAX_RETURNED),
-        _without_halves(),
+    this = TASK.id == of.id
+    left, same_task = LAYOUT.xcoms("return_value", (this,))
+    statement = (
+        select(*(_text(left.value, name, size) for name, size in names.items()))
+        .select_from(TaskInstance.__table__)
+        .join(left, same_task)
+        .where(this, _at_most(left.value, MAX_RETURNED), _without_halves(left.value))
     )
     with create_session(scoped=False) as session:
-        found = session.execute(select(*(_text(name, size) for name, size in names.items())).where(*wanted)).first()
+        found = session.execute(statement).first()
     return {name: str(text) for name, text in zip(names, found or (), strict=False) if text is not None}
 
 
 def shown_while_running(of: Task) -> dict[str, Any]:
     """What the task has put into its state store: ``progress`` and ``window``."""
-    statement = select(TaskStateStoreModel.key, TaskStateStoreModel.value).where(
-        *_place(TaskStateStoreModel, of),
-        or_(TaskStateStoreModel.key == "progress", TaskStateStoreModel.key == "window"),
-        _at_most(TaskStateStoreModel.value, MAX_SUMMARY),
+    store = TaskStateStoreModel
+    statement = (
+        select(store.key, store.value)
+        .select_from(TaskInstance.__table__)
+        .join(store, LAYOUT.same_task(store))
+        .where(
+            TASK.id == of.id,
+            or_(store.key == "progress", store.key == "window"),
+            _at_most(store.value, MAX_SUMMARY),
+        )
     )
     with create_session(scoped=False) as session:
         rows = session.execute(statement).all()
@@ -326,12 +333,3 @@ def shown_while_running(of: Task) -> dict[str, Any]:
         if isinstance(value, dict):
             shown[key] = value
     return shown
-
-
-def _place(model: Any, of: Task) -> tuple[Any, ...]:
-    return (
-        model.dag_id == of.dag_id,
-        model.run_id == of.run_id,
-        model.task_id == of.task_id,
-        model.map_index == of.map_index,
-    )

@@ -28,9 +28,10 @@ class DicomPlugin(AirflowPlugin):
     def _app(self) -> Any:
         try:
             from airflow_dicom_get.plugins.web import app
-        except Exception:
+        except Exception as error:
             log.warning(
-                "The page of DICOM retrievals is not available: it does not support this version of Airflow.",
+                "The page of DICOM retrievals is not available: it does not support this version of Airflow: %s",
+                error,
                 exc_info=True,
             )
             return None

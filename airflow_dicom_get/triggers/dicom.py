@@ -129,7 +129,7 @@ class DicomStudyEventTrigger(BaseEventTrigger):
         super().__init__()
         self.settled_seconds = SPAN.check("settled_for", settled_for).total_seconds()
         self.min_instances = LEAST_INSTANCES.check("min_instances", min_instances)
-        back = SPAN.check("lookback", lookback)
+        SPAN.check("lookback", lookback)
         seconds: Any = poke_interval
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
             raise invalid("poke_interval", f"{shown(seconds)} is not allowed", "Give a number of seconds above 0.")

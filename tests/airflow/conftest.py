@@ -92,11 +92,18 @@ class Run:
     log: str
 
     def _rows(self, model: Any, task_id: str, map_index: int, **more: Any) -> list[Any]:
+        """The rows of a task instance, whichever columns this Airflow finds them by."""
         from airflow import settings
 
-        wanted = {"dag_id": self.dag_id, "run_id": self.run_id, "task_id": task_id, "map_index": map_index, **more}
+        place = {"dag_id": self.dag_id, "run_id": self.run_id, "task_id": task_id}
+        if hasattr(model, "task_instance_id"):
+            wanted = {"task_instance_id": self.task(task_id, map_index).id}
+        elif hasattr(model, "region_index"):
+            wanted = {**place, "region_index": map_index}
+        else:
+            wanted = {**place, "map_index": map_index}
         with settings.get_session()() as session:
-            return list(session.query(model).filter_by(**wanted))
+            return list(session.query(model).filter_by(**wanted, **more))
 
     def task(self, task_id: str, map_index: int = -1) -> Any:
         from airflow.models import TaskInstance  # noqa: TID251

@@ -17,37 +17,47 @@ def held(folder) -> int:
 
 
 @pytest.fixture
-def answer(target):
-    """Let a person answer the question of a run once it is asked; gives what the other PACS had seen until then."""
+def answer(target, monkeypatch):
+    """Let a person answer the question of a run, by Airflow's REST interface, once it is asked.
+
+    Gives what the other PACS had seen until then. Where the answer is not taken, the task fails, and ``refused`` says
+    why: `DAG.test` waits for an answer without end, and a task's time limit takes pytest's alarm away.
+    """
     from airflow import settings
-    from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
-    from airflow.api_fastapi.core_api.datamodels.hitl import UpdateHITLDetailPayload
-    from airflow.api_fastapi.core_api.routes.public.hitl import update_hitl_detail
+    from airflow.api_fastapi.app import create_app, purge_cached_app
     from airflow.models import TaskInstance  # noqa: TID251
     from airflow.models.hitl import HITLDetail  # noqa: TID251
+    from starlette.testclient import TestClient
 
     over = threading.Event()
-    seen: dict[str, object] = {}
+    seen: dict[str, object] = {"refused": "not asked"}
+    monkeypatch.setenv("AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS", "True")
+    purge_cached_app()
+    app = create_app("core")
+
+    def asked(session):
+        waiting = session.query(TaskInstance, HITLDetail).join(HITLDetail, HITLDetail.ti_id == TaskInstance.id)
+        return waiting.filter(TaskInstance.state == "awaiting_input").first()
 
     def wait_and_say(word):
         while not over.wait(0.3):
             with settings.get_session()() as session:
-                waiting = session.query(TaskInstance, HITLDetail).join(HITLDetail, HITLDetail.ti_id == TaskInstance.id)
-                found = waiting.filter(TaskInstance.state == "awaiting_input").first()
+                found = asked(session)
                 if found is None:
                     continue
                 ti, question = found
                 seen["associations"], seen["body"] = target.total_associations, question.body
-                update_hitl_detail(
-                    ti.dag_id,
-                    ti.run_id,
-                    "approve",
-                    UpdateHITLDetailPayload(chosen_options=[word], params_input={}),
-                    SimpleAuthManagerUser(username="ann", role="admin"),
-                    session,
-                )
-                session.commit()
-                return
+                path = f"/api/v2/dags/{ti.dag_id}/dagRuns/{ti.run_id}/taskInstances/approve/-1/hitlDetails"
+            try:
+                said = TestClient(app).patch(path, json={"chosen_options": [word], "params_input": {}})
+                seen["refused"] = "" if said.status_code == 200 else f"{said.status_code} {said.text}"
+            except Exception as error:
+                seen["refused"] = repr(error)
+            if seen["refused"]:
+                with settings.get_session()() as session:
+                    asked(session)[0].state = "failed"
+                    session.commit()
+            return
 
     def say(word):
         threading.Thread(target=wait_and_say, args=(word,), daemon=True).start()
@@ -55,12 +65,14 @@ def answer(target):
 
     yield say
     over.set()
+    purge_cached_app()
 
 
 @pytest.mark.usefixtures("dag_connections")
 def test_an_approved_day_is_at_the_other_pacs(run_dag, load_dag, archive, moto, prefix, tmp_path, patient, answer):
     seen = answer("Approve")
     run = run_dag(load_dag("retrieve_then_forward"), run_conf={"bucket": f"{BUCKET}/{prefix}"})
+    assert seen["refused"] == ""
     assert run.state == "success"
     assert seen["associations"] == 0
     body = str(seen["body"])
@@ -81,8 +93,9 @@ def test_an_approved_day_is_at_the_other_pacs(run_dag, load_dag, archive, moto, 
 
 @pytest.mark.usefixtures("dag_connections")
 def test_a_rejected_day_stays_in_the_bucket(run_dag, load_dag, archive, prefix, target, answer):
-    answer("Reject")
+    seen = answer("Reject")
     run = run_dag(load_dag("retrieve_then_forward"), run_conf={"bucket": f"{BUCKET}/{prefix}"})
+    assert seen["refused"] == ""
     assert run.state == "success"
     assert {run.task(name, index).state for name in ("get", "check") for index in range(2)} == {"success"}
     assert run.task("store").state == "skipped"

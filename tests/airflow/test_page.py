@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from airflow.sdk import DAG
 
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
-from tests.support.kept_runs import summary
+from tests.support.kept_runs import by_regions, summary
 
 SECRET_DAG = "page_secret"
 
@@ -320,6 +321,16 @@ def test_a_retrieval_counts_once_and_what_is_none_does_not_count(page, kept):
     assert "3 not the same" in tiles_of(verify)
     for html in (store, verify):
         assert not re.search("received|the PACS lists|held", html)
+
+
+def test_an_earlier_try_is_no_run_of_its_own(page, kept):
+    kept("page_tries", [{"state": "success", "summary": summary(), "label": "1.3 tried", "earlier": 2}])
+    html = page("/?dag_id=page_tries").text
+    (row,) = rows_of(html)
+    assert row.startswith("complete")
+    assert "1 complete" in tiles_of(html)
+    assert "0 not complete" in tiles_of(html)
+    assert "10 of 10" in tiles_of(page("/dags/page_tries/runs/manual__1/tasks/get/0").text)
 
 
 @pytest.mark.parametrize(
@@ -665,7 +676,59 @@ def test_without_airflows_internals_there_is_no_page(monkeypatch, caplog):
     plugin = DicomPlugin()
     assert plugin.fastapi_apps == []
     assert plugin.external_views == []
-    assert "does not support this version of Airflow" in caplog.text
+    assert caplog.text.count("does not support this version of Airflow: cannot import name") == 1
+
+
+def test_tables_of_neither_layout_are_not_read():
+    from airflow.models.task_state_store import TaskStateStoreModel  # noqa: TID251
+    from airflow.models.taskinstance import TaskInstance  # noqa: TID251
+    from airflow.models.xcom import XComModel  # noqa: TID251
+
+    from airflow_dicom_get.plugins import tables
+
+    models: list[Any] = [TaskInstance, XComModel, TaskStateStoreModel]
+    known = [set(model.__table__.c.keys()) for model in models]
+    assert tables.layout_of(*known).coordinates == tables.LAYOUT.coordinates
+    used = [
+        {
+            "id",
+            "run_id",
+            "operator",
+            "rendered_map_index",
+            *tables.LAYOUT.coordinates,
+            *("working_set",) * by_regions(),
+        },
+        {"key", "value", "task_instance_id" if by_regions() else "map_index"},
+        {"key", "value", *tables.LAYOUT.coordinates},
+    ]
+    for number, names in enumerate(used):
+        for name in names:
+            less = [columns - {name} if number == index else columns for index, columns in enumerate(known)]
+            with pytest.raises(tables.UnknownTables, match=r"neither those of 3\.3 nor those of 3\.4: task_instance: "):
+                tables.layout_of(*less)
+    if not by_regions():
+        # Rows of earlier tries, which the layout of 3.3 knows nothing of.
+        with pytest.raises(tables.UnknownTables):
+            tables.layout_of(known[0] | {"working_set"}, *known[1:])
+
+
+OTHER_TABLES = """
+from airflow.models.taskinstance import TaskInstance
+from sqlalchemy import Column, Integer, MetaData, Table
+TaskInstance.__table__ = Table("task_instance", MetaData(), Column("id", Integer), Column("map_position", Integer))
+from airflow_dicom_get.plugins.ui import DicomPlugin
+plugin = DicomPlugin()
+for _ in range(2):
+    assert plugin.fastapi_apps == [] == plugin.external_views
+"""
+
+
+def test_with_tables_of_neither_layout_there_is_no_page_and_one_warning():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OTHER_TABLES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("The page of DICOM retrievals is not available") == 1
+    assert "task_instance: id, map_position; xcom: " in said
 
 
 def test_the_path_of_the_interface_is_kept(monkeypatch):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -236,7 +237,9 @@ def task_of_dag(monkeypatch) -> Callable[..., Task]:
     monkeypatch.setattr(database, "dag_ids", lambda: ["night", "n_chte", "nächte"])
 
     def make(dag_id: str = "night", run_id: str = "r:1", map_index: int = -1) -> Task:
-        return Task(dag_id, run_id, "get", map_index, None, "DicomGetOperator", "success", 1, 0, None, None, None)
+        return Task(
+            uuid4(), dag_id, run_id, "get", map_index, None, "DicomGetOperator", "success", 1, 0, None, None, None
+        )
 
     return make
 

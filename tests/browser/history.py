@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import random
 import sys
-import uuid
 import warnings
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from airflow import settings  # noqa: E402
-from airflow.models import TaskInstance  # noqa: E402, TID251
 from airflow.models.dagrun import DagRun  # noqa: E402, TID251
-from airflow.models.xcom import XComModel  # noqa: E402, TID251
 from airflow.utils.state import DagRunState  # noqa: E402
-from sqlalchemy import insert  # noqa: E402
+
+from tests.support.kept_runs import add_run  # noqa: E402
 
 DAG_ID = "nightly_archive"
 NIGHTS = 21
@@ -33,36 +33,17 @@ def main(a_night: int | None = None) -> None:
             begun = midnight - timedelta(days=night, hours=2)
             run_id = f"scheduled__{begun.isoformat()}"
             run = DagRun(dag_id=DAG_ID, run_id=run_id, run_type="scheduled", state=DagRunState.SUCCESS, run_after=begun)
-            session.add(run)
-            session.flush()
-            instances, xcoms = [], []
+            tasks = []
             # One night the line is slow, and some studies do not come whole.
             slow = night in (9, 10)
             for number in range(a_night or chance.randint(9, 16)):
                 uid = f"1.2.826.0.1.3680043.8.498.{chance.randrange(10**20)}"
-                place = {"dag_id": DAG_ID, "run_id": run_id, "task_id": "get", "map_index": number}
                 total = chance.randint(80, 900)
                 missing = chance.randint(1, 40) if chance.random() < (0.5 if slow else 0.02) else 0
                 speed = chance.uniform(6e6, 12e6) if slow else chance.uniform(38e6, 61e6)
                 size = (total - missing) * 524_700
                 start = begun + timedelta(minutes=6 * number) * (12 / (a_night or 12))
                 verdict = "partial" if missing else "complete"
-                instances.append(
-                    {
-                        **place,
-                        "id": uuid.UUID(int=chance.getrandbits(128)),
-                        "start_date": start,
-                        "end_date": start + timedelta(seconds=size / speed + 2),
-                        "state": "failed" if missing else "success",
-                        "rendered_map_index": f"{uid} {chance.choice(('CT', 'MR', 'CT/SR', 'US'))}",
-                        "operator": "DicomGetOperator",
-                        "try_number": 4 if missing else 1,
-                        "max_tries": 3,
-                        "pool": "pacs",
-                        "pool_slots": 1,
-                        "span_status": "not_started",
-                    }
-                )
                 value = {
                     "schema": 1,
                     "verdict": verdict,
@@ -80,9 +61,18 @@ def main(a_night: int | None = None) -> None:
                     "destination": "/data/dicom",
                     "manifest_uri": None,
                 }
-                xcoms.append({**place, "dag_run_id": run.id, "key": "summary", "value": value, "timestamp": start})
-            session.execute(insert(TaskInstance.__table__), instances)
-            session.execute(insert(XComModel.__table__), xcoms)
+                tasks.append(
+                    {
+                        "begun": start,
+                        "ended": start + timedelta(seconds=size / speed + 2),
+                        "state": "failed" if missing else "success",
+                        "label": f"{uid} {chance.choice(('CT', 'MR', 'CT/SR', 'US'))}",
+                        "earlier": 3 if missing else 0,
+                        "pool": "pacs",
+                        "summary": value,
+                    }
+                )
+            add_run(session, run, tasks)
         session.commit()
 
 
