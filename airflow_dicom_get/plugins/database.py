@@ -20,7 +20,7 @@ from airflow.utils.session import create_session
 from sqlalchemy import Text, and_, cast, func, or_, select
 
 from airflow_dicom_get.plugins.outcomes import GET, KINDS, NEVER_RAN_STATES, Kind, kind_of, outcome_of
-from airflow_dicom_get.plugins.tables import LAYOUT, TASK
+from airflow_dicom_get.plugins.tables import EVERY_TRY, LAYOUT, TASK
 
 MAX_RUNS = 50_000
 """The newest so many are looked at: what a list needs grows with them, in time and memory."""
@@ -183,6 +183,7 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
         .where(*chosen)
         .order_by(_MOMENT.desc())
         .limit(MAX_RUNS)
+        .execution_options(**EVERY_TRY)
     )
     with create_session(scoped=False) as session:
         return [
@@ -237,6 +238,7 @@ def _tasks(*conditions: Any) -> Any:
         .select_from(TaskInstance.__table__)
         .outerjoin(left, of_task)
         .where(*chosen)
+        .execution_options(**EVERY_TRY)
     )
 
 
@@ -303,6 +305,7 @@ def returned(of: Task) -> dict[str, str]:
         .select_from(TaskInstance.__table__)
         .join(left, same_task)
         .where(this, _at_most(left.value, MAX_RETURNED), _without_halves(left.value))
+        .execution_options(**EVERY_TRY)
     )
     with create_session(scoped=False) as session:
         found = session.execute(statement).first()

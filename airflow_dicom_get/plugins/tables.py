@@ -3,7 +3,8 @@
 * 3.3: a task instance is a row, and what belongs to it has its DAG, run, task and ``map_index``.
 * 3.4: each try is a row of its own, of which one is the current one (``working_set``); what was ``map_index`` is
   ``region_index`` within a region, a mapped task's own or one pass of a loop; XCom is found by the id of the try, in
-  two tables, through a query that Airflow makes.
+  two tables, through a query that Airflow makes. What the last try left is that of the try before until the next
+  begins, as in 3.3, where it stays that long.
 
 Which of the two it is, the columns say, not the version. Where neither fits, this module cannot be imported, and so
 neither can the page: nothing is shown rather than rows that are other tasks'.
@@ -19,7 +20,7 @@ from airflow.models import xcom
 from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XComModel
-from sqlalchemy import and_, select
+from sqlalchemy import and_, case, func, select
 
 TASK = TaskInstance.__table__.c
 """The columns of the task instances."""
@@ -29,6 +30,12 @@ _TASK_COLUMNS = {
     "id", *_PLACE, "rendered_map_index", "operator", "state", "try_number", "max_tries", "start_date", "end_date",
     "queued_dttm", "scheduled_dttm", "updated_at",
 }  # fmt: skip
+
+
+_NOT_BEGUN = ("up_for_retry", "scheduled", "queued")
+"""States of a try that has not begun."""
+EVERY_TRY = {"include_all_attempts": True}
+"""Airflow 3.4 leaves earlier tries out of what its models are asked for, unless it is told; 3.3 does not look at it."""
 
 
 class UnknownTables(ImportError):
@@ -57,11 +64,16 @@ class Layout:
 
 class _Regions(Layout):
     def xcoms(self, key: str, tasks: Iterable[Any]) -> tuple[Any, Any]:
+        before = TaskInstance.__table__.alias()
+        same = and_(*(before.c[name] == TASK[name] for name in self.coordinates))
+        last = select(before.c.id).where(same, before.c.try_number == TASK.try_number - 1)
+        ended = func.coalesce(last.correlate(TaskInstance.__table__).scalar_subquery(), TASK.id)
+        left_by = case((TASK.state.in_(_NOT_BEGUN), ended), else_=TASK.id)
         # Narrowed by the ids within: joined as it is, the whole of both tables would be read.
         chosen: Any = xcom
-        query = chosen.build_xcom_read_query(producer_ids=select(TASK.id).where(*tasks), key=key)
+        query = chosen.build_xcom_read_query(producer_ids=select(left_by).where(*tasks), key=key)
         entity = chosen.xcom_entity(query)
-        return entity, entity.task_instance_id == TASK.id
+        return entity, entity.task_instance_id == left_by
 
 
 def layout_of(task: set[str], left: set[str], state: set[str]) -> Layout:

@@ -324,13 +324,23 @@ def test_a_retrieval_counts_once_and_what_is_none_does_not_count(page, kept):
 
 
 def test_an_earlier_try_is_no_run_of_its_own(page, kept):
-    kept("page_tries", [{"state": "success", "summary": summary(), "label": "1.3 tried", "earlier": 2}])
+    kept(
+        "page_tries",
+        [
+            {"state": "success", "summary": summary(), "label": "1.3 tried", "earlier": 2},
+            {"state": "up_for_retry", "summary": summary("partial", 4), "label": "1.4 waits", "earlier": 1},
+        ],
+    )
     html = page("/?dag_id=page_tries").text
-    (row,) = rows_of(html)
-    assert row.startswith("complete")
+    waiting, done = rows_of(html)
+    assert done.startswith("complete")
+    # Until the next try begins, what the last one came to.
+    assert waiting.startswith("partial")
+    assert "will be retried" in waiting
     assert "1 complete" in tiles_of(html)
-    assert "0 not complete" in tiles_of(html)
+    assert "1 not complete" in tiles_of(html)
     assert "10 of 10" in tiles_of(page("/dags/page_tries/runs/manual__1/tasks/get/0").text)
+    assert "6 of 10" in tiles_of(page("/dags/page_tries/runs/manual__1/tasks/get/1").text)
 
 
 @pytest.mark.parametrize(
@@ -464,14 +474,15 @@ def test_ten_thousand_retrievals(page, kept, record_property):
         kept("page_full", tasks, run_id=f"scheduled__{night}", moment=now - timedelta(hours=12 * night + 5))
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        # Of this process, which is the API server too: how busy the machine is does not count.
+        began = time.process_time()
         answer = page("/?dag_id=page_full")
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
         assert "10,000 runs" in answer.text
         assert all(row.startswith("partial") for row in rows_of(answer.text))
     print(f"\n10,000 retrievals: {min(took):.3f} s")
     record_property("seconds", min(took))
-    # Measured: 0.2 s; far more would be a mistake in the query, and a busy machine is none.
+    # Measured: 0.2 s; far more would be a mistake in the query.
     assert min(took) < 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from datetime import UTC, datetime, timedelta
@@ -108,16 +109,20 @@ def test_the_host_of_the_scheduler_is_lost(airflow, begun, pacs, tmp_path):
     check_end(begun, pacs, tmp_path / "out", tries=2, seconds=240)
 
 
-def test_the_pacs_is_away_for_a_while(begun, pacs, tmp_path):
+def test_the_pacs_is_away_for_a_while(airflow, begun, pacs, tmp_path):
     pacs.stop()
     begun.wait_task("get", ["up_for_retry"], seconds=120)
-    summary = begun.summary()
-    assert summary["verdict"] == "partial"
-    assert 0 < summary["completed"] < INSTANCES
+    # By the page: Airflow 3.4 gives no XCom of a try that is over by its REST interface.
+    shown = airflow.answer("GET", f"/dicom-get/dags/{begun.dag_id}/runs/{begun.run_id}/tasks/get/-1").text
+    assert "partial" in shown
+    found = re.search(rf"(\d+) of {INSTANCES}", shown)
+    assert found
+    completed = int(found[1])
+    assert 0 < completed < INSTANCES
     hurry(pacs)
     pacs.start()
     again = check_end(begun, pacs, tmp_path / "out", tries=begun.task("get")["try_number"] + 1)
-    assert again["skipped"] >= summary["completed"]
+    assert again["skipped"] >= completed
 
 
 def test_the_hours_end_in_the_middle(airflow, study, serve, tmp_path):

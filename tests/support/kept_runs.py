@@ -46,7 +46,8 @@ def add_run(session: Any, run: Any, tasks: list[dict[str, Any]]) -> None:
 
     Each of `tasks` has ``state`` and ``begun``, and may have ``index``, ``ended``, ``label``, ``operator``, ``pool``;
     ``summary`` and ``return_value``, for XCom; ``stored``, for the task state store; ``earlier``, how many tries went
-    before, which Airflow 3.3 keeps in a table of their own and 3.4 beside the last.
+    before, which Airflow 3.3 keeps in a table of their own and 3.4 beside the last. What waits for a retry
+    has, in 3.4, the row of the next try already.
     """
     from airflow.models import TaskInstance, xcom  # noqa: TID251
     from airflow.models.task_state_store import TaskStateStoreModel  # noqa: TID251
@@ -65,8 +66,11 @@ def add_run(session: Any, run: Any, tasks: list[dict[str, Any]]) -> None:
         whose: dict[str, Any] = {"map_index": index}
         if regions:
             whose = {"region_id": region if index >= 0 else uuid.UUID(int=0), "region_index": index}
-        for row in _tries({**place, **whose}, task):
-            instances.append(row)
+        tries = _tries({**place, **whose}, task)
+        instances += tries
+        # What waits for its next try has that of the last.
+        pending = task["state"] == "up_for_retry" and len(tries) > 1
+        for row in tries[:-1] if pending else tries:
             for key in {"summary", "return_value"} & task.keys():
                 of = {**place, **whose, "dag_run_id": run.id}
                 if regions:
