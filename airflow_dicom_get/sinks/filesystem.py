@@ -618,8 +618,8 @@ class _FileWriter:
     """One instance on its way into a file."""
 
     __slots__ = (
-        "_disk",
         "_digested",
+        "_disk",
         "_fd",
         "_folder",
         "_follower",

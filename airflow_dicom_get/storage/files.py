@@ -641,7 +641,7 @@ def digest_of(fd: int) -> bytes:
 
 
 def digest_rest(fd: int, digest: Any, done: int, size: int, buffer: memoryview | None = None) -> None:
-    """Have a digest that has seen the first ``done`` bytes of an open file see all ``size``. Raises :class:`OSError`."""
+    """Have a digest of the first ``done`` bytes of an open file see all ``size``. Raises :class:`OSError`."""
     view = buffer or memoryview(bytearray(min(size - done, CHUNK)))
     while done < size:
         read = disk.read_into(fd, view[: size - done], done)
