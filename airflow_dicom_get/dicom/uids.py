@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from airflow_dicom_get.errors import peer_text
+
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")
 
 
@@ -24,3 +26,9 @@ def uid_value(raw: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     return text if is_uid(text) else None
+
+
+def shown_uid(raw: bytes | None) -> str:
+    """A UID as it was received; one that is malformed escaped, and cut to 64 characters; empty where there is none."""
+    text = (raw or b"").strip(b"\0 ").decode("latin-1")
+    return text if is_uid(text) else peer_text(text, 64)

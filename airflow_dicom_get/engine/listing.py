@@ -12,11 +12,11 @@ from functools import lru_cache
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.dicom.values import kept
 from airflow_dicom_get.engine.finder import Finder, Keys
 from airflow_dicom_get.engine.matching import Dropped, Row
-from airflow_dicom_get.engine.resolve import Scope, note_row, shown_uid
+from airflow_dicom_get.engine.resolve import Scope, note_row
 from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.net.find import MAX_ROWS

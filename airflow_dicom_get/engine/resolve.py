@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.engine.finder import Answer, Finder, Keys, check_answered
 from airflow_dicom_get.engine.matching import Row, same_text
 from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Filter, Query
-from airflow_dicom_get.errors import InvalidQuery, peer_text
+from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.records import Key
 
 _STUDY_KEYS = (
@@ -171,12 +171,6 @@ def _check_needs_no_find(query: Query) -> None:
                 hint="Omit this key: the UIDs alone say what is meant.",
                 key=key.keyword,
             )
-
-
-def shown_uid(raw: bytes | None) -> str:
-    """A UID as it was received; one that is malformed escaped, and cut to 64 characters; empty where there is none."""
-    text = (raw or b"").strip(b"\0 ").decode("latin-1")
-    return text if is_uid(text) else peer_text(text, 64)
 
 
 def _scope(query: Query, study: str, filters: tuple[Filter, ...], listed: bool = True) -> Scope:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.errors import NotNegotiated, PeerProtocolError
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
@@ -16,7 +17,7 @@ _UIDS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_U
 
 
 def list_instances(association: Association, study: str, series: Collection[str] | None = None) -> set[Key]:
-    """The instances of a study that the node lists.
+    """The instances of a study that the node lists; a malformed SOP Instance UID as :func:`shown_uid` shows it.
 
     Parameters
     ----------
@@ -40,14 +41,14 @@ def list_instances(association: Association, study: str, series: Collection[str]
         else {
             uid
             for row in _rows(association, model, "SERIES", {h.STUDY_INSTANCE_UID: study, h.SERIES_INSTANCE_UID: ""})
-            if (uid := i.text_value(row.get(h.SERIES_INSTANCE_UID)))
+            if is_uid(uid := shown_uid(row.get(h.SERIES_INSTANCE_UID)))
         }
     )
     found: set[Key] = set()
     for uid in sorted(wanted):
         keys = {h.STUDY_INSTANCE_UID: study, h.SERIES_INSTANCE_UID: uid, h.SOP_INSTANCE_UID: ""}
         for row in _rows(association, model, "IMAGE", keys):
-            sop = i.text_value(row.get(h.SOP_INSTANCE_UID))
+            sop = shown_uid(row.get(h.SOP_INSTANCE_UID))
             if sop and i.text_value(row.get(h.SERIES_INSTANCE_UID)) in (uid, None):
                 found.add((uid, sop))
     return found

@@ -22,7 +22,7 @@ from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
-from airflow_dicom_get.testing.misbehaving.archive import CT, Instance
+from airflow_dicom_get.testing.misbehaving.archive import CT, Instance, Row
 from airflow_dicom_get.testing.misbehaving.behaviour import (
     ASSOCIATE,
     FIND,
@@ -119,6 +119,30 @@ def test_names_of_what_was_refused_are_not_kept(pacs: Callable[..., Any], tmp_pa
         status, said, peak = shell("get", node(server), "--study", server.study_uid, "--to", str(tmp_path))
     assert status in (0, 3), said
     assert "an object with an invalid UID was sent and refused" in said
+    assert peak < 250, f"{peak} MiB"
+
+
+class _ListsLongNames(Behaviour):
+    """Lists six series of 900 instances each, whose UIDs are of 60,000 digits."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        above = {tag: query.get(tag, "") for tag in (0x0020000D, 0x0020000E)}
+        for number in range(6 if level == "SERIES" else 900):
+            if level == "SERIES":
+                yield {**above, 0x00080052: level, 0x0020000E: f"1.2.{number}"}
+            else:
+                yield {**above, 0x00080052: level, 0x00080018: f"{number}{'9' * 60_000}"}
+
+
+def test_long_names_that_a_destination_lists_are_cut(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_ListsLongNames) as server:
+        status, said, peak = shell(
+            "verify", "--study", server.study_uid, "--to", f"dicom://{node(server)}", "--manifest-root", str(tmp_path)
+        )
+    assert status == 0, said[-1000:]
+    assert len(said) < 6 * 900 * 400
     assert peak < 250, f"{peak} MiB"
 
 
