@@ -199,6 +199,24 @@ def test_contexts_without_end_are_remarked_on_once(pacs: Callable[..., Any]) -> 
     assert 1 <= said.count("never proposed") <= 10
 
 
+class _ZerosWithoutEnd(Behaviour):
+    """Answers with the Patient ID that was asked for, behind more zeros in each row."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for number in range(1, 1000):
+            yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00100020: f"{'0' * number}1"}
+
+
+def test_rows_that_are_left_out_are_summed_up(pacs: Callable[..., Any]) -> None:
+    with pacs(_ZerosWithoutEnd) as server:
+        rows = GetScu(node(server)).find({"PatientID": "1"})
+    assert rows == []
+    assert 1 < len(rows.remarks) <= 65
+    assert sum(remark["count"] for remark in rows.remarks) == 999
+
+
 # --- TLS -------------------------------------------------------------------------------------------------
 
 
