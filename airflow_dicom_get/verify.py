@@ -36,7 +36,7 @@ from airflow_dicom_get.errors import (
     SinkError,
     printable,
 )
-from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.manifest.files import MANIFESTS, without_links
 from airflow_dicom_get.manifest.schema import instances_of
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.result import html_table
@@ -610,7 +610,8 @@ class _Verify:
         if isinstance(manifest, str | os.PathLike):
             at = parse_destination(os.fspath(manifest), "manifest")
             if isinstance(at, FilesystemDestination):
-                return FolderRoot(Below(at.path.absolute().parent))
+                beside = without_links(at.path.absolute()).parent
+                return FolderRoot(beside if isinstance(beside, Below) else Below(beside))
             if isinstance(at, S3Destination):
                 return self._bucket_root(at.bucket, at.prefix.rpartition("/")[0])
         return root_for(self.options)

@@ -51,6 +51,7 @@ __all__ = [
     "table_in",
     "tables_below",
     "task_run_name",
+    "without_links",
     "write_manifest",
 ]
 
@@ -253,6 +254,16 @@ def place_of(uri: Any) -> FilesystemDestination | S3Destination:
     return place
 
 
+def without_links(path: Path) -> Folder:
+    """A path as it is; below a folder ``_manifests``, where others may write, one on which no link is followed."""
+    whole = path.absolute()
+    above = next((one.parent for one in whole.parents if one.name == MANIFESTS), None)
+    if above is None:
+        return path
+    below = Below(above).at(whole)
+    return path if ".." in below.names else below
+
+
 def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:
     """The bucket of an address.
 
@@ -280,7 +291,7 @@ def content_of(place: FilesystemDestination | S3Destination, s3_config: S3 = Non
 
 def _read(path: Folder) -> bytes:
     try:
-        return files.read_whole(path, _LARGEST)
+        return files.read_whole(without_links(path) if isinstance(path, Path) else path, _LARGEST)
     except OSError as error:
         raise ManifestError(
             f"The manifest {shown_path(path)} cannot be read: {error.strerror}.",

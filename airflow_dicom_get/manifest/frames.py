@@ -6,6 +6,7 @@ DataFrame is asked for.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
@@ -27,6 +28,7 @@ from airflow_dicom_get.manifest.files import (
     place_of,
     read_table,
     table_in,
+    without_links,
     write_manifest,
 )
 from airflow_dicom_get.manifest.schema import (
@@ -318,7 +320,16 @@ def combine_manifests(
     path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
-    write_manifest(one_table(tables), path, verdict=verdict, evidence=evidence, run=name)
+    try:
+        write_manifest(one_table(tables), without_links(path), verdict=verdict, evidence=evidence, run=name)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ManifestError(
+            f"The manifest {shown_path(path)} cannot be written: {error.strerror}.",
+            hint="Remove the link, or give another place.",
+            uri=str(path),
+        ) from None
     return reference(path)
 
 

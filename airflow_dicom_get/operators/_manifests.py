@@ -13,7 +13,7 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import task_run_name
+from airflow_dicom_get.manifest.files import task_run_name, without_links
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
     combine_manifests,
@@ -188,7 +188,7 @@ def _remove(uri: str) -> None:
     """Remove a part that now stands in the whole, if that is allowed."""
     place = parse_destination(uri, "manifest")
     if isinstance(place, FilesystemDestination):
-        files.disk.remove(place.path)
+        files.disk.remove(without_links(place.path))
     elif isinstance(place, S3Destination):
         from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 

@@ -272,6 +272,24 @@ def test_manifests_behind_links_are_left_out(study: Study, caplog: pytest.LogCap
         assert f"{name}' is left out: it is a link" in caplog.text
 
 
+def test_a_manifest_of_several_goes_nowhere_behind_a_link(study: Study) -> None:
+    """Nor is one read from there, or the manifest of a comparison written."""
+    uri = study.get().manifest_uri
+    manifests = study.folder / "_manifests"
+    (manifests / "cohorts").symlink_to(study.outside)
+    before = study.outside / ".m.parquet.0.part"
+    before.write_bytes(b"of somebody else")
+    os.utime(before, (0, 0))
+    with pytest.raises(ManifestError, match="it is a link"):
+        combine_manifests([uri], manifests / "cohorts")
+    assert [one.name for one in study.outside.iterdir()] == [before.name]
+    shutil.copy(str(uri).removeprefix("file://"), study.outside / "m.parquet")
+    with pytest.raises(ManifestError, match="it is a link"):
+        read_table(manifests / "cohorts" / "m.parquet")
+    assert combine_manifests([uri], manifests / "all")["rows"] == study.total
+    assert combine_manifests([uri], study.outside)["rows"] == study.total
+
+
 def a_tower(path: Path) -> None:
     """Folders in folders, more than Python's calls go deep."""
     at = os.open(path, os.O_RDONLY)
