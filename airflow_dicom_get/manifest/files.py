@@ -68,6 +68,8 @@ _WITH_TAGS = 0o640
 _FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four of full width, as East Asian ones take them
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
+_MOST_DECODED = 4 << 30
+"""Bytes of its table."""
 
 
 def safe_name(text: str) -> str:
@@ -361,9 +363,44 @@ def table_in(content: bytes, name: str) -> pa.Table:
 
     with open_manifest(content, name) as file:
         try:
+            _check_decoded(content, file.schema_arrow, name)
             return file.read()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(name) from error
+
+
+def _check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
+    """Refuse a table that is too large: a text that stands in a file once may be a value of all its rows.
+
+    For that the texts are counted where they stand. Raises :class:`ManifestError`, and whatever a broken file does.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    size = 0
+    with pq.ParquetFile(BytesIO(content), read_dictionary=texts) as file:
+        for field in file.schema_arrow:
+            if not (pa.types.is_dictionary(field.type) or pa.types.is_primitive(field.type)):
+                raise ManifestError(
+                    f"The file {shown_path(name)} is not a manifest: its column {shown(field.name)} is not one of "
+                    "texts or numbers.",
+                    hint="Give a file that a run wrote.",
+                    uri=name,
+                )
+        for batch in file.iter_batches(BATCH, use_threads=False):
+            for column in batch.columns:
+                size += column.nbytes
+                if pa.types.is_dictionary(column.type):
+                    lengths = pc.binary_length(column.dictionary)
+                    size += pc.sum(pc.take(lengths, column.indices)).as_py() or 0
+            if size > _MOST_DECODED:
+                raise ManifestError(
+                    f"The manifest {shown_path(name)} takes more than {_MOST_DECODED >> 30} GiB of memory.",
+                    hint="Give a file that a run wrote, of fewer instances.",
+                    uri=name,
+                )
 
 
 def manifest_uri(path: str | Folder) -> str:

@@ -12,15 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydicom import dcmread
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, SinkError
-from airflow_dicom_get.manifest.files import read_table, tables_below
+from airflow_dicom_get.manifest import files as manifests
+from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests
+from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.net.association import CancelToken
-from airflow_dicom_get.records import Stored
+from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import ledger, locks
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
@@ -259,6 +263,37 @@ def test_a_manifest_is_read_from_a_regular_file(tmp_path: Path) -> None:
     for name in ("fifo", "zeros", "endless"):
         with pytest.raises(ManifestError, match=r"no regular file|larger than"):
             read_table(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("column", ["modality", "PatientComments", "odd.name"])
+def test_a_manifest_of_some_kilobytes_does_not_become_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """A text of a million characters that stands there once, and is that of all rows."""
+    path = tmp_path / "m.parquet"
+    table = manifest_table(
+        (Instance("1.2", "1.2.3", f"1.2.3.{number}") for number in range(70)), source="", destination=""
+    )
+    text = pa.array(["M" * 1_000_000] * table.num_rows, pa.string())
+    at = table.column_names.index(column) if column in table.column_names else None
+    table = table.append_column(column, text) if at is None else table.set_column(at, column, text)
+    write_manifest(table, path, verdict="complete", evidence="list", run="r")
+    assert path.stat().st_size < 100_000
+    assert read_table(path).num_rows == 70
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
+    with pytest.raises(ManifestError, match="of memory"):
+        read_table(path)
+
+
+def test_a_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    table = manifest_table([Instance("1.2", "1.2.3", "1.2.3.4")], source="", destination="")
+    for column in ([["a"]], [{"a": "b"}], [b"a"]):
+        wide = table.append_column("tag", pa.array(column))
+        write_manifest(wide, path, verdict="complete", evidence="list", run="r")
+        with pytest.raises(ManifestError, match="not one of texts or numbers"):
+            read_table(path)
 
 
 def test_manifests_behind_links_are_left_out(study: Study, caplog: pytest.LogCaptureFixture) -> None:
