@@ -20,13 +20,16 @@ from airflow_dicom_get.manifest.frames import REFERENCE_KIND, load_table
 
 __all__ = ["load_reference", "stored_value"]
 
-_ADDRESS = re.compile(r"(?P<scheme>file|s3|gs|abfss?|adl|wasbs?)://.+\.json(?P<packed>\.[a-z0-9]+)?")
+_ADDRESS = re.compile(
+    r"(?P<scheme>file|s3|gs|abfss?|adl|wasbs?)://.+/[^/.]+(?:\.json)?(?P<packed>\.(?:gz|bz2|xz|lzma|lz4|zip|zst|snappy))?"
+)
 """Where the XCom backend of the provider ``common.io`` puts a value, if it is large."""
 _UNPACK: Mapping[str | None, Callable[[bytes], bytes]] = {
     None: bytes,
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
+    ".lzma": lzma.decompress,
 }
 _OWN = (
     "It is read with your own AWS settings, since connections of Airflow are not known here: set AWS_ENDPOINT_URL, "
