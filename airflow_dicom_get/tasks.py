@@ -1,4 +1,4 @@
-"""What DAGs use that is not an operator: a cohort from a file, the group find → get → report, final errors."""
+"""What DAGs use that is no operator: a cohort from a file, the group find → get → report, an export, final errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from airflow.sdk import task, task_group
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
+from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine.items import Item, make_item, pack
+from airflow_dicom_get.hooks._destinations import ResolvedDestination, check_address, resolve_destination
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
+from airflow_dicom_get.operators._manifests import connection_of, load_each, place_of_objects
 from airflow_dicom_get.operators._outcome import check_accept
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
 from airflow_dicom_get.vocabulary import (
@@ -33,7 +36,7 @@ from airflow_dicom_get.vocabulary import (
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.study_list import ListedStudy
 
-__all__ = ["final_errors", "find_cohort", "report", "retrieve"]
+__all__ = ["export_manifest", "final_errors", "find_cohort", "report", "retrieve"]
 
 UNKNOWN = ("fail", "skip")
 _LINES = 20
@@ -154,6 +157,68 @@ def _text(whole: Mapping[str, Any]) -> str:
         tasks, logs = ("task", "its log says") if whole["silent"] == 1 else ("tasks", "their logs say")
         text += f" {whole['silent']} {tasks} left no summary; {logs} why."
     return text
+
+
+# --- what is handed on -----------------------------------------------------------------------------
+
+
+@task(multiple_outputs=False)
+def export_manifest(
+    manifests: Any,
+    form: str,
+    to: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    accept: Sequence[str] = (COMPLETE,),
+    check: bool = False,
+    s3_conn_id: str | None = None,
+) -> dict[str, Any]:
+    """Write manifests in a form that other tools read; a task that ends a chain::
+
+        export_manifest(get.output, "sha256sums", "/data/dicom/SHA256SUMS-{{ ds_nodash }}")
+
+    Nothing is written unless all that was retrieved is complete, and never in place of a file that is there: give each
+    run a name of its own. All arguments are templated.
+
+    :param manifests: of any shape, one or several; of each instance the newest row counts
+    :param form: ``sha256sums``, ``series``, ``croissant`` or ``omop``
+    :param to: an absolute path or ``s3://[CONN_ID@]bucket/key``, as far as ``[dicom_get] allowed_destinations`` has it
+    :param options: of the form, as ``airflow_dicom_get.export`` takes them: ``name``, ``licence``, ``citation``,
+        ``description``, ``mapping``, ``columns``
+    :param accept: the verdicts that may be exported; what is missing is then said in the export
+    :param check: read every file first, and compare its digest
+    :param s3_conn_id: the connection of a bucket whose address names none; of objects to check that of ``to`` by
+        default
+    :return: ``form, to, files, verdict, studies, series, instances, bytes, missing``
+    :raises AirflowFailException: invalid input; a verdict that is not accepted; a file that is not what its manifest
+        says; a file is there already
+    """
+    from airflow_dicom_get.config.options import ExportOptions
+    from airflow_dicom_get.exports.verb import summary, write_export
+
+    with final_errors():
+        place = resolve_destination(to, "to", s3_conn_id)
+        given = load_each(manifests, s3_conn_id)
+        objects = _objects_of(given, s3_conn_id or connection_of(manifests) or place.conn_id) if check else None
+        if objects is not None and place.s3_config is not None and objects.conn_id != place.conn_id:
+            what = f"is reached by {place.conn_id}, and the objects to check by {objects.conn_id}"
+            raise invalid("to", what, "Give one connection for both, or export into a folder.")
+        said = dict(options or {})
+        if said.get("mapping") is not None:
+            check_address(said["mapping"], "mapping")
+        reached = place.s3_config or (objects.s3_config if objects is not None else None)
+        words = [accept] if isinstance(accept, str) else list(accept)
+        made = ExportOptions.check({**said, "accept": words, "s3_config": reached})
+        written: dict[str, Any] = write_export(made, given, form, place.destination, check=check)
+        log.info("%s: %s", written["to"], summary(written))
+        files = [with_connection(uri, place.conn_id) for uri in written["files"]]
+        return {**written, "to": with_connection(written["to"], place.conn_id), "files": files}
+
+
+def _objects_of(given: Sequence[Any], conn_id: str | None) -> ResolvedDestination | None:
+    """The bucket in which objects of some manifests lie, if some lie in one."""
+    found = (place_of_objects(one, conn_id) for one in given if one is not None)
+    return next((place for place in found if place is not None), None)
 
 
 # --- a list of studies in a file -------------------------------------------------------------------

@@ -7,7 +7,8 @@ The file has a column `StudyInstanceUID` or `AccessionNumber`, and one with a ps
     20240115-0002,control
 
 The file is checked before the PACS is queried; an error names line and column. At the end one manifest is written, with
-an additional column `cohort`. The DICOM files are not changed: they are not pseudonymised.
+an additional column `cohort`, and if everything is held a table of the series with their cohorts, for people and tools
+that do not read manifests. The DICOM files are not changed: they are not pseudonymised.
 
 What it reads:
 
@@ -32,7 +33,7 @@ from airflow.sdk import DAG, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from airflow_dicom_get.operators.dicom import DicomGetOperator
-from airflow_dicom_get.tasks import final_errors, report
+from airflow_dicom_get.tasks import export_manifest, final_errors, report
 
 # Whoever triggers a run chooses one of these, and can name no other.
 DESTINATIONS = os.environ.get("DICOM_DESTINATION", "").split(",")
@@ -127,7 +128,16 @@ with DAG(
                 [frame.assign(cohort=frame["study_instance_uid"].map(labels)) for frame in frames], to
             )
 
-    label(found, get.output, "{{ params.destination }}/_manifests/cohorts")
+    labelled = label(found, get.output, "{{ params.destination }}/_manifests/cohorts")
 
-    # The result: fails unless everything is held. With `label` it decides the state of the run.
+    # The cohort as others read it: a row a series, in the names of idc-index. Refused while something is missing. Each
+    # try has a file of its own, as an export replaces none.
+    export_manifest.override(task_id="export", pool="default_pool")(
+        labelled,
+        "series",
+        "{{ params.destination }}/exports/{{ run_id }}-{{ ti.try_number }}.csv",
+        options={"columns": ["cohort"]},
+    )
+
+    # The result: fails unless everything is held. With `export` it decides the state of the run.
     report.override(pool="default_pool")(found, get.output["summary"], get.output)

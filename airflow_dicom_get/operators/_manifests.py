@@ -211,9 +211,17 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
     :raises ManifestError: one cannot be read, or is not what its reference says
     :raises InvalidOption: there is none
     """
-    given: list[Listed] = []
+    given = [one for one in load_each(manifest, s3_conn_id) if one is not None]
+    places = dict.fromkeys(place for one in given for place in one.places)
+    return Listed(one_table([one.table for one in given]), tuple(places))
+
+
+def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
+    """As :func:`load_given`, each by itself; None for what a task left that was skipped."""
+    given: list[Listed | None] = []
     for one in each_of(manifest):
-        if one is None:  # of a task that was skipped
+        if one is None:
+            given.append(None)
             continue
         uri = _uri_of(one)
         how = None
@@ -225,14 +233,13 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
             _check_manifest_place(uri)
         listed = load_listed(one, how)
         given.append(Listed(listed.table, tuple(x for x in listed.places if configuration.is_allowed(x))))
-    if not given:
+    if all(one is None for one in given):
         raise invalid(
             "manifest",
             "names none",
             "Give a manifest, a reference or an address. Check whether all upstream tasks were skipped.",
         )
-    places = dict.fromkeys(place for one in given for place in one.places)
-    return Listed(one_table([one.table for one in given]), tuple(places))
+    return given
 
 
 def place_of_objects(listed: Listed, conn_id: str | None) -> ResolvedDestination | None:

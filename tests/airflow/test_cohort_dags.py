@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+import pandas as pd
 import pytest
 
 pytestmark = pytest.mark.usefixtures("dag_connections")
@@ -34,6 +35,11 @@ def test_the_manifest_of_a_list_has_its_labels(run_dag, load_dag, cohort, archiv
     assert set(labels.values()) == {"P-01"}
     assert archive.many in labels
     assert (run.xcom("label")["verdict"], run.xcom("report")["verdict"]) == ("complete", "complete")
+    exported = run.xcom("export")
+    assert (exported["verdict"], exported["instances"], exported["missing"]) == ("complete", len(frame), 0)
+    series = pd.read_csv(exported["to"])
+    assert set(series["cohort"]) == {"P-01"}
+    assert series["instanceCount"].sum() == len(frame)
     assert "P-01" in run.task("get", 0).rendered_map_index
     assert not any(word in run.log for word in (accession, *patient))
 

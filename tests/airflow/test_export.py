@@ -1,0 +1,89 @@
+"""The task that hands a cohort on: what it writes, where it may, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from airflow.sdk import DAG
+
+from airflow_dicom_get.operators.dicom import DicomGetOperator
+from airflow_dicom_get.tasks import export_manifest
+from airflow_dicom_get.testing.s3_servers import BUCKET
+
+
+def chain(archive, destination, to, **options) -> DAG:
+    with DAG("chain") as dag:
+        get = DicomGetOperator.partial(task_id="get", destination=destination, dicom_conn_id="pacs").expand(
+            study=[archive.many, archive.private]
+        )
+        export_manifest(get.output, "sha256sums", to, **options)
+    return dag
+
+
+def test_the_digests_of_two_mapped_retrievals(run_dag, pacs, archive, tmp_path):
+    run = run_dag(chain(archive, str(tmp_path), f"{tmp_path}/SHA256SUMS-{{{{ dag.dag_id }}}}", check=True))
+    assert run.state == "success"
+    written = run.xcom("export_manifest")
+    assert written["files"] == [f"{tmp_path}/SHA256SUMS-chain"]
+    assert (written["verdict"], written["studies"], written["instances"]) == ("complete", 2, 72)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS-chain"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (checked.returncode, len(checked.stdout.splitlines())) == (0, 72)
+
+
+def test_an_export_of_a_bucket_into_it(run_dag, pacs, archive, bucket, prefix):
+    place = f"s3://store@{BUCKET}/{prefix}"
+    run = run_dag(chain(archive, place, f"{place}/SHA256SUMS", check=True))
+    assert run.state == "success"
+    assert run.xcom("export_manifest")["files"] == [f"{place}/SHA256SUMS"]
+    assert len(bucket.read(f"{prefix}/SHA256SUMS").splitlines()) == 72
+
+
+def test_it_writes_where_the_configuration_allows_it_alone(run_dag, pacs, archive, tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"{tmp_path}/dicom/*")
+    run = run_dag(chain(archive, f"{tmp_path}/dicom/a", f"{tmp_path}/elsewhere/SHA256SUMS"))
+    assert (run.state, run.task("export_manifest").state) == ("failed", "failed")
+    assert run.task("export_manifest").try_number == 1
+    assert "is none of [dicom_get] allowed_destinations" in run.log
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("sums", {}, "to: 'sums' is not an absolute path"),
+        (f"s3://{BUCKET}/sums", {}, "names no connection"),
+        ("{to}", {"options": {"nmae": "x"}}, "nmae is not an option. Did you mean name?"),
+        ("{to}", {"options": {"mapping": "m.csv"}}, "mapping: 'm.csv' is not an absolute path"),
+        ("{to}", {"accept": ["all"]}, "accept: 'all' is not allowed"),
+    ],
+)
+def test_bad_input_fails_once(run_dag, pacs, archive, tmp_path, to, options, message):
+    run = run_dag(chain(archive, str(tmp_path / "dicom"), to.format(to=tmp_path / "sums"), **options))
+    assert run.task("export_manifest").state == "failed"
+    assert message in run.log
+    assert not (tmp_path / "sums").exists()
+
+
+@pytest.mark.parametrize(("accept", "state"), [(["complete"], "failed"), (["partial"], "success")])
+def test_what_is_missing_is_not_handed_on_unless_it_is_accepted(
+    run_dag, pacs, archive, first_instance, tmp_path, accept, state
+):
+    pacs.fail = {str(first_instance.SOPInstanceUID)}
+    with DAG("accept") as dag:
+        get = DicomGetOperator(
+            task_id="get",
+            study=archive.many,
+            destination=str(tmp_path),
+            dicom_conn_id="pacs",
+            accept=["partial"],
+            engine_options={"retries": 0},
+        )
+        export_manifest(get.output, "series", f"{tmp_path}/series.csv", accept=accept)
+    run = run_dag(dag)
+    assert run.task("export_manifest").state == state
+    assert (tmp_path / "series.csv").exists() == (state == "success")
+    if state == "failed":
+        assert "The verdict is partial, and nothing was written. 1 of 60 instances are missing" in run.log
