@@ -21,7 +21,12 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+)
 
 from airflow_dicom_get.manifest.files import task_run_name, write_manifest
 from airflow_dicom_get.manifest.schema import manifest_rows
@@ -82,6 +87,59 @@ def pacs(*, refuses: int = 0) -> EmbeddedPacs:
     server.fail = {make_uid(f"notebooks: tilted {10 + n}") for n in range(refuses)}
     _KEPT.append(server)
     return server
+
+
+# --- a cohort at a PACS ----------------------------------------------------------------------------
+
+_COHORT = (
+    ("CT", 16, 64),
+    ("CT", 12, 64),
+    ("CT", 18, 64),
+    ("CT", 14, 64),
+    ("MR", 20, 48),
+    ("MR", 18, 48),
+    ("CR", 2, 128),
+)
+"""Studies: modality, slices and their size in pixels. Every second one has the sphere."""
+_CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage, "CR": ComputedRadiographyImageStorage}
+
+
+def cohort_pacs(*, refuses: int = 0) -> tuple[EmbeddedPacs, Path]:
+    """Start a PACS that holds a cohort of seven small studies, and write the list of it: UIDs and groups in CSV.
+
+    ``refuses`` instances of the fifth study fail when they are asked for, until ``fail`` of the PACS is cleared.
+    """
+    held = folder()
+    lines = ["StudyInstanceUID,Group"]
+    for number, (modality, slices, size) in enumerate(_COHORT):
+        case = number % 2 == 0
+        study = make_uid(f"notebooks: cohort {number}")
+        lines.append(f"{study},{'sphere' if case else 'none'}")
+        _write_member(held, number, _Series(1, modality, np.eye(3)[:2], slices, 8.0, (3.2, 3.2), (size, size)), case)
+    listed = folder() / "cohort.csv"
+    listed.write_text("\n".join([*lines, ""]), "utf-8")
+    server = EmbeddedPacs(held).start()
+    server.fail = {make_uid(f"notebooks: cohort 4 {n}") for n in range(refuses)}
+    _KEPT.append(server)
+    return server, listed
+
+
+def _write_member(held: Path, number: int, series: _Series, case: bool) -> None:
+    rows, columns = np.mgrid[: series.size[0], : series.size[1]]
+    spread = 200 / series.size[0]
+    for k in range(series.slices):
+        height = 30 + 8.0 * (k - (series.slices - 1) / 2)
+        points = np.stack([columns * spread - 100, rows * spread - 100, np.full(rows.shape, height)], axis=-1)
+        values = _hounsfield(points)
+        if not case:
+            values[values == 300] = 0
+        ds = _slice(series, points[0, 0], values)
+        ds.StudyInstanceUID = make_uid(f"notebooks: cohort {number}")
+        ds.SeriesInstanceUID = make_uid(f"notebooks: cohort series {number}")
+        ds.SOPInstanceUID = make_uid(f"notebooks: cohort {number} {k}")
+        ds.SOPClassUID, ds.Modality = _CLASSES[series.name], series.name
+        ds.InstanceNumber = k + 1
+        ds.save_as(held / f"{number}-{k:03}.dcm", enforce_file_format=True)
 
 
 @dataclass(frozen=True)

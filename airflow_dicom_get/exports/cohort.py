@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     ManifestError
         One cannot be read, or they list nothing.
     """
-    given = each_of(manifests)
+    given = [run for one in each_of(manifests) for run in _runs_of(one)]
     listed = [load_listed(one, s3, root) for one in given if one is not None]
     places = dict.fromkeys(place for one in listed for place in one.places)
     tables = [one.table for one in listed]
@@ -130,6 +130,19 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     rows = rows.drop(columns=[_FROM, _AT, "source", "destination"])
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
     return Cohort(kept, verdict, tuple(places))
+
+
+def _runs_of(manifest: Any) -> Iterator[Any]:
+    """The runs in a frame that notebooks read, which has those of many manifests; anything else as it is."""
+    if not {"run", _AT, "verdict"} <= set(getattr(manifest, "columns", ())):
+        yield manifest
+        return
+    labels = ["run", _AT, "verdict", *(name for name in ("task_id", "map_index") if name in manifest.columns)]
+    for _, rows in manifest.groupby("run", sort=False, dropna=False):
+        first = rows.iloc[0]
+        frame = rows.drop(columns=labels)
+        frame.attrs = {"verdict": str(first["verdict"]), "run": f"{first[_AT]:%Y%m%dT%H%M%SZ}"}
+        yield frame
 
 
 def _numbered(tables: Sequence[pa.Table]) -> DataFrame:

@@ -55,7 +55,7 @@ def test_it_writes_where_the_configuration_allows_it_alone(run_dag, pacs, archiv
     [
         ("sums", {}, "to: 'sums' is not an absolute path"),
         (f"s3://{BUCKET}/sums", {}, "names no connection"),
-        ("{to}", {"options": {"nmae": "x"}}, "nmae is not an option. Did you mean name?"),
+        ("{to}", {"options": {"namex": "x"}}, "namex is not an option. Did you mean name?"),
         ("{to}", {"options": {"mapping": "m.csv"}}, "mapping: 'm.csv' is not an absolute path"),
         ("{to}", {"accept": ["all"]}, "accept: 'all' is not allowed"),
     ],

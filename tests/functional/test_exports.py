@@ -534,6 +534,25 @@ class TestOnlyWhatIsProven:
         assert [line[-11:] for line in export(path, "sha256sums").splitlines()] == ["1.2.3.1.dcm", "1.2.3.3.dcm"]
 
 
+class TestNotebook:
+    def test_runs_that_a_notebook_read_are_told_apart(self, got: Got, tmp_path: Path) -> None:
+        from airflow_dicom_get.notebook import export as at_hand
+        from airflow_dicom_get.notebook import latest, read_manifests
+
+        got.partial()
+        with pytest.raises(NotProven, match="The verdict is partial"):
+            at_hand(read_manifests(got.folder), "sha256sums")
+        made_up(got.folder / "_manifests" / "b.parquet", {1: "stored"}, run="20990101T000000Z-00000000",
+                study=got.study, where=f"{got.folder}/{got.study}/")  # fmt: skip
+        second = read_manifests(got.folder)
+        assert second["run"].nunique() == 2
+        with pytest.raises(NotProven, match="2 of 41 instances are missing"):
+            at_hand(second, "sha256sums")
+        complete = second[second["run"] == "20990101T000000Z-00000000"]
+        for frame in (complete, latest(complete)):
+            assert at_hand(frame, "sha256sums").endswith(f"{got.study}/1.2.3/1.2.3.1.dcm\n")
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -29,7 +29,7 @@ from tests.support.holdings import Holding
 pytestmark = pytest.mark.slow
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-NAMES = ("01_first_look", "02_complete_or_not", "03_throughput", "04_to_pixels", "05_cohort_tables")
+NAMES = ("01_first_look", "02_complete_or_not", "03_throughput", "04_to_pixels", "05_cohort_tables", "06_hand_it_on")
 
 EXPECTED = {
     "01_first_look": """
@@ -97,6 +97,13 @@ EXPECTED = {
         assert images["sop_instance_uid"].is_unique and images["study_instance_uid"].nunique() == len(whole)
         remarks = quality.set_index("what")["count"]
         assert set(remarks[remarks > 0].index) == {"series with gaps in their numbers"}
+    """,
+    "06_hand_it_on": """
+        assert (result.verdict, len(missing), again.verdict) == ("partial", 5, "complete")
+        assert checked.returncode == 0 and len(records) == len(now) == series["instanceCount"].sum()
+        assert set(by_modality["Modality"]) == {"CT", "MR", "CR"} and series["missing"].sum() == 0
+        assert len(slices) == (records["modality"] == "CT").sum() == len(batch)
+        assert bright["none"].max() == 0 < bright["sphere"].max()
     """,
 }
 
