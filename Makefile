@@ -10,7 +10,7 @@ TESTS  ?= -n $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 3 ] && echo $$
 PY := $(VENV)/bin/python
 # Orthanc is installed to /usr/sbin, which is not on everyone's path.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
-export PYTHON VENV
+export PYTHON VENV SUPPORTED
 
 .DEFAULT_GOAL := help
 .PHONY: help demo ui notebooks test test-engine test-browser test-live test-distributed test-packages test-kills test-cuts test-simulation fuzz lint format bench docs lock setup setup-demo setup-engine peers clean
@@ -58,7 +58,7 @@ test-live: setup ## Test in a real Airflow: 200 studies over a pool, kills, XCom
 test-distributed: setup-distributed ## Lose one of two Celery workers and the API server among 300 studies on PostgreSQL, Redis and S3; 20 minutes
 	@$(VENV)-distributed/bin/python -m pytest tests/distributed -m distributed -s $(ARGS)
 
-test-packages: setup ## Install wheel and sdist into empty environments, oldest and newest Python and Airflow; 10 minutes
+test-packages: setup ## Install wheel and sdist into empty environments: oldest and newest Python and Airflow, and its pre-release; 15 minutes
 	@$(PY) scripts/packages.py $(ARGS)
 
 lint: setup ## Check style, types and spelling

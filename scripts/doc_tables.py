@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import supported  # noqa: E402
+
 from airflow_dicom_get import errors, getscu  # noqa: E402
 from airflow_dicom_get.cli.main import build_parser  # noqa: E402
 from airflow_dicom_get.config.connection import connection_fields  # noqa: E402
@@ -468,6 +470,21 @@ def getscu_parameters() -> str:
     return "\n".join([*head, '    "PACS@10.0.0.5:104",', *body, ")", "```"]) + "\n"
 
 
+# --- what is supported ---------------------------------------------------------------------------------
+
+
+def tested() -> str:
+    """What passed on which Airflow and Python."""
+    results: dict[tuple[str, str], dict[str, str]] = {}
+    for row in supported.load():
+        left_out = f", {row['skipped']} left out" if row.get("skipped") else ""
+        failed = f", **{row['failed']} failed**" if row.get("failed") else ""
+        shown = f"{row['passed']} passed{failed}{left_out} ({row['date']})"
+        results.setdefault((row["airflow"], row["python"]), {})[row["check"]] = shown
+    body = [(*place, *(found.get(check, "–") for check in supported.CHECKS)) for place, found in results.items()]
+    return rows(("Airflow", "Python", *supported.CHECKS.values()), body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "connections": connections,
     "configuration": configuration,
@@ -488,6 +505,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rejections": rejections,
     "ae-parameters": ae_parameters,
     "getscu-parameters": getscu_parameters,
+    "tested": tested,
 }
 
 

@@ -1,23 +1,28 @@
 """Install the wheel and the sdist into empty environments with plain pip, and try what was installed.
 
-Usage: packages.py [--only NAME,…] [--airflow VERSION]
+Usage: packages.py [--only NAME,…] [--airflow VERSION] [--record]
 
 Each row of the matrix is an interpreter, what is installed, and releases that it is held to. An interpreter that is not
 here leaves its rows out, and says so. Each environment must be in order for `pip check`, and pass scripts/installed.py
-in a folder that does not hold the sources. `--airflow` tries one release of Airflow in place of the matrix, also one
-that the extra does not take.
+in a folder that does not hold the sources. The newest pre-release of Airflow is tried too, where there is one after
+the newest release. `--airflow` tries one release of Airflow in place of the matrix, also one that the extra does not
+take. `--record` writes what passed with an Airflow into docs/supported.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import supported
 
 ROOT = Path(__file__).resolve().parent.parent
 LOWEST = (
@@ -28,6 +33,7 @@ LOWEST = (
     "pydicom==3.0.2",
     "rich==13.0.0",
 )
+PRERELEASE = "the newest pre-release of Airflow"
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,9 @@ MATRIX = (
     ),
     Row("airflow-newest", "python3.13", extras="airflow", pins=("pandas>=3",), checks=("engine", "airflow")),
     Row("airflow-3.12", "python3.12", extras="airflow", checks=("engine", "airflow")),
+    Row("airflow-3.14", "python3.14", extras="airflow", checks=("engine", "airflow")),
+    Row("prerelease-3.11", "python3.11", extras="airflow", pins=(PRERELEASE,), checks=("engine", "airflow")),
+    Row("prerelease-3.13", "python3.13", extras="airflow", pins=(PRERELEASE,), checks=("engine", "airflow")),
     Row("sdist", "python3.11", package="sdist", extras="airflow,dev", checks=("engine", "airflow", "tests")),
 )
 
@@ -65,6 +74,27 @@ def interpreter(name: str) -> str | None:
         if found and subprocess.run([found, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
             return found
     return None
+
+
+def prerelease() -> str | None:
+    """The newest pre-release of Airflow, as pip takes it; None where the newest release is newer."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    options = ["--dry-run", "--ignore-installed", "--no-deps", "--pre", "--report", "-"]
+    said = subprocess.run([*pip, *options, "apache-airflow"], check=True, stdout=subprocess.PIPE, text=True)
+    version: str = json.loads(said.stdout)["install"][0]["metadata"]["version"]
+    return f"apache-airflow=={version}" if re.search(r"(a|b|rc)\d+$", version) else None
+
+
+def rows_of(only: list[str]) -> list[Row]:
+    """The rows that are wanted, with the pre-release that they name."""
+    rows = [row for row in MATRIX if not only or row.name in only]
+    if not any(PRERELEASE in row.pins for row in rows):
+        return rows
+    newest = prerelease()
+    if newest is None:
+        print("No pre-release of Airflow is newer than its newest release.", flush=True)
+        return [row for row in rows if PRERELEASE not in row.pins]
+    return [replace(row, pins=(newest,)) if PRERELEASE in row.pins else row for row in rows]
 
 
 def build(folder: Path) -> dict[str, Path]:
@@ -104,13 +134,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names of rows, with commas between")
     parser.add_argument("--airflow", help="a release of Airflow to try")
+    parser.add_argument("--record", action="store_true", help="write what passed into docs/supported.json")
     chosen = parser.parse_args()
-    only = [name for name in chosen.only.split(",") if name]
-    rows = [row for row in MATRIX if not only or row.name in only]
     if chosen.airflow:
         # Without the extra, whose bounds would refuse it.
         pins = (f"apache-airflow=={chosen.airflow}",)
         rows = [Row(f"airflow-{chosen.airflow}", "python3.11", pins=pins, checks=("engine", "airflow"))]
+    else:
+        rows = rows_of([name for name in chosen.only.split(",") if name])
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
         packages = build(Path(temporary))
@@ -124,6 +155,9 @@ def main() -> int:
             folder.mkdir()
             try:
                 said = check(row, python, packages[row.package], folder)
+                found = re.match(r"Python ([\d.]+), airflow ([^,:]+)", said)
+                if chosen.record and found:
+                    supported.record("package", found[2], {"passed": len(row.checks)}, python=found[1])
             except subprocess.CalledProcessError as error:
                 failed.append(row.name)
                 said = f"FAILED: {error.cmd[:4]}: {(error.stdout or '')[-2000:]}"

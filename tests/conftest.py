@@ -6,10 +6,12 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import supported
 from hypothesis import settings
 from pynetdicom.transport import AssociationSocket
 
@@ -54,6 +56,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"{package} is not installed: apt-get install {package}"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         _begin_with_the_longest(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Put down what a whole folder of tests came to, for the page of what is supported; see scripts/supported.py."""
+    config = session.config
+    whole = not config.option.keyword and all(Path(argument).is_dir() for argument in config.args)
+    if not os.environ.get("SUPPORTED") or "PYTEST_XDIST_WORKER" in os.environ or not whole:
+        return
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    outcomes = {"passed": ("passed",), "failed": ("failed", "error"), "skipped": ("skipped",)}
+    for check in supported.CHECKS:
+        # Of those in a browser, the whole suite runs one.
+        if check == "browser" and check not in config.option.markexpr:
+            continue
+        reports = {
+            name: [report for kind in kinds for report in terminal.stats.get(kind, [])]
+            for name, kinds in outcomes.items()
+        }
+        figures = {
+            name: sum(report.nodeid.startswith(f"tests/{check}/") for report in found)
+            for name, found in reports.items()
+        }
+        if any(figures.values()):
+            supported.record(check, version("apache-airflow"), figures)
 
 
 def _begin_with_the_longest(items: list[pytest.Item]) -> None:
