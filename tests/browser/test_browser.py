@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY
-from tests.support.chromium import take_picture
+from tests.support.chromium import signed_in_page, take_picture
 
 FORM_ERRORS = {
     "wrong-ae": ({"host": "127.0.0.1", "login": "NOBODY"}, {}, "called AE title not recognised"),
@@ -244,6 +244,18 @@ def test_what_is_missing_is_seen_with_its_reason(site, signed_in, picture, many_
     page.evaluate("localStorage.setItem('theme', 'light')")
     page.reload()
     site.pacs.fail = set()
+
+
+def test_a_viewer_sees_the_page_and_the_tab_and_may_not_test_a_connection(site, browser):
+    with signed_in_page(browser, site.airflow, "viewer") as page:
+        frame = open_list(page)
+        frame.locator("tbody tr", has_text="56 of 60").first.get_by_role("link").click()
+        frame.get_by_text("4 instances not held").wait_for()
+        frame.get_by_role("link", name="and its log").click()
+        page.wait_for_url(re.compile(r"/tasks/get/mapped/\d$"))
+        page.get_by_role("link", name="DICOM manifest").click()
+        page.frame_locator("iframe").get_by_text("4 instances not held").wait_for()
+        assert page.goto(f"{site.address}/api/v2/connections").status == 403
 
 
 @pytest.fixture

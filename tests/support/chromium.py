@@ -47,13 +47,13 @@ def launched() -> Iterator[Any]:
 
 
 @contextmanager
-def signed_in_page(browser: Any, airflow: LiveAirflow) -> Iterator[Any]:
-    """A page of a signed-in administrator."""
+def signed_in_page(browser: Any, airflow: LiveAirflow, user: str = "admin") -> Iterator[Any]:
+    """A page of a signed-in user: the administrator, or ``viewer``."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light", locale="en-US")
     page = context.new_page()
     page.set_default_timeout(30_000)
     page.goto(airflow.address)
-    page.locator("input[name=username]").fill("admin")
+    page.locator("input[name=username]").fill(user)
     page.locator("input[name=password]").fill(airflow.home.password())
     page.keyboard.press("Enter")
     page.get_by_role("link", name="Dags").first.wait_for()
