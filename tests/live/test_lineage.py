@@ -1,10 +1,11 @@
-"""OpenLineage in a real Airflow, as its own file transport writes it; and the same run without its provider."""
+"""OpenLineage in a real Airflow, as its own file transport writes it, and the same run without its provider; links."""
 
 from __future__ import annotations
 
 import json
 from importlib.metadata import distributions
 from typing import Any
+from urllib.parse import quote
 
 from airflow_dicom_get.testing.sample_data import big_study
 from tests.support.live_airflow import eventually
@@ -18,6 +19,8 @@ def test_a_get_names_its_source_and_its_destination(serve, airflow, lineage, tmp
     run = airflow.trigger("live_study", destination=str(tmp_path / "held"), study=study)
     assert run.wait() == "success"
     assert run.summary()["verdict"] == "complete"
+    links = airflow.call("GET", f"{run.path}/taskInstances/get/links")["extra_links"]
+    assert links["DICOM manifest"].endswith(f"/runs/{quote(run.run_id, safe='')}/tasks/get/plugin/dicom-manifest")
     if not HAS_OPENLINEAGE:
         assert not lineage.exists()
         return
