@@ -14,7 +14,7 @@ from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table
 from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
 from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
-from airflow_dicom_get.vocabulary import COMPLETE, NOT_HELD, PRESENT, READABLE, Verdict, noun
+from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, Verdict, noun
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -188,7 +188,7 @@ def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
         return
     raise NotProven(
         f"The verdict is {cohort.verdict}, and nothing was written. {cohort.lack()}".strip(),
-        hint=f"Retrieve what is missing, or accept it: accept {cohort.verdict}.",
+        hint="Retrieve what is missing" + (f", or accept {cohort.verdict}." if cohort.verdict in ACCEPTABLE else "."),
         verdict=cohort.verdict,
     )
 
