@@ -35,7 +35,7 @@ S3_FORM_ERRORS = {
     "s3-wrong-key": ({"password": "not-the-secret"}, {}, "SignatureDoesNotMatch"),
     "s3-no-such-bucket": ({}, {"bucket": "nowhere"}, "NoSuchBucket"),
     "s3-no-bucket": ({}, {"bucket": ""}, "bucket is blank, so there is nothing to test"),
-    "s3-scheme-in-host": ({"host": "http://127.0.0.1"}, {}, "host: 'http://127.0.0.1' holds a scheme"),
+    "s3-scheme-in-host": ({"host": "http://127.0.0.1"}, {}, "host: 'http://127.0.0.1' contains a scheme"),
     "s3-https": ({}, {"scheme": "https"}, "SSLError. Check the scheme of the endpoint"),
 }
 
@@ -168,9 +168,9 @@ def open_list(page: Any) -> Any:
 
 def patiently(page: Any, frame: Any, row: Any) -> None:
     """Reload the list until it has a row."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while not row.count():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, frame.locator("tbody tr").all_inner_texts()[:30]
         page.wait_for_timeout(1000)
         frame.get_by_role("button", name="Show").click()
         frame.get_by_role("heading", name="DICOM retrievals").wait_for()
