@@ -65,6 +65,8 @@ def site(tmp_path_factory) -> Iterator[Site]:
         pacs = stack.enter_context(EmbeddedPacs(held, ae_title="PACS", require_called_ae=True))
         where = {"DICOM_DESTINATION": str(retrieved)}
         airflow = stack.enter_context(LiveAirflow(folder, dags=HERE.parent.parent / "dags", environment=where))
+        # What the DAG's tasks wait for.
+        airflow.make_pool("pacs", 2)
         yield Site(airflow, pacs, held, many, retrieved)
 
 
