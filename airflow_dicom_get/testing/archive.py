@@ -47,6 +47,7 @@ _COMPUTED_KEYS = {
     "SERIES": (SERIES_INSTANCES,),
     "IMAGE": (AVAILABLE_SYNTAX,),
 }
+_COUNTED = frozenset(_COMPUTED_KEYS["STUDY"])
 _LEVEL_OF = {tag: level for level in LEVELS for tag in (*_STORED_KEYS[level], *_COMPUTED_KEYS[level])}
 _WANTED = [tag for tags in _STORED_KEYS.values() for tag in tags]
 _LAST_WANTED = max(_WANTED)
@@ -172,9 +173,13 @@ class Archive:
 
     def _find(self, level: str, wanted: dict[str, Row]) -> Iterator[Row]:
         patients: dict[str, list[Study]] = {}
-        for study in self._candidates(wanted["STUDY"].get(STUDY_UID)):
+        counted = {tag: value for tag, value in wanted["STUDY"].items() if tag in _COUNTED}
+        stored = {tag: value for tag, value in wanted["STUDY"].items() if tag not in _COUNTED}
+        for study in self._candidates(stored.get(STUDY_UID)):
             row = {**study.patient, **study.keys}
-            # What costs counting is counted where it is returned or asked for.
+            if not (_matches(wanted["PATIENT"], row) and _matches(stored, row)):
+                continue
+            # What costs counting is counted where it is returned or asked for, of what matches otherwise.
             if level == "STUDY" or wanted["STUDY"]:
                 row |= {
                     MODALITIES_IN_STUDY: _several(series.keys.get(MODALITY) for series in study.series.values()),
@@ -182,7 +187,7 @@ class Archive:
                     STUDY_SERIES: str(len(study.series)),
                     STUDY_INSTANCES: str(study.instances()),
                 }
-            if not (_matches(wanted["PATIENT"], row) and _matches(wanted["STUDY"], row)):
+            if not _matches(counted, row):
                 continue
             if level == "PATIENT":
                 patients.setdefault(study.patient.get(PATIENT_ID, ""), []).append(study)
