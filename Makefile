@@ -13,7 +13,7 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 export PYTHON VENV SUPPORTED
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui notebooks test test-engine test-browser test-live test-distributed test-packages test-kills test-cuts test-simulation fuzz lint format bench docs lock setup setup-demo setup-engine peers clean
+.PHONY: help demo ui notebooks test test-engine test-browser test-live test-cohort test-distributed test-packages test-kills test-cuts test-simulation fuzz lint format bench docs lock setup setup-demo setup-engine peers clean
 
 help: ## Explain the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
@@ -54,6 +54,9 @@ test-browser: setup ## Drive a real Airflow in Chromium; SCREENSHOTS=docs/images
 
 test-live: setup ## Test in a real Airflow: 200 studies over a pool, kills, XCom of all sizes; LIVE_DATABASE=postgresql; 15 minutes
 	@$(PY) -m pytest tests/live -m live -s $(ARGS)
+
+test-cohort: setup ## A list of 5,000 accession numbers over 5,000 studies in a real Airflow, a task killed meanwhile; 20 minutes
+	@COHORT_STUDIES=$${COHORT_STUDIES:-5000} $(PY) -m pytest tests/live/test_cohort.py -m live -n0 -s $(ARGS)
 
 test-distributed: setup-distributed ## Lose one of two Celery workers and the API server among 300 studies on PostgreSQL, Redis and S3; 20 minutes
 	@$(VENV)-distributed/bin/python -m pytest tests/distributed -m distributed -s $(ARGS)
