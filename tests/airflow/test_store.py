@@ -267,9 +267,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no_connection": ({"source": "/tmp", "target_conn_id": "nowhere"}, "nowhere"),
     "wrong_type": ({"source": "/tmp", "target_conn_id": "store"}, "is not dicom"),
     "other_root": ({"source": "s3://store@b-1/x", "manifest_root": "s3://other@b-1/x"}, "for both"),
-    "accept": ({"source": "/tmp", "accept": ("all",)}, "accept:"),
     "associations": ({"source": "/tmp", "associations": 9}, "associations:"),
-    "window": ({"source": "/tmp", "outside_window": "wait"}, "outside_window:"),
 }
 
 
