@@ -80,7 +80,7 @@ MODALITY_CONCEPTS: Mapping[str, int] = {
 """Standard concepts of DICOM modalities.
 
 Source: github.com/paulnagy/DICOM2OMOP, *files/OMOP CDM Staging/cs_values_maps_to.csv* ("Maps to") at commit 122b4947,
-its concepts of modalities being numbered in the order of *part3_modality_athena.csv*. Those of CT, MG, MR and PT were
+its concepts of modalities being numbered in the order of *part3_modality_athena.csv*. Those of CT, MR and PT were
 found in other sources, too.
 """
 NO_CONCEPT = 0

@@ -483,7 +483,7 @@ def test_ten_thousand_retrievals(page, kept, record_property):
     print(f"\n10,000 retrievals: {min(took):.3f} s")
     record_property("seconds", min(took))
     # Measured: 0.2 s; far more would be a mistake in the query.
-    assert min(took) < 3
+    assert min(took) < 10
 
 
 # --- what one task shows ---------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_kill_again_and_again(large: Holding, embedded_large: EmbeddedPacs, rela
     while killed(source, tmp_path, 0.25):
         kills += 1
         held = assert_whole_files(source, tmp_path)
-        assert kills < 30
+        assert kills < 100  # on a busy machine most are killed before they have begun
         if len(held) > 20:
             break
     assert kills > 1

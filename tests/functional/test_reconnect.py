@@ -211,7 +211,7 @@ def test_what_time_does_not_mend_is_not_tried_again(
     pacs = embedded(ct.folder, **refusal)
     begun = time.monotonic()
     result = GetScu(f"WRONG@127.0.0.1:{pacs.port}", destination=tmp_path).get_study({"StudyInstanceUID": ct.study})
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < 10, "a retry would wait, and name another error in the end"
     assert result.verdict == "failed"
     assert not result.transient
     assert words in result.errors[0]["error"]
