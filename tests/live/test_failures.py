@@ -121,7 +121,7 @@ def test_the_pacs_is_away_for_a_while(airflow, begun, pacs, tmp_path):
     assert 0 < completed < INSTANCES
     hurry(pacs)
     pacs.start()
-    again = check_end(begun, pacs, tmp_path / "out", tries=begun.task("get")["try_number"] + 1)
+    again = check_end(begun, pacs, tmp_path / "out", tries=2)
     assert again["skipped"] >= completed
 
 
