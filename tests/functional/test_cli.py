@@ -125,16 +125,16 @@ class TestHelp:
         assert done.returncode == 0
         assert done.stderr == ""
         listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
-        assert listed == ["echo", "find", "plan", "get", "store", "verify", "pacs"]
+        assert listed == ["echo", "find", "plan", "get", "store", "verify", "export", "pacs"]
 
-    @pytest.mark.parametrize("verb", ["echo", "find", "plan", "get", "store", "verify", "pacs"])
+    @pytest.mark.parametrize("verb", ["echo", "find", "plan", "get", "store", "verify", "export", "pacs"])
     def test_of_each_verb(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             cli.main([verb, "--help"])
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: dicom-get {verb} ")
-        assert ("--s3-endpoint-url" in text) == (verb in ("plan", "get", "store", "verify"))
+        assert ("--s3-endpoint-url" in text) == (verb in ("plan", "get", "store", "verify", "export"))
         assert ("--forward-calling-ae" in text) == (verb in ("plan", "get", "verify"))
 
     def test_answers_fast(self, run: Callable[..., Run]) -> None:
