@@ -1,8 +1,7 @@
 """The filesystem sink: ``<root>/<study>/<series>/<sop>.dcm``, whole or not there.
 
-An instance is written under a temporary name, digested, recorded as taken, given its final name without ever
-replacing another, then synced with others and recorded as durable. From where the digest takes longer than a hand-over
-it is all done by a thread behind the receiver.
+An instance is written under a temporary name, recorded as taken, given its final name without ever
+replacing another, then synced with others by a thread behind the receiver and recorded as durable.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -38,7 +37,6 @@ from airflow_dicom_get.storage.files import (
     differ_by_lost_blocks,
     digest_of,
     digest_of_path,
-    digest_rest,
     same_content,
     starts_alike,
     sync_path,
@@ -66,10 +64,8 @@ _REPORTED = 1 << 20
 """Bytes after which a writer says how much it has written."""
 _LOOK_AGAIN = 64 << 20
 """Bytes that may be written between two looks at the free space; fewer where there is less of it."""
-DIGEST_BEHIND_FROM = 64 << 10
-"""Size from which the digest is left to the thread that syncs: below it a hand-over costs more."""
 _FOLLOW_FROM = 4 << 20
-"""Size from which the digest follows the file while it grows, in a thread of its own."""
+"""Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
 
 
 def sink_error(error: OSError, what: str) -> SinkError:
@@ -333,7 +329,7 @@ class FilesystemSink:
         return self._digests.get(study, {})
 
     def taken(self, pending: _Pending) -> None:
-        """Hand a taken instance to the thread that makes it durable, and before it gives it its name if it has none."""
+        """Hand a taken instance to the thread that makes it durable."""
         with self._mutex:
             if self._given_up:
                 self._done.append(self._not_synced(pending))
@@ -421,18 +417,7 @@ class FilesystemSink:
         if self.options.durable and len(batch) > 1:
             for item in batch:
                 self.disk.start_write_back(item.fd)
-        named = []
         for item in batch:
-            go_on()
-            if item.writer is None:
-                named.append(item)
-                continue
-            taken = item.writer.finish(item)
-            if taken.reason is None:
-                named.append(item)
-            else:
-                results.append(Confirmation(item.instance, taken.error, taken.reason))
-        for item in named:
             go_on()
             failed: OSError | None = None
             try:
@@ -463,7 +448,7 @@ class FilesystemSink:
             for study in {item.study for item in good} if self.options.durable else ():
                 go_on()
                 study.ledger.durable([item.instance.key for item in good if item.study is study])
-            results += [Confirmation(item.instance, remark=item.remark) for item in good]
+            results += [Confirmation(item.instance) for item in good]
         except OSError as error:
             results += [Confirmation(item.instance, f"sync: {error.strerror}") for item in good]
         return results
@@ -521,16 +506,12 @@ def _durable_in(records: Mapping[Key, Sequence[Stored]]) -> set[Key]:
 
 
 class _Pending:
-    """An instance that was taken and not yet synced; under its final name, or its ``writer`` has to give it that."""
+    """An instance under its final name, not yet synced."""
 
-    __slots__ = ("fd", "folder", "instance", "remark", "size", "study", "writer")
+    __slots__ = ("fd", "folder", "instance", "size", "study")
 
-    def __init__(
-        self, instance: Instance, study: _Study, fd: int, folder: int, size: int, writer: _FileWriter | None = None
-    ) -> None:
+    def __init__(self, instance: Instance, study: _Study, fd: int, folder: int, size: int) -> None:
         self.instance, self.study, self.fd, self.folder, self.size = instance, study, fd, folder, size
-        self.writer = writer
-        self.remark: str | None = None
 
 
 class _Study:
@@ -553,8 +534,6 @@ class _Study:
             raise
         self.placed: set[Key] = set()
         """What this run put or found here: of two different ones that it is sent the first stays."""
-        self.unnamed: Counter[Key] = Counter()
-        """What waits for its final name; what else comes of it waits behind it."""
         self._folders: dict[str, int] = {}
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
@@ -618,7 +597,6 @@ class _FileWriter:
     """One instance on its way into a file."""
 
     __slots__ = (
-        "_digested",
         "_disk",
         "_fd",
         "_folder",
@@ -628,7 +606,6 @@ class _FileWriter:
         "_instance",
         "_name",
         "_offset",
-        "_pending",
         "_reported",
         "_sink",
         "_size",
@@ -655,9 +632,8 @@ class _FileWriter:
         self._head: bytes | None = head
         self._offset = len(head)
         self._hash: Any = hashlib.sha256() if sink.options.checksum else None
-        self._size = self._reported = self._digested = 0
+        self._size = self._reported = 0
         self._follower: Follower | None = None
-        self._pending: _Pending | None = None
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
@@ -668,7 +644,7 @@ class _FileWriter:
                 self._write_all(self._disk.writev(self._fd, (head, view)) - len(head), view, head)
                 if self._hash is not None:
                     self._hash.update(head)
-                self._size = self._digested = len(head)
+                self._size = len(head)
             else:
                 self._write_all(self._disk.write(self._fd, view), view)
         except OSError as error:
@@ -678,14 +654,10 @@ class _FileWriter:
             self._report()
         if self._follower is not None:
             self._follower.grown(self._size)
-        elif self._hash is None:
-            pass
-        elif self._size < DIGEST_BEHIND_FROM:
+        elif self._hash is not None:
             self._hash.update(view)
-            self._digested = self._size
-        elif self._size >= _FOLLOW_FROM:
-            self._follower = Follower(self._fd, self._hash, self._digested)
-            self._follower.grown(self._size)
+            if self._size >= _FOLLOW_FROM:
+                self._follower = Follower(self._fd, self._hash, self._size)
 
     def _report(self) -> None:
         size, self._reported = self._size - self._reported, self._size
@@ -707,42 +679,18 @@ class _FileWriter:
             self._report()
             if self._follower is not None:
                 self._follower.finish()
-                self._digested = self._size
             instance.bytes = self._size
+            instance.sha256 = self._hash.digest() if self._hash is not None else None
             instance.dataset_offset = self._offset
             instance.uri = self._study.place
-            if self._hash is not None and (self._digested < self._size or self._study.unnamed[instance.key]):
-                self._study.unnamed[instance.key] += 1
-                self._sink.taken(_Pending(instance, self._study, self._fd, self._folder, self._size, self))
-                return Taken(s.SUCCESS)
-            return self._digested_and_placed()
+            return self._place()
         except (OSError, SinkError) as error:
-            return self._failed(error)
-
-    def finish(self, pending: _Pending) -> Taken:
-        """What was taken with its digest still to come: make that, and give it its final name."""
-        self._pending = pending
-        try:
-            taken = self._digested_and_placed()
-        except OSError as error:
-            taken = self._failed(error)
-        self._study.unnamed[self._instance.key] -= 1
-        pending.remark = taken.remark
-        return taken
-
-    def _digested_and_placed(self) -> Taken:
-        if self._hash is not None and self._digested < self._size:
-            digest_rest(self._fd, self._hash, self._digested, self._size)
-        self._instance.sha256 = self._hash.digest() if self._hash is not None else None
-        return self._place()
-
-    def _failed(self, error: OSError | SinkError) -> Taken:
-        self.abort()
-        failure = error
-        if isinstance(error, OSError):
-            failure = sink_error(error, f"The destination cannot store instance {self._instance.sop}")
-        full = isinstance(failure, DestinationFull)
-        return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
+            self.abort()
+            failure = error
+            if isinstance(error, OSError):
+                failure = sink_error(error, f"The destination cannot store instance {instance.sop}")
+            full = isinstance(failure, DestinationFull)
+            return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
 
     def _place(self) -> Taken:
         """Give the file its final name, which never takes the place of a whole other one."""
@@ -768,10 +716,7 @@ class _FileWriter:
     def _stays(self, fd: int, size: int) -> Taken:
         """What is there under the final name, open as ``fd``, is the instance of this run."""
         self._study.placed.add(self._instance.key)
-        if self._pending is None:
-            self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, size))
-        else:
-            self._pending.fd = fd
+        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, size))
         return Taken(s.SUCCESS)
 
     def _meet_first(self, final: str) -> Taken:

@@ -640,17 +640,6 @@ def digest_of(fd: int) -> bytes:
     return digest.digest()
 
 
-def digest_rest(fd: int, digest: Any, done: int, size: int, buffer: memoryview | None = None) -> None:
-    """Have a digest of the first ``done`` bytes of an open file see all ``size``. Raises :class:`OSError`."""
-    view = buffer or memoryview(bytearray(min(size - done, CHUNK)))
-    while done < size:
-        read = disk.read_into(fd, view[: size - done], done)
-        if not read:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        digest.update(view[:read])
-        done += read
-
-
 def digest_of_path(path: Where, go_on: Callable[[], object] = lambda: None) -> bytes:
     """Sha256 of a file by its name; ``go_on`` is called on the way, and raises what ends it."""
     digest = hashlib.sha256()
@@ -752,8 +741,12 @@ class Follower:
             self._error = error
 
     def _read_up_to(self, target: int, view: memoryview) -> None:
-        digest_rest(self._fd, self._digest, self._done, target, view)
-        self._done = target
+        while self._done < target:
+            size = disk.read_into(self._fd, view[: min(target - self._done, CHUNK)], self._done)
+            if not size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self._digest.update(view[:size])
+            self._done += size
         if self._done - self._pushed >= _WRITE_BACK:
             disk.start_write_back(self._fd, self._pushed, self._done - self._pushed)
             self._pushed = self._done

@@ -153,8 +153,6 @@ class History:
     """Whether it is ``verify --quick``."""
     store: tuple[Run, ...] = ()
     """Runs of ``store`` at the end, from the destination to a node."""
-    behind: bool = False
-    """Whether files are digested and named behind the receiver, small as they are."""
 
     def to_json(self) -> str:
         """The history as text, to be kept."""
@@ -230,7 +228,6 @@ def history_of(seed: int) -> History:
         model,
         verify and chance.random() < 0.5,
         _stores(chance, count, destination, common),
-        behind=seed % 3 == 2,
     )
     if destination == "node":
         return _unreachable(chance, history) if chance.random() < 0.15 else history

@@ -20,7 +20,6 @@ from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.transcript import MemoryTranscript
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.sinks import filesystem
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.misbehaving.line import Line
 from airflow_dicom_get.verify import Verification
@@ -379,18 +378,6 @@ def _freeze() -> None:
     gc.freeze()
 
 
-@contextmanager
-def _digesting(*, behind: bool) -> Iterator[None]:
-    """Have files digested behind the receiver that are too small for it."""
-    usual = filesystem.DIGEST_BEHIND_FROM
-    if behind:
-        filesystem.DIGEST_BEHIND_FROM = 0
-    try:
-        yield
-    finally:
-        filesystem.DIGEST_BEHIND_FROM = usual
-
-
 def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
     """Play a history, with nothing logged; ``told`` takes its transcript."""
     quiet = logging.root.manager.disable >= logging.CRITICAL
@@ -401,7 +388,7 @@ def play(history: History, told: list[dict[str, Any]] | None = None) -> World:
     collects = gc.isenabled()
     gc.disable()  # garbage is collected where the history says, not by chance
     try:
-        with looped(history.seed) as loop, _digesting(behind=history.behind):
+        with looped(history.seed) as loop:
             world = World(history, loop, told)
             try:
                 world.play()
