@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from airflow_dicom_get.net import get
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, IMPLICIT_LE
+from tests.support.measured import shell
 
 MIB = 1 << 20
 
@@ -135,14 +134,7 @@ def test_the_last_of_the_free_space_is_left(tmp_path: Path, instances: int) -> N
 
 def run(pacs: MisbehavingPacs, verb: str, *options: str) -> tuple[int, str, int]:
     """The shell in a process of its own: its exit status, what it said, and its peak memory in MiB."""
-    call = [sys.executable, "-m", "airflow_dicom_get.cli", verb, f"PACS@127.0.0.1:{pacs.port}"]
-    call += ["--study", pacs.study_uid, "--json", *options]
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(call, stdout=said, stderr=said)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        return child.returncode, said.read(), usage.ru_maxrss >> 10
+    return shell(verb, f"PACS@127.0.0.1:{pacs.port}", "--study", pacs.study_uid, "--json", *options)
 
 
 @pytest.fixture(scope="module")

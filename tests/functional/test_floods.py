@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import ssl
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +30,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import (
 )
 from airflow_dicom_get.testing.misbehaving.wire import Message
 from tests.support.certificates import Authority
+from tests.support.measured import shell
 
 MIB = 1 << 20
 
@@ -51,16 +48,6 @@ def pacs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         assert server.faults == []
 
     return make
-
-
-def shell(*arguments: str) -> tuple[int, str, int]:
-    """The shell in a process of its own: its exit status, what it said, and its peak memory in MiB."""
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen([sys.executable, "-m", "airflow_dicom_get.cli", *arguments], stdout=said, stderr=said)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        return child.returncode, said.read(), usage.ru_maxrss >> 10
 
 
 def node(server: MisbehavingPacs) -> str:
