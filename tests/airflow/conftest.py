@@ -39,6 +39,7 @@ else:
     os.environ.update(
         {
             "AIRFLOW_HOME": _home.name,
+            "AIRFLOW__API_AUTH__JWT_SECRET": "for the tests alone, long enough for a key" * 2,
             "AIRFLOW__CORE__DAGS_FOLDER": f"{_home.name}/dags",
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__UNIT_TEST_MODE": "True",
