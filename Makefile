@@ -29,7 +29,7 @@ ui: setup-demo ## Start Airflow's web interface and the embedded PACS with the d
 notebooks: setup ## Execute the notebooks and save their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
-test: setup peers ## Run the whole test suite; ARGS are passed to pytest, for example ARGS='-k manifest'; 12 minutes on two cores
+test: setup peers ## Run the whole test suite; ARGS are passed to pytest, for example ARGS='-k manifest'; 10 minutes on two cores
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own; 6 minutes on two cores
@@ -91,7 +91,7 @@ clean: ## Remove what the targets made: environments, demo, caches
 
 # Not in the help: what the targets above call by themselves.
 setup:
-	@bash scripts/setup.sh "$(VENV)" "$(PYTHON)" airflow,dev "240 packages, 400 MB to download, 1.6 GB on disk, about 5 minutes"
+	@bash scripts/setup.sh "$(VENV)" "$(PYTHON)" airflow,dev "250 packages, 440 MB to download, 1.8 GB on disk, about 5 minutes"
 
 setup-demo:
 	@bash scripts/setup.sh "$(VENV)-demo" "$(PYTHON)" demo "140 packages, 160 MB to download, 0.7 GB on disk, about 2 minutes"
