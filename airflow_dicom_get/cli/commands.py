@@ -304,8 +304,11 @@ def verify(typed: Namespace) -> int:
 
 
 def export(typed: Namespace) -> int:
+    import pyarrow as pa
+
     from airflow_dicom_get.exports.verb import FORMS, summary, write_export
 
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it has freed: 40 MB for 100,000 rows
     options = ExportOptions.check(nested(options_from_shell(typed), shell_name), shell_name)
     if typed.form not in FORMS:
         raise invalid("--as", f"{shown(typed.form)} is not allowed", f"Give one of {', '.join(FORMS)}.")

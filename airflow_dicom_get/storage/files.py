@@ -100,9 +100,13 @@ class Disk:
         What is neither, as a FIFO, is refused, and nothing is waited for; but what a person names to be written to may
         be a pipe or a terminal.
         """
-        with _name_in(path, folder) as (name, at):
-            named = at is None and how & os.O_WRONLY
-            fd = _open(name, how if named else how | os.O_NONBLOCK, at, mode)
+        named = 0
+        if folder is not None:  # once an instance: no context manager
+            fd = _open(path, how | os.O_NONBLOCK, folder, mode)
+        else:
+            with _name_in(path) as (name, at):
+                named = at is None and how & os.O_WRONLY
+                fd = _open(name, how if named else how | os.O_NONBLOCK, at, mode)
         try:
             if not named and not how & os.O_EXCL and not _is_file_or_folder(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -314,10 +318,10 @@ class Disk:
 
 
 @contextmanager
-def _name_in(path: Where, folder: int | None = None) -> Iterator[tuple[Where, int | None]]:
+def _name_in(path: Where) -> Iterator[tuple[Where, int | None]]:
     """A name, and the open folder in which it is no link to be followed; a path that may lead anywhere as it is."""
     if not isinstance(path, Below) or not path.names:
-        yield os.fspath(path), folder
+        yield os.fspath(path), None
         return
     if not {"", ".", ".."}.isdisjoint(path.names):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))

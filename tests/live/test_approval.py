@@ -69,6 +69,7 @@ def home(tmp_path, source, target, juicefs) -> Iterator[LiveAirflow]:
     environment = {
         "AIRFLOW_CONN_DICOM_DEFAULT": f"dicom://PACS@127.0.0.1:{source.port}",
         "AIRFLOW_CONN_DICOM_TARGET": f"dicom://ARCHIVE@127.0.0.1:{target.port}",
+        "DICOM_BUCKET": f"{BUCKET}/{NAME}",
     }
     with LiveAirflow(folder, dags=folder / "dags", environment=environment) as live:
         live.make_pool("pacs", 2)

@@ -55,6 +55,7 @@ def home(tmp_path_factory, pacs, mailbox) -> Iterator[LiveAirflow]:
     environment = {
         "AIRFLOW_CONN_DICOM_DEFAULT": f"dicom://PACS@127.0.0.1:{pacs.port}",
         "AIRFLOW_CONN_SMTP_DEFAULT": mailbox.connection,
+        "DICOM_BUCKET": f"{BUCKET}/night",
         "DICOM_DESTINATION": str(folder / "held"),
         "DICOM_REPORTS": str(folder / "reports"),
         "DICOM_SETTLED_MINUTES": "0.05",
