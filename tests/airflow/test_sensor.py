@@ -16,7 +16,9 @@ from airflow.sdk.exceptions import TaskDeferred
 
 from airflow_dicom_get.engine import arrivals
 from airflow_dicom_get.engine.arrivals import Awaited
+from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.operators.dicom import DicomGetOperator
+from airflow_dicom_get.sensors import dicom as sensor_module
 from airflow_dicom_get.sensors.dicom import DicomStudySensor
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 from airflow_dicom_get.triggers import _looks as looks_module
@@ -107,15 +109,25 @@ def test_a_pacs_without_numbers_is_counted(run_dag, pacs, archive):
 
 
 @BOTH
-def test_a_pacs_that_is_down_is_asked_again(run_dag, pacs, archive, deferrable):
+def test_a_pacs_that_is_down_is_asked_again(run_dag, pacs, archive, deferrable, monkeypatch):
+    looked = []
+    usual = looks_module.look
+
+    def look(*given):
+        try:
+            return usual(*given)
+        except DicomGetError as error:
+            looked.append(error)
+            pacs.start()
+            raise
+
+    monkeypatch.setattr(sensor_module, "look", look)
     pacs.stop()
-    started = threading.Timer(1.5, pacs.start)
-    started.start()
     with DAG(f"sensor_down_{deferrable}") as dag:
         wait("wait", study=archive.many, deferrable=deferrable)
     run = run_dag(dag)
-    started.join()
     assert run.state == "success"
+    assert len(looked) == 1
     assert "could not be queried" in run.log
 
 
