@@ -26,7 +26,22 @@ if TYPE_CHECKING:
     from airflow.triggers.shared_stream import SharedStreamProducer
 
 
-class DicomStudyTrigger(BaseTrigger):
+class _OfConnection(BaseTrigger):
+    """A trigger that looks at the PACS of a connection."""
+
+    dicom_conn_id: str
+    _kwargs: dict[str, Any]
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """The arguments that make it again."""
+        return f"{type(self).__module__}.{type(self).__qualname__}", self._kwargs
+
+    def __repr__(self) -> str:
+        # The query may name a patient, and this goes to logs.
+        return f"<{type(self).__name__} on {self.dicom_conn_id}>"
+
+
+class DicomStudyTrigger(_OfConnection):
     """Query a PACS repeatedly until the studies are there and have settled.
 
     The C-FIND runs on a thread of its connection, with a deadline of a quarter of ``poke_interval``: neither the loop
@@ -62,14 +77,6 @@ class DicomStudyTrigger(BaseTrigger):
             "dicom_conn_id": dicom_conn_id,
         }
 
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """The arguments that make it again."""
-        return f"{type(self).__module__}.{type(self).__qualname__}", self._kwargs
-
-    def __repr__(self) -> str:
-        # The query may name a patient, and this goes to logs.
-        return f"<{type(self).__name__} on {self.dicom_conn_id}>"
-
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Ask until all is there; one event, with the Items or what is wrong."""
         while True:
@@ -96,7 +103,7 @@ class DicomStudyTrigger(BaseTrigger):
                 return
 
 
-class DicomStudyEventTrigger(BaseEventTrigger):
+class DicomStudyEventTrigger(_OfConnection, BaseEventTrigger):
     """Make an event of each study that has newly come to a PACS and no longer grows, for an ``AssetWatcher``.
 
     The event's ``extra["payload"]`` is the Item of the study: what ``DicomGetOperator`` takes. Each study is announced
@@ -156,14 +163,6 @@ class DicomStudyEventTrigger(BaseEventTrigger):
             "poke_interval": poke_interval,
             "lookback": lookback,
         }
-
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """The arguments that make it again."""
-        return f"{type(self).__module__}.{type(self).__qualname__}", self._kwargs
-
-    def __repr__(self) -> str:
-        # The query may name a patient, and this goes to logs.
-        return f"<{type(self).__name__} on {self.dicom_conn_id}>"
 
     # --- the stream that all triggers of a connection share ----------------------------------------
 
