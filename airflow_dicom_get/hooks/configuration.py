@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from urllib.parse import urlsplit
 
 from airflow.sdk.configuration import conf
 
@@ -11,6 +12,8 @@ from airflow_dicom_get.config.destination import Destination, FilesystemDestinat
 from airflow_dicom_get.get_provider_info import get_provider_info
 
 SECTION = "dicom_get"
+MANIFEST_TAB = "dicom-manifest"
+"""The tab with the manifest of a task instance, as its address in the web interface names it."""
 
 
 def _default(option: str) -> str:
@@ -31,6 +34,11 @@ def integer(option: str) -> int:
 def boolean(option: str) -> bool:
     """A yes-or-no option."""
     return conf.getboolean(SECTION, option, fallback=_default(option) == "True")
+
+
+def base_path() -> str:
+    """The path in ``[api] base_url``, which an address in the web interface has to begin with."""
+    return urlsplit(conf.get("api", "base_url", fallback="") or "").path.rstrip("/")
 
 
 def is_allowed(place: Destination) -> bool:

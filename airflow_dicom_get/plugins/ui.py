@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlsplit
 
 from airflow.plugins_manager import AirflowPlugin
 
@@ -49,7 +48,9 @@ class DicomPlugin(AirflowPlugin):
         """Where the web interface shows it."""
         if self._app is None:
             return []
-        root = _base_path() + URL_PREFIX
+        from airflow_dicom_get.hooks.configuration import MANIFEST_TAB, base_path
+
+        root = base_path() + URL_PREFIX
         return [
             {
                 "name": "DICOM retrievals",
@@ -62,13 +63,6 @@ class DicomPlugin(AirflowPlugin):
                 "name": "DICOM manifest",
                 "href": f"{root}/dags/{{DAG_ID}}/runs/{{RUN_ID}}/tasks/{{TASK_ID}}/{{MAP_INDEX}}",
                 "destination": "task_instance",
-                "url_route": "dicom-manifest",
+                "url_route": MANIFEST_TAB,
             },
         ]
-
-
-def _base_path() -> str:
-    """The path in ``[api] base_url``, which an address in the web interface has to begin with."""
-    from airflow.configuration import conf
-
-    return urlsplit(conf.get("api", "base_url", fallback="") or "").path.rstrip("/")
