@@ -168,11 +168,16 @@ def _parse_root(option: str, value: Any) -> Destination:
     return root
 
 
-def _parse_verdicts(option: str, value: Any) -> tuple[Verdict, ...]:
-    words = _items(option, value)
+def check_acceptable(option: str, words: Iterable[Any]) -> None:
+    """Refuse what is no verdict that may be accepted. Raises :class:`InvalidOption`."""
     for word in words:
         if word not in ACCEPTABLE:
             raise invalid(option, f"{shown(word)} is not allowed", f"Give some of {', '.join(ACCEPTABLE)}.")
+
+
+def _parse_verdicts(option: str, value: Any) -> tuple[Verdict, ...]:
+    words = _items(option, value)
+    check_acceptable(option, words)
     return tuple(verdict for verdict in ACCEPTABLE if verdict in words)
 
 

@@ -7,18 +7,16 @@ from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.config.options import check_acceptable
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.vocabulary import ACCEPTABLE, CANCELLED
+from airflow_dicom_get.vocabulary import CANCELLED
 
 
 def check_accept(accept: Any) -> tuple[str, ...]:
     """The verdicts that are a success."""
     words = (accept,) if isinstance(accept, str) else tuple(accept) if isinstance(accept, Iterable) else (accept,)
-    for word in words:
-        if word not in ACCEPTABLE:
-            raise invalid("accept", f"{shown(word)} is not allowed", f"Give some of {', '.join(ACCEPTABLE)}.")
+    check_acceptable("accept", words)
     return words
 
 
