@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ _READ = 1 << 18
 _AT_ONCE = 1 << 16
 """Bytes that OpenSSL is given, or takes, at once."""
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Transport(Protocol):
@@ -59,7 +61,10 @@ class SocketTransport:
     """TCP; see :class:`Transport`."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.settimeout(SLICE)
+        # The kernel's own timeouts: Python's would cost another system call before each read and write.
+        sock.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(0, int(SLICE * 1_000_000)))
         self._sock = sock
         self._read, self._option = sock.recv_into, sock.setsockopt
 
@@ -70,11 +75,17 @@ class SocketTransport:
                 self._option(socket.IPPROTO_TCP, _QUICKACK, 1)
             except OSError:
                 pass
-        return self._read(view)
+        try:
+            return self._read(view)
+        except BlockingIOError:
+            raise TimeoutError from None
 
     def send(self, view: memoryview) -> int:
         """See :meth:`Transport.send`."""
-        return self._sock.send(view)
+        try:
+            return self._sock.send(view)
+        except BlockingIOError:
+            raise TimeoutError from None
 
     def wait(self, seconds: float) -> bool:
         """See :meth:`Transport.wait`."""
