@@ -109,6 +109,8 @@ class Instance:
     tags: tuple[str | None, ...] | None = None
     truncated: bool | None = None
     other_patient: bool | None = None
+    other_syntax: bool | None = None
+    """It was sent again in another transfer syntax, in which it cannot be compared with the first."""
     key: Key = field(init=False)
     """What makes it an instance of its study: Series and SOP Instance UID."""
 
@@ -134,7 +136,9 @@ class Instance:
         """The reason that its row shows though it is held."""
         if self.other_patient:
             return "other_patient_id"
-        return "truncated_dataset" if self.truncated else None
+        if self.truncated:
+            return "truncated_dataset"
+        return "other_transfer_syntax" if self.other_syntax else None
 
     @property
     def remarked(self) -> bool:

@@ -344,6 +344,11 @@ REASONS: Mapping[str, Reason] = {
         remark=True,
     ),
     # Of a whole retrieval
+    "other_transfer_syntax": Reason(
+        "It was sent again in another transfer syntax. The first is kept; the two were not compared.",
+        "None needed where the PACS converts. If it holds both, ask its admin why.",
+        remark=True,
+    ),
     "still_growing": Reason(
         "The list of the PACS was still changing after the last round.", "Run again later.", transient=True, of="result"
     ),

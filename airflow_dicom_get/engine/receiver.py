@@ -102,6 +102,10 @@ class Receiver:
         self._refusal = Taken(status, reason, error)
         return False
 
+    def _drain(self) -> Literal[False]:
+        self._drains, self._refusal = True, Taken(s.SUCCESS)
+        return False
+
     def _refuse_class(self) -> Literal[False]:
         return self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
 
@@ -210,10 +214,12 @@ class Receiver:
             self._claimed = instance.key
         if instance.state is not None and instance.state not in TRIED_IN_VAIN:
             if self.confirms:
-                self._drains, self._refusal = True, Taken(s.SUCCESS)
-                return False
+                return self._drain()
             self._release()
         if self._claimed is None:
+            if instance.syntax not in (None, request.syntax):
+                self._intake.sent_in_other_syntax(instance.key)
+                return self._drain()
             # Sent twice, by turns or at the same time, or held before: judged by the sink, without touching the
             # first one's record.
             instance = Instance(study, instance.series, sop, request.sop_class)

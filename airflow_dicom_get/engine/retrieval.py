@@ -88,6 +88,11 @@ class Intake:
             with self._mutex:
                 self.state.leave_out(request.sop_instance, request.sop_class, series)
 
+    def sent_in_other_syntax(self, key: Key) -> None:
+        """See :meth:`StudyState.sent_in_other_syntax`."""
+        with self._mutex:
+            self.state.sent_in_other_syntax(key)
+
     def learn_count(self, series: str | None, total: int | None, sent: Collection[Key] | None) -> None:
         """See :meth:`StudyState.learn_count`."""
         with self._mutex:

@@ -316,6 +316,13 @@ class StudyState:
         record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
         record.attempt = self.rounds
 
+    def sent_in_other_syntax(self, key: Key) -> None:
+        """An instance that is there, or on its way, was sent again in another transfer syntax: the first stays."""
+        record = self.instances[key]
+        record.other_syntax = True
+        if record.state in HELD:
+            record.reason = record.reason or record.remark
+
     def left_to_destination(self, instance: Instance) -> None:
         """The source was aborted before the destination answered: a confirmation will tell whether it stored it."""
         self._late.add(instance.key)

@@ -49,6 +49,7 @@ _RELEASE, _CONNECT, _ACSE = 0.15, 0.35, 0.5
 class _Sent(NamedTuple):
     """What a node holds under a SOP Instance UID."""
 
+    study: str
     series: str
     sha256: bytes | None
     bytes: int | None
@@ -135,14 +136,16 @@ class ForwardSink:
         self._classes = classes
         self._pairs: dict[Proposal, None] = {}  # seen, the latest last
         self._refused: set[Proposal] = set()
-        self._sent: dict[str, dict[str, _Sent]] = {}
-        """What the destination took, by study and SOP Instance UID: a node holds one instance of a UID."""
+        self._sent: dict[str, _Sent] = {}
+        """What the destination took, by SOP Instance UID: a node may hold one instance of a UID, whatever its study."""
+        self._listed_too: dict[tuple[str, str], _Sent] = {}
+        """By study and SOP Instance UID, what it lists besides: some nodes hold an instance of a UID in each study."""
         self._recorded: dict[str, dict[str, list[Stored]]] = {}
         """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
-        self._under_way: set[tuple[str, str]] = set()
-        """Study and SOP Instance UID of what is being sent."""
-        self._unanswered: set[tuple[str, str, _Sent]] = set()
-        """Study, SOP Instance UID and content of what went out whole, and was not answered: the node may have it."""
+        self._under_way: set[str] = set()
+        """SOP Instance UIDs of what is being sent."""
+        self._unanswered: set[tuple[str, _Sent]] = set()
+        """SOP Instance UID and content of what went out whole, and was not answered: the node may have it."""
         self._late = 0
         self._done: list[Confirmation] = []
         self._closed = False
@@ -161,7 +164,10 @@ class ForwardSink:
                 held.clear()
         self._remember(study, recorded)
         with self._mutex:
-            self._sent[study] = {x.sop: _Sent(x.series, x.sha256, x.bytes) for x in held.values()}
+            for x in held.values():
+                there = _Sent(study, x.series, x.sha256, x.bytes)
+                if self._sent.setdefault(x.sop, there).study != study:
+                    self._listed_too[study, x.sop] = there
         return held
 
     def _hold_against_list(
@@ -263,10 +269,9 @@ class ForwardSink:
 
         One that is under way over another association is waited for: the two may differ.
         """
-        claim = instance.study, instance.sop
         limit = clock.monotonic() + self.deadlines.stall
         with self._changed:
-            while claim in self._under_way:
+            while instance.sop in self._under_way:
                 if self.cancel.reason is not None:
                     raise Cancelled(f"Cancelled before {self.name} answered.")
                 if clock.monotonic() >= limit:
@@ -278,15 +283,17 @@ class ForwardSink:
                         may_pass=True,
                     )
                 self._changed.wait(0.2)
-            known = self._sent.get(instance.study, {}).get(instance.sop)
+            known = self._sent.get(instance.sop)
             if known is None:
-                self._under_way.add(claim)
+                self._under_way.add(instance.sop)
+            elif known.study != instance.study:
+                known = self._listed_too.get((instance.study, instance.sop), known)
             return known
 
     def give_up(self, instance: Instance) -> None:
         """The instance is not under way any more: taken, or not."""
         with self._changed:
-            self._under_way.discard((instance.study, instance.sop))
+            self._under_way.discard(instance.sop)
             self._changed.notify_all()
 
     def _begin(self, instance: Instance) -> Writer | Taken:
@@ -298,7 +305,7 @@ class ForwardSink:
             raise _not_recorded(error) from error
         once = self._taken_once(instance)
         if once and all(x.series != instance.series for x in once):
-            return _other_series(once[0].series)
+            return _elsewhere(f"series {once[0].series}")
         pair = Proposal(instance.sop_class, instance.syntax)
         line = self._line(pair)
         if line is None:
@@ -407,7 +414,7 @@ class ForwardSink:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
         outcome, text = s.store_outcome(status), f"The destination answered {s.describe_store(status)}."
         if outcome == "duplicate":  # what it has is this data set only where we have sent it before
-            known = bool(self._taken_once(instance)) or _sent(instance) in self._unanswered
+            known = bool(self._taken_once(instance)) or (instance.sop, _content(instance)) in self._unanswered
             outcome, status = ("warning", s.SUCCESS) if known else ("refused", status)
             text += (
                 "" if known else " Nothing of ours tells that it is this data set; trust_destination takes its word."
@@ -429,9 +436,7 @@ class ForwardSink:
     def _record(self, instance: Instance) -> None:
         """Write down that the destination has it."""
         with self._mutex:
-            self._sent.setdefault(instance.study, {})[instance.sop] = _Sent(
-                instance.series, instance.sha256, instance.bytes
-            )
+            self._sent[instance.sop] = _content(instance)
         try:
             ledger = self._ledger(instance.study)
             ledger.taken(instance)
@@ -442,7 +447,7 @@ class ForwardSink:
     def sent_whole(self, instance: Instance) -> None:
         """Remember what went out whole, and has no answer yet."""
         with self._mutex:
-            self._unanswered.add(_sent(instance))
+            self._unanswered.add((instance.sop, _content(instance)))
 
     def late(self, line: _Line, instance: Instance) -> ForwardLate:
         """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
@@ -468,7 +473,7 @@ class ForwardSink:
                 log.exception("waiting for a late response failed")
         with self._changed:
             self._late -= 1
-            self._under_way.discard((instance.study, instance.sop))
+            self._under_way.discard(instance.sop)
             self._done.append(confirmation)
             self._changed.notify_all()
 
@@ -538,8 +543,8 @@ def _not_recorded(error: OSError) -> SinkError:
     )
 
 
-def _sent(instance: Instance) -> tuple[str, str, _Sent]:
-    return instance.study, instance.sop, _Sent(instance.series, instance.sha256, instance.bytes)
+def _content(instance: Instance) -> _Sent:
+    return _Sent(instance.study, instance.series, instance.sha256, instance.bytes)
 
 
 class _ForwardWriter:
@@ -631,11 +636,11 @@ _OTHER_CONTENT: Final = Taken(
 )
 
 
-def _other_series(series: str) -> Taken:
+def _elsewhere(where: str) -> Taken:
     return Taken(
         s.DUPLICATE_OTHER_CONTENT,
         "different_content",
-        f"An instance with this SOP Instance UID was already forwarded in series {series}; a node holds one of a UID.",
+        f"An instance with this SOP Instance UID was already forwarded in {where}; a node holds one of a UID.",
     )
 
 
@@ -662,8 +667,10 @@ class _Comparing:
     def take(self) -> Taken:
         """See :meth:`sinks.base.Writer.take`."""
         instance, first = self._instance, self._first
+        if instance.study != first.study:
+            return _elsewhere(f"study {first.study}")
         if instance.series != first.series:
-            return _other_series(first.series)
+            return _elsewhere(f"series {first.series}")
         if not _same(first, self._size, self._hash.digest()):
             return _OTHER_CONTENT
         instance.bytes = self._size

@@ -84,7 +84,7 @@ class Inventory:
                     if not record.durable:
                         self._note(record, item.etag)
                     return self._held(record, item)
-        if any(record.durable for record in candidates):
+        if any(record.durable and (record.sha256 or not _fits(record, item)) for record in candidates):
             return None  # what it was is recorded, and it is that no longer
         head = head_of(self._bucket, item.key)
         said = record_of(series, sop, head)

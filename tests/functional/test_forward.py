@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pydicom
 import pytest
 
 from airflow_dicom_get import GetScu
@@ -765,6 +766,23 @@ class TestSink:
                 result = forward(source, destination, tmp_path / mode, source.study_uid)
                 assert bool(result.conflicts) == conflicts
                 assert set(destination.times.values()) == {1}, "the second is never sent on"
+
+    def test_two_studies_with_an_instance_of_one_uid(
+        self, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        shutil.copytree(private.folder, tmp_path / "both" / "first")
+        path = next(p for p in sorted((tmp_path / "both").rglob("*")) if p.is_file())
+        twin = pydicom.dcmread(path)
+        twin.StudyInstanceUID, twin.SeriesInstanceUID = f"{private.study}.1", f"{private.study}.2"
+        twin.save_as(tmp_path / "both" / "twin.dcm")
+        source = embedded(tmp_path / "both")
+        query = {"StudyInstanceUID": [private.study, twin.StudyInstanceUID]}
+        with OddDestination() as destination:
+            scu = GetScu(f"127.0.0.1:{source.port}", destination=f"dicom://{destination.node}", manifest_root=tmp_path)
+            result = scu.get_study(query)
+            assert {n.verdict for n in result.studies} == {"complete", "partial"}
+            assert (result.verdict, result.conflicts) == ("partial", 1)
+            assert set(destination.times.values()) == {1}, "the node keeps what it confirmed first"
 
     def test_limits_of_both_nodes(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         with OddDestination() as destination:

@@ -192,8 +192,10 @@ def _cases() -> Iterator[Case]:
     yield Case("extra_instance", COMPLETE, (ALL, ALL), check=_number("unexpected", 2))
     yield Case("list_grows", COMPLETE, (ALL, ALL))
     yield Case("list_shrinks", COMPLETE, (ALL - 1, ALL - 1), check=_number("withdrawn", 1))
-    # What is cut off at its end is stored as received: the pixel data is never decoded.
     one = _number("warning", 1)
+    twice = {"victim": 2, "pairs": [(CT, IMPLICIT_LE), (CT, EXPLICIT_LE)]}
+    yield Case("dup_othersyntax", COMPLETE, (ALL, ALL), twice, reason="other_transfer_syntax", check=one)
+    # What is cut off at its end is stored as received: the pixel data is never decoded.
     yield Case("ds_truncated", COMPLETE, (ALL, ALL), {"victim": 2}, reason="truncated_dataset", check=one)
 
     # No association, or nothing that could be sent over it.

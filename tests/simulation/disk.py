@@ -252,6 +252,8 @@ class Volume:
         self._numbers = 1
         self.root = Folder(1)
         self.disks: list[ModelDisk] = []
+        self.scratches = 0
+        """Folders that were made for a moment: a name is given once, whatever a killed run has left."""
         self.held: dict[tuple[int, str], _Handle] = {}
         self._touched: dict[int, File | Folder] = {}
 
@@ -509,7 +511,6 @@ class ModelDisk(files.Disk):
         self._host, self._boot = host, volume.cuts
         self.handles: dict[int, _Handle] = {}
         self._next = 3
-        self._scratch = 0
         volume.disks.append(self)
         process.at_death.append(self._died)
         process.at_power_cut.append(volume.cut)
@@ -922,8 +923,8 @@ class ModelDisk(files.Disk):
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """See :meth:`files.Disk.scratch`."""
-        self._scratch += 1
-        path = Path(f"/tmp/{self.process.faults.calls.total()}-{self._scratch}")
+        self.volume.scratches += 1
+        path = Path(f"/tmp/{self.volume.scratches}")
         self.make_folders(path)
         try:
             yield path

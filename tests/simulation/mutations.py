@@ -178,8 +178,8 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "what_the_node_lists_is_sent_again_in_another_series": Mutation(
         "sinks.forward:ForwardSink.inventory",
-        "for x in held.values()}",
-        "for x in held.values() if x.bytes is not None}",
+        "for x in held.values():",
+        "for x in [x for x in held.values() if x.bytes is not None]:",
         "complete, and not there",
     ),
     "the_answer_of_a_node_is_not_looked_at": Mutation(

@@ -12,7 +12,7 @@ from airflow_dicom_get.testing.misbehaving.archive import Instance
 from airflow_dicom_get.testing.misbehaving.line import Line
 from airflow_dicom_get.testing.misbehaving.wire import Answer, AssociateRequest, GoneError, Message
 from tests.simulation.marks import mark
-from tests.simulation.pacs import LEVEL, SERIES, SOP, STUDY, BreakingLink
+from tests.simulation.pacs import LEVEL, SERIES, SOP, STUDY, BreakingLink, header_of
 
 _ANSWERS = {"A700": 0xA700, "C000": 0xC000, "0122": 0x0122, "B007": 0xB007}
 NODE_FAULTS = tuple(f"answer {status}" for status in _ANSWERS)
@@ -119,7 +119,7 @@ class ModelNode:
             mark(f"node: answered {status:04X}")
         if status and status & 0xF000 != 0xB000:
             return status
-        header = archive.parse_identifier(message.data[:2000], syntax)
+        header = header_of(message.data, syntax)
         sop = header.get(SOP, "")
         if sop in self.held:
             mark("node: stored again")

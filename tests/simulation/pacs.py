@@ -359,7 +359,7 @@ class Observer:
 
     def _whole(self, data: bytes, context: int) -> None:
         syntax = next((a.syntaxes[0] for a in self._link.answers if a.id == context and a.syntaxes), wire.EXPLICIT_LE)
-        header = archive.parse_identifier(data[:2000], syntax)
+        header = header_of(data, syntax)
         key = header.get(SERIES, ""), header.get(SOP, "")
         before = self._pacs.sent[key]
         if before and before[-1] != data:
@@ -369,6 +369,14 @@ class Observer:
         if self.get is not None:
             self.get.sent.append(key)
         self._pacs.log.append(("sent", key[1], hashlib.sha256(data).hexdigest()[:8]))
+
+
+def header_of(data: bytes, syntax: str) -> Row:
+    """The header of an object: of a compressed one in implicit VR, too, which both ends take."""
+    header = archive.parse_identifier(data[:2000], syntax)
+    if SOP in header or syntax in (wire.IMPLICIT_LE, wire.EXPLICIT_LE):
+        return header
+    return archive.parse_identifier(data[:2000], wire.IMPLICIT_LE)
 
 
 class ModelScp(Scp):

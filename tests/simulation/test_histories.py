@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from tests.simulation.exhaustive import POINTS
-from tests.simulation.simulate import OPEN, findings_of
 
 HISTORIES = int(os.environ.get("HISTORIES", "5000"))
 
@@ -24,14 +23,8 @@ def run(*command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sample_of_histories_holds_what_is_promised() -> None:
-    out = run("tests.simulation.simulate", "--seeds", f"0:{HISTORIES}", "--processes", "2", "--but-open")
-    played = HISTORIES - sum(seed < HISTORIES for seed in OPEN)
-    assert f"{played} histories" in out
-
-
-@pytest.mark.parametrize("seed", sorted(OPEN))
-def test_what_is_not_put_right_yet_still_shows(seed: int) -> None:
-    assert findings_of(seed), "leave it out of the open ones"
+    out = run("tests.simulation.simulate", "--seeds", f"0:{HISTORIES}", "--processes", "2")
+    assert f"{HISTORIES} histories" in out
 
 
 @pytest.mark.slow

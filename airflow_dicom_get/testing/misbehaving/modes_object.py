@@ -348,6 +348,19 @@ class DupDiff(DupSame):
     salt = 7
 
 
+@mode("dup_othersyntax")
+class DupOtherSyntax(Spoiler):
+    """Sends an object twice, the second time in another transfer syntax."""
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self.send(retrieval, instance, context)
+        for answer in self.link.answers:
+            if answer.result == 0 and answer.abstract == instance.sop_class and instance.syntax not in answer.syntaxes:
+                self.store(retrieval, replace(instance, syntax=answer.syntaxes[0]), answer.id)
+                self.await_response(retrieval)
+                return
+
+
 @mode("endless_objects")
 class EndlessObjects(ForeignStudy):
     """Sends new objects of the requested study, endlessly."""
