@@ -243,8 +243,8 @@ class GetScu:
         InvalidQuery, and any error of the association
         """
         from airflow_dicom_get.engine.contexts import PeerKnowledge
-        from airflow_dicom_get.engine.finder import Finder
         from airflow_dicom_get.engine.planning import list_studies, mark_held, plan_of
+        from airflow_dicom_get.lists.finder import Finder
         from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.sinks.places import open_destination
 
@@ -456,12 +456,12 @@ class GetScu:
 
     def _retrieve(self, call: _Call, parsed: Query | None, asked: Asked | None, query_model: str) -> End:
         """Do what was asked; the states of the call are filled as it goes on."""
-        from airflow_dicom_get.engine.finder import Finder
-        from airflow_dicom_get.engine.matching import Dropped
         from airflow_dicom_get.engine.planning import Listed, list_studies
         from airflow_dicom_get.engine.report import End, end_of
         from airflow_dicom_get.engine.spread import Spread
         from airflow_dicom_get.engine.study import run_studies
+        from airflow_dicom_get.lists.finder import Finder
+        from airflow_dicom_get.lists.matching import Dropped
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         if asked is not None and not asked.scopes:

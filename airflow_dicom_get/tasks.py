@@ -247,8 +247,8 @@ def find_cohort(
     :return: lists of one Item each, or of more if there are more than Airflow can map over
     :raises AirflowFailException: the file is malformed, the PACS has no study for a row, or it refuses the query
     """
-    from airflow_dicom_get.engine.matching import remark_text
     from airflow_dicom_get.engine.study_list import list_within, read_study_list
+    from airflow_dicom_get.lists.matching import remark_text
 
     with final_errors():
         if unknown not in UNKNOWN:

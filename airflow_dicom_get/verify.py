@@ -24,7 +24,6 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import (
     DicomGetError,
     InvalidOption,
@@ -36,6 +35,7 @@ from airflow_dicom_get.errors import (
     SinkError,
     printable,
 )
+from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.manifest.files import MANIFESTS, without_links
 from airflow_dicom_get.manifest.schema import instances_of
 from airflow_dicom_get.records import Instance, Key, Stored
@@ -377,10 +377,10 @@ class _Verify:
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
-        from airflow_dicom_get.engine.finder import Finder
         from airflow_dicom_get.engine.planning import count_doubtful, list_studies
         from airflow_dicom_get.engine.query import parse_query
         from airflow_dicom_get.engine.source import Source
+        from airflow_dicom_get.lists.finder import Finder
         from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.net.peer import Peer
 
@@ -462,9 +462,9 @@ class _Verify:
 
     def _ask(self, node: Node) -> None:
         """What the node that is the destination lists."""
+        from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.find import FIND_PROPOSALS
-        from airflow_dicom_get.net.listed import ask
         from airflow_dicom_get.net.peer import Peer
 
         o = self.options

@@ -28,11 +28,11 @@ from airflow_dicom_get.config.options import (
 )
 from airflow_dicom_get.config.shell import in_shell, options_from_shell, shell_name
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
-from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.study_list import UID
-from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import InvalidOption, printable
+from airflow_dicom_get.lists.matching import remark_text
+from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.vocabulary import COMPLETE, EXIT_CODES, UNVERIFIED, noun
 
 if TYPE_CHECKING:

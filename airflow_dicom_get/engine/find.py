@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.dictionary import find_attribute
+from airflow_dicom_get.dicom.levels import LEVELS
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.dicom.values import dataset_of
-from airflow_dicom_get.engine.finder import UNIQUE, Answer, Finder, check_answered
-from airflow_dicom_get.engine.matching import remark_text
 from airflow_dicom_get.engine.parts import matching_studies
-from airflow_dicom_get.engine.query import LEVELS, Query
+from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import resolve
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import peer_text
+from airflow_dicom_get.lists.finder import UNIQUE, Answer, Finder, check_answered
+from airflow_dicom_get.lists.matching import remark_text
+from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ROWS
 
 if TYPE_CHECKING:

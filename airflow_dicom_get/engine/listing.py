@@ -14,11 +14,11 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.dicom.values import kept
-from airflow_dicom_get.engine.finder import Finder, Keys
-from airflow_dicom_get.engine.matching import Dropped, Row
 from airflow_dicom_get.engine.resolve import Scope, note_row
-from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
+from airflow_dicom_get.lists.finder import Finder, Keys
+from airflow_dicom_get.lists.matching import Dropped, Row
+from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists
 from airflow_dicom_get.net.find import MAX_ROWS
 from airflow_dicom_get.records import Instance, Key
 
@@ -121,7 +121,7 @@ class Listing:
         return Lists(self.below_study, below, self.related_instances, self.unreadable)
 
     def doubts(self, counted: Mapping[str | None, int]) -> Doubts:
-        """What of it may be cut; see :meth:`~airflow_dicom_get.engine.whole.Lists.doubts`."""
+        """What of it may be cut; see :meth:`~airflow_dicom_get.lists.whole.Lists.doubts`."""
         return self.lists().doubts(self.cuts, counted)
 
     def has_counts(self) -> bool:

@@ -9,9 +9,9 @@ from functools import partial
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.engine.finder import Answer, Finder, Keys
-from airflow_dicom_get.engine.matching import Dropped, Row
 from airflow_dicom_get.errors import OperationFailed
+from airflow_dicom_get.lists.finder import Answer, Finder, Keys
+from airflow_dicom_get.lists.matching import Dropped, Row
 from airflow_dicom_get.net.find import MAX_ANSWER
 
 MAX_QUERIES = 1000

@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 from airflow_dicom_get import clock
 from airflow_dicom_get.engine.below import count_below
 from airflow_dicom_get.engine.contexts import PeerKnowledge, bins_for, common_classes, likely_classes, pack
-from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import Each, Listing, list_study, one_by_one
-from airflow_dicom_get.engine.matching import Dropped
 from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.report import known_nowhere, unknown_remark
 from airflow_dicom_get.engine.resolve import Scope, resolve
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import Cancelled, DicomGetError, ListTooLong, NotNegotiated, OperationFailed
+from airflow_dicom_get.lists.finder import Finder
+from airflow_dicom_get.lists.matching import Dropped
+from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Plan
@@ -66,7 +66,7 @@ class Listed:
         Parameters
         ----------
         counted : sequence of mapping, optional
-            What C-GETs have shown of each study; see :meth:`~airflow_dicom_get.engine.whole.Lists.doubts`.
+            What C-GETs have shown of each study; see :meth:`~airflow_dicom_get.lists.whole.Lists.doubts`.
         """
         if self.doubt is not None:
             return self.doubt

@@ -15,12 +15,12 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import EXPLICIT_LE, IMPLICIT_LE, UNCOMPRESSED
 from airflow_dicom_get.engine.contexts import likely_classes, pack
-from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import Listing, list_study
 from airflow_dicom_get.engine.profile import Profile
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import AssociationRejected, DicomGetError, InvalidQuery
+from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.echo import VERIFICATION
 from airflow_dicom_get.net.find import FIND_PROPOSALS

@@ -21,37 +21,11 @@ from airflow_dicom_get.config.checks import about, shown
 from airflow_dicom_get.config.groups import parse_timezone
 from airflow_dicom_get.config.options import OPTIONS
 from airflow_dicom_get.dicom.dictionary import Attribute, UnknownAttributeError, find_attribute
+from airflow_dicom_get.dicom.levels import LEVELS, UNIQUE_KEYS, FilterLevel, Level, level_of
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import InvalidQuery
 
-Level = Literal["PATIENT", "STUDY", "SERIES", "IMAGE"]
-FilterLevel = Literal["STUDY", "SERIES", "IMAGE"]
 Model = Literal["StudyRoot", "PatientRoot"]
-
-LEVELS: tuple[Level, ...] = ("PATIENT", "STUDY", "SERIES", "IMAGE")
-"""From the top of the hierarchy to its bottom."""
-
-_UNIQUE_KEYS: Mapping[str, Level] = {
-    "PatientID": "PATIENT",
-    "StudyInstanceUID": "STUDY",
-    "SeriesInstanceUID": "SERIES",
-    "SOPInstanceUID": "IMAGE",
-}
-
-_SERIES_KEYS = frozenset(
-    "AcquisitionDeviceTypeCodeSequence BodyPartExamined Laterality Manufacturer ManufacturerModelName Modality "
-    "OperatorsName PatientPosition PerformedProcedureStepDescription PerformedProcedureStepID "
-    "PerformedProcedureStepStartDate PerformedProcedureStepStartTime PerformedStationAETitle PerformingPhysicianName "
-    "PresentationIntentType ProtocolName SeriesDate SeriesDescription SeriesNumber SeriesTime StationName "
-    "InstitutionalDepartmentName DeviceSerialNumber FrameOfReferenceUID SoftwareVersions SpatialResolution".split()
-)
-_IMAGE_KEYS = frozenset(
-    "AcquisitionDate AcquisitionDateTime AcquisitionNumber AcquisitionTime CompletionFlag ContentDate ContentLabel "
-    "ContentTime ContentDescription ContentCreatorName DocumentTitle EchoNumbers ImageComments ImageType "
-    "InstanceCreationDate InstanceCreationTime InstanceNumber InstanceCreatorUID NumberOfFrames "
-    "OverlayNumber PresentationCreationDate PresentationCreationTime SliceLocation SOPClassUID "
-    "VerificationFlag VerificationDateTime".split()
-)
 
 _NOT_MATCHING = frozenset(
     "InstanceAvailability QueryRetrieveView RetrieveAETitle SpecificCharacterSet StorageMediaFileSetID "
@@ -132,7 +106,7 @@ def parse_query(
     values = _by_attribute(query)
     everything = [keyword for keyword, (_, value) in values.items() if not selective and value == "*"]
     for keyword in everything:
-        if keyword in _UNIQUE_KEYS:
+        if keyword in UNIQUE_KEYS:
             del values[keyword]  # asked for all the same, and never sent by a user as empty
         else:
             values[keyword] = (values[keyword][0], "")
@@ -165,13 +139,6 @@ def parse_query(
     )
 
 
-def level_of(keyword: str) -> FilterLevel:
-    """The level on which a keyword is a key; those of the patient count as the study's."""
-    if keyword in _SERIES_KEYS or keyword == "SeriesInstanceUID":
-        return "SERIES"
-    return "IMAGE" if keyword in _IMAGE_KEYS or keyword == "SOPInstanceUID" else "STUDY"
-
-
 def _bad(key: str, what: str, hint: str) -> InvalidQuery:
     return InvalidQuery(about(key, what), hint=hint, key=key)
 
@@ -201,7 +168,7 @@ def _by_attribute(query: Mapping[Any, Any]) -> dict[str, tuple[Attribute, Any]]:
 
 
 def _level(given: Any, uids: Mapping[str, tuple[str, ...]]) -> Level:
-    lowest = max((_UNIQUE_KEYS[keyword] for keyword in uids), key=LEVELS.index, default="STUDY")
+    lowest = max((UNIQUE_KEYS[keyword] for keyword in uids), key=LEVELS.index, default="STUDY")
     if given is None:
         return cast(Level, lowest)
     level = given.strip().upper() if isinstance(given, str) else given
@@ -209,10 +176,8 @@ def _level(given: Any, uids: Mapping[str, tuple[str, ...]]) -> Level:
         hint = "Use IMAGE for single instances." if level in ("INSTANCE", "FRAME") else f"Use {', '.join(LEVELS)}."
         raise _bad("QueryRetrieveLevel", f"{shown(given)} is not a query level", hint)
     for keyword in uids:
-        if LEVELS.index(_UNIQUE_KEYS[keyword]) > LEVELS.index(level):
-            raise _bad(
-                keyword, f"is below QueryRetrieveLevel {level}", f"Use {_UNIQUE_KEYS[keyword]}, or omit the key."
-            )
+        if LEVELS.index(UNIQUE_KEYS[keyword]) > LEVELS.index(level):
+            raise _bad(keyword, f"is below QueryRetrieveLevel {level}", f"Use {UNIQUE_KEYS[keyword]}, or omit the key.")
     return cast(Level, level)
 
 

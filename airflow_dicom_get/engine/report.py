@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.engine.verdict import judge
-from airflow_dicom_get.engine.whole import doubt_remark
 from airflow_dicom_get.errors import Cancelled, DicomGetError, printable
+from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.records import Completed, Instance
 from airflow_dicom_get.result import COUNTS, Kind, Result, StudyResult
 from airflow_dicom_get.vocabulary import (
@@ -37,8 +37,8 @@ from airflow_dicom_get.vocabulary import (
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
-    from airflow_dicom_get.engine.matching import Dropped
     from airflow_dicom_get.engine.state import StudyState
+    from airflow_dicom_get.lists.matching import Dropped
 
 MOST_ERRORS = 10
 """Entries of ``Result.errors``."""
@@ -84,7 +84,7 @@ class End:
 
     def all_dropped(self) -> Dropped:
         """Rows that contradict what was asked for: those of the search, and those of the last list of each study."""
-        from airflow_dicom_get.engine.matching import Dropped
+        from airflow_dicom_get.lists.matching import Dropped
 
         found = Dropped()
         if self.dropped is not None:

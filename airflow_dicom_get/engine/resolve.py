@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
-from airflow_dicom_get.engine.finder import Answer, Finder, Keys, check_answered
-from airflow_dicom_get.engine.matching import Row, same_text
 from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Filter, Query
 from airflow_dicom_get.errors import InvalidQuery
+from airflow_dicom_get.lists.finder import Answer, Finder, Keys, check_answered
+from airflow_dicom_get.lists.matching import Row, same_text
 from airflow_dicom_get.records import Key
 
 _STUDY_KEYS = (

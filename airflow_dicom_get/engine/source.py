@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import Cancelled, DicomGetError, SinkError
+from airflow_dicom_get.lists.whole import Cuts
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import OVER, STUCK, Association, CancelToken, Throttle, time_is_over
 from airflow_dicom_get.net.peer import Peer

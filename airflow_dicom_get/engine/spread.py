@@ -8,10 +8,10 @@ from collections.abc import Collection
 from functools import partial
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo, one_by_one
 from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 
 log = logging.getLogger(__name__)

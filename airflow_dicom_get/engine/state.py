@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from airflow_dicom_get.engine.whole import COUNTER
 from airflow_dicom_get.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -20,6 +19,7 @@ from airflow_dicom_get.errors import (
     NotAuthorised,
     NotNegotiated,
 )
+from airflow_dicom_get.lists.whole import COUNTER
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.vocabulary import (

@@ -10,7 +10,6 @@ from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes
 from airflow_dicom_get.engine.below import count_below
 from airflow_dicom_get.engine.contexts import pack
-from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import Listing, list_study, unasked
 from airflow_dicom_get.engine.requests import Request, lists_of
 from airflow_dicom_get.engine.resolve import Scope
@@ -19,7 +18,6 @@ from airflow_dicom_get.engine.spread import Spread
 from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.engine.strategies import STRATEGIES, Situation, contexts_for
 from airflow_dicom_get.engine.tags import tags_of
-from airflow_dicom_get.engine.whole import COUNTER, Doubts
 from airflow_dicom_get.engine.worker import Pass
 from airflow_dicom_get.errors import (
     Cancelled,
@@ -31,6 +29,8 @@ from airflow_dicom_get.errors import (
     SinkError,
     unexpected,
 )
+from airflow_dicom_get.lists.finder import Finder
+from airflow_dicom_get.lists.whole import COUNTER, Doubts
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import FIND_PROPOSALS

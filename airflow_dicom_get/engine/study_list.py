@@ -14,9 +14,9 @@ from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
-from airflow_dicom_get.engine.finder import STRANGE, Finder, check_answered
-from airflow_dicom_get.engine.matching import Contradiction, Dropped, Row
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
+from airflow_dicom_get.lists.finder import STRANGE, Finder, check_answered
+from airflow_dicom_get.lists.matching import Contradiction, Dropped, Row
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below

@@ -211,8 +211,8 @@ class ForwardSink:
         OperationFailed, ListTooLong
             It offers a list, and did not give it: that confirms nothing either.
         """
+        from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
-        from airflow_dicom_get.net.listed import ask
 
         self._release_idle()  # the question counts against the destination's limit, too
         # Some nodes reject an association of which they accept no context.

@@ -12,8 +12,8 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.engine import spread
-from airflow_dicom_get.engine.finder import Finder
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
+from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 

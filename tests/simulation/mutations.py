@@ -96,13 +96,13 @@ MUTATIONS: Mapping[str, Mutation] = {
         "engine.verdict:contradicted", "lists.contradicted() or any(", "any(", "complete, and not there"
     ),
     "a_list_as_long_as_its_limit_is_whole": Mutation(
-        "engine.whole:Below.doubtful",
+        "lists.whole:Below.doubtful",
         "return self.count != self.listed and cuts.may_be_cut(level, self.rows)",
         "return False",
         "complete, and not there",
     ),
     "rows_that_contradict_a_key_are_taken": Mutation(
-        "engine.matching:Matcher.contradiction", "absent = None", "return None", "stored though it is not meant"
+        "lists.matching:Matcher.contradiction", "absent = None", "return None", "stored though it is not meant"
     ),
     "a_whole_file_of_other_bytes_counts_as_torn": Mutation(
         "sinks.filesystem:_FileWriter._is_torn", "return not objects", "return True or not objects", "changed"

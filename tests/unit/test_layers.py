@@ -17,7 +17,7 @@ NAME = airflow_dicom_get.__name__
 
 WORDS = frozenset({"errors", "vocabulary"})
 FACTS = WORDS | {"records", "dicom", "clock", "config"}
-BELOW_SINKS = FACTS | {"net", "storage", "connections", "manifest"}
+BELOW_SINKS = FACTS | {"net", "lists", "storage", "connections", "manifest"}
 BELOW_ENGINE = BELOW_SINKS | {"sinks", "result"}
 BELOW_VERBS = BELOW_ENGINE | {"engine", "cell"}
 VERBS = frozenset({"getscu", "store", "verify", "exports"})
@@ -32,6 +32,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "dicom": WORDS,
     "config": WORDS | {"dicom"},
     "net": FACTS | {"storage"},
+    "lists": FACTS | {"net"},
     "storage": FACTS,
     "connections": FACTS | {"hooks.dicom_s3"},
     "manifest": FACTS | {"storage", "connections"},

@@ -37,7 +37,7 @@ def test_a_query_by_uids_loads_no_dictionary():
     code = """
 import sys
 import airflow_dicom_get.cli.main, airflow_dicom_get.getscu, airflow_dicom_get.engine.study, airflow_dicom_get.net.peer
-from airflow_dicom_get.engine.matching import Matcher
+from airflow_dicom_get.lists.matching import Matcher
 Matcher("IMAGE", {0x0020000D: "1.2", 0x0020000E: ["1.2.3"], 0x00100020: "A"})
 print(*sorted({name.split(".")[0] for name in sys.modules} & {"pydicom", "pynetdicom", "numpy", "pandas", "pyarrow"}))
 """

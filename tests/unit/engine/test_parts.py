@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
-from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
 from airflow_dicom_get.engine.parts import MAX_QUERIES, Matches, Part, matching_studies
-from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import OperationFailed
+from airflow_dicom_get.lists.matching import Dropped, Matcher, Row
+from airflow_dicom_get.lists.whole import Cuts
 
 ANY = 10**9
 

@@ -9,13 +9,11 @@ from datetime import UTC, datetime
 import pytest
 
 from airflow_dicom_get.engine.listing import Listing, SeriesInfo
-from airflow_dicom_get.engine.matching import Contradiction
 from airflow_dicom_get.engine.query import Filter
 from airflow_dicom_get.engine.report import end_of
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.state import StudyState
 from airflow_dicom_get.engine.verdict import contradicted, judge
-from airflow_dicom_get.engine.whole import Below
 from airflow_dicom_get.errors import (
     AssociationAborted,
     Cancelled,
@@ -26,6 +24,8 @@ from airflow_dicom_get.errors import (
     GetNotOffered,
     SinkError,
 )
+from airflow_dicom_get.lists.matching import Contradiction
+from airflow_dicom_get.lists.whole import Below
 from airflow_dicom_get.records import Instance, Stored
 
 STUDY, SERIES = "1.2", "1.2.3"

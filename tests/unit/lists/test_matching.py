@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
-from airflow_dicom_get.engine.matching import Dropped, Matcher, same_text
+from airflow_dicom_get.lists.matching import Dropped, Matcher, same_text
 
 ACCESSION, PATIENT_ID, STUDY_DATE, MODALITY, MODALITIES, STUDY, SERIES, NAME, DESCRIPTION, TIME = (
     0x00080050, 0x00100020, 0x00080020, 0x00080060, 0x00080061, 0x0020000D, 0x0020000E, 0x00100010, 0x00081030,

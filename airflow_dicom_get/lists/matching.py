@@ -15,8 +15,8 @@ from typing import Any
 
 from airflow_dicom_get.dicom.dictionary import UnknownAttributeError, find_attribute
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET
+from airflow_dicom_get.dicom.levels import LEVELS, level_of
 from airflow_dicom_get.dicom.values import decode_text
-from airflow_dicom_get.engine.query import LEVELS, level_of
 from airflow_dicom_get.errors import InvalidQuery
 
 Row = dict[int, bytes]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.values import decode_text
-from airflow_dicom_get.engine.matching import Dropped, Matcher, Row
-from airflow_dicom_get.engine.whole import Cuts
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
+from airflow_dicom_get.lists.matching import Dropped, Matcher, Row
+from airflow_dicom_get.lists.whole import Cuts
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import MAX_ROWS, PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
 from airflow_dicom_get.vocabulary import noun
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.config.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,11 @@ class Finder:
         """Rows that contradict what was asked for, where a call names no other place to count them."""
 
     @property
+    def node(self) -> Node:
+        """Whom it asks."""
+        return self._association.node
+
+    @property
     def offered(self) -> bool:
         """Whether the peer offers C-FIND at all."""
         return self._model is not None
@@ -66,9 +75,9 @@ class Finder:
         """UID of the query model to use. Raises :class:`NotNegotiated` where the peer offers none."""
         if self._model is None:
             raise NotNegotiated(
-                f"{self._association.node} does not offer C-FIND.",
+                f"{self.node} does not offer C-FIND.",
                 hint="Give Study Instance UIDs: without C-FIND, other keys cannot be resolved.",
-                node=str(self._association.node),
+                node=str(self.node),
             )
         return self._model
 
@@ -140,7 +149,7 @@ class Finder:
     def cannot_read(self, error: h.HeaderError) -> None:
         """Count a row that cannot be read, and say why."""
         self.why_unreadable = peer_text(error, 200)
-        log.warning("%s sent a C-FIND row that cannot be read: %s", self._association.node, self.why_unreadable)
+        log.warning("%s sent a C-FIND row that cannot be read: %s", self.node, self.why_unreadable)
         self.unreadable += 1
 
     def named(

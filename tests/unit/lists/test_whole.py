@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from airflow_dicom_get.engine.whole import Below, Cuts, Doubts, Lists, is_round
+from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists, is_round
 
 
 @pytest.mark.parametrize(
