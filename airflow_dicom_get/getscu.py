@@ -230,7 +230,7 @@ class GetScu:
                 report.manifest_not_written(results[0], stuck.error())
             finally:  # also where the caller gets an exception, as from Ctrl-C
                 if results:
-                    events.completed(report.completed_event(results[0]))
+                    events.completed(report.completed_event(results[0]), wait=not source.cancel.left)
         return results[0]
 
     def plan(self, query: Mapping[str, Any], *, query_model: str = "StudyRoot") -> Plan:

@@ -166,6 +166,10 @@ class Instance:
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))
 
+    def forget_content(self) -> None:
+        """What came for it is not what lies at :attr:`uri`."""
+        self.bytes = self.sha256 = self.dataset_offset = None
+
     def __repr__(self) -> str:
         return f"<Instance {self.sop} {self.state or 'planned'}>"
 

@@ -212,7 +212,7 @@ class StoreScu:
                     fix_rows(judge())
                 manifest_not_written(results[0], stuck.error())
         result = results[0]
-        events.completed(completed_event(result))
+        events.completed(completed_event(result), wait=not cancel.left)
         return result
 
     def _check_not_source(self, listed: Listed) -> None:

@@ -409,6 +409,8 @@ NOT_AVAILABLE: Mapping[str, str] = {"OFFLINE": "offline", "UNAVAILABLE": "unavai
 """Why an instance did not come that the source lists with this Instance Availability."""
 NOT_BROUGHT: frozenset[str] = frozenset({"not_sent", "sub_operation_failed", "refused_by_source", "deadline"})
 """Reasons of instances that the source was asked for and did not bring: what it said of them beforehand tells why."""
+DID_NOT_COME: frozenset[str] = frozenset({"not_sent", "sub_operation_failed", "refused_by_source"})
+"""Reasons of instances for which the source ended a request without sending them."""
 
 LOCAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items() if reason.local)
 """Reasons that asking in another way does not change."""

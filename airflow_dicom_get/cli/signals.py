@@ -26,15 +26,15 @@ def cancelling(cancel: Callable[[str], None]) -> Iterator[None]:
         nonlocal came
         came += 1
         name = signal.Signals(number).name
-        # At once, since the signal may come in the middle of a print.
+        # What is said goes out at once, since the signal may come in the middle of a print.
         if came > 2:
             write_at_once("dicom-get: stopped at once\n")
             os._exit(_CODES[signal.Signals(number)])
+        cancel(name)
         what = "stopping; a second signal aborts" if came == 1 else "aborting"
         # In a terminal the bar stands in this line.
         line = "\r\x1b[2K" if os.isatty(2) else ""
         write_at_once(f"{line}dicom-get: {name}, {what}\n")
-        cancel(name)
 
     before = {number: signal.signal(number, handle) for number in _CODES}
     try:

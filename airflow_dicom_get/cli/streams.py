@@ -90,9 +90,13 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def write_at_once(text: str) -> None:
-    """Write to stderr past all buffers, from a signal handler. That nobody reads it is not an error."""
+    """Write to stderr past all buffers, from a signal handler.
+
+    That nobody reads it is not an error, and not waited for: a pipe may be full, and a terminal stopped.
+    """
     with suppress(OSError):
-        os.write(2, text.encode())
+        if select((), (2,), (), 0)[1]:
+            os.write(2, text.encode())
 
 
 def _open_all() -> None:

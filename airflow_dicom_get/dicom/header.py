@@ -25,7 +25,8 @@ LOSSY_IMAGE_COMPRESSION = 0x00282110
 MANDATORY = frozenset({SOP_INSTANCE_UID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID})
 """Without these an instance has no place in the layout. The class is known from the command."""
 
-_LONG_VRS = frozenset({b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV", b"UV"})
+LONG_VRS = frozenset({b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV", b"UV"})
+"""VRs whose length has four bytes, behind two that are reserved (PS3.5 7.1.2)."""
 _SHORT_VRS = frozenset(
     {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS",
      b"ST", b"TM", b"UI", b"UL", b"US"}
@@ -146,7 +147,7 @@ def _element_header(data: bytes | bytearray | memoryview, pos: int, encoding: En
     vr = bytes(data[pos + 4 : pos + 6])
     if vr in _SHORT_VRS:
         return group << 16 | element, encoding.u16.unpack_from(data, pos + 6)[0], pos + 8
-    if vr not in _LONG_VRS:
+    if vr not in LONG_VRS:
         raise HeaderError(f"element ({group:04X},{element:04X}) has no known VR")
     if pos + 12 > len(data):
         raise _NeedMoreError
@@ -205,7 +206,7 @@ def _step_inside(data: bytes | bytearray | memoryview, pos: int, levels: list[_L
 
 def _has_vr(data: bytes | bytearray | memoryview, pos: int) -> bool:
     vr = bytes(data[pos + 4 : pos + 6])
-    return vr in _SHORT_VRS or vr in _LONG_VRS
+    return vr in _SHORT_VRS or vr in LONG_VRS
 
 
 class Walk(Protocol):
@@ -242,7 +243,7 @@ class ElementWalk:
         Elements and items after which it follows no further.
     """
 
-    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_size", "_steps", "_zeros")
+    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_pixels", "_size", "_steps", "_zeros")
 
     def __init__(self, encoding: Encoding, at: int = 0, seen: int = 0, most: int = _NEVER) -> None:
         self._encoding, self._steps = encoding, most
@@ -253,8 +254,8 @@ class ElementWalk:
         """The first bytes of a header that goes on in the next view."""
         self._levels: list[_Level] = []
         self._known: bool | None = None
-        self._zeros = False
-        """Whether zeros stand where an element should begin."""
+        self._zeros = self._pixels = False
+        """Whether zeros stand where an element should begin; whether the pixel data came before."""
 
     def feed(self, view: bytes | bytearray | memoryview) -> None:
         """See :meth:`Walk.feed`."""
@@ -295,6 +296,7 @@ class ElementWalk:
             rest = bytes(data[self._next - base :][:_BLOCK])
             self._zeros = len(rest) == _BLOCK and not any(rest[_LONGEST_HEADER:])  # a header may be cut, too
             self._zeros = self._zeros or (self._next == 0 and not any(rest[:8]))  # behind nothing nobody put them
+            self._zeros = self._zeros and not self._pixels  # hardly anything follows these: they are padding
             self._end(False)
 
     def _run(self, view: bytes | bytearray | memoryview, pos: int) -> int:
@@ -318,6 +320,7 @@ class ElementWalk:
         tag, length, pos = _element_header(data, pos, self._encoding)
         if tag < 0x00040000 or tag >> 16 == 0xFFFE:
             raise HeaderError("an element does not belong in a data set")
+        self._pixels = self._pixels or tag >> 16 == 0x7FE0
         if length == UNDEFINED:
             self._levels.append((True, self._encoding))
             return pos
@@ -334,12 +337,14 @@ class DeflateWalk:
     ----------
     most : int
         Bytes of the inflated data set after which it follows no further.
+    bits : int
+        What zlib is told of the stream: by default that it has no header of zlib's.
     """
 
     __slots__ = ("_inflate", "_known", "_left")
 
-    def __init__(self, most: int = _NEVER) -> None:
-        self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    def __init__(self, most: int = _NEVER, bits: int = -zlib.MAX_WBITS) -> None:
+        self._inflate = zlib.decompressobj(bits)
         self._left = most
         self._known: bool | None = None
 
@@ -397,6 +402,12 @@ def walk_of(syntax: str) -> Walk:
     if syntax in UNCOMPRESSED:
         return ElementWalk(encoding_of(syntax))
     return _EitherWalk(ElementWalk(_LITTLE), ElementWalk(_IMPLICIT))  # see HeaderScan
+
+
+def walk_of_other_layouts() -> Walk:
+    """Follow a data set from its first byte in whatever layout it may be whole, whatever its file says of it."""
+    layouts = (_LITTLE, _IMPLICIT, _BIG)
+    return _EitherWalk(*map(ElementWalk, layouts), DeflateWalk(), DeflateWalk(bits=zlib.MAX_WBITS))
 
 
 class HeaderScan:

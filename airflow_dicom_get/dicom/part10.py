@@ -6,6 +6,8 @@ import struct
 from functools import lru_cache
 from typing import NamedTuple
 
+from airflow_dicom_get.dicom.header import LONG_VRS
+
 IMPLEMENTATION_CLASS_UID = "2.25.314867509302853911216013580271933427751"
 IMPLEMENTATION_VERSION = "DICOMGET_01"
 
@@ -56,21 +58,31 @@ class FileMeta(NamedTuple):
     syntax: str
     dataset_offset: int
 
+    def is_of(self, sop_class: str | None, sop_instance: str, syntax: str | None) -> bool:
+        """Whether it says this of the data set behind it."""
+        return (self.sop_class, self.sop_instance, self.syntax) == (sop_class, sop_instance, syntax)
+
 
 def read_file_meta(head: bytes) -> FileMeta | None:
-    """Read the meta information from the first bytes of a file; None if it is not a Part 10 file."""
-    if len(head) < 144 or head[128:140] != _BEGIN:
+    """Read the meta information from the first bytes of a file; None if it is not a Part 10 file.
+
+    Some write no length of it (0002,0000): then it ends with its group.
+    """
+    if len(head) < 144 or head[128:134] != _BEGIN[:6]:
         return None
-    offset = 144 + struct.unpack_from("<L", head, 140)[0]
+    told = head[128:140] == _BEGIN
+    pos, offset = (144, 144 + struct.unpack_from("<L", head, 140)[0]) if told else (132, len(head))
     if offset > len(head):
         return None
     wanted = {0x00020002, 0x00020003, 0x00020010}
     values: dict[int, bytes] = {}
-    pos = 144
     while pos + 8 <= offset:
         group, element, vr, length = _SHORT.unpack_from(head, pos)
+        if not told and group != 2:
+            offset = pos
+            break
         pos += 8
-        if vr in (b"OB", b"UN"):
+        if vr in LONG_VRS:
             if pos + 4 > offset:
                 return None
             (length,) = struct.unpack_from("<L", head, pos)

@@ -8,6 +8,7 @@ dcmqrscp takes the first accepted context of a class and converts uncompressed d
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import chain
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -168,7 +169,7 @@ _COMMON = ("2", "4", "7", "1", "1.1", "6.1", "3.1", "128", "88.33", "11.1", "88.
 
 @lru_cache(maxsize=1)
 def all_storage_classes() -> tuple[str, ...]:
-    """Every storage class known to the dictionary, the common ones first."""
+    """Every storage class known to the dictionary, the common ones first, then those of a modality."""
     from pydicom._uid_dict import UID_dictionary
 
     known = [
@@ -176,5 +177,5 @@ def all_storage_classes() -> tuple[str, ...]:
         for uid, (name, kind, *_) in UID_dictionary.items()
         if kind == "SOP Class" and "Storage" in name and uid.startswith("1.2.840.10008.5.1.4.")
     ]
-    common = [_ROOT + tail for tail in _COMMON]
-    return (*common, *(uid for uid in known if uid not in common))
+    first = dict.fromkeys(_ROOT + tail for tail in (*_COMMON, *chain.from_iterable(_BY_MODALITY.values())))
+    return (*first, *(uid for uid in known if uid not in first))

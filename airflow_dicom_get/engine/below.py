@@ -9,6 +9,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
+from airflow_dicom_get.engine.contexts import with_other_classes
 from airflow_dicom_get.engine.requests import Request
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.source import Source
@@ -71,7 +72,7 @@ def count_below(
     series : str or None
         The series; None is the whole study.
     proposals : sequence of Proposal
-        Presentation contexts for what is below it.
+        Presentation contexts for what is listed below it; those of other classes are added.
 
     Returns
     -------
@@ -103,6 +104,7 @@ def count_below(
         log.info("%s counts %s instances below %s", source.node, outcome.total, series or scope.study)
         return outcome.total
 
+    proposals = with_other_classes(proposals)
     classes = tuple(dict.fromkeys(p.abstract_syntax for p in proposals))
     total = source.with_retries(retries, [Proposal(model, IMPLICIT_LE), *proposals], ask, classes)
     return total, drain.bytes

@@ -11,7 +11,13 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from airflow_dicom_get.dicom.syntaxes import UNCOMPRESSED, all_storage_classes, candidates, classes_of_modality
+from airflow_dicom_get.dicom.syntaxes import (
+    EXPLICIT_LE,
+    UNCOMPRESSED,
+    all_storage_classes,
+    candidates,
+    classes_of_modality,
+)
 from airflow_dicom_get.engine.profile import Profile
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Accepted, Proposal
 from airflow_dicom_get.records import Instance
@@ -119,6 +125,15 @@ def pack(pairs: Mapping[str, Sequence[str]], room: int = ROOM) -> list[list[Prop
                 bins.append(target := [])
             target += part
     return bins
+
+
+def with_other_classes(proposals: Sequence[Proposal]) -> list[Proposal]:
+    """These, and as far as there is room a context for each other storage class, in explicit VR little endian.
+
+    Some sources count, and send, only what they have a context for: then what is not listed is not missed.
+    """
+    others = other_classes(p.abstract_syntax for p in proposals)
+    return [*proposals, *(Proposal(uid, EXPLICIT_LE) for uid in others)][: max(ROOM, len(proposals))]
 
 
 def pairs_of(instances: Iterable[Instance], peer: PeerKnowledge) -> dict[str, tuple[str, ...]]:

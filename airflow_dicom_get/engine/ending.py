@@ -57,14 +57,25 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
         What the work raised; or what came in this thread, after the work has ended by it.
     """
     came: BaseException | None = None
+    call: clock.Beside[T] | None = None
     until = float("inf")
-    try:
-        call = clock.Beside(work, "dicom-get-run")
-    except BaseException as error:
-        cancel.abort(type(error).__name__)
-        raise
+    known, over = clock.event(), clock.event()
+    """Whether somebody waits for the work, since an exception may come while its thread begins; whether it is over."""
+
+    def begun() -> T:
+        try:
+            known.wait()
+            if came is not None:
+                raise came
+            return work()
+        finally:
+            over.set()
+
     while True:
         try:
+            if call is None:
+                call = clock.Beside(begun, "dicom-get-run")
+            known.set()
             while clock.monotonic() < until and not call.wait(_LOOK):
                 if clock.monotonic() >= cancel.over_at + PATIENCE:
                     cancel.abort(OVER)
@@ -76,7 +87,11 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
         except BaseException as error:
             cancel.abort(type(error).__name__)
             came = came or error
+            known.set()
             until = min(until, clock.monotonic() + PATIENCE)
+            if call is None:
+                over.wait(_LOOK)
+                raise
     if not call.wait(0):
         cancel.left = True
         log.error("The destination does not return from a call; it was left to itself.")

@@ -76,11 +76,17 @@ class Events:
         with self._mutex:
             self.bytes += size
 
-    def completed(self, event: Completed) -> None:
-        """The run has ended."""
-        with self._mutex:
-            if self._on_completed is not None:
-                self._call(self._on_completed, event)
+    def completed(self, event: Completed, *, wait: bool = True) -> None:
+        """The run has ended; without ``wait`` it is not told where another callback has not returned."""
+        if self._on_completed is None:
+            return
+        if not self._mutex.acquire(blocking=wait):
+            log.error("a callback does not return; the one for the end is not called")
+            return
+        try:
+            self._call(self._on_completed, event)
+        finally:
+            self._mutex.release()
 
     def call(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call one of the caller's own functions, as those for events are called."""

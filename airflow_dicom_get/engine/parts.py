@@ -180,10 +180,12 @@ class _Search:
             self._ask(whole, finder.dropped)
             came = set(found.answers)
             rows = [row for row, _ in found.answers.values()] if self._counted else []
-            count = max((i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row in rows), default=0)
+            counts = {i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row in rows}
+            count = max(counts, default=0)
             if self._enough(found):
                 return found
-            confirmed = count == len(came) or not finder.cuts.may_be_cut("STUDY", finder.came)
+            # Two patients may have one ID: then no count is of all.
+            confirmed = counts == {len(came)} or not finder.cuts.may_be_cut("STUDY", finder.came)
             if not confirmed:
                 confirmed = self._confirm(whole, came)
         except OperationFailed as error:  # some PACS refuse a query that matches too much

@@ -101,19 +101,23 @@ class Intake:
     def left_to_destination(self, instance: Instance) -> None:
         """See :meth:`StudyState.left_to_destination`."""
         with self._mutex:
-            self.state.left_to_destination(instance)
+            answered = self.state.left_to_destination(instance)
+        if answered is not None:
+            self._tell_confirmed(answered)
 
     def confirm(self, *, wait: bool = False) -> None:
         """Note what the destination has confirmed; with ``wait`` all that is still due."""
         for confirmation in self.retrieval.sink.confirmations(wait=wait):
             with self._mutex:
                 answered = self.state.confirm(confirmation)
-            if answered is None:
-                continue
-            if answered.error is None:
-                self._tell(answered, answered.record.sop, answered.record.bytes or 0)
-            elif answered.stop is not None:
-                self.stop(answered.stop)
+            if answered is not None:
+                self._tell_confirmed(answered)
+
+    def _tell_confirmed(self, answered: Answered) -> None:
+        if answered.error is None:
+            self._tell(answered, answered.record.sop, answered.record.bytes or 0)
+        elif answered.stop is not None:
+            self.stop(answered.stop)
 
     def _tell(self, answered: Answered, uid: str, size: int) -> None:
         record, planned = answered.record, answered.record.key not in self.state.unlisted

@@ -23,6 +23,7 @@ from airflow_dicom_get.lists.whole import COUNTER
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.vocabulary import (
+    DID_NOT_COME,
     DONE,
     HELD,
     LOCAL_REASONS,
@@ -130,6 +131,8 @@ class StudyState:
     _late: set[Key] = field(default_factory=set)
     _due: dict[int, Instance] = field(default_factory=dict)
     """What was taken and not confirmed yet, by ``id``."""
+    _early: dict[int, Confirmation] = field(default_factory=dict)
+    """What the destination said of an instance before its answer was noted, by ``id``."""
     _refused_in_a_row: int = 0
 
     # --- questions -----------------------------------------------------------------------------
@@ -145,7 +148,8 @@ class StudyState:
 
     def of(self, sop: str) -> list[Instance]:
         """The instances of a SOP Instance UID: one in each series that has it."""
-        return [x for series in self._series if (x := self.instances.get((series, sop))) is not None]
+        # Another thread may add one meanwhile: a copy is made at once.
+        return [x for series in tuple(self._series) if (x := self.instances.get((series, sop))) is not None]
 
     def listed_elsewhere(self, series: str, sop: str) -> bool:
         """Whether the list names the SOP Instance UID, and not in this series."""
@@ -157,8 +161,8 @@ class StudyState:
         return instance.attempt == self.rounds and instance.reason in LOCAL_REASONS
 
     def unknown(self) -> frozenset[str]:
-        """UIDs of the query that the list does not have, and the destination neither."""
-        held = {uid for key in self.inventory for uid in key}
+        """UIDs of the query that the list does not have, nor, for an instance, the destination."""
+        held = {sop for _, sop in self.inventory}
         return self.listing.unknown - held if self.listing is not None else frozenset()
 
     def missing(self) -> list[Instance]:
@@ -189,7 +193,10 @@ class StudyState:
         return changed
 
     def gone_unheld(self) -> list[Instance]:
-        """What left the list before it was held, and is to be asked for once more by its UID."""
+        """What left the list before it was held, and is to be asked for once more by its UID.
+
+        Whatever became of it before counts no more: only a request that ends without it makes it ``withdrawn``.
+        """
         assert self.listing is not None
         found = [
             x
@@ -199,7 +206,9 @@ class StudyState:
             and key not in self.left
             and x.state not in DONE
         ]
-        self.left.update(x.key for x in found)
+        for x in found:
+            self.left.add(x.key)
+            x.state = x.reason = x.error = None
         return found
 
     def leave_out(self, sop: str, sop_class: str, series: str | None) -> None:
@@ -250,8 +259,9 @@ class StudyState:
             if instance.state is not None or (held := self.inventory.pop(key, None)) is None:
                 continue
             if self.sop_classes is not None and held.sop_class is not None and held.sop_class not in self.sop_classes:
-                self._leave_out(instance)
-                continue
+                if instance.sop_class is None:
+                    self._leave_out(instance)
+                continue  # the list says otherwise: what it sends decides
             instance.adopt(held)
             instance.state, instance.reason = "held", instance.remark
             if instance.listed_syntax:
@@ -286,15 +296,19 @@ class StudyState:
                 record.become(instance)
             if instance is record or taken.remark == "replaced":
                 if record.state != "conflict" or taken.remark == "replaced":
-                    record.state, record.reason, record.error = taken.state, taken.remark or record.remark, None
+                    record.state, record.reason, record.error = taken.state, record.remark or taken.remark, None
                 self._came(record)
-            return Answered(record, new=instance is record)
+            early = self._early.pop(id(instance), None)
+            said = self.confirm(early) if early is not None else None
+            return said if said is not None and said.error else Answered(record, new=instance is record)
         error = taken.error or taken.reason
         meant = [record] if record is not None else self.of(uid)
         if not meant:
             self.strays[taken.reason] += 1
             meant = [Instance(self.scope.study, "", uid)]
         for one in meant:
+            if one is instance and taken.reason == "different_content":
+                one.forget_content()
             self._refuse(one, taken)
         record, stop = meant[0], None
         if taken.reason == "destination_full":
@@ -323,14 +337,21 @@ class StudyState:
         if record.state in HELD:
             record.reason = record.reason or record.remark
 
-    def left_to_destination(self, instance: Instance) -> None:
-        """The source was aborted before the destination answered: a confirmation will tell whether it stored it."""
+    def left_to_destination(self, instance: Instance) -> Answered | None:
+        """The source was aborted before the destination answered: a confirmation will tell whether it stored it.
+
+        What is new, where it has come already.
+        """
         self._late.add(instance.key)
+        early = self._early.pop(id(instance), None)
+        return self.confirm(early) if early is not None else None
 
     def confirm(self, confirmation: Confirmation) -> Answered | None:
         """The destination has confirmed an instance, or could not; None where nothing is new by that."""
         instance, error, reason, remark = confirmation
-        self._due.pop(id(instance), None)
+        if self._due.pop(id(instance), None) is None and instance.key not in self._late:
+            self._early[id(instance)] = confirmation
+            return None
         record = self.instances.get(instance.key, instance)
         if error is not None:
             conflict = reason == "different_content"
@@ -338,6 +359,8 @@ class StudyState:
             if not conflict and (record is not instance or record.state == "conflict"):
                 # Sent a second time in vain, or beside other bytes: the row stands.
                 return Answered(instance, error, stop=stop)
+            if conflict and record is instance:
+                record.forget_content()
             record.state = "conflict" if conflict else "failed"
             record.reason, record.attempt = reason, self.rounds
             told = conflict or record.forward_status == "error"
@@ -345,7 +368,7 @@ class StudyState:
             return Answered(record, record.error, stop=stop)
         if remark == "replaced" and record.state != "conflict":
             record.become(instance)
-            record.state, record.reason, record.attempt = "stored", remark, self.rounds
+            record.state, record.reason, record.attempt = "stored", record.remark or remark, self.rounds
         if record is not instance or record.key not in self._late:
             return None
         # It said so too late for the source: taken only now.
@@ -389,10 +412,12 @@ class StudyState:
                 if instance.state in HELD:
                     instance.state, instance.reason = "unexpected", instance.reason or "not_listed"
             elif key in named:  # asked for, whatever is listed
-                if instance.state not in HELD:
+                if instance.state not in DONE:
                     instance.state, instance.reason = "missing", "gone_from_list"
-            else:
+            elif instance.state in HELD or (key in self.left and instance.reason in DID_NOT_COME):
                 instance.state, instance.reason = "withdrawn", "gone_from_list"
+            elif instance.state is None:
+                instance.state, instance.reason = "missing", self._why_untried()
         if listing is None:
             for series, sop in sorted(self.scope.bad):
                 instance = self.instances[series, sop] = Instance(self.scope.study, series, sop)

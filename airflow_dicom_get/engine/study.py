@@ -9,7 +9,7 @@ from itertools import count
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import all_storage_classes
 from airflow_dicom_get.engine.below import count_below
-from airflow_dicom_get.engine.contexts import pack
+from airflow_dicom_get.engine.contexts import pack, with_other_classes
 from airflow_dicom_get.engine.listing import Listing, list_study, unasked
 from airflow_dicom_get.engine.requests import Request, lists_of
 from airflow_dicom_get.engine.resolve import Scope
@@ -216,7 +216,7 @@ class StudyRun:
             log.info("nothing shows that the list of what is below %s is whole; requesting all of it", name)
             level = "STUDY" if series is None else "SERIES"
             for proposals, _ in contexts_for(self._situation, self._members(series)):
-                self._pass(proposals, [Request(level, series, confirms=True)])
+                self._pass(with_other_classes(proposals), [Request(level, series, confirms=True)])
         self._intake.confirm(wait=True)
         return len(self._state.unlisted) > before
 

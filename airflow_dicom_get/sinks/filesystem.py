@@ -10,10 +10,11 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -226,7 +227,10 @@ class FilesystemSink:
         """The record that the file still is as it says; where it was never synced, it is now."""
         if not candidates:
             return None
-        size = entry.stat(follow_symlinks=False).st_size
+        status = entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        size = status.st_size
         fits = [record for record in candidates if record.bytes == size <= files.LARGEST]
         if not fits:
             return None
@@ -538,6 +542,22 @@ class _Study:
         self._gone: list[int] = []
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
+        self._placing: set[Key] = set()
+        self._changed = clock.condition(threading.Lock())
+
+    @contextmanager
+    def alone_with(self, key: Key) -> Iterator[None]:
+        """While an instance gets its final name: one that came over another association at the same time waits."""
+        with self._changed:
+            while key in self._placing:
+                self._changed.wait(_LOOK)
+            self._placing.add(key)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._placing.discard(key)
+                self._changed.notify_all()
 
     def _give_back_lock(self) -> None:
         try:
@@ -683,7 +703,8 @@ class _FileWriter:
             instance.sha256 = self._hash.digest() if self._hash is not None else None
             instance.dataset_offset = self._offset
             instance.uri = self._study.place
-            return self._place()
+            with self._study.alone_with(instance.key):
+                return self._place()
         except (OSError, SinkError) as error:
             self.abort()
             failure = error
@@ -729,7 +750,11 @@ class _FileWriter:
             offset = meta.dataset_offset if meta else 0
             size = self._disk.size(fd)
             files.check_size(size)
-            if size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset):
+            same = size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset)
+            described = meta is None or meta.is_of(instance.sop_class, instance.sop, instance.syntax)
+            if same and not described and self._was_damaged(fd):
+                return self._put_over(final)
+            if same and described:
                 if (
                     self._sink.options.durable
                     and instance.key not in self._sink.recorded_durable(instance.study)
@@ -758,6 +783,11 @@ class _FileWriter:
             "different_content",
             "A different data set is already stored under this UID; it was kept.",
         )
+
+    def _was_damaged(self, fd: int) -> bool:
+        """Whether what is there is ours, and not as a run took it."""
+        digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
+        return bool(digests) and digest_of(fd) not in (digests or ())
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""

@@ -220,9 +220,9 @@ def ends_whole(path: Folder, meta: FileMeta) -> bool:
     return _walked(path, meta).whole
 
 
-def _walked(path: Folder, meta: FileMeta) -> h.Walk:
+def _walked(path: Folder, meta: FileMeta, walk: h.Walk | None = None) -> h.Walk:
     """The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it."""
-    walk, ahead = h.walk_of(meta.syntax), meta.dataset_offset
+    walk, ahead = walk or h.walk_of(meta.syntax), meta.dataset_offset
     for view in files.read_chunks(path):
         walk.feed(view[ahead:])
         ahead = max(ahead - len(view), 0)
@@ -240,7 +240,11 @@ def looks_whole(path: Folder, head: bytes, size: int) -> bool:
     meta = read_file_meta(head)
     if meta is None:
         return any(head[:_PREAMBLE]) and not ends_in_meta(head, size)
-    return size > meta.dataset_offset and not _walked(path, meta).torn
+    if size <= meta.dataset_offset:
+        return False
+    if not _walked(path, meta).torn:
+        return True
+    return _walked(path, meta, h.walk_of_other_layouts()).whole  # its meta information is wrong, not the data set
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:

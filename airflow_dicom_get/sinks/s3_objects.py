@@ -125,7 +125,9 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
             whole.update(chunk)
             behind_our_head.update(chunk[max(offset - position, 0) :])
             position += len(chunk)
-        same = behind_our_head.digest() == ours.sha256
+        mine = read_file_meta(ours.head)
+        described = meta is None or mine is None or meta[:3] == mine[:3]
+        same = described and behind_our_head.digest() == ours.sha256
         complete = same or looks_whole(copy, head, size)
     return Existing(same, complete, size, whole.digest(), offset, etag)
 

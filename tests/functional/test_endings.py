@@ -25,10 +25,12 @@ from typing import Any
 
 import pytest
 
-from airflow_dicom_get import GetScu, StoreScu
+from airflow_dicom_get import GetScu, StoreScu, clock
 from airflow_dicom_get.engine import spread
+from airflow_dicom_get.engine.ending import run_beside
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
 from airflow_dicom_get.lists.finder import Finder
+from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, FaultProxy, Moto
@@ -561,3 +563,46 @@ def test_each_mending_is_missed(
     while ours() and time.monotonic() < limit:
         time.sleep(0.01)
     assert ours() == []
+
+
+@pytest.mark.parametrize("by", ["cancel", "operation"])
+def test_a_callback_that_does_not_return_ends_with_the_call(by: str, private: Holding, tmp_path: Path) -> None:
+    here, go_on = threading.Event(), threading.Event()
+
+    def blocked(_event: object) -> None:
+        here.set()
+        go_on.wait()
+
+    with EmbeddedPacs(private.folder) as pacs:
+        deadlines = {"operation": 1.0} if by == "operation" else {}
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path, deadlines=deadlines)
+        found: list[str] = []
+        query = {"StudyInstanceUID": private.study}
+        caller = threading.Thread(target=lambda: found.append(scu.get_study(query, on_sub_operation=blocked).verdict))
+        caller.start()
+        try:
+            assert here.wait(WITHIN)
+            if by == "cancel":
+                scu.cancel("one")
+                scu.cancel("two")
+            caller.join(WITHIN)
+            assert found, "the call has not ended"
+            assert found[0] != "complete"
+        finally:
+            go_on.set()
+            caller.join(WITHIN)
+
+
+def test_ctrl_c_while_the_work_begins_leaves_nothing_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(clock.Beside[Any]):
+        def __init__(self, work: Callable[[], Any], name: str) -> None:
+            super().__init__(work, name)
+            raise KeyboardInterrupt
+
+    done = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(clock, "Beside", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_beside(done.set, CancelToken())
+    assert not done.wait(0.3)
+    assert not ours()

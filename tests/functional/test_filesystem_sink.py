@@ -6,6 +6,7 @@ on it, and the options by which the user says what counts as held.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 
 from airflow_dicom_get import GetScu
@@ -409,6 +411,69 @@ def test_another_header_is_no_conflict(pacs: EmbeddedPacs, private: Holding, tmp
         path = Path(row["uri"].removeprefix("file://"))
         assert row["bytes"] == path.stat().st_size
         assert row["dataset_bytes"] == len(dataset(path))
+
+
+def relabelled(path: Path, syntax: bytes) -> None:
+    """Let the meta information name another transfer syntax, of as many characters."""
+    content = path.read_bytes()
+    at = content.index(b"UI", content.index(b"\x02\0\x10\0UI") + 4) + 4
+    path.write_bytes(content[:at] + syntax.ljust(len(b"1.2.840.10008.1.2.1\0"), b"\0") + content[at + 20 :])
+
+
+def test_a_file_of_ours_whose_meta_information_was_damaged_is_put_right(
+    pacs: EmbeddedPacs, private: Holding, tmp_path: Path
+) -> None:
+    retrieve(pacs, private.study, tmp_path)
+    sop, path = sorted(files(tmp_path).items())[3]
+    was = path.read_bytes()
+    relabelled(path, b"1.2.840.10008.1.2.2")
+    result = retrieve(pacs, private.study, tmp_path, verify_held="digest")
+    assert result.verdict == "complete"
+    assert path.read_bytes() == was
+    assert rows(result)[sop]["sha256"] == hashlib.sha256(was).hexdigest()
+
+
+def test_an_equal_data_set_that_is_said_to_be_in_another_syntax_is_a_conflict(
+    pacs: EmbeddedPacs, private: Holding, tmp_path: Path
+) -> None:
+    retrieve(pacs, private.study, tmp_path)
+    forget(tmp_path)
+    path = sorted(files(tmp_path).values())[3]
+    relabelled(path, b"1.2.840.10008.1.2.2")
+    was = path.read_bytes()
+    result = retrieve(pacs, private.study, tmp_path)
+    assert (result.verdict, result.conflicts) == ("partial", 1)
+    assert path.read_bytes() == was
+
+
+def test_a_whole_other_file_with_padding_behind_it_is_kept(
+    pacs: EmbeddedPacs, private: Holding, tmp_path: Path
+) -> None:
+    """Zeros behind the pixel data are nothing that a crash has left."""
+    retrieve(pacs, private.study, tmp_path)
+    path = next(p for p in files(tmp_path).values() if pydicom.dcmread(p, stop_before_pixels=True).get("Rows"))
+    other = pydicom.dcmread(path)
+    other.PatientID = "DEIDENTIFIED"
+    other.save_as(path)
+    with path.open("ab") as file:
+        file.write(bytes(4096))
+    was = path.read_bytes()
+    result = retrieve(pacs, private.study, tmp_path, verify_held="digest")
+    assert (result.verdict, result.conflicts) == ("partial", 1)
+    assert path.read_bytes() == was
+
+
+def test_a_folder_is_not_held_though_its_size_is_the_recorded_one(
+    pacs: EmbeddedPacs, private: Holding, tmp_path: Path
+) -> None:
+    retrieve(pacs, private.study, tmp_path)
+    path = sorted(files(tmp_path).values())[3]
+    size = path.stat().st_size
+    replace_by_a_folder(path)
+    for ledger in tmp_path.glob("_manifests/.ledger/*/*.jsonl"):
+        text = ledger.read_text()
+        ledger.write_text(text.replace(f'"size": {size}', f'"size": {path.stat().st_size}'))
+    assert retrieve(pacs, private.study, tmp_path).verdict == "partial"
 
 
 # --- two at once -------------------------------------------------------------------------------------------

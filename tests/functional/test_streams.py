@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +216,32 @@ def test_a_reader_that_goes_away_in_the_middle(well: Streams, pacs: EmbeddedPacs
     keys = " ".join(f"--return-key {key}" for key in ("SOPClassUID", "InstanceNumber", "Rows", "Columns"))
     status, out, err = well.run("bash", "-c", f"{find} {keys} --json | head -c 1; exit ${{PIPESTATUS[0]}}")
     assert (status, out) == (0, "["), err
+
+
+def test_a_signal_where_stderr_is_full(tmp_path: Path) -> None:
+    """Whoever holds the other end of the pipe has stopped reading."""
+    with MisbehavingPacs("silent") as server, ExitStack() as stack:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        command = [
+            *MODULE,
+            "get",
+            node_of(server),
+            "--study",
+            server.study_uid,
+            "--to",
+            str(tmp_path / "out"),
+            "--json",
+        ]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing))
+        os.close(writing)
+        stack.callback(os.close, reading)
+        wait_for(lambda: process.poll() is not None or server.associations > 0)
+        for _ in range(3):  # the third ends it at once, and none waits for the reader
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert process.wait(30) in (143, -signal.SIGTERM)

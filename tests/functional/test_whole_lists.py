@@ -13,6 +13,10 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.engine.study_list import ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES
+from airflow_dicom_get.testing.misbehaving.modes_list import FindCutUncounted
+from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 from airflow_dicom_get.testing.servers import HOST, Dcmqrscp, Orthanc
@@ -20,6 +24,19 @@ from airflow_dicom_get.verify import verify
 from tests.support.holdings import hold
 
 Embedded = Callable[..., EmbeddedPacs]
+
+
+@pytest.fixture(autouse=True)
+def counts_its_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode that cuts lists, and counts in a C-GET only what it has a context for."""
+
+    class CountsItsContexts(FindCutUncounted):
+        stages = frozenset({FIND, GET})
+
+        def select(self, request: Any) -> Any:
+            return [one for one in super().select(request) if self.context_for(one) is not None]
+
+    monkeypatch.setitem(MODE_CLASSES, "counts_its_contexts", CountsItsContexts)
 
 
 @pytest.fixture
@@ -112,6 +129,15 @@ class TestImages:
         assert client.get_study({"StudyInstanceUID": studies}).verdict == "complete"
         result = client.get_study({"StudyInstanceUID": studies})
         assert (result.verdict, result.skipped, result.bytes) == ("complete", 201, 0)
+
+    def test_what_is_behind_the_cut_is_of_a_class_that_is_not_listed(self, scu: Any, tmp_path: Path) -> None:
+        """A PACS that counts only what it has a context for is offered contexts for other classes, too."""
+        dose = "1.2.840.10008.5.1.4.1.1.88.67"
+        of = {"series": 1, "instances": 103, "pairs": [(CT, EXPLICIT_LE)] * 100 + [(dose, EXPLICIT_LE)] * 3}
+        client = scu("counts_its_contexts", of=of)
+        result = client.get_study(client.study)
+        assert (result.verdict, result.unexpected) == ("unverified", 3)
+        assert stored(tmp_path) == 103
 
     def test_list_limit_says_what_an_admin_knows(self, scu: Any) -> None:
         of = {"series": 1, "instances": 103}
@@ -291,7 +317,7 @@ class TestVerify:
         assert "list_may_be_cut" in str(found.uncompared)
 
 
-CT, SC = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+SC = "1.2.840.10008.5.1.4.1.1.7"
 MIXED = {"pairs": [(CT, "1.2.840.10008.1.2.1"), (SC, "1.2.840.10008.1.2.1")]}
 """Every other instance is a secondary capture."""
 

@@ -119,6 +119,15 @@ def test_the_count_of_a_patient_agrees_or_contradicts() -> None:
         assert (found.queries == 1) == (count == 100)
 
 
+def test_counts_of_two_patients_of_one_id_agree_with_nothing() -> None:
+    archive = Archive(*day_of(160), cap=100)
+    for number, row in enumerate(archive.rows):
+        row[i.PATIENT_RELATED_STUDIES] = b"100" if number % 2 else b"60"
+    keys = {i.PATIENT_ID: "P"}
+    found = matching_studies(archive, keys, (i.PATIENT_RELATED_STUDIES,))  # type: ignore[arg-type]
+    assert found.doubt is not None
+
+
 def test_the_count_of_a_patient_says_nothing_of_his_studies_on_one_day() -> None:
     archive = Archive(*day_of(3))
     for row in archive.rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from airflow_dicom_get.engine.listing import Listing, SeriesInfo
@@ -10,6 +12,7 @@ from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.engine.state import MOST_REFUSED, UNPLANNED, StudyState
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
+from airflow_dicom_get.vocabulary import DID_NOT_COME
 
 STUDY, SERIES = "1.2", "1.2.3"
 CT, EXPLICIT_LE, JPEG = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.50"
@@ -103,6 +106,27 @@ class TestInventory:
         list(state.adopt_inventory())
         assert state.instances[key(1)].exactness == exactness
 
+    def test_what_is_held_of_another_class_than_is_listed_is_asked_for(self) -> None:
+        state = listed(1, sop_classes=[CT])
+        state.inventory = {key(1): replace(held(1), sop_class="1.2.840.10008.5.1.4.1.1.4")}
+        assert not list(state.adopt_inventory())
+        assert [x.sop for x in state.missing()] == [uid(1)]
+
+    def test_what_is_held_of_another_class_is_left_out_where_the_list_tells_none(self) -> None:
+        state = StudyState(Scope(STUDY), sop_classes=[CT])
+        state.take_list(listing(1))
+        state.instances[key(1)].sop_class = None
+        state.inventory = {key(1): replace(held(1), sop_class="1.2.840.10008.5.1.4.1.1.4")}
+        assert not list(state.adopt_inventory())
+        assert not state.missing()
+
+    def test_a_named_series_is_not_known_for_an_instance_that_is_held_of_it(self) -> None:
+        state = listed(1)
+        assert state.listing is not None
+        state.listing.unknown = frozenset({"1.2.9", uid(7)})
+        state.inventory = {("1.2.9", uid(7)): held(7, "1.2.9")}
+        assert state.unknown() == {"1.2.9"}
+
 
 class TestAnswers:
     def test_one_that_was_taken_is_progress(self) -> None:
@@ -177,6 +201,8 @@ class TestAnswers:
         other = Instance(STUDY, "1.2.4", uid(1), CT)
         moved.instances[other.key] = other
         assert state.take_list(moved) is True
+        (gone,) = state.gone_unheld()
+        state.not_received(gone, "not_sent", "")
         state.answer(uid(1), state.instances[other.key], STORED)
         state.confirm(Confirmation(state.instances[other.key]))
         state.conclude()
@@ -203,14 +229,18 @@ class TestAnswers:
         state = listed(1)
         state.inventory = {key(1): held(1)}
         list(state.adopt_inventory())
-        state.confirm(Confirmation(Instance(STUDY, SERIES, uid(1)), NOT_KEPT, "different_content"))
+        again = Instance(STUDY, SERIES, uid(1))
+        state.answer(uid(1), again, STORED)
+        state.confirm(Confirmation(again, NOT_KEPT, "different_content"))
         assert state.instances[key(1)].state == "conflict"
 
     def test_a_second_one_that_could_not_be_confirmed_leaves_the_first(self) -> None:
         state = listed(1)
         state.inventory = {key(1): held(1)}
         list(state.adopt_inventory())
-        assert state.confirm(Confirmation(Instance(STUDY, SERIES, uid(1)), NOT_KEPT)) is not None
+        again = Instance(STUDY, SERIES, uid(1))
+        state.answer(uid(1), again, STORED)
+        assert state.confirm(Confirmation(again, NOT_KEPT)) is not None
         assert state.instances[key(1)].state == "held"
 
     def test_one_that_took_the_place_of_another_is_stored_with_a_remark(self) -> None:
@@ -248,7 +278,108 @@ class TestAnswers:
         assert state.answer(uid(1), one, Taken(0x0122, "destination_refused", "Refused.")).stop == stop
 
 
+class TestGone:
+    """What left the list before it was held."""
+
+    def leave(self, state: StudyState, number: int, *left: int) -> Instance:
+        one = state.instances[key(number)]
+        state.take_list(listing(*left))
+        state.gone_unheld()
+        state.take_list(listing(*left))
+        return one
+
+    @pytest.mark.parametrize("reason", sorted(DID_NOT_COME))
+    def test_is_withdrawn_where_a_request_has_ended_without_it(self, reason: str) -> None:
+        state = listed(1, 2)
+        one = self.leave(state, 2, 1)
+        state.not_received(one, reason, "")
+        state.conclude()
+        assert (one.state, one.reason) == ("withdrawn", "gone_from_list")
+
+    @pytest.mark.parametrize("reason", ["association_lost", "deadline", "class_refused"])
+    def test_is_missing_where_none_has_ended(self, reason: str) -> None:
+        state = listed(1, 2)
+        one = self.leave(state, 2, 1)
+        state.not_received(one, reason, "")
+        state.conclude()
+        assert (one.state, one.reason) == ("missing", reason)
+
+    def test_is_missing_where_it_was_not_asked_for_any_more(self) -> None:
+        state = listed(1, 2)
+        state.not_received(state.instances[key(2)], "not_sent", "")
+        one = self.leave(state, 2, 1)
+        state.conclude()
+        assert (one.state, one.reason) == ("missing", "not_sent")
+        assert state.rounds == 1
+
+    def test_is_asked_for_also_where_it_was_refused_before(self) -> None:
+        state = listed(1, 2)
+        one = state.instances[key(2)]
+        state.answer(one.sop, one, BROKEN)
+        assert state.refused_here(one)
+        self.leave(state, 2, 1)
+        assert not state.refused_here(one)
+
+    def test_stays_failed_where_it_came_and_could_not_be_kept(self) -> None:
+        state = listed(1, 2)
+        one = self.leave(state, 2, 1)
+        state.answer(one.sop, one, BROKEN)
+        state.conclude()
+        assert (one.state, one.reason) == ("failed", "destination_error")
+
+    def test_stays_a_conflict(self) -> None:
+        state = listed(1, 2)
+        one = state.instances[key(2)]
+        one.bytes, one.sha256 = 100, b"1" * 32
+        state.answer(one.sop, one, OTHER)
+        assert one.dataset_bytes is None, "what came is not what is there"
+        self.leave(state, 2, 1)
+        state.conclude()
+        assert one.state == "conflict"
+
+
+class TestOtherSyntax:
+    def test_is_a_remark_of_what_is_held(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        state.answer(one.sop, one, STORED)
+        state.sent_in_other_syntax(one.key)
+        assert (one.state, one.reason, one.remarked) == ("stored", "other_transfer_syntax", True)
+
+    def test_is_one_of_what_is_on_its_way(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        state.sent_in_other_syntax(one.key)
+        state.answer(one.sop, one, STORED)
+        assert (one.state, one.reason) == ("stored", "other_transfer_syntax")
+
+
 class TestConfirmations:
+    def test_one_that_comes_before_the_answer_is_noted_counts_all_the_same(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        assert state.confirm(Confirmation(one)) is None
+        state.answer(one.sop, one, STORED)
+        state.conclude()
+        assert one.state == "stored"
+
+    def test_a_failure_that_comes_before_the_answer_is_noted_is_one(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        assert state.confirm(Confirmation(one, NOT_KEPT)) is None
+        answered = state.answer(one.sop, one, STORED)
+        assert answered.error is not None
+        assert NOT_KEPT in answered.error
+        state.conclude()
+        assert one.state == "failed"
+
+    def test_a_late_answer_may_come_before_it_is_known_to_be_late(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        assert state.confirm(Confirmation(one)) is None
+        assert state.left_to_destination(one) is not None
+        assert one.state == "forwarded"
+
     def test_a_confirmation_changes_nothing_of_what_was_taken(self) -> None:
         state = listed(1)
         one = state.instances[key(1)]
@@ -294,6 +425,8 @@ class TestConfirmations:
     )
     def test_only_failures_of_the_destination_end_the_run(self, reason: str, stops: int) -> None:
         state = listed(*range(MOST_REFUSED))
+        for x in state.instances.values():
+            state.answer(x.sop, x, STORED)
         found = [state.confirm(Confirmation(x, NOT_KEPT, reason)) for x in state.instances.values()]
         assert sum(x is not None and x.stop is not None for x in found) == stops
 

@@ -153,6 +153,9 @@ CASES = [
     Case("sizes that are not known are not counted", lambda: state(instance(1, bytes=None)), "complete",
          None, {"bytes": 0}),
     # unverified
+    Case("nothing of what is meant in a list that may be cut",
+         lambda: with_(state(), listing=Listing(at=AT.timestamp(), below_study=Below(100, 100))),
+         "unverified", "list_may_be_cut", numbers(0, 0)),
     Case("no list at all", lambda: unlisted(instance(1, "unexpected"), instance(2)), "unverified", "no_list",
          {"expected": None, "total": 1, "completed": 1, "evidence": "none", "plan_at": None, "unexpected": 1}),
     Case("a count above the list", lambda: state(instance(1), count=2), "unverified", "list_contradicted",
@@ -255,6 +258,13 @@ CASES = [
          "cancelled", "cancelled"),
     Case("cancelled before it began",
          lambda: with_(refused(Cancelled), cancelled_by="SIGINT"), "cancelled", "SIGINT", numbers(0, 0)),
+    Case("a conflict beside what failed, and nothing held",
+         lambda: state(instance(1, "conflict", "different_content"), instance(2, "failed", "destination_error")),
+         "partial", "different_content", numbers(2, 0, conflicts=1)),
+    Case("ended before its first request, and no error says why",
+         lambda: with_(state(instance(1), instance(2, "missing", "window")), rounds=0), "partial", "window"),
+    Case("nothing was listed, nothing came, and no error says why", lambda: StudyState(Scope(STUDY)), "failed",
+         "not_sent"),
 ]  # fmt: skip
 
 
