@@ -18,8 +18,9 @@ ROOT = "/data"
 
 
 def path_of(row: Mapping[str, Any]) -> str:
-    """Where an instance of the study lies under its final name."""
-    return f"{ROOT}/{STUDY_UID}/{row['series_instance_uid']}/{row['sop_instance_uid']}.dcm"
+    """Where the instance of a row lies under its final name."""
+    study = row["study_instance_uid"] or STUDY_UID
+    return f"{ROOT}/{study}/{row['series_instance_uid']}/{row['sop_instance_uid']}.dcm"
 
 
 class Destination(Protocol):
@@ -52,6 +53,9 @@ class Destination(Protocol):
 
     def left_open(self) -> list[str]:
         """What is open or locked after a run."""
+
+    def heal(self) -> None:
+        """Faults are over."""
 
     def harm(self, what: str, path: str | None, content: bytes = b"") -> None:
         """What others do; see :data:`~tests.simulation.history.BETWEEN`. Without a path it is nobody's file."""
@@ -94,6 +98,10 @@ class FolderDestination:
     def left_open(self) -> list[str]:
         """See :class:`Destination`."""
         return self.volume.left_open()
+
+    def heal(self) -> None:
+        """See :class:`Destination`: there is room again."""
+        self.volume.capacity = None
 
     def harm(self, what: str, path: str | None, content: bytes = b"") -> None:
         """See :class:`Destination`."""
@@ -145,6 +153,9 @@ class BucketDestination:
         """See :class:`Destination`."""
         return self.service.left_open() + self.machine.left_open()
 
+    def heal(self) -> None:
+        """See :class:`Destination`: it has no faults of its own."""
+
     def harm(self, what: str, path: str | None, content: bytes = b"") -> None:
         """See :class:`Destination`: its machines never lose power."""
         if path is None:
@@ -189,6 +200,9 @@ class NodeDestination:
     def left_open(self) -> list[str]:
         """See :class:`Destination`."""
         return self.machine.left_open()
+
+    def heal(self) -> None:
+        """See :class:`Destination`: it has no faults of its own."""
 
     def harm(self, what: str, path: str | None, content: bytes = b"") -> None:
         """See :class:`Destination`: nobody tears what lies there, or makes it read-only."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ from tests.simulation.node import DOWN, NODE_FAULTS
 from tests.simulation.pacs import CHANGES, Change, Habits
 
 T = TypeVar("T")
+
+ROOM_TO_BEGIN = 64 << 20
+"""Bytes that have to be free for a study to be begun."""
+SECOND_UID = f"2.25.{int(STUDY_UID.removeprefix('2.25.')) + 5 * 10**20}"
+"""Another study, of which some histories ask too."""
 
 PAIRS = (
     ((CT, wire.EXPLICIT_LE),),
@@ -111,6 +116,10 @@ class Run:
         Whether the query is asked for, or what the manifest of the run before lists.
     node : tuple
         What the node that is the destination does, see :meth:`~tests.simulation.node.ModelNode.begin`.
+    hours : int, optional
+        Requests and sub-operations of the run after which the hours of the PACS are over; it has none without.
+    cancels : tuple of int
+        As many after which the run is cancelled; 0 is before it begins.
     """
 
     options: Mapping[str, Any]
@@ -119,6 +128,8 @@ class Run:
     breaks: tuple[tuple[int, str], ...] = ()
     verb: str = "get"
     node: tuple[tuple[int, str], ...] = ()
+    hours: int | None = None
+    cancels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +165,12 @@ class History:
     store: tuple[Run, ...] = ()
     """Runs of ``store`` at the end, from the destination to a node."""
 
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """The studies that are asked for."""
+        named = self.query.get("StudyInstanceUID", STUDY_UID)
+        return (named,) if isinstance(named, str) else tuple(named)
+
     def to_json(self) -> str:
         """The history as text, to be kept."""
         plain = asdict(self)
@@ -181,6 +198,7 @@ class History:
 
 def _run_of(plain: dict[str, Any]) -> Run:
     plain["faults"] = tuple(Planned(**fault) for fault in plain["faults"])
+    plain["cancels"] = tuple(plain.get("cancels", ()))
     return Run(**plain | {name: _tuples(plain.get(name, [])) for name in ("ill", "breaks", "node")})
 
 
@@ -193,6 +211,10 @@ def _tuples(lists: list[list[Any]]) -> tuple[Any, ...]:
 
 def history_of(seed: int) -> History:
     """A history by chance."""
+    return _more(random.Random((1 << 40) + seed), _history_of(seed))
+
+
+def _history_of(seed: int) -> History:
     chance = random.Random(seed)
     habits = _habits(chance)
     instances = _study(chance, habits)
@@ -232,6 +254,104 @@ def history_of(seed: int) -> History:
     if destination == "node":
         return _unreachable(chance, history) if chance.random() < 0.15 else history
     return THEMES[chance.randrange(len(THEMES))](chance, history) if chance.random() < 0.2 else history
+
+
+def _more(chance: random.Random, history: History) -> History:
+    """What some histories meet besides. It is drawn apart, so that all others of a seed stay as they are."""
+    drawn = chance.random()
+    for share, change in MORE:
+        if drawn < share:
+            return change(chance, history)
+        drawn -= share
+    return history
+
+
+def _in_one_run(chance: random.Random, history: History, change: Callable[[Run], Run]) -> History:
+    """The history with one of its runs changed."""
+    at = chance.choice([number for number, step in enumerate(history.steps) if isinstance(step, Run)])
+    run = history.steps[at]
+    assert isinstance(run, Run)
+    return replace(history, steps=(*history.steps[:at], change(run), *history.steps[at + 1 :]))
+
+
+def _quietly(chance: random.Random, run: Run) -> Run:
+    """The run, half the time with nothing that goes wrong in it."""
+    return _alone(run) if chance.random() < 0.5 else run
+
+
+def _alone(run: Run) -> Run:
+    """The run, with nothing that goes wrong in it."""
+    return replace(run, faults=(), ill=(), breaks=(), node=())
+
+
+def _moments(history: History) -> int:
+    """About how many requests and sub-operations there are in a run."""
+    return sum(i.study in history.studies for i in history.instances) + 12
+
+
+def _cancelled(chance: random.Random, history: History) -> History:
+    """One run is cancelled: before it begins, while it runs, or twice."""
+    moments = [0 if chance.random() < 0.4 else 1 + chance.randrange(_moments(history))]
+    if chance.random() < 0.25:
+        moments.append(moments[0] + chance.randrange(3))
+    return _in_one_run(chance, history, lambda run: replace(_quietly(chance, run), cancels=tuple(moments)))
+
+
+def _in_hours(chance: random.Random, history: History) -> History:
+    """The hours of the PACS are over in one run: at any time, or about when all has come and is to be listed again."""
+    moment = 1 + chance.randrange(_moments(history))
+    if chance.random() < 0.7:
+        history = replace(history, steps=tuple(_alone(x) if isinstance(x, Run) else x for x in history.steps))
+        asked = [i for i in history.instances if i.study in history.studies]
+        moment = len(asked) + 2 * len({i.series for i in asked}) + chance.randrange(4)
+    return _in_one_run(chance, history, lambda run: replace(_quietly(chance, run), hours=moment))
+
+
+def _of_two(chance: random.Random, history: History) -> History:
+    """Two studies are asked for by their UIDs."""
+    studies = [STUDY_UID, SECOND_UID]
+    chance.shuffle(studies)
+    made = archive.build(series=1, instances=chance.choice((1, 2, 3)), size=700, pairs=PAIRS[0], study=SECOND_UID)
+    query = {"StudyInstanceUID": studies}
+    instances = (*history.instances, *made)
+    history = replace(history, instances=instances, query=query, verify=False, harms=(), quick=False, store=())
+    if history.destination == "folder" and chance.random() < 0.4:
+        # Room to begin one study, and not another one after it, until somebody makes more.
+        stored = sum(i.size for i in history.instances if i.study in studies)
+        history = replace(
+            history, traits={**history.traits, "capacity": ROOM_TO_BEGIN + chance.randrange(1, 3 * stored)}
+        )
+    drawn = chance.random()
+    return (_in_hours if drawn < 0.35 else _cancelled if drawn < 0.45 else _as_it_is)(chance, history)
+
+
+def _truncated(chance: random.Random, history: History) -> History:
+    """The PACS holds an instance of which the end is missing."""
+    if chance.random() < 0.3 and history.destination != "node":
+        first, second = _two(chance, history)  # the PACS has it whole later, and all of it is fetched again
+        first = replace(first, ill=tuple((number, "ds_truncated", None) for number in range(1, 30)))
+        return replace(history, steps=(first, _alone(replace(second, options={**second.options, "resume": False}))))
+    alone = chance.random() < 0.2
+    ill = tuple((number, "ds_truncated", None) for number in ((chance.randrange(1, 5),) if alone else range(1, 30)))
+    return _in_one_run(chance, history, lambda run: replace(_quietly(chance, run), ill=ill))
+
+
+def _honest(chance: random.Random, history: History) -> History:
+    """All is as it should be with the PACS, and what else there is in the history stays."""
+    instances = tuple(
+        i if is_uid(i.sop) else replace(i, sop=f"{i.series}{n:03}") for n, i in enumerate(history.instances)
+    )
+    steps = tuple(replace(step, ill=(), breaks=()) if isinstance(step, Run) else step for step in history.steps)
+    steps = tuple(step for step in steps if isinstance(step, Run) or step.what not in CHANGES)
+    return replace(history, instances=instances, habits=Habits(), changes=(), steps=steps)
+
+
+def _as_it_is(chance: random.Random, history: History) -> History:
+    return history
+
+
+MORE = ((0.05, _cancelled), (0.09, _in_hours), (0.12, _of_two), (0.05, _truncated), (0.05, _honest))
+"""What some histories meet besides, and in which share of all."""
 
 
 def _stores(chance: random.Random, count: int, destination: str, common: Mapping[str, Any]) -> tuple[Run, ...]:

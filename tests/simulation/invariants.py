@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
 
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID, Instance
+from airflow_dicom_get.result import Result
+from airflow_dicom_get.testing.misbehaving.archive import Instance
 from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
-from airflow_dicom_get.vocabulary import HELD
+from airflow_dicom_get.vocabulary import HELD, NOT_HELD
 from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import in_history, mark
 from tests.simulation.pacs import SERIES, SOP, SOP_CLASS, Find, Key, listed
-from tests.simulation.world import Played, World, key_of
+from tests.simulation.world import HOURS_BEGIN, Played, World, key_of
 
 LONGEST = 2 * 3600.0
 """Seconds within which any run ends: the operation's hour, and what may come after it."""
@@ -31,8 +33,14 @@ def after_run(world: World, run: Played) -> None:
         return
     _nothing_left_behind(world, run, files)
     _not_asked_again(world, run)
+    _cancels(world, run)
     if run.result is not None:
+        if len(world.history.studies) > 1:
+            _mark_two(run.result)
         _numbers(world, run)
+        _has_rows(world, run, files)
+        _second_list(world, run)
+        _truncated(world, run, files)
         if run.result.verdict == "complete":
             _complete(world, run, files)
         elif run.result.reason == "nothing_asked" and any(
@@ -66,7 +74,7 @@ def _is_whole(world: World, path: str, key: Key, content: bytes) -> bool:
 
 def _nothing_foreign(world: World, files: dict[str, bytes]) -> None:
     for path, study, key, content in final_files(files):
-        if study != STUDY_UID or ((study, *key) not in world.pacs.ever and not world.pacs.sent[key]):
+        if study not in world.history.studies or ((study, *key) not in world.pacs.ever and not world.pacs.sent[key]):
             world.finding("stored though it is not meant", path)
         elif not meant(world, key, world.classes) or (
             world.classes is not None and (found := class_of(data_set(content))) and found not in world.classes
@@ -104,6 +112,10 @@ def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None
     for path, _, key, content in final_files(run.lasting if cut else run.before):
         if files.get(path) == content or not _is_whole(world, path, key, content):
             continue
+        if data_set(content) in world.pacs.truncated and (
+            any(one.killed for one in world.runs) or run.run.options.get("checksum", "") is None
+        ):
+            continue  # no record that is left need say that it came so
         if world.place.node is not None and (path not in run.confirmed or path in world.theirs):
             continue  # nobody knew, or could see, that the node has it, or what
         if path not in files:
@@ -139,6 +151,8 @@ def _numbers(world: World, run: Played) -> None:
     assert result is not None
     if result.completed + result.failed != result.total:
         world.finding("numbers do not add up", result.total, result.completed, result.failed)
+    if any(row["state"] is None for row in run.rows):
+        world.finding("a row without a state")
     if result.verdict == "complete" and result.completed != result.total:
         world.finding("complete, and not all of it", result.total, result.completed)
     for error in result.errors:
@@ -146,18 +160,96 @@ def _numbers(world: World, run: Played) -> None:
             world.finding("an error that nobody expected", error)
 
 
+def _has_rows(world: World, run: Played, files: dict[str, bytes]) -> None:
+    """Whatever ended a run, what it stored has a row, of each of several studies."""
+    if len(files) == len(run.before) and files.keys() == run.before.keys():
+        return
+    named = {key_of(row) for row in run.rows}
+    for path, _, key, _ in final_files(files):
+        if path not in run.before and key not in named:
+            world.finding("stored, and no row of it", path)
+
+
+def _mark_two(result: Result) -> None:
+    """Take note of what became of two studies."""
+    mark("get: of two studies")
+    for first, second in itertools.pairwise(result.studies):
+        if first.completed and second.verdict == "failed":
+            mark("a failure before the second of two studies")
+
+
+def _second_list(world: World, run: Played) -> None:
+    """Where all is held and the second list was not had, nothing is proven, and it may be tried again; it says when."""
+    result = run.result
+    assert result is not None
+    if all(row["state"] not in NOT_HELD for row in run.rows):
+        for study in result.studies:
+            if study.expected and study.verdict in ("partial", "failed") and study.reason != "still_growing":
+                world.finding("all that is listed is held, and it is not said so", study.verdict, study.reason)
+    unproven = any(study.reason == "list_not_repeated" for study in result.studies)
+    if unproven:
+        mark("a second list was not had")
+        if run.hours_over:
+            mark("a second list was not had: the hours are over")
+    if unproven and result.verdict == "unverified" and not result.transient:
+        world.finding("a second list was not had, and trying again is of no use")
+    waits = any(study.reason == "window" for study in result.studies)
+    if waits:
+        mark("the hours are over")
+        if len(result.studies) > 1 and any(study.reason != "window" for study in result.studies):
+            mark("the hours are over in one of two studies")
+    if (waits or (unproven and run.hours_over)) and (result.resume_at != HOURS_BEGIN or not result.transient):
+        world.finding("the hours are over, and when it may go on is not said", result.verdict, result.reason)
+    if result.resume_at is not None and not run.hours_over:
+        world.finding("it is to wait for hours that are not over", result.resume_at)
+
+
+def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
+    """The row of a data set whose end is missing says so, in the run that took it and in those after it."""
+    if not world.pacs.truncated:
+        return
+    for row in run.rows:
+        path = path_of(row)
+        if row["state"] in HELD and path in files and path not in world.theirs:
+            cut = data_set(files[path]) in world.pacs.truncated
+            mark_of = f"truncated: {row['state']}"
+            if cut:
+                mark(mark_of)
+            if cut and row["reason"] is None:
+                world.finding("truncated, and its row does not say so", row["state"], path)
+            elif not cut and row["reason"] == "truncated_dataset" and run.run.options.get("checksum", "") is not None:
+                world.finding("whole, and its row calls it truncated", row["state"], path)
+
+
+def _cancels(world: World, run: Played) -> None:
+    """A cancel is spent by one call: the one that is on, or the next one."""
+    refused = run.refused is not None or (run.result is not None and run.result.reason == "nothing_asked")
+    if run.verdict == "cancelled" and not run.cancels:
+        world.finding("cancelled, and nobody asked for it")
+    if 0 in run.run.cancels and run.verdict != "cancelled" and not refused:
+        world.finding("a cancel between two calls is lost", run.verdict)
+    if run.cancels and world.pacs.associations > run.opened + (0 not in run.run.cancels):
+        world.finding("it goes on after a cancel", run.opened, world.pacs.associations)
+
+
+def _path(world: World, key: Key) -> str:
+    """Where an instance of these studies lies under its final name."""
+    return f"{ROOT}/{world.study_of(key)}/{key[0]}/{key[1]}.dcm"
+
+
 def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
     """All that the last two lists name, and all that there is, is held, durable, as it was sent first."""
     finds = [find for find in world.pacs.finds if find.run == run.number]
-    lists = [named for named, whole in listed(finds).values() if whole]
-    if len(lists) < 2:
-        world.finding("complete without a second list", len(lists))
-        return
     classes = run.run.options.get("sop_classes")
-    if run.asked is not None:
-        wanted = {key for key in run.asked if meant(world, key, classes)}
-    else:
-        wanted = {key for named in lists[-2:] for key in named if meant(world, key, classes)}
+    wanted: set[Key] = set()
+    for study in world.history.studies if run.asked is None else sorted(set(run.asked.values())):
+        lists = [named for named, whole in listed(finds, study).values() if whole]
+        if len(lists) < 2:
+            world.finding("complete without a second list", len(lists))
+            return
+        if run.asked is None:
+            wanted |= {key for named in lists[-2:] for key in named if meant(world, key, classes)}
+    wanted |= {key for key in run.asked or () if meant(world, key, classes)}
     if classes is not None:
         wanted -= _of_other_classes(finds, classes)
     if (
@@ -174,7 +266,7 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         world.finding("complete, and the destination was not reached")
     durable = world.place.durable() if run.run.options.get("durable", True) else files
     for series, sop in sorted(wanted):
-        path = f"{ROOT}/{STUDY_UID}/{series}/{sop}.dcm"
+        path = _path(world, (series, sop))
         if node is not None and path in world.deleted and node.find == "no":
             continue  # our records of its answers stand
         if node is not None and node.again == "keeps" and path not in files and sop in node.held:
@@ -188,7 +280,7 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         elif _is_theirs(world, path, (series, sop), files[path]) and _is_looked_at(world, run):
             world.finding("complete, and somebody else's file", path)
     for key, data in _taken(world, run):
-        path = f"{ROOT}/{STUDY_UID}/{key[0]}/{key[1]}.dcm"
+        path = _path(world, key)
         if node is not None and node.again == "keeps" and path in run.before:
             continue  # it says that it took it, and did not
         if key in wanted and path in files and data_set(files[path]) != data:
@@ -315,7 +407,7 @@ def has_ended(world: World, run: Played) -> bool:
     if verdict == "complete":
         return True
     if verdict == "empty":
-        return not there
+        return {world.study_of(key) for key in there} < {*world.history.studies}
     malformed = {key for key in there if not (is_uid(key[0]) and is_uid(key[1]))}
     if verdict == "unverified":
         # An answer of as many rows as the option names may be cut, and a PACS that ignores keys gives no other.

@@ -22,7 +22,7 @@ _COLUMNS = {
     "state": "state",
     "reason": "reason",
 }
-_TOLD = ("series_instance_uid", "sop_instance_uid", "state", "reason")
+_TOLD = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "state", "reason")
 
 
 class Rows:

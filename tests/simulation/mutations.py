@@ -197,6 +197,72 @@ MUTATIONS: Mapping[str, Mutation] = {
     "one_list_is_enough": Mutation(
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),
+    "a_data_set_that_is_truncated_has_no_remark": Mutation(
+        "engine.receiver:Receiver.finish",
+        "self._instance.truncated = not self._walk.whole",
+        "pass",
+        "truncated, and its row does not say so",
+    ),
+    "a_data_set_that_was_truncated_has_no_remark_later": Mutation(
+        "records:Instance.adopt",
+        "self.truncated, self.other_patient = stored.truncated, stored.other_patient",
+        "pass",
+        "truncated, and its row does not say so",
+    ),
+    "what_is_held_without_a_second_list_is_partial": Mutation(
+        "engine.verdict:_verdict",
+        '(UNVERIFIED, "list_not_repeated")',
+        '(PARTIAL, state.stop_reason or "list_not_repeated")',
+        "all that is listed is held, and it is not said so",
+    ),
+    "a_second_list_that_was_not_had_will_never_be": Mutation(
+        "engine.report:_may_pass",
+        "any_transient(end.rows()) or passing or any(map(is_transient, reasons))",
+        "any_transient(end.rows())",
+        "a second list was not had, and trying again is of no use",
+    ),
+    "hours_that_are_over_count_in_a_partial_result_alone": Mutation(
+        "engine.report:End.waits",
+        'any(state.stop_reason == "window" for state in self.states)',
+        'any(one.reason == "window" for one in self.numbers)',
+        "the hours are over, and when it may go on is not said",
+    ),
+    "hours_that_are_over_are_read_of_the_first_study": Mutation(
+        "engine.report:End.waits",
+        'any(state.stop_reason == "window" for state in self.states)',
+        'any(state.stop_reason == "window" for state in self.states[:1])',
+        "the hours are over, and when it may go on is not said",
+    ),
+    "a_failure_before_the_second_study_costs_the_rows_of_the_first": Mutation(
+        "engine.study:run_studies",
+        "except DicomGetError as error:\n                state.errors.append(error)",
+        "except DicomGetError as error:\n                states.clear()\n                raise",
+        "stored, and no row of it",
+    ),
+    "a_destination_that_cannot_be_closed_ends_unexpectedly": Mutation(
+        "getscu:_close",
+        "except DicomGetError as error:",
+        "except ZeroDivisionError as error:",
+        "an error that nobody expected",
+    ),
+    "a_manifest_that_cannot_be_written_escapes_raw": Mutation(
+        "engine.ending:write_manifest",
+        "except DicomGetError as error:\n        problem = error",
+        "except DicomGetError as error:\n        raise",
+        "raised SinkError",
+    ),
+    "a_client_is_cancelled_for_good": Mutation(
+        "net.association:Cancels.call",
+        "token = CancelToken(operation)",
+        "token = self.__dict__.setdefault('token', CancelToken(operation))",
+        "cancelled, and nobody asked for it",
+    ),
+    "a_cancel_between_two_calls_is_lost": Mutation(
+        "net.association:Cancels.call", "self._hand_on()", "self._asked.clear()", "a cancel between two calls is lost"
+    ),
+    "a_cancel_goes_to_calls_that_have_ended": Mutation(
+        "net.association:Cancels.call", "self._running.remove(token)", "pass", "a cancel between two calls is lost"
+    ),
 }
 
 
@@ -212,7 +278,8 @@ def taken_out(name: str, mutation: Mutation | None = None) -> Iterator[Mutation]
     for part in owners:
         owner = getattr(owner, part)
     real = inspect.getattr_static(owner, last)
-    source = textwrap.dedent(inspect.getsource(getattr(owner, last)))
+    whole: Any = real.fget if isinstance(real, property) else getattr(owner, last)
+    source = textwrap.dedent(inspect.getsource(whole))
     assert mutation.old in source, f"{name}: {mutation.where} no longer says {mutation.old!r}"
     scope: dict[str, Any] = {}
     exec(compile(source.replace(mutation.old, mutation.new), f"<{name}>", "exec"), module.__dict__, scope)

@@ -130,15 +130,19 @@ class ModelPacs:
     habits : Habits
     changes : sequence of Change
         In the order of their moments.
+    studies : sequence of str
+        The studies that are asked for, the others are foreign.
 
     Attributes
     ----------
     known : dict
-        By (series, sop) the instances of the study that it ever held.
+        By (series, sop) the instances of these studies that it ever held.
     finds, gets : list
         What was asked of it.
     sent : dict
         By (series, sop) the data sets that went out whole, in order.
+    truncated : set of bytes
+        Those of which the end is missing in the archive.
     run : int
         Number of the run that is on; a history sets it.
     ill : dict
@@ -147,9 +151,19 @@ class ModelPacs:
         Number of a send within the run, and how the line ends there.
     healed : bool
         No faults and no changes any more.
+    on_moment : callable
+        Told with each request and sub-operation how many there were in this run.
     """
 
-    def __init__(self, instances: Sequence[Instance], habits: Habits, changes: Sequence[Change] = ()) -> None:
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        habits: Habits,
+        changes: Sequence[Change] = (),
+        studies: Sequence[str] = (STUDY_UID,),
+    ) -> None:
+        self.studies = studies
+        self.on_moment: Callable[[int], object] = lambda number: None
         self.site = Site(list(instances), list_syntaxes=habits.syntaxes)
         self.habits = habits
         self.unlisted: set[Key] = set()
@@ -158,6 +172,7 @@ class ModelPacs:
         self.finds: list[Find] = []
         self.gets: list[Get] = []
         self.sent: dict[Key, list[bytes]] = defaultdict(list)
+        self.truncated: set[bytes] = set()
         self.log: list[tuple[Any, ...]] = []
         self.run = 0
         self.ill: Mapping[int, tuple[str, float | None]] = {}
@@ -165,10 +180,15 @@ class ModelPacs:
         self.healed = False
         self.faults: list[str] = []
         self._changes = list(changes)
-        self._moment = 0
+        self._moment = self._moment_of_run = 0
         self._associations = 0
         self.sends = 0
         self._number = 0
+
+    @property
+    def study_of_series(self) -> Mapping[str, str]:
+        """The study of each series that it ever held."""
+        return {i.series: i.study for i in self.known.values()}
 
     # --- for the history -----------------------------------------------------------------------
 
@@ -176,7 +196,12 @@ class ModelPacs:
         """A run begins; 0 for what is none."""
         self.run = run
         self.ill, self.breaks = ill, breaks
-        self._associations = self.sends = 0
+        self._associations = self.sends = self._moment_of_run = 0
+
+    @property
+    def associations(self) -> int:
+        """How many there were in this run."""
+        return self._associations
 
     def accept(self, line: Line, port: int) -> Callable[[], object]:
         """See :class:`~tests.simulation.line.Network`."""
@@ -192,15 +217,17 @@ class ModelPacs:
 
         return serve
 
-    def held(self, study: str = STUDY_UID) -> dict[Key, Instance]:
-        """What it holds and lists of a study."""
-        return {(i.series, i.sop): i for i in self.site.instances if i.study == study}
+    def held(self) -> dict[Key, Instance]:
+        """What it holds of the studies that are asked for; of two studies no two have one series."""
+        return {(i.series, i.sop): i for i in self.site.instances if i.study in self.studies}
 
     # --- what happens --------------------------------------------------------------------------
 
     def moment(self) -> None:
         """A request or a sub-operation begins."""
         self._moment += 1
+        self._moment_of_run += 1
+        self.on_moment(self._moment_of_run)
         while self._changes and self._changes[0].moment <= self._moment and not self.healed:
             self.change(self._changes.pop(0))
 
@@ -218,8 +245,8 @@ class ModelPacs:
         return self.breaks.get(self.sends)
 
     def changeable(self, which: int) -> Instance | None:
-        """An instance of the study, by its number."""
-        own = [i for i in self.site.instances if i.study == STUDY_UID]
+        """An instance of these studies, by its number."""
+        own = [i for i in self.site.instances if i.study in self.studies]
         return own[which % len(own)] if own else None
 
 
@@ -365,6 +392,11 @@ class Observer:
         if before and before[-1] != data:
             mark("pacs: other bytes of one instance")
         before.append(data)
+        known = self._pacs.known.get(key)
+        if self._link.ill and known is not None:
+            whole = b"".join(_pieces(known))
+            if len(data) < len(whole) and whole.startswith(data):
+                self._pacs.truncated.add(data)
         self._unanswered.append((key, data))
         if self.get is not None:
             self.get.sent.append(key)
@@ -441,7 +473,7 @@ class Habitual(Behaviour):
                 find.rows.append(row)
                 if not is_uid(row.get({"STUDY": STUDY, "SERIES": SERIES}.get(find.level, SOP), "")):
                     mark("list: a malformed UID")
-                if row.get(STUDY, STUDY_UID) != STUDY_UID:
+                if row.get(STUDY, STUDY_UID) not in self.pacs.studies:
                     mark("list: another study")
             elif status == 0:
                 find.ended = True
@@ -658,11 +690,11 @@ CHANGES: Mapping[str, Callable[[ModelPacs, int], None]] = {
 }
 
 
-def listed(finds: Iterable[Find], study: str = STUDY_UID) -> dict[int, tuple[Counter[Key], bool]]:
-    """By association the instances that its lists named, and whether all of these came to their end."""
+def listed(finds: Iterable[Find], study: str) -> dict[int, tuple[Counter[Key], bool]]:
+    """By association the instances of a study that its lists named, and whether all of these came to their end."""
     found: dict[int, tuple[Counter[Key], bool]] = {}
     for find in finds:
-        if find.level == "IMAGE":
+        if find.level == "IMAGE" and find.query.get(STUDY, study) == study:
             named, whole = found.get(find.association, (Counter(), True))
             series = find.query.get(SERIES, "")
             for row in find.rows:

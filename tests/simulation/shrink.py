@@ -48,7 +48,7 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, steps=_without(history.steps, at))
     for at in range(len(history.changes)):
         yield replace(history, changes=_without(history.changes, at))
-    foreign = tuple(i for i in history.instances if i.study == STUDY_UID)
+    foreign = tuple(i for i in history.instances if i.study in history.studies)
     if len(foreign) < len(history.instances):
         yield replace(history, instances=foreign)
     for at in range(len(history.instances)):
@@ -82,7 +82,9 @@ def _smaller(history: History) -> Iterator[History]:
 def _smaller_runs(run: Run) -> Iterator[Run]:
     if run.verb != "get":
         yield replace(run, verb="get")
-    for name in ("faults", "ill", "breaks", "node"):
+    if run.hours is not None:
+        yield replace(run, hours=None)
+    for name in ("faults", "ill", "breaks", "node", "cancels"):
         items = getattr(run, name)
         if len(items) > 4:
             yield replace(run, **{name: items[:4]})

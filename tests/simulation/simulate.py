@@ -53,6 +53,11 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "the node cannot be reached": ("node: down",),
     "what was retrieved is stored at a node": ("store: complete", "store: partial"),
     "a manifest is asked for": ("get: by a manifest",),
+    "a data set is truncated": ("mode: ds_truncated", "truncated: stored", "truncated: held"),
+    "a second list is not had": ("a second list was not had", "a second list was not had: the hours are over"),
+    "two studies": ("get: of two studies", "the hours are over in one of two studies"),
+    "a failure before the second study": ("a failure before the second of two studies",),
+    "a cancel": ("cancel: between two calls", "cancel: while a run is on", "verdict: cancelled"),
     "a correction takes the place of what is held": ("replaced",),
     "ends": ("verdict: complete", "verdict: partial", "verdict: unverified", "verdict: failed", "verdict: empty"),
 }

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
@@ -37,6 +38,11 @@ from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs
 
 NODE = "ANY-SCP@pacs.example:104"
 DEADLINES = {"acse": 5, "find_response": 10, "next_object": 20, "idle": 10, "operation": 3600}
+HOURS = "22:00-06:00"
+IN_HOURS, AFTER_HOURS, HOURS_BEGIN = (
+    datetime(2026, 1, day, hour, tzinfo=UTC) for day, hour in ((20, 23), (21, 7), (21, 22))
+)
+"""Of a PACS that has hours: two times of its day, in and after them, and when they begin again."""
 PAUSE = 60.0
 """Seconds between two runs: the names of runs tell their order by whole seconds."""
 PARQUET = 40
@@ -55,8 +61,8 @@ class Played:
     """Of these what outlasts a power cut, where there will be one."""
     confirmed: frozenset[str] = frozenset()
     """Paths of what earlier runs said they hold, for good."""
-    asked: frozenset[Key] | None = None
-    """What the manifest lists that is asked for."""
+    asked: Mapping[Key, str] | None = None
+    """What the manifest lists that is asked for, with its study."""
     result: Result | None = None
     refused: Exception | None = None
     """It raised, as it may where nothing was fetched."""
@@ -67,6 +73,12 @@ class Played:
     """The archive changed meanwhile."""
     seconds: float = 0.0
     healing: bool = False
+    hours_over: bool = False
+    """The hours of the PACS ended meanwhile."""
+    cancels: int = 0
+    """How often it was cancelled, before it began and while it ran."""
+    opened: int = 0
+    """Associations that the PACS had accepted when it was cancelled first."""
 
     @property
     def verdict(self) -> str:
@@ -116,7 +128,7 @@ class World:
     def __init__(self, history: History, loop: Loop, told: list[dict[str, Any]] | None = None) -> None:
         self.history, self.loop, self.told = history, loop, told
         self.place: Destination = DESTINATIONS[history.destination](loop.chance, history.traits)
-        self.pacs = ModelPacs(history.instances, history.habits, history.changes)
+        self.pacs = ModelPacs(history.instances, history.habits, history.changes, history.studies)
         self.network = Network(loop, self.accept)
         self.node = self.place.node or ModelNode()
         """Where instances are stored."""
@@ -131,10 +143,22 @@ class World:
         self.sends: list[int] = []
         self.manifest: Any = None
         """Of the last run that left one."""
+        self._client: tuple[Mapping[str, Any], GetScu] | None = None
+        """Of the last run, with its options: it serves the next one too, if that has the same."""
+        self._unspent = 0
+        """Cancels of a call that was refused for its input before it began: they wait for the next one."""
         wanted = [step.options.get("sop_classes") for step in history.steps if isinstance(step, Run)]
         self.classes = (
             frozenset(uid for uids in wanted for uid in uids or ()) if wanted and None not in wanted else None
         )
+
+    def study_of(self, key: Key) -> str:
+        """The study of an instance that a query or manifest means."""
+        studies = self.history.studies
+        if len(studies) == 1:
+            return studies[0]
+        known = self.pacs.known.get(key)
+        return known.study if known is not None else self.pacs.study_of_series.get(key[0], studies[0])
 
     def finding(self, what: str, *details: object) -> None:
         """Something is wrong."""
@@ -191,6 +215,7 @@ class World:
     def heal(self) -> None:
         """Faults and changes are over."""
         self.pacs.healed = True
+        self.place.heal()
 
     def healing_options(self) -> dict[str, Any]:
         """Of the runs in which all is well: those of the others, but for what makes a run fetch all again."""
@@ -210,7 +235,8 @@ class World:
         manifest = self.manifest if run.verb == "manifest" else None
         if manifest is not None:
             mark("get: by a manifest")
-            played.asked = frozenset(key_of(row) for row in plain_rows(manifest) if row["state"] not in OUTSIDE_LIST)
+            rows = [row for row in plain_rows(manifest) if row["state"] not in OUTSIDE_LIST]
+            played.asked = {key_of(row): row["study_instance_uid"] or STUDY_UID for row in rows}
         self.runs.append(played)
         self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         if self.place.node is not None:
@@ -219,9 +245,8 @@ class World:
         began, changes = self.loop.at, len(self.pacs.log)
 
         def work() -> None:
-            transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
-            options = {**self.place.options, **run.options}
-            scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
+            scu = self._client_of(played)
+            self._watch(scu, played)
             query = self.history.query if manifest is None else None
             played.result = scu.get_study(query, query_model=self.history.model, manifest=manifest)
             if played.result.rows is not None:
@@ -229,7 +254,12 @@ class World:
                 played.rows = plain_rows(self.manifest)
 
         error = self.call(work, process)
+        self.pacs.on_moment = lambda number: None
         played.killed = isinstance(error, Killed)
+        if played.killed:
+            self._client = None
+        if played.refused is None:
+            self._unspent = 0
         if isinstance(error, InvalidQuery | InvalidOption):
             played.refused = error
         elif error is not None and not played.killed:
@@ -249,6 +279,48 @@ class World:
             mark("sop_classes" if self.history.habits.classes else "sop_classes, and lists tell none")
         for operation, _, fault in played.met:
             mark(f"fault: {operation} {fault.ends or fault.error or 'short'}")
+
+    def _client_of(self, played: Played) -> GetScu:
+        """The client of a run: that of the one before, where its options are the same and it was not killed."""
+        options = {**self.place.options, **played.run.options}
+        if played.run.hours is not None:
+            options["window"] = HOURS
+        if self._client is not None and self._client[0] == options:
+            return self._client[1]
+        transcript = Told(played.number, self.loop, self.told) if self.told is not None else None
+        scu = GetScu(NODE, destination=self.place.address, deadlines=DEADLINES, transcript=transcript, **options)
+        self._unspent = 0
+        if self.told is None:
+            self._client = options, scu
+        return scu
+
+    def _watch(self, scu: GetScu, played: Played) -> None:
+        """Let the hours of the PACS be over, and the run be cancelled, when it is time."""
+        run = played.run
+        played.cancels, self._unspent = self._unspent, 0
+
+        def cancel() -> None:
+            played.cancels += 1
+            if played.cancels == 1:
+                played.opened = self.pacs.associations
+            self._unspent = played.cancels
+            scu.cancel("asked")
+
+        def look(number: int) -> None:
+            played.hours_over = played.hours_over or number == run.hours
+            for moment in run.cancels:
+                if moment == number:
+                    mark("cancel: while a run is on")
+                    cancel()
+
+        for moment in run.cancels:
+            if not moment:
+                mark("cancel: between two calls")
+                cancel()
+        if run.hours is not None:
+            scu._clock = lambda: AFTER_HOURS if played.hours_over else IN_HOURS
+        if run.hours is not None or run.cancels:
+            self.pacs.on_moment = look
 
     def verify(self) -> int:
         """Its exit status."""
