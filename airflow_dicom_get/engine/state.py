@@ -404,6 +404,10 @@ class StudyState:
         self.gone.clear()
         for instance in list(self._due.values()):  # only where the destination did not return
             self.confirm(Confirmation(instance, "The destination did not return before the end.", "cancelled"))
+        if listing is not None:
+            for key in self.unlisted & self.instances.keys():
+                if self.instances[key].state is None:  # it broke off while it came, and nobody has listed it
+                    del self.instances[key]
         for key, instance in self.instances.items():
             if listing is None or key in listing.instances:
                 if instance.state is None:

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import logging
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
-from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.errors import LedgerError, S3Error, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
@@ -216,6 +217,8 @@ class S3Sink:
                     self._is(upload.instance, existing)
                     return existing.etag
                 if existing is not None:
+                    if not existing.whole and self._is_recorded(upload.instance, existing):
+                        existing = existing._replace(whole=True)
                     if existing.whole and self.options.on_conflict != "replace":
                         return None
                     condition = self._in_place_of(study, upload, existing)
@@ -230,6 +233,12 @@ class S3Sink:
                     raise
                 there, lost = True, error
         raise lost
+
+    def _is_recorded(self, instance: Instance, existing: Existing) -> bool:
+        """Whether a run took an object as it is: so it came, and nobody has cut it short."""
+        with suppress(LedgerError):
+            return any(x.sha256 == existing.sha256 for x in self.ledgers.read(instance.study).get(instance.key, ()))
+        return False
 
     def _in_place_of(self, study: _Study, upload: _Upload, existing: Existing) -> dict[str, str]:
         """Let nothing that was recorded of an object count any more; on which condition it may be replaced."""

@@ -251,6 +251,18 @@ MUTATIONS: Mapping[str, Mutation] = {
         "except DicomGetError as error:\n        raise",
         "raised SinkError",
     ),
+    "what_broke_off_and_is_not_listed_is_a_row": Mutation(
+        "engine.state:StudyState.conclude",
+        "if self.instances[key].state is None:",
+        "if False:",
+        "a row without a state",
+    ),
+    "an_object_that_came_truncated_counts_as_torn": Mutation(
+        "sinks.s3:S3Sink._store",
+        "if not existing.whole and self._is_recorded(upload.instance, existing):",
+        "if False:",
+        "changed",
+    ),
     "a_client_is_cancelled_for_good": Mutation(
         "net.association:Cancels.call",
         "token = CancelToken(operation)",
