@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -79,6 +80,43 @@ def test_a_live_run_of_this_machine_is_left_alone(tmp_path: Path) -> None:
     locks.clean_dead_runs(tmp_path, "own")
     assert part.exists()
     files.disk.close(lock)
+
+
+def test_who_opens_a_file_that_is_written_again_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A viewer that corrects a file while a run makes it durable: what he writes is not lost."""
+    path = tmp_path / "1.dcm"
+    path.write_bytes(b"as it came")
+    read, go_on, opened = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(files.Disk):
+        def read_at(self, fd: int, size: int, offset: int) -> bytes:
+            chunk = super().read_at(fd, size, offset)
+            if not offset:
+                read.set()
+                assert go_on.wait(20)
+            return chunk
+
+    def correct() -> None:
+        with path.open("r+b") as file:
+            opened.set()
+            file.write(b"corrected!")
+
+    with path.open("r+b") as probe:
+        try:
+            fcntl.fcntl(probe, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            pytest.skip("this file system knows no leases")
+    monkeypatch.setattr(files, "disk", Slow())
+    threads = [threading.Thread(target=work) for work in (lambda: files.write_again(path), correct)]
+    threads[0].start()
+    assert read.wait(20)
+    threads[1].start()
+    waited = not opened.wait(0.5)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert waited
+    assert path.read_bytes() == b"corrected!"
 
 
 def test_a_folder_that_another_run_found_empty_is_made_again(tmp_path: Path) -> None:
