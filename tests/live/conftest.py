@@ -75,6 +75,7 @@ def lineage(airflow) -> Path:
 def serve(airflow) -> Iterator[Callable[..., EmbeddedPacs]]:
     """Serve a folder, and connect ``pacs`` to it: ``serve(folder, extra={…}, through=relay, **options)``."""
     with ExitStack() as stack:
+        stack.callback(airflow.end_runs)
 
         def start(folder: Path, *, extra: Any = None, through: Any = None, **options: Any) -> EmbeddedPacs:
             pacs = stack.enter_context(EmbeddedPacs(folder, ae_title="PACS", require_called_ae=True, **options))

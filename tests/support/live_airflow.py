@@ -76,6 +76,8 @@ class LiveAirflow:
         passwords = dict.fromkeys(("admin", "viewer"), self.home.password())
         (self.home.AIRFLOW_HOME / "passwords.json").write_text(json.dumps(passwords), encoding="utf-8")
         self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.runs: list[Run] = []
+        """That were triggered, and not ended by `end_runs`."""
         self._tokens: dict[str, str] = {}
 
     # --- its processes -----------------------------------------------------------------------------
@@ -169,7 +171,16 @@ class LiveAirflow:
         """Start a run without a logical date, once the DAG is known."""
         eventually(dag_id, lambda: self.answer("GET", f"/api/v2/dags/{dag_id}").status_code == 200)
         body = {"logical_date": None, "conf": conf}
-        return Run(self, dag_id, self.call("POST", f"/dags/{dag_id}/dagRuns", json=body)["dag_run_id"])
+        run = Run(self, dag_id, self.call("POST", f"/dags/{dag_id}/dagRuns", json=body)["dag_run_id"])
+        self.runs.append(run)
+        return run
+
+    def end_runs(self) -> None:
+        """End the runs that a test left when it failed: they would retrieve from the PACS of the next one."""
+        runs, self.runs = self.runs, []
+        for run in runs:
+            if run.state() not in ENDED:
+                self.call("PATCH", run.path, json={"state": "failed"})
 
 
 @dataclass(frozen=True)
