@@ -54,10 +54,15 @@ def is_told(airflow: LiveAirflow, asset: str, study: str, count: int) -> bool:
 
 
 def send(pacs: EmbeddedPacs, folder: Path) -> None:
+    """Store a study at the PACS, whose peak then is that of the triggerer alone."""
+    peak = pacs.peak_associations
     result = StoreScu(f"PACS@127.0.0.1:{pacs.port}", manifest_root=str(folder.parent / "sent")).store(
         source=str(folder)
     )
     assert result.verdict == "complete"
+    # A look of the triggerer may fall into this association.
+    eventually("no association is left", lambda: pacs.associations == 0, 10, every=0.01)
+    pacs.peak_associations = peak
 
 
 def kept(airflow: LiveAirflow, asset: str) -> list[dict[str, Any]]:
