@@ -431,6 +431,9 @@ class DicomGetOperator(TransferOperator):
                 result = report.broken_off(error)  # the rows of the calls before it stay
             results.append(result)
             if result.verdict == CANCELLED or result.resume_at is not None:
+                if number + 1 < len(calls):  # the others are asked for as well, and were not begun
+                    waits = result.resume_at is not None
+                    results.append(report.outside_hours(result.resume_at) if waits else report.never_begun())
                 break
         return results
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from airflow.sdk import DAG, task
 
-from airflow_dicom_get import load_manifest
+from airflow_dicom_get import GetScu, load_manifest
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
@@ -632,3 +632,29 @@ def test_an_error_at_a_later_part_keeps_the_rows_of_the_first(run_dag, pacs, arc
     assert "StudyInstanceUID" in summary["errors"][0]["error"]
     assert run.xcom("get")["state"].tolist() == ["stored"] * 60
     assert len(load_manifest(summary["manifest_uri"])) == 60
+
+
+def test_a_study_that_was_not_begun_before_the_hours_ended_is_no_success(run_dag, pacs, archive, tmp_path, monkeypatch):
+    """The first one's verdict is accepted; of the second nothing is known."""
+    real, began = GetScu.get_study, []
+
+    def until_the_hours_end(self, *args, **named):
+        began.append(1)
+        result = real(self, *args, **named)
+        result.verdict, result.reason, result.transient = "unverified", "window", True
+        result.resume_at = datetime.now(UTC) + timedelta(hours=1)
+        return result
+
+    monkeypatch.setattr(GetScu, "get_study", until_the_hours_end)
+    with DAG("not_begun") as dag:
+        DicomGetOperator(
+            task_id="get",
+            dicom_conn_id="pacs",
+            destination=str(tmp_path / "d"),
+            outside_window="fail",
+            accept=("complete", "unverified"),
+            study=[archive.many, make_item(archive.private, series=["1.2.3"])],
+        )
+    run = run_dag(dag)
+    assert (run.state, len(began)) == ("failed", 1)
+    assert (run.xcom("get", "summary")["verdict"], run.xcom("get", "summary")["reason"]) == ("partial", "window")
