@@ -508,17 +508,21 @@ def test_the_timeout_of_airflow_itself_leaves_nothing_behind(run_dag, pacs, arch
 
 @pytest.fixture
 def hours(monkeypatch):
-    """Let the connection have hours, which the test sets to the second."""
-    spans: list[tuple[datetime, datetime]] = []
-    monkeypatch.setattr(Window, "_around", lambda self, moment, zone: spans)
+    """Let the connection have hours, which the test sets to the second; None: they begin 4 s after the first look."""
+    spans: list[tuple[datetime, datetime] | None] = []
+
+    def around(*_):
+        if spans == [None]:
+            spans[0] = datetime.now(UTC) + timedelta(seconds=4), datetime.now(UTC) + timedelta(hours=1)
+        return spans
+
+    monkeypatch.setattr(Window, "_around", around)
     monkeypatch.setenv("AIRFLOW_CONN_PACS", os.environ["AIRFLOW_CONN_PACS"] + "/?window=22%3A00-06%3A00")
     return spans
 
 
 def test_outside_the_hours_the_task_defers_and_goes_on_within(run_dag, pacs, archive, tmp_path, hours):
-    now = datetime.now(UTC)
-    opens = now + timedelta(seconds=6)
-    hours += [(opens, now + timedelta(hours=1))]
+    hours += [None]
     with DAG("waits") as dag:
         get(study=archive.private, destination=str(tmp_path))
     pacs_before = pacs.total_associations
@@ -527,6 +531,7 @@ def test_outside_the_hours_the_task_defers_and_goes_on_within(run_dag, pacs, arc
     assert "Pausing task as DEFERRED" in run.log
     assert "DateTimeTrigger" in run.log
     assert pacs_before == 0
+    opens = hours[0][0]
     assert run.stored("get", "window") == {"resume_at": opens.isoformat()}
     summary = run.xcom("get", "summary")
     assert (summary["verdict"], summary["try_number"], summary["completed"]) == ("complete", 1, 12)
