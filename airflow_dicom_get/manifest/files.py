@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "S3",
     "bucket_of",
     "content_of",
+    "in_manifests",
     "manifest_content",
     "manifest_uri",
     "open_manifest",
@@ -258,12 +259,33 @@ def place_of(uri: Any) -> FilesystemDestination | S3Destination:
 
 def without_links(path: Path) -> Folder:
     """A path as it is; below a folder ``_manifests``, where others may write, one on which no link is followed."""
+    return in_manifests(path) or path
+
+
+def in_manifests(path: Path) -> Below | None:
+    """A path in a folder ``_manifests``, below the place in which that lies; None if it lies in none.
+
+    One that ``..`` leads out of it again lies in none: whose it is, it does not say.
+    """
     whole = path.absolute()
-    above = next((one.parent for one in whole.parents if one.name == MANIFESTS), None)
-    if above is None:
-        return path
-    below = Below(above).at(whole)
-    return path if ".." in below.names else below
+    for above in whole.parents:
+        names = _forth_and_back(whole.relative_to(above).parts) if above.name == MANIFESTS else []
+        if names:
+            return Below(above.parent, (MANIFESTS, *names))
+    return None
+
+
+def _forth_and_back(parts: Sequence[str]) -> list[str]:
+    """The parts of a path without ``..``; none where it leads out."""
+    names: list[str] = []
+    for part in parts:
+        if part != "..":
+            names.append(part)
+        elif names:
+            names.pop()
+        else:
+            return []
+    return names
 
 
 def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:

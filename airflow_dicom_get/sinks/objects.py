@@ -25,7 +25,7 @@ from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import DicomGetError, InvalidOption, printable
-from airflow_dicom_get.manifest.files import MANIFESTS, S3
+from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
@@ -390,13 +390,12 @@ def _place_above(manifest: Named) -> Iterator[FilesystemDestination | S3Destinat
     """The place in which the ``_manifests`` of a file lies, if it lies in one."""
     place = parse_destination(os.fspath(manifest), "manifest")
     if isinstance(place, FilesystemDestination):
-        path = place.path.absolute()
-        above = next((one.parent for one in path.parents if one.name == MANIFESTS), None)
-        if above is not None:
-            yield FilesystemDestination(above)
+        found = in_manifests(place.path)
+        if found is not None:
+            yield FilesystemDestination(found.top)
     elif isinstance(place, S3Destination):
-        prefix, found, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
-        if found:
+        prefix, inside, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
+        if inside:
             yield S3Destination(place.bucket, prefix.removeprefix("/"))
 
 

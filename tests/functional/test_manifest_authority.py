@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -348,3 +349,36 @@ def test_a_bucket_is_held_to_its_prefix(
         assert reasons(scu_of.store(manifest=forged)) == {"outside_root": 1}
         root = f"s3://{BUCKET}/{other.rpartition('/')[0]}".rstrip("/")
         assert verify(forged, s3_config=moto.config, root=root, manifest_root=tmp_path / "v").same
+
+
+@pytest.mark.parametrize("way", ["relative", "absolute"])
+def test_a_way_over_our_manifests_makes_a_foreign_one_not_ours(
+    got: Retrieved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """It may name a file there, and is still not that of the destination."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "m.parquet").write_bytes(got.forged().read_bytes())
+    monkeypatch.chdir(got.folder / "_manifests")
+    named = f"{got.folder}/_manifests/" if way == "absolute" else ""
+    named += "../../foreign/m.parquet"
+    found = verify(named, manifest_root=tmp_path / "state")
+    assert (found.exit_code, found.counts["!"]) == (3, 12)
+    assert verify(named, root=got.folder, manifest_root=tmp_path / "state").same
+
+
+def test_forth_and_back_within_our_manifests_it_is_ours(
+    got: Retrieved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (got.folder / "_manifests" / "cohorts").mkdir()
+    monkeypatch.chdir(got.folder / "_manifests" / "cohorts")
+    got.forged()
+    assert verify("../forged.parquet", manifest_root=tmp_path / "state").same
+    # No link is followed on that way either, forth or at its end.
+    (got.folder / "_manifests" / "link").symlink_to(tmp_path / "data" / "_manifests")
+    shutil.copy(got.folder / "_manifests" / "forged.parquet", tmp_path / "data" / "out.parquet")
+    with pytest.raises(ManifestError, match="No such file"):
+        verify("../link/../out.parquet", manifest_root=tmp_path / "state")
+    (got.folder / "_manifests" / "forged.parquet").rename(tmp_path / "forged.parquet")
+    (got.folder / "_manifests" / "forged.parquet").symlink_to(tmp_path / "forged.parquet")
+    with pytest.raises(ManifestError, match="link"):
+        verify("../forged.parquet", manifest_root=tmp_path / "state")
