@@ -166,6 +166,13 @@ class Instance:
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))
 
+    def sent_again(self, first: str) -> None:
+        """It came again in another transfer syntax than ``first``, in which it is there, and stays."""
+        self.syntax, self.other_syntax = first, True
+        self.exactness = None
+        if self.listed_syntax:
+            self.exactness = "as_listed" if self.listed_syntax == first else "converted"
+
     def forget_content(self) -> None:
         """What came for it is not what lies at :attr:`uri`."""
         self.bytes = self.sha256 = self.dataset_offset = None

@@ -23,7 +23,7 @@ from typing import Any
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
@@ -752,15 +752,15 @@ class _FileWriter:
             files.check_size(size)
             same = size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset)
             described = meta is None or meta.is_of(instance.sop_class, instance.sop, instance.syntax)
-            if same and not described and self._was_damaged(fd):
+            placed = instance.key in self._study.placed
+            replaces = self._sink.options.on_conflict == "replace" and not placed
+            if same and not described and self._is_as_taken(fd) is False:
                 return self._put_over(final)
+            if not same and not replaces and meta is not None and self._came_in_other_syntax(meta, fd):
+                instance.sent_again(meta.syntax)
+                same = described = True
             if same and described:
-                if (
-                    self._sink.options.durable
-                    and instance.key not in self._sink.recorded_durable(instance.study)
-                    and not files.write_again(final, self._folder)
-                    and instance.key in self._sink.recorded_digests(instance.study)
-                ):
+                if self._may_not_be_durable(final):
                     return self._put_over(final)  # taken by a run before this one, whose sync may have failed
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
@@ -769,13 +769,12 @@ class _FileWriter:
                 self._drop()
                 there, fd = fd, -1
                 return self._stays(there, size)
-            placed = instance.key in self._study.placed
             if not placed and self._is_torn(fd, size, offset, head):
                 return self._put_over(final)
         finally:
             if fd >= 0:
                 self._disk.close(fd)
-        if self._sink.options.on_conflict == "replace" and not placed:
+        if replaces:
             return self._put_over(final)._replace(remark="replaced")
         self.abort()
         return Taken(
@@ -784,15 +783,30 @@ class _FileWriter:
             "A different data set is already stored under this UID; it was kept.",
         )
 
-    def _was_damaged(self, fd: int) -> bool:
-        """Whether what is there is ours, and not as a run took it."""
+    def _may_not_be_durable(self, final: str) -> bool:
+        """Whether a sync of what is there may have failed in a run before, and it may not be written again."""
+        sink, instance = self._sink, self._instance
+        return (
+            sink.options.durable
+            and instance.key not in sink.recorded_durable(instance.study)
+            and not files.write_again(final, self._folder)
+            and instance.key in sink.recorded_digests(instance.study)
+        )
+
+    def _is_as_taken(self, fd: int) -> bool | None:
+        """Whether what is there is as a run has taken it; None where no run has recorded that."""
         digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
-        return bool(digests) and digest_of(fd) not in (digests or ())
+        return digest_of(fd) in digests if digests else None
+
+    def _came_in_other_syntax(self, there: FileMeta, fd: int) -> bool:
+        """Whether what is there is this instance as a source has sent it before, in another transfer syntax."""
+        instance = self._instance
+        other = there.syntax != instance.syntax and there.is_of(instance.sop_class, instance.sop, there.syntax)
+        return other and self._is_as_taken(fd) is True
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
-        if digests and digest_of(fd) in digests:  # so it came, and so a run took it
+        if self._is_as_taken(fd):  # so it came
             return False
         if self._instance.key in self._sink.torn:
             begin, own = (offset, self._offset) if offset else (0, 0)

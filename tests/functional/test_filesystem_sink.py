@@ -26,6 +26,8 @@ from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 from tests.support.holdings import Holding
@@ -461,6 +463,25 @@ def test_a_whole_other_file_with_padding_behind_it_is_kept(
     result = retrieve(pacs, private.study, tmp_path, verify_held="digest")
     assert (result.verdict, result.conflicts) == ("partial", 1)
     assert path.read_bytes() == was
+
+
+@pytest.mark.parametrize(("on_conflict", "reason"), [("keep", "other_transfer_syntax"), ("replace", "replaced")])
+def test_what_comes_again_in_another_transfer_syntax_is_drained(on_conflict: str, reason: str, tmp_path: Path) -> None:
+    """Also where nothing was looked up before, as long as a run has recorded what is there."""
+    pairs = [(CT, "1.2.840.10008.1.2.1")], [(CT, "1.2.840.10008.1.2")]
+    first, again = (MisbehavingPacs(None, pairs=pair) for pair in pairs)
+    with first, again:
+        study = {"StudyInstanceUID": first.study_uid}
+        GetScu(f"X@127.0.0.1:{first.port}", destination=tmp_path).get_study(study)
+        before = {sop: path.read_bytes() for sop, path in files(tmp_path).items()}
+        scu = GetScu(f"X@127.0.0.1:{again.port}", destination=tmp_path, resume=False, on_conflict=on_conflict)
+        result = scu.get_study(study)
+    assert (result.verdict, result.warning) == ("complete", result.total)
+    there = {sop: path.read_bytes() for sop, path in files(tmp_path).items()}
+    assert (there == before) is (on_conflict == "keep")
+    for sop, row in rows(result).items():
+        assert row["reason"] == reason
+        assert row["sha256"] == hashlib.sha256(there[sop]).hexdigest()
 
 
 def test_a_folder_is_not_held_though_its_size_is_the_recorded_one(

@@ -163,8 +163,8 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "the_second_of_two_in_one_run_takes_the_place_of_the_first": Mutation(
         "sinks.filesystem:_FileWriter._meet_first",
-        'if self._sink.options.on_conflict == "replace" and not placed:',
-        'if self._sink.options.on_conflict == "replace":',
+        'self._sink.options.on_conflict == "replace" and not placed',
+        'self._sink.options.on_conflict == "replace"',
         "complete, and other bytes came",
     ),
     "what_replaces_another_is_not_synced_before": Mutation(
