@@ -72,6 +72,10 @@ class File(Node):
         """Whether the medium lacks something that a sync would bring there."""
         return bool(self.dirty) or (len(self.content) != len(self.stored) and not self.lost)
 
+    def may_change(self) -> bool:
+        """Whether a power cut may leave something else than there is."""
+        return self.is_dirty() and self.stored != self.content
+
     def put(self, data: bytes | memoryview, position: int) -> None:
         """Write into the cache."""
         if not data:
@@ -371,8 +375,11 @@ class Volume:
         return _contents(self.root, lambda folder: folder.entries, lambda file: file.content)
 
     def durable(self) -> dict[str, bytes]:
-        """What surely outlasts a power cut now: files whose names no change may move, and that are not dirty."""
-        return _contents(self.root, _certain, lambda file: None if file.is_dirty() else file.stored)
+        """What surely outlasts a power cut now: files whose names no change may move, and that are not dirty.
+
+        A file into which its own bytes are written once more stays what it is, whatever reaches the medium.
+        """
+        return _contents(self.root, _certain, lambda file: None if file.may_change() else file.stored)
 
     def folders(self) -> list[str]:
         """The paths of all folders but the root, as they are now."""

@@ -83,6 +83,9 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
 }
 BETWEEN = ("power", "power", "overwrite", "tear", "delete", "read-only", "evict", "correct")
 
+NODE_HARMS = ("delete", "delete", "overwrite", "correct", "power", "down")
+"""What happens before a node is compared with the PACS; ``down``: it cannot be reached any more."""
+
 
 MATCHING = ("prefix", "folds", "ignores", "ignores", "leaves out", "empties")
 """Ways in which a PACS matches keys as it should not."""
@@ -120,6 +123,8 @@ class Run:
         Requests and sub-operations of the run after which the hours of the PACS are over; it has none without.
     cancels : tuple of int
         As many after which the run is cancelled; 0 is before it begins.
+    beside : bool
+        Whether it goes on at the same time as the run before it.
     """
 
     options: Mapping[str, Any]
@@ -130,6 +135,7 @@ class Run:
     node: tuple[tuple[int, str], ...] = ()
     hours: int | None = None
     cancels: tuple[int, ...] = ()
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +264,12 @@ def _history_of(seed: int) -> History:
 
 def _more(chance: random.Random, history: History) -> History:
     """What some histories meet besides. It is drawn apart, so that all others of a seed stay as they are."""
+    if history.destination == "node" and chance.random() < 0.8:
+        # Its list is compared with the PACS's: more often than not it has one.
+        harms = [Between(chance.choice(NODE_HARMS), chance.randrange(64)) for _ in range(chance.choice((0, 0, 1)))]
+        traits = {**history.traits, **({"find": "yes"} if chance.random() < 0.5 else {})}
+        query = {"StudyInstanceUID": STUDY_UID}
+        history = replace(history, query=query, traits=traits, verify=True, harms=tuple(harms))
     drawn = chance.random()
     for share, change in MORE:
         if drawn < share:
@@ -346,11 +358,31 @@ def _honest(chance: random.Random, history: History) -> History:
     return replace(history, instances=instances, habits=Habits(), changes=(), steps=steps)
 
 
+def _at_once(chance: random.Random, history: History) -> History:
+    """Two runs of the same retrieval go on at the same time; one of them may be killed."""
+    if history.destination == "node":
+        return history
+    first = history.steps[0]
+    assert isinstance(first, Run)
+    second = replace(first, beside=True, faults=tuple(x for x in first.faults if "power" not in x.what))
+    drawn = chance.random()
+    if drawn < 0.4:
+        second = _alone(second)
+    elif drawn < 0.8:
+        count = sum(i.study in history.studies for i in history.instances)
+        killed = Planned("send", 1 + chance.randrange(3 * count + 8), "kill")
+        second = replace(_alone(second), faults=(killed,))
+    if chance.random() < 0.4:
+        history = _honest(chance, history)
+        first, second = replace(first, ill=(), breaks=()), replace(second, ill=(), breaks=())
+    return replace(history, steps=(_alone(first), second, *history.steps[1:]))
+
+
 def _as_it_is(chance: random.Random, history: History) -> History:
     return history
 
 
-MORE = ((0.05, _cancelled), (0.09, _in_hours), (0.12, _of_two), (0.05, _truncated), (0.05, _honest))
+MORE = ((0.05, _cancelled), (0.09, _in_hours), (0.12, _of_two), (0.05, _truncated), (0.05, _honest), (0.06, _at_once))
 """What some histories meet besides, and in which share of all."""
 
 

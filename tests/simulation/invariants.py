@@ -23,7 +23,7 @@ LONGEST = 2 * 3600.0
 
 def after_run(world: World, run: Played) -> None:
     """Add what is wrong after a run to the findings of its world."""
-    files = world.place.files()
+    files = run.after[0] if run.after is not None else world.place.files()
     _nothing_foreign(world, files)
     _nothing_changed(world, run, files)
     _nothing_torn(world, run, files)
@@ -31,8 +31,11 @@ def after_run(world: World, run: Played) -> None:
         world.finding("it took too long", run.seconds)
     if run.killed:
         return
-    _nothing_left_behind(world, run, files)
-    _not_asked_again(world, run)
+    if run.beside is None:
+        _nothing_left_behind(world, run, files)
+        _not_asked_again(world, run)
+    else:
+        _at_once(world, run, run.beside)
     _cancels(world, run)
     if run.result is not None:
         if len(world.history.studies) > 1:
@@ -164,6 +167,8 @@ def _has_rows(world: World, run: Played, files: dict[str, bytes]) -> None:
     """Whatever ended a run, what it stored has a row, of each of several studies."""
     if len(files) == len(run.before) and files.keys() == run.before.keys():
         return
+    if run.beside is not None or (world.place.node is not None and (run.met or run.run.node)):
+        return  # the other run may have stored it, or a node have taken what it never answered
     named = {key_of(row) for row in run.rows}
     for path, _, key, _ in final_files(files):
         if path not in run.before and key not in named:
@@ -221,6 +226,22 @@ def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
                 world.finding("whole, and its row calls it truncated", row["state"], path)
 
 
+def _at_once(world: World, run: Played, beside: Played) -> None:
+    """Another run of the same retrieval costs this one nothing: what it has on its way is not cleaned up."""
+    if beside.killed or world.runs[-1].number == run.number:
+        left = [path for path in world.place.files() if path.endswith((".part", ".lock")) and path not in run.before]
+        if left and not beside.killed and not run.met and not beside.met:
+            world.finding("left behind", left)
+    quiet = not (run.met or run.run.ill or run.run.breaks or run.changed)
+    if quiet:
+        mark("get: two at once, and nothing goes wrong in one")
+        if beside.killed:
+            mark("get: two at once, and one is killed")
+    for row in run.rows:
+        if quiet and row["state"] == "failed" and row["reason"] == "destination_error":
+            world.finding("another run at the same time costs an instance", row)
+
+
 def _cancels(world: World, run: Played) -> None:
     """A cancel is spent by one call: the one that is on, or the next one."""
     refused = run.refused is not None or (run.result is not None and run.result.reason == "nothing_asked")
@@ -264,7 +285,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
     node = world.place.node
     if node is not None and node.down and wanted:
         world.finding("complete, and the destination was not reached")
-    durable = world.place.durable() if run.run.options.get("durable", True) else files
+    durable = run.after[1] if run.after is not None else world.place.durable()
+    durable = durable if run.run.options.get("durable", True) else files
     for series, sop in sorted(wanted):
         path = _path(world, (series, sop))
         if node is not None and path in world.deleted and node.find == "no":
@@ -281,6 +303,10 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and somebody else's file", path)
     for key, data in _taken(world, run):
         path = _path(world, key)
+        if run.beside is not None and (
+            run.run.options.get("on_conflict") == "replace" or "conditions" in world.history.traits
+        ):
+            continue  # the other run put its own there, and the service tells neither
         if node is not None and node.again == "keeps" and path in run.before:
             continue  # it says that it took it, and did not
         if key in wanted and path in files and data_set(files[path]) != data:
@@ -446,14 +472,22 @@ def _says_nothing(world: World) -> bool:
 
 
 def agrees(world: World, run: Played, exit_code: int) -> None:
-    """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch."""
+    """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch.
+
+    A node has to be reached, and to tell what it holds: our records of what it took are none of its list.
+    """
+    node = world.place.node
+    if node is not None and (node.down or node.find != "yes"):
+        if exit_code != (1 if node.down else 4):
+            world.finding(f"verify says {exit_code}, and the node does not tell", node.find, node.down)
+        return
     # Where nothing else confirms a list, a get has all of a series sent again; verify does not.
     again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     unknown = all(
         row["state"] in ("held", "withdrawn")
         or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
-        or (row["state"] == "stored" and path_of(row) in run.before)
+        or (row["state"] in ("stored", "forwarded") and path_of(row) in run.before)
         for row in run.rows
     )
     if exit_code == 0 and not nothing and unknown:

@@ -101,6 +101,8 @@ class Loop:
         self._ready: deque[tuple[Task, Wait | None]] = deque()
         self._timers: list[tuple[float, int, Wait]] = []
         self._numbers = 0
+        self._aside: dict[Process | None, Task] = {}
+        """Of a process that stands aside the task that will go on."""
 
     # --- for tasks -----------------------------------------------------------------------------
 
@@ -142,6 +144,18 @@ class Loop:
             waiters.remove(wait)
         return bool(wait.woken)
 
+    def stand_aside(self, seconds: float) -> None:
+        """Let other processes go on; in this one nothing does, for it holds what the others of it may wait for."""
+        task = self.current
+        assert task is not None
+        if task.process in self._aside:
+            return
+        self._aside[task.process] = task
+        try:
+            self.park(None, seconds)
+        finally:
+            del self._aside[task.process]
+
     def wake(self, wait: Wait, *, woken: bool = True) -> None:
         """End a wait."""
         if wait.woken is None:
@@ -159,9 +173,13 @@ class Loop:
     def run(self, work: Callable[[], object], process: Process | None = None) -> Task:
         """Run a task to its end, and others as long as it lasts."""
         main = self.spawn(work, "main", process)
-        while not main.done:
-            self._step()
+        self.until(main)
         return main
+
+    def until(self, task: Task) -> None:
+        """Let all tasks go on until this one has ended."""
+        while not task.done:
+            self._step()
 
     def settle(self, process: Process) -> None:
         """Let what is ready go on, as long as something of this process is; no time passes."""
@@ -182,18 +200,36 @@ class Loop:
         self.steps += 1
         if self.steps > self.most_steps:
             raise EndlessError(f"no end after {self.most_steps} steps")
+        if self._aside:
+            self._step_beside()
+            return
         while not self._ready:
-            if not self._timers:
-                raise EndlessError("all tasks wait, and nothing can happen any more")
-            at, _, wait = heappop(self._timers)
-            if wait.woken is None:
-                self.at = max(self.at, at)
-                self.wake(wait, woken=False)
+            self._pass_time()
         if len(self._ready) > 1:
             self._ready.rotate(-self.chance.randrange(len(self._ready)))
         task, _ = self._ready.popleft()
         if not task.done:
             self._switch(task)
+
+    def _step_beside(self) -> None:
+        while True:
+            able = [n for n, (task, _) in enumerate(self._ready) if self._aside.get(task.process, task) is task]
+            if able:
+                break
+            self._pass_time()
+        at = able[self.chance.randrange(len(able))]
+        task, _ = self._ready[at]
+        del self._ready[at]
+        if not task.done:
+            self._switch(task)
+
+    def _pass_time(self) -> None:
+        if not self._timers:
+            raise EndlessError("all tasks wait, and nothing can happen any more")
+        at, _, wait = heappop(self._timers)
+        if wait.woken is None:
+            self.at = max(self.at, at)
+            self.wake(wait, woken=False)
 
     def _switch(self, task: Task) -> None:
         self.current = task

@@ -263,6 +263,12 @@ MUTATIONS: Mapping[str, Mutation] = {
         "if False:",
         "changed",
     ),
+    "a_run_that_is_alive_is_cleaned_up": Mutation(
+        "sinks.locks:_if_dead",
+        "dead = not old and disk.lock(fd, wait=False)",
+        "dead = True",
+        "another run at the same time costs an instance",
+    ),
     "a_client_is_cancelled_for_good": Mutation(
         "net.association:Cancels.call",
         "token = CancelToken(operation)",

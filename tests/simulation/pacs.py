@@ -416,7 +416,7 @@ class ModelScp(Scp):
 
     def __init__(self, pacs: ModelPacs, number: int) -> None:
         super().__init__(pacs.site)
-        self.pacs, self.number = pacs, number
+        self.pacs, self.number, self.run = pacs, number, pacs.run
 
     def behaviour(self, link: Link, stage: Stage) -> Behaviour:
         mode, param = self.pacs.ill.get(self.number, (None, None))
@@ -424,7 +424,7 @@ class ModelScp(Scp):
             mode = None
         made = behaviour_of(mode)(link, self.site)
         assert isinstance(made, Habitual)
-        made.pacs, made.number_in_run = self.pacs, self.number
+        made.pacs, made.number_in_run, made.run = self.pacs, self.number, self.run
         if mode is not None:
             if not link.ill:
                 link.ill = True
@@ -439,7 +439,7 @@ class Habitual(Behaviour):
     """What the model PACS does besides its mode: its habits, and the log."""
 
     pacs: ModelPacs
-    number_in_run = 0
+    number_in_run = run = 0
     _find: Find | None = None
     _get: Get | None = None
     _by_patient = False
@@ -455,7 +455,7 @@ class Habitual(Behaviour):
     def find(self, message: Message) -> None:
         self.pacs.moment()
         query = archive.parse_identifier(message.data, self.syntax_of(message.context))
-        self._find = Find(self.pacs.run, self.number_in_run, query.get(LEVEL, ""), query)
+        self._find = Find(self.run, self.number_in_run, query.get(LEVEL, ""), query)
         self.pacs.finds.append(self._find)
         if message.text(wire.CLASS) in _PATIENT_ROOT:
             mark("list: in Patient Root")
@@ -536,9 +536,7 @@ class Habitual(Behaviour):
         request = archive.parse_identifier(message.data, self.syntax_of(message.context))
         level = request.get(LEVEL, "")
         tag = {"STUDY": STUDY, "SERIES": SERIES, "IMAGE": SOP}.get(level, SOP)
-        self._get = Get(
-            self.pacs.run, self.number_in_run, level, request.get(SERIES, ""), request.get(tag, "").split("\\")
-        )
+        self._get = Get(self.run, self.number_in_run, level, request.get(SERIES, ""), request.get(tag, "").split("\\"))
         self.pacs.gets.append(self._get)
         link = self.link
         assert isinstance(link, ModelLink)

@@ -82,6 +82,8 @@ def _smaller(history: History) -> Iterator[History]:
 def _smaller_runs(run: Run) -> Iterator[Run]:
     if run.verb != "get":
         yield replace(run, verb="get")
+    if run.beside:
+        yield replace(run, beside=False)
     if run.hours is not None:
         yield replace(run, hours=None)
     for name in ("faults", "ill", "breaks", "node", "cancels"):

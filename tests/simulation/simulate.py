@@ -49,6 +49,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "power is lost": ("between: power", "disk: a page was torn", "disk: a name was lost"),
     "the line ends": tuple(f"break: {how}" for how in BREAKS),
     "verify": ("verify: 0", "verify: 3", "verify: 4", "verify --quick: 0", "verify --quick: 3"),
+    "verify of a node": ("verify of a node: 0", "verify of a node: 4"),
     "a node is the destination": ("node: breaks off", "node: C-FIND fails", "node: stored again"),
     "the node cannot be reached": ("node: down",),
     "what was retrieved is stored at a node": ("store: complete", "store: partial"),
@@ -57,6 +58,10 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "a second list is not had": ("a second list was not had", "a second list was not had: the hours are over"),
     "two studies": ("get: of two studies", "the hours are over in one of two studies"),
     "a failure before the second study": ("a failure before the second of two studies",),
+    "two runs at once": (
+        "get: two at once, and nothing goes wrong in one",
+        "get: two at once, and one is killed",
+    ),
     "a cancel": ("cancel: between two calls", "cancel: while a run is on", "verdict: cancelled"),
     "a correction takes the place of what is held": ("replaced",),
     "ends": ("verdict: complete", "verdict: partial", "verdict: unverified", "verdict: failed", "verdict: empty"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from tests.simulation.line import Network
 from tests.simulation.loop import EPOCH, EndlessError, Loop, looped
 from tests.simulation.manifests import PLAIN, plain_rows
 from tests.simulation.marks import in_history, mark
-from tests.simulation.node import ModelNode
+from tests.simulation.node import DOWN, ModelNode
 from tests.simulation.pacs import CHANGES, Change, Key, ModelPacs
 
 NODE = "ANY-SCP@pacs.example:104"
@@ -45,6 +45,8 @@ IN_HOURS, AFTER_HOURS, HOURS_BEGIN = (
 """Of a PACS that has hours: two times of its day, in and after them, and when they begin again."""
 PAUSE = 60.0
 """Seconds between two runs: the names of runs tell their order by whole seconds."""
+_ASIDE = 0.15
+"""Share of the calls of the disk before which another process goes on, where there is one."""
 PARQUET = 40
 """Each so many-th history writes its manifests as Parquet."""
 
@@ -77,6 +79,12 @@ class Played:
     """The hours of the PACS ended meanwhile."""
     cancels: int = 0
     """How often it was cancelled, before it began and while it ran."""
+    manifest: Any = None
+    """What is asked for, where it is no query."""
+    beside: Played | None = None
+    """The run that went on at the same time."""
+    after: tuple[dict[str, bytes], dict[str, bytes]] | None = None
+    """All files when it ended, and what of them was durable, where another run went on."""
     opened: int = 0
     """Associations that the PACS had accepted when it was cancelled first."""
 
@@ -145,6 +153,8 @@ class World:
         """Of the last run that left one."""
         self._client: tuple[Mapping[str, Any], GetScu] | None = None
         """Of the last run, with its options: it serves the next one too, if that has the same."""
+        self._numbers: dict[Process | None, int] = {}
+        """Of runs that go on at the same time."""
         self._unspent = 0
         """Cancels of a call that was refused for its input before it began: they wait for the next one."""
         wanted = [step.options.get("sop_classes") for step in history.steps if isinstance(step, Run)]
@@ -167,6 +177,9 @@ class World:
 
     def accept(self, line: Line, port: int) -> Callable[[], object]:
         """See :class:`~tests.simulation.line.Network`."""
+        process = self.loop.process
+        if process in self._numbers:
+            self.pacs.run = self._numbers[process]
         return self.pacs.accept(line, port) if port == 104 else self.node.accept(line)
 
     # --- steps ---------------------------------------------------------------------------------
@@ -175,9 +188,15 @@ class World:
         """All of it."""
         from tests.simulation import invariants, storing
 
-        for step in self.history.steps:
+        steps = list(self.history.steps)
+        while steps:
+            step = steps.pop(0)
             if isinstance(step, Between):
                 self.between(step)
+            elif steps and isinstance(other := steps[0], Run) and other.beside:
+                del steps[0]
+                for played in self.at_once(step, other):
+                    invariants.after_run(self, played)
             else:
                 self.run(step)
                 invariants.after_run(self, self.runs[-1])
@@ -207,8 +226,9 @@ class World:
             return  # it compares all that is listed
         for harm in self.history.harms:
             self.between(harm)
-        exit_code = self.verify()
-        self.run(Run(options | {"verify_held": "size" if self.history.quick else "digest"}), healing=True)
+        down = (DOWN,) if any(harm.what == "down" for harm in self.history.harms) else ()
+        exit_code = self.verify(down)
+        self.run(Run(options | {"verify_held": "size" if self.history.quick else "digest"}, node=down), healing=True)
         invariants.after_run(self, self.runs[-1])
         invariants.agrees(self, self.runs[-1], exit_code)
 
@@ -227,6 +247,29 @@ class World:
 
     def run(self, run: Run, *, healing: bool = False) -> None:
         """One run of the retrieval."""
+        played, process = self._begin(run, healing=healing)
+        began, changes = self._enter(run, played)
+        error = self.call(self._work(played), process)
+        self._end(played, process, error, began, changes)
+
+    def at_once(self, one: Run, other: Run) -> tuple[Played, Played]:
+        """Two runs of the retrieval at the same time, in processes of their own on one machine."""
+        mark("get: two at once")
+        (first, process), (second, beside) = self._begin(one), self._begin(other)
+        first.beside, second.beside = second, first
+        self._client = None
+        began, changes = self._enter(one, first)
+        self._numbers = {process: first.number, beside: second.number}
+        for each in (process, beside):
+            each.pause = lambda: self.loop.stand_aside(0.01)
+        errors = self.call_both((self._work(first), process), (self._work(second), beside))
+        self._numbers = {}
+        self._client = None
+        for played, own, error in zip((first, second), (process, beside), errors, strict=True):
+            self._end(played, own, error, began, changes)
+        return first, second
+
+    def _begin(self, run: Run, *, healing: bool = False) -> tuple[Played, Process]:
         process = Process(Faults({(f.operation, f.number): fault_of(f) for f in run.faults}))
         played = Played(len(self.runs) + 1, run, self.place.files(), healing=healing)
         played.confirmed = frozenset(self.confirmed)
@@ -238,11 +281,18 @@ class World:
             rows = [row for row in plain_rows(manifest) if row["state"] not in OUTSIDE_LIST]
             played.asked = {key_of(row): row["study_instance_uid"] or STUDY_UID for row in rows}
         self.runs.append(played)
+        played.manifest = manifest
+        return played, process
+
+    def _enter(self, run: Run, played: Played) -> tuple[float, int]:
         self.pacs.begin(played.number, {n: (mode, param) for n, mode, param in run.ill}, dict(run.breaks))
         if self.place.node is not None:
             self.place.node.begin(run.node)
         self.loop.at += PAUSE
-        began, changes = self.loop.at, len(self.pacs.log)
+        return self.loop.at, len(self.pacs.log)
+
+    def _work(self, played: Played) -> Callable[[], None]:
+        manifest = played.manifest
 
         def work() -> None:
             scu = self._client_of(played)
@@ -252,8 +302,13 @@ class World:
             if played.result.rows is not None:
                 self.manifest = played.result.rows()
                 played.rows = plain_rows(self.manifest)
+            if played.beside is not None:
+                played.after = self.place.files(), self.place.durable()
 
-        error = self.call(work, process)
+        return work
+
+    def _end(self, played: Played, process: Process, error: BaseException | None, began: float, changes: int) -> None:
+        run = played.run
         self.pacs.on_moment = lambda number: None
         played.killed = isinstance(error, Killed)
         if played.killed:
@@ -322,8 +377,8 @@ class World:
         if run.hours is not None or run.cancels:
             self.pacs.on_moment = look
 
-    def verify(self) -> int:
-        """Its exit status."""
+    def verify(self, met: Sequence[tuple[int, str]]) -> int:
+        """Its exit status; ``met`` is what the node does, if one is the destination."""
         seen: list[Verification] = []
 
         def work() -> None:
@@ -341,13 +396,16 @@ class World:
             seen.append(result)
 
         self.pacs.begin(0, {}, {})
+        if self.place.node is not None:
+            self.place.node.begin(met)
         self.loop.at += PAUSE
         error = self.call(work, Process())
         if error is not None and not isinstance(error, DicomGetError):
             raise error
         exit_code = seen[0].exit_code if seen else 1
         self.trace.append(("verify", exit_code, self.loop.at))
-        mark(f"verify{' --quick' if self.history.quick else ''}: {exit_code}")
+        of = " of a node" if self.place.node is not None else " --quick" if self.history.quick else ""
+        mark(f"verify{of}: {exit_code}")
         return exit_code
 
     def call(self, work: Callable[[], object], process: Process) -> BaseException | None:
@@ -374,6 +432,42 @@ class World:
         if self.pacs.faults:
             self.finding("mistake of the model PACS", self.pacs.faults[0])
         return error
+
+    def call_both(self, *calls: tuple[Callable[[], object], Process]) -> list[BaseException | None]:
+        """As :meth:`call`, for two at the same time."""
+        manifests = [] if self.history.seed % PARQUET == 0 else PLAIN
+        models = zip(*(self.place.seams(process) for _, process in calls), strict=True)
+        both = [
+            (module, name, Each(self.loop, dict(zip((p for _, p in calls), (m for *_, m in same), strict=True))))
+            for same in models
+            for module, name, _ in same[:1]
+        ]
+        with seams([(transport, "connect", self.network.connect), *both, *manifests]):
+            tasks = [self.loop.spawn(work, "main", process) for work, process in calls]
+            for task in tasks:
+                self.loop.until(task)
+            errors: list[BaseException | None] = []
+            for task, (_, process) in zip(tasks, calls, strict=True):
+                errors.append(Killed() if process.dead else task.error)
+                if process.dead:
+                    task.error = None
+                    self.loop.bury(process)
+                else:
+                    self.loop.settle(process)
+                    if left := self.loop.of(process):
+                        self.finding("left running", [one.name for one in left])
+            gc.collect(1)
+            if left_open := self.place.left_open():
+                self.finding("left open or locked", left_open)
+            if self.network.left_open:
+                self.finding("left connected", self.network.left_open)
+        for _, process in calls:
+            process.die()
+            if process.breaches:
+                self.finding("breach of the model", process.breaches)
+        if self.pacs.faults:
+            self.finding("mistake of the model PACS", self.pacs.faults[0])
+        return errors
 
     def between(self, step: Between) -> None:
         """What others do between two runs."""
@@ -402,6 +496,33 @@ class World:
                 self.deleted.add(path)
                 self.confirmed.discard(path or "")
         self.place.harm(step.what, path, content)
+
+
+class Each:
+    """In the place of a model, where several processes go on: each has its own, and others go on before its calls."""
+
+    def __init__(self, loop: Loop, models: Mapping[Process, Any]) -> None:
+        self._loop, self._models = loop, models
+
+    def _own(self) -> Any:
+        process = self._loop.process
+        assert process is not None
+        return self._models[process]
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._own(), name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **named: Any) -> Any:
+            if self._loop.chance.random() < _ASIDE:
+                self._loop.stand_aside(self._loop.chance.random() * 0.01)
+            return found(*args, **named)
+
+        return call
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._own()(*args, **named)
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
