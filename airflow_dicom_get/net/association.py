@@ -481,10 +481,12 @@ class Association:
         try:
             self._send(RELEASE_RQ, "release", self.deadlines.release)
             limit = clock.monotonic() + self.deadlines.release
+            collided = False
             while True:
                 item = self.next_item(limit, "release")
                 if isinstance(item, Pdu):
-                    if item.pdu_type == A_RELEASE_RQ:  # collision (PS3.8 9.2): answer, and wait for ours
+                    if item.pdu_type == A_RELEASE_RQ and not collided:  # PS3.8 9.2: answer, and wait for ours
+                        collided = True
                         self._send(RELEASE_RP, "release", self.deadlines.release)
                         continue
                     if item.pdu_type == A_RELEASE_RP:

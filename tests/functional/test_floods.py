@@ -24,6 +24,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import (
     FIND,
     GET,
     MODE_CLASSES,
+    RELEASE,
     Behaviour,
     Retrieval,
     Spoiler,
@@ -134,6 +135,26 @@ def test_long_names_that_a_destination_lists_are_cut(pacs: Callable[..., Any], t
 
 
 # --- time ------------------------------------------------------------------------------------------------
+
+
+class _Collisions(Behaviour):
+    """Answers a release by a thousand requests of its own."""
+
+    stages = frozenset({RELEASE})
+
+    def release(self) -> None:
+        self.link.send(wire.pdu(wire.RELEASE_RQ, bytes(4)) * 1000)
+        with suppress(wire.GoneError):
+            while self.link.read_pdu()[0] == wire.RELEASE_RP:
+                with self.site.lock:
+                    self.site.gets += 1
+        self.site.finals.append(self.site.gets)
+
+
+def test_collisions_of_releases_without_end_are_answered_once(pacs: Callable[..., Any]) -> None:
+    with pacs(_Collisions) as server:
+        assert GetScu(node(server)).echo().accepted["C-ECHO"]
+    assert server.finals == [1]
 
 
 class _EmptyFragments(Behaviour):
