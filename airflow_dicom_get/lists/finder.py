@@ -148,8 +148,9 @@ class Finder:
 
     def cannot_read(self, error: h.HeaderError) -> None:
         """Count a row that cannot be read, and say why."""
-        self.why_unreadable = peer_text(error, 200)
-        log.warning("%s sent a C-FIND row that cannot be read: %s", self.node, self.why_unreadable)
+        first, self.why_unreadable = not self.why_unreadable, peer_text(error, 200)
+        if first:  # of all that an association brings, of which there may be any number
+            log.warning("%s sent a C-FIND row that cannot be read: %s", self.node, self.why_unreadable)
         self.unreadable += 1
 
     def named(

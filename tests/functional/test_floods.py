@@ -225,6 +225,24 @@ def test_rows_that_are_left_out_are_summed_up(pacs: Callable[..., Any]) -> None:
     assert sum(remark["count"] for remark in rows.remarks) == 999
 
 
+class _Unreadable(Behaviour):
+    """Answers with 2,000 rows that cannot be read."""
+
+    stages = frozenset({FIND})
+
+    def find(self, message: Message) -> None:
+        for _ in range(2000):
+            self.respond(message, 0xFF00, b"\x08\0\x05\0\xff\0\0\0")
+        self.respond(message, 0x0000)
+
+
+def test_rows_that_cannot_be_read_are_said_once(pacs: Callable[..., Any]) -> None:
+    with pacs(_Unreadable) as server:
+        status, said, _ = shell("find", node(server), "-k", "StudyDate=20240101")
+    assert (status, said.count("cannot be read")) == (1, 2), said[-1000:]
+    assert "2000 rows" in said
+
+
 # --- TLS -------------------------------------------------------------------------------------------------
 
 
