@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
@@ -28,6 +28,8 @@ MAX_TEXT = 1 << 10
 _HEADER = struct.Struct("<HHL")
 _PADDING = "\0 "
 _ESCAPE = b"\x1b"
+_LONGEST_CHARACTER_SET = 256
+"""Bytes of a Specific Character Set that are read: there are a dozen to name, and texts are decoded by all of them."""
 _BY_CHARACTER_SET = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})
 _SINGLE = frozenset({"LT", "ST", "UR", "UT"})
 _TEXTS = _BY_CHARACTER_SET | _SINGLE | {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
@@ -43,13 +45,14 @@ def decode_text(raw: bytes, vr: str, character_set: bytes = b"") -> str:
     """The text of a value with its padding, in Specific Character Set (0008,0005); what cannot be read is replaced."""
     if vr not in _BY_CHARACTER_SET or (raw.isascii() and _ESCAPE not in raw):
         return raw.decode("latin-1")
-    encodings = _encodings(character_set)
+    encodings = _encodings(character_set[:_LONGEST_CHARACTER_SET])
     if _ESCAPE not in raw:
         return raw.decode(encodings[0], "replace")
     resets = _RESETS + (b"^=" if vr == "PN" else b"")
     return "".join(_fragment(part, encodings, resets) for part in re.findall(rb"^[^\x1b]+|\x1b[^\x1b]*", raw))
 
 
+@lru_cache(maxsize=64)
 def _encodings(character_set: bytes) -> Sequence[str]:
     """The encodings that Python knows of a Specific Character Set; the first one is always there."""
     from pydicom.charset import STAND_ALONE_ENCODINGS, default_encoding, python_encoding
@@ -59,7 +62,7 @@ def _encodings(character_set: bytes) -> Sequence[str]:
     names = [re.sub(r"^ISO.IR", "ISO_IR", re.sub(r"^ISO.2022.IR.", "ISO 2022 IR ", name)) for name in names]
     if len(names) > 1:
         names = names[:1] if names[0] in STAND_ALONE_ENCODINGS else [x for x in names if x not in STAND_ALONE_ENCODINGS]
-    return [python_encoding.get(name, default_encoding) for name in names]
+    return tuple(dict.fromkeys(python_encoding.get(name, default_encoding) for name in names))
 
 
 def _fragment(part: bytes, encodings: Sequence[str], resets: bytes) -> str:

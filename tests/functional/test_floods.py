@@ -17,7 +17,7 @@ import pytest
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance, Row
 from airflow_dicom_get.testing.misbehaving.behaviour import (
     ASSOCIATE,
@@ -135,6 +135,32 @@ def test_long_names_that_a_destination_lists_are_cut(pacs: Callable[..., Any], t
 
 
 # --- time ------------------------------------------------------------------------------------------------
+
+
+class _CharacterSets(Spoiler):
+    """Sends an instance with a Specific Character Set of 250,000 names, and a Patient's Name of escape sequences."""
+
+    def spoil(self, retrieval: Retrieval, instance: Instance, context: int) -> None:
+        self.store_command(retrieval, instance, context)
+        values = {
+            0x00080005: "\\" * 250_000,
+            0x00080016: instance.sop_class,
+            0x00080018: instance.sop,
+            0x00100010: "\x1b" * 100_000,
+            0x0020000D: instance.study,
+            0x0020000E: instance.series,
+        }
+        elements = [(tag, b"UI" if "." in value else b"PN", value) for tag, value in values.items()]
+        self.send_dataset(context, iter([archive.encode(elements, wire.IMPLICIT_LE)]))
+        self.tally(retrieval, instance, self.await_response(retrieval))
+
+
+def test_character_sets_without_end_hold_nobody_up(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_CharacterSets, instances=1, pairs=[(CT, wire.IMPLICIT_LE)]) as server:
+        scu = GetScu(node(server), destination=tmp_path, tags=["PatientName"], deadlines={"operation": 20.0})
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+    assert result.verdict == "complete", result.errors
+    assert result.manifest_uri is not None
 
 
 class _Collisions(Behaviour):
