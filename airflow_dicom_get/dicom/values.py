@@ -114,26 +114,33 @@ def _numbers(raw: bytes, vr: str, little_endian: bool) -> list[Any]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def dataset_of(data: bytes | bytearray) -> Dataset:
-    """An identifier in implicit VR little endian as a data set of pydicom.
+def dataset_of(data: bytes | bytearray) -> tuple[Dataset, int]:
+    """An identifier in implicit VR little endian as a data set of pydicom, and how many objects it is made of.
+
+    These are its elements, items and values: each takes up to 400 bytes, however short it is.
 
     Raises
     ------
     HeaderError
         It is no data set, or its sequences nest deeper than :data:`MAX_DEPTH`.
     """
-    return _Reader(bytes(data)).dataset(len(data), b"", 0)
+    reader = _Reader(bytes(data))
+    return reader.dataset(len(data), b"", 0), reader.made
 
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
+        self.made = 0
+        """Elements, items and further values of elements so far."""
 
     def dataset(self, end: int, character_set: bytes, depth: int) -> Dataset:
         """What stands before ``end``, or before the delimiter of an item."""
         from pydicom.dataset import Dataset
+        from pydicom.multival import MultiValue
 
         found = Dataset()
+        self.made += 1
         while self._at < end:
             tag, length = self._header(end)
             if tag == h.ITEM_END:
@@ -148,6 +155,7 @@ class _Reader:
                 if tag == h.SPECIFIC_CHARACTER_SET:
                     character_set = raw
                 value = _value(raw, vr, character_set)
+                self.made += len(value) if isinstance(value, list | MultiValue) else 1
             found.add(_element(tag, vr, value))
         return found
 

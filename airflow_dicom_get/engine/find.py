@@ -18,7 +18,7 @@ from airflow_dicom_get.errors import peer_text
 from airflow_dicom_get.lists.finder import UNIQUE, Answer, Finder, check_answered
 from airflow_dicom_get.lists.matching import remark_text
 from airflow_dicom_get.lists.whole import doubt_remark
-from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ROWS
+from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ROWS, too_long
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -202,6 +202,10 @@ def _above(finder: Finder, query: Query, level: str, found: Found) -> Iterator[d
                     found.doubt = found.doubt or "bad_uid"
 
 
+MAX_VALUES = 5_000_000
+"""Elements, items and values of all rows of one find: 25 for each of as many rows as there may be."""
+
+
 class _Distinct:
     """Rows as they came, each study, series or instance once."""
 
@@ -209,17 +213,23 @@ class _Distinct:
         self._keys, self._finder = _UNIQUE[level], finder
         self._seen: set[tuple[bytes, ...]] = set()
         self.found: list[Dataset] = []
+        self._made = 0
 
     def take(self, answers: Iterable[Answer]) -> None:
-        """Add rows; one without a UID of its own is like no other."""
+        """Add rows; one without a UID of its own is like no other. Raises :class:`ListTooLong`."""
         for row, raw in answers:
             unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
             if unique not in self._seen or not unique[-1]:
                 self._seen.add(unique)
                 try:
-                    self.found.append(dataset_of(raw))
+                    found, made = dataset_of(raw)
                 except h.HeaderError as error:
                     self._finder.cannot_read(error)
+                    continue
+                self._made += made
+                if self._made > MAX_VALUES:
+                    raise too_long(self._finder.node, f"{MAX_VALUES} elements and values")
+                self.found.append(found)
 
 
 def frame_of_rows(rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import command as c
@@ -13,6 +14,9 @@ from airflow_dicom_get.errors import AssociationAborted, ListTooLong, NotNegotia
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.messages import context_for, deadline, read_response
+
+if TYPE_CHECKING:
+    from airflow_dicom_get.config.node import Node
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
@@ -91,7 +95,7 @@ def c_find(
                 most=MAX_ANSWER - came,
             )
         except TooMuch:
-            raise _too_long(association, f"{MAX_ANSWER >> 20} MiB") from None
+            raise too_long(association.node, f"{MAX_ANSWER >> 20} MiB") from None
         except AssociationAborted as error:
             if rows:
                 raise
@@ -105,7 +109,7 @@ def c_find(
             rows += 1
             if rows > max_rows:
                 association.abort()
-                raise _too_long(association, f"{max_rows} rows")
+                raise too_long(association.node, f"{max_rows} rows")
             came += size
             if size > MAX_ROW:
                 long += 1
@@ -127,11 +131,12 @@ def c_find(
         )
 
 
-def _too_long(association: Association, what: str) -> ListTooLong:
+def too_long(node: Node, what: str) -> ListTooLong:
+    """The error of an answer that goes beyond a bound."""
     return ListTooLong(
-        f"{association.node} sent more than {what} in response to one C-FIND.",
+        f"{node} sent more than {what} in response to one C-FIND.",
         hint="Narrow the query. If it is narrow, ask the PACS admin what its log says about it.",
-        node=str(association.node),
+        node=str(node),
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu, clock
+from airflow_dicom_get.engine import find
+from airflow_dicom_get.errors import ListTooLong
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
@@ -132,6 +134,23 @@ def test_long_names_that_a_destination_lists_are_cut(pacs: Callable[..., Any], t
     assert status == 0, said[-1000:]
     assert len(said) < 6 * 900 * 400
     assert peak < 250, f"{peak} MiB"
+
+
+class _ManyValues(Behaviour):
+    """Answers with 5 rows, of 30,000 numbers of two bytes each."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for number in range(5):
+            yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00080020: "20240101", 0x00101030: "1\\" * 30_000}
+
+
+def test_values_of_two_bytes_do_not_fill_the_memory(pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each becomes an object of some hundred bytes."""
+    monkeypatch.setattr(find, "MAX_VALUES", 100_000)
+    with pacs(_ManyValues) as server, pytest.raises(ListTooLong, match="more than 100000 elements and values"):
+        GetScu(node(server)).find({"StudyDate": "20240101"})
 
 
 # --- time ------------------------------------------------------------------------------------------------
