@@ -170,6 +170,8 @@ class _Search:
         counts = [i.PATIENT_RELATED_STUDIES] if self._counted else []
         self._returned = (h.STUDY_INSTANCE_UID, i.STUDY_DATE, i.STUDY_TIME, *counts, *returned)
         self._found = Matches()
+        self._uids: dict[bytes, bytes] = {}
+        """Of the rows that are kept, each as it is kept: no set holds another copy of it."""
         self._bytes = 0
         """Of the rows that are kept."""
 
@@ -208,6 +210,7 @@ class _Search:
         enough = partial(self._enough, found)
         for row, raw in finder.answers("STUDY", keys, self._returned, dropped=dropped, enough=enough):
             uid = row.get(h.STUDY_INSTANCE_UID, b"").strip(b"\0 ")
+            uid = self._uids.setdefault(uid, uid)
             if uid not in found.answers:
                 found.answers[uid] = row, raw
                 self._bytes += len(raw)

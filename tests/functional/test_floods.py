@@ -153,6 +153,27 @@ def test_values_of_two_bytes_do_not_fill_the_memory(pacs: Callable[..., Any], mo
         GetScu(node(server)).find({"StudyDate": "20240101"})
 
 
+class _LongUidsAgain(Behaviour):
+    """Answers the first 40 C-FINDs with the same 100 studies, whose UIDs are of 60,000 digits; then with none."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        with self.site.lock:
+            self.site.gets += 1
+            again = self.site.gets <= 40
+        for number in range(100 if again else 0):
+            day = query[0x00080020].rpartition("-")[2]
+            yield {0x00080052: level, 0x0020000D: f"{number}{'9' * 60_000}", 0x00080020: day, 0x00080030: "235959"}
+
+
+def test_parts_of_an_answer_keep_each_uid_once(pacs: Callable[..., Any]) -> None:
+    with pacs(_LongUidsAgain) as server:
+        status, said, peak = shell("find", node(server), "-k", "StudyDate=19000101-20991231", "--json")
+    assert status == 4, said[-1000:]
+    assert peak < 180, f"{peak} MiB"
+
+
 # --- time ------------------------------------------------------------------------------------------------
 
 
