@@ -14,7 +14,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.dicom.values import kept
-from airflow_dicom_get.engine.resolve import Scope, note_row
+from airflow_dicom_get.engine.resolve import MAX_CLASSES, Scope, note_row
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.lists.finder import Finder, Keys
 from airflow_dicom_get.lists.matching import Dropped, Row
@@ -177,6 +177,7 @@ class _Lister:
         self._series_filters = {f.tag: f.value for f in scope.filters if f.level == "SERIES"}
         self._image_filters = {f.tag: f.value for f in scope.filters if f.level == "IMAGE"}
         self._listing.images_filtered = bool(self._image_filters)
+        self._classes: set[str] = set()
         self._unreadable: Counter[str] = Counter()
         self._dropped: dict[str, Dropped] = {}
 
@@ -305,7 +306,7 @@ class _Lister:
                 listing.keep_bad(scope.study, series.uid, sop)
                 return sop
             instance = Instance(scope.study, series.uid, sop)
-        instance.sop_class = instance.sop_class or _uid(row.get(h.SOP_CLASS_UID))
+        instance.sop_class = instance.sop_class or self._class(row)
         instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
         instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
         instance.modality = instance.modality or series.modality
@@ -313,6 +314,15 @@ class _Lister:
         instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))
         listing.instances.setdefault(instance.key, instance)
         return sop
+
+    def _class(self, row: Row) -> str | None:
+        """The SOP class of a row; None where it is not told, or is one of more than there are."""
+        told = _uid(row.get(h.SOP_CLASS_UID))
+        if told is not None and told not in self._classes:
+            if len(self._classes) >= MAX_CLASSES:
+                return None
+            self._classes.add(told)
+        return told
 
     def _ask_for_named(self) -> None:
         """Ask one by one for the instances that were named and that the lists of their series do not have."""

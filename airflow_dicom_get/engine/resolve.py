@@ -22,6 +22,9 @@ _STUDY_KEYS = (
     i.STUDY_RELATED_SERIES,
     i.STUDY_RELATED_INSTANCES,
 )
+MAX_CLASSES = 200
+"""SOP classes that a study may be told to have, more than the standard has for storage: each is proposed in all of its
+transfer syntaxes."""
 
 
 @dataclass(slots=True)
@@ -148,7 +151,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
             scope = found[uid] = _scope(query, uid, lower)
             note_row(scope, row)
             classes = i.text_value(row.get(i.SOP_CLASSES_IN_STUDY)) or ""
-            scope.sop_classes = tuple(part.strip("\0 ") for part in classes.split("\\") if is_uid(part.strip("\0 ")))
+            named = dict.fromkeys(x for part in classes.split("\\", MAX_CLASSES) if is_uid(x := part.strip("\0 ")))
+            scope.sop_classes = tuple(named) if len(named) <= MAX_CLASSES else ()
     if not found:
         check_answered(finder)
     if finder.unreadable > unreadable:

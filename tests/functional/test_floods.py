@@ -203,6 +203,34 @@ def test_character_sets_without_end_hold_nobody_up(pacs: Callable[..., Any], tmp
     assert result.manifest_uri is not None
 
 
+class _ClassesWithoutEnd(Behaviour):
+    """Names 4,000 SOP classes: for the study, or one for each of as many instances."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        row = {0x00080052: level, 0x0020000D: self.site.instances[0].study, 0x0020000E: "1.2.3"}
+        if level == "IMAGE" and self.param == "instances":
+            for number in range(4001):
+                yield {**row, 0x00080018: f"1.2.3.{number}", 0x00080016: f"1.2.9.{number}"}
+        elif level == "STUDY" and self.param == "study":
+            yield {**row, 0x00080062: "\\".join(f"1.2.{number}" for number in range(4000))}
+        else:
+            yield {**row, 0x00080018: "1.2.3.4"}
+
+
+def test_classes_without_end_are_not_asked_for_one_after_the_other(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_ClassesWithoutEnd, param="study") as server:
+        scu = GetScu(node(server), destination=tmp_path, deadlines={"operation": 30.0})
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+    assert (result.verdict, result.reason) == ("failed", "not_sent")
+    assert server.associations < 100
+    with pacs(_ClassesWithoutEnd, param="instances") as server:
+        plan = GetScu(node(server)).plan({"StudyInstanceUID": server.study_uid})
+    assert (plan.instances, len(plan.classes)) == (4001, 201)
+    assert plan.associations < 50
+
+
 class _Collisions(Behaviour):
     """Answers a release by a thousand requests of its own."""
 
