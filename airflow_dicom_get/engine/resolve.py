@@ -134,7 +134,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
         _check_needs_no_find(query)
         return Meant([_scope(query, study, lower, listed=False) for study in query.studies])
     if not query.studies and not selecting:
-        return _from_below(finder, query, lower)
+        return _from_below(finder, query, lower, max_studies)
     keys: Keys = {f.tag: f.value for f in study_filters}
     unreadable = finder.unreadable
     doubt = None
@@ -158,7 +158,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     if finder.unreadable > unreadable:
         doubt = "list_contradicted"
     if not query.studies:
-        _check_count(len(found), max_studies)
+        _check_count(len(found), max_studies, max_studies)
     elif found and not selecting:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
@@ -201,18 +201,21 @@ def note_row(scope: Scope, row: Row) -> bool:
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
-def _check_count(count: int, limit: int) -> None:
+def _check_count(count: int, limit: int, max_studies: int) -> None:
     if count > limit:
         raise InvalidQuery(
-            f"The query matches {count} studies; max_studies is {limit}. Nothing was fetched.",
+            f"The query matches {count} studies; max_studies is {max_studies}. Nothing was fetched.",
             hint="Narrow the query, or raise max_studies.",
             count=count,
-            max_studies=limit,
+            max_studies=max_studies,
         )
 
 
-def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...]) -> Meant:
-    """Studies of series or instances that were given without their study: a relational C-FIND."""
+def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_studies: int) -> Meant:
+    """Studies of series or instances that were given without their study: a relational C-FIND.
+
+    Each of them lies in one study, and only a few copies of it in others.
+    """
     if not query.series and not query.instances:
         raise InvalidQuery(
             "The query has no key that selects studies.",
@@ -226,6 +229,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...]) -> Me
         studies.setdefault(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
     if not studies:
         check_answered(finder)
+    _check_count(len(studies), max_studies + len(uids), max_studies)
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
     scopes = [_scope(query, study, filters) for study in studies]
     for scope in scopes:

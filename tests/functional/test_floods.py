@@ -16,7 +16,7 @@ import pytest
 
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.engine import find
-from airflow_dicom_get.errors import ListTooLong
+from airflow_dicom_get.errors import InvalidQuery, ListTooLong
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
@@ -229,6 +229,23 @@ def test_classes_without_end_are_not_asked_for_one_after_the_other(pacs: Callabl
         plan = GetScu(node(server)).plan({"StudyInstanceUID": server.study_uid})
     assert (plan.instances, len(plan.classes)) == (4001, 201)
     assert plan.associations < 50
+
+
+class _InEveryStudy(Behaviour):
+    """Says that a series lies in 3,000 studies."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for number in range(0 if query.get(0x0020000D) else 3000):
+            yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x0020000E: query[0x0020000E]}
+
+
+def test_a_series_that_is_said_to_lie_in_thousands_of_studies(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_InEveryStudy) as server:
+        with pytest.raises(InvalidQuery, match="matches 3000 studies"):
+            GetScu(node(server), destination=tmp_path).get_study({"SeriesInstanceUID": "1.2.3"})
+        assert server.associations == 1
 
 
 class _Collisions(Behaviour):
