@@ -41,6 +41,8 @@ _BLOCK = 512
 _INFLATE_CHUNK = 1 << 16
 _MOST_STEPS, _MOST_INFLATED = 100_000, 64 << 20
 """Elements that are followed, and bytes that are inflated, while a data set arrives: a few hundredths of a second."""
+_MOST_DEFLATED, _MOST_GROWTH = 256 << 20, 16
+"""Bytes that a stored data set is inflated to at most, and for each byte of it so many more."""
 
 
 class HeaderError(ValueError):
@@ -335,22 +337,23 @@ class DeflateWalk:
 
     Parameters
     ----------
-    most : int
-        Bytes of the inflated data set after which it follows no further.
+    most, growth : int
+        Bytes of the inflated data set after which it follows no further, and how many more for each byte that is fed.
     bits : int
         What zlib is told of the stream: by default that it has no header of zlib's.
     """
 
-    __slots__ = ("_inflate", "_known", "_left")
+    __slots__ = ("_growth", "_inflate", "_known", "_left")
 
-    def __init__(self, most: int = _NEVER, bits: int = -zlib.MAX_WBITS) -> None:
+    def __init__(self, most: int = _MOST_DEFLATED, growth: int = _MOST_GROWTH, *, bits: int = -zlib.MAX_WBITS) -> None:
         self._inflate = zlib.decompressobj(bits)
-        self._left = most
+        self._left, self._growth = most, growth
         self._known: bool | None = None
 
     def feed(self, view: bytes | bytearray | memoryview) -> None:
         """See :meth:`Walk.feed`."""
         inflate = self._inflate
+        self._left += self._growth * len(view)
         try:
             for start in range(0, len(view), _INFLATE_CHUNK):
                 rest: bytes | bytearray | memoryview = view[start : start + _INFLATE_CHUNK]
@@ -396,7 +399,7 @@ class _EitherWalk:
 
 
 def walk_of(syntax: str) -> Walk:
-    """Follow a data set of a transfer syntax from its first byte, however long that takes."""
+    """Follow a data set of a transfer syntax from its first byte, as far as its bytes go."""
     if syntax == DEFLATED_LE:
         return DeflateWalk()
     if syntax in UNCOMPRESSED:
@@ -443,7 +446,7 @@ class HeaderScan:
         self._next_try = 0
         self.values: dict[int, bytes] = {}
         self.done = False
-        self.walk: Walk | None = DeflateWalk(_MOST_INFLATED) if deflated else None
+        self.walk: Walk | None = DeflateWalk(_MOST_INFLATED, 0) if deflated else None
         """Once it is done: what was fed so far is behind it; feed it what follows, to know whether it ends whole."""
 
     def feed(self, view: bytes | bytearray | memoryview, *, last: bool = False) -> None:

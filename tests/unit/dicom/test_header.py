@@ -411,3 +411,15 @@ def test_a_data_set_that_begins_with_zeros_is_torn() -> None:
     walk = h.walk_of(EXPLICIT_LE)
     walk.feed(bytes(100) + b"what a power cut left")
     assert walk.torn
+
+
+def test_what_inflates_without_measure_is_not_followed_to_its_end() -> None:
+    """A stream that is torn, and of which a megabyte inflates to a gigabyte, counts as whole."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    piece = deflate.compress(bytes(64 << 20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    walk = h.walk_of(DEFLATED_LE)
+    for _ in range(4):
+        walk.feed(piece)
+    assert walk.torn
+    walk.feed(piece)
+    assert walk.whole
