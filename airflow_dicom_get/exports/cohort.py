@@ -14,7 +14,7 @@ from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table
 from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
 from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
-from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, Verdict, noun
+from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, REASONS, Verdict, noun
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,6 +128,8 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
     rows = rows.drop(columns=[_FROM, _AT, "source", "destination"])
+    if not (known := rows["reason"].isin(REASONS) | rows["reason"].isna()).all():  # anybody may have written it
+        rows["reason"] = rows["reason"].where(known)
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
     return Cohort(kept, verdict, tuple(places))
 

@@ -186,6 +186,19 @@ class TestSha256sums:
         checked = sha256sum(sums, got.folder)
         assert (checked.returncode, len(checked.stdout.splitlines())) == (0, 38)
 
+    def test_a_reason_of_a_manifest_writes_no_line(self, tmp_path: Path) -> None:
+        """Whoever writes a manifest may write a word that is none of ours."""
+        forged = f"not_sent\n{'a' * 64}  ../../etc/passwd\n#"
+        path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"}, reason=forged)
+        text = export(path, "sha256sums", accept="partial")
+        assert [line for line in text.splitlines() if not line.startswith("#")] == [
+            f"{'01' * 32}  1.2/1.2.3/1.2.3.1.dcm"
+        ]
+        assert "passwd" not in text
+        with pytest.raises(NotProven) as refused:
+            export(path, "sha256sums")
+        assert "passwd" not in str(refused.value)
+
     def test_without_a_file_it_is_a_text(self, complete: tuple[str, Path], tmp_path: Path) -> None:
         uri, _ = complete
         text = export(load_manifest(uri), "sha256sums")
