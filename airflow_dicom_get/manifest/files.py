@@ -41,6 +41,7 @@ __all__ = [
     "MANIFESTS",
     "S3",
     "bucket_of",
+    "check_decoded",
     "content_of",
     "in_manifests",
     "manifest_content",
@@ -385,16 +386,17 @@ def table_in(content: bytes, name: str) -> pa.Table:
 
     with open_manifest(content, name) as file:
         try:
-            _check_decoded(content, file.schema_arrow, name)
+            check_decoded(content, file.schema_arrow, name)
             return file.read()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(name) from error
 
 
-def _check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
+def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
     """Refuse a table that is too large: a text that stands in a file once may be a value of all its rows.
 
-    For that the texts are counted where they stand. Raises :class:`ManifestError`, and whatever a broken file does.
+    For that the texts are counted where they stand, column by column: no more than one is held. Raises
+    :class:`ManifestError`, and whatever a broken file does.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -411,7 +413,8 @@ def _check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
                     hint="Give a file that a run wrote.",
                     uri=name,
                 )
-        for batch in file.iter_batches(BATCH, use_threads=False):
+        columns = dict.fromkeys(file.schema_arrow.names)
+        for batch in (x for one in columns for x in file.iter_batches(BATCH, columns=[one], use_threads=False)):
             for column in batch.columns:
                 size += column.nbytes
                 if pa.types.is_dictionary(column.type):

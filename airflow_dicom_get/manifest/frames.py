@@ -21,6 +21,7 @@ from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import (
     S3,
     bucket_of,
+    check_decoded,
     content_of,
     manifest_content,
     manifest_uri,
@@ -386,7 +387,7 @@ def parquet_in_xcom(value: Any) -> bytes | None:
 
 
 def table_in_xcom(value: Any) -> pa.Table | None:
-    """As :func:`parquet_in_xcom`, read. Raises :class:`ManifestError`."""
+    """As :func:`parquet_in_xcom`, read; None also for a frame that is no manifest. Raises :class:`ManifestError`."""
     content = parquet_in_xcom(value)
     if content is None:
         return None
@@ -394,8 +395,14 @@ def table_in_xcom(value: Any) -> pa.Table | None:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(BytesIO(content))
+        with pq.ParquetFile(BytesIO(content)) as file:
+            if not set(COLUMNS) <= set(file.schema_arrow.names):
+                return None
+            check_decoded(content, file.schema_arrow, "in XCom")
+            return file.read()
     except (ValueError, OSError, pa.ArrowException) as error:
+        if isinstance(error, ManifestError):
+            raise
         raise _unreadable() from error
 
 

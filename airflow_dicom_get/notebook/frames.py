@@ -19,9 +19,10 @@ from airflow_dicom_get.manifest.frames import (
     newest_rows,
     table_in_xcom,
 )
-from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
+from airflow_dicom_get.manifest.schema import metadata_of
 from airflow_dicom_get.notebook.rest import RestApi
 from airflow_dicom_get.notebook.stored import load_reference, stored_value
+from airflow_dicom_get.sinks.objects import UnreadableError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,7 +129,6 @@ def _dataset(item: StoredObject) -> Dataset:
     from pydicom.errors import InvalidDicomError
 
     from airflow_dicom_get.dicom.part10 import file_header
-    from airflow_dicom_get.sinks.objects import UnreadableError
 
     row = item.row
     assert row is not None
@@ -136,7 +136,7 @@ def _dataset(item: StoredObject) -> Dataset:
     if row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
         head = file_header(row.sop_class or "", row.sop, row.syntax or "", calling="", called="")
     try:
-        dataset = dcmread(BytesIO(head + b"".join(map(bytes, item.chunks()))))
+        dataset = dcmread(BytesIO(head + _content(item)))
         if (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID) != (row.study, *row.key):
             raise UnreadableError("it is not the instance that the manifest names")
         return dataset
@@ -146,6 +146,17 @@ def _dataset(item: StoredObject) -> Dataset:
             hint="It may have been moved. verify() tells what is missing; get_study(manifest=…) fetches it.",
             uri=item.name,
         ) from None
+
+
+def _content(item: StoredObject) -> bytes:
+    """All of an object, but of one that somebody has made larger no more than the manifest says."""
+    most = item.row.bytes if item.row is not None else None
+    content = bytearray()
+    for chunk in item.chunks():
+        content += chunk
+        if most is not None and len(content) > most:
+            raise UnreadableError(f"it is larger than the {most} bytes that the manifest says")
+    return bytes(content)
 
 
 def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:
@@ -234,6 +245,5 @@ def _frame(value: Any, s3_config: S3) -> DataFrame | None:
     """A manifest out of what a task returned; None if it is something else."""
     table = load_reference(value, s3_config)
     if table is None:
-        table = table_in_xcom(value)
-    # A verification returns a frame too, of another shape.
-    return None if table is None or not set(COLUMNS) <= set(table.column_names) else frame_of(table)
+        table = table_in_xcom(value)  # a verification returns a frame too, of another shape
+    return None if table is None else frame_of(table)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,8 @@ from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_of
 from airflow_dicom_get.notebook import read_instances
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks import objects
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
@@ -349,6 +352,27 @@ def test_a_bucket_is_held_to_its_prefix(
         assert reasons(scu_of.store(manifest=forged)) == {"outside_root": 1}
         root = f"s3://{BUCKET}/{other.rpartition('/')[0]}".rstrip("/")
         assert verify(forged, s3_config=moto.config, root=root, manifest_root=tmp_path / "v").same
+
+
+def test_of_a_file_that_grew_a_notebook_reads_no_more_than_the_manifest_says(
+    got: Retrieved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour may put a file of 16 GiB there that takes no space on the disk."""
+    read = []
+
+    def counted(path: Any) -> Any:
+        for view in files.read_chunks(path):
+            read.append(len(view))
+            yield view
+
+    monkeypatch.setattr(objects, "files", SimpleNamespace(**{**vars(files), "read_chunks": counted}))
+    assert len(read_instances(got.frame)) == 12
+    with open(got.file, "r+b") as file:
+        file.truncate(1 << 30)
+    read.clear()
+    with pytest.raises(ManifestError, match=f"larger than the {got.frame['bytes'][0]} bytes"):
+        read_instances(got.frame)
+    assert sum(read) < 1 << 20
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
@@ -21,7 +22,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, SinkError
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests
+from airflow_dicom_get.manifest.frames import combine_manifests, table_in_xcom
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance, Stored
@@ -284,6 +285,48 @@ def test_a_manifest_of_some_kilobytes_does_not_become_gigabytes(
     monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
     with pytest.raises(ManifestError, match="of memory"):
         read_table(path)
+
+
+def test_many_columns_of_a_long_text_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, of which a column alone is no bomb: what is counted is not all decoded before it is too much."""
+    path = tmp_path / "m.parquet"
+    table = manifest_table([Instance("1.2", "1.2.3", "1.2.3.4")], source="", destination="")
+    text = pa.array(["M" * 8_000_000], pa.string())
+    for number in range(30):
+        table = table.append_column(f"tag{number}", text)
+    write_manifest(table, path, verdict="complete", evidence="list", run="r")
+    assert path.stat().st_size < 100_000
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(ManifestError, match="of memory"):
+            read_table(path)
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 64 << 20
+
+
+def test_a_manifest_in_xcom_does_not_become_gigabytes_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a DAG may put anything into its XComs; a frame that is no manifest is not read at all."""
+
+    def in_xcom(table: pa.Table) -> dict[str, str]:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        return {"__classname__": "pandas.core.frame.DataFrame", "__data__": buffer.getvalue().hex()}
+
+    rows = [Instance("1.2", "1.2.3", f"1.2.3.{number}") for number in range(70)]
+    table = manifest_table(rows, source="", destination="")
+    text = pa.array(["M" * 1_000_000] * table.num_rows, pa.string())
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    found = table_in_xcom(in_xcom(table))
+    assert found is not None
+    assert found.num_rows == 70
+    assert table_in_xcom(in_xcom(pa.table({"text": text, "list": [[1]] * 70}))) is None
+    monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
+    with pytest.raises(ManifestError, match="of memory"):
+        table_in_xcom(in_xcom(table.append_column("tag", text)))
 
 
 def test_a_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
