@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from airflow.sdk.configuration import conf
 
 from airflow_dicom_get.config.destination import Destination, FilesystemDestination, S3Destination
 from airflow_dicom_get.get_provider_info import get_provider_info
+from airflow_dicom_get.storage import files
 
 SECTION = "dicom_get"
 MANIFEST_TAB = "dicom-manifest"
@@ -44,7 +48,9 @@ def base_path() -> str:
 def is_allowed(place: Destination) -> bool:
     """Whether ``[dicom_get] allowed_destinations`` has a place: one of its patterns fits, or there are none.
 
-    A path with ``..`` is not allowed: where it leads is not what it says.
+    A path with ``..`` is not allowed: where it leads is not what it says. Of one with links that counts where they
+    lead, as whoever may write in an allowed folder can make some: links count as the administrator's own only in the
+    part of a pattern before its first wildcard.
     """
     patterns = [line.strip() for line in text("allowed_destinations").splitlines() if line.strip()]
     if not patterns:
@@ -52,7 +58,21 @@ def is_allowed(place: Destination) -> bool:
     if isinstance(place, FilesystemDestination) and ".." in place.path.parts:
         return False
     name = str(replace(place, conn_id=None) if isinstance(place, S3Destination) else place)
+    if not isinstance(place, FilesystemDestination):
+        return _fits(name, patterns)
+    return any(_fits(name, [pattern]) and _fits(_real(place.path, pattern), patterns) for pattern in patterns)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}/", pattern) for pattern in patterns)
+
+
+def _real(path: Path, pattern: str) -> str:
+    """Where a path leads that fits a pattern, written as the pattern writes it where that is still the same folder."""
+    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    top = Path(fixed if fixed == pattern else fixed.rpartition("/")[0] or "/")
+    real, real_top = files.disk.real_path(path), files.disk.real_path(top)
+    return str(top / real.relative_to(real_top) if real.is_relative_to(real_top) else real)
 
 
 def max_map_length() -> int:

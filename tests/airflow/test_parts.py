@@ -19,8 +19,9 @@ from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_q
 from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.hooks.configuration import is_allowed
 from airflow_dicom_get.manifest.files import task_run_name
+from airflow_dicom_get.manifest.frames import frame_of
 from airflow_dicom_get.manifest.schema import manifest_table
-from airflow_dicom_get.operators._manifests import counts_of
+from airflow_dicom_get.operators._manifests import counts_of, load_given
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.records import Completed, Instance, SubOperation
@@ -165,6 +166,27 @@ def test_places_are_held_against_those_that_are_allowed(place, allowed, monkeypa
     assert is_allowed(parse_destination(place))
     monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", ALLOWED)
     assert is_allowed(parse_destination(place)) == allowed
+
+
+def test_a_link_in_an_allowed_place_allows_no_other(monkeypatch, tmp_path):
+    """Whoever may write there may make one; above it, it is the administrator's."""
+    (tmp_path / "disk" / "dicom" / "mine").mkdir(parents=True)
+    (tmp_path / "disk" / "reports").mkdir()
+    (tmp_path / "secret").mkdir()
+    data = tmp_path / "data"
+    data.symlink_to(tmp_path / "disk")
+    for name, target in (("out", tmp_path / "secret"), ("aside", data / "reports"), ("in", data / "dicom" / "mine")):
+        (data / "dicom" / name).symlink_to(target)
+    for pattern in (f"{data}/dicom/*", f"{data}/dic?m*"):
+        monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", pattern)
+        for name in ("", "mine", "new/x", "in", "in/x"):
+            assert is_allowed(parse_destination(f"{data}/dicom/{name}")), name
+        for name in ("out", "out/x", "aside"):
+            assert not is_allowed(parse_destination(f"{data}/dicom/{name}")), name
+    rows = manifest_table([Instance("1.2", "1.2.3", "1.2.3.4")], source="A@h:1", destination=f"{data}/dicom/out")
+    assert load_given(frame_of(rows), None).places == ()
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"{data}/dicom/*\n{tmp_path}/secret/*")
+    assert is_allowed(parse_destination(f"{data}/dicom/out/x"))
 
 
 def test_the_root_of_the_configuration_needs_no_other_leave(monkeypatch):
