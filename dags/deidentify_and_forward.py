@@ -64,6 +64,13 @@ def clean(dataset, anonymizer) -> None:
     anonymizer.anonymize(dataset)
 
 
+def refuse_links(*folders: Path) -> None:
+    """Whoever else may write to the folder of the copies could have others written to, and tidied up."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise AirflowFailException(f"{folder} is a link, which is not followed. Remove it, and clear this task.")
+
+
 def write(dataset, path: Path) -> None:
     """Write a file under a temporary name and rename it, so that files under final names are complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,14 +137,12 @@ with DAG(
     @task(max_active_tis_per_dag=2, pool="default_pool")
     def deidentify(manifest, copies: str) -> str:
         """Copy what a manifest lists, de-identified, and return the folder of the copy."""
-        from urllib.parse import unquote, urlsplit
-
         from dicognito.anonymizer import Anonymizer
-        from pydicom import dcmread
         from pydicom.config import disable_value_validation
         from pydicom.dataset import FileMetaDataset
 
         from airflow_dicom_get import load_manifest
+        from airflow_dicom_get.notebook import read_instances
 
         # Without a long secret, anyone who knows an original's UID could compute the copy's.
         secret = Variable.get("dicom_deidentify_secret", default="")
@@ -153,11 +158,12 @@ with DAG(
         # The same secret gives the same UIDs, for every instance of the study and in every try.
         anonymizer = Anonymizer(seed=secret)
         written, folders = set(), set()
-        for row in rows.itertuples():
+        for number, row in enumerate(rows.itertuples()):
             try:
                 # Invalid values are common, and pydicom's warnings would quote them in the log.
                 with disable_value_validation():
-                    dataset = dcmread(unquote(urlsplit(row.uri).path))
+                    # Nothing but this instance, and not by a link out of the destination.
+                    (dataset,) = read_instances(rows.iloc[[number]])
                     # Of the original's preamble and file meta information, keep only the transfer syntax.
                     meta = FileMetaDataset()
                     meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
@@ -165,9 +171,10 @@ with DAG(
                     clean(dataset, anonymizer)
                     folder = Path(copies, dataset.StudyInstanceUID)
                     path = folder / dataset.SeriesInstanceUID / f"{dataset.SOPInstanceUID}.dcm"
+                    refuse_links(folder, path.parent)
                     write(dataset, path)
-            except OSError:
-                raise  # for example a full disk: worth a retry
+            except (AirflowFailException, OSError):
+                raise  # a link; or, for example, a full disk, which is worth a retry
             except Exception as error:
                 # Not the error's own text, nor its traceback: both may quote the patient.
                 raise AirflowFailException(
@@ -183,6 +190,7 @@ with DAG(
             )
         (folder,) = folders
         # Left by a killed try, or by an original that the PACS has withdrawn since.
+        refuse_links(folder)
         for path in folder.rglob("*"):
             if path.is_file() and path not in written:
                 path.unlink()

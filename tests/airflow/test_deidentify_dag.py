@@ -9,9 +9,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from airflow.sdk.exceptions import AirflowFailException
 from pydicom import dcmread
 
-from airflow_dicom_get import load_manifests
+from airflow_dicom_get import GetScu, load_manifests
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import ct_study, private_study
 from airflow_dicom_get.testing.servers import HOST, Orthanc
@@ -75,6 +76,35 @@ def ask(server: Orthanc, path: str):
         return json.loads(connection.getresponse().read())
     finally:
         connection.close()
+
+
+def test_the_folder_of_a_copy_is_no_link(run, source, orthanc, tmp_path):
+    """A neighbour may make one: what it leads to is neither written to nor tidied up."""
+    assert run().state == "success"
+    own = tmp_path / "own"
+    (own / "work").mkdir(parents=True)
+    (own / "work" / "thesis.txt").write_text("years")
+    for copy in list((tmp_path / "originals-deidentified").glob("[0-9]*")):
+        copy.rename(tmp_path / copy.name)
+        copy.symlink_to(own)
+    again = run()
+    assert [path.name for path in own.rglob("*") if path.is_file()] == ["thesis.txt"]
+    assert again.state == "failed"
+    assert "is a link, which is not followed" in again.log
+
+
+def test_an_original_is_no_link(load_dag, source, originals, tmp_path):
+    """A neighbour may make one when it is held, and before it is copied: to what only the worker may read."""
+    dag = load_dag("deidentify_and_forward")
+    found = GetScu(f"PACS@127.0.0.1:{source.port}", destination=tmp_path / "here").get_study(
+        {"StudyInstanceUID": originals[0].StudyInstanceUID}
+    )
+    original = next((tmp_path / "here").glob("[0-9]*/*/*.dcm"))
+    original.rename(tmp_path / "elsewhere.dcm")
+    original.symlink_to(tmp_path / "elsewhere.dcm")
+    deidentify = dag.get_task("deidentify").python_callable
+    with pytest.raises(AirflowFailException, match="was not de-identified"):
+        deidentify(found.manifest_uri, str(tmp_path / "copies"))
 
 
 def names(originals) -> set[bytes]:
