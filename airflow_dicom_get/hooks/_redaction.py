@@ -37,9 +37,12 @@ _LISTED = 20
 
 
 def shown_query(query: Any) -> Any:
-    """The query with ``***`` for the values of identifying keys; tags in numbers are not told apart from these."""
+    """The query with ``***`` for the values of identifying keys; tags in numbers are not told apart from these.
+
+    What is no mapping, as one that a template rendered as text, is refused later, and shown nowhere.
+    """
     if not isinstance(query, Mapping):
-        return query
+        return HIDDEN if query else query
     return {str(key): value if str(key).lower() in SHOWN_KEYS else HIDDEN for key, value in query.items()}
 
 

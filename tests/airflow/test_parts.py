@@ -51,6 +51,13 @@ def test_only_harmless_keys_of_a_query_are_shown():
     }
 
 
+def test_what_is_no_query_is_not_shown():
+    """A template that rendered to a text, for example."""
+    for query in ('{"PatientName": "Doe^Jane"}', [{"PatientName": "Doe^Jane"}], ("Doe^Jane",)):
+        assert shown_query(query) == "***"
+    assert [shown_query(None), shown_query(""), shown_query({})] == [None, "", {}]
+
+
 def test_keys_that_a_dag_asked_for_are_not_shown():
     item = make_item("1.2", keys={"PatientID": "4711"})
     assert shown_study([item, "1.3"]) == [{**item, "keys": {"PatientID": "***"}}, "1.3"]
