@@ -67,7 +67,9 @@ _S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
 _WITH_TAGS = 0o640
-_FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four of full width, as East Asian ones take them
+_FORMULA = re.compile(r"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?= *[=+@\-\uff1d\uff0b\uff0d\uff20])")
+"""Where a cell may begin that is a formula: those of full width as East Asian ones take them; at a semicolon or a tab
+too, at which a spreadsheet in many a country divides a line, whatever the file was written with."""
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
 _MOST_DECODED = 4 << 30
@@ -86,8 +88,8 @@ def task_run_name(*, dag_id: str, run_id: str, task_id: str, map_index: int, try
 
 
 def safe_cell(value: Any) -> Any:
-    """A value as a spreadsheet may open it: a text that it would take for a formula gets a quote in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    """A value as a spreadsheet may open it: what it would take for a formula in a text gets a quote in front."""
+    return _FORMULA.sub("'", value) if isinstance(value, str) else value
 
 
 def write_manifest(

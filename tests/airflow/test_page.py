@@ -656,6 +656,20 @@ def test_no_cell_of_a_csv_file_is_a_formula(tmp_path, sign):
     assert lines == [[f"'{text}", "number", "list"], [f"'{text}", "-1.0", "[1]"], ["x", "1.5", "[2]"]]
 
 
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ('CT;=HYPERLINK("x")', 'CT;\'=HYPERLINK("x")'), ("CT; +1", "CT;' +1"), ("CT\t@x", "CT\t'@x"),
+        ("CT\n=1", "CT\n'=1"), (" =1", "' =1"), ("CT;MR", "CT;MR"), ("1.2-3", "1.2-3"), ("a, -b", "a, -b"),
+    ],
+)  # fmt: skip
+def test_nor_is_what_a_spreadsheet_may_take_for_a_cell(text, safe):
+    """Where a comma is the decimal sign, it divides lines at semicolons, also within quotes that do not begin one."""
+    from airflow_dicom_get.manifest.files import safe_cell
+
+    assert safe_cell(text) == safe
+
+
 # --- beside the page -------------------------------------------------------------------------------------
 
 
