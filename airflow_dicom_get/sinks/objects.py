@@ -179,6 +179,16 @@ def open_object(item: StoredObject) -> Opened:
     return Opened(instance, offset, meta, head, rest)
 
 
+def is_instance(item: StoredObject, study: str, series: str, sop: str) -> bool:
+    """Whether the header of an object names this instance; one that cannot be read, or not as DICOM, does not."""
+    try:
+        found = open_object(item).instance
+    except (UnusableError, UnreadableError) as error:
+        log.info("the object of instance %s is not adopted: %s", printable(sop), error)
+        return False
+    return (found.study, found.series, found.sop) == (study, series, sop)
+
+
 def whole_instance(path: Folder, study: str, series: str, sop: str) -> Stored | None:
     """A file that no ledger knows, if it is a whole Part 10 file of just this instance, and can be read."""
     try:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import HeldOptions
 from airflow_dicom_get.errors import S3Error
-from airflow_dicom_get.records import Key, Stored
+from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import contradict
-from airflow_dicom_get.sinks.objects import whole_instance
-from airflow_dicom_get.sinks.s3_objects import copied, digest_of, head_of, proves_itself, record_of
+from airflow_dicom_get.sinks.objects import StoredObject, is_instance, whole_instance
+from airflow_dicom_get.sinks.s3_objects import copied, digest_of, head_of, names, proves_itself, record_of
 from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 _READERS = 8
@@ -88,12 +88,22 @@ class Inventory:
             return None  # what it was is recorded, and it is that no longer
         head = head_of(self._bucket, item.key)
         said = record_of(series, sop, head)
-        if said is not None and (
-            (self._verify != "digest" and proves_itself(head)) or digest_of(self._bucket, item.key) == said.sha256
+        if (
+            said is not None
+            and (named := names(head, self._study, series, sop)) is not False
+            and ((self._verify != "digest" and proves_itself(head)) or digest_of(self._bucket, item.key) == said.sha256)
+            and (named or self._header_names(said, item.key))
         ):
             self._note(said, said.etag)
             return self._held(said, item)
         return self._adopted(series, sop, item) if self._adopt and not candidates else None
+
+    def _header_names(self, said: Stored, key: str) -> bool:
+        """Whether an object, whose metadata are of its content and say no UIDs, has those of its key in its header."""
+        row = Instance(self._study, said.series, said.sop, said.sop_class)
+        row.syntax, row.dataset_offset = said.syntax, said.dataset_offset  # a bare data set does not tell them
+        item = StoredObject(self._bucket.uri(key), bucket=self._bucket, key=key, row=row)
+        return is_instance(item, row.study, row.series, row.sop)
 
     def _adopted(self, series: str, sop: str, item: Listed) -> Stored | None:
         with copied(self._bucket, item.key) as copy:

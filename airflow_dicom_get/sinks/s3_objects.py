@@ -24,6 +24,9 @@ def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
     """What an object says of itself: all that a ledger would. No patient data."""
     said = {
         "sha256": sha256.hex() if sha256 else None,
+        "study": instance.study,
+        "series": instance.series,
+        "sop-instance": instance.sop,
         "sop-class": instance.sop_class,
         "transfer-syntax": instance.syntax,
         "dataset-offset": instance.dataset_offset,
@@ -61,6 +64,16 @@ def record_of(series: str, sop: str, head: dict[str, Any]) -> Stored | None:
 
 def _number(text: str | None) -> int | None:
     return int(text) if text is not None else None
+
+
+def names(head: Mapping[str, Any], study: str, series: str, sop: str) -> bool | None:
+    """Whether an object says that it is this instance; None where it says no UIDs, as those of earlier versions.
+
+    A key does not tell: whoever copies an object to another one leaves its content and its metadata as they were.
+    """
+    metadata = head.get("Metadata", {})
+    said = tuple(metadata.get(name) for name in ("study", "series", "sop-instance"))
+    return None if None in said else said == (study, series, sop)
 
 
 def proves_itself(head: Mapping[str, Any]) -> bool:

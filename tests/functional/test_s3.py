@@ -25,7 +25,7 @@ from airflow_dicom_get.sinks import s3, s3_objects
 from airflow_dicom_get.sinks import s3_places as places
 from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
 from airflow_dicom_get.storage import bucket as s3_client
-from airflow_dicom_get.testing.archive import STUDY_UID, read_header
+from airflow_dicom_get.testing.archive import SERIES_UID, SOP_INSTANCE, STUDY_UID, read_header
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import (
     ACCESS_KEY,
@@ -229,9 +229,11 @@ class TestThereAndBack:
             said = moto.client().head_object(Bucket=BUCKET, Key=key)["Metadata"]
             assert said["sha256"] == hashlib.sha256(moto.read(key)).hexdigest()
             assert said["transfer-syntax"] == ct.entries[sop].syntax
+            named = (said["study"], said["series"], said["sop-instance"])
+            assert "/".join((prefix, *named)) + ".dcm" == key
             assert said.keys() <= {
-                "sha256", "sop-class", "transfer-syntax", "dataset-offset", "modality", "series-number",
-                "instance-number",
+                "sha256", "study", "series", "sop-instance", "sop-class", "transfer-syntax", "dataset-offset",
+                "modality", "series-number", "instance-number",
             }  # fmt: skip
 
     def test_boto3_is_imported_for_buckets_alone(self, ct: Holding, embedded: Pacs, tmp_path: Path) -> None:
@@ -508,6 +510,55 @@ class TestOverwritten:
         assert compared
         assert result.verdict == "complete"
         assert_holds(moto, prefix, ct, moto.config, result)
+
+
+class TestCopied:
+    """An object of ours that somebody copied to the key of another instance, with its metadata and its checksum."""
+
+    def relabel(self, moto: Moto, key: str, to: str, *, uids: bool) -> None:
+        """Copy an object; without ``uids`` to one whose metadata are as earlier versions wrote them."""
+        client = moto.client()
+        said = client.head_object(Bucket=BUCKET, Key=key)["Metadata"]
+        if not uids:
+            said = {name: text for name, text in said.items() if name not in ("study", "series", "sop-instance")}
+        content = moto.read(key)
+        checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        client.put_object(Bucket=BUCKET, Key=to, Body=content, Metadata=said, ChecksumSHA256=checksum)
+
+    @pytest.mark.parametrize(
+        ("verify_held", "uids", "with_meta"),
+        [("size", True, True), ("digest", True, True), ("size", False, True), ("digest", False, False)],
+    )
+    def test_it_is_not_held_there(
+        self, moto: Moto, prefix: str, embedded: Pacs, tmp_path: Path, verify_held: str, uids: bool, with_meta: bool
+    ) -> None:
+        one, other = (big_study(tmp_path / name, 2, 2000, name=name) for name in ("copied", "other"))
+        pacs, options = embedded(tmp_path), {"verify_held": verify_held, "store_with_file_meta": with_meta}
+        assert get(pacs, one, prefix, moto.config, **options).verdict == "complete"
+        keys = sorted(key for key in instances(moto, prefix).values() if one in key)
+        headers = [read_header(path)[3] for path in sorted(tmp_path.glob("*/*"))]
+        names = ["/".join(h[tag] for tag in (STUDY_UID, SERIES_UID, SOP_INSTANCE)) for h in headers]
+        names = [name for name in names if name.startswith(other)]
+        assert len(keys) == len(names) == 2
+        copies = [f"{prefix}/{name}.dcm" for name in names]
+        for key, copy in zip(keys, copies, strict=True):
+            self.relabel(moto, key, copy, uids=uids)
+        result = get(pacs, other, prefix, moto.config, **options)
+        assert (result.verdict, result.skipped, result.conflicts) == ("partial", 0, 2)
+        assert [moto.read(copy) for copy in copies] == [moto.read(key) for key in keys]
+
+    @pytest.mark.parametrize(("verify_held", "with_meta"), [("size", True), ("size", False), ("digest", True)])
+    def test_what_an_earlier_version_stored_is_held_where_its_header_names_it(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, verify_held: str, with_meta: bool
+    ) -> None:
+        pacs, options = embedded(ct.folder), {"verify_held": verify_held, "store_with_file_meta": with_meta}
+        get(pacs, ct.study, prefix, moto.config, **options)
+        for key in instances(moto, prefix).values():
+            self.relabel(moto, key, key, uids=False)
+        for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
+            moto.client().delete_object(Bucket=BUCKET, Key=key)
+        result = get(pacs, ct.study, prefix, moto.config, **options)
+        assert (result.verdict, result.skipped, result.bytes) == ("complete", len(ct.entries), 0)
 
 
 class TestBeforeAnyTraffic:
