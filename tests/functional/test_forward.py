@@ -29,9 +29,11 @@ from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import PRIVATE_CLASS, big_study
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc, Storescp
+from airflow_dicom_get.verify import verify
 from tests.support.certificates import Authority
 from tests.support.forwards import datasets, forward, sent_by, states
 from tests.support.holdings import Holding, hold
+from tests.support.listing_node import ListingNode, nameless
 from tests.support.odd_destination import DieError, OddDestination, accept_only, at
 from tests.support.relay import Relay
 
@@ -620,6 +622,19 @@ class TestResume:
         result = forward(embedded(private.folder), renewed, tmp_path / "state", private.study)
         assert (result.verdict, result.skipped) == ("complete", 9)
         assert emptied.total_associations == 0
+
+    def test_a_node_that_tells_no_series_holds_one_of_a_uid(self, tmp_path: Path) -> None:
+        """It ignores the key of the series, and names none: one UID in two series of the source is there once."""
+        with MisbehavingPacs(series=2, instances=2) as source, ListingNode(nameless) as destination:
+            instances = source._site.instances
+            assert instances[0].series != instances[2].series
+            instances[2] = replace(instances[2], sop=instances[0].sop)
+            for _ in range(3):
+                result = forward(source, destination, tmp_path, STUDY_UID)
+                assert len(destination.held) == 3
+                assert (result.verdict, result.total, result.completed, result.conflicts) == ("partial", 4, 3, 1)
+            compared = verify(result.manifest_uri, destination=f"dicom://LISTS@127.0.0.1:{destination.port}")
+            assert compared.exit_code == 3
 
     def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
         """Also where the destination is not asked what it holds: a different data set is never sent whole."""
