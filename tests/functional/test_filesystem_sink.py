@@ -466,7 +466,7 @@ def test_a_whole_other_file_with_padding_behind_it_is_kept(
 
 
 @pytest.mark.parametrize(("on_conflict", "reason"), [("keep", "other_transfer_syntax"), ("replace", "replaced")])
-def test_what_comes_again_in_another_transfer_syntax_is_drained(on_conflict: str, reason: str, tmp_path: Path) -> None:
+def test_what_comes_again_in_another_transfer_syntax_is_drained(on_conflict: Any, reason: str, tmp_path: Path) -> None:
     """Also where nothing was looked up before, as long as a run has recorded what is there."""
     pairs = [(CT, "1.2.840.10008.1.2.1")], [(CT, "1.2.840.10008.1.2")]
     first, again = (MisbehavingPacs(None, pairs=pair) for pair in pairs)
