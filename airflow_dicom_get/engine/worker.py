@@ -276,7 +276,9 @@ class Pass:
         left: list[Instance] = []
         refused = False
         for target in targets:
-            if target.state in DONE or self._state.refused_here(target):
+            # One of its UID in another series may have come to a request for that: it was not asked for itself yet.
+            given_up = self._state.refused_here(target) and target.reason != "uid_mismatch"
+            if target.state in DONE or given_up:
                 continue
             if target.sop_class is not None and target.sop_class not in classes:
                 refused = True
