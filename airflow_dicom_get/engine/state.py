@@ -325,8 +325,12 @@ class StudyState:
             record.state = "conflict"
         elif record.state in DONE:
             return
+        elif taken.reason != "uid_mismatch":
+            record.state = "failed"
+        elif record.state == "failed" and record.attempt == self.rounds:
+            return  # its own object came as well
         else:  # an object that names another instance is none of this one
-            record.state = "missing" if taken.reason == "uid_mismatch" else "failed"
+            record.state = "missing"
         record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
         record.attempt = self.rounds
 

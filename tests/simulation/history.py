@@ -378,11 +378,47 @@ def _at_once(chance: random.Random, history: History) -> History:
     return replace(history, steps=(_alone(first), second, *history.steps[1:]))
 
 
+def _seldom(chance: random.Random, history: History) -> History:
+    """What chance alone seldom puts together: associations or bytes that are wrong, and an early fault beside it."""
+    first = history.steps[0]
+    assert isinstance(first, Run)
+    mode = chance.choice((*_OF_ASSOCIATIONS, *["dup_diff"] * 4, *["none"] * 4))
+    ill = tuple((number, mode, None) for number in range(1, 30) if mode != "none")
+    own = S3_FAULTS if history.destination == "bucket" else DISK_FAULTS
+    operation, what = chance.choice(
+        (
+            ("connect", "ECONNREFUSED"),
+            ("send", "ECONNRESET"),
+            ("send", "kill"),
+            ("receive", "power"),
+            *[(name, what) for name in tuple(own)[:2] for what in own[name]],
+        )
+    )
+    faults = (Planned(operation, 1 + chance.randrange(4), what),) if chance.random() < 0.8 else ()
+    if mode == "none":  # more comes than what is left to ask for, once a first try broke off
+        history = replace(history, habits=replace(history.habits, gets="series"))
+        first = replace(first, options={**first.options, "retries": 5})
+    alone = replace(first, ill=ill, breaks=first.breaks if mode == "none" else (), faults=faults)
+    others = () if chance.random() < 0.5 else history.steps[1:]
+    return replace(history, steps=(alone, *others))
+
+
+_OF_ASSOCIATIONS = tuple(mode for mode in MODES if MODE_CLASSES[mode].stages == {"associate"})
+
+
 def _as_it_is(chance: random.Random, history: History) -> History:
     return history
 
 
-MORE = ((0.05, _cancelled), (0.09, _in_hours), (0.12, _of_two), (0.05, _truncated), (0.05, _honest), (0.06, _at_once))
+MORE = (
+    (0.05, _cancelled),
+    (0.09, _in_hours),
+    (0.12, _of_two),
+    (0.05, _truncated),
+    (0.05, _honest),
+    (0.06, _at_once),
+    (0.05, _seldom),
+)
 """What some histories meet besides, and in which share of all."""
 
 

@@ -213,8 +213,11 @@ def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
     """The row of a data set whose end is missing says so, in the run that took it and in those after it."""
     if not world.pacs.truncated:
         return
+    node = world.place.node
     for row in run.rows:
         path = path_of(row)
+        if node is not None and node.again == "keeps" and path in run.before:
+            continue  # it says that it took another one, and did not
         if row["state"] in HELD and path in files and path not in world.theirs:
             cut = data_set(files[path]) in world.pacs.truncated
             mark_of = f"truncated: {row['state']}"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.simulation.exhaustive import POINTS
+from tests.simulation.history import History
+from tests.simulation.mutations import SEEDS
+from tests.simulation.world import play
 
+KEPT = SEEDS / "kept"
 HISTORIES = int(os.environ.get("HISTORIES", "5000"))
 
 
@@ -25,6 +30,11 @@ def run(*command: str) -> str:
 def test_a_sample_of_histories_holds_what_is_promised() -> None:
     out = run("tests.simulation.simulate", "--seeds", f"0:{HISTORIES}", "--processes", "2")
     assert f"{HISTORIES} histories" in out
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+def test_what_failed_once_does_not_any_more(path: Path) -> None:
+    assert not play(History.from_json(path.read_text())).findings
 
 
 @pytest.mark.slow
