@@ -135,7 +135,7 @@ class _Get:
         receiver, told = self.receiver, association.told
         try:
             while True:
-                if association.cancel.reason is not None and not self.cancel_sent and self.final is None:
+                if association.cancel.reason is not None and not self.cancel_sent:
                     self._send_cancel()
                 association.in_message = self._in_message()
                 if self.enough is not None and not association.in_message and not self.cancel_sent and self.enough():
@@ -411,9 +411,11 @@ class _Get:
         )
 
     def _send_cancel(self, grace: float = _CANCEL_GRACE) -> None:
-        """C-CANCEL-RQ (PS3.7 9.3.3.3); it has no response of its own."""
+        """C-CANCEL-RQ (PS3.7 9.3.3.3), which has no response of its own; none where the last response has come."""
         self.cancel_sent = True
         self.limit = min(self.limit, clock.monotonic() + grace)
+        if self.final is not None:
+            return
         self.association.send_message(
             self.context_id,
             c.encode(

@@ -297,6 +297,34 @@ def test_fragments_that_hold_nothing_are_no_progress(pacs: Callable[..., Any], t
     assert "sent no instance within 1 s" in str(result.errors)
 
 
+class _LastIdentifierWithoutEnd(Behaviour):
+    """Sends the identifier of its final response a piece at a time, and fast enough for every deadline."""
+
+    stages = frozenset({GET})
+
+    def before(self, retrieval: Retrieval) -> None:
+        message = retrieval.message
+        fields: dict[int, wire.Value] = {wire.STATUS: 0xB000, wire.DATA_SET_TYPE: wire.WITH_DATA_SET}
+        fields |= {wire.FIELD: wire.C_GET | wire.RESPONSE, wire.RESPONDED_ID: message.number(wire.MESSAGE_ID)}
+        self.link.send_command(message.context, fields)
+        while True:
+            self.link.send(wire.p_data(message.context, 0, bytes(400)))
+            self.link.wait(0.1)
+
+
+def test_a_cancel_is_heard_while_the_last_identifier_comes(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    with pacs(_LastIdentifierWithoutEnd, instances=2) as server:
+        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 30.0})
+        at: list[float] = []
+        timer = threading.Timer(1.5, lambda: (at.append(time.monotonic()), scu.cancel("enough")))
+        timer.start()
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+        waited = time.monotonic() - at[0]
+        timer.join()
+    assert (result.verdict, result.reason) == ("cancelled", "enough")
+    assert waited < 10
+
+
 # --- the log ---------------------------------------------------------------------------------------------
 
 
