@@ -193,7 +193,7 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
                 operator,
                 outcome_of(state, verdict),
                 moment,
-                _shown(str(source)) if source else None,
+                shown(str(source)) if source else None,
                 int(_number(held)),
                 int(_number(size)),
                 _number(seconds),
@@ -258,14 +258,14 @@ def _summary(value: Any) -> dict[str, Any] | None:
     return {**_plain(value), "errors": kept[:_MAX_ERRORS]}
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text as it fits in a page: not too long, and without half a surrogate pair, which JSON can hold."""
     return text[:_MAX_TEXT].encode(errors="replace").decode()
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _shown(item) if isinstance(item, str) else item
+        key: shown(item) if isinstance(item, str) else item
         for key, item in value.items()
         if isinstance(item, str) or is_number(item)
     }
@@ -327,12 +327,12 @@ def shown_while_running(of: Task) -> dict[str, Any]:
     )
     with create_session(scoped=False) as session:
         rows = session.execute(statement).all()
-    shown = {}
+    found = {}
     for key, text in rows:
         try:
             value = json.loads(text)
-        except ValueError:
+        except (RecursionError, ValueError):
             continue
         if isinstance(value, dict):
-            shown[key] = value
-    return shown
+            found[key] = value
+    return found

@@ -74,8 +74,8 @@ def progress_of(task: Task) -> dict[str, Any]:
         "live": live,
         "try_number": task.try_number,
         "progress": counts or None,
-        "updated_at": str(stored.get("updated_at") or "") or None,
-        "resume_at": resume_at if isinstance(resume_at, str) else None,
+        "updated_at": database.shown(str(stored.get("updated_at") or "")) or None,
+        "resume_at": database.shown(resume_at) if isinstance(resume_at, str) else None,
         "text": _sentence(task, counts, resume_at),
     }
 

@@ -427,9 +427,11 @@ def test_who_asks_for_many_lists_waits_and_others_do_not(server, page, kept, mon
         ("failed", {"summary": summary("partial", 1, plan_at="9999-12-31T23:59:59-23:59")}),
         ("running", {"stored": {"progress": {"total": 10**400, "done": 1, "bytes": 10**400}}}),
         ("running", {"stored": {"progress": {"total": float("inf"), "done": float("nan")}}}),
+        ("running", {"stored": {"progress": {"total": 1, "updated_at": "\ud800"}}}),
+        ("deferred", {"stored": {"window": {"resume_at": "\ud800"}}}),
         ("deferred", {"stored": {"window": {"resume_at": "0001-01-01T00:00:00+23:59"}}}),
     ],
-    ids=["first year", "last year", "numbers", "no numbers", "window"],
+    ids=["first year", "last year", "numbers", "no numbers", "surrogates", "no moment", "window"],
 )
 def test_no_odd_value_takes_a_page_away(page, kept, state, more):
     kept("page_values", [{"state": state, **more}])
