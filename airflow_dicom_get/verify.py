@@ -530,9 +530,9 @@ class _Verify:
         if not item.there:
             return NOT_THERE, f"{where}, not there" if listed else "no longer listed, and not present"
         symbol, what = self._content(item)
-        if self.has_source and not item.at_source:  # a get leaves it alone, whatever it holds
+        if self.has_source and not item.at_source and not item.in_manifest:  # a get leaves it alone, whatever it holds
             return NOT_LISTED, where if symbol == SAME else f"{where}: {what}"
-        if symbol != SAME:
+        if symbol != SAME:  # of what a manifest names it is told also where the PACS no longer lists it
             return symbol, what
         return (SAME, what) if listed else (NOT_LISTED, where)
 

@@ -40,7 +40,8 @@ class Retrieved:
     def __init__(self, embedded: Embedded, holding: Holding, folder: Path, **options: Any) -> None:
         self.folder = folder
         pacs = embedded(holding.folder)
-        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=folder, **options)
+        self.node = f"PACS@127.0.0.1:{pacs.port}"
+        scu = GetScu(self.node, destination=folder, **options)
         result = scu.get_study({"StudyInstanceUID": holding.study})
         assert result.verdict == "complete"
         self.uri = str(result.manifest_uri)
@@ -130,6 +131,19 @@ def test_what_lies_outside_is_not_opened(got: Retrieved, target: EmbeddedPacs, t
     frame = found.frame()
     assert frame["symbol"].tolist() == ["!"]
     assert verify(forged, quick=True).exit_code == 3
+
+
+@pytest.mark.parametrize("way", ["path", "a path as UID", "no UID"])
+def test_what_lies_outside_is_a_difference_also_where_the_pacs_does_not_list_it(
+    got: Retrieved, tmp_path: Path, way: str
+) -> None:
+    unlisted = {"sop_instance_uid": "1.2.3.4", "bytes": None, "sha256": None, **outside(got, tmp_path, way)}
+    one_more = pd.concat([got.frame, frame_of(read_table(got.forged(**unlisted)))[:1]])
+    path = got.folder / "_manifests" / "one-more.parquet"
+    write_manifest(table_of(one_more), path, verdict="complete", evidence="list", run="r")
+    for quick in (False, True):
+        found = verify(path, addr=got.node, quick=quick)
+        assert (found.exit_code, found.counts) == (3, {"=": 12, "!": 1})
 
 
 def test_a_root_that_the_caller_names_counts(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:

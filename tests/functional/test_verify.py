@@ -148,6 +148,22 @@ class TestFolder:
         fetched = GetScu(got.node, out_dir=tmp_path / "less").get_study(manifest=found.manifest_uri)
         assert (fetched.verdict, fetched.completed, fetched.skipped) == ("complete", 40, 39)
 
+    def test_what_is_damaged_is_a_difference_also_where_the_pacs_no_longer_lists_it(
+        self, embedded: Embedded, got: Got, ct: Holding, tmp_path: Path
+    ) -> None:
+        got.spoil()
+        fewer = tmp_path / "fewer"
+        shutil.copytree(ct.folder, fewer)
+        for sop in got.sops[:4]:
+            (fewer / ct.entries[sop].path.relative_to(ct.folder)).unlink()
+        node = f"PACS@127.0.0.1:{embedded(fewer).port}"
+        for place in ({}, {"destination": got.folder}):
+            found = verify(got.result.manifest_uri, addr=node, **place)
+            assert marks(found) == {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*", got.sops[3]: "-"}, place
+            assert found.exit_code == 3
+        by_study = verify(study=got.study, destination=got.folder, addr=node)
+        assert (by_study.exit_code, set(marks(by_study).values())) == (0, {"-"}), "a get of the study leaves it alone"
+
     def test_pacs_that_cannot_be_compared(self, embedded: Embedded, got: Got, ct: Holding) -> None:
         mute = f"PACS@127.0.0.1:{embedded(ct.folder, no_find=True).port}"
         for node, code in (("X@127.0.0.1:1", 1), (mute, 4)):
