@@ -579,13 +579,16 @@ class _Verify:
             return UNREADABLE, f"cannot be read: {error}"
         except UnusableError as error:
             return DIFFERENT, str(error)
-        told = [record for record in fits if record.sha256 in (None, digest)]
+        # Where any of them has a digest, those without one tell nothing.
+        told = [record for record in fits if record.sha256 == digest]
+        if not told and all(record.sha256 is None for record in fits):
+            told = fits
         if fits and not told:
             return DIFFERENT, "digest differs from the recorded one"
         found, row = opened.instance, item.row
         if (found.study, found.series, found.sop) != (row.study, row.series, row.sop):
             return DIFFERENT, "not the instance that its name says"
-        item.told = max(told, key=lambda record: record.sha256 is not None, default=None)
+        item.told = next(iter(told), None)
         if item.told is not None and item.told.sha256 is not None:
             return SAME, "of the same digest"
         if item.told is None and item.remark is not None:

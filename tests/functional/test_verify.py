@@ -246,6 +246,20 @@ class TestFolder:
             assert marks(verify(**place)) == {sop: "*"}
             got.paths[sop].write_bytes(content)
 
+    def test_a_record_without_a_digest_takes_nothing_from_one_that_has_it(
+        self, embedded: Embedded, ct: Holding, tmp_path: Path
+    ) -> None:
+        first = Got(embedded(ct.folder), ct, tmp_path / "out", checksum=None)
+        second = first.get(resume=False)
+        assert second.verdict == "complete"
+        path = first.paths[first.sops[0]]
+        path.write_bytes(path.read_bytes()[:-2] + b"zz")
+        both = load_manifests([first.result.manifest_uri, second.manifest_uri])
+        place: dict[str, Any] = {"study": first.study, "destination": first.folder}
+        for asked in ({"manifest": both}, place, place | {"addr": first.node}):
+            assert marks(verify(**asked)) == {first.sops[0]: "*"}, asked
+        assert verify(first.result.manifest_uri).same, "no digest is recorded there"
+
     def test_files_without_a_record(self, ct: Holding, tmp_path: Path, got: Got) -> None:
         """Whole instances of their names count, whoever put them there."""
         shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
