@@ -239,7 +239,8 @@ def verify(
     destination : str or Path
         Where to look, if not where the manifest says: a path, ``s3://bucket/prefix`` or ``dicom://[AE@]host:port``.
     quick : bool
-        Compare only sizes; do not read the objects, but for those whose ETag is not the recorded one.
+        Compare only sizes; do not read the objects, but for those of which no size is recorded, and those whose ETag is
+        not the recorded one.
     manifest_root, s3_config, forward_target, query_model
         As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
     on_difference : callable
@@ -566,10 +567,11 @@ class _Verify:
             fits = [record for record in item.recorded if record.bytes in (None, size)]
             if item.recorded and not fits:
                 return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
-            same = [x for x in fits if not (isinstance(x, Stored) and x.etag and etag and x.etag != etag)]
-            if self.quick and item.doubt is None and (same or not fits):  # an object that was written anew is read
+            anew = [x for x in fits if isinstance(x, Stored) and x.etag and etag and x.etag != etag]
+            same = [x for x in fits if x not in anew and x.bytes is not None]
+            if self.quick and item.doubt is None and same:  # what was written anew, or has no record, is read
                 item.told = next(iter(same), None)
-                return SAME, "of the same size" if fits else "there"
+                return SAME, "of the same size"
             stored.row = stored.row or item.row  # what tells a bare data set
             opened = open_object(stored)
             read, digest, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)

@@ -107,7 +107,7 @@ class TestFolder:
         assert marks(found) == wanted
         assert (found.exit_code, found.counts["="]) == (3, 37)
         quick = verify(**place, quick=True)
-        assert marks(quick) == {got.sops[0]: "+", got.sops[2]: "*", "1.2.3.4": "-"}
+        assert marks(quick) == {got.sops[0]: "+", got.sops[2]: "*", "1.2.3.4": "*"}
         assert len(found.frame()) == 4
 
     def test_its_output_is_the_input_of_a_get(self, got: Got, ct: Holding) -> None:
@@ -274,6 +274,16 @@ class TestFolder:
         assert again.verdict == "complete"
         assert path.read_bytes() == content
         assert verify(study=got.study, destination=tmp_path / "copy", addr=got.node).same
+
+    def test_where_nothing_is_recorded_a_quick_comparison_reads(self, got: Got) -> None:
+        shutil.rmtree(got.folder / "_manifests" / ".ledger")
+        place: dict[str, Any] = {"study": got.study, "destination": got.folder, "addr": got.node, "quick": True}
+        assert verify(**place).same
+        for sop in got.sops[:2]:
+            got.paths[sop].write_bytes(b"")
+        assert marks(verify(**place)) == dict.fromkeys(got.sops[:2], "*")
+        frame = got.result.manifest.assign(bytes=None, sha256=None)
+        assert marks(verify(frame, quick=True)) == dict.fromkeys(got.sops[:2], "*")
 
     def test_a_study_that_is_nowhere_is_not_the_same(
         self, got: Got, embedded: Embedded, private: Holding, tmp_path: Path
