@@ -127,7 +127,9 @@ class StudyState:
     inventory: dict[Key, Stored] = field(default_factory=dict)
     gone: list[Instance] = field(default_factory=list)
     _list_stands: bool = False
-    _series: set[str] = field(default_factory=set)
+    _by_uid: dict[str, Instance] = field(default_factory=dict)
+    _others: dict[str, list[Instance]] = field(default_factory=dict)
+    """All of ``instances`` by their SOP Instance UID: there may be as many series as instances. Few have one UID."""
     _late: set[Key] = field(default_factory=set)
     _due: dict[int, Instance] = field(default_factory=dict)
     """What was taken and not confirmed yet, by ``id``."""
@@ -148,8 +150,8 @@ class StudyState:
 
     def of(self, sop: str) -> list[Instance]:
         """The instances of a SOP Instance UID: one in each series that has it."""
-        # Another thread may add one meanwhile: a copy is made at once.
-        return [x for series in tuple(self._series) if (x := self.instances.get((series, sop))) is not None]
+        first = self._by_uid.get(sop)
+        return [] if first is None else [first, *self._others.get(sop, ())]
 
     def listed_elsewhere(self, series: str, sop: str) -> bool:
         """Whether the list names the SOP Instance UID, and not in this series."""
@@ -187,9 +189,8 @@ class StudyState:
         lists = listing.lists()
         self._list_stands = not lists.is_round(listing.cuts) and not lists.contradicted()
         self.listing = listing
-        self._series.update(series for series, _ in listing.instances)
-        for key, instance in listing.instances.items():
-            self.instances.setdefault(key, instance)
+        for instance in listing.instances.values():
+            self._keep(instance)
         return changed
 
     def gone_unheld(self) -> list[Instance]:
@@ -228,6 +229,11 @@ class StudyState:
         self.unwanted.add(one.key)
         self.unlisted.discard(one.key)
         del self.instances[one.key]
+        left = [x for x in self.of(one.sop) if x.key != one.key]
+        self._by_uid.pop(one.sop, None)
+        self._others.pop(one.sop, None)
+        for x in left:
+            self._index(x)
         if self.listing is not None:
             self.listing.instances.pop(one.key, None)
         one.state = "unexpected"  # for who still has it in hand
@@ -272,9 +278,20 @@ class StudyState:
 
     def add_unlisted(self, series: str, sop: str, sop_class: str | None) -> Instance:
         """The record of an instance that was sent, or asked for, and is not listed."""
-        self._series.add(series)
         self.unlisted.add((series, sop))
-        return self.instances.setdefault((series, sop), Instance(self.scope.study, series, sop, sop_class))
+        return self._keep(Instance(self.scope.study, series, sop, sop_class))
+
+    def _keep(self, instance: Instance) -> Instance:
+        """The record of an instance: this one, unless there is one already."""
+        kept = self.instances.get(instance.key)
+        if kept is None:
+            kept = self.instances[instance.key] = instance
+            self._index(instance)
+        return kept
+
+    def _index(self, instance: Instance) -> None:
+        if self._by_uid.setdefault(instance.sop, instance) is not instance:
+            self._others.setdefault(instance.sop, []).append(instance)
 
     def answer(self, uid: str, instance: Instance | None, taken: Taken) -> Answered:
         """An object was answered.

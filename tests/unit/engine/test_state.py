@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -493,3 +494,16 @@ class TestNamed:
     def test_of_a_class_that_the_list_tells_and_nobody_wants(self) -> None:
         assert self.concluded(1, 2, 3, sop_classes=("1.2.3",)) == {}
         assert set(self.concluded(1, sop_classes=("1.2.3",))) == {key(2), key(3)}
+
+
+def test_as_many_series_as_instances_cost_no_more_than_one() -> None:
+    """What comes is looked for by its UID, and not in each series that was ever seen."""
+    state = listed(1)
+    for number in range(30_000):
+        state.add_unlisted(f"1.9.{number}", f"1.8.{number}", CT)
+    began = time.process_time()
+    for number in range(1000):
+        assert not state.listed_elsewhere(f"1.7.{number}", f"1.6.{number}")
+        assert [x.series for x in state.of(f"1.8.{number}")] == [f"1.9.{number}"]
+    assert time.process_time() - began < 1
+    assert state.listed_elsewhere("1.7", uid(1))
