@@ -87,6 +87,8 @@ _REJECT_HINT = {
 
 _LOOK = 0.05
 """Seconds between two looks at whether to go on."""
+_CANCEL_GRACE = 1.0
+"""Seconds that a peer has after a cancel to take a message of ours."""
 _ABORTED = 0.15
 """Seconds that a peer has to hang up after our A-ABORT."""
 
@@ -459,14 +461,18 @@ class Association:
         limit : float
             ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
         """
+        ending = False
         try:
             while view:
                 try:
                     view = view[self._line.send(view) :]
                 except TimeoutError:
-                    if clock.monotonic() >= limit:
+                    if phase == "idle" and self.cancel.reason is not None and not ending:
+                        ending, limit = True, min(limit, clock.monotonic() + _CANCEL_GRACE)
+                    over = clock.monotonic() >= limit
+                    if over and not ending:
                         raise self._late(phase) from None
-                    if self.cancel.hard:
+                    if over or self.cancel.hard:
                         raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
         except OSError as error:
             cause = self._line.said() or error

@@ -312,11 +312,29 @@ class _LastIdentifierWithoutEnd(Behaviour):
             self.link.wait(0.1)
 
 
-def test_a_cancel_is_heard_while_the_last_identifier_comes(pacs: Callable[..., Any], tmp_path: Path) -> None:
-    with pacs(_LastIdentifierWithoutEnd, instances=2) as server:
-        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 30.0})
+class _Unread(Behaviour):
+    """Sends requests, and reads no answer to them."""
+
+    stages = frozenset({GET})
+
+    def before(self, retrieval: Retrieval) -> None:
+        request = {wire.FIELD: wire.C_ECHO, wire.MESSAGE_ID: 7, wire.DATA_SET_TYPE: wire.NO_DATA_SET}
+        self.link.flood(wire.p_data(retrieval.message.context, 3, wire.command(request)) * 1000)
+
+
+@pytest.mark.parametrize("behaviour", [_LastIdentifierWithoutEnd, _Unread])
+def test_a_cancel_is_heard_whatever_comes_and_is_not_read(
+    pacs: Callable[..., Any], tmp_path: Path, behaviour: type[Behaviour]
+) -> None:
+    with pacs(behaviour, instances=2) as server:
+        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 40.0, "idle": 40.0})
         at: list[float] = []
-        timer = threading.Timer(1.5, lambda: (at.append(time.monotonic()), scu.cancel("enough")))
+
+        def cancel() -> None:
+            at.append(time.monotonic())
+            scu.cancel("enough")
+
+        timer = threading.Timer(4, cancel)
         timer.start()
         result = scu.get_study({"StudyInstanceUID": server.study_uid})
         waited = time.monotonic() - at[0]
