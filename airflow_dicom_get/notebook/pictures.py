@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from airflow_dicom_get.errors import printable
 from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.notebook.frames import latest
 from airflow_dicom_get.vocabulary import FETCHED, HELD, NOT_HELD
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _GOOD, _BAD = "#2a6fbb", "#d1495b"
 _MOST = 10
+_LONGEST = 40
+"""Characters of a label."""
 
 
 def overview(manifest: Any) -> Figure:
@@ -66,7 +69,7 @@ def _draw_modalities(axes: Any, held: DataFrame, bad: DataFrame) -> None:
     import pandas as pd
 
     axes.set_title("Instances by modality, and size held")
-    names = {"held": held["modality"].fillna("unknown"), "not held": bad["modality"].fillna("unknown")}
+    names = {"held": _plain(held["modality"].fillna("unknown")), "not held": _plain(bad["modality"].fillna("unknown"))}
     counts = pd.DataFrame({what: modality.value_counts() for what, modality in names.items()}).fillna(0)
     if not len(counts):
         _say(axes, "Nothing was listed.")
@@ -110,7 +113,7 @@ def _draw_studies(axes: Any, held: DataFrame, bad: DataFrame) -> None:
     if not len(part):
         _say(axes, "Nothing was listed.")
         return
-    _stack(axes, part, [f"…{uid[-12:]}" if len(uid) > 13 else uid for uid in part.index])
+    _stack(axes, part, [f"…{uid[-12:]}" if len(uid) > 13 else uid for uid in _plain(part.index)])
 
 
 def _draw_reasons(axes: Any, bad: DataFrame) -> None:
@@ -118,11 +121,16 @@ def _draw_reasons(axes: Any, bad: DataFrame) -> None:
     if not len(bad):
         _say(axes, "All that was listed is held.")
         return
-    counts = bad["reason"].fillna("without a reason").value_counts()[::-1]
+    counts = _plain(bad["reason"].fillna("without a reason")).value_counts()[::-1]
     bars = axes.barh([str(reason) for reason in counts.index], counts.to_numpy(dtype=int), color=_BAD)
     axes.bar_label(bars, padding=3)
     axes.set_xlabel("instances")
     axes.margins(x=0.12)
+
+
+def _plain(texts: Any) -> Any:
+    """Texts that anybody may have written, as labels: short, printable, and no formula between two dollar signs."""
+    return texts.map(lambda text: printable(text[:_LONGEST]).replace("\\", "/").replace("$", r"\$"))
 
 
 def _stack(axes: Any, counts: DataFrame, names: list[str]) -> Any:

@@ -7,6 +7,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.frames import frame_of
 from airflow_dicom_get.manifest.schema import manifest_table
-from airflow_dicom_get.notebook import latest, read_instances, read_manifests
+from airflow_dicom_get.notebook import latest, overview, read_instances, read_manifests
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Moto
@@ -253,3 +255,16 @@ def test_manifests_and_pixels_out_of_a_bucket(
         assert len(datasets[0].PixelData) == 4000
         """,
     )
+
+
+def test_labels_of_an_overview_are_no_formulas_and_short() -> None:
+    """Whoever writes a manifest may write any text into it."""
+    for text in ("$\\frac$", "M" * 3_000_000, "a\nb\x1b[2J"):
+        row = Instance("1.2", "1.2.3", "1.2.3.4")
+        row.state, row.modality = "missing", text
+        row.reason = text  # type: ignore[assignment]
+        figure = overview(frame_of(manifest_table([row], source="", destination="")))
+        figure.savefig(BytesIO())
+        labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+        assert max(map(len, labels)) <= 45
+        assert all(map(str.isprintable, labels))
