@@ -330,7 +330,7 @@ def _read(path: Folder) -> bytes:
 def _fetch(place: S3Destination, bucket: Bucket) -> bytes:
     """The content of an object. Raises :class:`ManifestError`."""
     try:
-        return bucket.get(place.prefix)
+        return bucket.get(place.prefix, _LARGEST)
     except S3Error as error:
         raise ManifestError(
             f"The manifest {shown_path(place)} cannot be read. {error.message}", hint=error.hint, uri=str(place)

@@ -264,14 +264,19 @@ def _contents(paths: Iterable[Folder], study: str) -> Iterator[tuple[str, bytes]
     for path in paths:
         content = _content(path, study)
         size += len(content)
-        if size > _LARGEST:
-            raise LedgerError(
-                f"The ledgers of study {study} are larger than {_LARGEST >> 20} MiB together, with {path}.",
-                hint="They were not changed. Move away those that no run of yours wrote.",
-                study=study,
-                path=str(path),
-            )
+        check_size(size, study, str(path))
         yield str(path), content
+
+
+def check_size(size: int, study: str, path: str) -> None:
+    """Refuse ledgers of a study that are too large together. Raises :class:`LedgerError`."""
+    if size > _LARGEST:
+        raise LedgerError(
+            f"The ledgers of study {study} are larger than {_LARGEST >> 20} MiB together, with {path}.",
+            hint="They were not changed. Move away those that no run of yours wrote.",
+            study=study,
+            path=path,
+        )
 
 
 def _content(path: Folder, study: str) -> bytes:

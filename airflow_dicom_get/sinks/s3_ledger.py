@@ -16,6 +16,7 @@ from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import (
     Ledger,
+    check_size,
     dropped_line,
     durable_line,
     header_line,
@@ -23,7 +24,7 @@ from airflow_dicom_get.sinks.ledger import (
     parse_ledger,
     taken_line,
 )
-from airflow_dicom_get.storage.bucket import Bucket
+from airflow_dicom_get.storage.bucket import Bucket, Listed
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,11 @@ class BucketLedgers:
 
     def read(self, study: str) -> dict[Key, list[Stored]]:
         """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
-        keys = _keys(self.bucket, self._folder(study))
+        listed = _listed(self.bucket, self._folder(study))
+        keys = [item.key for item in listed]
+        check_size(sum(item.size for item in listed), study, self.bucket.uri(self._folder(study)))
         with clock.pool(_READERS, "dicom-get-s3-ledger") as pool:
-            contents = list(pool.map(self.bucket.get, keys))
+            contents = list(pool.map(lambda item: self.bucket.get(item.key, item.size), listed))
         runs: dict[str, list[tuple[str, bytes]]] = {}
         for key, content in zip(keys, contents, strict=True):
             runs.setdefault(_run_of(key), []).append((self.bucket.uri(key), content))
@@ -58,8 +61,9 @@ class BucketLedgers:
         return merge_records((run, parse_ledger(parts, study, self.destination, runs)) for run, parts in last_first)
 
 
-def _keys(bucket: Bucket, folder: str) -> list[str]:
-    return sorted(item.key for item in bucket.list(folder) if item.key.endswith(".jsonl"))
+def _listed(bucket: Bucket, folder: str) -> list[Listed]:
+    found = (item for item in bucket.list(folder) if item.key.endswith(".jsonl"))
+    return sorted(found, key=lambda item: item.key)
 
 
 def _run_of(key: str) -> str:
@@ -94,7 +98,7 @@ class BucketLedger:
         if self._earlier is None:
             folder, _, own = self._name.rpartition("/")
             try:
-                runs = dict.fromkeys(map(_run_of, _keys(self._bucket, f"{folder}/")))
+                runs = dict.fromkeys(_run_of(item.key) for item in _listed(self._bucket, f"{folder}/"))
             except S3Error as error:
                 raise OSError(errno.EIO, str(error)) from error
             self._earlier = [run for run in runs if run > own]

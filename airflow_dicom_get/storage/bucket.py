@@ -188,9 +188,15 @@ class Bucket:
         answer = self.call("put_object", key, Body=body, **self.stored_as(), **parameters)
         return str(answer.get("ETag", ""))
 
-    def get(self, key: str) -> bytes:
-        """Read an object whole."""
-        return b"".join(self.read(key))
+    def get(self, key: str, most: int | None = None) -> bytes:
+        """Read an object whole. Raises :class:`S3Error` where it is larger than ``most`` bytes."""
+        content = bytearray()
+        for chunk in self.read(key):
+            content += chunk
+            if most is not None and len(content) > most:
+                what = f"The object s3://{self.name}/{key} is larger than {most >> 20} MiB."
+                raise S3Error(what, hint="It was not changed.", bucket=self.name, key=key, passing=False)
+        return bytes(content)
 
     def read(self, key: str) -> Iterator[bytes]:
         """Read an object piece by piece."""

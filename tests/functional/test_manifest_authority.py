@@ -19,11 +19,12 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_of
 from airflow_dicom_get.notebook import read_instances
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.sinks import objects
+from airflow_dicom_get.sinks import ledger, objects
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -420,3 +421,26 @@ def test_forth_and_back_within_our_manifests_it_is_ours(
     (got.folder / "_manifests" / "forged.parquet").symlink_to(tmp_path / "forged.parquet")
     with pytest.raises(ManifestError, match="link"):
         verify("../forged.parquet", manifest_root=tmp_path / "state")
+
+
+def test_a_bucket_that_others_may_write_to_does_not_fill_the_memory(
+    embedded: Embedded, private: Holding, moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by a manifest nor by ledgers, of which the bounds are those of a folder."""
+    prefix = tmp_path.name
+    pacs = embedded(private.folder)
+    scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=f"s3://{BUCKET}/{prefix}", s3_config=moto.config)
+    uri = str(scu.get_study({"StudyInstanceUID": private.study}).manifest_uri)
+    assert read_table(uri, moto.config).num_rows == 12
+    monkeypatch.setattr(ledger, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(manifests, "_LARGEST", 1 << 20)
+    assert scu.get_study({"StudyInstanceUID": private.study}).skipped == 12
+    folder = f"{prefix}/_manifests/.ledger/{private.study}"
+    for number in range(2):
+        moto.client().put_object(Bucket=BUCKET, Key=f"{folder}/x.{number}.jsonl", Body=b" " * 700_000)
+    result = scu.get_study({"StudyInstanceUID": private.study})
+    assert result.verdict == "failed"
+    assert "are larger than 1 MiB together" in str(result.errors)
+    moto.client().put_object(Bucket=BUCKET, Key=f"{prefix}/_manifests/large.parquet", Body=bytes(2 << 20))
+    with pytest.raises(ManifestError, match="is larger than 1 MiB"):
+        read_table(f"s3://{BUCKET}/{prefix}/_manifests/large.parquet", moto.config)
