@@ -262,7 +262,7 @@ def test_labels_of_an_overview_are_no_formulas_and_short() -> None:
     for text in ("$\\frac$", "M" * 3_000_000, "a\nb\x1b[2J"):
         row = Instance("1.2", "1.2.3", "1.2.3.4")
         row.state, row.modality = "missing", text
-        row.reason = text  # type: ignore[assignment]
+        row.reason = text
         figure = overview(frame_of(manifest_table([row], source="", destination="")))
         figure.savefig(BytesIO())
         labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
