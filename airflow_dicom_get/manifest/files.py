@@ -404,7 +404,8 @@ def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    kinds = (pa.types.is_string, pa.types.is_large_string)  # the latter of a frame in XCom
+    texts = [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
     size = 0
     with pq.ParquetFile(BytesIO(content), read_dictionary=texts) as file:
         for field in file.schema_arrow:

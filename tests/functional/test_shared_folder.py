@@ -22,7 +22,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, SinkError
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests, table_in_xcom
+from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, table_in_xcom
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance, Stored
@@ -313,7 +313,7 @@ def test_a_manifest_in_xcom_does_not_become_gigabytes_in_a_notebook(monkeypatch:
 
     def in_xcom(table: pa.Table) -> dict[str, str]:
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        pq.write_table(pa.Table.from_pandas(frame_of(table)), buffer)  # as Airflow does it
         return {"__classname__": "pandas.core.frame.DataFrame", "__data__": buffer.getvalue().hex()}
 
     rows = [Instance("1.2", "1.2.3", f"1.2.3.{number}") for number in range(70)]
