@@ -60,6 +60,8 @@ from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from airflow_dicom_get.net.peer import Peer
+
 
 SAME: Final = "="
 NOT_THERE: Final = "+"
@@ -418,11 +420,15 @@ class _Verify:
 
     def look(self) -> None:
         """Find out what lies at the destination, or where the manifest says."""
+        from airflow_dicom_get.net.peer import Peer
+
         if isinstance(self.place, ForwardDestination):
             assert self.place.node is not None
-            self._ask(self.place.node)
+            target = Peer.of_target(self.place.node, self.options.forward_target or ForwardTarget(), self.options)
+            self._read_records(f"dicom://{target}")
+            self._ask(target)
         elif self.place is not None:
-            self._read_records()
+            self._read_records(self.place.uri)
             for study in self.studies:
                 self._look_into(self.place, study)
         else:
@@ -430,12 +436,11 @@ class _Verify:
                 item.there = item.item is not None
             self._leave_forwarded()
 
-    def _read_records(self) -> None:
-        """Our own ledgers at the destination: sizes and digests, where no manifest tells them."""
+    def _read_records(self, destination: str) -> None:
+        """Our own ledgers of the destination: what it was given, sizes and digests, where no manifest tells them."""
         if self.has_manifest:
             return
-        assert isinstance(self.place, FilesystemDestination | S3Destination)
-        ledgers = self._root().ledgers(self.place.uri)
+        ledgers = self._root().ledgers(destination)
         for study in self.studies:
             for records in ledgers.read(study).values():
                 item = self._item(Instance(study, records[0].series, records[0].sop))
@@ -461,21 +466,18 @@ class _Verify:
         for item in forwarded:
             item.trouble = "forwarded to a node that was not given as destination"
 
-    def _ask(self, node: Node) -> None:
+    def _ask(self, target: Peer) -> None:
         """What the node that is the destination lists."""
         from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.find import FIND_PROPOSALS
-        from airflow_dicom_get.net.peer import Peer
 
-        o = self.options
-        target = Peer.of_target(node, o.forward_target or ForwardTarget(), o)
         try:
             listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(self.studies))
         except PeerError as error:
             self._uncompared(error)
             for item in self.items.values():
-                item.trouble = f"{node} cannot be queried"
+                item.trouble = f"{target} cannot be queried"
             return
         for study, instances in listed.items():
             for key in sorted(instances):
@@ -499,11 +501,11 @@ class _Verify:
         ]
         for key in gone:  # recorded once, and gone everywhere
             del self.items[key]
-        known = {study for (study, _, _), item in self.items.items() if item.at_source or not self.has_source}
+        told = {study for (study, _, _), item in self.items.items() if self._is_told(item)}
+        stored = {study for (study, _, _), item in self.items.items() if item.there}
         for study in self.studies:
-            if study not in known and self.found.uncompared is None:
-                where = "listed by the PACS" if self.has_source else "listed or stored anywhere"
-                self._uncompared(InvalidQuery(f"Study {study} is not {where}.", hint="Check its UID.", study=study))
+            if study not in told:
+                self._nothing_tells_of(study, stored=study in stored)
         if not self.items and self.found.uncompared is None:
             hint = "Look at the result of the retrieval that was to bring some."
             self._uncompared(InvalidQuery("No instance is listed.", hint=hint))
@@ -521,6 +523,21 @@ class _Verify:
                     self.on_difference(difference)
         self.found.errors += remarks_of(self.found.rows)
         return self.found
+
+    def _is_told(self, item: _Item) -> bool:
+        """Whether there is something to hold it against: the list of the PACS; without one, a manifest or a record."""
+        return item.at_source if self.has_source else item.in_manifest or item.in_records
+
+    def _nothing_tells_of(self, study: str, *, stored: bool) -> None:
+        if self.found.uncompared is not None:
+            return
+        where, hint = "listed or stored anywhere", "Check its UID."
+        if self.has_source:
+            where = "listed by the PACS"
+        elif stored:
+            where = "listed anywhere, and no record says what was stored of it"
+            hint = "Give a PACS, the manifest of the retrieval, or the manifest_root under which it has its records."
+        self._uncompared(InvalidQuery(f"Study {study} is not {where}.", hint=hint, study=study))
 
     def _judge(self, item: _Item) -> tuple[Symbol, str]:
         if item.trouble is not None:

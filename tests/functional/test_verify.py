@@ -288,6 +288,9 @@ class TestFolder:
     def test_a_study_that_is_nowhere_is_not_the_same(
         self, got: Got, embedded: Embedded, private: Holding, tmp_path: Path
     ) -> None:
+        shutil.copytree(got.folder / got.study, tmp_path / "copy" / got.study)
+        unknown = verify(study=got.study, destination=tmp_path / "copy")
+        assert (unknown.exit_code, unknown.counts) == (4, {"-": 40}), "what was there once, nobody knows"
         nowhere = verify(study="1.2.3", destination=got.folder, addr=got.node)
         assert (nowhere.exit_code, nowhere.same, nowhere.counts) == (4, False, {})
         assert "1.2.3 is not listed by the PACS" in nowhere.errors[0]["error"]
@@ -442,6 +445,26 @@ class TestForwards:
         ).get_study(manifest=found.manifest_uri)
         assert (again.verdict, again.completed, again.skipped) == ("complete", 12, 11)
         assert verify(result.manifest_uri, destination=to).same
+
+    def test_our_records_tell_what_a_node_was_sent(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
+        (tmp_path / "dest").mkdir()
+        destination = embedded(tmp_path / "dest", ae_title="DEST")
+        result = forward(embedded(private.folder), destination, tmp_path / "state", private.study)
+        place: dict[str, Any] = {"study": private.study, "destination": result.destination}
+        found = verify(**place, manifest_root=tmp_path / "state")
+        assert (found.exit_code, found.counts) == (0, {"=": 12})
+        without = verify(**place, manifest_root=tmp_path / "nothing")
+        assert (without.exit_code, without.counts) == (4, {"-": 12})
+        assert "no record says what was stored" in str(without.uncompared)
+        destination.stop()
+        for path in sorted((tmp_path / "dest").rglob("*.dcm"))[1:]:
+            path.unlink()
+        again = embedded(tmp_path / "dest", ae_title="DEST", port=destination.port)
+        found = verify(**place, manifest_root=tmp_path / "state")
+        assert (found.exit_code, found.counts) == (3, {"=": 1, "+": 11})
+        again.stop()
+        unreachable = verify(**place, manifest_root=tmp_path / "state")
+        assert (unreachable.exit_code, unreachable.differences) == (1, [])
 
     def test_a_node_is_not_called_because_a_manifest_names_it(
         self, embedded: Embedded, private: Holding, tmp_path: Path
