@@ -143,6 +143,7 @@ class GetScu:
         on_completed: Callable[[Completed], object] | None = None,
         manifest: Any = None,
         manifest_name: str | None = None,
+        found: FoundList | None = None,
     ) -> Result:
         """Retrieve what a query selects, and verify every instance.
 
@@ -162,6 +163,9 @@ class GetScu:
             at this destination is skipped; what the source no longer lists is ``missing`` unless it is held.
         manifest_name : str
             Path of the new manifest below the manifest root, without its extension; the run's name by default.
+        found : FoundList
+            The search of which the query is, as :meth:`find_listed` returns it. What it did not find counts for the
+            verdict of result and manifest.
 
         Returns
         -------
@@ -210,6 +214,8 @@ class GetScu:
                     report.resume_later(result, self._next_opening())
                 if end.unclosed is not None:
                     report.not_closed(result, end.unclosed)
+                if found is not None:
+                    report.add_search_of_list(result, found)
                 rows = end.rows()
                 result.rows = lambda: manifest_table(rows, **self._described(places))
                 results.append(result)

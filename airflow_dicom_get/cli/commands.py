@@ -6,7 +6,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, MutableSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from airflow_dicom_get.engine.query import Query
-    from airflow_dicom_get.engine.study_list import ListedStudy
+    from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
     from airflow_dicom_get.getscu import GetScu
     from airflow_dicom_get.result import Result
 
@@ -202,11 +202,8 @@ def get(typed: Namespace) -> int:
             query_model=options.query_model,
             on_sub_operation=show,
             manifest=typed.manifest,
+            found=meant.found,
         )
-    if studies is not None:
-        from airflow_dicom_get.engine.report import add_search_of_list
-
-        add_search_of_list(result, meant.unknown, meant.remarks, meant.doubt)
     _show(result, typed)
     return result.exit_code
 
@@ -217,16 +214,23 @@ def _studies(typed: Namespace) -> list[ListedStudy] | None:
 
 @dataclass(slots=True)
 class _Meant:
-    """What was asked for: the client, the query to ask it, and what is to be said of the search for a list."""
+    """What was asked for: the client, the query to ask it, and the search for a list."""
 
     scu: GetScu
     query: dict[str, Any] | None
     """None where nothing of a list is at the node."""
-    unknown: int = 0
-    """Accession numbers that have no study there."""
-    remarks: list[dict[str, Any]] = field(default_factory=list)
-    doubt: str | None = None
-    """Why the list may mean more studies."""
+    found: FoundList | None = None
+    """What there is of a list of accession numbers."""
+
+    @property
+    def remarks(self) -> list[dict[str, Any]]:
+        """What is to be said of the answers."""
+        return self.found.remarks if self.found is not None else []
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the list may mean more studies."""
+        return self.found.doubt if self.found is not None else None
 
 
 def _meant(options: CallOptions, typed: Namespace, listed: list[ListedStudy] | None) -> _Meant:
@@ -238,11 +242,12 @@ def _meant(options: CallOptions, typed: Namespace, listed: list[ListedStudy] | N
     if listed[0].key == UID:
         return _Meant(scu, {UID: [one.value for one in listed]})
     found = scu.find_listed(listed)
-    nowhere = [entry for entry in found.entries if not entry.uids]
-    for entry in nowhere:
+    for entry in found.entries:
+        if entry.uids:
+            continue
         output.note(f"{typed.from_file}, line {entry.listed.line}: no study {entry.problem}")
     uids = list(dict.fromkeys(uid for entry in found.entries for uid in entry.uids))
-    return _Meant(scu, {UID: uids} if uids else None, len(nowhere), found.remarks, found.doubt)
+    return _Meant(scu, {UID: uids} if uids else None, found)
 
 
 def _nothing(meant: _Meant) -> int:
@@ -250,7 +255,8 @@ def _nothing(meant: _Meant) -> int:
         output.note(remark_text(remark))
     if meant.doubt is not None:
         output.note(remark_text(doubt_remark(meant.doubt)))
-    output.note(f"none of the {meant.unknown} accession numbers matches a study")
+    asked = len(meant.found.entries) if meant.found is not None else 0
+    output.note(f"none of the {asked} accession numbers matches a study")
     output.emit(["empty: no study matches"])
     return 5 if meant.doubt is None else EXIT_CODES[UNVERIFIED]
 

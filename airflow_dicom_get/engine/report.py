@@ -38,6 +38,7 @@ from airflow_dicom_get.vocabulary import (
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
     from airflow_dicom_get.engine.state import StudyState
+    from airflow_dicom_get.engine.study_list import FoundList
     from airflow_dicom_get.lists.matching import Dropped
 
 MOST_ERRORS = 10
@@ -432,13 +433,12 @@ def left_to_itself(states: Sequence[StudyState], why: DicomGetError, cancelled_b
     return end_of(states)
 
 
-def add_search_of_list(
-    result: Result, unknown: int, remarks: Sequence[dict[str, Any]], doubt: str | None = None
-) -> None:
+def add_search_of_list(result: Result, found: FoundList) -> None:
     """What the search for a list of studies had to say: remarks, how many entries name none that is there, a doubt."""
-    result.errors += remarks
-    if doubt is not None:
-        _doubt(result, doubt)
+    unknown = sum(not entry.uids for entry in found.entries)
+    result.errors += found.remarks
+    if found.doubt is not None:
+        _doubt(result, found.doubt)
     if unknown:
         text = "An accession number matches no study at the PACS."
         _not_found(result, _entry(text, advice("not_found"), unknown))

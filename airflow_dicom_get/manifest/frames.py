@@ -65,6 +65,7 @@ __all__ = [
     "reference",
     "table_in_xcom",
     "table_of",
+    "write_as_one",
 ]
 
 REFERENCE_KIND = "dicom-manifest"
@@ -309,6 +310,19 @@ def combine_manifests(
     tables = load_tables(given, s3_config)
     facts = facts_of(tables, given)
     verdict, evidence = worst(said for said, _ in facts), weakest(rests_on for _, rests_on in facts)
+    return write_as_one(tables, to, s3_config, verdict=verdict, evidence=evidence, run=run)
+
+
+def write_as_one(
+    tables: Sequence[pa.Table],
+    to: str | Path,
+    s3_config: S3 = None,
+    *,
+    verdict: Verdict,
+    evidence: Evidence,
+    run: str | None = None,
+) -> dict[str, Any]:
+    """Write the tables of several manifests as one, with a verdict that is known of them. Raises as for that."""
     name = run or clock.run_name()
     place = place_of(to)
     if isinstance(place, S3Destination):

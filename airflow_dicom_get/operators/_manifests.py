@@ -16,12 +16,13 @@ from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_d
 from airflow_dicom_get.manifest.files import task_run_name, without_links
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
-    combine_manifests,
     each_of,
     frame_of,
     load_table,
+    load_tables,
     one_table,
     reference,
+    write_as_one,
 )
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
@@ -173,14 +174,17 @@ def counts_of(table: pa.Table) -> dict[str, Any]:
 def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict[str, Any] | None:
     """The reference to the one manifest of a task; None if there is no file."""
     uris = [with_connection(result.manifest_uri, conn_id) for result in results if result.manifest_uri]
+    from airflow_dicom_get.engine.report import merge
+
     if not uris or any(result.rows is not None and not result.manifest_uri for result in results):
-        return None  # one that has neither rows nor a file was never begun
-    if len(uris) == 1:
+        return None  # one that has neither rows nor a file was never begun, or broke off: it counts for the verdict
+    if len(results) == 1:
         return reference(uris[0])
-    folder = uris[0].rpartition("/")[0]
-    whole = combine_manifests(uris, f"{folder}/{name.rpartition('/')[2]}.parquet")
+    task, to = merge(results), f"{uris[0].rpartition('/')[0]}/{name.rpartition('/')[2]}.parquet"
+    whole = write_as_one(load_tables(uris), to, verdict=task.verdict, evidence=task.evidence)
     for uri in uris:
-        _remove(uri)
+        if uri != to:
+            _remove(uri)
     return whole
 
 

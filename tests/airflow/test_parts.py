@@ -11,6 +11,7 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.destination import parse_destination
+from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import make_item
 from airflow_dicom_get.engine.report import merge
 from airflow_dicom_get.errors import Cancelled, IncompleteRetrieval, InvalidOption
@@ -18,10 +19,10 @@ from airflow_dicom_get.hooks._destinations import check_address, resolve_destina
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
 from airflow_dicom_get.hooks._studies import study_queries
 from airflow_dicom_get.hooks.configuration import is_allowed
-from airflow_dicom_get.manifest.files import task_run_name
+from airflow_dicom_get.manifest.files import task_run_name, write_manifest
 from airflow_dicom_get.manifest.frames import frame_of
 from airflow_dicom_get.manifest.schema import manifest_table
-from airflow_dicom_get.operators._manifests import counts_of, load_given
+from airflow_dicom_get.operators._manifests import Manifest, counts_of, load_given
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
 from airflow_dicom_get.operators._progress import Progress
 from airflow_dicom_get.records import Completed, Instance, SubOperation
@@ -264,6 +265,22 @@ def test_several_retrievals_add_up_and_the_worst_decides():
     assert (whole.expected, whole.total, whole.completed, whole.failed, whole.bytes) == (8, 8, 7, 1, 80)
     assert (whole.plan_at, whole.evidence, whole.bytes_per_second) == (early, "list", 20.0)
     assert whole.errors == [{"error": "x", "count": 3, "hint": "h"}]
+
+
+@pytest.mark.parametrize(
+    "other", [report.never_begun(), report.broken_off(InvalidOption("x", hint="", option="x"))], ids=lambda x: x.verdict
+)
+def test_the_file_of_a_task_has_the_verdict_of_the_task(tmp_path, other):
+    path = tmp_path / "0-1.part0.parquet"
+    row = Instance("1", "2", "3")
+    row.state = "stored"
+    write_manifest(
+        manifest_table([row], source="s", destination="d"), path, verdict="complete", evidence="list", run="r"
+    )
+    complete = Result(verdict="complete", manifest_uri=f"file://{path}", evidence="list")
+    value = Manifest([complete, other], "0-1", mode="reference").value
+    assert (value["verdict"], value["rows"]) == (other.verdict, 1)
+    assert [one.name for one in tmp_path.iterdir()] == ["0-1.parquet"]
 
 
 def test_one_that_waits_for_its_hours_makes_all_wait():

@@ -474,6 +474,7 @@ class TestVerbs:
         done = run("get", node_of(pacs), "--from-file", "list.csv", "--to", "out", "--json")
         value = json.loads(done.stdout)
         assert (done.returncode, value["verdict"], value["reason"], value["completed"]) == (5, "empty", "not_found", 40)
+        assert read_manifest(value["manifest"]).attrs["verdict"] == "empty", "an export takes it for no whole list"
         assert "list.csv, line 3: no study has this accession number" in done.stderr
         assert "NOT-THERE" not in done.stderr
         (tmp_path / "list.csv").write_text("AccessionNumber\nNOT-THERE\n")
