@@ -213,9 +213,18 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
     :param manifest: of any shape, or several
     :param s3_conn_id: the connection of those in a bucket whose address names none
     :raises ManifestError: one cannot be read, or is not what its reference says
-    :raises InvalidOption: there is none
+    :raises InvalidOption: there is none, or one of several is None: what a task was to retrieve that left none would be
+        passed over
     """
-    given = [one for one in load_each(manifest, s3_conn_id) if one is not None]
+    manifests = each_of(manifest)
+    missing = sum(one is None for one in manifests)
+    if missing and missing < len(manifests):
+        raise invalid(
+            "manifest",
+            f"has None in {missing} of {len(manifests)} places",
+            "The upstream task failed or was skipped. Leave out those that you know to be skipped.",
+        )
+    given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
     places = dict.fromkeys(place for one in given for place in one.places)
     return Listed(one_table([one.table for one in given]), tuple(places))
 

@@ -261,6 +261,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "relative": ({"source": "data"}, "not an absolute path"),
     "not_there": ({"source": "/nowhere/at/all"}, "/nowhere/at/all"),
     "no_manifest": ({"manifest": "/nowhere/m.parquet"}, "cannot be read"),
+    "none_among": ({"manifest": ["/nowhere/n.parquet", None]}, "has None in 1 of 2 places"),
     "relative_manifest": ({"manifest": "m.parquet"}, "not an absolute path"),
     "node": ({"source": "dicom://archive"}, "is a DICOM node"),
     "bucket": ({"source": "s3://bucket/x"}, "names no connection"),

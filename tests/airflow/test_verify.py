@@ -129,6 +129,7 @@ BAD = {
     "relative": ({"study": "1.2.3", "destination": "data"}, "not an absolute path"),
     "bucket": ({"study": "1.2.3", "destination": "s3://bucket/x"}, "names no connection"),
     "no_manifest": ({"manifest": "/nowhere/m.parquet"}, "cannot be read"),
+    "none_among": ({"manifest": ["/nowhere/n.parquet", None]}, "has None in 1 of 2 places"),
     "no_node": ({"study": "1.2.3", "destination": "dicom://nowhere"}, "with the type DICOM"),
     "wrong_type": ({"study": "1.2.3", "destination": "/data", "dicom_conn_id": "store"}, "is not dicom"),
 }
