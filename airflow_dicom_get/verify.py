@@ -55,7 +55,7 @@ from airflow_dicom_get.sinks.objects import (
 )
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
-from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS
+from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -342,6 +342,8 @@ class _Verify:
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
+        self.said: Verdict | None = None
+        """The verdict of the manifest that was read."""
         self.found = Verification()
 
     def _item(self, row: Instance, place: str | None = None) -> _Item:
@@ -359,7 +361,7 @@ class _Verify:
 
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
-        self.has_manifest = True
+        self.has_manifest, self.said = True, listed.verdict
         opener = Opener(listed.places, self.s3)
         for row in instances_of(listed.table):
             if self.studies and row.study not in self.studies:
@@ -646,7 +648,7 @@ class _Verify:
 
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""
-        from airflow_dicom_get.engine.report import verdict_of_comparison
+        from airflow_dicom_get.engine.report import verdict_of_comparison, verdict_without_list
         from airflow_dicom_get.manifest.schema import manifest_rows
 
         run = clock.run_name()
@@ -655,6 +657,8 @@ class _Verify:
             "destination": str(self.place) if self.place is not None else "",
         }
         verdict = verdict_of_comparison(found.same, found.differs)
+        if not self.has_source:
+            verdict = verdict_without_list(verdict, self.said)
         try:
             found.manifest_uri = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),

@@ -320,10 +320,19 @@ def assemble_comparison(
 
 
 def verdict_of_comparison(same: bool, differences: bool) -> Verdict:
-    """The verdict that the manifest of a ``verify`` carries."""
+    """The verdict of a ``verify``."""
     if same:
         return COMPLETE
     return PARTIAL if differences else UNVERIFIED
+
+
+def verdict_without_list(compared: Verdict, read: Verdict | None) -> Verdict:
+    """The verdict that the manifest of a ``verify`` carries which did not ask the PACS.
+
+    It knows of no more than what it was given: never a better one than the manifest that was read, and, where that were
+    our records alone, no list.
+    """
+    return worst((compared, UNVERIFIED if read is None else read))
 
 
 def verdict_of_manifests(said: Iterable[Verdict], not_held: bool) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
@@ -28,7 +29,7 @@ from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
 from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.vocabulary import HELD, NOT_HELD
+from airflow_dicom_get.vocabulary import HELD, NOT_HELD, worst
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -226,7 +227,7 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
         )
     given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
     places = dict.fromkeys(place for one in given for place in one.places)
-    return Listed(one_table([one.table for one in given]), tuple(places))
+    return Listed(one_table([one.table for one in given]), tuple(places), worst(one.verdict for one in given))
 
 
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
@@ -245,7 +246,7 @@ def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
         elif uri is not None:
             _check_manifest_place(uri)
         listed = load_listed(one, how)
-        given.append(Listed(listed.table, tuple(x for x in listed.places if configuration.is_allowed(x))))
+        given.append(replace(listed, places=tuple(x for x in listed.places if configuration.is_allowed(x))))
     if all(one is None for one in given):
         raise invalid(
             "manifest",

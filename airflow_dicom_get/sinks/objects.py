@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
-from airflow_dicom_get.vocabulary import READABLE
+from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -353,6 +353,8 @@ class Listed:
 
     table: pa.Table
     places: tuple[FilesystemDestination | S3Destination, ...]
+    verdict: Verdict = UNVERIFIED
+    """What it says of itself."""
 
 
 def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None) -> Listed:
@@ -375,14 +377,15 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
     InvalidOption
         A root is no folder and no prefix of a bucket.
     """
-    from airflow_dicom_get.manifest.frames import load_table
+    from airflow_dicom_get.manifest.frames import facts_of, load_table
 
     named = _named(root)
     if isinstance(manifest, Listed):
-        return Listed(manifest.table, (*manifest.places, *named))
+        return replace(manifest, places=(*manifest.places, *named))
     table = load_table(manifest, s3)
     own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
-    return Listed(table, (*own, *named))
+    [(verdict, _)] = facts_of([table])
+    return Listed(table, (*own, *named), verdict)
 
 
 def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:

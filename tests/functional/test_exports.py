@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from airflow_dicom_get import GetScu, export, load_manifest
+from airflow_dicom_get import GetScu, export, load_manifest, read_manifest
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven, SinkError
-from airflow_dicom_get.manifest.files import write_manifest
+from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -511,6 +511,22 @@ class TestOnlyWhatIsProven:
         assert export(uri, "sha256sums")
         with pytest.raises(NotProven, match="1 of 40 instances are missing"):
             export([uri, found.manifest_uri], "sha256sums")
+
+    def test_a_verification_without_the_pacs_proves_no_more_than_was_proven(self, got: Got) -> None:
+        path = Path(got.get().removeprefix("file://"))
+        table = read_table(path)
+        place: dict[str, Any] = {"study": got.study, "destination": got.folder}
+        pacs = f"{got.pacs.host}:{got.pacs.port}"
+        for verdict in ("unverified", "cancelled", "empty"):
+            write_manifest(table, path, verdict=verdict, evidence="none", run="20200101T000000Z-0")
+            for found in (verify(path), verify(path, destination=got.folder), verify(read_manifest(path))):
+                assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, verdict)
+                with pytest.raises(NotProven, match=f"The verdict is {verdict}"):
+                    export([path, found.manifest_uri], "sha256sums")
+            assert export([path, verify(path, addr=pacs).manifest_uri], "sha256sums")
+        found = verify(**place)
+        assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, "unverified")
+        assert read_manifest(verify(**place, addr=pacs).manifest_uri).attrs["verdict"] == "complete"
 
     def test_rows_speak_louder_than_the_verdict_of_the_file(self, tmp_path: Path) -> None:
         path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
