@@ -11,8 +11,8 @@ from airflow_dicom_get.config.destination import FilesystemDestination, S3Destin
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.report import verdict_of_manifests
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
-from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table
-from airflow_dicom_get.manifest.schema import COLUMNS, metadata_of
+from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
+from airflow_dicom_get.manifest.schema import COLUMNS
 from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
 from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, REASONS, Verdict, noun
 
@@ -156,13 +156,21 @@ def _numbered(tables: Sequence[pa.Table]) -> DataFrame:
         raise invalid("manifests", "names none", "Give a manifest, a reference or an address.")
     frame = frame_of(one_table([_labelled(table, number) for number, table in enumerate(tables)]))
     frame.attrs.clear()
-    runs = began(pd.Series([metadata_of(table).get("run") for table in tables], dtype="string"))
-    order = list(range(len(tables)))
+    names, sizes, latest = [], [], []
+    for table in tables:
+        start = 0
+        for name, size in runs_of(table):  # of a manifest that was combined each has its own time
+            names.append(name)
+            sizes.append(size)
+            latest.append(compute.max(table["received_at"].slice(start, size)).value or 0)
+            start += size
+    runs = began(pd.Series(names, dtype="string"))
+    order = list(range(len(runs)))
     if runs.notna().all():
         # The name of a run has seconds, and a second run may begin in the same one: what it received came later.
-        order.sort(key=lambda number: (runs[number], compute.max(tables[number]["received_at"]).value or 0))
-    places = pd.Series(range(len(tables)), index=order)
-    return frame.assign(**{_AT: places.loc[frame[_FROM].to_numpy(dtype="int64")].to_numpy()})
+        order.sort(key=lambda number: (runs[number], latest[number]))
+    places = pd.Series(range(len(runs)), index=order).sort_index()
+    return frame.assign(**{_AT: places.repeat(sizes).to_numpy()})
 
 
 def _give_back() -> None:

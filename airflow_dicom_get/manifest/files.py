@@ -150,10 +150,17 @@ def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str,
             writer.write_batch(batch.cast(schema))
 
 
-def manifest_content(rows: pa.Table | pa.RecordBatchReader, *, verdict: str, evidence: str, run: str) -> bytes:
+def manifest_content(
+    rows: pa.Table | pa.RecordBatchReader,
+    *,
+    verdict: str,
+    evidence: str,
+    run: str,
+    extra: Mapping[str, str] | None = None,
+) -> bytes:
     """What :func:`write_manifest` would write: for a place that takes it whole."""
     buffer = BytesIO()
-    _write(rows, buffer, {"verdict": verdict, "evidence": evidence, "run": run})
+    _write(rows, buffer, {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})})
     return buffer.getvalue()
 
 

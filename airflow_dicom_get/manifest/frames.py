@@ -7,7 +7,9 @@ DataFrame is asked for.
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +65,7 @@ __all__ = [
     "parquet_in_xcom",
     "read_manifest",
     "reference",
+    "runs_of",
     "table_in_xcom",
     "table_of",
     "write_as_one",
@@ -70,6 +73,9 @@ __all__ = [
 
 REFERENCE_KIND = "dicom-manifest"
 Word = TypeVar("Word", bound=str)
+_RUNS = "runs"
+"""In the metadata of a combined manifest: see :func:`runs_of`."""
+_STAMP = r"\d{8}T\d{6}Z"
 _DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UTC]"}
 
 
@@ -266,7 +272,34 @@ def began(runs: Any) -> Any:
     """When some runs began, a column of times; null where a name does not say it."""
     import pandas as pd
 
-    return pd.to_datetime(runs.str.extract(r"(\d{8}T\d{6}Z)")[0], format="%Y%m%dT%H%M%SZ", utc=True)
+    return pd.to_datetime(runs.str.extract(f"({_STAMP})")[0], format="%Y%m%dT%H%M%SZ", utc=True)
+
+
+def runs_of(table: pa.Table) -> list[tuple[str | None, int]]:
+    """The runs whose rows a manifest has, in their order, and how many of each; several where it was combined.
+
+    None is a run of which nothing is known, as where rows were taken from a combined one.
+    """
+    facts = metadata_of(table)
+    if _RUNS not in facts:
+        return [(facts.get("run"), table.num_rows)]
+    try:
+        runs = [(run if isinstance(run, str) else None, int(rows)) for run, rows in json.loads(facts[_RUNS])]
+    except (TypeError, ValueError):
+        runs = []
+    fits = all(rows >= 0 for _, rows in runs) and sum(rows for _, rows in runs) == table.num_rows
+    return runs if fits else [(None, table.num_rows)]
+
+
+def _name_as_one(runs: Sequence[tuple[str | None, int]]) -> str:
+    """The name of a combined manifest: as old as the newest of its runs, so that none of its rows is newer than it was.
+
+    Where one does not say when it began, the time is that of now.
+    """
+    stamps = [re.search(_STAMP, run or "") for run, _ in runs]
+    known = [stamp[0] for stamp in stamps if stamp is not None]
+    name = clock.run_name()
+    return re.sub(_STAMP, max(known), name) if known and len(known) == len(stamps) else name
 
 
 def facts_of(tables: Sequence[pa.Table], given: Sequence[Any] = ()) -> list[tuple[Verdict, Evidence]]:
@@ -289,7 +322,7 @@ def combine_manifests(
 ) -> dict[str, Any]:
     """Write several manifests as one, and return its reference.
 
-    The verdict is the worst of theirs, the evidence the weakest.
+    The verdict is the worst of theirs, the evidence the weakest. Each row stays as old as its run is.
 
     Parameters
     ----------
@@ -324,19 +357,22 @@ def write_as_one(
 ) -> dict[str, Any]:
     """Write the tables of several manifests as one, with a verdict that is known of them. Raises as for that."""
     name = run or clock.run_name()
+    runs = [one for table in tables for one in runs_of(table)]
+    run = run or _name_as_one(runs)
+    whole, extra = one_table(tables), {_RUNS: json.dumps(runs)}
     place = place_of(to)
     if isinstance(place, S3Destination):
         key = place.prefix
         if not key.endswith(".parquet"):
             key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
         bucket = bucket_of(place, s3_config)
-        bucket.put(key, manifest_content(one_table(tables), verdict=verdict, evidence=evidence, run=name))
+        bucket.put(key, manifest_content(whole, verdict=verdict, evidence=evidence, run=run, extra=extra))
         return reference(with_connection(bucket.uri(key), place.conn_id), s3_config)
     path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
     try:
-        write_manifest(one_table(tables), without_links(path), verdict=verdict, evidence=evidence, run=name)
+        write_manifest(whole, without_links(path), verdict=verdict, evidence=evidence, run=run, extra=extra)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

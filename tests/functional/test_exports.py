@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from airflow_dicom_get import GetScu, export, load_manifest, read_manifest
+from airflow_dicom_get import GetScu, combine_manifests, export, load_manifest, read_manifest
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven, SinkError
 from airflow_dicom_get.manifest.files import read_table, write_manifest
@@ -527,6 +527,22 @@ class TestOnlyWhatIsProven:
         found = verify(**place)
         assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, "unverified")
         assert read_manifest(verify(**place, addr=pacs).manifest_uri).attrs["verdict"] == "complete"
+
+    def test_a_combined_manifest_makes_no_old_row_new(self, tmp_path: Path) -> None:
+        got = str(made_up(tmp_path / "a.parquet", {1: "stored", 2: "stored"}, run="20260301T220000Z-0"))
+        lost = str(made_up(tmp_path / "b.parquet", {1: "stored", 2: "missing"}, run="20260302T220000Z-0"))
+        again = str(made_up(tmp_path / "c.parquet", {1: "stored"}, run="20260303T220000Z-0"))
+        alone = combine_manifests([got], tmp_path / "alone.parquet")
+        night = combine_manifests([got, again], tmp_path / "night.parquet")
+        twice = combine_manifests([night], tmp_path / "twice.parquet")
+        every = combine_manifests([lost, load_manifest(got)], tmp_path / "every.parquet")
+        for ways in ([alone, lost], [night, lost], [twice, lost], [load_manifest(twice), lost], [every]):
+            for manifests in (ways, ways[::-1]):
+                with pytest.raises(NotProven, match="1 of 2 instances are missing"):
+                    export(manifests, "sha256sums")
+        assert export([combine_manifests([lost, got], tmp_path / "x.parquet"), again], "sha256sums", accept="partial")
+        mended = str(made_up(tmp_path / "d.parquet", {1: "stored", 2: "stored"}, run="20260304T220000Z-0"))
+        assert export([combine_manifests([mended], tmp_path / "y.parquet"), lost], "sha256sums")
 
     def test_rows_speak_louder_than_the_verdict_of_the_file(self, tmp_path: Path) -> None:
         path = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
