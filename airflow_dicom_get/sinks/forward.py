@@ -142,6 +142,8 @@ class ForwardSink:
         """By study and SOP Instance UID, what it lists besides: some nodes hold an instance of a UID in each study."""
         self._recorded: dict[str, dict[str, list[Stored]]] = {}
         """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
+        self._unlisted: dict[str, set[Key]] = {}
+        """By study, what of this it does not list any more, so that another data set may be sent."""
         self._under_way: set[str] = set()
         """SOP Instance UIDs of what is being sent."""
         self._unanswered: set[tuple[str, _Sent]] = set()
@@ -158,7 +160,7 @@ class ForwardSink:
         held = {key: records[0] for key, records in recorded.items() if records[0].durable}
         if held or self.options.trust_destination:
             try:
-                recorded = self._hold_against_list(study, held, recorded)
+                self._hold_against_list(study, held, recorded)
             except (OperationFailed, ListTooLong) as error:
                 log.warning("%s does not tell what it holds, so all is sent again: %s", self.name, error.message)
                 held.clear()
@@ -170,14 +172,12 @@ class ForwardSink:
                     self._listed_too[study, x.sop] = there
         return held
 
-    def _hold_against_list(
-        self, study: str, held: dict[Key, Stored], recorded: dict[Key, list[Stored]]
-    ) -> dict[Key, list[Stored]]:
-        """Correct what is held by what the destination lists; gives the records that are of what it lists."""
+    def _hold_against_list(self, study: str, held: dict[Key, Stored], recorded: Mapping[Key, Sequence[Stored]]) -> None:
+        """Correct what is held by what the destination lists, and note what was recorded and is not listed."""
         series = None if self.options.trust_destination else {x.series for x in held.values()}
         listed = self._listed(study, series)
         if listed is None:
-            return recorded
+            return
         for key in held.keys() - listed:
             log.info("%s no longer lists an instance that was stored there", self.name)
             del held[key]
@@ -185,7 +185,8 @@ class ForwardSink:
         for series_uid, sop in sorted(listed - held.keys()):
             if self.options.trust_destination or sop in sent:
                 held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
-        return {key: records for key, records in recorded.items() if key in listed}
+        with self._mutex:
+            self._unlisted[study] = set(recorded.keys() - listed)
 
     def _remember(self, study: str, recorded: Mapping[Key, Sequence[Stored]]) -> dict[str, list[Stored]]:
         by_uid: dict[str, list[Stored]] = {}
@@ -194,12 +195,25 @@ class ForwardSink:
         with self._mutex:
             return self._recorded.setdefault(study, by_uid)
 
-    def _taken_once(self, instance: Instance) -> list[Stored]:
+    def _records(self, instance: Instance) -> list[Stored]:
         """What our ledgers say that the destination took under this UID, also where the inventory was not asked for."""
         known = self._recorded.get(instance.study)
         if known is None:
             known = self._remember(instance.study, self._ledger_store.read(instance.study))
         return known.get(instance.sop, [])
+
+    def _taken_once(self, instance: Instance) -> list[Stored]:
+        """Of these records those that the instance may not contradict."""
+        unlisted = self._unlisted.get(instance.study, ())
+        return [record for record in self._records(instance) if record.key not in unlisted]
+
+    def _sent_before(self, instance: Instance) -> bool:
+        """Whether just this data set was sent there whole before, in this run or by our records."""
+        content = _content(instance)
+        return (instance.sop, content) in self._unanswered or any(
+            record.series == instance.series and _same(record, content.bytes, content.sha256)
+            for record in self._records(instance)
+        )
 
     def _listed(self, study: str, series: Collection[str] | None) -> set[Key] | None:
         """What the destination lists; None where it offers no list, so that our records of its answers stand.
@@ -310,7 +324,7 @@ class ForwardSink:
         line = self._line(pair)
         if line is None:
             return self._no_context(instance, pair)
-        digest = hashlib.sha256() if self.options.checksum or once else None
+        digest = hashlib.sha256() if self.options.checksum or self._records(instance) else None
         line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
         return _ForwardWriter(self, line, instance, digest, once)
 
@@ -414,7 +428,7 @@ class ForwardSink:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
         outcome, text = s.store_outcome(status), f"The destination answered {s.describe_store(status)}."
         if outcome == "duplicate":  # what it has is this data set only where we have sent it before
-            known = bool(self._taken_once(instance)) or (instance.sop, _content(instance)) in self._unanswered
+            known = self._sent_before(instance)
             outcome, status = ("warning", s.SUCCESS) if known else ("refused", status)
             text += (
                 "" if known else " Nothing of ours tells that it is this data set; trust_destination takes its word."
@@ -644,7 +658,7 @@ def _elsewhere(where: str) -> Taken:
     )
 
 
-def _same(first: _Sent | Stored, size: int, digest: bytes) -> bool:
+def _same(first: _Sent | Stored, size: int | None, digest: bytes | None) -> bool:
     """Whether a data set is the one that was sent first, as far as that is known."""
     return first.bytes in (None, size) and first.sha256 in (None, digest)
 

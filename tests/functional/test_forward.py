@@ -33,7 +33,7 @@ from airflow_dicom_get.verify import verify
 from tests.support.certificates import Authority
 from tests.support.forwards import datasets, forward, sent_by, states
 from tests.support.holdings import Holding, hold
-from tests.support.listing_node import ListingNode, nameless
+from tests.support.listing_node import ListingNode, cut, nameless, nothing
 from tests.support.odd_destination import DieError, OddDestination, accept_only, at
 from tests.support.relay import Relay
 
@@ -635,6 +635,23 @@ class TestResume:
                 assert (result.verdict, result.total, result.completed, result.conflicts) == ("partial", 4, 3, 1)
             compared = verify(result.manifest_uri, destination=f"dicom://LISTS@127.0.0.1:{destination.port}")
             assert compared.exit_code == 3
+
+    @pytest.mark.parametrize("lists", [nothing, cut])
+    @pytest.mark.parametrize("checksum", ["sha256", None])
+    def test_our_records_tell_a_duplicate_whatever_the_node_lists(
+        self, tmp_path: Path, lists: Any, checksum: Any
+    ) -> None:
+        """It lists too little and refuses what it has: sent again, its 0111 is of what it confirmed to us before."""
+        with MisbehavingPacs(series=1, instances=3) as source, ListingNode(lists, duplicate=0x0111) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID, checksum=checksum).verdict == "complete"
+            for _ in range(2):
+                result = forward(source, destination, tmp_path, STUDY_UID, checksum=checksum)
+                assert (result.verdict, result.completed) == ("complete", 3)
+            assert result.warning == 3 - result.skipped > 0
+            if checksum is not None:  # without, the size alone tells
+                source._site.instances[2] = replace(source._site.instances[2], salt=3)
+                other = forward(source, destination, tmp_path, STUDY_UID)
+                assert (other.verdict, other.completed) == ("partial", 2), "a duplicate of what was never sent there"
 
     def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
         """Also where the destination is not asked what it holds: a different data set is never sent whole."""

@@ -7,11 +7,8 @@ from typing import Any, Self
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, evt
-from pynetdicom.sop_class import (
-    CTImageStorage,  # type: ignore[attr-defined]
-    StudyRootQueryRetrieveInformationModelFind,  # type: ignore[attr-defined]
-    Verification,  # type: ignore[attr-defined]
-)
+
+_FIND, _VERIFICATION, _CT = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2"
 
 Held = dict[str, tuple[str, str, bytes]]
 """Study, series and data set by SOP Instance UID."""
@@ -29,11 +26,12 @@ class ListingNode:
 
     def __enter__(self) -> Self:
         ae = AE(self.ae_title)
-        for sop_class in (StudyRootQueryRetrieveInformationModelFind, Verification):
+        for sop_class in (_FIND, _VERIFICATION):
             ae.add_supported_context(sop_class)
-        ae.add_supported_context(CTImageStorage, ALL_TRANSFER_SYNTAXES)
+        ae.add_supported_context(_CT, ALL_TRANSFER_SYNTAXES)
         handlers: Any = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find)]
-        self._server: Any = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        server: Any = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        self._server = server
         self.port = self._server.server_address[1]
         return self
 
