@@ -430,7 +430,7 @@ class _Verify:
             self._read_records(f"dicom://{target}")
             self._ask(target)
         elif self.place is not None:
-            self._read_records(self.place.uri)
+            self._read_records(self._recorded_as(self.place))
             for study in self.studies:
                 self._look_into(self.place, study)
         else:
@@ -448,6 +448,13 @@ class _Verify:
                 item = self._item(Instance(study, records[0].series, records[0].sop))
                 item.row.adopt(records[0])
                 item.in_records, item.recorded = True, records
+
+    def _recorded_as(self, place: FilesystemDestination | S3Destination) -> str:
+        if isinstance(place, FilesystemDestination):
+            return place.uri
+        from airflow_dicom_get.storage.bucket import Bucket
+
+        return Bucket(place.bucket, self.s3).recorded_as(place.prefix)
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
         for key, item in _instances_in(place, study, self.s3):

@@ -49,7 +49,7 @@ class S3Destination:
 
     @property
     def uri(self) -> str:
-        """Its address as manifests and ledgers have it."""
+        """Its address as manifests have it."""
         return f"s3://{self.bucket}/{quote(self.prefix)}".rstrip("/")
 
 

@@ -42,7 +42,7 @@ class Root(Protocol):
         """Find out before any traffic to the source whether it can be used. Raises :class:`SinkError`."""
 
     def ledgers(self, destination: str) -> Ledgers:
-        """The ledgers of all runs for a destination, given by the address of its :class:`Place`."""
+        """The ledgers of all runs for a destination, given by what its :class:`Place` is recorded as."""
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """Write ``<root>/<name>.parquet`` whole or not at all, and give its URI. Raises :class:`SinkError`."""
@@ -53,6 +53,10 @@ class Place(Protocol):
 
     uri: str
     """As the column ``destination`` of the manifest has it."""
+
+    @property
+    def recorded_as(self) -> str:
+        """As ledgers have it: no other place is called so."""
 
     def attend(self, cancel: CancelToken) -> None:
         """Let the end of the run end the waits for the destination too."""
@@ -89,7 +93,7 @@ class OpenDestination:
 
     def sink(self, run: str, *, read_only: bool = False) -> Sink:
         """The sink of one run, with its ledgers under the root."""
-        return self.place.sink(self.root.ledgers(self.place.uri), run, read_only=read_only)
+        return self.place.sink(self.root.ledgers(self.place.recorded_as), run, read_only=read_only)
 
 
 def open_destination(options: GetOptions) -> OpenDestination:
@@ -178,6 +182,11 @@ class FolderPlace:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def recorded_as(self) -> str:
+        """See :class:`Place`."""
+        return self.uri
 
     def attend(self, cancel: CancelToken) -> None:
         """See :meth:`Place.attend`."""
@@ -273,6 +282,11 @@ class ForwardPlace:
         self._classes: dict[str, None] = {}
 
     def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def recorded_as(self) -> str:
+        """See :class:`Place`."""
         return self.uri
 
     def attend(self, cancel: CancelToken) -> None:

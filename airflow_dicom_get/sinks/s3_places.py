@@ -38,6 +38,11 @@ class BucketPlace:
     def __str__(self) -> str:
         return str(self._destination)
 
+    @property
+    def recorded_as(self) -> str:
+        """See :class:`~airflow_dicom_get.sinks.places.Place`."""
+        return self.bucket.recorded_as(self._destination.prefix)
+
     def attend(self, cancel: CancelToken) -> None:
         """See :meth:`~airflow_dicom_get.sinks.places.Place.attend`."""
         self._cancel = cancel
@@ -100,7 +105,7 @@ class BucketRoot:
 
     def ledgers(self, destination: str) -> Ledgers:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.ledgers`."""
-        own = S3Destination(self.bucket.name, self.prefix).uri == f"{destination}/{MANIFESTS}"
+        own = self.bucket.recorded_as(self.prefix) == f"{destination}/{MANIFESTS}"
         return BucketLedgers(self.bucket, self.prefix, OWN if own else destination)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:

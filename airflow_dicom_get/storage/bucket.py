@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from weakref import WeakSet
 
 from airflow_dicom_get import clock
@@ -27,6 +27,8 @@ _OUTLASTED = 45.0
 _ENDING, _AT_ONCE = 5.0, 1.5
 """Seconds that an answer may take in a run that is to end, and a request in one that is to end at once."""
 _CHUNK = 1 << 20
+_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".api.aws")
+"""Ends of the names of hosts of AWS."""
 
 _CREDENTIALS = "Check the credentials: the access key, the secret key, and the session token if there is one."
 _CLOCK = "Check the clock of this machine."
@@ -131,6 +133,29 @@ class Bucket:
     def uri(self, key: str) -> str:
         """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
+
+    def recorded_as(self, prefix: str) -> str:
+        """What a prefix is called in ledgers: its address, and before it the service, unless that is AWS.
+
+        Bucket names are unique within AWS; two other services may each have one of the same name.
+        """
+        parts = [part for part in (self._service(), self.name, quote(prefix)) if part]
+        return f"s3://{'/'.join(parts)}"
+
+    def _service(self) -> str | None:
+        """Host and port of the service, which a profile or the environment may name; None for AWS."""
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            endpoint = self._client().meta.endpoint_url
+        except (AttributeError, BotoCoreError, ValueError):  # requests will say what is wrong
+            endpoint = self.config.endpoint
+        address = urlsplit(endpoint or "")
+        host = address.hostname or ""
+        if not host or host.endswith(_AWS):
+            return None
+        # The port is always there: no bucket is called so.
+        return f"{f'[{host}]' if ':' in host else host}:{address.port or (80 if address.scheme == 'http' else 443)}"
 
     def attend(self, ending: Ending) -> None:
         """Let the end of a run end the requests: they fail as soon as the service keeps it waiting."""

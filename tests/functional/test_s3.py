@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu, read_manifest
+from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
 from airflow_dicom_get.sinks import s3, s3_objects
@@ -39,6 +40,7 @@ from airflow_dicom_get.testing.s3_servers import (
     header_of,
 )
 from airflow_dicom_get.testing.sample_data import big_study
+from airflow_dicom_get.verify import verify
 from tests.support.holdings import Holding, hold
 from tests.support.relay import Relay
 
@@ -130,6 +132,26 @@ def assert_holds(
     assert left_in_parts or not [key for key in service.uploads() if key.startswith(prefix)]
 
 
+@pytest.mark.parametrize(
+    ("config", "environment", "recorded"),
+    [
+        ({}, {}, "s3://a-bucket/x/a%20b"),
+        ({"region": "cn-north-1"}, {}, "s3://a-bucket/x/a%20b"),
+        ({"endpoint": "https://Minio:9000"}, {}, "s3://minio:9000/a-bucket/x/a%20b"),
+        ({"endpoint": "https://minio"}, {}, "s3://minio:443/a-bucket/x/a%20b"),
+        ({"endpoint": "http://[::1]:9000"}, {}, "s3://[::1]:9000/a-bucket/x/a%20b"),
+        ({}, {"AWS_ENDPOINT_URL_S3": "http://minio"}, "s3://minio:80/a-bucket/x/a%20b"),
+        ({"profile": "nobodys"}, {}, "s3://a-bucket/x/a%20b"),
+    ],
+)
+def test_ledgers_name_the_service_of_a_bucket(
+    config: dict[str, Any], environment: dict[str, str], recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert s3_client.Bucket("a-bucket", S3Config(**config)).recorded_as("x/a b") == recorded
+
+
 class TestThereAndBack:
     def test_every_real_file(self, service: S3Server, prefix: str, mixed: Holding, embedded: Pacs) -> None:
         result = get(embedded(mixed.folder), mixed.study, prefix, service.config)
@@ -212,6 +234,29 @@ class TestThereAndBack:
             result = get(pacs, ct.study, prefix, service.config, manifest_root=tmp_path)
             assert (result.verdict, result.skipped) == ("complete", skipped)
         assert len(list(tmp_path.glob(".ledger/*/*.jsonl"))) == 1
+
+    def test_records_of_one_service_say_nothing_of_another(
+        self, juicefs: Juicefs, prefix: str, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        """Two services have a bucket of the same name, and ledgers in one folder."""
+        holding = hold(tmp_path / "source", big_study(tmp_path / "source", 2, 2000, name="two services"))
+        pacs, root = embedded(holding.folder), tmp_path / "root"
+        with Juicefs(tmp_path / "juicefs") as other:
+            assert get(pacs, holding.study, prefix, juicefs.config, manifest_root=root).verdict == "complete"
+            key = min(instances(juicefs, prefix).values())
+            changed = juicefs.read(key)[:-2] + b"zz"
+            other.client().put_object(Bucket=BUCKET, Key=key, Body=changed)
+            result = get(pacs, holding.study, prefix, other.config, manifest_root=root)
+            assert (result.verdict, result.skipped, result.conflicts) == ("partial", 0, 1)
+            assert set(result.manifest["destination"]) == {f"s3://{BUCKET}/{prefix}"}
+            assert other.read(key) == changed
+            compared = verify(
+                study=holding.study, destination=f"s3://{BUCKET}/{prefix}", s3_config=juicefs.config, manifest_root=root
+            )
+            assert (compared.exit_code, {row.reason for row in compared.rows}) == (0, {None})
+            for at in (juicefs, other):
+                again = get(pacs, holding.study, prefix, at.config, manifest_root=root)
+                assert again.skipped == (2 if at is juicefs else 1)
 
     def test_encryption_and_storage_class(self, moto: Moto, prefix: str, embedded: Pacs, tmp_path: Path) -> None:
         study = big_study(tmp_path, 1, 10 << 20)

@@ -157,8 +157,8 @@ class TestFolder:
         for sop in got.sops[:4]:
             (fewer / ct.entries[sop].path.relative_to(ct.folder)).unlink()
         node = f"PACS@127.0.0.1:{embedded(fewer).port}"
-        for place in ({}, {"destination": got.folder}):
-            found = verify(got.result.manifest_uri, addr=node, **place)
+        for place in (None, got.folder):
+            found = verify(got.result.manifest_uri, addr=node, destination=place)
             assert marks(found) == {got.sops[0]: "+", got.sops[1]: "*", got.sops[2]: "*", got.sops[3]: "-"}, place
             assert found.exit_code == 3
         by_study = verify(study=got.study, destination=got.folder, addr=node)
