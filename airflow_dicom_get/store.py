@@ -17,6 +17,7 @@ from airflow_dicom_get.config.checks import about, invalid, shown_path
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH, Deadlines, S3Config, Tls, UserIdentity
 from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.config.options import StoreOptions
+from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, fix_rows, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, unexpected
 from airflow_dicom_get.net.association import OVER, time_is_over
@@ -364,8 +365,8 @@ class _Run:
         if held is None:
             self._store(item, opened, record)
         elif self._same(held, item, opened):
-            record.state = "held"
             record.adopt(held)
+            record.state, record.reason = "held", record.remark
         else:  # the sink says in which way it differs
             self._store(item, None, record)
 
@@ -466,6 +467,7 @@ class _Run:
         writer = self._sink.begin(record)
         if isinstance(writer, Taken):
             return writer
+        walk = walk_of(opened.instance.syntax or "")
         try:
             for view in opened.chunks():
                 if digest is not None:
@@ -474,8 +476,10 @@ class _Run:
                     view, skip = view[skip:], max(skip - len(view), 0)
                 if view:
                     writer.write(view)
+                    walk.feed(view)
             if digest is not None and digest.digest() != recorded:
                 raise UnreadableError("its digest differs from the recorded one")
+            record.truncated = not walk.whole
             return writer.take()
         except ForwardLate:
             for one in self._sink.confirmations(wait=True):
@@ -490,7 +494,7 @@ class _Run:
         first = self.rows[_identity(record)]
         record.dimse_status, record.attempt = taken.status, 1
         if taken.reason is None:
-            record.state, record.reason, record.error = taken.state, None, None
+            record.state, record.reason, record.error = taken.state, record.remark, None
             self._events.arrived(record, record.sop, None, record.bytes or 0, new=record is first)
             return
         record.state = "conflict" if taken.reason == "different_content" else "failed"

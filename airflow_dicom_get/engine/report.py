@@ -256,7 +256,7 @@ def assemble_store(rows: Sequence[Instance], end: StoreEnd, *, events: Events, n
         found.append(_entry(text, f"For example: {examples}.", len(unusable)))
     if untried:
         found.append(_entry("A file was not tried before the end.", "", untried))
-    result.errors = [*found, *_row_errors(rows, said=True)][:MOST_ERRORS]
+    result.errors = [*found, *_row_errors(rows, said=True), *remarks_of(rows)][:MOST_ERRORS]
     return result
 
 

@@ -11,12 +11,15 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.cli.main import main
+from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.sample_data import big_study
 from airflow_dicom_get.testing.servers import Storescp
 from airflow_dicom_get.verify import verify
+from tests.support.odd_destination import OddDestination
 
 WORD = "truncated_dataset"
 
@@ -63,6 +66,18 @@ def test_another_node_and_a_bucket_are_told_the_same_way(storescp: Storescp, mot
                 result = scu.get_study({"StudyInstanceUID": pacs.instances[0].study})
                 assert (result.verdict, result.skipped, result.warning) == ("complete", number, 1), place
                 assert list(result.manifest["reason"].dropna()) == [WORD]
+
+
+def test_store_tells_it_too(tmp_path: Path) -> None:
+    big_study(tmp_path / "source", 2, 20_000, name="cut")
+    cut = min((tmp_path / "source").iterdir())
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    with OddDestination() as destination:
+        for number in (0, 2):
+            result = StoreScu(destination.node, manifest_root=tmp_path / "state").store(tmp_path / "source")
+            assert (result.verdict, result.skipped, result.warning) == ("complete", number, 1)
+            assert list(result.manifest["reason"].dropna()) == [WORD]
+            assert [(e["count"], e["error"].split(":")[0]) for e in result.errors] == [(1, WORD)]
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, JPEG_2000])
