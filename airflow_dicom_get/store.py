@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 _BUSY_TRIES = 3
 """How often an instance is sent to a destination that says it is out of resources."""
+_MOST_GIVEN_UP = 3
+"""Instances given up in a row, with none that the destination answers between them, after which the run ends."""
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -266,6 +268,8 @@ class _Run:
         self._mutex = threading.Lock()
         self._held: dict[str, dict[Key, Stored]] = {}
         self._error: DicomGetError | None = None
+        self._given_up = 0
+        """Instances given up since the destination has answered one."""
         self._stopped = False
         self._untried = 0
         """Files that were never opened: the run ended before their turn."""
@@ -433,7 +437,10 @@ class _Run:
             return held
 
     def _store(self, item: StoredObject, opened: Opened | None, record: Instance) -> None:
-        """Send one instance, also again where its destination went away or has no room for the moment."""
+        """Send one instance, also again where its destination went away or has no room for the moment.
+
+        One instance may be what makes the destination break off: it is given up, and the others are tried.
+        """
         failures = busy = 0
         began = clock.monotonic()
         while True:
@@ -443,13 +450,19 @@ class _Run:
             except ForwardLost as error:
                 failures += 1
                 retries = allowed(error, self._options.retries)
-                if failures > retries or self.cancel.ending():
+                if self._given_up and not error.facts.get("unreachable"):
+                    retries = min(retries, 1)  # it may break off on everything
+                if self.cancel.ending():
                     raise
+                if failures > retries:
+                    self._give_up(record, error)
+                    return
                 back_off(failures, error.message, retries, self.cancel, self.cancel.over_at)
             except (UnreadableError, UnusableError) as error:
                 self._changed(record, f"{item.name}: {error}")
                 return
             else:
+                self._given_up = 0
                 busy += taken.reason == "destination_error"
                 if taken.reason != "destination_error" or self.strict or busy >= _BUSY_TRIES:
                     break
@@ -459,6 +472,17 @@ class _Run:
         record.received_at = clock.now()
         record.duration_ms = int((clock.monotonic() - began) * 1000)
         self._settle(record, taken)
+
+    def _give_up(self, record: Instance, error: ForwardLost) -> None:
+        """Leave an instance on which the destination breaks off; raise the error where others would fare no better."""
+        with self._mutex:
+            self._given_up += 1
+            over = error.facts.get("unreachable") or not error.transient or self.strict
+        if over or self._given_up >= _MOST_GIVEN_UP:
+            raise error
+        record.state, record.reason, record.error = "failed", "destination_error", error.message
+        record.attempt = 1
+        self._events.arrived(record, record.sop, error.message, 0, new=False)
 
     def _send(self, item: StoredObject, opened: Opened, record: Instance) -> Taken:
         recorded = item.row.sha256 if item.row is not None else None

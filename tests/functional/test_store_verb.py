@@ -260,6 +260,37 @@ class TestFailures:
         assert (result.verdict, result.completed) == ("failed", 0)
         assert shell(destination.node, ct.folder, "--retries", 0, "--state", tmp_path / "o2").returncode == 1
 
+    @pytest.mark.parametrize("numbers", [{0}, {4}, {0, 6, 11}])
+    def test_one_on_which_the_node_breaks_off_is_given_up(
+        self, private: Holding, tmp_path: Path, numbers: set[int]
+    ) -> None:
+        """As in a get: it is a failed row of its own, and the others are stored."""
+        poison = {sorted(private.entries)[number] for number in numbers}
+
+        class Poisoned(OddDestination):
+            def _answer(self, sock: Any, context: int, pair: Any, request: Any, *rest: Any) -> None:
+                if request[0x1000].rstrip(b"\0").decode() in poison:
+                    raise DieError
+                super()._answer(sock, context, pair, request, *rest)
+
+        with Poisoned() as destination:
+            result = store(destination, tmp_path, private.folder, retries=1)
+            assert (result.verdict, result.completed, result.failed) == ("partial", 12 - len(poison), len(poison))
+            assert result.transient
+            rows = result.manifest[result.manifest["state"] == "failed"]
+            assert set(rows["sop_instance_uid"]) == poison
+            assert set(rows["reason"]) == {"destination_error"}
+            assert rows["error"].notna().all()
+
+    def test_a_node_that_breaks_off_on_everything_ends_it(self, private: Holding, tmp_path: Path) -> None:
+        def die(number: int, size: int) -> None:
+            raise DieError
+
+        with OddDestination(on_data=die) as destination:
+            result = store(destination, tmp_path, private.folder, retries=1)
+            assert (result.verdict, result.completed, result.failed) == ("failed", 0, 12)
+            assert len(destination.proposed) == 6, "three instances, each twice"
+
     def test_slow_answers_are_waited_for(self, private: Holding, tmp_path: Path) -> None:
         """There is no source that would lose its patience."""
         with OddDestination(delay=at(3, 1.0, 0.0)) as destination:
