@@ -461,6 +461,23 @@ def test_the_chart_says_how_fast_it_was(kept):
     assert chart_of([]) is None
 
 
+def test_what_is_older_than_a_list_goes_back_is_not_opened(kept, monkeypatch):
+    from airflow import settings
+    from sqlalchemy import text
+
+    from airflow_dicom_get.plugins import database
+
+    kept("page_bound", [{"state": "success", "summary": summary(source=str(number))} for number in range(5)])
+    with settings.get_session()() as session:
+        # SQLite reports this to whoever takes something out of it.
+        session.execute(text("update xcom set value = '{' where dag_id = 'page_bound' and map_index < 2"))
+        session.commit()
+    monkeypatch.setattr(database, "MAX_RUNS", 3)
+    now = datetime.now(UTC)
+    found = database.runs(["page_bound"], now - timedelta(days=1), now + timedelta(days=1))
+    assert [one.source for one in found] == ["4", "3", "2"]
+
+
 @pytest.mark.slow
 def test_ten_thousand_retrievals(page, kept, record_property):
     now = datetime.now(UTC)
