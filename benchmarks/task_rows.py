@@ -1,9 +1,11 @@
 """Count what mapped `get` tasks leave: rows and bytes of Airflow's tables, files, ledgers, C-FINDs and associations.
 
     python benchmarks/task_rows.py --studies 40 --instances 20
+    python benchmarks/task_rows.py --studies 0 --instances 1000 --series 4
 
-Starts a real Airflow on SQLite with its components as processes and an embedded PACS that counts, and retrieves the
-studies in one run, one task a study. Prints one JSON object; all numbers in it are for one task.
+Starts a real Airflow on SQLite with its components as processes, retrieves the studies from the embedded PACS in one
+run, one task a study, and prints the numbers for one task. Without studies it retrieves one by the engine alone, and
+prints what was asked for.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import json
 import sqlite3
 import sys
 import tempfile
+from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from airflow_dicom_get import GetScu  # noqa: E402
 from airflow_dicom_get.testing.pacs import EmbeddedPacs  # noqa: E402
 from airflow_dicom_get.testing.sample_data import big_study  # noqa: E402
 from tests.support.live_airflow import LiveAirflow  # noqa: E402
@@ -44,6 +49,29 @@ def xcoms_of(database: Path) -> dict[str, dict[str, float]]:
         return {key: {"rows": rows, "bytes": round(size)} for key, rows, size in connection.execute(statement)}
 
 
+def asked(folder: Path, instances: int, series: int) -> dict[str, Any]:
+    """What one retrieval into a folder asks for, and the bytes of ledger and manifest for each instance."""
+    uid = big_study(folder / "pacs", instances, 1024, series=series)
+    with EmbeddedPacs(folder / "pacs") as pacs:
+        options: dict[str, Any] = {
+            "destination": str(folder / "out"),
+            "transcript": str(folder / "said"),
+            "list_limit": 0,
+        }
+        result = GetScu(f"PACS@127.0.0.1:{pacs.port}", **options).get_study({"StudyInstanceUID": uid})
+        if result.verdict != "complete":
+            raise SystemExit(f"the retrieval ended as {result}")
+        said = map(json.loads, (folder / "said").read_text().splitlines())
+        ours = [one for one in said if one.get("from") == "us" and "level" in one]
+        requests = Counter(f"{one['message']} {one['level']}" for one in ours)
+        opened = pacs.total_associations
+    sizes = {
+        name: round(sum(path.stat().st_size for path in (folder / "out").rglob(ending)) / instances, 1)
+        for name, ending in (("manifest", "*.parquet"), ("ledger", "*.jsonl"))
+    }
+    return {"instances": instances, "series": series, "requests": requests, "associations": opened, "bytes": sizes}
+
+
 def main() -> int:
     """Retrieve, count, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,6 +82,9 @@ def main() -> int:
     count, size = options.studies, options.studies * options.instances
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not count:
+            print(json.dumps(asked(folder, options.instances, options.series), indent=1))
+            return 0
         for number in range(count):
             big_study(
                 folder / "pacs" / f"{number:04}", options.instances, 4096, series=options.series, name=str(number)
