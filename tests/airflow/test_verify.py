@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from airflow.sdk import DAG, task
@@ -122,7 +123,7 @@ def test_a_pacs_without_a_list_is_a_failure_for_good(run_dag, pacs, archive, tmp
     assert run.task("tells").state == "success"
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "none of them is given"),
     "bad_study": ({"study": "1.2.x", "destination": "/data"}, "not a valid Study Instance UID"),
     "no_place": ({"study": "1.2.3"}, "destination is missing"),
