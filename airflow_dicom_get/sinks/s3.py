@@ -111,7 +111,7 @@ class S3Sink:
 
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
-        key = (held.uri or "").removeprefix(self.bucket.uri(""))
+        key = self.bucket.key_of(held.uri or "")
         try:
             return bytes(self.bucket.call("get_object", key, Range=f"bytes=0-{size - 1}")["Body"].read())
         except SinkError:

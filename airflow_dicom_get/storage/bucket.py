@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
 from airflow_dicom_get import clock
@@ -133,6 +133,10 @@ class Bucket:
     def uri(self, key: str) -> str:
         """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
+
+    def key_of(self, uri: str) -> str:
+        """The key of an object, given by its address."""
+        return unquote(uri.removeprefix(self.uri("")))
 
     def recorded_as(self, prefix: str) -> str:
         """What a prefix is called in ledgers: its address, and before it the service, unless that is AWS.

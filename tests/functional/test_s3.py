@@ -258,6 +258,16 @@ class TestThereAndBack:
                 again = get(pacs, holding.study, prefix, at.config, manifest_root=root)
                 assert again.skipped == (2 if at is juicefs else 1)
 
+    @pytest.mark.parametrize("below", ["", "/year=2024/a b"])
+    def test_tags_of_what_is_held(self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, below: str) -> None:
+        """Also below a prefix that its address escapes."""
+        pacs, tags = embedded(ct.folder), ("StudyInstanceUID", "PatientID")
+        first, again = (get(pacs, ct.study, prefix + below, moto.config, tags=tags) for _ in range(2))
+        assert again.skipped == len(ct.entries)
+        for name in tags:
+            assert again.manifest[name].notna().all()
+            assert again.manifest[name].tolist() == first.manifest[name].tolist()
+
     def test_encryption_and_storage_class(self, moto: Moto, prefix: str, embedded: Pacs, tmp_path: Path) -> None:
         study = big_study(tmp_path, 1, 10 << 20)
         wanted = {"sse": "aws:kms", "kms_key_id": "a-key", "storage_class": "STANDARD_IA"}
