@@ -24,7 +24,7 @@ from airflow_dicom_get.net.association import OVER, time_is_over
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
-from airflow_dicom_get.sinks.base import Taken
+from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.objects import (
     Listed,
     Named,
@@ -266,6 +266,10 @@ class _Run:
             forwarding=False,
         )
         self._mutex = threading.Lock()
+        self._waiting = clock.lock()
+        """Of the one that waits for what is answered late."""
+        self._late: dict[int, Confirmation] = {}
+        """What was confirmed, by the record, until it is asked for: one of several wakes for all of them."""
         self._held: dict[str, dict[Key, Stored]] = {}
         self._error: DicomGetError | None = None
         self._given_up = 0
@@ -506,13 +510,20 @@ class _Run:
             record.truncated = not walk.whole
             return writer.take()
         except ForwardLate:
-            for one in self._sink.confirmations(wait=True):
-                if one.instance is record and one.error is None:
-                    return self._sink.taken_late(record)
+            if self._confirmed_late(record):
+                return self._sink.taken_late(record)
             raise
         except BaseException:
             writer.abort()
             raise
+
+    def _confirmed_late(self, record: Instance) -> bool:
+        """Wait for what the destination answers late; what it says of the instances of others is kept for them."""
+        with self._waiting:
+            for one in self._sink.confirmations(wait=True):
+                self._late[id(one.instance)] = one
+            said = self._late.pop(id(record), None)
+        return said is not None and said.error is None
 
     def _settle(self, record: Instance, taken: Taken) -> None:
         first = self.rows[_identity(record)]

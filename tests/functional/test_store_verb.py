@@ -291,6 +291,15 @@ class TestFailures:
             assert (result.verdict, result.completed, result.failed) == ("failed", 0, 12)
             assert len(destination.proposed) == 6, "three instances, each twice"
 
+    @pytest.mark.parametrize("retries", [0, 2])
+    def test_late_answers_over_two_associations(self, private: Holding, tmp_path: Path, retries: int) -> None:
+        """Each instance gets its own, whichever association wakes first; none is sent again."""
+        with OddDestination(delay=lambda number: 1.4 if number < 3 else 0.0) as destination:
+            deadlines = Deadlines(next_object=1, idle=1)
+            result = store(destination, tmp_path, private.folder, associations=2, retries=retries, deadlines=deadlines)
+            assert (result.verdict, result.completed) == ("complete", 12)
+            assert set(destination.times.values()) == {1}
+
     def test_slow_answers_are_waited_for(self, private: Holding, tmp_path: Path) -> None:
         """There is no source that would lose its patience."""
         with OddDestination(delay=at(3, 1.0, 0.0)) as destination:
