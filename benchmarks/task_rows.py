@@ -1,20 +1,22 @@
 """Count what mapped `get` tasks leave: rows and bytes of Airflow's tables, files, ledgers, C-FINDs and associations.
 
     python benchmarks/task_rows.py --studies 40 --instances 20
-    python benchmarks/task_rows.py --studies 0 --instances 1000 --series 4
+    python benchmarks/task_rows.py --studies 0 --instances 1000 --series 4 --combine 1000
 
 Starts a real Airflow on SQLite with its components as processes, retrieves the studies from the embedded PACS in one
 run, one task a study, and prints the numbers for one task. Without studies it retrieves one by the engine alone, and
-prints what was asked for.
+prints what was asked for, and what it costs to combine so many manifests of that size into one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sqlite3
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from airflow_dicom_get import GetScu  # noqa: E402
+from airflow_dicom_get import GetScu, combine_manifests  # noqa: E402
 from airflow_dicom_get.testing.pacs import EmbeddedPacs  # noqa: E402
 from airflow_dicom_get.testing.sample_data import big_study  # noqa: E402
 from tests.support.live_airflow import LiveAirflow  # noqa: E402
@@ -49,8 +51,8 @@ def xcoms_of(database: Path) -> dict[str, dict[str, float]]:
         return {key: {"rows": rows, "bytes": round(size)} for key, rows, size in connection.execute(statement)}
 
 
-def asked(folder: Path, instances: int, series: int) -> dict[str, Any]:
-    """What one retrieval into a folder asks for, and the bytes of ledger and manifest for each instance."""
+def asked(folder: Path, instances: int, series: int, combine: int) -> dict[str, Any]:
+    """What one retrieval into a folder asks for, the bytes of ledger and manifest, and how large combining gets."""
     uid = big_study(folder / "pacs", instances, 1024, series=series)
     with EmbeddedPacs(folder / "pacs") as pacs:
         options: dict[str, Any] = {
@@ -69,7 +71,14 @@ def asked(folder: Path, instances: int, series: int) -> dict[str, Any]:
         name: round(sum(path.stat().st_size for path in (folder / "out").rglob(ending)) / instances, 1)
         for name, ending in (("manifest", "*.parquet"), ("ledger", "*.jsonl"))
     }
-    return {"instances": instances, "series": series, "requests": requests, "associations": opened, "bytes": sizes}
+    found = {"instances": instances, "series": series, "requests": requests, "associations": opened, "bytes": sizes}
+    if combine:
+        manifest = next((folder / "out").rglob("*.parquet"))
+        began = time.process_time()
+        rows = combine_manifests([manifest] * combine, folder / "combined.parquet")["rows"]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        found["combined"] = {"rows": rows, "cpu": round(time.process_time() - began, 1), "peak_MiB": peak}
+    return found
 
 
 def main() -> int:
@@ -78,12 +87,13 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=40)
     parser.add_argument("--instances", type=int, default=20)
     parser.add_argument("--series", type=int, default=4)
+    parser.add_argument("--combine", type=int, default=0)
     options = parser.parse_args()
     count, size = options.studies, options.studies * options.instances
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not count:
-            print(json.dumps(asked(folder, options.instances, options.series), indent=1))
+            print(json.dumps(asked(folder, options.instances, options.series, options.combine), indent=1))
             return 0
         for number in range(count):
             big_study(
