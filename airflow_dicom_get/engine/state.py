@@ -390,6 +390,8 @@ class StudyState:
         if remark == "replaced" and record.state != "conflict":
             record.become(instance)
             record.state, record.reason, record.attempt = "stored", record.remark or remark, self.rounds
+        if record is instance and record.state in HELD:
+            record.reason = record.reason or record.remark  # what came out when it was compared
         if record is not instance or record.key not in self._late:
             return None
         # It said so too late for the source: taken only now.

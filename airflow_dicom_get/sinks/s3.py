@@ -216,6 +216,9 @@ class S3Sink:
                 if existing is not None and existing.same:
                     self._is(upload.instance, existing)
                     return existing.etag
+                if existing is not None and self._came_in_other_syntax(upload.instance, existing):
+                    self._is(upload.instance, existing)
+                    return existing.etag
                 if existing is not None:
                     if not existing.whole and self._is_recorded(upload.instance, existing):
                         existing = existing._replace(whole=True)
@@ -233,6 +236,16 @@ class S3Sink:
                     raise
                 there, lost = True, error
         raise lost
+
+    def _came_in_other_syntax(self, instance: Instance, existing: Existing) -> bool:
+        """Whether the object is this instance as a source has sent it before, in another transfer syntax: it stays."""
+        meta = existing.meta
+        if meta is None or meta.syntax == instance.syntax or self.options.on_conflict == "replace":
+            return False
+        if not (meta.is_of(instance.sop_class, instance.sop, meta.syntax) and self._is_recorded(instance, existing)):
+            return False
+        instance.sent_again(meta.syntax)
+        return True
 
     def _is_recorded(self, instance: Instance, existing: Existing) -> bool:
         """Whether a run took an object as it is: so it came, and nobody has cut it short."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from airflow_dicom_get.dicom.part10 import META_LIMIT, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.sinks.objects import looks_whole
@@ -103,6 +103,8 @@ class Existing(NamedTuple):
         Its data set is ours.
     whole : bool
         It is a whole instance, whichever; always where it is the same.
+    meta : FileMeta or None
+        What it says of itself, where it had to be read.
     """
 
     same: bool
@@ -111,6 +113,7 @@ class Existing(NamedTuple):
     sha256: bytes
     dataset_offset: int
     etag: str
+    meta: FileMeta | None = None
 
 
 def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
@@ -142,7 +145,7 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
         described = meta is None or mine is None or meta[:3] == mine[:3]
         same = described and behind_our_head.digest() == ours.sha256
         complete = same or looks_whole(copy, head, size)
-    return Existing(same, complete, size, whole.digest(), offset, etag)
+    return Existing(same, complete, size, whole.digest(), offset, etag, meta)
 
 
 class OurFile(NamedTuple):
