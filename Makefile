@@ -36,7 +36,7 @@ test-engine: setup-engine peers ## Run the tests that need no Airflow, in a ligh
 	@$(VENV)-engine/bin/python -m pytest $(TESTS) --ignore=tests/airflow -m "not airflow" $(ARGS)
 
 test-kills: setup peers ## Kill retrievals by SIGKILL at twenty random moments for each kind of PACS and destination, cut the power, fail system calls; 20 minutes
-	@KILLS=20 FAULTS=100 $(PY) -m pytest $(addprefix tests/functional/test_,kill.py s3.py forward.py power_cut.py system_faults.py) -k "random_moments or TestKilled or (TestResume and test_kill) or power_cut or system_faults" -s --timeout 900 $(ARGS)
+	@KILLS=20 FAULTS=100 $(PY) -m pytest $(addprefix tests/functional/test_,kill.py s3.py forward.py power_cut.py system_faults.py mendings.py) -k "random_moments or TestKilled or (TestResume and test_kill) or power_cut or system_faults or mendings" -s --timeout 900 $(ARGS)
 
 test-cuts: setup peers ## Cut the connection at 200 places, kill 20 times, keep a rate for 30 s, wait as long as real sources do; 15 minutes
 	@CUTS=200 KILLS=20 LIMIT_SECONDS=30 LONG=1 $(PY) -m pytest $(addprefix tests/functional/test_,resume.py limits.py slow_destination.py) $(ARGS)

@@ -182,8 +182,8 @@ class _Search:
             self._ask(whole, finder.dropped)
             came = set(found.answers)
             rows = [row for row, _ in found.answers.values()] if self._counted else []
-            counts = {i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row in rows}
-            count = max(counts, default=0)
+            counts = {i.int_value(row.get(i.PATIENT_RELATED_STUDIES)) or 0 for row in rows} or {0}
+            count = max(counts)
             if self._enough(found):
                 return found
             # Two patients may have one ID: then no count is of all.
