@@ -304,7 +304,10 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             world.finding("complete, and other bytes than were sent", path)
         elif _is_theirs(world, path, (series, sop), files[path]) and _is_looked_at(world, run):
             world.finding("complete, and somebody else's file", path)
+    drained = {key_of(row) for row in run.rows if row["reason"] == "other_transfer_syntax"}
     for key, data in _taken(world, run):
+        if key in drained:
+            continue  # in another transfer syntax: said, and not compared
         path = _path(world, key)
         if run.beside is not None and (
             run.run.options.get("on_conflict") == "replace" or "conditions" in world.history.traits
