@@ -59,8 +59,8 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
     came: BaseException | None = None
     call: clock.Beside[T] | None = None
     until = float("inf")
+    # Set once somebody waits for the work, since an exception may come while its thread begins; and once it is over.
     known, over = clock.event(), clock.event()
-    """Whether somebody waits for the work, since an exception may come while its thread begins; whether it is over."""
 
     def begun() -> T:
         try:
