@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -23,13 +23,13 @@ from typing import Any
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, file_header, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
 from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks, objects
 from airflow_dicom_get.sinks.base import Confirmation, Taken
-from airflow_dicom_get.sinks.ledger import Ledgers, contradict, first_failure
+from airflow_dicom_get.sinks.ledger import Ledgers, RecordedDigests, contradict, first_failure
 from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
@@ -163,7 +163,7 @@ class FilesystemSink:
         self._unclosed: OSError | None = None
         self._durable: dict[str, set[Key]] = {}
         """By study what runs before this one have recorded as durable."""
-        self._digests: dict[str, Mapping[Key, Collection[bytes]]] = {}
+        self.digests = RecordedDigests(ledgers)
         self._unconfirmed = 0
         self._due = 0
         self._done: list[Confirmation] = []
@@ -324,14 +324,6 @@ class FilesystemSink:
                 self._durable[study] = set()
         return self._durable[study]
 
-    def recorded_digests(self, study: str) -> Mapping[Key, Collection[bytes]]:
-        """The digests of what runs have recorded as taken; read when a file that is there is first in doubt."""
-        if study not in self._digests:
-            with suppress(LedgerError):
-                records = self.ledgers.read(study)
-                self._digests[study] = {key: {x.sha256 for x in found if x.sha256} for key, found in records.items()}
-        return self._digests.get(study, {})
-
     def taken(self, pending: _Pending) -> None:
         """Hand a taken instance to the thread that makes it durable."""
         with self._mutex:
@@ -481,7 +473,7 @@ class FilesystemSink:
         if self._left():
             return
         self._durable.pop(study, None)
-        self._digests.pop(study, None)
+        self.digests.forget(study)
         ended = self._studies.pop(study, None)
         if ended is not None:
             failed = first_failure([partial(ended.close, self.options.durable, self.cancel)])
@@ -543,7 +535,7 @@ class _Study:
         """Descriptors of folders that were removed; an instance may still be on its way into one."""
         self._mutex = threading.Lock()
         self._placing: set[Key] = set()
-        self._changed = clock.condition(threading.Lock())
+        self._changed = clock.condition()
 
     @contextmanager
     def alone_with(self, key: Key) -> Iterator[None]:
@@ -751,13 +743,13 @@ class _FileWriter:
             size = self._disk.size(fd)
             files.check_size(size)
             same = size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset)
-            described = meta is None or meta.is_of(instance.sop_class, instance.sop, instance.syntax)
+            described = objects.describes(meta, instance)
             placed = instance.key in self._study.placed
             replaces = self._sink.options.on_conflict == "replace" and not placed
             if same and not described and self._is_as_taken(fd) is False:
                 return self._put_over(final)
-            if not same and not replaces and meta is not None and self._came_in_other_syntax(meta, fd):
-                instance.sent_again(meta.syntax)
+            if not same and not replaces and (first := objects.other_syntax(meta, instance)) and self._is_as_taken(fd):
+                instance.sent_again(first)
                 same = described = True
             if same and described:
                 if self._may_not_be_durable(final):
@@ -790,19 +782,13 @@ class _FileWriter:
             sink.options.durable
             and instance.key not in sink.recorded_durable(instance.study)
             and not files.write_again(final, self._folder)
-            and instance.key in sink.recorded_digests(instance.study)
+            and sink.digests.of(instance.study, instance.key) is not None
         )
 
     def _is_as_taken(self, fd: int) -> bool | None:
         """Whether what is there is as a run has taken it; None where no run has recorded that."""
-        digests = self._sink.recorded_digests(self._instance.study).get(self._instance.key)
+        digests = self._sink.digests.of(self._instance.study, self._instance.key)
         return digest_of(fd) in digests if digests else None
-
-    def _came_in_other_syntax(self, there: FileMeta, fd: int) -> bool:
-        """Whether what is there is this instance as a source has sent it before, in another transfer syntax."""
-        instance = self._instance
-        other = there.syntax != instance.syntax and there.is_of(instance.sop_class, instance.sop, there.syntax)
-        return other and self._is_as_taken(fd) is True
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""

@@ -135,6 +135,28 @@ class Ledgers(Protocol):
         """
 
 
+class RecordedDigests:
+    """The digests of what runs have recorded as taken; those of a study are read when an object of it is in doubt."""
+
+    def __init__(self, ledgers: Ledgers) -> None:
+        self._ledgers = ledgers
+        self._of: dict[str, dict[Key, frozenset[bytes]]] = {}
+
+    def of(self, study: str, key: Key) -> frozenset[bytes] | None:
+        """Those of an instance; None where no run has recorded it, or none can read that."""
+        if study not in self._of:
+            try:
+                records = self._ledgers.read(study)
+            except LedgerError:
+                return None
+            self._of[study] = {one: frozenset(x.sha256 for x in found if x.sha256) for one, found in records.items()}
+        return self._of[study].get(key)
+
+    def forget(self, study: str) -> None:
+        """Read them anew when they are next asked for."""
+        self._of.pop(study, None)
+
+
 class FolderLedgers:
     """The ledgers below a folder, for one destination."""
 

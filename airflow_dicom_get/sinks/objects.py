@@ -239,6 +239,18 @@ def _walked(path: Folder, meta: FileMeta, walk: h.Walk | None = None) -> h.Walk:
     return walk
 
 
+def describes(meta: FileMeta | None, instance: Instance) -> bool:
+    """Whether meta information is that of an instance as it came; a bare data set has none, which says nothing."""
+    return meta is None or meta.is_of(instance.sop_class, instance.sop, instance.syntax)
+
+
+def other_syntax(meta: FileMeta | None, instance: Instance) -> str | None:
+    """The transfer syntax of a file, where it is of this instance and in another one than that in which it came."""
+    if meta is None or meta.syntax == instance.syntax:
+        return None
+    return meta.syntax if meta.is_of(instance.sop_class, instance.sop, meta.syntax) else None
+
+
 def looks_whole(path: Folder, head: bytes, size: int) -> bool:
     """Whether a file of ``size`` bytes, which begins with ``head``, is whole as far as it tells by itself.
 

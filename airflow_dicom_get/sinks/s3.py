@@ -12,7 +12,6 @@ import base64
 import hashlib
 import logging
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,10 +20,11 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
-from airflow_dicom_get.errors import LedgerError, S3Error, SinkError
+from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
-from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
+from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, RecordedDigests, first_failure
+from airflow_dicom_get.sinks.objects import other_syntax
 from airflow_dicom_get.sinks.s3_inventory import Inventory
 from airflow_dicom_get.sinks.s3_objects import CONTENT_TYPE, Existing, OurFile, compare, metadata_of
 from airflow_dicom_get.sinks.s3_uploads import LOOK, PART_SIZE, Uploads
@@ -78,6 +78,7 @@ class S3Sink:
         conditional: bool = False,
     ) -> None:
         self.bucket, self.ledgers, self.run = bucket, ledgers, run
+        self._digests = RecordedDigests(ledgers)
         self.prefix = f"{prefix}/" if prefix else ""
         self.options, self.uploads = options, uploads
         self.conditional = conditional
@@ -239,19 +240,15 @@ class S3Sink:
 
     def _came_in_other_syntax(self, instance: Instance, existing: Existing) -> bool:
         """Whether the object is this instance as a source has sent it before, in another transfer syntax: it stays."""
-        meta = existing.meta
-        if meta is None or meta.syntax == instance.syntax or self.options.on_conflict == "replace":
+        first = other_syntax(existing.meta, instance)
+        if first is None or self.options.on_conflict == "replace" or not self._is_recorded(instance, existing):
             return False
-        if not (meta.is_of(instance.sop_class, instance.sop, meta.syntax) and self._is_recorded(instance, existing)):
-            return False
-        instance.sent_again(meta.syntax)
+        instance.sent_again(first)
         return True
 
     def _is_recorded(self, instance: Instance, existing: Existing) -> bool:
         """Whether a run took an object as it is: so it came, and nobody has cut it short."""
-        with suppress(LedgerError):
-            return any(x.sha256 == existing.sha256 for x in self.ledgers.read(instance.study).get(instance.key, ()))
-        return False
+        return existing.sha256 in (self._digests.of(instance.study, instance.key) or ())
 
     def _in_place_of(self, study: _Study, upload: _Upload, existing: Existing) -> dict[str, str]:
         """Let nothing that was recorded of an object count any more; on which condition it may be replaced."""
@@ -297,6 +294,7 @@ class S3Sink:
     def end_study(self, study: str) -> None:
         """See :meth:`sinks.base.Sink.end_study`."""
         ended = self._studies.pop(study, None)
+        self._digests.forget(study)
         if ended is not None and not self.uploads.abandoned:
             failed = first_failure([ended.ledger.close])
             self._unclosed = self._unclosed or failed
@@ -362,7 +360,7 @@ class _Upload:
 
     def file(self) -> OurFile:
         """What is to be stored."""
-        return OurFile(self.head, self.instance.bytes or 0, self.sha256)
+        return OurFile(self.instance, self.head, self.instance.bytes or 0, self.sha256)
 
     def store(self, condition: dict[str, str]) -> str:
         """Store it, or make one object of its parts; the ETag."""

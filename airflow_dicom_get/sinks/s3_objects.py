@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
-from airflow_dicom_get.sinks.objects import looks_whole
+from airflow_dicom_get.sinks.objects import describes, looks_whole
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket
 
@@ -141,16 +141,16 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
             whole.update(chunk)
             behind_our_head.update(chunk[max(offset - position, 0) :])
             position += len(chunk)
-        mine = read_file_meta(ours.head)
-        described = meta is None or mine is None or meta[:3] == mine[:3]
+        described = not ours.head or describes(meta, ours.instance)
         same = described and behind_our_head.digest() == ours.sha256
         complete = same or looks_whole(copy, head, size)
     return Existing(same, complete, size, whole.digest(), offset, etag, meta)
 
 
 class OurFile(NamedTuple):
-    """A file that is to be stored: what it begins with, before the data set, and its size and digest."""
+    """A file that is to be stored: of what, what it begins with, before the data set, and its size and digest."""
 
+    instance: Instance
     head: bytes
     size: int
     sha256: bytes
