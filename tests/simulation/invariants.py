@@ -14,7 +14,7 @@ from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES
 from airflow_dicom_get.vocabulary import HELD, NOT_HELD
 from tests.simulation.destinations import ROOT, path_of
 from tests.simulation.marks import in_history, mark
-from tests.simulation.pacs import SERIES, SOP, SOP_CLASS, Find, Key, listed
+from tests.simulation.pacs import MODALITY, SERIES, SOP, SOP_CLASS, Find, Key, listed
 from tests.simulation.world import HOURS_BEGIN, Played, World, key_of
 
 LONGEST = 2 * 3600.0
@@ -377,10 +377,13 @@ def _listable(world: World) -> dict[Key, Instance]:
 
 
 def _cut_unseen(world: World, finds: list[Find]) -> bool:
-    """Whether a list was cut, and nothing that is known of lists shows it."""
+    """Whether a list was cut, and nothing that is known of lists shows it.
+
+    A count of all series says nothing of a list of those of one modality.
+    """
     if "list_limit" in world.runs[-1].run.options:
         return False
-    return world.history.habits.counts == "none" and any(find.cut for find in finds)
+    return any(find.cut and (world.history.habits.counts == "none" or find.query.get(MODALITY)) for find in finds)
 
 
 def _not_asked_again(world: World, run: Played) -> None:
