@@ -121,11 +121,13 @@ with DAG(
         with final_errors():
             # A large manifest is a reference to a file, not a DataFrame: load_manifest takes either. One by one: each
             # keeps its own verdict, and the whole gets the worst of them.
-            frames = [load_manifest(manifest) for manifest in manifests[:]]
+            frames = [load_manifest(manifest) for manifest in manifests[:] if manifest is not None]
             if not frames:
                 raise AirflowSkipException("No manifest was left. The log of `report` says why.")
             return combine_manifests(
-                [frame.assign(cohort=frame["study_instance_uid"].map(labels)) for frame in frames], to
+                [frame.assign(cohort=frame["study_instance_uid"].map(labels)) for frame in frames],
+                to,
+                expected=len(parts),  # a task that was killed leaves no manifest
             )
 
     labelled = label(found, get.output, "{{ params.destination }}/_manifests/cohorts")

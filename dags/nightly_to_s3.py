@@ -157,11 +157,12 @@ with DAG(
         from airflow_dicom_get import combine_manifests, load_manifest
 
         # None stands for a shard whose manifest could not be written. A slice is one request to Airflow.
-        manifests = [manifest for manifest in manifests[:] if manifest is not None]
-        if not manifests:
+        manifests = manifests[:]
+        if all(manifest is None for manifest in manifests):
             raise AirflowSkipException(f"No manifest was left (shards: {len(shards)}). The log of `report` says why.")
         with final_errors():
-            reference = combine_manifests(manifests, to)
+            # A shard whose task was killed left nothing at all: with `expected` the night is not complete without it.
+            reference = combine_manifests(manifests, to, expected=len(shards))
             frame = load_manifest(reference)
         outlet_events[NIGHT].extra = {
             # Enough for load_manifest(), which then checks that the file is still this one.

@@ -318,7 +318,7 @@ def facts_of(tables: Sequence[pa.Table], given: Sequence[Any] = ()) -> list[tupl
 
 
 def combine_manifests(
-    manifests: Any, to: str | Path, s3_config: S3 = None, *, run: str | None = None
+    manifests: Any, to: str | Path, s3_config: S3 = None, *, run: str | None = None, expected: int | None = None
 ) -> dict[str, Any]:
     """Write several manifests as one, and return its reference.
 
@@ -333,13 +333,17 @@ def combine_manifests(
         The file to write, or a folder or prefix in which a file with the name of a new run is created.
     s3_config : S3Config or mapping, optional
         How to reach the bucket of any of them, as in :func:`read_manifest`.
+    expected : int, optional
+        How many there should be, as of mapped tasks: one that was killed leaves no XCom, and nothing that stands for
+        it. Each that lacks counts as None does.
 
     Raises
     ------
     ManifestError
         One of them cannot be read, or does not match its reference. Nothing is written then.
     """
-    given = each_of(manifests)
+    given = [*each_of(manifests)]
+    given += [None] * ((expected or 0) - len(given))
     tables = load_tables(given, s3_config)
     facts = facts_of(tables, given)
     verdict, evidence = worst(said for said, _ in facts), weakest(rests_on for _, rests_on in facts)

@@ -314,3 +314,22 @@ def kept():
 
     with kept_runs() as keep:
         yield keep
+
+
+@pytest.fixture
+def lost_task(monkeypatch):
+    """Let one of the mapped retrievals of a DAG leave nothing behind, as if its worker had been killed."""
+    from airflow_dicom_get.operators.dicom import DicomGetOperator
+
+    def lose(dag, map_index: int) -> None:
+        execute = DicomGetOperator.execute
+
+        def or_lost(self, context):
+            if context["ti"].map_index == map_index:
+                raise RuntimeError("The worker is gone.")
+            return execute(self, context)
+
+        dag.task_dict["get"].partial_kwargs["retries"] = 0
+        monkeypatch.setattr(DicomGetOperator, "execute", or_lost)
+
+    return lose

@@ -44,6 +44,14 @@ def test_the_manifest_of_a_list_has_its_labels(run_dag, load_dag, cohort, archiv
     assert not any(word in run.log for word in (accession, *patient))
 
 
+def test_a_cohort_is_not_exported_without_a_study_that_left_no_manifest(run_dag, load_dag, cohort, lost_task):
+    dag = load_dag("cohort_from_csv")
+    lost_task(dag, 1)
+    run = run_dag(dag, run_conf=cohort("Cohort,StudyInstanceUID\ncase,{many}\ncontrol,{private}\n"))
+    assert run.xcom("label")["verdict"] == "unverified"
+    assert (run.state, run.task("label").state, run.task("export").state) == ("failed", "success", "failed")
+
+
 def test_two_labels_of_a_list_of_uids(run_dag, load_dag, cohort, archive):
     from airflow_dicom_get import load_manifest
 

@@ -105,6 +105,19 @@ def test_a_night_with_something_missing_is_published_and_fails_and_tells(
     assert "sub_operation_failed" in report
 
 
+def test_a_night_is_not_complete_without_a_shard_that_left_no_manifest(run_dag, night, prefix, lost_task):
+    before = len(events("dicom_night"))
+    night.task_dict["find"].shard_instances = 20
+    for task in ("find", "publish", "report"):
+        night.task_dict[task].on_failure_callback = []
+    lost_task(night, 1)
+    run = run_dag(night, run_conf=conf(prefix))
+    assert (run.state, run.task("publish").state) == ("failed", "success")
+    (event,) = events("dicom_night")[before:]
+    assert event["verdict"] == run.xcom("publish")["verdict"] == "unverified"
+    assert 0 < event["instances"] < 72
+
+
 def test_another_file_than_the_manifest_of_a_night_is_not_read(run_dag, load_dag, tmp_path):
     dag = load_dag("analyse_manifest")
     run = run_dag(dag, run_conf={"manifest": f"s3://other@{BUCKET}/_manifests/of-somebody.parquet"})

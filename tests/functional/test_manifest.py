@@ -311,6 +311,9 @@ class TestShapes:
         assert combine_manifests([], tmp_path / "b.parquet")["verdict"] == "empty"
         ref = combine_manifests(iter([str(written), None]), tmp_path / "c.parquet")
         assert (ref["verdict"], ref["rows"]) == ("unverified", 3)
+        ref = combine_manifests([written], tmp_path / "d.parquet", expected=2)
+        assert (ref["verdict"], ref["rows"]) == ("unverified", 3)
+        assert combine_manifests([written], tmp_path / "e.parquet", expected=1)["verdict"] == "complete"
 
     def test_combine_writes_nothing_if_one_is_broken(self, written: Path, tmp_path: Path) -> None:
         with pytest.raises(ManifestError):
