@@ -140,7 +140,7 @@ class Loop:
         self.hub.switch()
         if process is not None and process.dead:
             raise Killed
-        if waiters is not None and not wait.woken:
+        if waiters is not None and wait in waiters:  # its time was over
             waiters.remove(wait)
         return bool(wait.woken)
 
@@ -324,9 +324,10 @@ class Condition:
                 self._acquire()
 
     def notify(self, n: int = 1) -> None:
-        for wait in self._waiters[:n]:
+        waiting = [wait for wait in self._waiters if wait.woken is None]  # the time of another may be over
+        for wait in waiting[:n]:
             self._loop.wake(wait)
-        del self._waiters[:n]
+            self._waiters.remove(wait)
 
     def notify_all(self) -> None:
         self._loop.wake_all(self._waiters)

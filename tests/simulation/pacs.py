@@ -297,6 +297,10 @@ def _command_pdu(context: int, encoded: bytes) -> bytes:
     return wire.p_data(context, wire.COMMAND_BIT | wire.LAST_BIT, encoded)
 
 
+_SAME = 300
+"""Bytes that a correction of an instance leaves as they were: it changes pixels."""
+
+
 @lru_cache(10_000)
 def _pieces(instance: Instance) -> tuple[bytes, ...]:
     return tuple(instance.pieces())
@@ -395,7 +399,7 @@ class Observer:
         known = self._pacs.known.get(key)
         if self._link.ill and known is not None:
             whole = b"".join(_pieces(known))
-            if len(data) < len(whole) and whole.startswith(data):
+            if len(data) < len(whole) and whole[:_SAME] == data[:_SAME]:
                 self._pacs.truncated.add(data)
         self._unanswered.append((key, data))
         if self.get is not None:

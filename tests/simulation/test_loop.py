@@ -112,6 +112,20 @@ def test_what_is_left_of_a_dead_process_reaches_nothing() -> None:
     assert reached == ["unwound"]
 
 
+def test_a_wait_may_end_by_its_time_and_by_a_call_before_its_task_goes_on() -> None:
+    with looped(1) as loop:
+        process, over = Process(), clock.event()
+
+        def stand_aside() -> None:
+            loop.stand_aside(0.01)
+            over.set()
+
+        waits = loop.spawn(lambda: over.wait(0.005), "waits", process)
+        loop.spawn(stand_aside, "aside", process)
+        loop.until(waits)
+    assert waits.error is None
+
+
 def test_who_waits_for_each_other_for_ever_is_seen() -> None:
     with looped(1) as loop, pytest.raises(EndlessError):
         loop.run(lambda: clock.event().wait())
