@@ -204,6 +204,16 @@ def list_within(path: str, folders: Sequence[str], option: str = "csv") -> Below
     raise invalid(option, f"{shown_path(path)} lies in none of the folders of lists", "Give a file in one of these.")
 
 
+def csv_rows(text: str) -> csv.DictReader[str]:
+    """The rows of a CSV file; commas, semicolons or tabs, whichever its first line has most of.
+
+    A row ends at a line feed alone (RFC 4180; a text that was read has no carriage returns), never at what else Unicode
+    takes for the end of a line, as U+0085: half a remark would be a row of its own, and a study that nobody named.
+    """
+    head = text.partition("\n")[0]
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), restval="")
+
+
 def read_study_list(path: str | Below, *, label: str | None = None, option: str = "csv") -> list[ListedStudy]:
     """Read a CSV file with a column ``StudyInstanceUID`` or ``AccessionNumber``; commas, semicolons or tabs.
 
@@ -241,8 +251,7 @@ class _Rows:
     def __init__(self, path: str | Below, option: str, label: str | None) -> None:
         self._path, self._option = path, option
         text = self._text()
-        head = text.partition("\n")[0]
-        self._reader = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=head.count), restval="")
+        self._reader = csv_rows(text)
         self._columns = {column.strip(): column for column in self._reader.fieldnames or ()}
         self.key = next((column for column in (UID, ACCESSION) if column in self._columns), "")
         if not self.key:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.config.destination import ForwardDestination, parse_destination
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.study_list import csv_rows
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.exports.cohort import Cohort
 from airflow_dicom_get.exports.series import series_table
@@ -199,8 +200,7 @@ class _Mapping:
     def __init__(self, path: Path) -> None:
         self.path = path
         text = self._text()
-        head = text.partition("\n")[0]
-        reader = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=head.count), restval="")
+        reader = csv_rows(text)
         columns = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
         self.key = next((name for name in (_UID, _ACCESSION) if name in columns), "")

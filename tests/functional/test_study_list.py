@@ -8,6 +8,7 @@ import pytest
 
 from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.storage.files import Below
 
 
 def written(folder: Path, text: str) -> str:
@@ -43,3 +44,23 @@ def test_a_bad_row_is_named_by_line_and_column_and_not_quoted(tmp_path: Path, te
     assert str(caught.value).startswith(f"csv: '{path}'")
     assert message in str(caught.value)
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", ["\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_a_row_ends_where_its_line_does(tmp_path: Path, mark: str) -> None:
+    """Not within a remark: what stands behind is no study that anybody named."""
+    path = written(tmp_path, f"AccessionNumber\tRemark\nA1\tsee{mark}20240001\nA2\t{mark}\nA3\tx")
+    assert [(one.line, one.value) for one in read_study_list(path)] == [(2, "A1"), (3, "A2"), (4, "A3")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_all_systems(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "cohort.csv"
+    path.write_bytes(end.join(["AccessionNumber,Remark", 'A1,"two', 'lines"', "", "A2,x"]).encode())
+    for file in (str(path), Below(tmp_path).at(str(path))):
+        assert [(one.line, one.value) for one in read_study_list(file)] == [(3, "A1"), (5, "A2")]
+
+
+def test_an_accession_number_has_no_end_of_line(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match="line 3, column AccessionNumber is not an accession number"):
+        read_study_list(written(tmp_path, 'AccessionNumber\n"A\n1"\n'))
