@@ -359,13 +359,14 @@ class GetScu:
         Raises
         ------
         InvalidQuery
-            The source does not support the key by which the list names its studies.
+            The source does not support the key by which the list names its studies, or an accession number matches
+            more than ``max_studies``.
         NotNegotiated, OperationFailed, and whatever ends an association
         """
         from airflow_dicom_get.engine.study_list import find_listed
 
         with self._opened_source() as source:
-            return find_listed(source, listed, self.options.retries)
+            return find_listed(source, listed, self.options.retries, self.options.max_studies)
 
     def echo(self, *, study: str | None = None, profile: str | Path | None = None) -> EchoReport:
         """Send a C-ECHO, and find out which services the node accepts.

@@ -158,7 +158,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     if finder.unreadable > unreadable:
         doubt = "list_contradicted"
     if not query.studies:
-        _check_count(len(found), max_studies)
+        check_count(len(found), max_studies)
     elif found and not selecting:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
@@ -201,11 +201,11 @@ def note_row(scope: Scope, row: Row) -> bool:
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
-def _check_count(count: int, max_studies: int, named: int = 0) -> None:
+def check_count(count: int, max_studies: int, named: int = 0, what: str = "The query") -> None:
     """Refuse more studies than may match; each UID that was named may have one besides."""
     if count > max_studies + named:
         raise InvalidQuery(
-            f"The query matches {count} studies; max_studies is {max_studies}. Nothing was fetched.",
+            f"{what} matches {count} studies; max_studies is {max_studies}. Nothing was fetched.",
             hint="Narrow the query, or raise max_studies.",
             count=count,
             max_studies=max_studies,
@@ -230,7 +230,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         studies.setdefault(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
     if not studies:
         check_answered(finder)
-    _check_count(len(studies), max_studies, named=len(uids))
+    check_count(len(studies), max_studies, named=len(uids))
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
     scopes = [_scope(query, study, filters) for study in studies]
     for scope in scopes:

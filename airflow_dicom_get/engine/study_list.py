@@ -14,6 +14,7 @@ from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
+from airflow_dicom_get.engine.resolve import check_count
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.lists.finder import STRANGE, Finder, check_answered
 from airflow_dicom_get.lists.matching import Contradiction, Dropped, Row
@@ -63,7 +64,7 @@ class FoundList:
     """Why there may be more studies, as a reason of the vocabulary."""
 
 
-def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int) -> FoundList:
+def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int, max_studies: int) -> FoundList:
     """Find the studies of a list at a PACS, over one association.
 
     An entry that the PACS does not know, or answers with other studies alone, costs itself and no other.
@@ -72,21 +73,25 @@ def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int) -> 
     ----------
     retries : int
         New associations in a row that may fail without progress; what was answered is not asked for again.
+    max_studies : int
+        Studies that an accession number may stand for, as for one that is a query of its own. The list may have any
+        number of them.
 
     Raises
     ------
     InvalidQuery
-        The PACS does not support the key by which the list names its studies.
+        The PACS does not support the key by which the list names its studies, or an entry matches more than
+        ``max_studies``.
     NotNegotiated, OperationFailed, and whatever ends an association
     """
-    return _Search(listed).run(source, retries)
+    return _Search(listed, max_studies).run(source, retries)
 
 
 class _Search:
     """The search for a list: what was answered so far."""
 
-    def __init__(self, listed: Sequence[ListedStudy]) -> None:
-        self._listed = listed
+    def __init__(self, listed: Sequence[ListedStudy], max_studies: int) -> None:
+        self._listed, self._max_studies = listed, max_studies
         self._done: dict[ListedStudy, FoundStudies] = {}
         self._dropped = Dropped()
         self._doubt: str | None = None
@@ -130,6 +135,7 @@ class _Search:
             uids |= dict.fromkeys(self._strangers.studies.get(one.value.encode(), ()))
         elif finder.cuts.may_be_cut("STUDY", finder.came):
             self._doubt = self._doubt or "list_may_be_cut"
+        check_count(len(uids), self._max_studies, what=f"The accession number in line {one.line} of the list")
         if finder.unreadable > unreadable:
             self._doubt = "list_contradicted"
         if problem:

@@ -12,9 +12,11 @@ import pydicom
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.engine.study_list import ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc
 from airflow_dicom_get.verify import verify
@@ -172,6 +174,24 @@ class TestLists:
     def test_a_key_that_the_pacs_does_not_know(self, scu: Any, mode: str) -> None:
         with pytest.raises(InvalidQuery, match="does not support the key AccessionNumber"):
             scu(mode).find_listed(self.listed("HOSTILE-ACC", "A1"))
+
+    @pytest.mark.parametrize("mode", ["find_prefix", "find_ignores_keys"])
+    def test_an_accession_number_may_stand_for_max_studies(self, monkeypatch: Any, scu: Any, mode: str) -> None:
+        """As where it is the query: a PACS that has thousands of studies of one line has them fetched by nobody."""
+        rows = MODE_CLASSES[mode].rows
+
+        def many(self: Behaviour, level: str, query: Any) -> Any:
+            for row in rows(self, level, query):
+                for number in range(3):
+                    yield {**row, h.STUDY_INSTANCE_UID: f"1.2.{number}"}
+
+        monkeypatch.setattr(MODE_CLASSES[mode], "rows", many)
+        text = r"The accession number in line 2 of the list matches 3 studies; max_studies is 2\. Nothing was fetched"
+        client = scu(mode, max_studies=2)
+        with pytest.raises(InvalidQuery, match=text):
+            client.find_listed(self.listed("HOSTILE-ACC", "A1"))
+        assert client.pacs.associations == 1
+        assert len(scu(mode, max_studies=3).find_listed(self.listed("HOSTILE-ACC")).entries[0].uids) == 3
 
     @pytest.mark.parametrize("mode", [None, "find_ignores_keys", "lists_refused"])
     def test_uids(self, scu: Any, mode: str | None) -> None:
