@@ -343,12 +343,14 @@ class DeflateWalk:
         What zlib is told of the stream: by default that it has no header of zlib's.
     """
 
-    __slots__ = ("_growth", "_inflate", "_known", "_left")
+    __slots__ = ("_growth", "_inflate", "_known", "_left", "beyond")
 
     def __init__(self, most: int = _MOST_DEFLATED, growth: int = _MOST_GROWTH, *, bits: int = -zlib.MAX_WBITS) -> None:
         self._inflate = zlib.decompressobj(bits)
         self._left, self._growth = most, growth
         self._known: bool | None = None
+        self.beyond = False
+        """Whether it inflates to more than that, and so was not followed to its end."""
 
     def feed(self, view: bytes | bytearray | memoryview) -> None:
         """See :meth:`Walk.feed`."""
@@ -361,7 +363,7 @@ class DeflateWalk:
                     self._left -= len(inflate.decompress(rest, MAX_HEADER))
                     rest = inflate.unconsumed_tail
                     if self._left <= 0:
-                        self._known = True
+                        self._known = self.beyond = True
         except zlib.error:
             self._known = False
 

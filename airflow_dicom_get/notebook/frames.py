@@ -10,6 +10,9 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown, shown_path
+from airflow_dicom_get.dicom.header import DeflateWalk
+from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
+from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import S3, tables_below
 from airflow_dicom_get.manifest.frames import (
@@ -128,15 +131,15 @@ def _dataset(item: StoredObject) -> Dataset:
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
-    from airflow_dicom_get.dicom.part10 import file_header
-
     row = item.row
     assert row is not None
     head = b""
     if row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
         head = file_header(row.sop_class or "", row.sop, row.syntax or "", calling="", called="")
     try:
-        dataset = dcmread(BytesIO(head + _content(item)))
+        content = head + _content(item)
+        _check_inflated(content)
+        dataset = dcmread(BytesIO(content))
         if (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID) != (row.study, *row.key):
             raise UnreadableError("it is not the instance that the manifest names")
         return dataset
@@ -157,6 +160,21 @@ def _content(item: StoredObject) -> bytes:
         if most is not None and len(content) > most:
             raise UnreadableError(f"it is larger than the {most} bytes that the manifest says")
     return bytes(content)
+
+
+def _check_inflated(content: bytes) -> None:
+    """Refuse a deflated data set that pydicom would inflate whole, without measure, or that is damaged."""
+    meta = read_file_meta(content[:META_LIMIT])
+    if meta is None:
+        raise UnreadableError("it is not a DICOM file with file meta information")
+    if meta.syntax != DEFLATED_LE:
+        return
+    walk = DeflateWalk()
+    walk.feed(memoryview(content)[meta.dataset_offset :])
+    if walk.beyond:
+        raise UnreadableError("it inflates without measure: some MiB of it may be many GiB of memory")
+    if walk.torn:
+        raise UnreadableError("its deflated data set is damaged")
 
 
 def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:

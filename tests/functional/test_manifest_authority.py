@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydicom import dcmread
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import UID
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.dicom.part10 import file_header
+from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
@@ -388,6 +395,45 @@ def test_of_a_file_that_grew_a_notebook_reads_no_more_than_the_manifest_says(
     with pytest.raises(ManifestError, match=f"larger than the {got.frame['bytes'][0]} bytes"):
         read_instances(got.frame)
     assert sum(read) < 1 << 20
+
+
+@pytest.fixture
+def deflated(got: Retrieved) -> Callable[[bytes, bytes], pd.DataFrame]:
+    """The first row, with a file in its place that has the same data set deflated, and zeros for its pixels."""
+
+    def make(pixels: bytes, behind: bytes) -> pd.DataFrame:
+        dataset = dcmread(got.file)
+        dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LE)
+        dataset.PixelData = b""
+        plain = DicomBytesIO()
+        plain.is_little_endian, plain.is_implicit_VR = True, False
+        write_dataset(plain, dataset)
+        head = file_header(dataset.SOPClassUID, dataset.SOPInstanceUID, DEFLATED_LE, calling="A", called="B")
+        deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+        elements = plain.getvalue().partition(b"\xe0\x7f\x10\x00")[0]
+        element = b"\xe0\x7f\x10\x00OB\0\0" + len(pixels).to_bytes(4, "little")
+        content = head + deflate.compress(elements + element + pixels) + deflate.flush() + behind
+        Path(got.file).write_bytes(content)
+        frame: pd.DataFrame = got.frame.head(1).assign(bytes=len(content), dataset_offset=len(head))
+        return frame
+
+    return make
+
+
+def test_what_inflates_without_measure_is_not_inflated_in_a_notebook(deflated: Any) -> None:
+    """As a PACS sends it: some 300 KB, stored as they came, of which pydicom would make gigabytes of memory."""
+    (dataset,) = read_instances(deflated(bytes(1 << 20), b"\0"))
+    assert len(dataset.PixelData) == 1 << 20
+    with pytest.raises(ManifestError, match="it inflates without measure"):
+        read_instances(deflated(bytes(300 << 20), b""))
+
+
+def test_a_damaged_deflated_file_is_an_error_that_names_it(got: Retrieved, deflated: Any) -> None:
+    frame = deflated(bytes(1 << 20), b"")
+    path = Path(got.file)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ManifestError, match="its deflated data set is damaged"):
+        read_instances(frame)
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
