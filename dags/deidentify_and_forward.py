@@ -27,8 +27,10 @@ again, and what the other node has acknowledged is not sent again.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -157,11 +159,13 @@ with DAG(
         rows = frame[frame["state"].isin(["stored", "held"])]
         # The same secret gives the same UIDs, for every instance of the study and in every try.
         anonymizer = Anonymizer(seed=secret)
+        # Invalid values are common, and what pydicom says of them, in warnings and log, would quote them in the log.
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
         written, folders = set(), set()
         for number, row in enumerate(rows.itertuples()):
             try:
-                # Invalid values are common, and pydicom's warnings would quote them in the log.
-                with disable_value_validation():
+                with disable_value_validation(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     # Nothing but this instance, and not by a link out of the destination.
                     (dataset,) = read_instances(rows.iloc[[number]])
                     # Of the original's preamble and file meta information, keep only the transfer syntax.

@@ -5,7 +5,10 @@ This needs neither Airflow nor its database, only an address and a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +142,10 @@ def _dataset(item: StoredObject) -> Dataset:
     try:
         content = head + _content(item)
         _check_inflated(content)
-        dataset = dcmread(BytesIO(content))
-        if (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID) != (row.study, *row.key):
+        with _silently():
+            dataset = dcmread(BytesIO(content))
+            uids = (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID)
+        if uids != (row.study, *row.key):
             raise UnreadableError("it is not the instance that the manifest names")
         return dataset
     except (UnreadableError, InvalidDicomError, AttributeError) as error:
@@ -149,6 +154,23 @@ def _dataset(item: StoredObject) -> Dataset:
             hint="It may have been moved. verify() tells what is missing; get_study(manifest=…) fetches it.",
             uri=item.name,
         ) from None
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Keep out of log and warnings what pydicom says of values that it cannot read: it quotes them."""
+    logger = logging.getLogger("pydicom")
+
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeFilter(nothing)
 
 
 def _content(item: StoredObject) -> bytes:

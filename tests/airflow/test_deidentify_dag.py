@@ -13,6 +13,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from pydicom import dcmread
 
 from airflow_dicom_get import GetScu, load_manifests
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving import modes_object
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import ct_study, private_study
 from airflow_dicom_get.testing.servers import HOST, Orthanc
@@ -105,6 +107,20 @@ def test_an_original_is_no_link(load_dag, source, originals, tmp_path):
     deidentify = dag.get_task("deidentify").python_callable
     with pytest.raises(AirflowFailException, match="was not de-identified"):
         deidentify(found.manifest_uri, str(tmp_path / "copies"))
+
+
+def test_no_name_in_the_place_of_a_character_set_gets_into_the_log(load_dag, tmp_path, monkeypatch, caplog, recwarn):
+    monkeypatch.setenv("AIRFLOW_VAR_DICOM_DEIDENTIFY_SECRET", SECRET)
+    monkeypatch.setattr(modes_object, "_ODD", {0x00080005: "DOE^JOHN", 0x00080020: "20240115"})
+    with MisbehavingPacs("odd_values", series=1, instances=2) as pacs:
+        found = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "here").get_study(
+            {"StudyInstanceUID": pacs.study_uid}
+        )
+    deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
+    copies = deidentify(found.manifest_uri, str(tmp_path / "copies"))
+    assert len(list(Path(copies).glob("*/*.dcm"))) == 2
+    assert "DOE" not in caplog.text
+    assert not [warning for warning in recwarn if "DOE" in str(warning.message)]
 
 
 def names(originals) -> set[bytes]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.errors import OperationFailed
+from airflow_dicom_get.notebook import read_instances
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import modes_object
 
@@ -51,6 +52,19 @@ def test_in_process(pacs: MisbehavingPacs, tmp_path: Path, caplog: pytest.LogCap
     assert table["instance_number"].isna().all()
     assert table["series_number"].isna().all()
     assert set(table["SeriesNumber"]) == {"HOSTILE^PATIENT"}  # a column that was asked for is as it came
+
+
+def test_in_a_notebook(pacs: MisbehavingPacs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """pydicom reads the character set of each instance, and would print names of it that it does not know."""
+    caplog.set_level(logging.DEBUG)
+    result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path).get_study({"StudyInstanceUID": pacs.study_uid})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert len(read_instances(result.manifest)) == 8
+    assert seen == []
+    assert "HOSTILE^" not in caplog.text
+    logging.getLogger("pydicom").warning("of others")
+    assert "of others" in caplog.text
 
 
 @pytest.mark.parametrize("verb", ["find", "get"])
