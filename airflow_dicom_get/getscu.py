@@ -332,14 +332,14 @@ class GetScu:
         parsed = self._parse(query, query_model, selective=False)
         with self._opened_source() as source:
             rows = find_rows(source, parsed, level, keywords, limit=most, split=split_on_truncation)
+            frame = frame_of_rows(source, rows, level, keywords) if as_frame else None
         for text in rows.remark_texts():
             if on_remark is None:
                 log.warning("%s: %s", source.node, text)
             else:
                 on_remark(text)
-        if not as_frame:
+        if frame is None:
             return rows
-        frame = frame_of_rows(rows, level, keywords)
         frame.attrs["cut"] = rows.cut
         return frame
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
@@ -124,7 +124,7 @@ def find_rows(
     most = MAX_ROWS if limit is None else limit
     with source.association(FIND_PROPOSALS) as association:
         finder = Finder(association, source.cuts)
-        found, rows = Found(), _Distinct(level, finder)
+        found, rows = Found(), _Distinct(level, finder, source.check_stopped)
         for above in _above(finder, query, level, found):
             keys = {**above, **own}
             if named[level]:
@@ -209,15 +209,21 @@ MAX_VALUES = 5_000_000
 class _Distinct:
     """Rows as they came, each study, series or instance once."""
 
-    def __init__(self, level: str, finder: Finder) -> None:
-        self._keys, self._finder = _UNIQUE[level], finder
+    def __init__(self, level: str, finder: Finder, check: Callable[[], None]) -> None:
+        self._keys, self._finder, self._check = _UNIQUE[level], finder, check
         self._seen: set[tuple[bytes, ...]] = set()
         self.found: list[Dataset] = []
         self._made = 0
 
     def take(self, answers: Iterable[Answer]) -> None:
-        """Add rows; one without a UID of its own is like no other. Raises :class:`ListTooLong`."""
+        """Add rows; one without a UID of its own is like no other.
+
+        Raises
+        ------
+        ListTooLong, Cancelled, DeadlineExceeded
+        """
         for row, raw in answers:
+            self._check()  # a row of many values takes far longer to make than to come
             unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
             if unique not in self._seen or not unique[-1]:
                 self._seen.add(unique)
@@ -232,21 +238,22 @@ class _Distinct:
                 self.found.append(found)
 
 
-def frame_of_rows(rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
-    """One text column per keyword; of no rows those that were asked for."""
+def frame_of_rows(source: Source, rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
+    """One text column per keyword; of no rows those that were asked for. Raises where the run is to end."""
     import pandas as pd
 
-    return pd.DataFrame(
-        columns=None if rows else list(dict.fromkeys((*_RETURNED[level], *return_keys))),
-        data=[
+    columns = None if rows else list(dict.fromkeys((*_RETURNED[level], *return_keys)))
+    data = []
+    for row in rows:
+        source.check_stopped()
+        data.append(
             {
                 element.keyword: peer_text(element.value, 1024) if element.VR == "UN" else _text(element.value)
                 for element in row
                 if element.keyword
             }
-            for row in rows
-        ],
-    )
+        )
+    return pd.DataFrame(data, columns=columns)
 
 
 def dates_of(frame: DataFrame) -> DataFrame:

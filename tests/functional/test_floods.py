@@ -16,7 +16,7 @@ import pytest
 
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.engine import find
-from airflow_dicom_get.errors import InvalidQuery, ListTooLong
+from airflow_dicom_get.errors import Cancelled, InvalidQuery, ListTooLong
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
@@ -151,6 +151,27 @@ def test_values_of_two_bytes_do_not_fill_the_memory(pacs: Callable[..., Any], mo
     monkeypatch.setattr(find, "MAX_VALUES", 100_000)
     with pacs(_ManyValues) as server, pytest.raises(ListTooLong, match="more than 100000 elements and values"):
         GetScu(node(server)).find({"StudyDate": "20240101"})
+
+
+@pytest.mark.parametrize("step", ["dataset_of", "_text"])
+def test_a_cancel_is_heard_while_rows_are_made_of_values_that_came(
+    pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The answer comes within a second, and what is made of it would take minutes."""
+    made = []
+    with pacs(_ManyValues) as server:
+        scu = GetScu(node(server))
+        make = getattr(find, step)
+
+        def cancelled(*given: Any) -> Any:
+            made.append(given)
+            scu.cancel("enough")
+            return make(*given)
+
+        monkeypatch.setattr(find, step, cancelled)
+        with pytest.raises(Cancelled, match="enough"):
+            scu.find({"StudyDate": "20240101"}, as_frame=True)
+    assert len(made) < 10  # the elements of one row
 
 
 class _LongUidsAgain(Behaviour):
