@@ -241,15 +241,34 @@ class Bucket:
             body.close()
 
     def list(self, prefix: str) -> Iterator[Listed]:
-        """All objects whose keys begin so."""
+        """All objects whose keys begin so.
+
+        Raises
+        ------
+        S3Error
+            It cannot be listed, or not to its end: an answer is truncated, and does not tell where to go on.
+        """
         more: dict[str, str] = {}
+        seen: set[str] = set()
         while True:
             answer = self.call("list_objects_v2", Prefix=prefix, **more)
             for item in answer.get("Contents", ()):
                 yield Listed(item["Key"], item["Size"], item.get("ETag", ""))
-            if not answer.get("IsTruncated") or not answer.get("NextContinuationToken"):
+            if not answer.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": answer["NextContinuationToken"]}
+            token = answer.get("NextContinuationToken")
+            if not token or token in seen:
+                raise S3Error(
+                    f"The listing of s3://{self.name}/{prefix} is truncated, and its continuation token is "
+                    f"{'that of an earlier answer' if token else 'missing'}.",
+                    hint="The service does not know version 2 of ListObjects: use a newer version of it.",
+                    bucket=self.name,
+                    key=prefix,
+                    operation="list_objects_v2",
+                    passing=False,
+                )
+            seen.add(token)
+            more = {"ContinuationToken": token}
 
     def reach(self, prefix: str) -> None:
         """Find out whether the bucket can be listed. Raises :class:`S3Error`."""

@@ -119,6 +119,8 @@ class Service:
         others have forgotten it.
     page : int
         Most keys in an answer.
+    tokens : {"new", "none", "same"}
+        What a truncated listing tells to go on with: nothing where a service knows version 1 of it alone.
     least_part : int
         Bytes of the smallest part that is not the last one.
     latency : float
@@ -133,6 +135,7 @@ class Service:
         self.metadata = self.etags = self.checksums = True
         self.completes_again = False
         self.page = _MOST_KEYS
+        self.tokens: Literal["new", "none", "same"] = "new"
         self.least_part = 5 << 20
         self.latency = 0.0
         self._numbers = 0
@@ -365,7 +368,7 @@ class ModelClient:
         there = self._bucket(Bucket, "ListObjectsV2")
         keys = sorted((key for key in there if key.startswith(Prefix)), key=str.encode)
         begin = 0
-        if ContinuationToken:
+        if ContinuationToken and self.service.tokens == "new":
             mark("s3: a further page")
             begin = sum(key.encode() <= bytes.fromhex(ContinuationToken) for key in keys)
         page = keys[begin : begin + min(MaxKeys, self.service.page)]
@@ -378,7 +381,11 @@ class ModelClient:
         return (
             {"IsTruncated": more, "KeyCount": len(page), "Name": Bucket, "Prefix": Prefix, "MaxKeys": MaxKeys}
             | ({"Contents": contents} if contents else {})
-            | ({"NextContinuationToken": page[-1].encode().hex()} if more and page else {})
+            | (
+                {"NextContinuationToken": page[-1].encode().hex()}
+                if more and page and self.service.tokens != "none"
+                else {}
+            )
         )
 
     # --- in parts ------------------------------------------------------------------------------

@@ -188,6 +188,21 @@ def opened(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     assert not any(process.breaches for process in processes)
 
 
+@pytest.mark.parametrize(("tokens", "said"), [("none", "missing"), ("same", "that of an earlier answer")])
+def test_a_listing_without_an_end_or_a_token_is_an_error(
+    service: Service, opened: Callable[..., seam.Bucket], tokens: Any, said: str
+) -> None:
+    bucket = opened()
+    for number in range(5):
+        bucket.put(f"study/{number}", b"")
+    service.page, service.tokens = 2, tokens
+    with pytest.raises(S3Error, match=said) as raised:
+        list(bucket.list("study/"))
+    assert not raised.value.transient
+    service.page = 5
+    assert len(list(bucket.list("study/"))) == 5
+
+
 def test_what_was_put_is_listed_read_and_asked_for(service: Service, opened: Callable[..., seam.Bucket]) -> None:
     bucket = opened()
     etags = [bucket.put(f"study/{number:03}", bytes(number)) for number in range(25)]

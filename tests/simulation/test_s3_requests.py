@@ -20,7 +20,7 @@ from tests.simulation.disk import Volume
 from tests.simulation.faults import Fault, Faults, Killed, Process
 from tests.simulation.line import Network
 from tests.simulation.loop import Loop, looped
-from tests.simulation.pacs import Habits, ModelPacs
+from tests.simulation.pacs import Change, Habits, ModelPacs
 from tests.simulation.world import DEADLINES, NODE, seams
 
 S3 = {"access_key": "a", "secret_key": "b", "endpoint": "http://s3.example"}
@@ -147,3 +147,15 @@ def test_what_others_did_between_two_runs_is_seen(bench: Callable[[], Bench], la
     for _ in range(2):
         assert at.run(verify_held="digest") == "partial"
         assert at.objects()[key] == other, "the first stays"
+
+
+@pytest.mark.parametrize("tokens", ["none", "same"])
+def test_a_listing_that_does_not_go_on_is_not_taken_for_whole(bench: Callable[[], Bench], tokens: Any) -> None:
+    at = bench()
+    assert at.run() == "complete"
+    before = at.objects()
+    at.service.conditions, at.service.page, at.service.tokens = "ignored", 2, tokens
+    for which in range(3):
+        at.pacs.change(Change(0, "correct", which))
+    assert at.run(resume=False) == "failed"
+    assert at.objects() == before, "the first stay"
