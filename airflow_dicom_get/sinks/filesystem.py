@@ -65,6 +65,8 @@ _REPORTED = 1 << 20
 """Bytes after which a writer says how much it has written."""
 _LOOK_AGAIN = 64 << 20
 """Bytes that may be written between two looks at the free space; fewer where there is less of it."""
+_MOST_MEETINGS = 8
+"""How often the file that is to be replaced may be another one by then."""
 _FOLLOW_FROM = 4 << 20
 """Size from which the digest follows the file in a thread of its own; below it a hand-over costs more."""
 
@@ -616,6 +618,7 @@ class _FileWriter:
         "_hash",
         "_head",
         "_instance",
+        "_meetings",
         "_name",
         "_offset",
         "_reported",
@@ -644,7 +647,7 @@ class _FileWriter:
         self._head: bytes | None = head
         self._offset = len(head)
         self._hash: Any = hashlib.sha256() if sink.options.checksum else None
-        self._size = self._reported = 0
+        self._size = self._reported = self._meetings = 0
         self._follower: Follower | None = None
 
     def write(self, view: memoryview) -> None:
@@ -747,13 +750,13 @@ class _FileWriter:
             placed = instance.key in self._study.placed
             replaces = self._sink.options.on_conflict == "replace" and not placed
             if same and not described and self._is_as_taken(fd) is False:
-                return self._put_over(final)
+                return self._put_over(final, fd)
             if not same and not replaces and (first := objects.other_syntax(meta, instance)) and self._is_as_taken(fd):
                 instance.sent_again(first)
                 same = described = True
             if same and described:
                 if self._may_not_be_durable(final):
-                    return self._put_over(final)  # taken by a run before this one, whose sync may have failed
+                    return self._put_over(final, fd)  # taken by a run before this one, whose sync may have failed
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd)
@@ -762,12 +765,12 @@ class _FileWriter:
                 there, fd = fd, -1
                 return self._stays(there, size)
             if not placed and self._is_torn(fd, size, offset, head):
-                return self._put_over(final)
+                return self._put_over(final, fd)
+            if replaces:
+                return self._put_over(final, fd, "replaced")
         finally:
             if fd >= 0:
                 self._disk.close(fd)
-        if replaces:
-            return self._put_over(final)._replace(remark="replaced")
         self.abort()
         return Taken(
             s.DUPLICATE_OTHER_CONTENT,
@@ -803,20 +806,40 @@ class _FileWriter:
         path = self._study.path / self._instance.series / f"{self._instance.sop}.dcm"
         return not objects.looks_whole(path, head, size)
 
-    def _put_over(self, final: str) -> Taken:
-        """Take the place of what is there, and let nothing that was recorded of it count for this one.
+    def _put_over(self, final: str, judged: int, remark: str | None = None) -> Taken:
+        """Take the place of what was judged, open as ``judged``; nothing that was recorded of it counts for this one.
 
-        What is there may be whole: it goes when this one is durable, so that a power cut leaves one of both.
+        What is there may be whole: it goes when this one is durable, so that a power cut leaves one of both. What
+        another run has put there meanwhile, for a sync may take long, is met as any other.
         """
         if self._sink.options.durable:
             self._disk.sync_data(self._fd)
             self._sink.check_left()
+        if not self._is_under(final, judged):
+            return self._meet_another()
         self._drop_records()
+        if not self._is_under(final, judged):
+            return self._meet_another()
         self._study.ledger.taken(self._instance)
         self._sink.check_left()
         self._disk.rename_over(self._name, final, self._folder)
         self._sink.torn.discard(self._instance.key)
-        return self._placed()
+        return self._placed()._replace(remark=remark)
+
+    def _is_under(self, final: str, fd: int) -> bool:
+        """Whether an open file is still the one under the final name."""
+        try:
+            return self._disk.is_at(fd, self._study.path / self._instance.series / final)
+        except FileNotFoundError:
+            return False
+
+    def _meet_another(self) -> Taken:
+        """What was there is there no longer: begin again with what is."""
+        self._meetings += 1
+        if self._meetings > _MOST_MEETINGS:
+            raise OSError(errno.EBUSY, "others replace it again and again")
+        self._sink.digests.forget(self._instance.study)
+        return self._place()
 
     def _drop_records(self) -> None:
         """Let nothing that was recorded of an instance count for another file of it, also after a power cut."""

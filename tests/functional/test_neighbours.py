@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,77 @@ def test_what_takes_the_place_of_a_whole_one_is_synced_before(tmp_path: Path, mo
     sink.close()
     assert next(tmp_path.rglob("*.dcm")).read_bytes().endswith(dataset_of(new(1), variant=2))
     assert sink_of(tmp_path, "20260101T000000Z-00000004").inventory(STUDY).keys() == {new(1).key}
+
+
+class Between(files.Disk):
+    """Something happens while the sync of what is to replace a file takes its time, as another run's replacement."""
+
+    def __init__(self, happens: Callable[[], object], often: int = 1) -> None:
+        self.happens, self.left = happens, often
+
+    def sync_data(self, fd: int) -> None:
+        super().sync_data(fd)
+        if self.left and os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
+            self.left -= 1
+            self.happens()
+
+
+@pytest.mark.parametrize(("variant", "on_conflict"), [(0, "keep"), (1, "keep"), (1, "replace")])
+def test_what_another_run_put_in_the_place_of_a_torn_file_stays(
+    variant: int, on_conflict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the same torn file, and the first has replaced it, and ended, before the second does."""
+    names = [f"2026010{day}T000000Z-0000000{day}" for day in range(1, 5)]
+    before = sink_of(tmp_path, names[0])
+    put(before, 1)
+    before.confirmations(wait=True)
+    before.close()
+    (path,) = tmp_path.rglob("*.dcm")
+    path.write_bytes(path.read_bytes()[:-10])
+    shutil.rmtree(tmp_path / "_manifests")
+    first, second = sink_of(tmp_path, names[2]), sink_of(tmp_path, names[1], on_conflict=on_conflict)
+
+    def happens() -> None:
+        assert put(first, 1)[1].reason is None
+        assert len(kept(first.confirmations(wait=True))) == 1
+        first.close()
+
+    monkeypatch.setattr(files, "disk", Between(happens))
+    second.disk = files.disk
+    taken = put(second, 1, variant=variant)[1]
+    second.confirmations(wait=True)
+    second.close()
+    replaced = on_conflict == "replace"
+    assert (taken.reason, taken.remark) == (
+        "different_content" if variant and not replaced else None,
+        "replaced" if replaced else None,
+    )
+    assert path.read_bytes().endswith(dataset_of(new(1), variant=variant if replaced else 0))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    if not replaced:  # of two that replace at the same time each ends what the other one has recorded
+        assert sink_of(tmp_path, names[3]).inventory(STUDY).keys() == {new(1).key}
+
+
+@pytest.mark.parametrize(("often", "reason"), [(3, None), (100, "destination_error")])
+def test_a_torn_file_that_is_another_one_each_time_holds_nobody_up(
+    often: int, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sink_of(tmp_path, "20260101T000000Z-00000001")
+    put(before, 1)
+    before.confirmations(wait=True)
+    before.close()
+    (path,) = tmp_path.rglob("*.dcm")
+    torn = path.read_bytes()[:-10]
+    path.write_bytes(torn)
+
+    def happens() -> None:
+        path.rename(path.with_suffix(".old"))
+        path.write_bytes(torn)
+
+    monkeypatch.setattr(files, "disk", Between(happens, often))
+    sink = sink_of(tmp_path, "20260102T000000Z-00000002")
+    assert put(sink, 1)[1].reason == reason
+    sink.close()
 
 
 @pytest.mark.parametrize("durable", [True, False])
