@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from airflow_dicom_get.storage.files import Folder
 log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
+_TRIES = 16
+"""How often others may remove a lock file, or its folder, in the moment in which it is made."""
 _LOCK = re.compile(rf"\.(?P<run>{clock.RUN_NAME})\.lock")
 _PART = re.compile(rf"\.[0-9.]{{1,64}}\.(?P<run>{clock.RUN_NAME})(?:\.[0-9]+)?\.part")
 """The temporary name of an instance. Earlier versions did not number the writers of a run."""
@@ -23,9 +26,14 @@ def hold(path: Folder) -> int:
     """Make a lock file and lock it; whoever cleans up may have removed it in between.
 
     Nobody else may open it: whoever can may lock it, and we would wait for him for ever.
+
+    Raises
+    ------
+    OSError
+        It cannot be made, or is gone each time: a file server may take no names that begin with a dot.
     """
     disk = files.disk
-    while True:
+    for _ in range(_TRIES):
         try:
             lock = disk.open(path, files.NEW, mode=0o600)
         except FileExistsError:
@@ -49,6 +57,7 @@ def hold(path: Folder) -> int:
             log.info("%s: no file locks on this file system; leftovers of other runs are kept for a day", path.parent)
             return lock
         disk.close(lock)
+    raise FileNotFoundError(errno.ENOENT, f"a lock file ({path.name}) cannot be made there, or is gone at once")
 
 
 def clean_dead_runs(folder: Folder, own: str) -> None:

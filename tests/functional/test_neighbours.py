@@ -159,6 +159,38 @@ def test_a_study_that_cannot_be_begun_can_be_tried_again(tmp_path: Path, monkeyp
     sink.close()
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_a_destination_that_has_no_lock_files_is_an_error(
+    made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server may answer that there is no such file to whoever makes one, or hide at once what was made."""
+
+    class NoDots(files.Disk):
+        tries = 0
+
+        def open(self, path: files.Where, how: int, folder: int | None = None, mode: int = 0o666) -> int:
+            if not str(path).endswith(".lock"):
+                return super().open(path, how, folder, mode)
+            self.tries += 1
+            assert self.tries < 1000, "it is tried for ever"
+            if not made:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            fd = super().open(path, how, folder, mode)
+            self.remove(path)
+            return fd
+
+    (tmp_path / STUDY / SERIES).mkdir(parents=True)
+    disk = NoDots()
+    monkeypatch.setattr(files, "disk", disk)
+    before = len(os.listdir("/proc/self/fd"))
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+    with pytest.raises(SinkError, match="lock file"):
+        sink.begin(new(1))
+    sink.close()
+    assert disk.tries > 1, "another run may have removed it"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def noting(synced: list[str]) -> files.Disk:
     """A disk that notes what it syncs, by path."""
 
