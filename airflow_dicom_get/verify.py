@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -25,6 +27,7 @@ from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import (
+    Cancelled,
     DicomGetError,
     InvalidOption,
     InvalidQuery,
@@ -44,6 +47,7 @@ from airflow_dicom_get.sinks.objects import (
     Listed,
     MissingError,
     Named,
+    Opened,
     Opener,
     StoredObject,
     UnreadableError,
@@ -60,6 +64,7 @@ from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Ver
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from airflow_dicom_get.net.association import Cancels, CancelToken
     from airflow_dicom_get.net.peer import Peer
 
 
@@ -279,8 +284,22 @@ def compare(
     quick: bool = False,
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
+    cancels: Cancels | None = None,
 ) -> Verification:
-    """As :func:`verify`, with options that were checked already."""
+    """As :func:`verify`, with options that were checked already.
+
+    Parameters
+    ----------
+    cancels : Cancels, optional
+        What ends it, from any thread or a signal handler.
+
+    Raises
+    ------
+    Cancelled
+        It was ended by these: nothing was written.
+    SinkError
+        So it was, and a place did not return from a call.
+    """
     studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
     for uid in studies:
         if not is_uid(uid):
@@ -289,24 +308,45 @@ def compare(
         raise invalid("manifest", "or study: nothing to verify", "Give a manifest, or a study.")
     if manifest is None and options.destination is None:
         raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
-    work = _Verify(options, quick, on_difference)
-    work.studies = studies
-    if manifest is not None:
-        work.read_manifest(load_listed(manifest, options.s3_config, root))
-    if options.addr is not None:
-        work.ask_source(options.addr)
-    work.look()
-    found = work.compare()
-    work.write(found, manifest, manifest_name)
-    return found
+
+    def work(cancel: CancelToken) -> Verification:
+        verb = _Verify(options, quick, on_difference, cancel)
+        verb.studies = studies
+        if manifest is not None:
+            verb.read_manifest(load_listed(manifest, options.s3_config, root))
+        if options.addr is not None:
+            verb.ask_source(options.addr)
+        verb.look()
+        found = verb.compare()
+        verb.write(found, manifest, manifest_name)
+        return found
+
+    return _ended(work, cancels)
 
 
 def examine(options: VerifyOptions, listed: Listed) -> Verification:
     """Read what a manifest lists where it says that it lies, and compare digests. Nothing is written."""
-    work = _Verify(options, False, None)
-    work.read_manifest(listed)
-    work.look()
-    return work.compare()
+
+    def work(cancel: CancelToken) -> Verification:
+        verb = _Verify(options, False, None, cancel)
+        verb.read_manifest(listed)
+        verb.look()
+        return verb.compare()
+
+    return _ended(work)
+
+
+def _ended(work: Callable[[CancelToken], Verification], cancels: Cancels | None = None) -> Verification:
+    """What the work of a call comes to; it ends as that of every verb, also where a place does not return."""
+    from airflow_dicom_get.engine.ending import StuckError, run_beside
+    from airflow_dicom_get.net.association import Cancels
+
+    with (cancels or Cancels()).call() as cancel:
+        cancel.attend(lambda: cancel.abort("cancelled"))  # there is nothing to bring to an end in order
+        try:
+            return run_beside(partial(work, cancel), cancel)
+        except StuckError as stuck:
+            raise stuck.error() from None
 
 
 @dataclass(slots=True)
@@ -335,9 +375,10 @@ class _Verify:
         options: VerifyOptions,
         quick: bool,
         on_difference: Callable[[Difference], object] | None,
+        cancel: CancelToken,
     ) -> None:
         self.options, self.place, self.s3 = options, options.destination, options.s3_config
-        self.quick, self.on_difference = quick, on_difference
+        self.quick, self.on_difference, self.cancel = quick, on_difference, cancel
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
@@ -345,6 +386,11 @@ class _Verify:
         self.said: Verdict | None = None
         """The verdict of the manifest that was read."""
         self.found = Verification()
+
+    def _check_cancelled(self) -> None:
+        """Raise where the call is to end: of what was half compared nothing is told, and nothing written."""
+        if self.cancel.ending():
+            raise Cancelled(f"Cancelled: {self.cancel.reason}.")
 
     def _item(self, row: Instance, place: str | None = None) -> _Item:
         return self.items.setdefault((row.study, row.key, place), _Item(row))
@@ -362,7 +408,7 @@ class _Verify:
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
         self.has_manifest, self.said = True, listed.verdict
-        opener = Opener(listed.places, self.s3)
+        opener = Opener(listed.places, self.s3, self.cancel)
         for row in instances_of(listed.table):
             if self.studies and row.study not in self.studies:
                 continue
@@ -391,7 +437,8 @@ class _Verify:
 
         o = self.options
         query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
-        source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit)
+        source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit)  # with a time of its own
+        self.cancel.attend(lambda: source.cancel.abort(str(self.cancel.reason)))
         try:
             with source.association(FIND_PROPOSALS) as association:
                 planned = list_studies(Finder(association, source.cuts), query, max(len(self.studies), 1))
@@ -457,7 +504,8 @@ class _Verify:
         return Bucket(place.bucket, self.s3).recorded_as(place.prefix)
 
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
-        for key, item in _instances_in(place, study, self.s3):
+        for key, item in _instances_in(place, study, self.s3, self.cancel):
+            self._check_cancelled()
             found = self._item(Instance(study, *key))
             found.there, found.item = True, item
 
@@ -478,11 +526,10 @@ class _Verify:
     def _ask(self, target: Peer) -> None:
         """What the node that is the destination lists."""
         from airflow_dicom_get.lists.instances import ask
-        from airflow_dicom_get.net.association import CancelToken
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         try:
-            listed = ask(target.open(FIND_PROPOSALS, CancelToken()), dict.fromkeys(self.studies))
+            listed = ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(self.studies))
         except PeerError as error:
             self._uncompared(error)
             for item in self.items.values():
@@ -519,19 +566,41 @@ class _Verify:
             hint = "Look at the result of the retrieval that was to bring some."
             self._uncompared(InvalidQuery("No instance is listed.", hint=hint))
         order = sorted(self.items.values(), key=lambda item: (item.row.study, item.row.series, item.row.sop))
-        with clock.pool(_READERS, "dicom-get-verify") as pool:
-            for item, (symbol, what) in zip(order, pool.map(self._judge, order), strict=True):
-                self.found.counts[symbol] += 1
-                self.found.rows.append(_settled(item, symbol, what))
-                if symbol == SAME or (symbol == UNREADABLE and item.trouble is not None and item.item is None):
-                    continue
-                row = item.row
-                difference = Difference(row.study, row.series, row.sop, symbol, what)
-                self.found.differences.append(difference)
-                if self.on_difference is not None:
-                    self.on_difference(difference)
+        queue, mutex = iter(enumerate(order)), threading.Lock()
+        judged: dict[int, tuple[Symbol, str]] = {}
+        """What waits for those before it."""
+
+        def read() -> None:
+            while True:
+                with mutex:
+                    self._check_cancelled()
+                    number, item = next(queue, (0, None))
+                if item is None:
+                    return
+                outcome = self._judge(item)
+                with mutex:
+                    self._check_cancelled()
+                    judged[number] = outcome
+                    while (next_one := len(self.found.rows)) in judged:
+                        self._tell(order[next_one], *judged.pop(next_one))
+
+        def end(error: BaseException) -> None:
+            self.cancel.abort(type(error).__name__)
+
+        clock.together([read] * min(_READERS, max(len(order), 1)), "dicom-get-verify", end)
         self.found.errors += remarks_of(self.found.rows)
         return self.found
+
+    def _tell(self, item: _Item, symbol: Symbol, what: str) -> None:
+        self.found.counts[symbol] += 1
+        self.found.rows.append(_settled(item, symbol, what))
+        if symbol == SAME or (symbol == UNREADABLE and item.trouble is not None and item.item is None):
+            return
+        row = item.row
+        difference = Difference(row.study, row.series, row.sop, symbol, what)
+        self.found.differences.append(difference)
+        if self.on_difference is not None:
+            self.on_difference(difference)
 
     def _is_told(self, item: _Item) -> bool:
         """Whether there is something to hold it against: the list of the PACS; without one, a manifest or a record."""
@@ -600,7 +669,7 @@ class _Verify:
                 return SAME, "of the same size"
             stored.row = stored.row or item.row  # what tells a bare data set
             opened = open_object(stored)
-            read, digest, item.remark = _read(opened.chunks(), opened.instance.syntax, opened.dataset_offset)
+            read, digest, item.remark = _read(self._chunks(opened), opened.instance.syntax, opened.dataset_offset)
         except MissingError:
             return NOT_THERE, f"{self._listed(item)[1]}, not there"
         except UnreadableError as error:
@@ -625,10 +694,20 @@ class _Verify:
             return DIFFERENT, "its content is in doubt, and no digest is recorded"
         return (SAME, "readable, but no digest is recorded") if read == size else (UNREADABLE, "grows while being read")
 
+    def _chunks(self, opened: Opened) -> Iterator[memoryview]:
+        for view in opened.chunks():
+            self._check_cancelled()
+            yield view
+
     # --- the manifest --------------------------------------------------------------------------
 
     def _root(self, manifest: Any = None) -> Any:
         """Where the manifest goes, and where ledgers lie: as for a get to the same place; else beside the manifest."""
+        root = self._place_of_root(manifest)
+        root.attend(self.cancel)
+        return root
+
+    def _place_of_root(self, manifest: Any) -> Any:
         from airflow_dicom_get.sinks.places import FolderRoot, named_root, root_for
 
         named = named_root(self.options)
@@ -658,6 +737,7 @@ class _Verify:
         from airflow_dicom_get.engine.report import verdict_of_comparison, verdict_without_list
         from airflow_dicom_get.manifest.schema import manifest_rows
 
+        self._check_cancelled()
         run = clock.run_name()
         described = {
             "source": str(self.options.addr or ""),
@@ -679,7 +759,7 @@ class _Verify:
 
 
 def _instances_in(
-    place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None
+    place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None, cancel: CancelToken
 ) -> Iterator[tuple[Key, StoredObject]]:
     """The objects of a study under final names, with Series and SOP Instance UID of each. Raises :class:`S3Error`.
 
@@ -690,7 +770,7 @@ def _instances_in(
         found = objects_below(folder) if files.is_folder(folder) else []
     else:
         prefix = f"{place.prefix}/{study}" if place.prefix else study
-        found = objects_in([S3Destination(place.bucket, prefix).uri], s3)
+        found = objects_in([S3Destination(place.bucket, prefix).uri], s3, ending=cancel)
     for item in found:
         below = item.path.names[1:] if isinstance(item.path, Below) else item.key[len(prefix) + 1 :].split("/")
         if len(below) == 2 and below[1].endswith(".dcm"):

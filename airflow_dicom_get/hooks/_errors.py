@@ -8,14 +8,16 @@ from contextlib import contextmanager
 
 from airflow.sdk.exceptions import AirflowFailException, AirflowNotFoundException
 
-from airflow_dicom_get.errors import DicomGetError
+from airflow_dicom_get.errors import Cancelled, DicomGetError
 
 log = logging.getLogger(__name__)
 
 
 def may_pass(error: DicomGetError | AirflowNotFoundException) -> bool:
-    """Whether another try may do better; a connection may only seem missing, where its secrets backend is away."""
-    return isinstance(error, AirflowNotFoundException) or error.transient
+    """Whether another try may do better: a connection may only seem missing, where its secrets backend is away, and
+    of what was ended from outside nothing is known to be wrong.
+    """
+    return isinstance(error, AirflowNotFoundException | Cancelled) or error.transient
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_dicom_get.config.checks import Check, Choice, Flag, Integer, Parsed, invalid, shown
 from airflow_dicom_get.config.destination import ForwardDestination, S3Destination
-from airflow_dicom_get.config.options import OPTIONS, NodeOptions, StoreOptions, parse_keywords
+from airflow_dicom_get.config.options import OPTIONS, NodeOptions, StoreOptions, VerifyOptions, parse_keywords
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine import report
 from airflow_dicom_get.engine.items import Item, is_modality
@@ -718,7 +718,8 @@ class DicomVerifyOperator(DicomTask):
         return frame
 
     def _verify(self, context: Context, scratch: str) -> tuple[Verification, Result, str | None]:
-        from airflow_dicom_get.verify import verify
+        from airflow_dicom_get.net.association import Cancels
+        from airflow_dicom_get.verify import compare
 
         manifest, study = self.given("manifest"), self.given("study")
         if manifest is None and study is None:
@@ -754,13 +755,16 @@ class DicomVerifyOperator(DicomTask):
             hook = DicomHook(self.dicom_conn_id)
             source = str(hook.node)
             options |= hook.config.own.values(NodeOptions) | {"query_model": hook.query_model}
-        found = verify(
+        if place is not None:
+            options["destination"] = place.destination
+        self._scu = cancels = Cancels()
+        found = compare(
+            VerifyOptions.check(options),
             listed,
-            study=studies or None,
-            destination=place.destination if place is not None else None,  # type: ignore[arg-type]
+            studies,
             quick=self.quick,
             manifest_name=run_name_of(context["ti"]),
-            **options,
+            cancels=cancels,
         )
         if not kept:
             found.manifest_uri = None

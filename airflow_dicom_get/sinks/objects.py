@@ -34,6 +34,8 @@ from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Verdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from airflow_dicom_get.storage.bucket import Ending
+
 log = logging.getLogger(__name__)
 
 Named = str | os.PathLike[str]
@@ -281,12 +283,20 @@ def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
 
 
 def objects_in(
-    sources: Sequence[Named], s3: S3Config | None = None, root: Named | Sequence[Named] | None = None
+    sources: Sequence[Named],
+    s3: S3Config | None = None,
+    root: Named | Sequence[Named] | None = None,
+    ending: Ending | None = None,
 ) -> list[StoredObject]:
     """The files below some paths, and the objects below some prefixes. Hidden ones and our own are left out.
 
     A folder that cannot be read, and a link that leads out of the sources and of ``root``, is an object that is
     refused.
+
+    Parameters
+    ----------
+    ending : Ending, optional
+        Ends the requests to buckets, also those that are made when an object is read.
 
     Raises
     ------
@@ -310,6 +320,8 @@ def objects_in(
             from airflow_dicom_get.storage.bucket import Bucket
 
             bucket = Bucket(place.bucket, s3)
+            if ending is not None:
+                bucket.attend(ending)
             prefix = f"{place.prefix}/" if place.prefix else ""
             found += [
                 StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
@@ -442,14 +454,21 @@ class Opener:
     ----------
     s3 : S3Config, optional
         How buckets are reached; never as a row says.
+    ending : Ending, optional
+        Ends the requests to them.
     """
 
-    def __init__(self, places: Sequence[FilesystemDestination | S3Destination], s3: S3Config | None = None) -> None:
+    def __init__(
+        self,
+        places: Sequence[FilesystemDestination | S3Destination],
+        s3: S3Config | None = None,
+        ending: Ending | None = None,
+    ) -> None:
         self._folders = _real_folders(places)
         self._prefixes = [
             (x.bucket, f"{x.prefix}/" if x.prefix else "") for x in places if isinstance(x, S3Destination)
         ]
-        self._s3 = s3
+        self._s3, self._ending = s3, ending
         self._buckets: dict[str, Any] = {}
 
     def object_of(self, row: Instance) -> StoredObject:
@@ -476,6 +495,8 @@ class Opener:
 
         if name not in self._buckets:
             self._buckets[name] = Bucket(name, self._s3)
+            if self._ending is not None:
+                self._buckets[name].attend(self._ending)
         return self._buckets[name]
 
 

@@ -365,9 +365,12 @@ class _Lines:
 
         class Line(pool.ConnectionCls):  # type: ignore[misc]
             began = asked = float("inf")
+            wire: Any = None
+            """Its socket: an answer that closes the connection has it to the end of its body, and ``sock`` is None."""
 
             def connect(self) -> None:
                 super().connect()
+                self.wire = self.sock
                 with lines._mutex:
                     lines._open.add(self)
 
@@ -395,7 +398,7 @@ class _Lines:
             if now - (line.began if at_once else line.asked) > (_AT_ONCE if at_once else _ENDING):
                 # The TLS session is in the hands of another thread, and it is the line below it that is closed.
                 with suppress(OSError, TypeError):
-                    socket.socket.shutdown(line.sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(line.wire, socket.SHUT_RDWR)
 
 
 def make_client(config: S3Config) -> Any:

@@ -179,7 +179,8 @@ class FaultProxy:
     fault : callable
         Asked for each request with its number (from 1), its method and its path. Returns None to pass it on,
         an answer (status, code, message) to give, ``"stall"`` to give none, ``"late"`` to pass it on and then lose the
-        answer, ``"corrupt"`` to change a byte in the middle of its body, or seconds to wait before it is passed on.
+        answer, ``"corrupt"`` to change a byte in the middle of its body, ``"trickle"`` to pass the body of the answer
+        on by a byte a second, or seconds to wait before it is passed on.
 
     Attributes
     ----------
@@ -278,6 +279,10 @@ class FaultProxy:
                     if fault == "late":
                         return
                     client.sendall(b"\r\n".join(answer) + b"\r\n\r\n")
+                    while fault == "trickle" and (byte := back.read(1)):
+                        client.sendall(byte)
+                        if self._closing.wait(1):
+                            return
                     if method != b"HEAD" and answer[0].split(b" ")[1] not in (b"204", b"304"):
                         if header_of(answer, b"transfer-encoding"):
                             _copy_chunks(back, client)

@@ -12,6 +12,7 @@ from airflow.sdk import DAG, task
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomVerifyOperator
 from airflow_dicom_get.testing.s3_servers import BUCKET
+from airflow_dicom_get.verify import _Verify
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 COLUMNS = ["study_instance_uid", "series_instance_uid", "sop_instance_uid", "symbol", "what"]
@@ -108,6 +109,29 @@ def test_a_pacs_that_cannot_be_asked_is_tried_again(run_dag, pacs, archive, tmp_
     assert (run.task("verify").state, run.task("verify").try_number) == ("failed", 2)
     assert run.xcom("verify", "summary")["verdict"] == "unverified"
     assert len(run.xcom("verify")) == 0
+
+
+def test_a_task_that_is_ended_reads_no_more_and_is_tried_again(run_dag, pacs, archive, tmp_path, monkeypatch):
+    tasks = []
+    judge = _Verify._judge
+
+    class Watched(DicomVerifyOperator):
+        def execute(self, context):
+            tasks.append(self)
+            return super().execute(context)
+
+    def judge_ended(self, item):
+        if len(tasks) == 1:
+            tasks[0].on_kill()
+        return judge(self, item)
+
+    monkeypatch.setattr(_Verify, "_judge", judge_ended)
+    with DAG("ended") as dag:
+        first = get(study=archive.many, destination=str(tmp_path))
+        Watched(task_id="verify", manifest=first.output, retries=1, retry_delay=timedelta(0))
+    run = run_dag(dag)
+    assert (run.state, len(tasks)) == ("success", 2)
+    assert "Cancelled: the task was ended." in run.log
 
 
 def test_a_pacs_without_a_list_is_a_failure_for_good(run_dag, pacs, archive, tmp_path):

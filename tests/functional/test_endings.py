@@ -26,15 +26,19 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu, StoreScu, clock
+from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.engine import spread
 from airflow_dicom_get.engine.ending import run_beside
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
+from airflow_dicom_get.errors import Cancelled, SinkError
+from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.lists.finder import Finder
-from airflow_dicom_get.net.association import CancelToken
+from airflow_dicom_get.net.association import Cancels, CancelToken
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, FaultProxy, Moto
 from airflow_dicom_get.testing.sample_data import big_study
+from airflow_dicom_get.verify import compare
 from tests.simulation.mutations import Mutation, taken_out
 from tests.support.holdings import Holding
 from tests.support.odd_destination import OddDestination
@@ -344,6 +348,10 @@ class Hung(files.Disk):
         self._hang("sync_data")
         super().sync_data(fd)
 
+    def read_into(self, fd: int, view: memoryview, position: int) -> int:
+        self._hang("read")
+        return super().read_into(fd, view, position)
+
     def write(self, fd: int, data: bytes | memoryview) -> int:
         self._hang("write")
         return super().write(fd, data)
@@ -417,6 +425,110 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
     monkeypatch.setattr(files, "disk", files.Disk())
     again = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
     assert again.verdict == "complete"
+
+
+@pytest.mark.parametrize(("verb", "way"), [("verify", "cancel"), ("verify", "signal"), ("export --check", "signal")])
+def test_a_disk_that_does_not_return_does_not_keep_those_who_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ct: Holding,
+    embedded: Callable[..., EmbeddedPacs],
+    verb: str,
+    way: str,
+) -> None:
+    pacs = embedded(ct.folder)
+    got = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
+    before = below(tmp_path / "to")
+    cancels = Cancels()
+
+    def read() -> None:
+        if verb == "export --check":
+            export(got.manifest_uri, "sha256sums", tmp_path / "sums", check=True)
+        else:
+            options = VerifyOptions.check({"destination": tmp_path / "to"})
+            compare(options, study=ct.study, cancels=cancels)
+
+    disk = Hung({"read"}, 5)
+    monkeypatch.setattr(files, "disk", disk)
+
+    def cancel() -> None:
+        if way == "cancel":
+            assert disk.reached.wait(WITHIN)
+            cancels.cancel("stop")
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    began = time.monotonic()
+    try:
+        if way == "signal":
+            with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
+                read()
+        else:
+            with pytest.raises(SinkError, match="did not return"):
+                read()
+        assert time.monotonic() - began < WITHIN
+        assert len(ours()) <= disk.inside + 1, "those that the disk holds, and who waits for them"
+    finally:
+        disk.released.set()
+        canceller.join()
+    limit = time.monotonic() + WITHIN
+    while ours() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert ours() == []
+    assert below(tmp_path / "to") == before
+    assert not (tmp_path / "sums").exists()
+
+
+@pytest.mark.parametrize("way", ["cancel", "signal", "callback"])
+def test_a_bucket_that_trickles_does_not_keep_a_verify(ct: Holding, moto: Moto, way: str) -> None:
+    """A byte a second keeps each read from its own time limit."""
+    prefix = hashlib.sha256(f"trickles {way}".encode()).hexdigest()[:12]
+    reading = threading.Event()
+    client = moto.client()
+    for number in range(2, 10):
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}/{ct.study}/1.2/1.{number}.dcm", Body=bytes(5000))
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{ct.study}/1.2/1.1.dcm", Body=b"no instance")
+
+    def fault(number: int, method: str, path: str) -> str | None:
+        if method == "GET" and path.partition("?")[0].endswith(".dcm") and not path.endswith("/1.1.dcm"):
+            reading.set()
+            return "trickle"
+        return None
+
+    cancels = Cancels()
+    told: list[object] = []
+
+    def callback(difference: object) -> None:
+        told.append(difference)
+        if way == "callback":
+            assert reading.wait(WITHIN)
+            raise TaskTimeout
+
+    def cancel() -> None:
+        if way == "cancel":
+            assert reading.wait(WITHIN)
+            cancels.cancel("stop")
+
+    with FaultProxy(moto, fault) as service:
+        place = {"destination": f"s3://{BUCKET}/{prefix}", "s3_config": service.config}
+
+        def read() -> None:
+            compare(VerifyOptions.check(place), study=ct.study, on_difference=callback, cancels=cancels)
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        began = time.monotonic()
+        if way == "signal":
+            with raised_by_signal(reading.is_set), pytest.raises(TaskTimeout):
+                read()
+        else:
+            with pytest.raises(TaskTimeout if way == "callback" else Cancelled):
+                read()
+        assert time.monotonic() - began < WITHIN
+        canceller.join()
+        assert ours() == []
+        keys = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]
+        assert not any(".parquet" in item["Key"] for item in keys), "nothing is said of what was half compared"
 
 
 SCRIPT = """
