@@ -536,7 +536,7 @@ class _Verify:
                 item.trouble = f"{target} cannot be queried"
             return
         for study, instances in listed.items():
-            for key in sorted(instances):
+            for key in sorted(instances.keys):
                 item = self._item(Instance(study, *key))
                 item.there = True
                 item.row.forwarded_to = str(target)

@@ -18,7 +18,7 @@ from airflow_dicom_get.engine.resolve import MAX_CLASSES, Scope, note_row
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
 from airflow_dicom_get.lists.finder import Finder, Keys
 from airflow_dicom_get.lists.matching import Dropped, Row
-from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists
+from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists, larger
 from airflow_dicom_get.net.find import MAX_ROWS
 from airflow_dicom_get.records import Instance, Key
 
@@ -213,16 +213,6 @@ class _Lister:
         patient = self._scope.patient_keys() if self._finder.by_patient else {}
         return {**patient, h.STUDY_INSTANCE_UID: self._scope.study}
 
-    def _count(self, row: Row, tag: int) -> int | None:
-        """A count of a row, also where it is written as ``3.0``; one that is no number leaves the row unread."""
-        text = i.text_value(row.get(tag))
-        try:
-            count = float(text or "nan")
-        except ValueError:
-            self._finder.unreadable += 1
-            return None
-        return int(count) if i.fits_64_bits(count) else None
-
     def _ask_study(self) -> int | None:
         """What the source says of the study itself; how many series it says there are."""
         listing, scope = self._listing, self._scope
@@ -232,9 +222,9 @@ class _Lister:
                 continue
             listing.below_study = Below()
             if scope.whole_study:
-                instances = self._count(row, i.STUDY_RELATED_INSTANCES)
-                listing.related_instances = _larger(listing.related_instances, instances)
-                related_series = _larger(related_series, self._count(row, i.STUDY_RELATED_SERIES))
+                instances = self._finder.count(row, i.STUDY_RELATED_INSTANCES)
+                listing.related_instances = larger(listing.related_instances, instances)
+                related_series = larger(related_series, self._finder.count(row, i.STUDY_RELATED_SERIES))
         return related_series
 
     def _ask_series(self, dropped: Dropped, related_series: int | None) -> None:
@@ -253,8 +243,8 @@ class _Lister:
                 number = i.int_value(row.get(h.SERIES_NUMBER))
                 listing.series[uid] = SeriesInfo(uid, kept(i.text_value(row.get(h.MODALITY))), number)
             if not self._image_filters:
-                series, count = listing.series[uid], self._count(row, i.SERIES_RELATED_INSTANCES)
-                series.related_instances = _larger(series.related_instances, count)
+                series, count = listing.series[uid], self._finder.count(row, i.SERIES_RELATED_INSTANCES)
+                series.related_instances = larger(series.related_instances, count)
         if scope.series is not None:
             listing.below_study = None
         elif listing.below_study is not None or listing.series:
@@ -346,11 +336,6 @@ class _Lister:
                 log.info("%s The source takes no C-FIND for single instances.", error.message)
                 listing.instances_named = False
                 return
-
-
-def _larger(one: int | None, other: int | None) -> int | None:
-    """Of two counts of the same thing the larger one; None where neither is told."""
-    return max((count for count in (one, other) if count is not None), default=None)
 
 
 def _most_rows(series: SeriesInfo) -> int:

@@ -146,6 +146,16 @@ class Finder:
         finally:
             self.cuts.came(level, self.came)
 
+    def count(self, row: Row, tag: int) -> int | None:
+        """A count of a row, also where it is written as ``3.0``; one that is no number leaves the row unread."""
+        text = i.text_value(row.get(tag))
+        try:
+            count = float(text or "nan")
+        except ValueError:
+            self.unreadable += 1
+            return None
+        return int(count) if i.fits_64_bits(count) else None
+
     def cannot_read(self, error: h.HeaderError) -> None:
         """Count a row that cannot be read, and say why."""
         first, self.why_unreadable = not self.why_unreadable, peer_text(error, 200)

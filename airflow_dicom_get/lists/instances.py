@@ -1,22 +1,45 @@
-"""What a node lists of a study: SOP Instance UIDs and their series, no more."""
+"""What a node lists of a study: SOP Instance UIDs and their series; and what it proves not to hold by that."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.identifier import text_value
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
-from airflow_dicom_get.errors import NotNegotiated, PeerProtocolError
+from airflow_dicom_get.errors import NotNegotiated, OperationFailed, PeerProtocolError
 from airflow_dicom_get.lists.finder import Finder
+from airflow_dicom_get.lists.whole import Below, Cuts, Lists, larger
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.records import Key
 
 log = logging.getLogger(__name__)
 
 
-def list_instances(finder: Finder, study: str, series: Collection[str] | None = None) -> set[Key]:
+@dataclass(frozen=True, slots=True)
+class InstanceList:
+    """What a node lists of a study.
+
+    Attributes
+    ----------
+    keys : set of Key
+        The instances.
+    answers : dict
+        By series that was asked for, how long its answer was.
+    absent : frozenset of Key
+        Of what was expected, that which it proves not to have: what a list lacks that may be cut, or is contradicted,
+        is not among them.
+    """
+
+    keys: set[Key]
+    answers: dict[str, Below]
+    absent: frozenset[Key] = field(default=frozenset())
+
+
+def list_instances(finder: Finder, study: str, series: Collection[str] | None = None) -> InstanceList:
     """The instances of a study that the node lists; a malformed SOP Instance UID as :func:`shown_uid` shows it.
 
     A row that names no series is of the one that was asked for. Where a SOP Instance UID comes in the answers for
@@ -44,11 +67,15 @@ def list_instances(finder: Finder, study: str, series: Collection[str] | None = 
         wanted = {uid for row in rows if is_uid(uid := shown_uid(row.get(h.SERIES_INSTANCE_UID)))}
     came: dict[str, dict[str, bool]] = {}
     """By SOP Instance UID, the series in whose answers it came, and whether a row of that answer named the series."""
+    answers: dict[str, Below] = {}
     for uid in sorted(wanted):
+        distinct = 0
         for row in finder.rows("IMAGE", {**of_study, h.SERIES_INSTANCE_UID: uid}, (h.SOP_INSTANCE_UID,)):
             if sop := shown_uid(row.get(h.SOP_INSTANCE_UID)):
                 told = came.setdefault(sop, {})
+                distinct += uid not in told
                 told[uid] = told.get(uid, False) or text_value(row.get(h.SERIES_INSTANCE_UID)) is not None
+        answers[uid] = Below(finder.came, distinct)
     found = {(uid, sop) for sop, told in came.items() for uid, named in told.items() if named or len(told) == 1}
     unclear = len({sop for sop, told in came.items() if len(told) > 1 and not all(told.values())})
     if unclear:
@@ -59,19 +86,76 @@ def list_instances(finder: Finder, study: str, series: Collection[str] | None = 
         )
     if finder.unreadable:
         raise PeerProtocolError(f"{finder.node} sent a C-FIND row that cannot be read.", node=str(finder.node))
-    return found
+    return InstanceList(found, answers)
 
 
-def ask(association: Association, series: Mapping[str, Collection[str] | None]) -> dict[str, set[Key]]:
+def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Collection[Key]) -> InstanceList:
+    """The same list, with what of ``expected`` it proves not to be there: the rule of :mod:`.whole`, as for any list.
+
+    Only where something is not listed, the levels above are asked: what they count, and whether they list what has
+    nothing below it. A node that does not answer there proves nothing.
+    """
+    missing = set(expected) - listed.keys
+    if not missing:
+        return listed
+    of_study = {h.STUDY_INSTANCE_UID: study}
+    counts: dict[str, int | None] = {}
+    try:
+        for row in finder.rows("SERIES", of_study, (h.SERIES_INSTANCE_UID, i.SERIES_RELATED_INSTANCES)):
+            uid = shown_uid(row.get(h.SERIES_INSTANCE_UID)) or ""
+            counts[uid] = larger(counts.get(uid), finder.count(row, i.SERIES_RELATED_INSTANCES))
+        rows, told = finder.came, False
+        related_series = related_instances = None
+        for row in finder.rows("STUDY", of_study, (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES)):
+            told = True
+            related_series = larger(related_series, finder.count(row, i.STUDY_RELATED_SERIES))
+            related_instances = larger(related_instances, finder.count(row, i.STUDY_RELATED_INSTANCES))
+    except OperationFailed as error:
+        log.info("%s does not tell whether its lists are whole: %s", finder.node, error.message)
+        return listed
+    series = {
+        uid: Below(below.rows, below.listed, counts.get(uid))
+        for uid, below in listed.answers.items()
+        if uid in counts or below.rows
+    }
+    above = Below(rows, len(counts), related_series, filtered=not told)  # a study that is not listed has none
+    all_asked = counts.keys() <= listed.answers.keys()
+    lists = Lists(above, series, related_instances if all_asked else None, finder.unreadable)
+    if lists.contradicted():
+        return listed
+    doubts = lists.doubts(finder.cuts, {})
+    absent = frozenset(
+        key
+        for key in missing
+        if (key[0] not in doubts.of_series if key[0] in counts else not doubts.of_study and key[0] not in series)
+    )
+    return InstanceList(listed.keys, listed.answers, absent)
+
+
+def ask(
+    association: Association,
+    series: Mapping[str, Collection[str] | None],
+    expected: Mapping[str, Collection[Key]] | None = None,
+    cuts: Cuts | None = None,
+) -> dict[str, InstanceList]:
     """What :func:`list_instances` finds, by study, for the ``series`` of each; the association is ended with it.
+
+    Parameters
+    ----------
+    expected : mapping, optional
+        By study, what should be there: see :func:`prove_absent`.
+    cuts : Cuts, optional
+        Where this node may cut its answers, as seen so far.
 
     Raises
     ------
     As :func:`list_instances`; one that offers no C-FIND is released, any other failure aborts.
     """
-    finder = Finder(association)
+    finder = Finder(association, cuts)
     try:
         found = {study: list_instances(finder, study, wanted) for study, wanted in series.items()}
+        for study, wanted in (expected or {}).items():
+            found[study] = prove_absent(finder, study, found[study], wanted)
     except NotNegotiated:
         association.release()
         raise

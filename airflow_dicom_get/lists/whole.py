@@ -37,6 +37,11 @@ def is_round(rows: int, list_limit: Sequence[int] | None = None) -> bool:
     return (rows >= 100 and rows % 50 == 0) or (rows >= 256 and rows & (rows - 1) == 0)
 
 
+def larger(one: int | None, other: int | None) -> int | None:
+    """Of two counts of the same thing the larger one; None where neither is told."""
+    return max((count for count in (one, other) if count is not None), default=None)
+
+
 class Cuts:
     """Where one node may cut its answers, as one run has seen it. Thread-safe.
 

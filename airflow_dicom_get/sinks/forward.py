@@ -30,6 +30,8 @@ from airflow_dicom_get.errors import (
     SinkError,
     peer_text,
 )
+from airflow_dicom_get.lists.instances import InstanceList, ask
+from airflow_dicom_get.lists.whole import Cuts
 from airflow_dicom_get.net.acse import MAX_CONTEXTS, Proposal
 from airflow_dicom_get.net.association import Association, CancelToken
 from airflow_dicom_get.net.echo import VERIFICATION
@@ -142,8 +144,9 @@ class ForwardSink:
         """By study and SOP Instance UID, what it lists besides: some nodes hold an instance of a UID in each study."""
         self._recorded: dict[str, dict[str, list[Stored]]] = {}
         """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
-        self._unlisted: dict[str, set[Key]] = {}
-        """By study, what of this it does not list any more, so that another data set may be sent."""
+        self._absent: dict[str, frozenset[Key]] = {}
+        """By study, what of this its list proves not to be there any more, so that another data set may be sent."""
+        self._cuts = Cuts()
         self._under_way: set[str] = set()
         """SOP Instance UIDs of what is being sent."""
         self._unanswered: set[tuple[str, _Sent]] = set()
@@ -173,11 +176,12 @@ class ForwardSink:
         return held
 
     def _hold_against_list(self, study: str, held: dict[Key, Stored], recorded: Mapping[Key, Sequence[Stored]]) -> None:
-        """Correct what is held by what the destination lists, and note what was recorded and is not listed."""
-        series = None if self.options.trust_destination else {x.series for x in held.values()}
-        listed = self._listed(study, series)
-        if listed is None:
+        """Correct what is held by what the destination lists, and note what was recorded and is proven to be gone."""
+        series = None if self.options.trust_destination else {series for series, _ in recorded}
+        answer = self._listed(study, series, recorded.keys())
+        if answer is None:
             return
+        listed = answer.keys
         for key in held.keys() - listed:
             log.info("%s no longer lists an instance that was stored there", self.name)
             del held[key]
@@ -186,7 +190,7 @@ class ForwardSink:
             if self.options.trust_destination or sop in sent:
                 held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
         with self._mutex:
-            self._unlisted[study] = set(recorded.keys() - listed)
+            self._absent[study] = answer.absent
 
     def _remember(self, study: str, recorded: Mapping[Key, Sequence[Stored]]) -> dict[str, list[Stored]]:
         by_uid: dict[str, list[Stored]] = {}
@@ -204,8 +208,8 @@ class ForwardSink:
 
     def _taken_once(self, instance: Instance) -> list[Stored]:
         """Of these records those that the instance may not contradict."""
-        unlisted = self._unlisted.get(instance.study, ())
-        return [record for record in self._records(instance) if record.key not in unlisted]
+        absent = self._absent.get(instance.study, ())
+        return [record for record in self._records(instance) if record.key not in absent]
 
     def _sent_before(self, instance: Instance) -> bool:
         """Whether just this data set was sent there whole before, in this run or by our records."""
@@ -215,7 +219,7 @@ class ForwardSink:
             for record in self._records(instance)
         )
 
-    def _listed(self, study: str, series: Collection[str] | None) -> set[Key] | None:
+    def _listed(self, study: str, series: Collection[str] | None, recorded: Collection[Key]) -> InstanceList | None:
         """What the destination lists; None where it offers no list, so that our records of its answers stand.
 
         Raises
@@ -225,7 +229,6 @@ class ForwardSink:
         OperationFailed, ListTooLong
             It offers a list, and did not give it: that confirms nothing either.
         """
-        from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         self._release_idle()  # the question counts against the destination's limit, too
@@ -234,7 +237,8 @@ class ForwardSink:
         failures = 0
         while True:
             try:
-                listed = ask(self.target.open(proposals, self.cancel), {study: series})[study]
+                association = self.target.open(proposals, self.cancel)
+                listed = ask(association, {study: series}, {study: recorded}, self._cuts)[study]
             except NotNegotiated as error:
                 log.info("%s offers no list, so our own records decide: %s", self.name, error.message)
                 self._answered = True

@@ -33,7 +33,17 @@ from airflow_dicom_get.verify import verify
 from tests.support.certificates import Authority
 from tests.support.forwards import datasets, forward, sent_by, states
 from tests.support.holdings import Holding, hold
-from tests.support.listing_node import ListingNode, cut, nameless, nothing
+from tests.support.listing_node import (
+    ListingNode,
+    capped,
+    cut,
+    honest,
+    imageless,
+    miscounted,
+    nameless,
+    nothing,
+    studies_alone,
+)
 from tests.support.odd_destination import DieError, OddDestination, accept_only, at
 from tests.support.relay import Relay
 
@@ -652,6 +662,37 @@ class TestResume:
                 source._site.instances[2] = replace(source._site.instances[2], salt=3)
                 other = forward(source, destination, tmp_path, STUDY_UID)
                 assert (other.verdict, other.completed) == ("partial", 2), "a duplicate of what was never sent there"
+
+    @pytest.mark.parametrize(
+        ("lists", "instances"), [(capped, 103), (imageless, 3), (studies_alone, 3), (miscounted, 3)]
+    )
+    def test_what_a_list_lacks_that_is_not_whole_is_not_replaced(
+        self, tmp_path: Path, lists: Any, instances: int
+    ) -> None:
+        """Cut at a round number, nothing below what is listed, or a count above it: that proves nothing to be gone."""
+        with MisbehavingPacs(series=1, instances=instances) as source, ListingNode(lists) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            held = dict(destination.held)
+            last = list(held)[-1]
+            source._site.instances[:] = [replace(x, salt=3) if x.sop == last else x for x in source._site.instances]
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.conflicts, result.failed) == ("partial", 1, 1)
+            assert destination.held == held
+
+    def test_what_a_whole_list_lacks_may_be_replaced(self, tmp_path: Path) -> None:
+        """It was deleted there, so that the corrected one may come: of one instance, and of a whole study."""
+        with MisbehavingPacs(series=1, instances=3) as source, ListingNode(honest) as destination:
+            for gone in (1, 3):
+                assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+                for number, sop in enumerate(list(destination.held)[:gone]):
+                    del destination.held[sop]
+                    at = next(n for n, x in enumerate(source._site.instances) if x.sop == sop)
+                    source._site.instances[at] = replace(source._site.instances[at], salt=10 * gone + number)
+                result = forward(source, destination, tmp_path, STUDY_UID)
+                assert (result.verdict, result.completed, result.skipped) == ("complete", 3, 3 - gone)
+                assert {sop: data for sop, (_, _, data) in destination.held.items()} == {
+                    sop: source.dataset(sop) for sop in source.uids
+                }
 
     def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
         """Also where the destination is not asked what it holds: a different data set is never sent whole."""

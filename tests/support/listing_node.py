@@ -88,6 +88,31 @@ def cut(held: Held, wanted: Dataset) -> Iterator[Dataset]:
     yield from list(honest(held, wanted))[:1]
 
 
+def capped(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+    """A hundred rows of each answer, and no more."""
+    yield from list(honest(held, wanted))[:100]
+
+
+def imageless(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+    """The series, and none of their instances, as some gateways do."""
+    if wanted.QueryRetrieveLevel == "SERIES":
+        yield from honest(held, wanted)
+
+
+def studies_alone(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+    """The study, and nothing below it."""
+    if wanted.QueryRetrieveLevel == "STUDY":
+        yield from list(honest(held, wanted))[:1]
+
+
+def miscounted(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+    """One row of each answer, and how many there are."""
+    for row in cut(held, wanted):
+        if wanted.QueryRetrieveLevel == "SERIES":
+            row.NumberOfSeriesRelatedInstances = sum(series == row.SeriesInstanceUID for _, series, _ in held.values())
+        yield row
+
+
 def _row(level: str, study: str, series: str, sop: str) -> Dataset:
     row = Dataset()
     row.QueryRetrieveLevel, row.StudyInstanceUID, row.SeriesInstanceUID = level, study, series
