@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import TransferOptions
@@ -40,21 +40,13 @@ from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
+from airflow_dicom_get.sinks.holdings import NodeHoldings, Sent, content_of, is_same
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
 
 log = logging.getLogger(__name__)
 
 _RELEASE, _CONNECT, _ACSE = 0.15, 0.35, 0.5
 """Shares of ``stall`` that a change of associations may take, while the source is left unread."""
-
-
-class _Sent(NamedTuple):
-    """What a node holds under a SOP Instance UID."""
-
-    study: str
-    series: str
-    sha256: bytes | None
-    bytes: int | None
 
 
 class _Line:
@@ -138,18 +130,11 @@ class ForwardSink:
         self._classes = classes
         self._pairs: dict[Proposal, None] = {}  # seen, the latest last
         self._refused: set[Proposal] = set()
-        self._sent: dict[str, _Sent] = {}
-        """What the destination took, by SOP Instance UID: a node may hold one instance of a UID, whatever its study."""
-        self._listed_too: dict[tuple[str, str], _Sent] = {}
-        """By study and SOP Instance UID, what it lists besides: some nodes hold an instance of a UID in each study."""
-        self._recorded: dict[str, dict[str, list[Stored]]] = {}
-        """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
-        self._absent: dict[str, frozenset[Key]] = {}
-        """By study, what of this its list proves not to be there any more, so that another data set may be sent."""
+        self._holdings = NodeHoldings(ledgers, self.name, trusted=options.trust_destination)
         self._cuts = Cuts()
         self._under_way: set[str] = set()
         """SOP Instance UIDs of what is being sent."""
-        self._unanswered: set[tuple[str, _Sent]] = set()
+        self._unanswered: set[tuple[str, Sent]] = set()
         """SOP Instance UID and content of what went out whole, and was not answered: the node may have it."""
         self._late = 0
         self._done: list[Confirmation] = []
@@ -159,65 +144,7 @@ class ForwardSink:
 
     def inventory(self, study: str) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: what our ledgers say was stored, and the destination still lists."""
-        recorded = self._ledger_store.read(study)
-        held = {key: records[0] for key, records in recorded.items() if records[0].durable}
-        if held or self.options.trust_destination:
-            try:
-                self._hold_against_list(study, held, recorded)
-            except (OperationFailed, ListTooLong) as error:
-                log.warning("%s does not tell what it holds, so all is sent again: %s", self.name, error.message)
-                held.clear()
-        self._remember(study, recorded)
-        with self._mutex:
-            for x in held.values():
-                there = _Sent(study, x.series, x.sha256, x.bytes)
-                if self._sent.setdefault(x.sop, there).study != study:
-                    self._listed_too[study, x.sop] = there
-        return held
-
-    def _hold_against_list(self, study: str, held: dict[Key, Stored], recorded: Mapping[Key, Sequence[Stored]]) -> None:
-        """Correct what is held by what the destination lists, and note what was recorded and is proven to be gone."""
-        series = None if self.options.trust_destination else {series for series, _ in recorded}
-        answer = self._listed(study, series, recorded.keys())
-        if answer is None:
-            return
-        listed = answer.keys
-        for key in held.keys() - listed:
-            log.info("%s no longer lists an instance that was stored there", self.name)
-            del held[key]
-        sent = {sop for _, sop in held}
-        for series_uid, sop in sorted(listed - held.keys()):
-            if self.options.trust_destination or sop in sent:
-                held[series_uid, sop] = Stored(series_uid, sop, forwarded_to=self.name, durable=True)
-        with self._mutex:
-            self._absent[study] = answer.absent
-
-    def _remember(self, study: str, recorded: Mapping[Key, Sequence[Stored]]) -> dict[str, list[Stored]]:
-        by_uid: dict[str, list[Stored]] = {}
-        for (_, sop), records in recorded.items():
-            by_uid.setdefault(sop, []).extend(records)
-        with self._mutex:
-            return self._recorded.setdefault(study, by_uid)
-
-    def _records(self, instance: Instance) -> list[Stored]:
-        """What our ledgers say that the destination took under this UID, also where the inventory was not asked for."""
-        known = self._recorded.get(instance.study)
-        if known is None:
-            known = self._remember(instance.study, self._ledger_store.read(instance.study))
-        return known.get(instance.sop, [])
-
-    def _taken_once(self, instance: Instance) -> list[Stored]:
-        """Of these records those that the instance may not contradict."""
-        absent = self._absent.get(instance.study, ())
-        return [record for record in self._records(instance) if record.key not in absent]
-
-    def _sent_before(self, instance: Instance) -> bool:
-        """Whether just this data set was sent there whole before, in this run or by our records."""
-        content = _content(instance)
-        return (instance.sop, content) in self._unanswered or any(
-            record.series == instance.series and _same(record, content.bytes, content.sha256)
-            for record in self._records(instance)
-        )
+        return self._holdings.inventory(study, self._listed)
 
     def _listed(self, study: str, series: Collection[str] | None, recorded: Collection[Key]) -> InstanceList | None:
         """What the destination lists; None where it offers no list, so that our records of its answers stand.
@@ -282,7 +209,7 @@ class ForwardSink:
             self.give_up(instance)
         return writer
 
-    def _claim(self, instance: Instance) -> _Sent | None:
+    def _claim(self, instance: Instance) -> Sent | None:
         """What is known of an instance of this UID that the destination took; without one, this is the one to send.
 
         One that is under way over another association is waited for: the two may differ.
@@ -301,11 +228,9 @@ class ForwardSink:
                         may_pass=True,
                     )
                 self._changed.wait(0.2)
-            known = self._sent.get(instance.sop)
+            known = self._holdings.first(instance)
             if known is None:
                 self._under_way.add(instance.sop)
-            elif known.study != instance.study:
-                known = self._listed_too.get((instance.study, instance.sop), known)
             return known
 
     def give_up(self, instance: Instance) -> None:
@@ -321,16 +246,33 @@ class ForwardSink:
             self._ledger(instance.study)
         except OSError as error:
             raise _not_recorded(error) from error
-        once = self._taken_once(instance)
-        if once and all(x.series != instance.series for x in once):
-            return _elsewhere(f"series {once[0].series}")
+        series = self._holdings.elsewhere(instance)
+        if series is not None:
+            return _elsewhere(f"series {series}")
         pair = Proposal(instance.sop_class, instance.syntax)
         line = self._line(pair)
         if line is None:
             return self._no_context(instance, pair)
-        digest = hashlib.sha256() if self.options.checksum or self._records(instance) else None
+        recorded = self._holdings.is_recorded(instance)
+        digest = hashlib.sha256() if self.options.checksum or recorded else None
         line.channel.begin(line.contexts[pair], instance.sop_class, instance.sop, digest)
-        return _ForwardWriter(self, line, instance, digest, once)
+        return _ForwardWriter(self, line, instance, digest, recorded=recorded)
+
+    def check_may_go(self, instance: Instance, size: int, digest: bytes) -> Taken | None:
+        """Why a data set of a UID that was sent before may not be sent whole; what it takes the place of has ended."""
+        if self._holdings.replaces(instance, size, digest):
+            return _OTHER_CONTENT
+        keys = self._holdings.to_end(instance, size, digest)
+        if keys:
+            try:
+                ledger = self._ledger(instance.study)
+                for key in keys:
+                    ledger.dropped(key)
+                ledger.sync()
+            except OSError as error:
+                return Taken(s.OUT_OF_RESOURCES, "destination_error", _not_recorded(error).message)
+            self._holdings.ended(instance, keys)
+        return None
 
     def _ledger(self, study: str) -> Ledger:
         with self._mutex:
@@ -432,7 +374,7 @@ class ForwardSink:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
         outcome, text = s.store_outcome(status), f"The destination answered {s.describe_store(status)}."
         if outcome == "duplicate":  # what it has is this data set only where we have sent it before
-            known = self._sent_before(instance)
+            known = (instance.sop, content_of(instance)) in self._unanswered or self._holdings.took_before(instance)
             outcome, status = ("warning", s.SUCCESS) if known else ("refused", status)
             text += (
                 "" if known else " Nothing of ours tells that it is this data set; trust_destination takes its word."
@@ -453,8 +395,7 @@ class ForwardSink:
 
     def _record(self, instance: Instance) -> None:
         """Write down that the destination has it."""
-        with self._mutex:
-            self._sent[instance.sop] = _content(instance)
+        self._holdings.took(instance)
         try:
             ledger = self._ledger(instance.study)
             ledger.taken(instance)
@@ -465,7 +406,7 @@ class ForwardSink:
     def sent_whole(self, instance: Instance) -> None:
         """Remember what went out whole, and has no answer yet."""
         with self._mutex:
-            self._unanswered.add((instance.sop, _content(instance)))
+            self._unanswered.add((instance.sop, content_of(instance)))
 
     def late(self, line: _Line, instance: Instance) -> ForwardLate:
         """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
@@ -561,19 +502,13 @@ def _not_recorded(error: OSError) -> SinkError:
     )
 
 
-def _content(instance: Instance) -> _Sent:
-    return _Sent(instance.study, instance.series, instance.sha256, instance.bytes)
-
-
 class _ForwardWriter:
     """One instance on its way on."""
 
-    __slots__ = ("_hash", "_instance", "_line", "_once", "_seen", "_sink", "_size")
+    __slots__ = ("_hash", "_instance", "_line", "_recorded", "_seen", "_sink", "_size")
 
-    def __init__(
-        self, sink: ForwardSink, line: _Line, instance: Instance, digest: Any, once: Sequence[Stored] = ()
-    ) -> None:
-        self._sink, self._instance, self._once = sink, instance, once
+    def __init__(self, sink: ForwardSink, line: _Line, instance: Instance, digest: Any, *, recorded: bool) -> None:
+        self._sink, self._instance, self._recorded = sink, instance, recorded
         self._line: _Line | None = line
         self._hash = digest
         self._size = 0
@@ -600,11 +535,12 @@ class _ForwardWriter:
         instance.forwarded_to = sink.name
         limit = self._seen + sink.deadlines.sub_operation
         line.channel.end()
-        if self._once:
+        if self._recorded:
             line.channel.digest_sent()
-            if not any(_same(x, self._size, self._hash.digest()) for x in self._once):
+            refused = sink.check_may_go(instance, self._size, self._hash.digest())
+            if refused is not None:
                 self.abort()  # before its last fragment: the destination has no whole data set to replace its own by
-                return _OTHER_CONTENT
+                return refused
         early, whole = line.association.wait_for_data(0.0), False
         try:
             line.channel.finish(limit)
@@ -662,17 +598,12 @@ def _elsewhere(where: str) -> Taken:
     )
 
 
-def _same(first: _Sent | Stored, size: int | None, digest: bytes | None) -> bool:
-    """Whether a data set is the one that was sent first, as far as that is known."""
-    return first.bytes in (None, size) and first.sha256 in (None, digest)
-
-
 class _Comparing:
     """An instance whose UID was forwarded before: the first stays, and this one counts if it is the same."""
 
     __slots__ = ("_first", "_hash", "_instance", "_sink", "_size")
 
-    def __init__(self, sink: ForwardSink, instance: Instance, first: _Sent) -> None:
+    def __init__(self, sink: ForwardSink, instance: Instance, first: Sent) -> None:
         self._sink, self._instance, self._first = sink, instance, first
         self._hash: Any = hashlib.sha256()
         self._size = 0
@@ -689,7 +620,7 @@ class _Comparing:
             return _elsewhere(f"study {first.study}")
         if instance.series != first.series:
             return _elsewhere(f"series {first.series}")
-        if not _same(first, self._size, self._hash.digest()):
+        if not is_same(first, self._size, self._hash.digest()):
             return _OTHER_CONTENT
         instance.bytes = self._size
         instance.sha256, instance.dataset_offset, instance.uri = first.sha256, 0, None

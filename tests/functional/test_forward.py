@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ import pytest
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.result import Result
+from airflow_dicom_get.sinks.ledger import LedgerWriter
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -693,6 +695,43 @@ class TestResume:
                 assert {sop: data for sop, (_, _, data) in destination.held.items()} == {
                     sop: source.dataset(sop) for sop in source.uids
                 }
+
+    @pytest.mark.parametrize("again", [0x0000, 0x0111])
+    def test_what_was_deleted_and_came_corrected_stays(self, tmp_path: Path, again: int) -> None:
+        """The record of the first one has ended: it is no leave to put it back, and a duplicate is none of it."""
+        with MisbehavingPacs(series=1, instances=2) as source, ListingNode(honest, duplicate=again) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            old = source._site.instances[0]
+            del destination.held[old.sop]
+            source._site.instances[0] = replace(old, salt=3)
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            held = dict(destination.held)
+            same = forward(source, destination, tmp_path, STUDY_UID, resume=False)
+            assert (same.verdict, same.completed, same.warning) == ("complete", 2, 2 if again else 0)
+            source._site.instances[0] = old
+            result = forward(source, destination, tmp_path, STUDY_UID, resume=False)
+            assert (result.verdict, result.conflicts, result.completed) == ("partial", 1, 1)
+            assert destination.held == held
+
+    def test_nothing_goes_whose_forerunner_cannot_be_ended(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two records that contradict each other tell nothing: if the first cannot be ended, the other is not sent."""
+        with MisbehavingPacs(series=1, instances=2) as source, ListingNode(honest) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            old = source._site.instances[0]
+            del destination.held[old.sop]
+            source._site.instances[0] = replace(old, salt=3)
+
+            def full(*_: Any) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(LedgerWriter, "dropped", full)
+                result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.reason, result.transient) == ("partial", "destination_error", True)
+            assert old.sop not in destination.held
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
 
     def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
         """Also where the destination is not asked what it holds: a different data set is never sent whole."""

@@ -175,7 +175,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "complete, and the destination was not reached",
     ),
     "what_the_node_lists_is_sent_again_in_another_series": Mutation(
-        "sinks.forward:ForwardSink.inventory",
+        "sinks.holdings:NodeHoldings.inventory",
         "for x in held.values():",
         "for x in [x for x in held.values() if x.bytes is not None]:",
         "complete, and not there",
