@@ -147,7 +147,7 @@ def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str,
     batches = rows.to_batches(BATCH) if hasattr(rows, "to_batches") else rows
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in batches:
-            writer.write_batch(batch.cast(schema))
+            writer.write_batch(batch)  # not cast for the metadata's sake: that alone imports pyarrow.compute
 
 
 def manifest_content(

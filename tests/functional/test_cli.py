@@ -480,11 +480,11 @@ class TestVerbs:
         (tmp_path / "list.csv").write_text("AccessionNumber\nNOT-THERE\n")
         assert run("get", node_of(pacs), "--from-file", "list.csv", "--to", "out").returncode == 5
 
-    def test_get_imports_no_pandas(self, pacs: EmbeddedPacs, ct: Any, tmp_path: Path) -> None:
+    def test_get_imports_only_what_it_needs(self, pacs: EmbeddedPacs, ct: Any, tmp_path: Path) -> None:
         code = (
             "import sys\nfrom airflow_dicom_get.cli.main import main\n"
             f"code = main(['get', {node_of(pacs)!r}, '--study', {ct.study!r}, '--to', {str(tmp_path / 'out')!r}])\n"
-            "heavy = {'pandas', 'boto3', 'rich', 'airflow'} & set(sys.modules)\n"
+            "heavy = {'pandas', 'boto3', 'rich', 'airflow', 'pydicom', 'pynetdicom', 'pyarrow.compute'} & set(sys.modules)\n"
             "assert not heavy, heavy\nsys.exit(code)\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
