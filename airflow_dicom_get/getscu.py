@@ -179,22 +179,24 @@ class GetScu:
         """
         from airflow_dicom_get.cell import at_cell
         from airflow_dicom_get.engine import report
-        from airflow_dicom_get.engine.ending import StuckError, run_beside, write_manifest
+        from airflow_dicom_get.engine.ending import StuckError, read_first, run_beside, write_manifest
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import open_destination
 
         if manifest is not None and query is not None:
             raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
-        asked = self._asked_by(manifest) if manifest is not None else None
         parsed = self._parse(query, query_model) if manifest is None else None
-        places = open_destination(self._options_for(asked))
+        places = open_destination(self.options)
         run = clock.run_name()
         with (
             self._opened_source() as source,
             _Reporting(self.options.verbose),
             at_cell(source.cancel.cancel, on_sub_operation) as shown,
         ):
+            asked = read_first(lambda: self._asked_by(manifest), source.cancel) if manifest is not None else None
+            if asked is not None:
+                places = open_destination(self._options_for(asked))
             events = Events(shown, on_completed)
             call = _Call(source, places, run, events)
             results: list[Result] = []
@@ -222,7 +224,10 @@ class GetScu:
                 return result
 
             def work() -> None:
-                end = self._retrieve(call, parsed, asked, query_model)
+                if parsed is None and asked is None:  # it was to end before its manifest was read
+                    end = report.left_to_itself((), source.why_ended(), source.cancel.reason)
+                else:
+                    end = self._retrieve(call, parsed, asked, query_model)
                 result = judge(end)
                 rows = manifest_rows(end.rows(), **self._described(places))
                 write_manifest(result, rows, places.root, manifest_name or run, run, source.cancel)

@@ -162,33 +162,31 @@ class StoreScu:
             Invalid input; nothing was stored.
         """
         from airflow_dicom_get.cell import at_cell
-        from airflow_dicom_get.engine.ending import StuckError, run_beside, write_manifest
+        from airflow_dicom_get.engine.ending import StuckError, read_first, run_beside, write_manifest
         from airflow_dicom_get.engine.events import Events
         from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import root_for
 
         if (source is None) == (manifest is None):
             raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
-        others: list[Instance] = []
-        if manifest is not None:
-            listed = load_listed(manifest, self.options.s3_config, root)
-            self._check_not_source(listed)
-            objects, others = objects_of(listed, self.options.s3_config)
-            shown_source = str(manifest) if isinstance(manifest, str | os.PathLike) else "manifest"
-        else:
-            assert source is not None
+        sources: list[Named] = []
+        if source is not None:
             sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-            objects = objects_in(sources, self.options.s3_config, root)
-            shown_source = " ".join(map(str, sources))
-            if not objects:
-                named = ", ".join(map(shown_path, sources)) or "source"
-                raise InvalidOption(
-                    about(named, "holds no files"), hint="Name files, or folders that hold some.", option="source"
-                )
+        given = manifest if isinstance(manifest, str | os.PathLike) else "manifest"
+        shown_source = " ".join(map(str, sources or [given]))
         state = root_for(self.options)
         name = clock.run_name()
         operation = self.options.deadlines.operation
         with self._cancels.call(operation) as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
+
+            def read() -> tuple[list[StoredObject], list[Instance]]:
+                if manifest is None:
+                    return self._objects_in(sources, root, cancel), []
+                listed = load_listed(manifest, self.options.s3_config, root)
+                self._check_not_source(listed)
+                return objects_of(listed, self.options.s3_config, cancel)
+
+            objects, others = read_first(read, cancel) or ([], [])
             events = Events(shown, on_completed)
             state.attend(cancel)
             ledgers = state.ledgers(f"dicom://{self._target}")
@@ -217,6 +215,17 @@ class StoreScu:
         result = results[0]
         events.completed(completed_event(result), wait=not cancel.left)
         return result
+
+    def _objects_in(
+        self, sources: Sequence[Named], root: Named | Sequence[Named] | None, cancel: CancelToken
+    ) -> list[StoredObject]:
+        objects = objects_in(sources, self.options.s3_config, root, cancel)
+        if not objects:
+            named = ", ".join(map(shown_path, sources)) or "source"
+            raise InvalidOption(
+                about(named, "holds no files"), hint="Name files, or folders that hold some.", option="source"
+            )
+        return objects
 
     def _check_not_source(self, listed: Listed) -> None:
         """Refuse to store at the node that a manifest was retrieved from."""

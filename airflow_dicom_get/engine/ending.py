@@ -102,6 +102,24 @@ def run_beside(work: Callable[[], T], cancel: CancelToken) -> T:
     return call.result()
 
 
+def read_first(read: Callable[[], T], cancel: CancelToken) -> T | None:
+    """What a call has to read before it can begin, as its manifest or its source; None where it is to end before that.
+
+    Raises
+    ------
+    DicomGetError
+        What ``read`` raises while the call is not to end.
+    """
+    try:
+        return run_beside(read, cancel)
+    except StuckError:
+        return None
+    except DicomGetError:
+        if cancel.ending():  # a request that was broken off for it
+            return None
+        raise
+
+
 def write_manifest(
     result: Result, rows: Iterable[dict[str, Any]], root: Root, name: str, run: str, cancel: CancelToken
 ) -> None:

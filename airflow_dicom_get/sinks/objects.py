@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_dicom_get.config.checks import invalid, shown_path
 from airflow_dicom_get.config.destination import (
@@ -24,7 +24,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import DicomGetError, InvalidOption, printable
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from airflow_dicom_get.storage.bucket import Ending
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +298,7 @@ def objects_in(
     Parameters
     ----------
     ending : Ending, optional
-        Ends the requests to buckets, also those that are made when an object is read.
+        Ends the listing, and the requests to buckets, also those that are made when an object is read.
 
     Raises
     ------
@@ -313,7 +315,7 @@ def objects_in(
             if not files.exists(place.path):
                 raise invalid("source", f"{shown_path(source)} does not exist", "Check the path.")
             if files.is_folder(place.path):
-                found += objects_below(Below(place.path), tops)
+                found += objects_below(Below(place.path), tops, ending)
             else:
                 found.append(StoredObject(str(place.path), place.path))
         elif isinstance(place, S3Destination):
@@ -325,7 +327,7 @@ def objects_in(
             prefix = f"{place.prefix}/" if place.prefix else ""
             found += [
                 StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
-                for item in bucket.list(prefix)
+                for item in _until(ending, bucket.list(prefix))
                 if not _OURS.intersection(item.key[len(prefix) :].split("/"))
                 and not item.key.rpartition("/")[2].startswith(".")
                 and not (item.key.endswith("/") and not item.size)  # what consoles make for a folder
@@ -337,7 +339,15 @@ def objects_in(
     return found
 
 
-def objects_below(folder: Below, tops: Sequence[Path] = ()) -> list[StoredObject]:
+def _until(ending: Ending | None, items: Iterable[T]) -> Iterator[T]:
+    """These items. Raises :class:`Cancelled` before the next one where the call is to end."""
+    for item in items:
+        if ending is not None and ending.ending():
+            raise Cancelled("Cancelled while the objects were listed.")
+        yield item
+
+
+def objects_below(folder: Below, tops: Sequence[Path] = (), ending: Ending | None = None) -> list[StoredObject]:
     """The files below a folder, also by links that lead to one below ``tops``, which are real paths.
 
     What cannot be read, or may not, is an object that is refused.
@@ -352,7 +362,7 @@ def objects_below(folder: Below, tops: Sequence[Path] = ()) -> list[StoredObject
             left.append(StoredObject(str(at), inside))
 
     found = files.files_below(folder, lambda name: name not in _OURS and not name.startswith("."), leave)
-    return [*(StoredObject(str(file), file) for file in found), *left]
+    return [*(StoredObject(str(file), file) for file in _until(ending, found)), *left]
 
 
 def _within(path: Folder, folders: Iterable[Path]) -> Below | None:
@@ -500,11 +510,13 @@ class Opener:
         return self._buckets[name]
 
 
-def objects_of(listed: Listed, s3: S3Config | None = None) -> tuple[list[StoredObject], list[Instance]]:
-    """The objects that a manifest says are there, and its rows that have none."""
+def objects_of(
+    listed: Listed, s3: S3Config | None = None, ending: Ending | None = None
+) -> tuple[list[StoredObject], list[Instance]]:
+    """The objects that a manifest says are there, and its rows that have none; ``ending`` as in :class:`Opener`."""
     from airflow_dicom_get.manifest.schema import instances_of
 
-    opener = Opener(listed.places, s3)
+    opener = Opener(listed.places, s3, ending)
     objects: list[StoredObject] = []
     others: list[Instance] = []
     for row in instances_of(listed.table):

@@ -484,7 +484,8 @@ class TestVerbs:
         code = (
             "import sys\nfrom airflow_dicom_get.cli.main import main\n"
             f"code = main(['get', {node_of(pacs)!r}, '--study', {ct.study!r}, '--to', {str(tmp_path / 'out')!r}])\n"
-            "heavy = {'pandas', 'boto3', 'rich', 'airflow', 'pydicom', 'pynetdicom', 'pyarrow.compute'} & set(sys.modules)\n"
+            "heavy = {'pandas', 'boto3', 'rich', 'airflow', 'pydicom', 'pynetdicom', 'pyarrow.compute'}\n"
+            "heavy &= set(sys.modules)\n"
             "assert not heavy, heavy\nsys.exit(code)\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)

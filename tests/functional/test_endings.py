@@ -7,6 +7,7 @@ with a call that does not return, here and in a process of the shell.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.association import Cancels, CancelToken
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.storage.bucket import Bucket, Listed
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, FaultProxy, Moto
 from airflow_dicom_get.testing.sample_data import big_study
@@ -718,3 +720,75 @@ def test_ctrl_c_while_the_work_begins_leaves_nothing_at_work(monkeypatch: pytest
             run_beside(done.set, CancelToken())
     assert not done.wait(0.3)
     assert not ours()
+
+
+@pytest.mark.parametrize("how", ["pages without end", "a listing that trickles"])
+def test_a_store_ends_while_it_lists_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moto: Moto, how: str
+) -> None:
+    listing = threading.Event()
+    service: AbstractContextManager[Moto | FaultProxy] = nullcontext(moto)
+    if how == "pages without end":
+
+        def pages(bucket: Bucket, prefix: str = "") -> Iterator[Listed]:
+            for number in itertools.count():
+                yield Listed(f"{prefix}{number}.dcm", 1000, "")
+                listing.set()
+                time.sleep(0.01)
+
+        monkeypatch.setattr(Bucket, "list", pages)
+    else:
+
+        def fault(number: int, method: str, path: str) -> str | None:
+            listing.set()
+            return "trickle"
+
+        service = FaultProxy(moto, fault)
+    with service as answers:
+        scu = StoreScu("NODE@127.0.0.1:9", s3_config=answers.config, manifest_root=tmp_path)
+
+        def cancel() -> None:
+            assert listing.wait(WITHIN)
+            scu.cancel("stop")
+            if how != "pages without end":
+                scu.cancel("stop at once")
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        began = time.monotonic()
+        result = scu.store(f"s3://{BUCKET}/listed")
+        assert time.monotonic() - began < WITHIN
+        canceller.join()
+    assert (result.verdict, result.total) == ("cancelled", 0)
+
+
+@pytest.mark.parametrize("way", ["cancel", "operation"])
+def test_a_get_ends_while_it_reads_its_manifest(moto: Moto, way: str) -> None:
+    moto.client().put_object(Bucket=BUCKET, Key="slow/_manifests/a.parquet", Body=bytes(5000))
+    reading = threading.Event()
+
+    def fault(number: int, method: str, path: str) -> str | None:
+        reading.set()
+        return "trickle" if method == "GET" else None
+
+    with FaultProxy(moto, fault) as service:
+        scu = GetScu(
+            "PACS@127.0.0.1:9",
+            destination=f"s3://{BUCKET}/slow",
+            s3_config=service.config,
+            deadlines={"operation": 1.0 if way == "operation" else None},
+        )
+
+        def cancel() -> None:
+            assert reading.wait(WITHIN)
+            if way == "cancel":
+                scu.cancel("stop")
+                scu.cancel("stop at once")
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        began = time.monotonic()
+        result = scu.get_study(manifest=f"s3://{BUCKET}/slow/_manifests/a.parquet")
+        assert time.monotonic() - began < 2 * WITHIN
+        canceller.join()
+    assert (result.verdict, result.total) == (("cancelled" if way == "cancel" else "failed"), 0)
