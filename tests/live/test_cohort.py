@@ -107,6 +107,7 @@ def test_a_cohort_of_thousands(tmp_path, record):
             "AIRFLOW__CORE__MAX_MAP_LENGTH": str(SHARDS),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
             "DICOM_DESTINATION": str(tmp_path / "held"),
+            "DICOM_LISTS": str(tmp_path),
         }
         folder = tmp_path / "live"
         folder.mkdir()
