@@ -42,17 +42,19 @@ def listed(folder: Path) -> tuple[dict[str, str], Counter[tuple[str, ...]]]:
     return labels, rows
 
 
-class Memory:
-    """The most that one process of each component of Airflow has held, looked at once a second; in MiB."""
+class Watch:
+    """Once a second: the machine's load, and the most that one process of each component has held, in MiB."""
 
     def __init__(self, live: LiveAirflow) -> None:
         self._live = live
         self._over = threading.Event()
         self.most: dict[str, int] = {}
+        self.load: list[float] = []
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._over.wait(1):
+            self.load.append(os.getloadavg()[0])
             for name, process in list(self._live.processes.items()):
                 for pid in self._live.home.session_members(process.pid):
                     # What the scheduler has started are the tasks and what watches over them.
@@ -61,7 +63,7 @@ class Memory:
                         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                         self.most[who] = max(self.most.get(who, 0), pages * os.sysconf("SC_PAGE_SIZE") >> 20)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
@@ -111,7 +113,7 @@ def test_a_cohort_of_thousands(tmp_path, record):
         }
         folder = tmp_path / "live"
         folder.mkdir()
-        with LiveAirflow(folder, dags=dags, environment=environment) as live, Memory(live) as memory:
+        with LiveAirflow(folder, dags=dags, environment=environment) as live, Watch(live) as watch:
             live.make_pool("pacs", SLOTS)
             run = live.trigger("cohort_from_csv", csv=str(file), destination=str(tmp_path / "held"))
             found = run.wait_task("find", ["success", "failed"], seconds=1200)
@@ -149,6 +151,7 @@ def test_a_cohort_of_thousands(tmp_path, record):
                 engine_seconds_per_study=round(engine / STUDIES, 3),
                 finds={level: count - to_find.get(level, 0) for level, count in asked.items()},
                 associations=pacs.total_associations,
-                memory_mib=memory.most,
+                memory_mib=watch.most,
+                load=(round(median(watch.load), 1), round(max(watch.load), 1)),
                 page=round(median(page), 2),
             )
