@@ -99,7 +99,7 @@ def test_what_is_approved_in_the_browser_is_forwarded(home, page, source, target
     page.get_by_role("button", name="Browse").click()
     page.get_by_role("menuitem", name="Required Actions").click()
     page.get_by_role("link", name="Forward the studies of 20240115 to dicom_target?").click()
-    page.get_by_text("2 studies, 72 instances:").wait_for()
+    page.get_by_text("Studies: 2. Instances: 72.").wait_for()
     take_picture(page, "approval", tmp_path)
     assert target.total_associations == 0
     page.get_by_role("button", name="Approve", exact=True).click()
