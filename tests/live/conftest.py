@@ -25,6 +25,9 @@ IMPATIENT = {
     # By default, what a lost host had in hand waits for five minutes.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "15",
+    # As much shorter than the heartbeat's time as by default: 3.4.0b2 may wait for all of it although a task has ended,
+    # and its scheduler ends by an IntegrityError where it misses the heartbeat of one that was cleared.
+    "AIRFLOW__CORE__KILLED_TASK_CLEANUP_TIME": "10",
 }
 HAS_AIRFLOW = any(distributions(name="apache-airflow-core"))
 
