@@ -381,7 +381,7 @@ def store_statuses_received() -> str:
     means = {
         "ok": "stored",
         "warning": "stored, with a warning",
-        "duplicate": "stored, if this data set was sent to the node before; else not stored, and not retried",
+        "duplicate": "stored, if the node has confirmed this data set before; else not stored, and not retried",
         "busy": "not stored; retried",
         "refused": "not stored; not retried",
     }

@@ -40,7 +40,7 @@ from airflow_dicom_get.net.retries import allowed, back_off, no_contact
 from airflow_dicom_get.net.store import StoreChannel, StoreResponse
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken, Writer
-from airflow_dicom_get.sinks.holdings import NodeHoldings, Sent, content_of, is_same
+from airflow_dicom_get.sinks.holdings import NodeHoldings, Sent, is_same
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, first_failure
 
 log = logging.getLogger(__name__)
@@ -134,8 +134,6 @@ class ForwardSink:
         self._cuts = Cuts()
         self._under_way: set[str] = set()
         """SOP Instance UIDs of what is being sent."""
-        self._unanswered: set[tuple[str, Sent]] = set()
-        """SOP Instance UID and content of what went out whole, and was not answered: the node may have it."""
         self._late = 0
         self._done: list[Confirmation] = []
         self._closed = False
@@ -373,8 +371,8 @@ class ForwardSink:
         if response.comment:
             log.debug("%s answered %04XH: %s", self.name, status, peer_text(response.comment))
         outcome, text = s.store_outcome(status), f"The destination answered {s.describe_store(status)}."
-        if outcome == "duplicate":  # what it has is this data set only where we have sent it before
-            known = (instance.sop, content_of(instance)) in self._unanswered or self._holdings.took_before(instance)
+        if outcome == "duplicate":  # what it has is this data set only where it has confirmed it to us
+            known = self._holdings.took_before(instance)
             outcome, status = ("warning", s.SUCCESS) if known else ("refused", status)
             text += (
                 "" if known else " Nothing of ours tells that it is this data set; trust_destination takes its word."
@@ -403,14 +401,8 @@ class ForwardSink:
         except OSError as error:  # it is there all the same; only a later run would send it again
             log.warning("the ledger of forwards cannot be written: %s", error.strerror or error)
 
-    def sent_whole(self, instance: Instance) -> None:
-        """Remember what went out whole, and has no answer yet."""
-        with self._mutex:
-            self._unanswered.add((instance.sop, content_of(instance)))
-
     def late(self, line: _Line, instance: Instance) -> ForwardLate:
         """Go on waiting for a response for which the source must not wait any more; the error that tells it so."""
-        self.sent_whole(instance)
         with self._mutex:
             self._late += 1
         clock.spawn(lambda: self._wait_late(line, instance), "dicom-get-late")
@@ -541,10 +533,9 @@ class _ForwardWriter:
             if refused is not None:
                 self.abort()  # before its last fragment: the destination has no whole data set to replace its own by
                 return refused
-        early, whole = line.association.wait_for_data(0.0), False
+        early = line.association.wait_for_data(0.0)
         try:
             line.channel.finish(limit)
-            whole = True
             line.channel.digest_sent()
             instance.sha256 = self._hash.digest() if self._hash is not None else None
             if not line.channel.wait_for_response(limit):
@@ -552,15 +543,12 @@ class _ForwardWriter:
                 raise sink.late(line, instance)
             response = line.channel.response(limit)
             if early and s.store_outcome(response.status) in ("ok", "warning"):
-                whole = False
                 raise PeerProtocolError(
                     f"{sink.name} confirmed instance {instance.sop} before it had the whole data set.",
                     hint="What it confirms may be lost: tell its admin, or forward to the node behind it.",
                     node=sink.name,
                 )
         except PeerError as error:
-            if whole:
-                sink.sent_whole(instance)
             raise self._lost(error) from error
         self._line = None
         try:

@@ -26,6 +26,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.ledger import LedgerWriter
+from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -348,8 +349,11 @@ class TestLost:
             again = forward(embedded(archive), destination, tmp_path / "state", study)
             assert (again.verdict, again.skipped) == ("complete", 0)
 
-    def test_a_duplicate_is_what_was_sent_before(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
-        """The answer to the third instance is lost; sent again, the node has it already."""
+    @pytest.mark.parametrize("verb", ["get", "store"])
+    def test_a_duplicate_of_what_was_never_confirmed_is_somebody_elses(
+        self, embedded: Embedded, private: Holding, tmp_path: Path, verb: str
+    ) -> None:
+        """The answer to the third instance is lost; sent again, the node has its UID already: of whom?"""
         lost: list[int] = []
 
         def status(number: int) -> int:
@@ -359,8 +363,15 @@ class TestLost:
             return 0x0111 if number == 4 else 0
 
         with OddDestination(status=status) as destination:
-            result = forward(embedded(private.folder), destination, tmp_path, private.study)
-            assert (lost, result.verdict, result.warning) == ([3], "complete", 1)
+            if verb == "get":
+                result = forward(embedded(private.folder), destination, tmp_path, private.study)
+            else:
+                result = StoreScu(destination.node, manifest_root=tmp_path).store(private.folder)
+            assert (lost, result.verdict, result.completed, result.failed) == ([3], "partial", 11, 1)
+            assert not result.transient
+            (row,) = result.manifest[result.manifest["state"] == "failed"].to_dict("records")
+            assert row["reason"] == "destination_refused"
+            assert "trust_destination" in row["forward_error"]
 
     def test_gone_for_a_while(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         gone = threading.Event()
