@@ -179,6 +179,8 @@ class Pass:
                         if isinstance(error, ForwardLate):
                             self._intake.confirm(wait=True)
                         self._put_back(request, error, moved=self._state.progress > before)
+                        if isinstance(error, ForwardLate):
+                            self._source.check_stopped()  # then that is why it was not waited for any longer
                         raise
             finally:
                 with self._mutex:

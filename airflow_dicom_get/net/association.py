@@ -301,7 +301,11 @@ class Association:
             limit, phase = self.cancel.over_at, "operation"
         idle_limit = began + self.deadlines.idle if inside else limit
         while True:
-            if self.cancel.reason is not None and (self.cancel.hard or phase in ("acse", "find_response")):
+            if self.cancel.reason is not None and (
+                self.cancel.hard
+                or phase in ("acse", "find_response")
+                or (phase == "idle" and not self._line.wait(0))  # a late response: what has come of it is read
+            ):
                 raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
             try:
                 size = receive(view)

@@ -143,17 +143,15 @@ class StoreChannel:
             self._digest.update(self._buffer[start:end])
         self._undigested.clear()
 
-    def response(self, limit: float) -> StoreResponse:
-        """Wait for the C-STORE-RSP.
+    def response(self, limit: float, phase: str = "sub_operation") -> StoreResponse:
+        """Wait for the C-STORE-RSP; in the phase ``idle`` for one that has begun to arrive, until a cancel.
 
         Raises
         ------
-        AssociationAborted, DeadlineExceeded (phase ``sub_operation``), PeerProtocolError, Cancelled
+        AssociationAborted, DeadlineExceeded (in this phase), PeerProtocolError, Cancelled
         """
         association = self._association
-        answer, _, _ = read_response(
-            association, self._context_id, self._message_id, c.C_STORE_RSP, limit, "sub_operation"
-        )
+        answer, _, _ = read_response(association, self._context_id, self._message_id, c.C_STORE_RSP, limit, phase)
         if answer.status is None:
             association.abort(2)
             raise PeerProtocolError(

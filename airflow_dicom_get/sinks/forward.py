@@ -436,7 +436,7 @@ class ForwardSink:
                 raise Cancelled(f"Cancelled before {self.name} answered.")
             if clock.monotonic() >= limit:
                 raise SinkError(f"{self.name} did not answer within another {seconds:g} s.")
-        response = line.channel.response(clock.monotonic() + self.deadlines.idle)
+        response = line.channel.response(clock.monotonic() + self.deadlines.idle, "idle")
         taken = self.answered(line, instance, response)
         instance.received_at = clock.now()
         instance.dimse_status = taken.status

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -549,6 +550,36 @@ class TestLate:
             (row,) = result.manifest[result.manifest["state"] != "forwarded"].to_dict("records")
             assert row["reason"] == "destination_error"
             assert "did not answer" in row["error"]
+
+    @pytest.mark.parametrize("begun", [b"", b"\x04"])
+    @pytest.mark.parametrize("retries", [0, 3])
+    def test_a_cancel_is_heard_while_a_late_answer_is_waited_for(
+        self, embedded: Embedded, private: Holding, tmp_path: Path, begun: bytes, retries: int
+    ) -> None:
+        """Also where one byte of it has come: `idle` is as long as Airflow gives a task between SIGTERM and SIGKILL."""
+        heard: list[float] = []
+
+        class Begins(OddDestination):
+            def _answer(self, sock: socket.socket, *given: Any) -> None:
+                if given[-2] == 3:
+                    time.sleep(2.0)  # the source is given up meanwhile
+                    sock.sendall(begun)
+                    time.sleep(0.3)
+                    heard.append(time.monotonic())
+                    scu.cancel("SIGTERM")
+                    time.sleep(30.0)
+                super()._answer(sock, *given)
+
+        with Begins() as destination:
+            source = embedded(private.folder)
+            scu = GetScu(
+                f"{source.ae_title}@127.0.0.1:{source.port}", destination=f"dicom://{destination.node}",
+                manifest_root=tmp_path, deadlines=QUICK, retries=retries,
+            )  # fmt: skip
+            result = scu.get_study({"StudyInstanceUID": private.study})
+            assert time.monotonic() - heard[0] < 15, "and not idle, a minute"
+        assert (result.verdict, result.reason) == ("cancelled", "SIGTERM")
+        assert result.completed >= 2
 
     def test_late_refusal(self, embedded: Embedded, private: Holding, tmp_path: Path) -> None:
         with OddDestination(delay=at(3, 1.2, 0.0), status=at(3, 0xC001)) as destination:
