@@ -359,8 +359,10 @@ class _Item:
     at_source: bool = False
     there: bool = False
     item: StoredObject | None = None
-    recorded: Sequence[Instance | Stored] = ()
+    recorded: list[Instance | Stored] = field(default_factory=list)
     """What the manifest or our records say of the object; where records contradict each other, any may be it."""
+    places: set[str | None] = field(default_factory=set)
+    """Where the rows of the manifest among these say that it lies."""
     told: Instance | Stored | None = None
     """The one that the object is."""
     doubt: str | None = None
@@ -398,8 +400,7 @@ class _Verify:
     def _listed_item(self, row: Instance) -> _Item:
         """What a row of the manifest is of: where no destination is given, each object that it names is one."""
         item, at = self._item(row), row.uri or row.forwarded_to
-        known = [one.uri or one.forwarded_to for one in item.recorded]
-        if self.place is None and at and known and at not in known:
+        if self.place is None and at and item.places and at not in item.places:
             return self._item(row, at)
         return item
 
@@ -420,7 +421,8 @@ class _Verify:
                 item.doubt = row.reason
             if row.state in PRESENT or (item.doubt and row.sha256 is not None):
                 item.row = item.row if item.recorded else row
-                item.recorded = (*item.recorded, row)
+                item.recorded.append(row)
+                item.places.add(row.uri or row.forwarded_to)
             if (row.state in PRESENT or item.doubt) and row.uri and self.place is None:
                 item.item = opener.object_of(row)
         # A malformed UID is no name of a folder.
@@ -494,7 +496,7 @@ class _Verify:
             for records in ledgers.read(study).values():
                 item = self._item(Instance(study, records[0].series, records[0].sop))
                 item.row.adopt(records[0])
-                item.in_records, item.recorded = True, records
+                item.in_records, item.recorded = True, list(records)
 
     def _recorded_as(self, place: FilesystemDestination | S3Destination) -> str:
         if isinstance(place, FilesystemDestination):
@@ -662,8 +664,7 @@ class _Verify:
             fits = [record for record in item.recorded if record.bytes in (None, size)]
             if item.recorded and not fits:
                 return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
-            anew = [x for x in fits if isinstance(x, Stored) and x.etag and etag and x.etag != etag]
-            same = [x for x in fits if x not in anew and x.bytes is not None]
+            same = [x for x in fits if x.bytes is not None and not _written_anew(x, etag)]
             if self.quick and item.doubt is None and same:  # what was written anew, or has no record, is read
                 item.told = next(iter(same), None)
                 return SAME, "of the same size"
@@ -792,6 +793,11 @@ def _read(
             walk.feed(view[ahead:])
             ahead = max(ahead - len(view), 0)
     return size, digest.digest(), "truncated_dataset" if walk is not None and not walk.whole else None
+
+
+def _written_anew(record: Instance | Stored, etag: str) -> bool:
+    """Whether the service has another mark of the content than was recorded."""
+    return bool(isinstance(record, Stored) and record.etag and etag and record.etag != etag)
 
 
 def _be(row: Instance, told: Instance | Stored | None) -> None:

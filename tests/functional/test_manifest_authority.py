@@ -30,6 +30,7 @@ from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_of
 from airflow_dicom_get.notebook import read_instances
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import ledger, objects
 from airflow_dicom_get.storage import files
@@ -395,6 +396,25 @@ def test_of_a_file_that_grew_a_notebook_reads_no_more_than_the_manifest_says(
     with pytest.raises(ManifestError, match=f"larger than the {got.frame['bytes'][0]} bytes"):
         read_instances(got.frame)
     assert sum(read) < 1 << 20
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_rows_of_one_instance_without_number_take_time_by_their_number_alone(
+    got: Retrieved, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    """By its square, 135 KB of manifest would hold a verify for hours."""
+    looks = []
+
+    def counted(row: Instance) -> str | None:
+        looks.append(row)
+        return uri.__get__(row)
+
+    uri: Any = Instance.uri
+    rows = pd.concat([got.frame.head(1)] * 1000, ignore_index=True)
+    monkeypatch.setattr(Instance, "uri", property(counted, uri.__set__))
+    found = verify(rows, manifest_root=got.folder / "v", quick=quick)
+    assert found.counts == {"=": 1}
+    assert len(looks) < 10 * 1000
 
 
 @pytest.fixture
