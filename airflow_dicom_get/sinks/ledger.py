@@ -33,6 +33,8 @@ OWN = "."
 _LARGEST = 512 << 20
 """Bytes of the ledgers of one study, of all runs together: of nearly a million instances."""
 _MOST = 1 << 63
+UNREADABLE = (KeyError, OverflowError, TypeError, ValueError)
+"""What a record that cannot be read raises."""
 _LONGEST = 64 << 10
 """Bytes of a line; ours have some hundred, and two thousand at most."""
 
@@ -337,7 +339,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                     taken.setdefault(uid, []).append((str(entry["series"]), uid))
                 keys = taken.get(uid, []) if schema == 1 else [(str(entry["series"]), uid)]
                 if state == "taken" and where == destination:
-                    stored[keys[-1]] = _record(keys[-1], entry)
+                    stored[keys[-1]] = stored_of(keys[-1], entry)
                 elif state == "durable" and len(set(keys)) == 1 and keys[0] in stored:
                     record = stored[keys[0]]
                     own = destination == OWN and not entry.get("forwarded_to")
@@ -350,7 +352,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                 elif state == "dropped" and where == destination:
                     stored.pop(keys[0], None)
                     dropped[keys[0]] = frozenset(run for run in entry.get("runs", ()) if run in runs)
-            except (KeyError, OverflowError, TypeError, ValueError):
+            except UNREADABLE:
                 raise LedgerError(
                     f"The ledger {path} contains an unreadable record.",
                     hint="It was not changed. Move it away to fetch its instances again.",
@@ -368,15 +370,26 @@ def _destination_of_schema_1(entry: Mapping[str, Any], destination: str) -> str 
     return None if destination.startswith("dicom://") else destination
 
 
-def _record(key: Key, entry: Mapping[str, Any]) -> Stored:
+def stored_of(key: Key, entry: Mapping[str, Any]) -> Stored:
+    """What a record says of an instance that is there: one of a ledger, or of a bucket's object about itself.
+
+    Raises
+    ------
+    KeyError, OverflowError, TypeError, ValueError
+        It says what no record can (:data:`UNREADABLE`): something else than a number, or one that no column of a
+        manifest holds; a data set that begins outside of its object.
+    """
     digest = entry["sha256"]
+    size, offset = _fits(int(entry["size"])), _fits(int(entry["dataset_offset"]))
+    if not 0 <= offset <= size:
+        raise ValueError
     return Stored(
         series=sys.intern(key[0]),
         sop=key[1],
         sop_class=_interned(entry["class"]),
         syntax=_interned(entry["syntax"]),
-        bytes=_fits(int(entry["size"])),
-        dataset_offset=_fits(int(entry["dataset_offset"])),
+        bytes=size,
+        dataset_offset=offset,
         sha256=bytes.fromhex(digest) if digest else None,
         modality=_interned(entry.get("modality")),
         series_number=_number(entry.get("series_number")),

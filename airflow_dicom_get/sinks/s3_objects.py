@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
 from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.ledger import UNREADABLE, stored_of
 from airflow_dicom_get.sinks.objects import describes, looks_whole
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket
@@ -41,25 +42,28 @@ def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
 
 
 def record_of(series: str, sop: str, head: dict[str, Any]) -> Stored | None:
-    """What an object says of itself in answer to a HEAD; None if it says no digest."""
+    """What an object says of itself in answer to a HEAD; None if it says no digest, or what no ledger could."""
     said = head.get("Metadata", {})
     try:
-        return Stored(
-            series=series,
-            sop=sop,
-            sop_class=said["sop-class"],
-            syntax=said["transfer-syntax"],
-            bytes=int(head["ContentLength"]),
-            dataset_offset=int(said["dataset-offset"]),
-            sha256=bytes.fromhex(said["sha256"]),
-            durable=True,
-            modality=said.get("modality"),
-            series_number=_number(said.get("series-number")),
-            instance_number=_number(said.get("instance-number")),
-            etag=head.get("ETag") or None,
+        found = stored_of(
+            (series, sop),
+            {
+                "class": said["sop-class"],
+                "syntax": said["transfer-syntax"],
+                "size": head["ContentLength"],
+                "dataset_offset": said["dataset-offset"],
+                "sha256": said["sha256"],
+                "modality": said.get("modality"),
+                "series_number": _number(said.get("series-number")),
+                "instance_number": _number(said.get("instance-number")),
+            },
         )
-    except (KeyError, ValueError):
+    except UNREADABLE:
         return None
+    if found.sha256 is None:
+        return None
+    found.durable, found.etag = True, head.get("ETag") or None
+    return found
 
 
 def _number(text: str | None) -> int | None:

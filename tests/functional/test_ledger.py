@@ -322,6 +322,7 @@ def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
     for at, record in found.items():
         assert record.key == at
         assert isinstance(record.bytes, int)
+        assert 0 <= record.dataset_offset <= record.bytes
         for text in (record.sop_class, record.syntax, record.modality):
             assert text is None or isinstance(text, str)
         for number in (record.series_number, record.instance_number):
@@ -346,6 +347,8 @@ TAKEN = taken_line(instance("1.1"), OWN).encode()
         (TAKEN.replace(b'"size": 100', b'"size": Infinity'), "contains an unreadable record"),
         (TAKEN.replace(b'"size": 100', b'"size": %d' % (1 << 63)), "contains an unreadable record"),
         (TAKEN.replace(b'"dataset_offset": 50', b'"dataset_offset": %d' % (1 << 63)), "contains an unreadable record"),
+        (TAKEN.replace(b'"dataset_offset": 50', b'"dataset_offset": -1'), "contains an unreadable record"),
+        (TAKEN.replace(b'"dataset_offset": 50', b'"dataset_offset": 101'), "contains an unreadable record"),
         (TAKEN.replace(b'"series_number": 3', b'"series_number": %d' % (1 << 63)), "contains an unreadable record"),
         (TAKEN.replace(b'"modality": "CT"', b'"modality": 1'), "contains an unreadable record"),
     ],

@@ -567,6 +567,43 @@ class TestOverwritten:
         assert_holds(moto, prefix, ct, moto.config, result)
 
 
+class TestOddMetadata:
+    """An object of an instance, whole and with its checksum, whose metadata say what none of ours can."""
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("dataset-offset", "9" * 30),
+            ("dataset-offset", "9" * 10),
+            ("dataset-offset", "-5"),
+            ("series-number", "9" * 30),
+            ("instance-number", "-" + "9" * 30),
+            ("instance-number", "9" * 1500),
+        ],
+    )
+    def test_it_is_no_record_and_costs_no_run_anything(
+        self, moto: Moto, prefix: str, embedded: Pacs, tmp_path: Path, name: str, text: str
+    ) -> None:
+        study = big_study(tmp_path, 2, 2000)
+        pacs = embedded(tmp_path)
+        assert get(pacs, study, f"{prefix}/plain", moto.config).verdict == "complete"
+        key = sorted(instances(moto, f"{prefix}/plain").values())[0]
+        said = moto.client().head_object(Bucket=BUCKET, Key=key)["Metadata"]
+        body = moto.read(key)
+        moto.client().put_object(
+            Bucket=BUCKET,
+            Key=key.replace("/plain/", "/odd/"),
+            Body=body,
+            Metadata={**said, name: text},
+            ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
+        )
+        for _ in range(2):
+            result = get(pacs, study, f"{prefix}/odd", moto.config)
+            assert (result.verdict, result.errors, result.completed) == ("complete", [], 2)
+            frame = read_manifest(result.manifest_uri, moto.config)
+            assert frame.dataset_offset.tolist() == [int(said["dataset-offset"])] * 2
+
+
 class TestCopied:
     """An object of ours that somebody copied to the key of another instance, with its metadata and its checksum."""
 
