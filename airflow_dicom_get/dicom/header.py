@@ -128,8 +128,8 @@ def scan_elements(
             stop = pos + length
             if stop > end:
                 raise _NeedMoreError
-            if tag in wanted:
-                values.setdefault(tag, bytes(data[pos:stop]))
+            if tag in wanted and tag not in values:
+                values[tag] = bytes(data[pos:stop])
             pos = stop
     except _NeedMoreError:
         return values, False, at

@@ -69,7 +69,7 @@ def decode_identifier(data: bytes | bytearray, wanted: Collection[int]) -> dict[
     HeaderError
         The bytes are no data set in implicit VR.
     """
-    values, done, at = scan_elements(data, _IMPLICIT, wanted, 0x7FDFFFFF)
+    values, done, at = scan_elements(bytes(data), _IMPLICIT, wanted, 0x7FDFFFFF)
     if not done and at < len(data):
         raise HeaderError("an element runs past the end of the data set")
     return values
@@ -89,9 +89,10 @@ def fits_64_bits(number: float) -> bool:
 
 def int_value(raw: bytes | None) -> int | None:
     """An IS value; None if absent, empty, no number, or one beyond 64 bits."""
-    text = text_value(raw)
+    if not raw:
+        return None
     try:
-        number = int(text) if text else None
+        number = int(raw.strip(b"\0 "))
     except ValueError:
         return None
-    return number if number is not None and fits_64_bits(number) else None
+    return number if fits_64_bits(number) else None

@@ -131,6 +131,14 @@ class Deframer:
                 if not header and end - pos >= 6:
                     pdu_type, length = _PDU_HEADER.unpack_from(view, pos)
                     pos += 6
+                    if pdu_type == P_DATA_TF and _OVERHEAD < length <= end - pos and length <= self.max_pdu_length:
+                        # Nearly every PDU holds one PDV. One that is here whole needs no state of its own.
+                        size, context_id, control = _PDV_HEADER.unpack_from(view, pos)
+                        if size == length - 4:
+                            fragment = view[pos + _OVERHEAD : pos + length]
+                            out.append(Fragment(context_id, bool(control & 1), bool(control & 2), fragment))
+                            pos += length
+                            continue
                 else:
                     take = min(6 - len(header), end - pos)
                     header += view[pos : pos + take]

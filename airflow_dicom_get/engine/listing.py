@@ -259,7 +259,7 @@ class _Lister:
         distinct: set[str] = set()
         for row in self._image_rows(finder, keys, limit, here):
             distinct.add(self._take_row(series, row))
-            if finder.came > 10 * len(distinct) + here.total + _SLACK:
+            if finder.came > 10 * len(distinct) + _SLACK and finder.came > 10 * len(distinct) + here.total + _SLACK:
                 raise ListTooLong(f"The source repeats the same C-FIND rows without end for series {series.uid}.")
         series.rows, series.listed = finder.came, len(distinct)
         self._unreadable[series.uid] = finder.unreadable - before
@@ -270,16 +270,19 @@ class _Lister:
         One looks those up in its files, and fails as a whole where a single file is lost.
         """
         scope = self._scope
-        wanted = (h.SOP_INSTANCE_UID, *_IMAGE_KEYS, *(tag for tag in _MAY_COST if tag not in scope.untold))
+        costly = [tag for tag in _MAY_COST if tag not in scope.untold]
+        wanted = (h.SOP_INSTANCE_UID, *_IMAGE_KEYS, *costly)
         rows = 0
         told: set[int] = set()
         try:
             for row in finder.rows("IMAGE", keys, wanted, limit, dropped):
                 rows += 1
-                told.update(tag for tag in _MAY_COST if row.get(tag))
+                for tag in costly:
+                    if row.get(tag):
+                        told.add(tag)
                 yield row
             if rows:
-                scope.untold |= set(_MAY_COST) - told
+                scope.untold |= set(costly) - told
         except OperationFailed as error:
             log.info("%s Asking for the UIDs only.", error.message)
             yield from finder.rows("IMAGE", keys, (h.SOP_INSTANCE_UID,), limit, dropped)
@@ -298,7 +301,8 @@ class _Lister:
             instance = Instance(scope.study, series.uid, sop)
         instance.sop_class = instance.sop_class or self._class(row)
         instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
-        instance.availability = i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16]) or instance.availability
+        if told := row.get(i.INSTANCE_AVAILABILITY):
+            instance.availability = i.text_value(told[:16]) or instance.availability
         instance.modality = instance.modality or series.modality
         instance.series_number = series.number
         instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))

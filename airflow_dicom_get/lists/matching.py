@@ -90,7 +90,7 @@ class _Test:
 
     def __init__(self, tag: int, keyword: str, vr: str, wanted: tuple[str, ...], level: str) -> None:
         self._tag, self._keyword, self._vr, self._wanted, self._level = tag, keyword, vr, wanted, level
-        self._uids = frozenset(text.encode() for text in wanted) if vr == "UI" else None
+        self._uids = frozenset(text.encode() + end for text in wanted for end in (b"", b"\0")) if vr == "UI" else None
         self._exact = keyword in _EXACT
         # Below the level of a key its absence says nothing. Above it a PACS that leaves it out has not matched on it.
         self._needed = LEVELS.index(level) <= LEVELS.index(level_of(keyword))
@@ -99,7 +99,7 @@ class _Test:
         raw = row.get(self._tag)
         if raw is None:
             return Contradiction(self._keyword, self._level, False) if self._needed else None
-        if self._uids is not None and raw.strip(b"\0 ") in self._uids:
+        if self._uids is not None and (raw in self._uids or raw.strip(b"\0 ") in self._uids):
             return None
         if not raw.strip(b"\0 "):
             compared = self._exact or self._vr in ("UI", "DA") or self._vr in _FOLDED_VRS

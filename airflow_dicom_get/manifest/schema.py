@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.records import Instance
@@ -130,14 +131,18 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     size, nulls = len(values), values.count(None)
     validity = None
     if nulls:
-        bits = "".join("0" if value is None else "1" for value in reversed(values))
-        validity = pa.py_buffer(int(bits, 2).to_bytes((size + 7) // 8, "little"))
+        bits = 0 if nulls == size else int("".join("0" if x is None else "1" for x in reversed(values)), 2)
+        validity = pa.py_buffer(bits.to_bytes((size + 7) // 8, "little"))
     if pa.types.is_string(kind):
-        texts = [b"" if value is None else value.encode("utf-8", "backslashreplace") for value in values]
+        texts: list[Any] = [value or "" for value in values] if nulls else values
+        data = "".join(texts).encode("utf-8", "backslashreplace")
+        if len(data) != sum(map(len, texts)):  # not ASCII alone: a character is not a byte
+            texts = [text.encode("utf-8", "backslashreplace") for text in texts]
         offsets = array("i", accumulate(map(len, texts), initial=0))
-        buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
+        buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(data)]
     else:
-        buffers = [validity, pa.py_buffer(array("q", [0 if value is None else value for value in values]))]
+        numbers = [value or 0 for value in values] if nulls else values
+        buffers = [validity, pa.py_buffer(array("q", numbers))]
     return pa.Array.from_buffers(kind, size, buffers, nulls)
 
 
@@ -153,7 +158,7 @@ def _chunks(instances: Iterable[Instance]) -> Iterable[list[Instance]]:
 
 
 def _values(chunk: list[Instance], attribute: str) -> list[Any]:
-    values = [getattr(row, attribute) for row in chunk]
+    values = list(map(attrgetter(attribute), chunk))
     if attribute == "sha256":
         return [None if value is None else value.hex() for value in values]
     if attribute in _UIDS:  # one that the source left empty

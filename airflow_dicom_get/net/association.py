@@ -433,7 +433,7 @@ class Association:
 
     def fragment(self, limit: float, phase: str) -> Fragment:
         """The next P-DATA fragment; anything else raises."""
-        item = self.next_item(limit, phase)
+        item = self._items.popleft() if self._items else self.next_item(limit, phase)
         if isinstance(item, Fragment):
             return item
         self._unexpected(item)

@@ -193,7 +193,7 @@ class FilesystemSink:
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
             candidates = records.pop((series, sop), [])
-            path = self.root / study / series / entry.name
+            path = self.root / f"{study}/{series}/{entry.name}"
             try:
                 found = self._verified(study, candidates, entry, path, place)
                 if found is None and not candidates and self.options.adopt and not self._read_only:

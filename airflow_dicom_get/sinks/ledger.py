@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +38,8 @@ UNREADABLE = (KeyError, OverflowError, TypeError, ValueError)
 """What a record that cannot be read raises."""
 _LONGEST = 64 << 10
 """Bytes of a line; ours have some hundred, and two thousand at most."""
+_scan = json.JSONDecoder().raw_decode
+"""A third of what ``json.loads`` costs for a line, which looks for its encoding and for blanks."""
 
 
 def first_failure(works: Iterable[Callable[[], object]]) -> OSError | None:
@@ -334,18 +337,23 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
         for schema, entry in _entries(path, data, study):
             try:
                 uid, state, where = str(entry["uid"]), entry["state"], entry.get("destination")
-                if schema == 1 and state == "taken":
-                    where = _destination_of_schema_1(entry, destination)
-                    taken.setdefault(uid, []).append((str(entry["series"]), uid))
-                keys = taken.get(uid, []) if schema == 1 else [(str(entry["series"]), uid)]
+                if schema != 1:
+                    keys = [(str(entry["series"]), uid)]
+                else:
+                    if state == "taken":
+                        where = _destination_of_schema_1(entry, destination)
+                        taken.setdefault(uid, []).append((str(entry["series"]), uid))
+                    keys = taken.get(uid, [])
                 if state == "taken" and where == destination:
                     stored[keys[-1]] = stored_of(keys[-1], entry)
-                elif state == "durable" and len(set(keys)) == 1 and keys[0] in stored:
+                elif state == "durable" and (len(keys) == 1 or len(set(keys)) == 1) and keys[0] in stored:
                     record = stored[keys[0]]
-                    own = destination == OWN and not entry.get("forwarded_to")
+                    forwarded_to = entry.get("forwarded_to")
+                    own = destination == OWN and not forwarded_to
                     record.durable = schema == SCHEMA or own or record.forwarded_to is not None
                     record.etag = entry.get("etag")
-                    record.forwarded_to = _interned(entry.get("forwarded_to")) or record.forwarded_to
+                    if forwarded_to is not None:
+                        record.forwarded_to = _interned(forwarded_to) or record.forwarded_to
                 elif state == "dropped" and schema == 1:  # took back a record of its own file
                     for key in keys:
                         stored.pop(key, None)
@@ -421,12 +429,15 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str
     """Each record with the schema of its file."""
     schema = 0
     lines = BytesIO(data)  # not all lines at once: a ledger may be large
-    for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), 1):
+    for number, line in enumerate(iter(partial(lines.readline, _LONGEST), b""), 1):
         if len(line) < _LONGEST and (not line.endswith(b"\n") or b"\0" in line):
             return  # torn; what follows the zeros of a power cut was not synced either
         try:
-            entry = json.loads(line) if len(line) < _LONGEST else None
-            if not isinstance(entry, dict):
+            if len(line) == _LONGEST:
+                raise ValueError
+            text = line.strip().decode()
+            entry, end = _scan(text)
+            if end != len(text) or not isinstance(entry, dict):
                 raise ValueError
         except (RecursionError, ValueError):
             raise LedgerError(
