@@ -84,11 +84,12 @@ def sink_error(error: OSError, what: str) -> SinkError:
 class Room:
     """The free space at a destination, but for a reserve that belongs to others, and to ledgers and manifests.
 
-    It is looked at again and again while something is written, and as seldom as it allows. Thread-safe.
+    It is looked at again and again while something is written, and as seldom as it allows. Thread-safe. ``name`` is
+    what the place is called in errors.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, name: str = "The destination") -> None:
+        self._path, self._name = path, name
         self._left = 4 * _REPORTED
         self._mutex = threading.Lock()
 
@@ -108,11 +109,11 @@ class Room:
         try:
             free, size = files.disk.free(files.nearest(self._path))
         except OSError as error:
-            raise sink_error(error, f"The destination {self._path} cannot be looked at") from error
+            raise sink_error(error, f"{self._name} {self._path} cannot be looked at") from error
         reserve = max(min(_RESERVE, size // _RESERVE_SHARE), least)
         if free <= reserve:
             raise DestinationFull(
-                f"The destination {self._path} has {free >> 20} MiB free; the last {reserve >> 20} MiB are not used.",
+                f"{self._name} {self._path} has {free >> 20} MiB free; the last {reserve >> 20} MiB are not used.",
                 hint="Free space and run again: what is held is not fetched again.",
             )
         return free - reserve

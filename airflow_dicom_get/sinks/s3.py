@@ -23,6 +23,7 @@ from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
+from airflow_dicom_get.sinks.filesystem import sink_error
 from airflow_dicom_get.sinks.ledger import Ledger, Ledgers, RecordedDigests, first_failure
 from airflow_dicom_get.sinks.objects import other_syntax
 from airflow_dicom_get.sinks.s3_inventory import Inventory
@@ -187,8 +188,10 @@ class S3Sink:
             else:
                 study.ledger.taken(upload.instance)
                 study.ledger.durable([upload.instance.key], etag)
-        except (SinkError, OSError) as failure:
+        except SinkError as failure:
             error = str(failure)
+        except OSError as failure:
+            error = str(sink_error(failure, f"The destination cannot store instance {upload.instance.sop}"))
         except BaseException as failure:  # whatever it is, the instance must be confirmed one way or the other
             log.exception("an upload failed")
             error = f"Unexpected {type(failure).__name__}."

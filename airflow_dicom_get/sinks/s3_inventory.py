@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import HeldOptions
-from airflow_dicom_get.errors import S3Error
+from airflow_dicom_get.errors import DestinationFull, S3Error, printable
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import contradict
 from airflow_dicom_get.sinks.objects import StoredObject, is_instance, whole_instance
 from airflow_dicom_get.sinks.s3_objects import copied, digest_of, head_of, names, proves_itself, record_of
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket, Listed
+
+log = logging.getLogger(__name__)
 
 _READERS = 8
 
@@ -45,7 +49,7 @@ class Inventory:
         open_questions: list[tuple[str, str, Listed, Sequence[Stored]]] = []
         for item in listing:
             series, slash, name = item.key.removeprefix(prefix).partition("/")
-            if not slash or "/" in name or not name.endswith(".dcm"):
+            if not slash or "/" in name or not name.endswith(".dcm") or item.size > files.LARGEST:
                 continue
             sop = name.removesuffix(".dcm")
             candidates = records.get((series, sop), ())
@@ -67,13 +71,16 @@ class Inventory:
         return self._verify == "size" and _fits(record, item)
 
     def _ask(self, series: str, sop: str, item: Listed, candidates: Sequence[Stored]) -> Stored | None:
-        """Look at the object itself; None too where it is gone since it was listed."""
+        """Look at the object itself; None too where it is gone since it was listed, or cannot be copied to be read."""
         try:
             return self._looked_at(series, sop, item, candidates)
         except S3Error as error:
             if error.facts["code"] in ("NotFound", "NoSuchKey"):
                 return None
             raise
+        except (DestinationFull, OSError) as error:
+            log.info("the object of instance %s does not count as held: %s", printable(sop), error)
+            return None
 
     def _looked_at(self, series: str, sop: str, item: Listed, candidates: Sequence[Stored]) -> Stored | None:
         fits = [record for record in candidates if _fits(record, item) and record.sha256]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
-from airflow_dicom_get.errors import S3Error
+from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.filesystem import Room
 from airflow_dicom_get.sinks.ledger import UNREADABLE, stored_of
 from airflow_dicom_get.sinks.objects import describes, looks_whole
 from airflow_dicom_get.storage import files
@@ -125,6 +126,11 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
 
     Where the object proves to be the very same file, that tells. Else it is read, and its data set behind our own
     head must have our digest: file meta information names who fetched it, and may differ.
+
+    Raises
+    ------
+    S3Error, OSError, DestinationFull
+        The service does not tell, or it cannot be copied; as :func:`copied`.
     """
     try:
         told = head_of(bucket, key)
@@ -162,18 +168,29 @@ class OurFile(NamedTuple):
 
 @contextmanager
 def copied(bucket: Bucket, key: str) -> Iterator[Path]:
-    """A copy of an object on this machine, for a moment."""
+    """A copy of an object on this machine, for a moment.
+
+    Raises
+    ------
+    S3Error, OSError
+        As :meth:`~airflow_dicom_get.storage.bucket.Bucket.read`.
+    DestinationFull
+        There is no room for it.
+    """
     with files.disk.scratch() as folder:
-        copy = folder / "object"
+        copy, room = folder / "object", Room(folder, "The temporary folder")
         with files.opened(copy, files.NEW) as fd:
             for chunk in bucket.read(key):
                 files.write_all(fd, chunk)
+                room.wrote(len(chunk))
         yield copy
 
 
 def digest_of(bucket: Bucket, key: str) -> bytes:
-    """The digest of an object, read whole."""
+    """The digest of an object, read whole. Raises :class:`SinkError` where the run is to end before it is known."""
     digest = hashlib.sha256()
     for chunk in bucket.read(key):
+        if bucket.is_ending():
+            raise SinkError("The run ended before it was known what is held.", hint="Run again.")
         digest.update(chunk)
     return digest.digest()

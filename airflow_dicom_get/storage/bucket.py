@@ -15,6 +15,7 @@ from weakref import WeakSet
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.errors import S3Error, peer_text
+from airflow_dicom_get.storage import files
 
 REQUESTS_PER_SLOT = 4
 """Requests at a time per ``max_concurrency``: small objects wait for the answer rather than for the line."""
@@ -166,6 +167,10 @@ class Bucket:
         self._ending = ending
         ending.attend(lambda: self._lines.hang_up(at_once=ending.hard))
 
+    def is_ending(self) -> bool:
+        """Whether the run is to end."""
+        return self._ending is not None and self._ending.ending()
+
     def _client(self) -> Any:
         with self._making:
             if self._made is None:
@@ -192,7 +197,7 @@ class Bucket:
             except (ClientError, BotoCoreError, ValueError) as raised:
                 error = self._error(raised, operation, key or parameters.get("Prefix"))
                 last = attempt >= self._attempts or self._silent or clock.monotonic() - began > _OUTLASTED
-                if last or not error.transient or (self._ending is not None and self._ending.ending()):
+                if last or not error.transient or self.is_ending():
                     self._silent = not error.facts["status"]
                     raise error from raised
                 pause = self._ending.pause if self._ending is not None else clock.sleep
@@ -228,11 +233,25 @@ class Bucket:
         return bytes(content)
 
     def read(self, key: str) -> Iterator[bytes]:
-        """Read an object piece by piece."""
+        """Read an object piece by piece.
+
+        Raises
+        ------
+        S3Error
+            It cannot be read.
+        OSError
+            It is too large for an instance; nothing of it is read.
+        """
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
-        body = self.call("get_object", key)["Body"]
+        answer = self.call("get_object", key)
+        body = answer["Body"]
+        try:
+            files.check_size(int(answer.get("ContentLength", 0)))
+        except OSError:
+            body.close()
+            raise
         try:
             yield from body.iter_chunks(_CHUNK)
         except (BotoCoreError, HTTPError, OSError) as error:

@@ -12,7 +12,8 @@ from botocore.exceptions import ClientError, EndpointConnectionError, Incomplete
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.groups import S3Config
-from airflow_dicom_get.errors import S3Error
+from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.sinks.s3_objects import digest_of
 from airflow_dicom_get.storage import bucket as seam
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from tests.simulation.bucket import Service, sha256_of
@@ -201,6 +202,27 @@ def test_a_listing_without_an_end_or_a_token_is_an_error(
     assert not raised.value.transient
     service.page = 5
     assert len(list(bucket.list("study/"))) == 5
+
+
+def test_a_run_that_is_to_end_reads_no_object_to_its_end(service: Service, opened: Callable[..., seam.Bucket]) -> None:
+    class Ended:
+        hard = False
+
+        def ending(self) -> bool:
+            return True
+
+        def pause(self, seconds: float) -> None:
+            """Nothing is waited for."""
+
+        def attend(self, hasten: Callable[[], object]) -> None:
+            """Nothing is to be hastened."""
+
+    bucket = opened()
+    bucket.put("study/1", b"content")
+    assert digest_of(bucket, "study/1") == hashlib.sha256(b"content").digest()
+    bucket.attend(Ended())
+    with pytest.raises(SinkError, match="ended"):
+        digest_of(bucket, "study/1")
 
 
 def test_what_was_put_is_listed_read_and_asked_for(service: Service, opened: Callable[..., seam.Bucket]) -> None:

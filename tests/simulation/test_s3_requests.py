@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from botocore.response import StreamingBody
 
 from airflow_dicom_get.getscu import GetScu
 from airflow_dicom_get.net import transport
@@ -159,3 +160,55 @@ def test_a_listing_that_does_not_go_on_is_not_taken_for_whole(bench: Callable[[]
         at.pacs.change(Change(0, "correct", which))
     assert at.run(resume=False) == "failed"
     assert at.objects() == before, "the first stay"
+
+
+@pytest.mark.parametrize("adopt", [False, True])
+def test_an_object_that_is_too_large_is_not_read_and_costs_its_instance(
+    bench: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch, adopt: bool
+) -> None:
+    at = bench()
+    assert at.run() == "complete"
+    key = sorted(at.objects())[0]
+    at.service.overwrite(key, bytes(100_000))
+    monkeypatch.setattr(files, "LARGEST", 50_000)
+    read: list[str] = []
+
+    def iter_chunks(body: StreamingBody, size: int = 0) -> Iterator[bytes]:
+        read.append(key)
+        return iter(())
+
+    monkeypatch.setattr(StreamingBody, "iter_chunks", iter_chunks)
+    ledgers = at.service.files()
+    for name in ledgers if adopt else ():
+        if name.endswith(".jsonl"):
+            at.service.remove(name)
+    monkeypatch.setattr(bucket.Bucket, "get", lambda self, key, most=None: ledgers[key])
+    assert at.run(adopt=adopt, verify_held="size", resume=True) == "partial"
+    assert not read, "nothing of it is read"
+    assert len(at.objects()[key]) == 100_000
+
+
+@pytest.mark.parametrize("adopt", [False, True])
+def test_what_an_object_is_compared_by_leaves_the_last_of_the_free_space(
+    bench: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch, adopt: bool
+) -> None:
+    at = bench()
+    assert at.run() == "complete"
+    key = sorted(at.objects())[0]
+    at.service.overwrite(key, bytes(20 << 20))
+    for name in at.service.files() if adopt else ():
+        if name.endswith(".jsonl"):
+            at.service.remove(name)
+    written: list[int] = []
+    write_all = files.write_all
+
+    def noting(fd: int, data: bytes | memoryview) -> None:
+        written.append(len(data))
+        write_all(fd, data)
+
+    monkeypatch.setattr(files, "write_all", noting)
+    at.volume.capacity = 20 << 20
+    assert at.run(adopt=adopt) == "partial"
+    assert sum(written) < (1 + adopt) * (20 << 20), "it is copied to be adopted, and to be compared"
+    at.volume.capacity = None
+    assert at.run(adopt=adopt) == "complete", "it begins with zeros, and is torn"
