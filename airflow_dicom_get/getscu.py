@@ -509,14 +509,14 @@ class GetScu:
                 run_studies(retrieval, found.scopes, states, next(iter(found.listings), None))
             finally:
                 unclosed = _close(sink)
-            return replace(end_of(states, found.dropped, found.doubt), unclosed=unclosed)
+            return replace(end_of(states, found.dropped, found.doubt, unknown=found.unknown), unclosed=unclosed)
         except DicomGetError as error:
             if isinstance(error, InvalidQuery | InvalidOption) and not states:
                 raise
-            return end_of(states, found.dropped, found.doubt, error)
+            return end_of(states, found.dropped, found.doubt, error, found.unknown)
         except Exception as error:
             log.exception("the retrieval ended unexpectedly")
-            return end_of(states, found.dropped, found.doubt, unexpected(error))
+            return end_of(states, found.dropped, found.doubt, unexpected(error), found.unknown)
 
     def _retrieval(self, call: _Call, sink: Sink, query_model: str, closes: datetime | None) -> Retrieval:
         from airflow_dicom_get.engine.contexts import PeerKnowledge

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from airflow_dicom_get import clock
@@ -195,9 +195,8 @@ class _Lister:
         each(finder, listing.series.values(), self._list_series)
         before = finder.unreadable
         self._ask_for_named()
-        if not self._scope.named and not self._scope.filters:  # a filter leaves out what is there
-            listed = {uid for key in listing.instances for uid in key} | listing.series.keys()
-            listing.unknown = ((self._scope.series or frozenset()) | (self._scope.instances or frozenset())) - listed
+        if not self._scope.named:
+            listing.unknown = self._unknown()
         listing.unreadable = above + self._unreadable.total() + finder.unreadable - before
         below = Dropped()
         for here in self._dropped.values():
@@ -207,6 +206,17 @@ class _Lister:
         listing.dropped.update(dropped)
         listing.dropped.update(below)
         return listing
+
+    def _unknown(self) -> frozenset[str]:
+        """See :attr:`Listing.unknown`. What a filter leaves out is there, and without the filter it is listed."""
+        listing, scope = self._listing, self._scope
+        listed = {uid for key in listing.instances for uid in key} | listing.series.keys()
+        unknown = ((scope.series or frozenset()) | (scope.instances or frozenset())) - listed
+        if not unknown or not scope.filters:
+            return unknown
+        if scope.instances is None:
+            return frozenset(self._finder.absent("SERIES", sorted(unknown), self._keys()))
+        return list_study(self._finder, replace(scope, filters=()), {}).unknown & unknown
 
     def _keys(self) -> dict[int, str | bytes]:
         """The unique keys above the level, in Patient Root with the Patient ID (PS3.4 C.4.1.2.2.1)."""

@@ -41,12 +41,15 @@ class Listed:
         The rows that contradict what was asked for.
     doubt : str or None
         Why the query may mean more studies, as a reason of the vocabulary.
+    unknown : frozenset of str
+        Studies that the query names, and that are not there; see :class:`~airflow_dicom_get.engine.resolve.Meant`.
     """
 
     scopes: list[Scope]
     listings: list[Listing]
     dropped: Dropped
     doubt: str | None = None
+    unknown: frozenset[str] = frozenset()
 
     @property
     def at(self) -> datetime:
@@ -104,7 +107,7 @@ def list_studies(
             if not for_get:
                 raise
             log.debug("left to the run of the study: %s", error.message)
-    return Listed(meant.scopes, listings, finder.dropped, meant.doubt)
+    return Listed(meant.scopes, listings, finder.dropped, meant.doubt, meant.unknown)
 
 
 def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dict[str | None, int]]:
@@ -151,7 +154,12 @@ def plan_of(listed: Listed, peer: PeerKnowledge, *, node: str, destination: str 
     rows = [instance for listing in listings for instance in (*listing.instances.values(), *listing.bad.values())]
     missing = [instance for instance in rows if instance.state is None]
     bins = _contexts(missing, peer)
-    unknown = known_nowhere(listing.unknown for listing in listings)
+    unknown = listed.unknown | known_nowhere(listing.unknown for listing in listings)
+    unknown |= {
+        scope.study
+        for scope, listing in zip(listed.scopes, listings, strict=True)
+        if not scope.found and not listing.series and not listing.total
+    }
     said = [*([doubt_remark(doubt)] if doubt is not None else []), *([unknown_remark(unknown)] if unknown else [])]
     return Plan(
         node=node,

@@ -70,7 +70,8 @@ class End:
     doubt : str or None
         Why the query may mean more studies, as a reason of the vocabulary.
     unknown : frozenset of str
-        UIDs of series and instances that the query names, and the source lists in none of its studies.
+        UIDs that the query names, and the source does not list: of studies beside others, and of series and instances
+        that are in none of its studies.
     """
 
     states: list[StudyState] = field(default_factory=list)
@@ -110,6 +111,7 @@ def end_of(
     dropped: Dropped | None = None,
     doubt: str | None = None,
     error: DicomGetError | None = None,
+    unknown: frozenset[str] = frozenset(),
 ) -> End:
     """Judge the studies of a search, and keep what is to be said of it, and what ended the call after them.
 
@@ -125,7 +127,12 @@ def end_of(
     ]
     kept = meant or judged
     states, numbers = [state for state, _ in kept], [numbers for _, numbers in kept]
-    unknown = known_nowhere(state.unknown() for state, _ in judged)
+    unknown |= known_nowhere(state.unknown() for state, _ in judged)
+    unknown |= {
+        state.scope.study
+        for state, numbers in kept
+        if numbers.verdict == EMPTY and state.listing is not None and not state.scope.found
+    }
     return End(states, numbers, error=error, dropped=dropped, doubt=doubt, unknown=unknown)
 
 
@@ -463,7 +470,7 @@ def _not_found(result: Result, remark: dict[str, Any]) -> None:
 def unknown_remark(unknown: Collection[str]) -> dict[str, Any]:
     """What is said of UIDs of a query that the source does not list."""
     shown = ", ".join(sorted(unknown)[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
-    text = f"The PACS lists no series or instance of these UIDs of the query: {shown}."
+    text = f"The PACS lists nothing of these UIDs of the query: {shown}."
     return _entry(text, advice("not_found"), len(unknown))
 
 

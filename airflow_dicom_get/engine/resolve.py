@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from airflow_dicom_get.dicom import header as h
@@ -108,16 +108,21 @@ class Meant:
         Of each study; none where nothing matches.
     doubt : str or None
         Why there may be more of them, as a reason of the vocabulary.
+    unknown : frozenset of str
+        Studies that are named beside another key, and are not there. Nothing is asked for of them: what comes under
+        their UIDs later may contradict that key.
     """
 
     scopes: list[Scope]
     doubt: str | None = None
+    unknown: frozenset[str] = frozenset()
 
 
 def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     """The studies that a query means.
 
-    Of several that are named, those that the peer does not know are among them: each ends as ``empty``.
+    Of several that are named, those that the peer does not know are among them: each ends as ``empty``. Where they are
+    named beside another key, they are told apart.
 
     Raises
     ------
@@ -162,7 +167,20 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     elif found and not selecting:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
-    return Meant(list(found.values()), doubt)
+    unknown = _not_there(finder, query, selecting, found) if found and selecting else ()
+    return Meant(list(found.values()), doubt, frozenset(unknown))
+
+
+def _not_there(finder: Finder, query: Query, selecting: Sequence[str], found: Collection[str]) -> list[str]:
+    """Of the studies that are named those that the peer does not have.
+
+    The Patient ID is a unique key above them; by any other key one that is there is left out of what is meant.
+    """
+    left = [study for study in query.studies if study not in found]
+    if not left or all(keyword == "PatientID" for keyword in selecting):
+        return left
+    above = {f.tag: f.value for f in query.filters if f.keyword == "PatientID" and f.value}
+    return finder.absent("STUDY", left, above)
 
 
 def _check_needs_no_find(query: Query) -> None:

@@ -94,13 +94,8 @@ class StudyRun:
                 first, self._first_list = self._first_list, None
                 self._take_list(first if first is not None else self._list())
             self._take_inventory()
-            if self._retrieval.query_model == "PatientRoot" and scope.patient_id is None:
-                raise InvalidQuery(
-                    f"Study {scope.study}: its Patient ID is unknown, and PatientRoot needs it.",
-                    hint="Give PatientID in the query, or use StudyRoot.",
-                    study=scope.study,
-                )
             if state.listing is None:
+                self._check_patient()
                 self._without_list()
             else:
                 self._with_list()
@@ -115,11 +110,23 @@ class StudyRun:
             except DicomGetError as error:
                 state.errors.append(error)
 
+    def _check_patient(self) -> None:
+        """Refuse to ask for anything of a study in Patient Root whose Patient ID is not known."""
+        study = self._state.scope.study
+        if self._retrieval.query_model == "PatientRoot" and self._state.scope.patient_id is None:
+            raise InvalidQuery(
+                f"Study {study}: its Patient ID is unknown, and PatientRoot needs it.",
+                hint="Give PatientID in the query, or use StudyRoot.",
+                study=study,
+            )
+
     # --- with a list ---------------------------------------------------------------------------
 
     def _with_list(self) -> None:
         state = self._state
         for turn in count(1):
+            if state.listing is not None and state.listing.total:
+                self._check_patient()
             missing = state.missing()
             before = state.progress
             if missing:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.uids import shown_uid
 from airflow_dicom_get.dicom.values import decode_text
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
 from airflow_dicom_get.lists.matching import Dropped, Matcher, Row
@@ -186,6 +187,26 @@ class Finder:
             for uid in part if len(part) > 1 else ():
                 if uid not in answered:
                     yield from self._one(level, uid, keys, returned, dropped)
+
+    def absent(self, level: str, uids: Sequence[str], above: Keys) -> list[str]:
+        """Those of some named studies or series that the peer does not list, whatever else is asked of them.
+
+        Of one whose C-FIND by its UID alone fails for good, nobody can say that it is there.
+
+        Parameters
+        ----------
+        above : mapping
+            The unique keys above the level.
+        """
+        there: set[str] = set()
+        try:
+            for row, _ in self.named(level, uids, above, (), Dropped()):
+                there.add(shown_uid(row.get(UNIQUE[level])))
+        except OperationFailed as error:
+            if error.transient:
+                raise
+            log.info("%s What is named is not asked for by its UID alone.", error.message)
+        return [uid for uid in uids if uid not in there]
 
     def _one(self, level: str, uid: str, keys: Keys, returned: Iterable[int], dropped: Dropped) -> Iterator[Answer]:
         before = dropped.total

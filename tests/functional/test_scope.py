@@ -335,6 +335,59 @@ def test_a_named_uid_that_the_pacs_does_not_know_is_said(start: Start, beside: d
     assert (nothing.verdict, nothing.reason, nothing.total) == ("empty", "not_found", 0)
 
 
+@pytest.mark.parametrize("model", ["StudyRoot", "PatientRoot"])
+@pytest.mark.parametrize("beside", [{}, {"PatientID": archive.PATIENT_ID}, {"ModalitiesInStudy": "CT"}])
+def test_a_named_study_that_is_not_there_is_said_beside_any_key(
+    start: Start, beside: dict[str, str], model: str
+) -> None:
+    client, _ = start()
+    query = {**beside, "StudyInstanceUID": [STUDY, "1.2.3"]}
+    plan = client.plan(query, query_model=model)
+    assert plan.unknown == ["1.2.3"]
+    result = client.get_study(query, query_model=model)
+    assert (result.verdict, result.reason, result.exit_code) == ("empty", "not_found", 5)
+    assert result.completed == result.total > 0
+    assert "1.2.3" in " ".join(error["error"] for error in result.errors)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "left_out"),
+    [("ModalitiesInStudy", "CT", True), ("AccessionNumber", archive.ACCESSION, True),
+     ("PatientID", archive.PATIENT_ID, False)],
+)  # fmt: skip
+def test_a_filter_leaves_a_study_out_and_the_patient_id_says_whose_it_is(
+    start: Start, key: str, value: str, left_out: bool
+) -> None:
+    built = archive.build(series=1, instances=2, size=2000, pairs=((archive.MR, wire.EXPLICIT_LE),), study=OTHER)
+    others = [replace(x, modality="MR", accession="OTHER-1", patient_id="OTHER") for x in built]
+    client, _ = start(more=others)
+    query = {"StudyInstanceUID": [STUDY, OTHER], key: value}
+    assert client.plan(query).unknown == ([] if left_out else [OTHER])
+    result = client.get_study(query)
+    assert result.verdict == ("complete" if left_out else "empty")
+    assert [one.study_instance_uid for one in result.studies] == [STUDY], "nothing of another patient is fetched"
+    assert (result.manifest["study_instance_uid"] == STUDY).all()
+
+
+def test_a_named_series_or_instance_that_is_not_there_is_said_beside_a_filter(start: Start) -> None:
+    client, pacs = start(series=2)
+    mine = [x for x in pacs.instances if x.study == STUDY]
+    series = sorted({x.series for x in mine})
+    rows = client.find({"StudyInstanceUID": STUDY}, level="SERIES")
+    number = {row.SeriesInstanceUID: str(row.SeriesNumber) for row in rows}[series[0]]
+    in_series, elsewhere = (next(x.sop for x in mine if x.series == one) for one in series)
+    for named, there in (
+        ({"SeriesInstanceUID": [*series, "1.2.3"]}, {"SeriesInstanceUID": series}),
+        ({"SOPInstanceUID": [in_series, elsewhere, "1.2.3"]}, {"SOPInstanceUID": [in_series, elsewhere]}),
+    ):
+        query = {"StudyInstanceUID": STUDY, "SeriesNumber": number}
+        assert client.plan({**query, **named}).unknown == ["1.2.3"]
+        result = client.get_study({**query, **named})
+        assert (result.verdict, result.reason) == ("empty", "not_found")
+        result = client.get_study({**query, **there})
+        assert (result.verdict, result.errors) == ("complete", [])
+
+
 def test_what_a_filter_leaves_out_is_known(start: Start) -> None:
     client, pacs = start(series=2)
     series = sorted({x.series for x in pacs.instances if x.study == STUDY})
