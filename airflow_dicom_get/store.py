@@ -381,7 +381,13 @@ class _Run:
         held = self._inventory(instance.study).get(instance.key)
         if held is None:
             self._store(item, opened, record)
-        elif self._same(held, item, opened):
+            return
+        try:
+            same = self._same(held, item, opened)
+        except UnreadableError as error:
+            self._changed(record, f"{item.name}: {error}")
+            return
+        if same:
             record.adopt(held)
             record.state, record.reason = "held", record.remark
         else:  # the sink says in which way it differs
@@ -424,21 +430,29 @@ class _Run:
 
     @staticmethod
     def _same(held: Stored, item: StoredObject, opened: Opened) -> bool:
-        """Whether the node holds just this data set, as far as our records tell; what cannot be read does not."""
-        if held.bytes is None:
+        """Whether the node holds just this data set, as far as our records tell.
+
+        Raises
+        ------
+        UnreadableError
+            It cannot be read, or is not the one that its manifest names.
+        """
+        recorded = item.row.sha256 if item.row is not None else None
+        sent = held.sha256 if held.bytes is not None else None
+        skip, whole, digest = opened.dataset_offset, hashlib.sha256(), hashlib.sha256()
+        if held.bytes is not None and item.size() - skip != held.bytes:
+            return False
+        if recorded is None and sent is None:
             return True
-        skip, digest = opened.dataset_offset, hashlib.sha256()
-        try:
-            if item.size() - skip != held.bytes:
-                return False
-            if held.sha256 is None:
-                return True
-            for view in opened.chunks():
+        for view in opened.chunks():
+            if recorded is not None:
+                whole.update(view)
+            if sent is not None:
                 digest.update(view[skip:])
                 skip = max(skip - len(view), 0)
-        except UnreadableError:
-            return False
-        return digest.digest() == held.sha256
+        if recorded is not None and whole.digest() != recorded:
+            raise UnreadableError("its digest differs from the recorded one")
+        return sent in (None, digest.digest())
 
     def _inventory(self, study: str) -> dict[Key, Stored]:
         if not self._options.resume:

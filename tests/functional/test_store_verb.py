@@ -395,6 +395,20 @@ class TestManifest:
             assert len(destination.held()) == 37
             assert destination.ends["aborted"] >= 1, "a digest that does not fit is seen before the last fragment"
 
+    def test_an_object_that_changed_is_refused_also_where_it_was_sent_so(
+        self, embedded: Embedded, private: Holding, tmp_path: Path
+    ) -> None:
+        got = GetScu(f"PACS@127.0.0.1:{embedded(private.folder).port}", out_dir=tmp_path / "out").get_study(
+            {"StudyInstanceUID": private.study}
+        )
+        path = Path(sorted(got.manifest["uri"])[0].removeprefix("file://"))
+        path.write_bytes(path.read_bytes()[:-2] + b"zz")
+        with OddDestination() as destination:
+            assert store(destination, tmp_path / "state", tmp_path / "out").verdict == "complete"
+            result = store(destination, tmp_path / "state", manifest=got.manifest_uri)
+            assert (result.verdict, result.completed, result.skipped, result.failed) == ("partial", 11, 11, 1)
+            assert states(result)["failed", "size_changed", None] == 1
+
     def test_each_object_that_a_manifest_names_counts(
         self, embedded: Embedded, private: Holding, tmp_path: Path
     ) -> None:
