@@ -222,11 +222,10 @@ def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
     """The row of a data set whose end is missing says so, in the run that took it and in those after it."""
     if not world.pacs.truncated:
         return
-    node = world.place.node
     for row in run.rows:
         path = path_of(row)
-        if node is not None and node.again == "keeps" and path in run.before:
-            continue  # it says that it took another one, and did not
+        if _keeps_another(world, run, path, key_of(row)):
+            continue
         if row["state"] in HELD and path in files and path not in world.theirs:
             cut = data_set(files[path]) in world.pacs.truncated
             mark_of = f"truncated: {row['state']}"
@@ -236,6 +235,12 @@ def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
                 world.finding("truncated, and its row does not say so", row["state"], path)
             elif not cut and row["reason"] == "truncated_dataset" and run.run.options.get("checksum", "") is not None:
                 world.finding("whole, and its row calls it truncated", row["state"], path)
+
+
+def _keeps_another(world: World, run: Played, path: str, key: Key) -> bool:
+    """Whether a node says that it took a data set, and keeps the one that it had, of this run or an earlier one."""
+    node = world.place.node
+    return node is not None and node.again == "keeps" and (path in run.before or len(set(world.pacs.sent[key])) > 1)
 
 
 def _adopted_by_checksum(world: World, row: Mapping[str, Any]) -> bool:
@@ -331,8 +336,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             run.run.options.get("on_conflict") == "replace" or "conditions" in world.history.traits
         ):
             continue  # the other run put its own there, and the service tells neither
-        if node is not None and ((node.again == "keeps" and path in run.before) or path in world.theirs):
-            continue  # it says that it took it, and did not; or somebody put his there, which nothing shows
+        if node is not None and (_keeps_another(world, run, path, key) or path in world.theirs):
+            continue  # or somebody put his there, which nothing shows
         if key in held and any(operation in _LOOKS for operation, _, _ in run.met):
             continue  # what came again of what is held could not be compared
         if key in wanted and path in files and data_set(files[path]) != data:
