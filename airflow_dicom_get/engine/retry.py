@@ -9,6 +9,7 @@ from typing import Any
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.errors import InvalidQuery
+from airflow_dicom_get.manifest.schema import values_of
 from airflow_dicom_get.records import Key
 from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, OUTSIDE_LIST
 
@@ -49,8 +50,7 @@ def asked_by(manifest: Any, sop_classes: Collection[str] | None = None) -> Asked
     columns = ("study_instance_uid", "series_instance_uid", "sop_instance_uid", "sop_class_uid", "state", "reason")
     studies: dict[str, tuple[set[Key], set[Key]]] = {}
     by_digest = False
-    rows = zip(*(manifest.column(name).to_pylist() for name in columns), strict=True)
-    for number, (study, series, sop, sop_class, state, reason) in enumerate(rows, 1):
+    for number, (study, series, sop, sop_class, state, reason) in enumerate(values_of(manifest, columns), 1):
         if state in OUTSIDE_LIST or (sop_classes is not None and sop_class and sop_class not in sop_classes):
             continue
         if reason == "bad_uid":  # as the source wrote it; it stays missing

@@ -73,7 +73,9 @@ too, at which a spreadsheet in many a country divides a line, whatever the file 
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
 _MOST_DECODED = 4 << 30
-"""Bytes of its table."""
+"""Bytes of its table, with its rows as records."""
+_RECORD = 640
+"""Bytes of a row as a record, besides its texts: also of one that is empty, and takes no byte of the file."""
 
 
 def safe_name(text: str) -> str:
@@ -426,7 +428,7 @@ def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
         columns = dict.fromkeys(file.schema_arrow.names)
         for batch in (x for one in columns for x in file.iter_batches(BATCH, columns=[one], use_threads=False)):
             for column in batch.columns:
-                size += column.nbytes
+                size += column.nbytes + len(column) * _RECORD // len(columns)
                 if pa.types.is_dictionary(column.type):
                     lengths = pc.binary_length(column.dictionary)
                     size += pc.sum(pc.take(lengths, column.indices)).as_py() or 0

@@ -172,20 +172,23 @@ def _tag(row: Instance, position: int) -> str | None:
     return row.tags[position] if row.tags is not None and position < len(row.tags) else None
 
 
-def instances_of(table: pa.Table) -> list[Instance]:
+def values_of(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row; they become objects a batch at a time, and are never all held."""
+    for batch in table.to_batches(BATCH):
+        yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+
+
+def instances_of(table: pa.Table) -> Iterator[Instance]:
     """The rows of a manifest as records: what each instance is, and what became of it.
 
     A UID that is null is blank: whoever needs valid ones checks all of them.
     """
     read = [(name, attribute) for name, attribute, _ in _COLUMNS[3:] if attribute and attribute not in _NOT_READ]
-    names = [*COLUMNS[:3], *(name for name, _ in read)]
-    rows: list[Instance] = []
-    for study, series, sop, *values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+    for study, series, sop, *values in values_of(table, [*COLUMNS[:3], *(name for name, _ in read)]):
         row = Instance(study or "", series or "", sop or "")
         for (_, attribute), value in zip(read, values, strict=True):
             setattr(row, attribute, _read(attribute, value))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _read(attribute: str, value: Any) -> Any:

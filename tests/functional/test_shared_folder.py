@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, 
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, table_in_xcom
-from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.manifest.schema import arrow_schema, instances_of, manifest_table
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.result import Result
@@ -285,6 +286,32 @@ def test_a_manifest_of_some_kilobytes_does_not_become_gigabytes(
     monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
     with pytest.raises(ManifestError, match="of memory"):
         read_table(path)
+
+
+def of_nulls(rows: int) -> pa.Table:
+    return pa.table([pa.nulls(rows, kind) for kind in arrow_schema().types], schema=arrow_schema())
+
+
+def test_rows_that_take_no_byte_of_a_manifest_are_counted_as_what_they_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.parquet"
+    write_manifest(of_nulls(100_000), path, verdict="complete", evidence="list", run="r")
+    assert path.stat().st_size < 200_000
+    assert read_table(path).num_rows == 100_000
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    with pytest.raises(ManifestError, match="of memory"):
+        read_table(path)
+
+
+def test_the_rows_of_a_manifest_become_records_a_batch_at_a_time() -> None:
+    table = of_nulls(100_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in instances_of(table)) == 100_000
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_many_columns_of_a_long_text_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,10 @@ class Rows:
     column_names = tuple(COLUMNS)
     """As of a table: what takes manifests takes these too."""
 
+    def to_batches(self, size: int) -> list[Rows]:
+        """See :class:`pyarrow.Table`."""
+        return [self]
+
     def column(self, name: str) -> _Column:
         """See :class:`pyarrow.Table`."""
         return _Column([getattr(x, _COLUMNS[name]) or None for x in self.instances])
