@@ -22,6 +22,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from airflow_dicom_get.config.checks import shown
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
@@ -182,8 +183,9 @@ class FolderLedgers:
                 f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
             ) from error
         runs = {str(path): path.name.removesuffix(".jsonl") for path in paths}
+        names = frozenset(runs.values())
         return merge_records(
-            (runs[path], parse_ledger([(path, content)], study, self.destination, frozenset(runs.values())))
+            (runs[path], parse_ledger([(path, content)], study, self.destination, names))
             for path, content in _contents(paths, study)
         )
 
@@ -257,8 +259,11 @@ class RunRecords(NamedTuple):
     """What one run recorded of a study, for one destination."""
 
     stored: dict[Key, Stored]
-    dropped: dict[Key, frozenset[str]]
-    """Instances of which older records do not count any more, and the runs that are older though they sort behind."""
+    dropped: dict[Key, tuple[str, ...]]
+    """Instances of which older records do not count any more, and the runs that are older though they sort behind.
+
+    Tuples of shared texts: these take no more memory than the bytes that name the runs.
+    """
 
 
 def merge_records(runs: Iterable[tuple[str, RunRecords]]) -> dict[Key, list[Stored]]:
@@ -267,7 +272,14 @@ def merge_records(runs: Iterable[tuple[str, RunRecords]]) -> dict[Key, list[Stor
     Durable ones come before those that were only taken, newer ones before older ones.
     """
     named = list(runs)
-    ended = {(name, key) for _, run in named for key, names in run.dropped.items() for name in names}
+    stored = {name: run.stored for name, run in named}
+    ended = {
+        (name, key)
+        for _, run in named
+        for key, names in run.dropped.items()
+        for name in names
+        if key in stored.get(name, ())
+    }
     records: dict[Key, list[Stored]] = {}
     dropped: set[Key] = set()
     for name, run in named:
@@ -331,7 +343,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
         A part is of a newer schema, or broken before its last line.
     """
     stored: dict[Key, Stored] = {}
-    dropped: dict[Key, frozenset[str]] = {}
+    dropped: dict[Key, tuple[str, ...]] = {}
     taken: dict[str, list[Key]] = {}  # of schema 1, whose other records do not name the series
     for path, data in parts:
         for schema, entry in _entries(path, data, study):
@@ -359,7 +371,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                         stored.pop(key, None)
                 elif state == "dropped" and where == destination:
                     stored.pop(keys[0], None)
-                    dropped[keys[0]] = frozenset(run for run in entry.get("runs", ()) if run in runs)
+                    dropped[keys[0]] = tuple(sys.intern(run) for run in entry.get("runs", ()) if run in runs)
             except UNREADABLE:
                 raise LedgerError(
                     f"The ledger {path} contains an unreadable record.",
@@ -449,11 +461,11 @@ def _entries(path: str, data: bytes, study: str) -> Iterator[tuple[int, dict[str
         version = entry.get("ledger")
         if version is None:
             yield schema or SCHEMA, entry
-        elif version in READABLE_SCHEMAS:
+        elif type(version) is int and version in READABLE_SCHEMAS:
             schema = version
         else:
             raise LedgerError(
-                f"The ledger {path} has schema {version}; this version reads {SCHEMA}.",
+                f"The ledger {path} has schema {shown(version)}; this version reads {SCHEMA}.",
                 hint="Use the version of airflow-dicom-get that wrote it, or a newer one.",
                 study=study,
                 path=path,

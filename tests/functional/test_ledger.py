@@ -336,7 +336,11 @@ TAKEN = taken_line(instance("1.1"), OWN).encode()
     ("line", "text"),
     [
         (b'{"ledger": 3}\n', "has schema 3; this version reads 2"),
-        (b'{"ledger": "1"}\n', "has schema 1; this version reads 2"),
+        (b'{"ledger": "1"}\n', "has schema '1'; this version reads 2"),
+        (b'{"ledger": 2.0}\n', "has schema 2.0; this version reads 2"),
+        (b'{"ledger": []}\n', r"has schema \[\]; this version reads 2"),
+        (b'{"ledger": {"of": true}}\n', "has schema .*; this version reads 2"),
+        (b'{"ledger": "%s"}\n' % (b"z" * 60_000), "has schema 'z{62}…; this version reads 2"),
         (b"{}\n", "contains an unreadable record"),
         (b'{"state": "taken", "uid": "1.1"}\n', "contains an unreadable record"),
         (b'{"state": "taken"\n', "is damaged in line 2"),

@@ -496,6 +496,24 @@ def test_runs_that_a_ledger_invents_take_no_memory(tmp_path: Path) -> None:
     assert FolderLedgers(Below(tmp_path), OWN).read("1.2") == {}
 
 
+def test_runs_that_a_ledger_names_take_no_more_memory_than_their_names(tmp_path: Path) -> None:
+    """An empty ledger costs a neighbour nothing, and each line may name them all."""
+    folder = tmp_path / ".ledger" / "1.2"
+    folder.mkdir(parents=True)
+    names = [f"{n:03}" for n in range(1000)]
+    for name in names:
+        (folder / f"{name}.jsonl").touch()
+    lines = [dropped_line(("1.3", f"1.5.{n}"), OWN, names) for n in range(200)]
+    (folder / f"{DEAD}.jsonl").write_text(header_line() + "".join(lines))
+    ledgers = FolderLedgers(Below(tmp_path), OWN)
+    tracemalloc.start()
+    try:
+        assert ledgers.read("1.2") == {}
+        assert tracemalloc.get_traced_memory()[1] < 5 * (folder / f"{DEAD}.jsonl").stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_the_state_of_the_shell_is_its_users_alone(
     private: Holding, target: StoreScu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
