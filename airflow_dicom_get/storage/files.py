@@ -259,12 +259,12 @@ class Disk:
             os.mkdir(name, dir_fd=at)
 
     def close_to_others(self, path: Where) -> None:
-        """Let nobody but us look into a folder of ours; another user's is refused."""
+        """Let nobody but us look into a folder of ours; another user's is refused, also one that we may not read."""
+        _check_ours(self.status(path), path)
         folder = self.open_folder(path)
         try:
             found = os.fstat(folder)
-            if found.st_uid != os.geteuid():
-                raise OSError(errno.EPERM, "it belongs to another user", str(path))
+            _check_ours(found, path)
             if found.st_mode & 0o077:
                 os.fchmod(folder, 0o700)
         finally:
@@ -356,6 +356,11 @@ def _is_link(name: Where, folder: int) -> bool:
     return False
 
 
+def _check_ours(found: os.stat_result, path: Where) -> None:
+    if found.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, "it belongs to another user", str(path))
+
+
 def _is_file_or_folder(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
@@ -424,10 +429,16 @@ def make_private(path: Below) -> None:
     Raises
     ------
     OSError
-        It cannot be made; or a link, or another user's folder, is there: what lies in it is not ours.
+        It cannot be made; or a link is there (``ELOOP``), another user's folder, or one that cannot be closed to others
+        (``EPERM``): what lies in it is not ours.
     """
     disk.make_folders(path)
-    disk.close_to_others(path)
+    try:
+        disk.close_to_others(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+        raise OSError(errno.EPERM, error.strerror or str(error), str(path)) from error
 
 
 def files_below(

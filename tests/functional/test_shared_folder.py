@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -527,7 +528,7 @@ def test_the_state_of_the_shell_is_its_users_alone(
     assert list(state.glob("*.parquet"))
 
 
-@pytest.mark.parametrize("made_by", ["a link", "another user"])
+@pytest.mark.parametrize("made_by", ["a link", "another user", "another user, who lets nobody read", "us, unreadable"])
 def test_the_state_of_the_shell_is_not_anothers(
     private: Holding, target: StoreScu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_by: str
 ) -> None:
@@ -540,8 +541,19 @@ def test_the_state_of_the_shell_is_not_anothers(
         state.symlink_to(other)
     else:
         state.mkdir(mode=0o777)
-        monkeypatch.setattr(os, "geteuid", lambda: state.stat().st_uid + 1)
-    with pytest.raises(InvalidOption, match=r"is a link|belongs to another user"):
+        if made_by != "us, unreadable":
+            monkeypatch.setattr(os, "geteuid", lambda: state.stat().st_uid + 1)
+        if "read" in made_by:  # root may read all
+            open_folder = files.Disk.open_folder
+
+            def refuses(disk: files.Disk, path: files.Where) -> int:
+                if str(path) == str(state):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return open_folder(disk, path)
+
+            monkeypatch.setattr(files.Disk, "open_folder", refuses)
+    said = {"a link": "is a link", "us, unreadable": "Permission denied"}.get(made_by, "belongs to another user")
+    with pytest.raises(InvalidOption, match=said):
         StoreScu(str(target.options.addr)).store(private.files[0])
     assert stat.S_IMODE(other.stat().st_mode) == 0o755
     assert not list(other.iterdir())
