@@ -13,7 +13,7 @@ from airflow_dicom_get.errors import InvalidOption
 def study_queries(study: Any, *, skip: Callable[[InvalidOption], None] | None = None) -> list[dict[str, Any]]:
     """One query for all studies that are wanted whole, and one for each of which some series are.
 
-    :param study: a UID, an Item, or a list of either
+    :param study: a UID, an Item, or a list of either; none for an empty list, as a search has found it
     :param skip: takes what is wrong with an entry of a list that is left out; None: it is raised
     """
     if not _is_list(study):

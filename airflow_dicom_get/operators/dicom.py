@@ -357,7 +357,7 @@ class DicomGetOperator(TransferOperator):
             self.destination, manifest_root=self.manifest_root, s3_conn_id=self.s3_conn_id
         )
         calls = self._calls()
-        if "manifest" in calls[0]:
+        if calls and "manifest" in calls[0]:  # of an empty list of studies there are none
             self.label_by(context, calls[0]["manifest"])
         hook = self.hook
         model = self.query_model or hook.query_model

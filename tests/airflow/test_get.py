@@ -663,3 +663,16 @@ def test_a_study_that_was_not_begun_before_the_hours_ended_is_no_success(run_dag
     run = run_dag(dag)
     assert (run.state, len(began)) == ("failed", 1)
     assert (run.xcom("get", "summary")["verdict"], run.xcom("get", "summary")["reason"]) == ("partial", "window")
+
+
+@pytest.mark.parametrize("accept", [("complete",), ("complete", "empty")])
+def test_a_search_that_finds_nothing_is_empty_for_good(run_dag, pacs, tmp_path, accept):
+    with DAG("quiet", default_args=AT_ONCE) as dag:
+        find = DicomFindOperator(task_id="find", study_date="19010101", dicom_conn_id="pacs")
+        get(study=find.output, destination=str(tmp_path), accept=accept)
+    run = run_dag(dag)
+    assert run.state == ("success" if "empty" in accept else "failed")
+    assert run.task("get").try_number == 1
+    summary = run.xcom("get", "summary")
+    assert (summary["verdict"], summary["reason"], summary["total"]) == ("empty", "nothing_asked", 0)
+    assert len(load_manifest(run.xcom("get"))) == 0
