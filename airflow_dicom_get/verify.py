@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 from collections import Counter
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.net.association import Cancels, CancelToken
     from airflow_dicom_get.net.peer import Peer
 
+log = logging.getLogger(__name__)
 
 SAME: Final = "="
 NOT_THERE: Final = "+"
@@ -76,6 +78,8 @@ UNREADABLE: Final = "!"
 Symbol = Literal["=", "+", "-", "*", "!"]
 
 _READERS = 4
+_ASKED_AGAIN = 10.0
+"""Seconds between two lists of a node that does not list all that it was given."""
 _SHOWN = 10
 """Differences shown in a notebook; ``frame()`` has all."""
 
@@ -285,11 +289,14 @@ def compare(
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
     cancels: Cancels | None = None,
+    listed_within: float = 0.0,
 ) -> Verification:
     """As :func:`verify`, with options that were checked already.
 
     Parameters
     ----------
+    listed_within : float
+        Seconds in which a node as destination is asked again while it does not list all that it was given.
     cancels : Cancels, optional
         What ends it, from any thread or a signal handler.
 
@@ -311,7 +318,7 @@ def compare(
 
     def work(cancel: CancelToken) -> Verification:
         verb = _Verify(options, quick, on_difference, cancel)
-        verb.studies = studies
+        verb.studies, verb.listed_within = studies, listed_within
         if manifest is not None:
             verb.read_manifest(load_listed(manifest, options.s3_config, root))
         if options.addr is not None:
@@ -384,6 +391,7 @@ class _Verify:
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
+        self.listed_within = 0.0
         self.has_manifest = self.has_source = False
         self.said: Verdict | None = None
         """The verdict of the manifest that was read."""
@@ -530,8 +538,18 @@ class _Verify:
         from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
+        over_at = clock.monotonic() + self.listed_within
+        given = {(study, key) for (study, key, _), item in self.items.items() if item.recorded and item.doubt is None}
         try:
-            listed = ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(self.studies))
+            while True:
+                listed = ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(self.studies))
+                lacking = sum(key not in listed.get(study, ()) for study, key in given)
+                left = over_at - clock.monotonic()
+                if not lacking or left <= 0:
+                    break
+                log.info("%s does not list %d of what it was given; asking again for %.0f s.", target, lacking, left)
+                self.cancel.pause(min(left, _ASKED_AGAIN))
+                self._check_cancelled()
         except PeerError as error:
             self._uncompared(error)
             for item in self.items.values():

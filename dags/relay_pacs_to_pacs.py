@@ -63,6 +63,9 @@ with DAG(
 
     # An acknowledgement is only a promise. This checks what the other PACS lists, once it has had time to.
     # The run succeeds if both this and `report` do: no task comes after them.
-    DicomVerifyOperator.partial(task_id="confirm", destination="dicom://dicom_target", retries=5).expand(
-        manifest=relayed
-    )
+    DicomVerifyOperator.partial(
+        task_id="confirm",
+        destination="dicom://dicom_target",
+        listed_within=timedelta(minutes=10),
+        retries=5,
+    ).expand(manifest=relayed)

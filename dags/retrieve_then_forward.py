@@ -134,6 +134,7 @@ with DAG(
         task_id="confirm",
         destination="dicom://dicom_target",
         # A PACS may need minutes until it lists what it has stored.
+        listed_within=timedelta(minutes=10),
         retries=5,
     ).expand(manifest=store.output)
 

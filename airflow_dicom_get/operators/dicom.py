@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,7 @@ from airflow_dicom_get.config.destination import ForwardDestination, S3Destinati
 from airflow_dicom_get.config.options import OPTIONS, NodeOptions, StoreOptions, VerifyOptions, parse_keywords
 from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine import report
+from airflow_dicom_get.engine.arrivals import SPAN
 from airflow_dicom_get.engine.items import Item, is_modality
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.engine.search import Search
@@ -652,12 +653,18 @@ class DicomVerifyOperator(DicomTask):
     :param s3_conn_id: ``dicom_s3`` or ``aws`` connection of a bucket whose address names none (templated)
     :param quick: compare sizes only; do not read the objects
     :param fail_on_difference: whether differences fail the task
+    :param listed_within: how long a node as ``destination`` may take until it lists what it was given: until then it is
+        asked again, and only what it does not list by then is a difference
     """
 
     operator_extra_links = (DicomManifestLink(),)
     template_fields: Sequence[str] = ("manifest", "study", "destination", "dicom_conn_id", "s3_conn_id")
     template_fields_renderers: ClassVar[dict[str, str]] = {"study": "json"}
-    checks: ClassVar[Mapping[str, Check]] = {"quick": Flag(), "fail_on_difference": Flag()}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "quick": Flag(),
+        "fail_on_difference": Flag(),
+        "listed_within": SPAN,
+    }
 
     def __init__(
         self,
@@ -669,6 +676,7 @@ class DicomVerifyOperator(DicomTask):
         s3_conn_id: str | None = None,
         quick: bool = False,
         fail_on_difference: bool = True,
+        listed_within: timedelta = timedelta(0),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -679,6 +687,7 @@ class DicomVerifyOperator(DicomTask):
         self.s3_conn_id = s3_conn_id
         self.quick = self.checked("quick", quick)
         self.fail_on_difference = self.checked("fail_on_difference", fail_on_difference)
+        self.listed_within = self.checked("listed_within", listed_within)
 
     def shown(self, name: str, value: Any) -> Any:
         """Hide manifests."""
@@ -765,6 +774,7 @@ class DicomVerifyOperator(DicomTask):
             quick=self.quick,
             manifest_name=run_name_of(context["ti"]),
             cancels=cancels,
+            listed_within=self.listed_within.total_seconds(),
         )
         if not kept:
             found.manifest_uri = None

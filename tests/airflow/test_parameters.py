@@ -37,7 +37,7 @@ PARAMETERS: dict[type[BaseOperator], dict[str, Any]] = {
     DicomStoreOperator: {**TRANSFER, "source": None, "target_conn_id": REQUIRED},
     DicomVerifyOperator: {
         "manifest": None, "study": None, "destination": None, "dicom_conn_id": None, "s3_conn_id": None,
-        "quick": False, "fail_on_difference": True,
+        "quick": False, "fail_on_difference": True, "listed_within": timedelta(0),
     },
     DicomStudySensor: {
         "study": None, "query": None, "settled_for": timedelta(minutes=10), "min_instances": 1,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
@@ -23,7 +24,7 @@ from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
-from airflow_dicom_get.verify import Verification, verify
+from airflow_dicom_get.verify import Verification, compare, verify
 from tests.support.forwards import forward
 from tests.support.holdings import Holding
 from tests.support.odd_destination import OddDestination
@@ -410,6 +411,33 @@ class TestBucket:
 
 
 class TestForwards:
+    @pytest.mark.parametrize("late", [2, 99])
+    def test_a_node_has_time_to_list_what_it_was_given(
+        self, embedded: Embedded, private: Holding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+    ) -> None:
+        """As one whose index catches up: the first lists are empty."""
+        monkeypatch.setattr("airflow_dicom_get.verify._ASKED_AGAIN", 0.1)
+        (tmp_path / "target").mkdir()
+        target = EmbeddedPacs(tmp_path / "target")
+        with target:
+            place = f"dicom://127.0.0.1:{target.port}"
+            scu = GetScu(f"PACS@127.0.0.1:{embedded(private.folder).port}", destination=place, manifest_root=tmp_path)
+            got = scu.get_study({"StudyInstanceUID": private.study})
+            assert got.verdict == "complete"
+            find, asked = target.archive.find, []
+
+            def find_late(level: str, *rest: Any, **more: Any) -> Any:
+                asked.append(level)
+                return find(level, *rest, **more) if len(asked) > late else []
+
+            monkeypatch.setattr(target.archive, "find", find_late)
+            options = VerifyOptions.check({"destination": place, "manifest_root": tmp_path})
+            found = compare(options, got.manifest_uri, listed_within=1.0)
+            assert (found.same, found.counts) == ((True, {"=": 12}) if late == 2 else (False, {"+": 12}))
+            asked.clear()
+            assert compare(options, got.manifest_uri).counts == {"+": 12}
+            assert len(asked) == 1
+
     @pytest.mark.dcmtk
     def test_dcmqrscp(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
         with Dcmqrscp(tmp_path / "qr", ae_title="DEST", sop_classes={"1.2.840.10008.5.1.4.1.1.2"}) as destination:
