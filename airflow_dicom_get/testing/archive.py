@@ -24,6 +24,7 @@ UNIQUE_KEYS = {"PATIENT": 0x00100020, "STUDY": 0x0020000D, "SERIES": 0x0020000E,
 
 CHARACTER_SET, SOP_CLASS, SOP_INSTANCE = 0x00080005, 0x00080016, 0x00080018
 PATIENT_ID, STUDY_UID, SERIES_UID = 0x00100020, 0x0020000D, 0x0020000E
+ACCESSION = 0x00080050
 RETRIEVE_LEVEL, RETRIEVE_AE, AVAILABILITY = 0x00080052, 0x00080054, 0x00080056
 MODALITY, MODALITIES_IN_STUDY, SOP_CLASSES_IN_STUDY = 0x00080060, 0x00080061, 0x00080062
 AVAILABLE_SYNTAX = 0x00083002
@@ -116,6 +117,8 @@ class Archive:
         self.folder = folder
         self.skipped: dict[Path, str] = {}
         self._studies: dict[str, Study] = {}
+        self._by_accession: dict[str, dict[str, Study]] = {}
+        """Studies by each value of their Accession Number, by UID: lists are queried by it, value by value."""
         self._lock = threading.Lock()
 
     def load(self) -> None:
@@ -135,7 +138,7 @@ class Archive:
         keys = {level: {tag: row[tag] for tag in _STORED_KEYS[level] if tag in row} for level in LEVELS}
         entry = Entry(path, offset, length, syntax, keys["IMAGE"])
         with self._lock:
-            study = self._studies.setdefault(row[STUDY_UID], Study(keys["PATIENT"], keys["STUDY"]))
+            study = self._study(row[STUDY_UID], keys)
             known = next((held for held in study.series.values() if entry.sop in held.entries), None)
             if known and not replace:
                 raise NotIndexedError(f"the same SOP instance as {known.entries[entry.sop].path.name}")
@@ -143,6 +146,13 @@ class Archive:
                 del known.entries[entry.sop]
             study.series.setdefault(row[SERIES_UID], Series(keys["SERIES"])).entries[entry.sop] = entry
         return entry
+
+    def _study(self, uid: str, keys: Mapping[str, Row]) -> Study:
+        if uid not in self._studies:
+            study = self._studies[uid] = Study(keys["PATIENT"], keys["STUDY"])
+            for value in study.keys.get(ACCESSION, "").split("\\"):
+                self._by_accession.setdefault(value, {})[uid] = study
+        return self._studies[uid]
 
     def studies(self) -> list[str]:
         """The Study Instance UIDs."""
@@ -175,7 +185,7 @@ class Archive:
         patients: dict[str, list[Study]] = {}
         counted = {tag: value for tag, value in wanted["STUDY"].items() if tag in _COUNTED}
         stored = {tag: value for tag, value in wanted["STUDY"].items() if tag not in _COUNTED}
-        for study in self._candidates(stored.get(STUDY_UID)):
+        for study in self._candidates(stored.get(STUDY_UID), stored.get(ACCESSION)):
             row = {**study.patient, **study.keys}
             if not (_matches(wanted["PATIENT"], row) and _matches(stored, row)):
                 continue
@@ -216,10 +226,12 @@ class Archive:
                 if _matches(wanted["IMAGE"], below):
                     yield below
 
-    def _candidates(self, uids: str | None) -> Iterable[Study]:
-        if uids is None:
-            return list(self._studies.values())
-        return [self._studies[uid] for uid in dict.fromkeys(uids.split("\\")) if uid in self._studies]
+    def _candidates(self, uids: str | None, accession: str | None = None) -> Iterable[Study]:
+        if uids is not None:
+            return [self._studies[uid] for uid in dict.fromkeys(uids.split("\\")) if uid in self._studies]
+        if accession is not None and not set(accession) & set("*?\\"):
+            return list(self._by_accession.get(accession, {}).values())
+        return list(self._studies.values())
 
     def select(self, level: str, keys: Mapping[int, str], *, patient_root: bool) -> list[Entry]:
         """The entries that a retrieve identifier names (PS3.4 C.4.3.1.3), or `BadIdentifierError`."""

@@ -20,10 +20,11 @@ import pytest
 from pynetdicom import AE, _config, build_context
 
 from airflow_dicom_get.errors import InvalidOption
+from airflow_dicom_get.testing import archive as ar
 from airflow_dicom_get.testing.archive import SERIES_UID, STUDY_UID, read_header
 from airflow_dicom_get.testing.encoding import part10_header
 from airflow_dicom_get.testing.pacs import EmbeddedPacs, serve
-from airflow_dicom_get.testing.sample_data import CT, PRIVATE_CLASS, STUDY_DATE
+from airflow_dicom_get.testing.sample_data import CT, PRIVATE_CLASS, STUDY_DATE, set_elements
 from airflow_dicom_get.testing.servers import echo, find_binary, require
 from tests.support.holdings import Holding
 from tests.support.reference_client import EXPLICIT, FIND, GET, IMPLICIT, associate, find, get, identifier
@@ -329,6 +330,31 @@ def test_find_matches(archive: EmbeddedPacs, ct: Holding, private: Holding) -> N
     assert {(row.SeriesNumber, row.NumberOfSeriesRelatedInstances) for row in rows} == {(2, 12), (3, 14)}
     rows = find(archive, "IMAGE", {"StudyInstanceUID": ct.study, "InstanceNumber": "1", "SOPInstanceUID": ""})
     assert len(rows) == 4
+
+
+def test_an_accession_number_is_looked_up_and_not_searched_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, private: Holding
+) -> None:
+    part10 = next(iter(private.entries.values())).path.read_bytes()
+    for number, accession in enumerate(["A1", "A2\\A1", "A10", "", "a1"]):
+        values = {ar.STUDY_UID: f"1.{number}", ar.SOP_INSTANCE: f"1.{number}.1", ar.ACCESSION: accession}
+        (tmp_path / str(number)).write_bytes(set_elements(part10, values))
+    archive = ar.Archive(tmp_path)
+    archive.load()
+    looked_at: list[str] = []
+    real = ar.value_matches
+
+    def noted(vr: str, wanted: str, held: str) -> bool:
+        looked_at.append(held)
+        return real(vr, wanted, held)
+
+    monkeypatch.setattr(ar, "value_matches", noted)
+    found = {
+        wanted: [row[ar.STUDY_UID] for row in archive.find("STUDY", {ar.ACCESSION: wanted})]
+        for wanted in ("A1", "A3", "A10\\a1", "A1*")
+    }
+    assert found == {"A1": ["1.0", "1.1"], "A3": [], "A10\\a1": ["1.2", "1.4"], "A1*": ["1.0", "1.1", "1.2"]}
+    assert len(looked_at) == 2 + 0 + 5 + 5
 
 
 def test_find_decodes_and_encodes_text_beyond_ascii(archive: EmbeddedPacs) -> None:
