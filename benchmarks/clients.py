@@ -54,6 +54,8 @@ class Bench:
         # No node, and no limit, of the user's own.
         self._environment = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
         self._environment.pop("TCP_NODELAY", None)
+        # An installed package is compiled once, not in each process.
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._worker: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -193,6 +195,11 @@ class Bench:
         run = self.command([sys.executable, script, *where])
         self.check(source, "pynetdicom")
         return run
+
+    def cohort(self, node: str, studies: int) -> Run:
+        """The studies of so many accession numbers, found by ``GetScu`` in the worker over one association."""
+        answer = self.job({"node": node, "cohort": studies})
+        return Run(answer["wall"], answer["user"], answer["system"])
 
     def help(self) -> Run:
         """``dicom-get --help``."""

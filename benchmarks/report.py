@@ -60,7 +60,7 @@ def _page(results: Results) -> Iterator[str]:
     for key, title in SINGLE.items():
         if (one := results.series.get(key)) is not None:
             runs = one.runs["process"]
-            words = "" if key in ("help", "small") else f" ({one.words})"
+            words = "" if key in ("help", "small") else f" ({one.words})" if one.size else f" ({one.instances})"
             yield f"| {title}{words} | {len(runs)} | {_spread(runs)} | {_cpu(runs):.2f} | {_peak(runs)} |"
     if (more := growth(results)) is not None:
         yield f"\nEach additional instance takes {more:.2f} KB."
@@ -176,7 +176,8 @@ _METHOD = """
 - *GetScu, warm process*: the time of the call in a process that has imported everything and retrieved once before.
   Digest, sync, ledger and manifest are as by default; *no digest, no sync* is `checksum=None, durable=False`.
 - *Whole process*, and all other clients: from before the process is created until it has ended, including the start of
-  the interpreter, measured by a launcher that itself uses almost no memory (`benchmarks/launch.py`).
+  the interpreter, measured by a launcher that itself uses almost no memory (`benchmarks/launch.py`). The package is
+  compiled beforehand, as an installed one is, whatever `PYTHONDONTWRITEBYTECODE` says here.
 - *Control*: the time this machine needs to hash, write and sync as many files of that size, one after the other in
   groups of 64, without receiving anything. A client that verifies what it stores cannot be much faster, unless it does
   two of these at the same time.
@@ -185,6 +186,8 @@ _METHOD = """
 - *From memory*: `benchmarks/memory_scp.py`, which sends prepared objects, one write each, and waits for each response.
   All its data sets are labelled CT, including the small ones. *Orthanc* and *dcmqrscp*: Debian's packages, without
   `TCP_NODELAY`, with one generated CT study of four series, loaded by REST and by `dcmqridx`.
+- *find_cohort*: what the task asks, by `GetScu` in the warm process over one association, from the embedded PACS, which
+  holds a study of one instance for each accession number.
 - Server and client run on the same machine and use the loopback interface, which has almost no round-trip time.
 - *To storescp*: from that dcmqrscp to Debian's storescp, started with `+xa +B`. *To S3*: the gateway of juicefs, which
   is MinIO's, on a folder of the same disk; with a delay, a proxy in Python waits before it passes a request on, and its

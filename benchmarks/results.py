@@ -33,6 +33,7 @@ CLIENTS = {
 SINGLE = {
     "small": "`dicom-get get`, 10 × 512 KiB",
     "help": "`dicom-get --help`",
+    "cohort": "`find_cohort`, accession numbers, embedded PACS",
     "tiny": "`dicom-get get`, few tiny instances",
     "many": "`dicom-get get`, many tiny instances",
     "huge": "`dicom-get get`, one huge instance",

@@ -28,7 +28,7 @@ from clients import Bench, Run
 from deliveries import DELAY, Forward, Runs, buckets, missing
 from report import write_report
 from results import CLIENTS, SINGLE, Results, Series
-from sources import KIB, MIB, Source, memory_source, pacs_sources
+from sources import KIB, MIB, Source, cohort_source, memory_source, pacs_sources
 
 from airflow_dicom_get.testing.servers import Storescp, find_binary
 
@@ -103,13 +103,19 @@ class Session:
                 if "s3far" in self.parts:
                     self.compare("s3far", source, far.far(), f"{source.title}, to S3, {DELAY * 1000:.0f} ms a request")
 
-    def singles(self) -> None:
-        """One command each: a small study, the help, and what takes memory."""
+    def singles(self, folder: Path) -> None:
+        """One command each: a small study, the help, a cohort, and what takes memory."""
         few, many = (10, 100) if self.quick else (5000, 100_000)
         huge = 8 * MIB if self.quick else 2 << 30
         sets = {"small": (10, 512 * KIB), "tiny": (few, 1000), "many": (many, 1000), "huge": (1, huge)}
         if "help" in self.parts:
             self.results.series["help"] = Series("help", 0, 0, {"process": [self.bench.help() for _ in self.rounds()]})
+        if "cohort" in self.parts:
+            studies = 20 if self.quick else 5000
+            with cohort_source(folder / "cohort", studies) as node:
+                runs = [self.bench.cohort(node, studies) for _ in self.rounds()]
+            self.results.series["cohort"] = Series("cohort", studies, 0, {"process": runs})
+            say(f"{studies} accession numbers: {runs[0].wall:.2f} s")
         for key, (instances, size) in sets.items():
             if key not in self.parts:
                 continue
@@ -256,7 +262,7 @@ def measure(args: argparse.Namespace) -> Results:
             session.memory()
             session.pacs(folder)
             session.buckets(folder)
-            session.singles()
+            session.singles(folder)
         except BaseException:
             handle, kept = tempfile.mkstemp(prefix="dicom-get-bench-", suffix=".json")
             os.close(handle)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from memory_scp import STUDY
 
-from airflow_dicom_get.testing.sample_data import big_study
+from airflow_dicom_get.testing.archive import ACCESSION, SERIES_UID, SOP_INSTANCE, STUDY_UID
+from airflow_dicom_get.testing.sample_data import big_study, make_uid, set_elements
 from airflow_dicom_get.testing.servers import HOST, Dcmqrscp, Orthanc, free_port
 
 _HERE = Path(__file__).parent
@@ -64,6 +65,43 @@ def memory_source(key: str, instances: int, size: int) -> Iterator[Source]:
             raise RuntimeError("the SCP from memory does not start")
         title = f"memory, {in_words(instances, size)}"
         yield Source(key, title, "MEMORY", port, STUDY, instances, size)
+    finally:
+        process.terminate()
+        process.wait(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def accession_number(number: int) -> str:
+    """The accession number of a study of a cohort."""
+    return f"ACC{number:06}"
+
+
+@contextmanager
+def cohort_source(folder: Path, studies: int) -> Iterator[str]:
+    """The embedded PACS with so many studies of one small instance each, in a process of its own; its address."""
+    folder.mkdir()
+    big_study(folder, 1, 2, name="cohort")
+    (first,) = folder.iterdir()
+    part10 = first.read_bytes()
+    first.unlink()
+    for number in range(studies):
+        uid = make_uid(f"cohort {number}")
+        values = {
+            STUDY_UID: uid,
+            SERIES_UID: f"{uid}.1",
+            SOP_INSTANCE: f"{uid}.1.1",
+            ACCESSION: accession_number(number),
+        }
+        (folder / f"{number:06}.dcm").write_bytes(set_elements(part10, values))
+    port = free_port()
+    command = [sys.executable, "-m", "airflow_dicom_get.cli", "pacs", "--dir", str(folder), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        if "serving" not in process.stdout.readline():
+            raise RuntimeError("the embedded PACS does not start")
+        yield f"PACS@{HOST}:{port}"
     finally:
         process.terminate()
         process.wait(10)

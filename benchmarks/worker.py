@@ -2,7 +2,7 @@
 
 A job: ``{"node", "study", "destination", "options": {...}, "profile": false}`` to retrieve; ``{"floor": {"instances",
 "size"}, "folder"}`` for what the machine needs to hash, write and sync as much without any network; ``{"upload": {...},
-"folder"}`` for boto3 alone.
+"folder"}`` for boto3 alone; ``{"node", "cohort": n}`` to find the studies of so many accession numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import boto3
 from botocore.config import Config
 from s3transfer.manager import TransferConfig, TransferManager  # type: ignore[import-untyped]
 from sampler import Sampler
+from sources import accession_number
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.engine.study_list import ACCESSION, ListedStudy
 
 
 def import_everything() -> None:
@@ -49,6 +51,13 @@ def retrieve(job: dict[str, Any]) -> str:
         {"StudyInstanceUID": job["study"]}
     )
     return str(result.verdict)
+
+
+def find(job: dict[str, Any]) -> str:
+    """Find the studies of a list of accession numbers, as the task ``find_cohort`` does."""
+    listed = [ListedStudy(n + 2, ACCESSION, accession_number(n)) for n in range(job["cohort"])]
+    found = GetScu(job["node"], destination="/").find_listed(listed)
+    return "complete" if all(len(entry.uids) == 1 for entry in found.entries) else "not all were found"
 
 
 def floor(job: dict[str, Any]) -> str:
@@ -122,12 +131,15 @@ def measure(call: Callable[[dict[str, Any]], str], job: dict[str, Any]) -> dict[
     }
 
 
+_CALLS = {"floor": floor, "upload": upload, "cohort": find}
+
+
 def main() -> None:
     """Serve jobs until the end of the input."""
     import_everything()
     for line in sys.stdin:
         job = json.loads(line)
-        call = floor if "floor" in job else upload if "upload" in job else retrieve
+        call = next((call for name, call in _CALLS.items() if name in job), retrieve)
         if job.get("profile"):
             with Sampler() as sampler:
                 answer = measure(call, job)
