@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -54,9 +55,20 @@ def first_failure(works: Iterable[Callable[[], object]]) -> OSError | None:
     return failed
 
 
+def _line(entry: Mapping[str, Any]) -> str:
+    """What ``json.dumps`` makes of an entry, and the end of its line; but that builds an encoder for each call."""
+    return "{" + ", ".join([f'"{name}": {_text(value)}' for name, value in entry.items()]) + "}\n"
+
+
+def _text(value: Any) -> Any:
+    if type(value) is str:
+        return _quoted(value)
+    return value if type(value) is int else "null" if value is None else json.dumps(value)
+
+
 def header_line() -> str:
     """The first line of a ledger."""
-    return json.dumps({"ledger": SCHEMA}) + "\n"
+    return _line({"ledger": SCHEMA})
 
 
 def taken_line(instance: Instance | Stored, destination: str) -> str:
@@ -79,7 +91,7 @@ def taken_line(instance: Instance | Stored, destination: str) -> str:
         entry["truncated"] = True
     if instance.other_patient:
         entry["other_patient"] = True
-    return json.dumps(entry) + "\n"
+    return _line(entry)
 
 
 def durable_line(key: Key, etag: str | None = None, forwarded_to: str | None = None) -> str:
@@ -89,13 +101,13 @@ def durable_line(key: Key, etag: str | None = None, forwarded_to: str | None = N
         entry["etag"] = etag
     if forwarded_to:
         entry["forwarded_to"] = forwarded_to
-    return json.dumps(entry) + "\n"
+    return _line(entry)
 
 
 def dropped_line(key: Key, destination: str, runs: Sequence[str] = ()) -> str:
     """The line that ends all that was recorded of an instance; in these ``runs`` too, whose names sort behind."""
     entry = {"state": "dropped", "destination": destination, "series": key[0], "uid": key[1]}
-    return json.dumps({**entry, "runs": list(runs)} if runs else entry) + "\n"
+    return _line({**entry, "runs": list(runs)} if runs else entry)
 
 
 class Ledger(Protocol):

@@ -89,6 +89,14 @@ def test_a_record_before_the_rename_and_one_after_the_sync(tmp_path: Path) -> No
     }
 
 
+def test_a_line_is_what_json_makes_of_it() -> None:
+    odd = instance("1.1")
+    odd.modality, odd.series_number, odd.truncated = 'C"T\\\u00e9\n\ud800', None, True
+    for line in (taken_line(odd, "/d\u00e9st"), durable_line(key("1.1"), '"etag"', "dicom://A@b:1"),
+                 dropped_line(key("1.1"), OWN, ["r1", "r\u00e9"]), header_line()):  # fmt: skip
+        assert line == json.dumps(json.loads(line)) + "\n"
+
+
 def test_no_patient_data_can_get_in() -> None:
     keys = json.loads(taken_line(instance("1.1"), OWN)).keys()
     assert keys == {"state", "destination", "uid", "series", "class", "syntax", "size", "dataset_offset", "sha256",
