@@ -83,6 +83,8 @@ NETWORK_FAULTS: Mapping[str, tuple[str, ...]] = {
 }
 BETWEEN = ("power", "power", "overwrite", "tear", "delete", "read-only", "evict", "correct")
 
+_AT_ANY_TIME = tuple(what for what in CHANGES if what != "restore")
+"""Changes that come by chance: one that undoes a correction would seldom find it."""
 NODE_HARMS = ("delete", "delete", "overwrite", "correct", "power", "down")
 """What happens before a node is compared with the PACS; ``down``: it cannot be reached any more."""
 
@@ -238,7 +240,7 @@ def _history_of(seed: int) -> History:
         run = _run(chance, count, ill_chance, common, destination)
         steps.append(replace(run, verb="manifest") if number and chance.random() < 0.15 else run)
     moments = sorted(chance.randrange(4 * count * runs + 12) for _ in range(chance.choice((0, 1, 1, 2, 3, 5))))
-    changes = tuple(Change(at, chance.choice(tuple(CHANGES)), chance.randrange(64)) for at in moments)
+    changes = tuple(Change(at, chance.choice(_AT_ANY_TIME), chance.randrange(64)) for at in moments)
     query, model = _query(chance, instances, habits)
     verify = query == {"StudyInstanceUID": STUDY_UID} and destination != "node" and chance.random() < 0.7
     harms = [Between(chance.choice(BETWEEN), chance.randrange(64)) for _ in range(chance.choice((0, 1, 1)))]
@@ -410,6 +412,28 @@ def _as_it_is(chance: random.Random, history: History) -> History:
     return history
 
 
+def _once_there(chance: random.Random, history: History) -> History:
+    """What a node confirmed comes corrected, and once more as it was; it was deleted there, or is not listed."""
+    if history.destination != "node":
+        return history
+    first, second = _two(chance, history)
+    count = sum(i.study == STUDY_UID for i in history.instances)
+    if chance.random() < 0.4:  # what it took last is not in our records
+        lost = (1 + chance.randrange(count + 2), chance.choice(BREAKS))
+        first = replace(first, options={**first.options, "retries": 0}, node=(lost,))
+    deleted = [Between("delete", chance.randrange(64)) for _ in range(chance.choice((0, 1, 1, 2)))]
+    corrected, restored = ([Between(what, n) for n in range(count)] for what in ("correct", "restore"))
+    last = _alone(replace(second, options={**second.options, "resume": False}))
+    second = _alone(second) if chance.random() < 0.6 else second
+    traits = {
+        **history.traits,
+        "find": chance.choice(("yes", "short")),
+        "again": chance.choice(("replaces", "refuses")),
+    }
+    steps: tuple[Run | Between, ...] = (first, *deleted, *corrected, second, *restored, last)
+    return replace(history, habits=replace(history.habits, cap=0), traits=traits, changes=(), steps=steps)
+
+
 MORE = (
     (0.05, _cancelled),
     (0.09, _in_hours),
@@ -418,6 +442,7 @@ MORE = (
     (0.05, _honest),
     (0.06, _at_once),
     (0.05, _seldom),
+    (0.12, _once_there),
 )
 """What some histories meet besides, and in which share of all."""
 

@@ -427,7 +427,9 @@ def _not_asked_again(world: World, run: Played) -> None:
     if any(operation in ("read", "scan", "status", "open", "open_folder") for operation, _, _ in run.met):
         return
     node = world.place.node
-    if node is not None and (node.find == "fails" or run.run.node or run.met or world.runs[run.number - 2].met):
+    if node is not None and (
+        node.find in ("fails", "short") or run.run.node or run.met or world.runs[run.number - 2].met
+    ):
         return  # it does not tell what it holds, or our records do not
     unsynced = any(one.killed for one in world.runs) or any(
         operation == "sync" and fault.error for one in world.runs for operation, _, fault in one.met
@@ -503,6 +505,8 @@ def has_ended(world: World, run: Played) -> bool:
             case "missing":
                 if row["reason"] != "bad_uid":
                     return False
+            case "failed" if _never_confirmed(world, run, row):
+                mark("node: a duplicate of what it never confirmed")
             case "failed":
                 known = world.pacs.known.get(key)
                 if world.place.node is None or known is None or world.place.node.refuses != known.sop_class:
@@ -513,6 +517,12 @@ def has_ended(world: World, run: Played) -> bool:
 def _two_of(world: World, sop: str) -> bool:
     """Whether two instances of one SOP Instance UID were there, of which a node holds one."""
     return sum(uid == sop for _, uid in world.pacs.known) > 1
+
+
+def _never_confirmed(world: World, run: Played, row: Mapping[str, Any]) -> bool:
+    """Whether a node refuses as a duplicate what it has, and no run was told that it has."""
+    node = world.place.node
+    return node is not None and node.again == "refuses" and path_of(row) not in run.confirmed
 
 
 def _says_nothing(world: World) -> bool:
@@ -528,7 +538,7 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
     A node has to be reached, and to tell what it holds: our records of what it took are none of its list.
     """
     node = world.place.node
-    if node is not None and (node.down or node.find != "yes"):
+    if node is not None and (node.down or node.find in ("no", "fails")):
         if exit_code != (1 if node.down else 4):
             world.finding(f"verify says {exit_code}, and the node does not tell", node.find, node.down)
         return
@@ -539,6 +549,7 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
         row["state"] in ("held", "withdrawn", "unexpected")
         or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
         or (row["state"] in ("stored", "forwarded") and path_of(row) in run.before)
+        or (row["state"] == "failed" and _never_confirmed(world, run, row))
         for row in run.rows
     )
     if exit_code == 0 and not nothing and unknown:

@@ -180,6 +180,18 @@ MUTATIONS: Mapping[str, Mutation] = {
         "for x in [x for x in held.values() if x.bytes is not None]:",
         "complete, and not there",
     ),
+    "a_list_that_is_contradicted_proves_something_to_be_gone": Mutation(
+        "lists.instances:prove_absent", "if lists.contradicted():", "if False:", "changed"
+    ),
+    "another_data_set_takes_the_place_of_what_a_node_has": Mutation(
+        "sinks.holdings:NodeHoldings.replaces", "return not all(", "return False and (", "changed"
+    ),
+    "a_duplicate_is_taken_for_ours": Mutation(
+        "sinks.forward:ForwardSink.answered",
+        "known = self._holdings.took_before(instance)",
+        "known = True",
+        "complete, and other bytes came",
+    ),
     "the_answer_of_a_node_is_not_looked_at": Mutation(
         "sinks.forward:ForwardSink.answered",
         'if outcome in ("busy", "refused"):',

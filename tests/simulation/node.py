@@ -34,10 +34,10 @@ class ModelNode:
 
     Attributes
     ----------
-    find : {"yes", "no", "fails"}
-        Whether it offers C-FIND, and answers it.
-    again : {"replaces", "keeps"}
-        What becomes of a second object of one SOP Instance UID; either is answered with success.
+    find : {"yes", "no", "fails", "short"}
+        Whether it offers C-FIND, and answers it; ``short``: with an instance of each series left out, though counted.
+    again : {"replaces", "keeps", "refuses"}
+        What becomes of a second object of one SOP Instance UID: it is answered with success, or refused as a duplicate.
     refuses : str
         SOP class for which it accepts no presentation context.
     held : dict
@@ -123,6 +123,9 @@ class ModelNode:
         sop = header.get(SOP, "")
         if sop in self.held:
             mark("node: stored again")
+            if self.again == "refuses":
+                mark("node: answered 0111")
+                return 0x0111
         if sop not in self.held or self.again == "replaces":
             self.held[sop] = Held(header.get(STUDY, ""), header.get(SERIES, ""), message.data)
         return status
@@ -134,7 +137,11 @@ class ModelNode:
             return
         query = archive.parse_identifier(message.data, syntax)
         held: Sequence[Instance] = [Instance(x.study, x.series, sop, 1, 1, 100) for sop, x in self.held.items()]
-        for row in archive.find(query.get(LEVEL, ""), query, held, archive.attributes):
+        rows = [*archive.find(query.get(LEVEL, ""), query, held, archive.attributes)]
+        if self.find == "short" and query.get(LEVEL) == "IMAGE" and rows:
+            mark("node: lists too little")
+            del rows[self._stores % len(rows)]
+        for row in rows:
             _respond(link, message, 0xFF00, archive.encode_identifier(row, syntax))
         _respond(link, message, 0)
 

@@ -681,6 +681,13 @@ def _correct(pacs: ModelPacs, which: int) -> None:
         pacs.site.instances[pacs.site.instances.index(old)] = replace(old, salt=old.salt + 1)
 
 
+def _restore(pacs: ModelPacs, which: int) -> None:
+    """The bytes of an instance are again what they were before they were corrected."""
+    new = pacs.changeable(which)
+    if new is not None and new.salt:
+        pacs.site.instances[pacs.site.instances.index(new)] = replace(new, salt=new.salt - 1)
+
+
 CHANGES: Mapping[str, Callable[[ModelPacs, int], None]] = {
     "add": _add,
     "add series": _add_series,
@@ -689,6 +696,7 @@ CHANGES: Mapping[str, Callable[[ModelPacs, int], None]] = {
     "move": _move,
     "twin": _twin,
     "correct": _correct,
+    "restore": _restore,
 }
 
 
