@@ -775,6 +775,17 @@ class TestResume:
             assert old.sop not in destination.held
             assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
 
+    def test_verify_tells_what_a_node_gave_up_for_another_study(self, tmp_path: Path) -> None:
+        """Our records of a node are by study, so two runs do not see it: it holds one of a UID, and took the later."""
+        with MisbehavingPacs(series=1, instances=2) as source, ListingNode(honest) as destination:
+            first = forward(source, destination, tmp_path, STUDY_UID)
+            where = f"dicom://LISTS@127.0.0.1:{destination.port}"
+            assert verify(first.manifest_uri, destination=where).exit_code == 0
+            moved = f"{STUDY_UID}.1"
+            source._site.instances[0] = replace(source._site.instances[0], study=moved, series=f"{moved}.1")
+            assert forward(source, destination, tmp_path, moved).verdict == "complete"
+            assert verify(first.manifest_uri, destination=where).exit_code == 3
+
     def test_resume_false_alone_replaces_nothing(self, tmp_path: Path) -> None:
         """Also where the destination is not asked what it holds: a different data set is never sent whole."""
         (tmp_path / "dest").mkdir()
