@@ -7,10 +7,12 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from io import BytesIO
+from typing import IO, Any
 
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination
@@ -24,13 +26,15 @@ _ADDRESS = re.compile(
     r"(?P<scheme>file|s3|gs|abfss?|adl|wasbs?)://.+/[^/.]+(?:\.json)?(?P<packed>\.(?:gz|bz2|xz|lzma|lz4|zip|zst|snappy))?"
 )
 """Where the XCom backend of the provider ``common.io`` puts a value, if it is large."""
-_UNPACK: Mapping[str | None, Callable[[bytes], bytes]] = {
-    None: bytes,
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".lzma": lzma.decompress,
+_OPEN: Mapping[str | None, Callable[[BytesIO], IO[bytes]]] = {
+    None: lambda content: content,
+    ".gz": lambda content: gzip.GzipFile(fileobj=content),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".lzma": lzma.LZMAFile,
 }
+_MOST = 1 << 30
+"""Bytes of such a value, unpacked."""
 _OWN = (
     "It is read with your own AWS settings, since connections of Airflow are not known here: set AWS_ENDPOINT_URL, "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give endpoint=, access_key= and secret_key=."
@@ -50,16 +54,17 @@ def stored_value(value: Any, dag_id: str, task_id: str, s3_config: S3) -> Any:
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or not {dag_id, task_id} <= set(value.split("/")):
         return value
-    unpack = _UNPACK.get(match["packed"])
-    if match["scheme"] not in ("file", "s3") or unpack is None:
+    opened = _OPEN.get(match["packed"])
+    if match["scheme"] not in ("file", "s3") or opened is None:
         raise ManifestError(
             f"The task {task_id} returned what lies at {shown_path(value)}, which cannot be read here.",
             hint="Read the file of its manifest: the XCom summary has its manifest_uri, read_manifests() takes it.",
             uri=value,
         )
     try:
-        return json.loads(unpack(_content(place_of(value), s3_config)))
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        with opened(BytesIO(_content(place_of(value), s3_config))) as file:
+            return json.loads(_whole(file, task_id, value))
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, ManifestError):
             raise
         raise ManifestError(
@@ -67,6 +72,21 @@ def stored_value(value: Any, dag_id: str, task_id: str, s3_config: S3) -> Any:
             hint="Read the file of its manifest: the XCom summary has its manifest_uri.",
             uri=value,
         ) from None
+
+
+def _whole(file: IO[bytes], task_id: str, value: str) -> bytearray:
+    """All of a value, a piece at a time: some MB of it may become many GB."""
+    content = bytearray()
+    while piece := file.read(1 << 20):
+        content += piece
+        if len(content) > _MOST:
+            raise ManifestError(
+                f"What the task {task_id} returned lies at {shown_path(value)}, and takes more than "
+                f"{_MOST >> 20} MiB of memory.",
+                hint="Read the file of its manifest: the XCom summary has its manifest_uri.",
+                uri=value,
+            )
+    return content
 
 
 def load_reference(value: Any, s3_config: S3) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
 import io
+import lzma
 import os
 import shutil
 import socket
@@ -27,6 +30,7 @@ from airflow_dicom_get.manifest.files import read_table, tables_below, write_man
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, table_in_xcom
 from airflow_dicom_get.manifest.schema import arrow_schema, instances_of, manifest_table
 from airflow_dicom_get.net.association import CancelToken
+from airflow_dicom_get.notebook import stored
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import ledger, locks
@@ -355,6 +359,29 @@ def test_a_manifest_in_xcom_does_not_become_gigabytes_in_a_notebook(monkeypatch:
     monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
     with pytest.raises(ManifestError, match="of memory"):
         table_in_xcom(in_xcom(table.append_column("tag", text)))
+
+
+@pytest.mark.parametrize(
+    ("ends", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_what_was_moved_out_of_xcom_does_not_become_gigabytes_in_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, pack: Callable[[bytes], bytes]
+) -> None:
+    """Whoever has a DAG may have a task of it return an address, of a file of some MB that inflates to many GB."""
+    monkeypatch.setattr(stored, "_MOST", 2 << 20)
+    path = tmp_path / "dag" / "run" / "get" / f"x.json{ends}"
+    path.parent.mkdir(parents=True)
+
+    def value(content: bytes) -> Any:
+        path.write_bytes(content)
+        return stored.stored_value(f"file://{path}", "dag", "get", None)
+
+    assert value(pack(b'{"a": ') + pack(b" " * (1 << 20) + b"1}")) == {"a": 1}
+    with pytest.raises(ManifestError, match="takes more than 2 MiB of memory"):
+        value(pack(b" " * (3 << 20) + b"1"))
+    for broken in (pack(b"[" * 100_000), pack(b"1" * 1000)[:-9] + b"\0" * 9, b"\x1f\x8b"):
+        with pytest.raises(ManifestError, match="is no JSON"):
+            value(broken)
 
 
 def test_a_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
