@@ -67,9 +67,12 @@ _S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
 _WITH_TAGS = 0o640
-_FORMULA = re.compile(r"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?= *[=+@\-\uff1d\uff0b\uff0d\uff20])")
-"""Where a cell may begin that is a formula: those of full width as East Asian ones take them; at a semicolon or a tab
-too, at which a spreadsheet in many a country divides a line, whatever the file was written with."""
+_SIGNS = r"=+@\-\uff1d\uff0b\uff0d\uff20"
+_NO_WIDTH = r"\u200b-\u200f\u2060-\u2064\ufeff"
+_FORMULA = re.compile(rf"""^(?=[\t\r\n])|^(?=[ {_NO_WIDTH}]*[{_SIGNS}])|(?<=[;\t\r\n])(?=[ "{_NO_WIDTH}]*[{_SIGNS}])""")
+"""Where a cell may begin that is a formula: signs of full width as East Asian ones take them; at a semicolon or a tab
+too, at which a spreadsheet in many a country divides a line, whatever the file was written with, and there in quotes
+that begin the cell; behind characters of no width, of which the one that begins a file may be its byte order mark."""
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
 _MOST_DECODED = 4 << 30

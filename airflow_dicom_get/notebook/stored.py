@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from io import BytesIO
-from typing import IO, Any
+from io import BufferedIOBase, BytesIO
+from typing import Any
 
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(
     r"(?P<scheme>file|s3|gs|abfss?|adl|wasbs?)://.+/[^/.]+(?:\.json)?(?P<packed>\.(?:gz|bz2|xz|lzma|lz4|zip|zst|snappy))?"
 )
 """Where the XCom backend of the provider ``common.io`` puts a value, if it is large."""
-_OPEN: Mapping[str | None, Callable[[BytesIO], IO[bytes]]] = {
+_OPEN: Mapping[str | None, Callable[[BytesIO], BufferedIOBase]] = {
     None: lambda content: content,
     ".gz": lambda content: gzip.GzipFile(fileobj=content),
     ".bz2": bz2.BZ2File,
@@ -74,7 +74,7 @@ def stored_value(value: Any, dag_id: str, task_id: str, s3_config: S3) -> Any:
         ) from None
 
 
-def _whole(file: IO[bytes], task_id: str, value: str) -> bytearray:
+def _whole(file: BufferedIOBase, task_id: str, value: str) -> bytearray:
     """All of a value, a piece at a time: some MB of it may become many GB."""
     content = bytearray()
     while piece := file.read(1 << 20):

@@ -680,6 +680,7 @@ def test_no_cell_of_a_csv_file_is_a_formula(tmp_path, sign):
     [
         ('CT;=HYPERLINK("x")', 'CT;\'=HYPERLINK("x")'), ("CT; +1", "CT;' +1"), ("CT\t@x", "CT\t'@x"),
         ("CT\n=1", "CT\n'=1"), (" =1", "' =1"), ("CT;MR", "CT;MR"), ("1.2-3", "1.2-3"), ("a, -b", "a, -b"),
+        ('CT;"=1+1;x', "CT;'\"=1+1;x"), ('CT; ""=1', "CT;' \"\"=1"), ('"-C" a', '"-C" a'), ("\u200b=1", "'\u200b=1"),
     ],
 )  # fmt: skip
 def test_nor_is_what_a_spreadsheet_may_take_for_a_cell(text, safe):
@@ -687,6 +688,23 @@ def test_nor_is_what_a_spreadsheet_may_take_for_a_cell(text, safe):
     from airflow_dicom_get.manifest.files import safe_cell
 
     assert safe_cell(text) == safe
+
+
+def test_nor_is_what_stands_behind_the_mark_that_begins_a_file(tmp_path):
+    import csv
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from airflow_dicom_get.plugins.contents import csv_lines
+
+    pq.write_table(pa.table({"\ufeff=1+1": ["x"], "b": ['CT;"=1+1;x']}), tmp_path / "m.parquet")
+    with pq.ParquetFile(tmp_path / "m.parquet") as file:
+        content = "".join(csv_lines(file)).encode()
+    for divider in ",;\t":
+        rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=divider)
+        assert not [cell for row in rows for cell in row if cell.startswith("=")]
 
 
 # --- beside the page -------------------------------------------------------------------------------------
