@@ -130,7 +130,7 @@ with DAG(
             "bytes": int(frame["bytes"].sum()),
         }
 
-        # A run that is cleared overwrites its own files, and no others.
+        # A run that is cleared overwrites its own files; another one only where their IDs differ in `:` or `+` alone.
         folder = Path(params["folder"]) / safe_name(run_id)
         table_file = folder / f"series.{params['table_format']}"
         report_file = folder / ("report.html" if params["report_format"] == "html" else "report.md")
