@@ -135,7 +135,7 @@ class _Search:
             uids |= dict.fromkeys(self._strangers.studies.get(one.value.encode(), ()))
         elif finder.cuts.may_be_cut("STUDY", finder.came):
             self._doubt = self._doubt or "list_may_be_cut"
-        check_count(len(uids), self._max_studies, what=f"The accession number in line {one.line} of the list")
+        check_count(len(uids), self._max_studies, what=f"The accession number in line {one.line} of the list matches")
         if finder.unreadable > unreadable:
             self._doubt = "list_contradicted"
         if problem:
