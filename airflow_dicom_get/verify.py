@@ -543,7 +543,7 @@ class _Verify:
         try:
             while True:
                 listed = ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(self.studies))
-                lacking = sum(key not in listed.get(study, ()) for study, key in given)
+                lacking = sum(study not in listed or key not in listed[study].keys for study, key in given)
                 left = over_at - clock.monotonic()
                 if not lacking or left <= 0:
                     break

@@ -19,6 +19,7 @@ Report, table and XCom contain no patient data: columns that `tags` added to a m
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from datetime import timedelta
@@ -94,8 +95,9 @@ with DAG(
     def analyse(manifests: list, params=None, run_id=None) -> dict:
         from pathlib import Path
 
-        from airflow_dicom_get import load_manifests
+        from airflow_dicom_get import clock, load_manifests
         from airflow_dicom_get.manifest.files import safe_cell, safe_name
+        from airflow_dicom_get.storage.files import Below, replace_whole
 
         with final_errors():
             frame = load_manifests(manifests)
@@ -130,20 +132,28 @@ with DAG(
             "bytes": int(frame["bytes"].sum()),
         }
 
-        # A run that is cleared overwrites its own files; another one only where their IDs differ in `:` or `+` alone.
-        folder = Path(params["folder"]) / safe_name(run_id)
+        if params["table_format"] == "parquet":
+            content = table.to_parquet(index=False)
+        else:
+            # A spreadsheet would take some texts of a PACS for formulas.
+            content = table.map(safe_cell).to_csv(index=False).encode()
+        html = params["report_format"] == "html"
+        report = page(summary, by_modality, reasons, html=html)
+
+        # A run that is cleared replaces its own files; another one only where their IDs differ in `:` or `+` alone. Below
+        # the folder no link is followed: where others may write, it would lead to any file of the worker's.
+        folder = Below(Path(params["folder"])) / safe_name(run_id)
         table_file = folder / f"series.{params['table_format']}"
-        report_file = folder / ("report.html" if params["report_format"] == "html" else "report.md")
+        report_file = folder / ("report.html" if html else "report.md")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if params["table_format"] == "parquet":
-                table.to_parquet(table_file, index=False)
-            else:
-                # A spreadsheet would take some texts of a PACS for formulas.
-                table.map(safe_cell).to_csv(table_file, index=False)
-            report_file.write_text(page(summary, by_modality, reasons, html=report_file.suffix == ".html"), "utf-8")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            # A full disk, in contrast, may have space at the next try.
+            for file, data in ((table_file, content), (report_file, report.encode())):
+                replace_whole(
+                    file, lambda out, data=data: out.write(data), temporary=f".{file.name}.{clock.token()}.part"
+                )
+        except OSError as error:
+            # The disk may be full, and have space at the next try.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
+                raise
             raise AirflowFailException(
                 f"{folder} cannot be written: {error.strerror}. Give another folder in the params, or let the user "
                 "that the workers run as write to it."

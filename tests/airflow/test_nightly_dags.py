@@ -153,6 +153,39 @@ def test_a_report_takes_what_a_pacs_sent_for_text_and_counts_an_instance_of_each
         assert "\\[x\\](javascript:1)" in report
 
 
+@pytest.mark.parametrize("linked", ["the files", "the folder of the run"])
+def test_a_report_goes_nowhere_behind_a_link(load_dag, tmp_path, linked):
+    """Whoever triggers a run chooses its name, and a neighbour may know it."""
+    from airflow.sdk.exceptions import AirflowFailException
+
+    reports, elsewhere = tmp_path / "reports", tmp_path / "elsewhere"
+    reports.mkdir()
+    elsewhere.mkdir()
+    for name in ("series.csv", "report.md"):
+        (elsewhere / name).write_text("the worker's own")
+    if linked == "the files":
+        (reports / "chosen").mkdir()
+        for name in ("series.csv", "report.md"):
+            (reports / "chosen" / name).symlink_to(elsewhere / name)
+    else:
+        (reports / "chosen").symlink_to(elsewhere)
+    row = Instance("1.1", "1.2", "1.9")
+    row.state, row.bytes = "stored", 10
+    frame = frame_of(manifest_table([row], source="A@h:1", destination="/d"))
+    analyse = load_dag("analyse_manifest").task_dict["analyse"].python_callable
+    params = {"folder": str(reports), "report_format": "markdown", "table_format": "csv"}
+    if linked == "the files":
+        found = analyse([frame], params=params, run_id="chosen")
+        assert len(pd.read_csv(found["table"])) == 1
+        assert "1 of 1" in Path(found["report"]).read_text("utf-8")
+        assert len(list((reports / "chosen").iterdir())) == 2
+    else:
+        with pytest.raises(AirflowFailException, match="is a link"):
+            analyse([frame], params=params, run_id="chosen")
+    assert {path.read_text() for path in elsewhere.iterdir()} == {"the worker's own"}
+    assert len(list(elsewhere.iterdir())) == 2
+
+
 def test_outside_of_the_hours_of_the_pacs_the_night_waits(run_dag, night, pacs, prefix, monkeypatch):
     spans: list[tuple[datetime, datetime]] = []
 
