@@ -140,8 +140,8 @@ with DAG(
         html = params["report_format"] == "html"
         report = page(summary, by_modality, reasons, html=html)
 
-        # A run that is cleared replaces its own files; another one only where their IDs differ in `:` or `+` alone. Below
-        # the folder no link is followed: where others may write, it would lead to any file of the worker's.
+        # A run that is cleared replaces its own files; another one only where their IDs differ in `:` or `+` alone.
+        # Below the folder no link is followed: where others may write, it would lead to any file of the worker's.
         folder = Below(Path(params["folder"])) / safe_name(run_id)
         table_file = folder / f"series.{params['table_format']}"
         report_file = folder / ("report.html" if html else "report.md")
