@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,16 @@ if TYPE_CHECKING:
 
 STORE_SECONDS = 5.0
 """The least time between two writes to the state store: each is a round trip through the API server."""
+PATIENCE_SECONDS = 1.0
+"""How long a write may hold up the retrieval. While the API server is away, Airflow tries each for much longer."""
 
 
 class Progress:
     """Counts over all retrievals of one task, shown at most every ``interval`` seconds.
 
     Display only: nothing is ever decided by what stands in the state store. So a write that fails is
-    given up silently, and the last one may be up to five seconds older than the end of the task.
+    given up silently, one that takes long goes on by itself and none is made meanwhile, and the last one may be up to
+    five seconds older than the end of the task.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Progress:
         self._clock = clock
         self._started = self._logged = clock()
         self._stored = float("-inf")
+        self._writing = threading.Thread()
         # Of the retrievals that have ended, then of the one that runs.
         self._ended = {"done": 0, "total": 0, "failed": 0, "bytes": 0}
         self._running = dict.fromkeys(self._ended, 0)
@@ -110,8 +115,13 @@ class Progress:
         )
 
     def _set(self, key: str, value: dict[str, Any]) -> None:
-        if self._store is None:
+        if self._store is None or self._writing.is_alive():
             return
+        self._writing = threading.Thread(target=self._write, args=(key, value), daemon=True)
+        self._writing.start()
+        self._writing.join(PATIENCE_SECONDS)
+
+    def _write(self, key: str, value: dict[str, Any]) -> None:
         try:
             self._store.set(key, value)
         except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -386,6 +388,28 @@ def test_progress_is_written_at_most_every_five_seconds_and_logged_no_oftener(ca
     assert [record.getMessage().split(" inst")[0] for record in caplog.records] == [
         f"{n} of 20" for n in (2, 4, 6, 8, 10, 12)
     ]
+
+
+def test_a_state_store_that_does_not_answer_does_not_hold_up_the_retrieval():
+    # As while the API server is away: each write is tried again and again.
+    clock, back, begun = Clock(), threading.Event(), []
+
+    class Away:
+        def set(self, key, value):
+            begun.append(value["done"])
+            back.wait()
+
+    progress = Progress(log=LOG, store=Away(), interval=5, associations=1, clock=clock)
+    began = time.monotonic()
+    for second in range(1, 61):
+        clock.now = float(second)
+        progress.on_sub_operation(
+            SubOperation(remaining=60 - second, completed=second, failed=0, warning=0, file=None,
+                         sop_instance_uid="1", bytes=1000)
+        )  # fmt: skip
+    assert time.monotonic() - began < 10
+    assert begun == [5]
+    back.set()
 
 
 def test_a_state_store_that_fails_harms_nothing():
