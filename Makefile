@@ -58,7 +58,7 @@ test-live: setup ## Test in a real Airflow: 200 studies over a pool, kills, XCom
 test-cohort: setup ## A list of 5,000 accession numbers over 5,000 studies in a real Airflow, a task killed meanwhile; 20 minutes
 	@COHORT_STUDIES=$${COHORT_STUDIES:-5000} $(PY) -m pytest tests/live/test_cohort.py -m live -n0 -s $(ARGS)
 
-test-distributed: setup-distributed ## Lose one of two Celery workers and the API server among 300 studies on PostgreSQL, Redis and S3; 20 minutes
+test-distributed: setup-distributed ## Lose a worker and the API server: Celery on PostgreSQL, Redis and S3, and edge workers at two sites; 35 minutes
 	@$(VENV)-distributed/bin/python -m pytest tests/distributed -m distributed -s $(ARGS)
 
 test-packages: setup ## Install wheel and sdist into empty environments: oldest and newest Python and Airflow, and its pre-release; 15 minutes
@@ -100,8 +100,8 @@ setup-engine:
 	@bash scripts/setup.sh "$(VENV)-engine" "$(PYTHON)" dev
 
 setup-distributed:
-	@bash scripts/peers.sh postgres=postgresql redis-server=redis-server
-	@bash scripts/setup.sh "$(VENV)-distributed" "$(PYTHON)" airflow,dev,distributed
+	@bash scripts/peers.sh postgres=postgresql redis-server=redis-server ip=iproute2
+	@bash scripts/setup.sh "$(VENV)-distributed" "$(PYTHON)" airflow,dev,distributed,edge
 
 peers:
 	@bash scripts/peers.sh

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "airflow,amazon,examples,notebook,distributed,dev"
+EXTRAS = "airflow,amazon,examples,notebook,distributed,edge,dev"
 HEADER = """\
 # Releases that resolve together on Python 3.11 and newer, with all the extras. Written by `make lock`, not by hand.
 # Use: pip install -c constraints.txt 'airflow-dicom-get[airflow]'

@@ -39,9 +39,9 @@ class S3Server:
     metadata: bool
     """Whether it keeps what an object says of itself."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = HOST) -> None:
         self.folder = folder
-        self.host, self.port = HOST, 0
+        self.host, self.port = host, 0
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +76,7 @@ class S3Server:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(OSError):
-                socket.create_connection((HOST, self.port), timeout=1).close()
+                socket.create_connection((self.host, self.port), timeout=1).close()
                 return self
             time.sleep(0.05)
         raise RuntimeError(f"it does not start: {(self.folder / 'server.log').read_text()[-2000:]}")
@@ -138,8 +138,8 @@ class Juicefs(S3Server):
 
     conditional, metadata = False, False
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, host: str = HOST) -> None:
+        super().__init__(folder, host)
         beside = Path(sys.executable).with_name("juicefs")
         found = str(beside) if beside.exists() else shutil.which("juicefs")
         if found is None:
@@ -154,7 +154,7 @@ class Juicefs(S3Server):
 
     def command(self) -> list[str]:
         cache = ["--cache-dir", str(self.folder / "cache"), "--no-usage-report", "--backup-meta", "0"]
-        return [self.binary, "gateway", *cache, "--multi-buckets", "sqlite3://meta.db", f"{HOST}:{self.port}"]
+        return [self.binary, "gateway", *cache, "--multi-buckets", "sqlite3://meta.db", f"{self.host}:{self.port}"]
 
     def environment(self) -> dict[str, str]:
         return {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
@@ -166,7 +166,7 @@ class Moto(S3Server):
     conditional, metadata = True, True
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(self.port)]
+        return [sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(self.port)]
 
 
 class FaultProxy:

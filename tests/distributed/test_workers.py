@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from importlib.metadata import distributions
 
 import pytest
 
@@ -16,6 +17,8 @@ STUDIES = int(os.environ.get("STUDIES", "300"))
 INSTANCES, PIXELS, PAUSE = 4, 16384, 0.15
 SLOTS = 4
 WORKERS = ("worker-1", "worker-2")
+HAS_CELERY = any(distributions(name="apache-airflow-providers-celery"))
+pytestmark = pytest.mark.skipif(not HAS_CELERY, reason="not installed: the extra distributed")
 
 
 @pytest.fixture

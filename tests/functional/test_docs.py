@@ -383,8 +383,9 @@ def test_airflow_takes_imports_commands_and_connections(tmp_path: Path) -> None:
         for name, value in re.findall(r"AIRFLOW_CONN_(\w+)='([^']*)'", block.text):
             connections[name] = re.sub(r"/etc/dicom-get/[\w.-]+", str(file), value)
     assert len(connections) >= 4
-    # The provider of `airflow celery` is installed for the tests in distributed/ alone, which run it.
-    spoken = [words[1:] for _, words in commands() if words[0] == "airflow" and words[1] != "celery"]
+    # The providers of these commands are installed for the tests in distributed/ alone, which run them.
+    elsewhere = ("celery", "edge")
+    spoken = [words[1:] for _, words in commands() if words[0] == "airflow" and words[1] not in elsewhere]
     assert spoken
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")},

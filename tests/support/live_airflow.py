@@ -56,15 +56,19 @@ class LiveAirflow:
         The folder of its DAGs.
     environment : mapping, optional
         More variables for its components.
+    host : str, optional
+        The address on which its API server listens. Default: 127.0.0.1.
     """
 
-    def __init__(self, folder: Path, *, dags: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.address = f"http://127.0.0.1:{free_port()}"
+    def __init__(
+        self, folder: Path, *, dags: Path, environment: Mapping[str, str] | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.address = f"http://{host}:{free_port()}"
         self.home = _demo_home(folder)
         self.environment: dict[str, str] = self.home.airflow_environment(
             {
                 "AIRFLOW__API__BASE_URL": self.address,
-                "AIRFLOW__API__HOST": "127.0.0.1",
+                "AIRFLOW__API__HOST": host,
                 "AIRFLOW__API__PORT": self.address.rpartition(":")[2],
                 "AIRFLOW__API__WORKERS": "1",
                 "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
