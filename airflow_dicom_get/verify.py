@@ -273,10 +273,26 @@ def verify(
         manifest,
         study,
         root=root,
-        quick=quick,
+        how=How(quick),
         on_difference=on_difference,
         manifest_name=manifest_name,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a comparison goes.
+
+    Attributes
+    ----------
+    quick : bool
+        By size, as far as that tells; see :func:`verify`.
+    listed_within : float
+        Seconds in which a node as destination is asked again while it does not list all that it was given.
+    """
+
+    quick: bool = False
+    listed_within: float = 0.0
 
 
 def compare(
@@ -285,18 +301,15 @@ def compare(
     study: str | Iterable[str] | None = None,
     *,
     root: Named | Sequence[Named] | None = None,
-    quick: bool = False,
+    how: How = How(),
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
     cancels: Cancels | None = None,
-    listed_within: float = 0.0,
 ) -> Verification:
     """As :func:`verify`, with options that were checked already.
 
     Parameters
     ----------
-    listed_within : float
-        Seconds in which a node as destination is asked again while it does not list all that it was given.
     cancels : Cancels, optional
         What ends it, from any thread or a signal handler.
 
@@ -317,8 +330,8 @@ def compare(
         raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
 
     def work(cancel: CancelToken) -> Verification:
-        verb = _Verify(options, quick, on_difference, cancel)
-        verb.studies, verb.listed_within = studies, listed_within
+        verb = _Verify(options, how, on_difference, cancel)
+        verb.studies = studies
         if manifest is not None:
             verb.read_manifest(load_listed(manifest, options.s3_config, root))
         if options.addr is not None:
@@ -335,7 +348,7 @@ def examine(options: VerifyOptions, listed: Listed) -> Verification:
     """Read what a manifest lists where it says that it lies, and compare digests. Nothing is written."""
 
     def work(cancel: CancelToken) -> Verification:
-        verb = _Verify(options, False, None, cancel)
+        verb = _Verify(options, How(), None, cancel)
         verb.read_manifest(listed)
         verb.look()
         return verb.compare()
@@ -382,16 +395,15 @@ class _Verify:
     def __init__(
         self,
         options: VerifyOptions,
-        quick: bool,
+        how: How,
         on_difference: Callable[[Difference], object] | None,
         cancel: CancelToken,
     ) -> None:
         self.options, self.place, self.s3 = options, options.destination, options.s3_config
-        self.quick, self.on_difference, self.cancel = quick, on_difference, cancel
+        self.how, self.on_difference, self.cancel = how, on_difference, cancel
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
-        self.listed_within = 0.0
         self.has_manifest = self.has_source = False
         self.said: Verdict | None = None
         """The verdict of the manifest that was read."""
@@ -538,7 +550,7 @@ class _Verify:
         from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
-        over_at = clock.monotonic() + self.listed_within
+        over_at = clock.monotonic() + self.how.listed_within
         given = {(study, key) for (study, key, _), item in self.items.items() if item.recorded and item.doubt is None}
         try:
             while True:
@@ -683,7 +695,7 @@ class _Verify:
             if item.recorded and not fits:
                 return DIFFERENT, f"{size} bytes, but {item.recorded[0].bytes} are recorded"
             same = [x for x in fits if x.bytes is not None and not _written_anew(x, etag)]
-            if self.quick and item.doubt is None and same:  # what was written anew, or has no record, is read
+            if self.how.quick and item.doubt is None and same:  # what was written anew, or has no record, is read
                 item.told = next(iter(same), None)
                 return SAME, "of the same size"
             stored.row = stored.row or item.row  # what tells a bare data set

@@ -289,14 +289,14 @@ def _show(result: Result, typed: Namespace) -> None:
 
 
 def verify(typed: Namespace) -> int:
-    from airflow_dicom_get.verify import compare
+    from airflow_dicom_get.verify import How, compare
 
     found = compare(
         _checked(typed, VerifyOptions),
         typed.manifest,
         typed.study,
         root=typed.root or None,
-        quick=typed.quick,
+        how=How(typed.quick),
         on_difference=None if typed.json else lambda difference: output.emit([str(difference)]),
     )
     for error in found.errors:

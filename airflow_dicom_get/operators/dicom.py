@@ -728,7 +728,7 @@ class DicomVerifyOperator(DicomTask):
 
     def _verify(self, context: Context, scratch: str) -> tuple[Verification, Result, str | None]:
         from airflow_dicom_get.net.association import Cancels
-        from airflow_dicom_get.verify import compare
+        from airflow_dicom_get.verify import How, compare
 
         manifest, study = self.given("manifest"), self.given("study")
         if manifest is None and study is None:
@@ -771,10 +771,9 @@ class DicomVerifyOperator(DicomTask):
             VerifyOptions.check(options),
             listed,
             studies,
-            quick=self.quick,
+            how=How(self.quick, self.listed_within.total_seconds()),
             manifest_name=run_name_of(context["ti"]),
             cancels=cancels,
-            listed_within=self.listed_within.total_seconds(),
         )
         if not kept:
             found.manifest_uri = None

@@ -24,7 +24,7 @@ from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
-from airflow_dicom_get.verify import Verification, compare, verify
+from airflow_dicom_get.verify import How, Verification, compare, verify
 from tests.support.forwards import forward
 from tests.support.holdings import Holding
 from tests.support.odd_destination import OddDestination
@@ -432,7 +432,7 @@ class TestForwards:
 
             monkeypatch.setattr(target.archive, "find", find_late)
             options = VerifyOptions.check({"destination": place, "manifest_root": tmp_path})
-            found = compare(options, got.manifest_uri, listed_within=1.0)
+            found = compare(options, got.manifest_uri, how=How(listed_within=1.0))
             assert (found.same, found.counts) == ((True, {"=": 12}) if late == 2 else (False, {"+": 12}))
             asked.clear()
             assert compare(options, got.manifest_uri).counts == {"+": 12}
