@@ -17,7 +17,10 @@ with DAG("live_night", schedule=None, params=PLACE, default_args=RETRIES, max_ac
         task_id="get", dicom_conn_id="pacs", destination="{{ params.destination }}", pool="pacs"
     ).expand(study=find.output)
 
-with DAG("live_study", schedule=None, params={**PLACE, "study": Param(type="string")}, default_args=RETRIES):
+# Airflow 3.4 counts the delay from the end of a try, of which it may be told five seconds later: between two tries of
+# less nobody sees that the task waits.
+PATIENT = {**RETRIES, "retry_delay": timedelta(seconds=10)}
+with DAG("live_study", schedule=None, params={**PLACE, "study": Param(type="string")}, default_args=PATIENT):
     DicomGetOperator(
         task_id="get",
         dicom_conn_id="pacs",
