@@ -10,7 +10,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.identifier import text_value
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
-from airflow_dicom_get.errors import NotNegotiated, OperationFailed, PeerProtocolError
+from airflow_dicom_get.errors import NotNegotiated, OperationFailed, PeerError, PeerProtocolError
 from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.lists.whole import Below, Cuts, Lists, larger
 from airflow_dicom_get.net.association import Association
@@ -93,7 +93,12 @@ def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Col
     """The same list, with what of ``expected`` it proves not to be there: the rule of :mod:`.whole`, as for any list.
 
     Only where something is not listed, the levels above are asked: what they count, and whether they list what has
-    nothing below it. A node that does not answer there proves nothing.
+    nothing below it. A node that refuses an answer there proves nothing.
+
+    Raises
+    ------
+    PeerError
+        It breaks off, or says too much.
     """
     missing = set(expected) - listed.keys
     if not missing:
@@ -149,18 +154,27 @@ def ask(
 
     Raises
     ------
-    As :func:`list_instances`; one that offers no C-FIND is released, any other failure aborts.
+    As :func:`list_instances`; one that offers no C-FIND is released, any other failure aborts. Where the node fails
+    when it is asked whether these are whole, nothing is raised, and nothing proven.
     """
     finder = Finder(association, cuts)
     try:
         found = {study: list_instances(finder, study, wanted) for study, wanted in series.items()}
-        for study, wanted in (expected or {}).items():
-            found[study] = prove_absent(finder, study, found[study], wanted)
     except NotNegotiated:
         association.release()
         raise
     except BaseException:
         association.abort()
         raise
-    association.release()
+    try:
+        for study, wanted in (expected or {}).items():
+            found[study] = prove_absent(finder, study, found[study], wanted)
+    except PeerError as error:  # the lists stand: they prove nothing absent
+        log.info("%s does not tell whether its lists are whole: %s", finder.node, error.message)
+        association.abort()
+    except BaseException:
+        association.abort()
+        raise
+    else:
+        association.release()
     return found

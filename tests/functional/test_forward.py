@@ -723,6 +723,22 @@ class TestResume:
             assert (result.verdict, result.conflicts, result.failed) == ("partial", 1, 1)
             assert destination.held == held
 
+    def test_a_node_that_breaks_off_above_its_list_of_instances_costs_nothing(self, tmp_path: Path) -> None:
+        class BreaksOff(ListingNode):
+            def _find(self, event: Any) -> Any:
+                if breaks and event.identifier.QueryRetrieveLevel != "IMAGE":
+                    event.assoc.abort()
+                    return
+                yield from super()._find(event)
+
+        breaks = False
+        with MisbehavingPacs(series=1, instances=3) as source, BreaksOff(honest) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            del destination.held[next(iter(destination.held))]
+            breaks = True
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.skipped, len(destination.held)) == ("complete", 2, 3)
+
     def test_what_a_whole_list_lacks_may_be_replaced(self, tmp_path: Path) -> None:
         """It was deleted there, so that the corrected one may come: of one instance, and of a whole study."""
         with MisbehavingPacs(series=1, instances=3) as source, ListingNode(honest) as destination:
