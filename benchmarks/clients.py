@@ -198,7 +198,7 @@ class Bench:
 
     def cohort(self, node: str, studies: int) -> Run:
         """The studies of so many accession numbers, found by ``GetScu`` in the worker over one association."""
-        answer = self.job({"node": node, "cohort": studies})
+        answer = self.job({"node": node, "cohort": studies, "folder": str(self.fresh())})
         return Run(answer["wall"], answer["user"], answer["system"])
 
     def help(self) -> Run:

@@ -56,7 +56,7 @@ def retrieve(job: dict[str, Any]) -> str:
 def find(job: dict[str, Any]) -> str:
     """Find the studies of a list of accession numbers, as the task ``find_cohort`` does."""
     listed = [ListedStudy(n + 2, ACCESSION, accession_number(n)) for n in range(job["cohort"])]
-    found = GetScu(job["node"], destination="/").find_listed(listed)
+    found = GetScu(job["node"], destination=job["folder"]).find_listed(listed)
     return "complete" if all(len(entry.uids) == 1 for entry in found.entries) else "not all were found"
 
 

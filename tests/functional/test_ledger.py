@@ -32,7 +32,7 @@ STUDY, SERIES = "1.2.3", "1.2.3.4"
 
 def instance(sop: str, size: int = 100, series: str = SERIES) -> Instance:
     made = Instance(STUDY, series, sop, "1.2.840.10008.5.1.4.1.1.2")
-    made.syntax, made.bytes, made.dataset_offset = "1.2.840.10008.1.2.1", size, 50
+    made.syntax, made.bytes, made.dataset_offset = "1.2.840.10008.1.2.1", size, min(50, size)
     made.sha256 = bytes(range(32))
     made.modality, made.series_number, made.instance_number = "CT", 3, 7
     return made
