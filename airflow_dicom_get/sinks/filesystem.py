@@ -85,11 +85,11 @@ class Room:
     """The free space at a destination, but for a reserve that belongs to others, and to ledgers and manifests.
 
     It is looked at again and again while something is written, and as seldom as it allows. Thread-safe. ``name`` is
-    what the place is called in errors.
+    what the place is called in errors, ``reserve`` what is left at most, in bytes.
     """
 
-    def __init__(self, path: Path, name: str = "The destination") -> None:
-        self._path, self._name = path, name
+    def __init__(self, path: Path, name: str = "The destination", reserve: int = _RESERVE) -> None:
+        self._path, self._name, self._reserve = path, name, reserve
         self._left = 4 * _REPORTED
         self._mutex = threading.Lock()
 
@@ -110,7 +110,7 @@ class Room:
             free, size = files.disk.free(files.nearest(self._path))
         except OSError as error:
             raise sink_error(error, f"{self._name} {self._path} cannot be looked at") from error
-        reserve = max(min(_RESERVE, size // _RESERVE_SHARE), least)
+        reserve = max(min(self._reserve, size // _RESERVE_SHARE), least)
         if free <= reserve:
             raise DestinationFull(
                 f"{self._name} {self._path} has {free >> 20} MiB free; the last {reserve >> 20} MiB are not used.",

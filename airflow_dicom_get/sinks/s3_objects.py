@@ -21,6 +21,9 @@ from airflow_dicom_get.storage.bucket import Bucket
 CONTENT_TYPE = "application/dicom"
 _MOST_TEXT = 64
 
+_RESERVE = 64 << 20
+"""Bytes of the temporary folder that a copy leaves to others: it is there for a moment."""
+
 
 def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
     """What an object says of itself: all that a ledger would. No patient data."""
@@ -178,7 +181,7 @@ def copied(bucket: Bucket, key: str) -> Iterator[Path]:
         There is no room for it.
     """
     with files.disk.scratch() as folder:
-        copy, room = folder / "object", Room(folder, "The temporary folder")
+        copy, room = folder / "object", Room(folder, "The temporary folder", _RESERVE)
         with files.opened(copy, files.NEW) as fd:
             for chunk in bucket.read(key):
                 files.write_all(fd, chunk)

@@ -224,23 +224,32 @@ class Bucket:
 
     def get(self, key: str, most: int | None = None) -> bytes:
         """Read an object whole. Raises :class:`S3Error` where it is larger than ``most`` bytes."""
-        content = bytearray()
-        for chunk in self.read(key):
-            content += chunk
-            if most is not None and len(content) > most:
+
+        def check(size: int) -> None:
+            if most is not None and size > most:
                 what = f"The object s3://{self.name}/{key} is larger than {most >> 20} MiB."
                 raise S3Error(what, hint="It was not changed.", bucket=self.name, key=key, passing=False)
+
+        content = bytearray()
+        for chunk in self.read(key, check):
+            content += chunk
+            check(len(content))
         return bytes(content)
 
-    def read(self, key: str) -> Iterator[bytes]:
+    def read(self, key: str, check: Callable[[int], object] = files.check_size) -> Iterator[bytes]:
         """Read an object piece by piece.
+
+        Parameters
+        ----------
+        check : callable
+            Is given its size before anything of it is read, and raises where that is too much.
 
         Raises
         ------
         S3Error
             It cannot be read.
         OSError
-            It is too large for an instance; nothing of it is read.
+            It is too large for an instance.
         """
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
@@ -248,8 +257,8 @@ class Bucket:
         answer = self.call("get_object", key)
         body = answer["Body"]
         try:
-            files.check_size(int(answer.get("ContentLength", 0)))
-        except OSError:
+            check(int(answer.get("ContentLength", 0)))
+        except BaseException:
             body.close()
             raise
         try:

@@ -436,7 +436,7 @@ def make_private(path: Below) -> None:
     try:
         disk.close_to_others(path)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno != errno.EACCES:
             raise
         raise OSError(errno.EPERM, error.strerror or str(error), str(path)) from error
 
