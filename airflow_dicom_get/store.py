@@ -186,11 +186,12 @@ class StoreScu:
                 self._check_not_source(listed)
                 return objects_of(listed, self.options.s3_config, cancel)
 
-            objects, others = read_first(read, cancel) or ([], [])
+            found = read_first(read, cancel)
             events = Events(shown, on_completed)
             state.attend(cancel)
             ledgers = state.ledgers(f"dicom://{self._target}")
             run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
+            run.unread = found is None
             results: list[Result] = []
             described = {"source": shown_source, "destination": f"dicom://{self._target}"}
 
@@ -201,7 +202,7 @@ class StoreScu:
                 return result
 
             def work() -> None:
-                run.execute(objects, others)
+                run.execute(*(found or ([], [])))
                 result = judge()
                 rows = manifest_rows(run.rows.values(), **described)
                 write_manifest(result, rows, state, manifest_name or name, name, cancel)
@@ -284,6 +285,8 @@ class _Run:
         self._given_up = 0
         """Instances given up since the destination has answered one."""
         self._stopped = False
+        self.unread = False
+        """Whether the call was to end before its source was read."""
         self._untried = 0
         """Files that were never opened: the run ended before their turn."""
 
@@ -566,7 +569,7 @@ class _Run:
     def result(self, node: str) -> Result:
         """What became of the whole."""
         error, cancelled_by = self._error, self.cancel.reason
-        undone = self._untried or any(row.state not in DONE for row in self.rows.values())
+        undone = self.unread or self._untried or any(row.state not in DONE for row in self.rows.values())
         if self._over() and (error is not None or undone):
             error, cancelled_by = time_is_over(self._sink.target.node, self._options.deadlines), None
         end = StoreEnd(error, self._stopped, cancelled_by, self.unusable, self._untried)

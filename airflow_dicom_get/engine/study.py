@@ -94,8 +94,9 @@ class StudyRun:
                 first, self._first_list = self._first_list, None
                 self._take_list(first if first is not None else self._list())
             self._take_inventory()
-            if state.listing is None:
+            if state.listing is None or state.listing.series:  # else nothing is asked for
                 self._check_patient()
+            if state.listing is None:
                 self._without_list()
             else:
                 self._with_list()
@@ -125,8 +126,6 @@ class StudyRun:
     def _with_list(self) -> None:
         state = self._state
         for turn in count(1):
-            if state.listing is not None and state.listing.total:
-                self._check_patient()
             missing = state.missing()
             before = state.progress
             if missing:

@@ -722,13 +722,13 @@ def test_ctrl_c_while_the_work_begins_leaves_nothing_at_work(monkeypatch: pytest
     assert not ours()
 
 
-@pytest.mark.parametrize("how", ["pages without end", "a listing that trickles"])
+@pytest.mark.parametrize("how", ["pages without end", "its time is over", "a listing that trickles"])
 def test_a_store_ends_while_it_lists_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moto: Moto, how: str
 ) -> None:
     listing = threading.Event()
     service: AbstractContextManager[Moto | FaultProxy] = nullcontext(moto)
-    if how == "pages without end":
+    if how != "a listing that trickles":
 
         def pages(bucket: Bucket, prefix: str = "") -> Iterator[Listed]:
             for number in itertools.count():
@@ -745,12 +745,18 @@ def test_a_store_ends_while_it_lists_its_source(
 
         service = FaultProxy(moto, fault)
     with service as answers:
-        scu = StoreScu("NODE@127.0.0.1:9", s3_config=answers.config, manifest_root=tmp_path)
+        scu = StoreScu(
+            "NODE@127.0.0.1:9",
+            s3_config=answers.config,
+            manifest_root=tmp_path,
+            deadlines={"operation": 0.5 if how == "its time is over" else None},
+        )
 
         def cancel() -> None:
             assert listing.wait(WITHIN)
-            scu.cancel("stop")
-            if how != "pages without end":
+            if how != "its time is over":
+                scu.cancel("stop")
+            if how == "a listing that trickles":
                 scu.cancel("stop at once")
 
         canceller = threading.Thread(target=cancel)
@@ -759,7 +765,8 @@ def test_a_store_ends_while_it_lists_its_source(
         result = scu.store(f"s3://{BUCKET}/listed")
         assert time.monotonic() - began < WITHIN
         canceller.join()
-    assert (result.verdict, result.total) == ("cancelled", 0)
+    end = ("failed", "deadline", True) if how == "its time is over" else ("cancelled", "stop", False)
+    assert (result.verdict, result.reason, result.transient, result.total) == (*end, 0)
 
 
 @pytest.mark.parametrize("way", ["cancel", "operation"])

@@ -16,7 +16,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.engine.study_list import ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving.behaviour import MODE_CLASSES, Behaviour
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc
 from airflow_dicom_get.verify import verify
@@ -310,3 +310,27 @@ def test_dcmqrscp_loses_nothing(dcmqrscp_all: Dcmqrscp, ct: Holding) -> None:
 def test_the_embedded_pacs_loses_nothing(ct: Holding) -> None:
     with EmbeddedPacs(ct.folder) as pacs:
         honest(f"PACS@127.0.0.1:{pacs.port}", ct)
+
+
+def test_nothing_is_asked_for_in_patient_root_without_the_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not where a C-GET would only confirm a list: of a series that has a count, and no instance listed."""
+    asked: list[object] = []
+
+    class Nameless(Behaviour):
+        stages = frozenset({FIND, GET})
+
+        def rows(self, level: str, query: Any) -> Iterator[Any]:
+            for row in super().rows(level, query) if level != "IMAGE" else ():
+                yield {tag: "3" if tag == 0x00201209 else value for tag, value in row.items() if tag != 0x00100020}
+
+        def select(self, request: Any) -> Any:
+            asked.append(request)
+            return super().select(request)
+
+    monkeypatch.setitem(MODE_CLASSES, "of_a_test", Nameless)
+    with MisbehavingPacs("of_a_test", series=1, instances=3) as pacs:
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path)
+        result = scu.get_study({"StudyInstanceUID": pacs.study_uid}, query_model="PatientRoot")
+    assert (result.verdict, result.reason, asked) == ("failed", "invalid_query", [])
