@@ -15,6 +15,8 @@ _SHORT = struct.Struct("<HH2sH")
 _LONG = struct.Struct("<HH2sHL")
 _BEGIN = b"DICM" + _SHORT.pack(2, 0, b"UL", 4)
 """What follows the preamble: the prefix, and the head of the length of the meta information."""
+PREAMBLE = 132
+"""Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 META_LIMIT = 1 << 16
 """Bytes of a file that are read for its meta information."""
 
@@ -71,7 +73,7 @@ def read_file_meta(head: bytes) -> FileMeta | None:
     if len(head) < 144 or head[128:134] != _BEGIN[:6]:
         return None
     told = head[128:140] == _BEGIN
-    pos, offset = (144, 144 + struct.unpack_from("<L", head, 140)[0]) if told else (132, len(head))
+    pos, offset = (144, 144 + struct.unpack_from("<L", head, 140)[0]) if told else (PREAMBLE, len(head))
     if offset > len(head):
         return None
     wanted = {0x00020002, 0x00020003, 0x00020010}

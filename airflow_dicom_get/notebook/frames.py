@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import shown, shown_path
 from airflow_dicom_get.dicom.header import DeflateWalk
-from airflow_dicom_get.dicom.part10 import META_LIMIT, file_header, read_file_meta
-from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
+from airflow_dicom_get.dicom.part10 import PREAMBLE, file_header
+from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, IMPLICIT_LE
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import S3, tables_below
 from airflow_dicom_get.manifest.frames import (
@@ -28,14 +29,14 @@ from airflow_dicom_get.manifest.frames import (
 from airflow_dicom_get.manifest.schema import metadata_of
 from airflow_dicom_get.notebook.rest import RestApi
 from airflow_dicom_get.notebook.stored import load_reference, stored_value
-from airflow_dicom_get.sinks.objects import UnreadableError
+from airflow_dicom_get.sinks.objects import UnreadableError, UnusableError, open_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pandas import DataFrame
     from pydicom import Dataset
 
-    from airflow_dicom_get.sinks.objects import StoredObject
+    from airflow_dicom_get.sinks.objects import Opened, StoredObject
 
 __all__ = ["latest", "load_manifests", "read_instances", "read_manifest", "read_manifests"]
 
@@ -131,29 +132,59 @@ def read_instances(rows: DataFrame, root: Any = None, **s3: Any) -> list[Dataset
 
 
 def _dataset(item: StoredObject) -> Dataset:
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
     row = item.row
     assert row is not None
-    head = b""
-    if row.dataset_offset == 0:  # stored without file meta information: the manifest has what it would say
-        head = file_header(row.sop_class or "", row.sop, row.syntax or "", calling="", called="")
     try:
-        content = head + _content(item)
-        _check_inflated(content)
-        with _silently():
-            dataset = dcmread(BytesIO(content))
-            uids = (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID)
+        opened = open_object(item)
+        content = _content(opened, row.bytes)
+        try:
+            with _silently():
+                dataset = _read(opened, content)
+                uids = (dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID)
+        except (UnreadableError, MemoryError):
+            raise
+        except Exception as error:  # of any kind, and its text may quote the patient
+            raise UnreadableError(f"pydicom cannot read it ({type(error).__name__})") from None
         if uids != (row.study, *row.key):
             raise UnreadableError("it is not the instance that the manifest names")
         return dataset
-    except (UnreadableError, InvalidDicomError, AttributeError) as error:
+    except (UnreadableError, UnusableError) as error:
+        reason = f"it {error}" if isinstance(error, UnusableError) else error
         raise ManifestError(
-            f"The instance {row.sop} cannot be read from {shown_path(item.name)}: {error}.",
+            f"The instance {row.sop} cannot be read from {shown_path(item.name)}: {reason}.",
             hint="It may have been moved. verify() tells what is missing; get_study(manifest=…) fetches it.",
             uri=item.name,
         ) from None
+
+
+def _read(opened: Opened, content: bytes) -> Dataset:
+    """The data set as pydicom has it, which begins where its header was found, and has the transfer syntax of there.
+
+    pydicom's own reader of files is not asked for either. It takes elements of groups 0002 and 0000 with which a data
+    set begins for some of the file, and follows the transfer syntax that they say.
+    """
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.filereader import read_dataset
+    from pydicom.uid import UID
+
+    instance, syntax, offset = opened.instance, opened.instance.syntax or "", opened.dataset_offset
+    head = content[:offset]
+    if opened.meta is None:  # stored without file meta information: the manifest has what it would say
+        head = file_header(instance.sop_class or "", instance.sop, syntax, calling="", called="")
+    told = read_dataset(BytesIO(head[PREAMBLE:]), False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    meta = FileMetaDataset(told)
+    meta.set_original_encoding(False, True, told.original_character_set)
+    meta.TransferSyntaxUID = UID(syntax)
+    if syntax == DEFLATED_LE:
+        file, offset = BytesIO(_inflated(memoryview(content)[offset:])), 0
+    else:
+        file = BytesIO(content)
+    file.seek(offset)
+    layout = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE
+    found = read_dataset(file, *layout)
+    dataset = FileDataset(file, found, head[:128], meta, *layout)
+    dataset.set_original_encoding(*layout, found.original_character_set)
+    return dataset
 
 
 @contextmanager
@@ -173,30 +204,25 @@ def _silently() -> Iterator[None]:
         logger.removeFilter(nothing)
 
 
-def _content(item: StoredObject) -> bytes:
+def _content(opened: Opened, most: int | None) -> bytes:
     """All of an object, but of one that somebody has made larger no more than the manifest says."""
-    most = item.row.bytes if item.row is not None else None
     content = bytearray()
-    for chunk in item.chunks():
+    for chunk in opened.chunks():
         content += chunk
         if most is not None and len(content) > most:
             raise UnreadableError(f"it is larger than the {most} bytes that the manifest says")
     return bytes(content)
 
 
-def _check_inflated(content: bytes) -> None:
-    """Refuse a deflated data set that pydicom would inflate whole, without measure, or that is damaged."""
-    meta = read_file_meta(content[:META_LIMIT])
-    if meta is None:
-        raise UnreadableError("it is not a DICOM file with file meta information")
-    if meta.syntax != DEFLATED_LE:
-        return
+def _inflated(deflated: memoryview) -> bytes:
+    """Inflate a data set that does so in measure, and is not damaged."""
     walk = DeflateWalk()
-    walk.feed(memoryview(content)[meta.dataset_offset :])
+    walk.feed(deflated)
     if walk.beyond:
         raise UnreadableError("it inflates without measure: some MiB of it may be many GiB of memory")
     if walk.torn:
         raise UnreadableError("its deflated data set is damaged")
+    return zlib.decompress(deflated, -zlib.MAX_WBITS)
 
 
 def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:

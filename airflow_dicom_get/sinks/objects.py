@@ -22,7 +22,7 @@ from airflow_dicom_get.config.destination import (
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
-from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, ends_in_meta, read_file_meta
+from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
@@ -44,8 +44,6 @@ Named = str | os.PathLike[str]
 """A folder, or an address ``s3://bucket/prefix``."""
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
 _OURS = frozenset({MANIFESTS, ".ledger"})
-_PREAMBLE = 132
-"""Bytes before the file meta information. The last four say DICM, and no data set begins with so many zeros."""
 
 
 class UnusableError(Exception):
@@ -265,7 +263,7 @@ def looks_whole(path: Folder, head: bytes, size: int) -> bool:
     """
     meta = read_file_meta(head)
     if meta is None:
-        return any(head[:_PREAMBLE]) and not ends_in_meta(head, size)
+        return any(head[:PREAMBLE]) and not ends_in_meta(head, size)
     if size <= meta.dataset_offset:
         return False
     if not _walked(path, meta).torn:

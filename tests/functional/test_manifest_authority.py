@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import zlib
@@ -24,7 +25,7 @@ from pydicom.uid import UID
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import file_header
-from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
+from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE
 from airflow_dicom_get.errors import InvalidOption, ManifestError
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
@@ -454,6 +455,69 @@ def test_a_damaged_deflated_file_is_an_error_that_names_it(got: Retrieved, defla
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ManifestError, match="its deflated data set is damaged"):
         read_instances(frame)
+
+
+def _elements(order: str, *elements: tuple[int, bytes, bytes]) -> bytes:
+    """Elements in explicit VR, of which those of OB have a long length."""
+    return b"".join(
+        struct.pack(order + "HH2s", tag >> 16, tag & 0xFFFF, vr)
+        + (struct.pack(order + "HL", 0, len(value)) if vr == b"OB" else struct.pack(order + "H", len(value)))
+        + value
+        for tag, vr, value in elements
+    )
+
+
+@pytest.fixture
+def remade(got: Retrieved) -> Callable[[str, bytes], pd.DataFrame]:
+    """The first row, with another file in its place."""
+
+    def make(syntax: str, dataset: bytes) -> pd.DataFrame:
+        row = got.frame.iloc[0]
+        head = file_header(row.sop_class_uid, row.sop_instance_uid, syntax, calling="A", called="B")
+        Path(got.file).write_bytes(head + dataset)
+        frame: pd.DataFrame = got.frame.head(1).assign(bytes=len(head + dataset), dataset_offset=len(head))
+        return frame
+
+    return make
+
+
+def _uids(got: Retrieved) -> list[tuple[int, bytes, bytes]]:
+    row = got.frame.iloc[0]
+    texts = (row.sop_class_uid, row.sop_instance_uid, row.study_instance_uid, row.series_instance_uid)
+    values = [text.encode() + b"\0" * (len(text) % 2) for text in texts]
+    tags = (0x00080016, 0x00080018, 0x0020000D, 0x0020000E)
+    return [(tag, b"UI", value) for tag, value in zip(tags, values, strict=True)]
+
+
+DEFLATES = _elements("<", (0x00020010, b"UI", DEFLATED_LE.encode()))
+
+
+def test_a_second_transfer_syntax_in_the_data_set_is_not_followed(got: Retrieved, remade: Any) -> None:
+    """pydicom would take it for more of the file's own, and inflate what follows."""
+    deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    elements = _elements("<", *_uids(got), (0x7FE00010, b"OB", bytes(1 << 20)))
+    with pytest.raises(ManifestError, match=r"it is not an instance .* \(0002,0010\) does not belong in a data set"):
+        read_instances(remade(EXPLICIT_LE, DEFLATES + deflate.compress(elements) + deflate.flush()))
+
+
+def test_what_a_data_set_begins_with_is_none_of_the_file(got: Retrieved, remade: Any) -> None:
+    """As a PACS sends it, in big endian: read as little endian, its first element would be one of group 0002."""
+    within = _elements(">", *_uids(got))
+    odd = b"\x02\0\xf0\0OB\0\0" + struct.pack(">L", 256) + bytes(256)  # of 65,536 bytes, if read so
+    pixels = bytes((1 << 16) - 256 - len(within) - 12)
+    tail = _elements(">", (0x7FE00010, b"OB", pixels + DEFLATES + b"\xff" * 100))
+    (dataset,) = read_instances(remade(EXPLICIT_BE, odd + within + tail))
+    assert dataset.file_meta.TransferSyntaxUID == EXPLICIT_BE
+    assert dataset[0x0200F000].value == bytes(256)
+    assert len(dataset.PixelData) == len(pixels) + len(DEFLATES) + 100
+
+
+def test_what_pydicom_cannot_read_is_an_error_that_names_it(got: Retrieved, remade: Any) -> None:
+    first = b"\x40\0\x75\2SQ\0\0\xff\xff\xff\xff"
+    sequence = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff"
+    item = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
+    with pytest.raises(ManifestError, match=r"pydicom cannot read it \(RecursionError\)"):
+        read_instances(remade(EXPLICIT_LE, _elements("<", *_uids(got)) + first + item + (sequence + item) * 3000))
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
