@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
@@ -15,7 +16,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.dicom.values import kept
 from airflow_dicom_get.engine.resolve import MAX_CLASSES, Scope, note_row
-from airflow_dicom_get.errors import ListTooLong, OperationFailed
+from airflow_dicom_get.errors import ListTooLong, OperationFailed, PeerError
 from airflow_dicom_get.lists.finder import Finder, Keys
 from airflow_dicom_get.lists.matching import Dropped, Row
 from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists, larger
@@ -195,9 +196,9 @@ class _Lister:
         each(finder, listing.series.values(), self._list_series)
         before = finder.unreadable
         self._ask_for_named()
+        listing.unreadable = above + self._unreadable.total() + finder.unreadable - before
         if not self._scope.named:
             listing.unknown = self._unknown()
-        listing.unreadable = above + self._unreadable.total() + finder.unreadable - before
         below = Dropped()
         for here in self._dropped.values():
             below.update(here)
@@ -208,15 +209,43 @@ class _Lister:
         return listing
 
     def _unknown(self) -> frozenset[str]:
-        """See :attr:`Listing.unknown`. What a filter leaves out is there, and without the filter it is listed."""
+        """See :attr:`Listing.unknown`. What a filter leaves out is there; where the source does not tell, it may be."""
         listing, scope = self._listing, self._scope
         listed = {uid for key in listing.instances for uid in key} | listing.series.keys()
         unknown = ((scope.series or frozenset()) | (scope.instances or frozenset())) - listed
-        if not unknown or not scope.filters:
+        if scope.filters and unknown - scope.left_out:
+            scope.left_out |= self._left_out(unknown - scope.left_out)
+        return unknown - scope.left_out
+
+    def _left_out(self, unknown: frozenset[str]) -> Set[str]:
+        """Those of some named UIDs that the filters may have left out: by its UID alone each is asked for.
+
+        The list is had, and is never lost by that.
+        """
+        series = unknown & (self._scope.series or frozenset())
+        try:
+            rows = self._finder.named("SERIES", sorted(series), self._keys(), (), Dropped())
+            there = {shown_uid(row.get(h.SERIES_INSTANCE_UID)) for row, _ in rows}
+            return there | self._instances_there(unknown - series)
+        except PeerError as error:
+            log.info("%s Nothing is said of UIDs that are named and not listed.", error.message)
+            if not isinstance(error, OperationFailed):
+                self._finder.abort()
             return unknown
-        if scope.instances is None:
-            return frozenset(self._finder.absent("SERIES", sorted(unknown), self._keys()))
-        return list_study(self._finder, replace(scope, filters=()), {}).unknown & unknown
+
+    def _instances_there(self, unknown: frozenset[str]) -> Set[str]:
+        """Those of some instances that the source has in this study; all where it does not even own to a listed one.
+
+        Some answer nothing where the UID of the series is not given.
+        """
+        scope, there = self._scope, set()
+        (series,) = scope.series if scope.series is not None and len(scope.series) == 1 else ("",)
+        keys = {**self._keys(), **({h.SERIES_INSTANCE_UID: series} if series else {})}
+        listed = {sop for _, sop in islice(self._listing.instances, 1)} if unknown else set()
+        for row, _ in self._finder.named("IMAGE", sorted(unknown | listed), keys, (h.SERIES_INSTANCE_UID,), Dropped()):
+            if scope.series is None or (i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series) in scope.series:
+                there.add(shown_uid(row.get(h.SOP_INSTANCE_UID)))
+        return there if listed <= there else unknown
 
     def _keys(self) -> dict[int, str | bytes]:
         """The unique keys above the level, in Patient Root with the Patient ID (PS3.4 C.4.1.2.2.1)."""

@@ -49,6 +49,9 @@ class Scope:
     sop_classes: tuple[str, ...] = ()
     untold: set[int] = field(default_factory=set)
     """Keys not to ask for any more: one server reads every file for a key that it then leaves empty."""
+    left_out: set[str] = field(default_factory=set)
+    """UIDs that are named and not listed, and of which nothing is said: by all that the source tells, a filter may have
+    left them out."""
     listed: bool = True
     """Whether C-FIND is there to list the study."""
     found: bool = False

@@ -82,6 +82,10 @@ class Finder:
             )
         return self._model
 
+    def abort(self) -> None:
+        """Give the association up, which a failed answer has left in no state to be used on."""
+        self._association.abort()
+
     def rows(
         self,
         level: str,

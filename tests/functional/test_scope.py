@@ -396,3 +396,49 @@ def test_what_a_filter_leaves_out_is_known(start: Start) -> None:
     query = {"StudyInstanceUID": STUDY, "SeriesInstanceUID": series, "SeriesNumber": str(number)}
     result = client.get_study(query)
     assert (result.verdict, result.errors) == ("complete", [])
+
+
+class _AloneItFails(_AtFind):
+    """Fails, as a case says, where what is named is asked for without the filter, and for the series not meant."""
+
+    how: ClassVar[str] = ""
+    not_meant: ClassVar[str] = ""
+    asked: ClassVar[list[str]] = []
+
+    def find(self, message: Message) -> None:
+        query = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        level = query[0x00080052]
+        self.asked.append(level)
+        alone = level == "IMAGE" and query.get(0x00080018) and not query.get(0x00200013)
+        of_other = level == "IMAGE" and self.not_meant and query.get(0x0020000E) == self.not_meant
+        if of_other or (alone and self.how == "refuses"):
+            self.respond(message, 0xC001)
+        elif alone and self.how == "busy":
+            self.respond(message, 0xA700)
+        elif alone and self.how == "closes":
+            self.link.send(wire.abort())
+        elif alone and self.how == "silent":
+            self.respond(message, 0x0000)
+        else:
+            super().find(message)
+
+
+@pytest.mark.parametrize("how", ["", "refuses", "busy", "closes", "silent"])
+def test_to_say_what_is_not_there_never_costs_the_list(start: Start, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(_AloneItFails, "how", "")
+    monkeypatch.setattr(_AloneItFails, "not_meant", "")
+    client, pacs = start(_AloneItFails, series=2, instances=3)
+    mine = [x for x in pacs.instances if x.study == STUDY]
+    series = sorted({x.series for x in mine})
+    rows = client.find({"StudyInstanceUID": STUDY}, level="SERIES")
+    number = {row.SeriesInstanceUID: str(row.SeriesNumber) for row in rows}[series[0]]
+    monkeypatch.setattr(_AloneItFails, "how", how)
+    monkeypatch.setattr(_AloneItFails, "not_meant", series[1])
+    query = {"StudyInstanceUID": STUDY, "SeriesNumber": number, "InstanceNumber": "1"}
+    named = [x.sop for x in mine if x.series == series[0]]
+    _AloneItFails.asked.clear()
+    result = client.get_study({**query, "SOPInstanceUID": named})
+    assert (result.verdict, result.completed, result.errors) == ("complete", 1, [])
+    assert _AloneItFails.asked.count("IMAGE") <= 2 * 3 + 4, "what is known to be left out is not asked for again"
+    result = client.get_study({**query, "SOPInstanceUID": [*named, "1.2.3"]})
+    assert (result.verdict, result.completed) == ("complete" if how else "empty", 1)
