@@ -219,4 +219,8 @@ with DAG(
         # A PACS may need minutes until it lists what it has stored.
         listed_within=timedelta(minutes=10),
         retries=5,
+        # Not in the pool of the PACS: it waits for minutes, and has an association for moments of them. What is held
+        # meanwhile is a slot of a worker, by at most so many studies at once.
+        pool="default_pool",
+        max_active_tis_per_dag=8,
     ).expand(manifest=store.output)
