@@ -255,7 +255,7 @@ def verify(
     manifest_root, s3_config, forward_target, query_model
         As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
     on_difference : callable
-        Called with each :class:`Difference` as it is found.
+        Called with each :class:`Difference` as it is found, one after the other, in a thread of the comparison.
     manifest_name : str
         Path of the new manifest below its root, without its extension.
     calling_ae_title, called_ae_title, max_pdu_length, list_limit, verbose, tls, user_identity, transcript,
@@ -547,23 +547,31 @@ class _Verify:
 
     def _ask(self, target: Peer) -> None:
         """What the node that is the destination lists."""
-        from airflow_dicom_get.lists.instances import ask
+        from airflow_dicom_get.lists.instances import InstanceList, ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         over_at = clock.monotonic() + self.how.listed_within
         given = {(study, key) for (study, key, _), item in self.items.items() if item.recorded and item.doubt is None}
-        try:
-            while True:
-                listed = ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(self.studies))
-                lacking = sum(study not in listed or key not in listed[study].keys for study, key in given)
-                left = over_at - clock.monotonic()
-                if not lacking or left <= 0:
-                    break
-                log.info("%s does not list %d of what it was given; asking again for %.0f s.", target, lacking, left)
-                self.cancel.pause(min(left, _ASKED_AGAIN))
-                self._check_cancelled()
-        except PeerError as error:
-            self._uncompared(error)
+        listed: dict[str, InstanceList] = {}
+        wanted = self.studies
+        while True:
+            problem: PeerError | None = None
+            try:
+                listed |= ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(wanted))
+            except PeerError as error:
+                problem = error
+            lacking = [(study, key) for study, key in given if study not in listed or key not in listed[study].keys]
+            left = over_at - clock.monotonic()
+            if left <= 0 or (problem is None and not lacking):
+                break
+            why = problem.message if problem is not None else f"It lists all but {len(lacking)} of what it was given."
+            log.info("%s Asking %s again for %.0f s.", why, target, left)
+            self.cancel.pause(min(left, _ASKED_AGAIN))
+            self._check_cancelled()
+            if problem is None:
+                wanted = tuple(sorted({study for study, _ in lacking}))
+        if problem is not None:
+            self._uncompared(problem)
             for item in self.items.values():
                 item.trouble = f"{target} cannot be queried"
             return

@@ -82,7 +82,7 @@ def _whole(file: BufferedIOBase, task_id: str, value: str) -> bytearray:
         if len(content) > _MOST:
             raise ManifestError(
                 f"What the task {task_id} returned lies at {shown_path(value)}, and takes more than "
-                f"{_MOST >> 20} MiB of memory.",
+                f"{_MOST >> 20} MiB when it is unpacked.",
                 hint="Read the file of its manifest: the XCom summary has its manifest_uri.",
                 uri=value,
             )
