@@ -364,8 +364,7 @@ class GetScu:
         Raises
         ------
         InvalidQuery
-            The source does not support the key by which the list names its studies, or an accession number matches
-            more than ``max_studies``.
+            The source does not support the key by which the list names its studies.
         NotNegotiated, OperationFailed, and whatever ends an association
         """
         from airflow_dicom_get.engine.study_list import find_listed

@@ -278,7 +278,8 @@ def find_cohort(
 def _say_unknown(path: str, nowhere: list[ListedStudy], unknown: str) -> None:
     lines = ", ".join(str(row.line) for row in nowhere[:_LINES])
     more = f" and {len(nowhere) - _LINES} more" if len(nowhere) > _LINES else ""
-    text = f"{shown_path(path)}: the PACS has no study for column {nowhere[0].key} of line {lines}{more}."
+    many = ", or more than max_studies," if nowhere[0].key == "AccessionNumber" else ""
+    text = f"{shown_path(path)}: the PACS has no study{many} for column {nowhere[0].key} of line {lines}{more}."
     if unknown == "fail":
         raise AirflowFailException(f"{text} Correct these lines, or skip them with unknown='skip'.")
     log.warning("%s Skipping.", text)

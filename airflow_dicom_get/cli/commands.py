@@ -256,7 +256,7 @@ def _nothing(meant: _Meant) -> int:
     if meant.doubt is not None:
         output.note(remark_text(doubt_remark(meant.doubt)))
     asked = len(meant.found.entries) if meant.found is not None else 0
-    output.note(f"none of the {asked} accession numbers matches a study")
+    output.note(f"none of the {asked} accession numbers matches a study, or no more than max_studies")
     output.emit(["empty: no study matches"])
     return 5 if meant.doubt is None else EXIT_CODES[UNVERIFIED]
 

@@ -456,7 +456,7 @@ def add_search_of_list(result: Result, found: FoundList) -> None:
     if found.doubt is not None:
         _doubt(result, found.doubt)
     if unknown:
-        text = "An accession number matches no study at the PACS."
+        text = "An accession number matches no study at the PACS, or more than max_studies."
         _not_found(result, _entry(text, advice("not_found"), unknown))
 
 

@@ -222,11 +222,11 @@ def note_row(scope: Scope, row: Row) -> bool:
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
-def check_count(count: int, max_studies: int, named: int = 0, what: str = "The query matches") -> None:
+def check_count(count: int, max_studies: int, named: int = 0) -> None:
     """Refuse more studies than may match; each UID that was named may have one besides."""
     if count > max_studies + named:
         raise InvalidQuery(
-            f"{what} {count} studies; max_studies is {max_studies}. Nothing was fetched.",
+            f"The query matches {count} studies; max_studies is {max_studies}. Nothing was fetched.",
             hint="Narrow the query, or raise max_studies.",
             count=count,
             max_studies=max_studies,

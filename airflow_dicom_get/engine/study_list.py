@@ -14,7 +14,6 @@ from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
-from airflow_dicom_get.engine.resolve import check_count
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.lists.finder import STRANGE, Finder, check_answered
 from airflow_dicom_get.lists.matching import Contradiction, Dropped, Row
@@ -67,7 +66,8 @@ class FoundList:
 def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int, max_studies: int) -> FoundList:
     """Find the studies of a list at a PACS, over one association.
 
-    An entry that the PACS does not know, or answers with other studies alone, costs itself and no other.
+    An entry that the PACS does not know, answers with other studies alone, or with more than ``max_studies``, costs
+    itself and no other.
 
     Parameters
     ----------
@@ -80,8 +80,7 @@ def find_listed(source: Source, listed: Sequence[ListedStudy], retries: int, max
     Raises
     ------
     InvalidQuery
-        The PACS does not support the key by which the list names its studies, or an entry matches more than
-        ``max_studies``.
+        The PACS does not support the key by which the list names its studies.
     NotNegotiated, OperationFailed, and whatever ends an association
     """
     return _Search(listed, max_studies).run(source, retries)
@@ -135,7 +134,6 @@ class _Search:
             uids |= dict.fromkeys(self._strangers.studies.get(one.value.encode(), ()))
         elif finder.cuts.may_be_cut("STUDY", finder.came):
             self._doubt = self._doubt or "list_may_be_cut"
-        check_count(len(uids), self._max_studies, what=f"The accession number in line {one.line} of the list matches")
         if finder.unreadable > unreadable:
             self._doubt = "list_contradicted"
         if problem:
@@ -150,6 +148,9 @@ class _Search:
             else:
                 problem += "".join(f". {remark['error']}" for remark in here.remarks()).rstrip(".")
         self._dropped.update(here)
+        if len(uids) > self._max_studies:
+            problem = f"is taken of the {len(uids)} that have this accession number: max_studies is {self._max_studies}"
+            return FoundStudies(one, (), problem)
         return FoundStudies(one, tuple(uids), "" if uids else problem)
 
 
