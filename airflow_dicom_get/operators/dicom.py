@@ -730,6 +730,9 @@ class DicomVerifyOperator(DicomTask):
         from airflow_dicom_get.net.association import Cancels
         from airflow_dicom_get.verify import How, compare
 
+        self._scu = cancels = Cancels()  # first: what ends the task meanwhile ends the comparison at its start
+        if self._killed:
+            cancels.cancel("the task was ended")
         manifest, study = self.given("manifest"), self.given("study")
         if manifest is None and study is None:
             raise invalid(
@@ -766,7 +769,6 @@ class DicomVerifyOperator(DicomTask):
             options |= hook.config.own.values(NodeOptions) | {"query_model": hook.query_model}
         if place is not None:
             options["destination"] = place.destination
-        self._scu = cancels = Cancels()
         found = compare(
             VerifyOptions.check(options),
             listed,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 from airflow.sdk import DAG, task
 
 from airflow_dicom_get import load_manifest
+from airflow_dicom_get.operators import dicom as operators
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomVerifyOperator
 from airflow_dicom_get.testing.s3_servers import BUCKET
 from airflow_dicom_get.verify import _Verify
@@ -111,21 +113,23 @@ def test_a_pacs_that_cannot_be_asked_is_tried_again(run_dag, pacs, archive, tmp_
     assert len(run.xcom("verify")) == 0
 
 
-def test_a_task_that_is_ended_reads_no_more_and_is_tried_again(run_dag, pacs, archive, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["while it compares", "while it reads its manifest"])
+def test_a_task_that_is_ended_reads_no_more_and_is_tried_again(run_dag, pacs, archive, tmp_path, monkeypatch, when):
     tasks = []
-    judge = _Verify._judge
+    at, name = (_Verify, "_judge") if when == "while it compares" else (operators, "load_given")
+    real = getattr(at, name)
 
     class Watched(DicomVerifyOperator):
         def execute(self, context):
             tasks.append(self)
             return super().execute(context)
 
-    def judge_ended(self, item):
+    def ended(*arguments):
         if len(tasks) == 1:
             tasks[0].on_kill()
-        return judge(self, item)
+        return real(*arguments)
 
-    monkeypatch.setattr(_Verify, "_judge", judge_ended)
+    monkeypatch.setattr(at, name, ended)
     with DAG("ended") as dag:
         first = get(study=archive.many, destination=str(tmp_path))
         Watched(task_id="verify", manifest=first.output, retries=1, retry_delay=timedelta(0))
