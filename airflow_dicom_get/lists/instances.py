@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
@@ -29,14 +30,18 @@ class InstanceList:
         The instances.
     answers : dict
         By series that was asked for, how long its answer was.
-    absent : frozenset of Key
-        Of what was expected, that which it proves not to have: what a list lacks that may be cut, or is contradicted,
-        is not among them.
+    unclear : frozenset of str
+        SOP Instance UIDs that came in the answers for several series and are of none of them, by what was told.
+    absent : dict
+        By what was expected and what it proves not to have in that series, the series in which it lists the same SOP
+        Instance UID instead: none where it has no instance of it. What a list lacks that may be cut, or is
+        contradicted, is not among them.
     """
 
     keys: set[Key]
     answers: dict[str, Below]
-    absent: frozenset[Key] = field(default=frozenset())
+    unclear: frozenset[str] = frozenset()
+    absent: Mapping[Key, Collection[str]] = field(default_factory=dict)
 
 
 def list_instances(finder: Finder, study: str, series: Collection[str] | None = None) -> InstanceList:
@@ -77,34 +82,37 @@ def list_instances(finder: Finder, study: str, series: Collection[str] | None = 
                 told[uid] = told.get(uid, False) or text_value(row.get(h.SERIES_INSTANCE_UID)) is not None
         answers[uid] = Below(finder.came, distinct)
     found = {(uid, sop) for sop, told in came.items() for uid, named in told.items() if named or len(told) == 1}
-    unclear = len({sop for sop, told in came.items() if len(told) > 1 and not all(told.values())})
+    unclear = frozenset(sop for sop, told in came.items() if len(told) > 1 and not any(told.values()))
     if unclear:
         log.warning(
             "%s lists instances in answers for several series, without their series: %d are not told apart by that.",
             finder.node,
-            unclear,
+            len(unclear),
         )
     if finder.unreadable:
         raise PeerProtocolError(f"{finder.node} sent a C-FIND row that cannot be read.", node=str(finder.node))
-    return InstanceList(found, answers)
+    return InstanceList(found, answers, unclear)
 
 
 def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Collection[Key]) -> InstanceList:
     """The same list, with what of ``expected`` it proves not to be there: the rule of :mod:`.whole`, as for any list.
 
-    Only where something is not listed, the levels above are asked: what they count, and whether they list what has
-    nothing below it. A node that refuses an answer there proves nothing.
+    A SOP Instance UID is one instance at a node, whose admin may have moved it to another series of the study. So only
+    where something is not listed, the levels above are asked, and every series that was not: what they count, whether
+    they list what has nothing below it, and whether the UID is in one of them. A node that refuses an answer there
+    proves nothing.
 
     Raises
     ------
     PeerError
         It breaks off, or says too much.
     """
-    missing = set(expected) - listed.keys
+    missing = {key for key in set(expected) - listed.keys if key[1] not in listed.unclear}
     if not missing:
         return listed
     of_study = {h.STUDY_INSTANCE_UID: study}
     counts: dict[str, int | None] = {}
+    more = InstanceList(set(), {})
     try:
         for row in finder.rows("SERIES", of_study, (h.SERIES_INSTANCE_UID, i.SERIES_RELATED_INSTANCES)):
             uid = shown_uid(row.get(h.SERIES_INSTANCE_UID)) or ""
@@ -115,26 +123,35 @@ def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Col
             told = True
             related_series = larger(related_series, finder.count(row, i.STUDY_RELATED_SERIES))
             related_instances = larger(related_instances, finder.count(row, i.STUDY_RELATED_INSTANCES))
+        unasked = counts.keys() - listed.answers.keys()
+        if finder.unreadable or not all(map(is_uid, unasked)):
+            return listed
+        if unasked:
+            more = list_instances(finder, study, unasked)
     except OperationFailed as error:
         log.info("%s does not tell whether its lists are whole: %s", finder.node, error.message)
         return listed
     series = {
         uid: Below(below.rows, below.listed, counts.get(uid))
-        for uid, below in listed.answers.items()
+        for uid, below in (listed.answers | more.answers).items()
         if uid in counts or below.rows
     }
     above = Below(rows, len(counts), related_series, filtered=not told)  # a study that is not listed has none
-    all_asked = counts.keys() <= listed.answers.keys()
-    lists = Lists(above, series, related_instances if all_asked else None, finder.unreadable)
+    lists = Lists(above, series, related_instances)
     if lists.contradicted():
         return listed
     doubts = lists.doubts(finder.cuts, {})
-    absent = frozenset(
-        key
+    instead: dict[str, list[str]] = {sop: [] for _, sop in missing if sop not in more.unclear}
+    for uid, sop in chain(listed.keys, more.keys):
+        if sop in instead:
+            instead[sop].append(uid)
+    absent = {
+        key: instead[key[1]]
         for key in missing
-        if (key[0] not in doubts.of_series if key[0] in counts else not doubts.of_study and key[0] not in series)
-    )
-    return InstanceList(listed.keys, listed.answers, absent)
+        if key[1] in instead
+        and (key[0] not in doubts.of_series if key[0] in counts else not doubts.of_study and key[0] not in series)
+    }
+    return replace(listed, absent=absent)
 
 
 def ask(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from airflow_dicom_get.errors import ListTooLong, OperationFailed
@@ -56,14 +56,15 @@ class NodeHoldings:
         """By study and SOP Instance UID, what it lists besides: some nodes hold an instance of a UID in each study."""
         self._recorded: dict[str, dict[str, list[Stored]]] = {}
         """What it took in earlier runs, by study and SOP Instance UID: it may be sent again, but not be replaced."""
-        self._absent: dict[str, frozenset[Key]] = {}
-        """By study, what of this its list proves not to be there any more, so that another data set may be sent."""
+        self._absent: dict[str, Mapping[Key, Collection[str]]] = {}
+        """By study, what of this its list proves not to be there any more, and where it lists the UID instead; see
+        :class:`InstanceList`."""
 
     def inventory(self, study: str, ask: Ask) -> dict[Key, Stored]:
         """What our records say that it took, and it still lists; see :meth:`sinks.base.Sink.inventory`."""
         recorded = self._ledgers.read(study)
         held = {key: records[0] for key, records in recorded.items() if records[0].durable}
-        absent: frozenset[Key] = frozenset()
+        absent: Mapping[Key, Collection[str]] = {}
         if held or self._trusted:
             series = None if self._trusted else {series for series, _ in recorded}
             try:
@@ -129,8 +130,17 @@ class NodeHoldings:
         return standing[0].series if standing and all(x.series != instance.series for x in standing) else None
 
     def _standing(self, instance: Instance) -> list[Stored]:
-        absent = self._absent.get(instance.study, ())
-        return [record for record in self._records(instance) if record.key not in absent]
+        """What was recorded under this UID and may still be there.
+
+        What the node has moved to another series is there, unless that is the series of this instance: then it was
+        moved at the source as well.
+        """
+        absent = self._absent.get(instance.study, {})
+        return [
+            record
+            for record in self._records(instance)
+            if (instead := absent.get(record.key)) is None or (instead and instance.series not in instead)
+        ]
 
     def replaces(self, instance: Instance, size: int, digest: bytes) -> bool:
         """Whether this data set would take the place of another one that the node holds, as far as we know."""

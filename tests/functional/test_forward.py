@@ -754,6 +754,59 @@ class TestResume:
                     sop: source.dataset(sop) for sop in source.uids
                 }
 
+    @pytest.mark.parametrize("to", ["1.2.99", "", "told of several"])
+    def test_what_a_node_lists_in_another_series_is_not_replaced(self, tmp_path: Path, to: str) -> None:
+        """Its admin has moved it: to a series that we never sent there, or to one of ours; or no row names a series."""
+        with MisbehavingPacs(series=2, instances=3) as source, ListingNode(honest) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            sop, (study, series, content) = next(iter(destination.held.items()))
+            other = to or next(x for _, x, _ in destination.held.values() if x != series)
+            if to == "told of several":
+                destination._rows = nameless
+            else:
+                destination.held[sop] = (study, other, content)
+            held = dict(destination.held)
+            source._site.instances[:] = [replace(x, salt=3) if x.sop == sop else x for x in source._site.instances]
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.conflicts, result.failed) == ("partial", 1, 1)
+            assert destination.held == held
+            source._site.instances[:] = [
+                replace(x, series="1.2.98") if x.sop == sop else x for x in source._site.instances
+            ]
+            third = forward(source, destination, tmp_path, STUDY_UID)
+            assert (third.verdict, third.conflicts) == ("partial", 1), "nor by one of a third series"
+            assert destination.held[sop] == held[sop]
+
+    @pytest.mark.parametrize("to", ["1.2.99", ""])
+    def test_what_was_moved_to_another_series_at_both_ends_is_no_conflict(self, tmp_path: Path, to: str) -> None:
+        with MisbehavingPacs(series=2, instances=3) as source, ListingNode(honest) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            sop, (study, series, content) = next(iter(destination.held.items()))
+            other = to or next(x for _, x, _ in destination.held.values() if x != series)
+            destination.held[sop] = (study, other, content)
+            source._site.instances[:] = [
+                replace(x, series=other) if x.sop == sop else x for x in source._site.instances
+            ]
+            for _ in range(2):
+                result = forward(source, destination, tmp_path, STUDY_UID)
+                assert (result.verdict, result.completed, result.conflicts) == ("complete", 6, 0)
+
+    def test_a_series_that_does_not_tell_its_instances_may_hold_what_is_not_listed(self, tmp_path: Path) -> None:
+        def refuses(held: Any, wanted: Any) -> Any:
+            rows = honest(held, wanted)
+            if wanted.QueryRetrieveLevel == "IMAGE" and wanted.SeriesInstanceUID == "1.2.99":
+                return iter(())
+            return rows
+
+        with MisbehavingPacs(series=1, instances=3) as source, ListingNode(refuses) as destination:
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            sop, (study, _, content) = next(iter(destination.held.items()))
+            destination.held[sop] = (study, "1.2.99", content)
+            source._site.instances[:] = [replace(x, salt=3) if x.sop == sop else x for x in source._site.instances]
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.conflicts) == ("partial", 1)
+            assert destination.held[sop] == (study, "1.2.99", content)
+
     @pytest.mark.parametrize("again", [0x0000, 0x0111])
     def test_what_was_deleted_and_came_corrected_stays(self, tmp_path: Path, again: int) -> None:
         """The record of the first one has ended: it is no leave to put it back, and a duplicate is none of it."""
