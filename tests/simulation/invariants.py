@@ -424,7 +424,7 @@ def _not_asked_again(world: World, run: Played) -> None:
     """What an earlier run confirmed, and nobody touched, is not asked for by its UID."""
     if run.run.options.get("resume") is False or not run.number > 1:
         return
-    if any(operation in ("read", "scan", "status", "open", "open_folder") for operation, _, _ in run.met):
+    if any(operation in (*_LOOKS, "scan", "open_folder") for operation, _, _ in run.met):
         return
     node = world.place.node
     if node is not None and (

@@ -74,7 +74,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "page_of_zeros_counts_as_whole": Mutation(
         "sinks.objects:looks_whole",
-        "any(head[:_PREAMBLE])",
+        "any(head[:PREAMBLE])",
         "any(head)",
         "it never comes to an end",
     ),
