@@ -84,6 +84,19 @@ def recycled(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def meanwhile(work: Callable[[], object], within: float = WITHIN) -> Iterator[None]:
+    """Do something beside, and see that what lasts so long is over in time, in seconds."""
+    beside = threading.Thread(target=work)
+    beside.start()
+    began = time.monotonic()
+    try:
+        yield
+        assert time.monotonic() - began < within
+    finally:
+        beside.join()
+
+
+@contextmanager
 def raised_by_signal(when: Callable[[], object]) -> Iterator[None]:
     """While this lasts, a signal raises :class:`TaskTimeout` in the main thread once something is so."""
 
@@ -303,19 +316,15 @@ def test_a_bucket_that_does_not_answer_does_not_keep_a_run(
             for _ in range(("cancel" in way) + ("twice" in way)):
                 scu.cancel("stop")
 
-        canceller = threading.Thread(target=cancel)
-        canceller.start()
-        began = time.monotonic()
-        if way == "signal":
-            with raised_by_signal(reached.is_set), pytest.raises(TaskTimeout):
-                scu.get_study({"StudyInstanceUID": ct.study})
-        else:
-            result = scu.get_study({"StudyInstanceUID": ct.study})
-            assert (result.verdict, result.reason) == ("cancelled", "stop")
-            assert result.completed < 40
-            assert result.manifest_uri is not None
-        assert time.monotonic() - began < WITHIN
-        canceller.join()
+        with meanwhile(cancel):
+            if way == "signal":
+                with raised_by_signal(reached.is_set), pytest.raises(TaskTimeout):
+                    scu.get_study({"StudyInstanceUID": ct.study})
+            else:
+                result = scu.get_study({"StudyInstanceUID": ct.study})
+                assert (result.verdict, result.reason) == ("cancelled", "stop")
+                assert result.completed < 40
+                assert result.manifest_uri is not None
         assert ours() == []
         assert idle(pacs)
         service.fault = lambda number, method, path: None
@@ -391,22 +400,18 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
         for _ in range(("cancel" in way) + ("twice" in way)):
             scu.cancel("stop")
 
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
-    began = time.monotonic()
     try:
-        if way == "signal":
-            with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
-                scu.get_study({"StudyInstanceUID": ct.study})
-        else:
-            results.append(scu.get_study({"StudyInstanceUID": ct.study}))
-        assert time.monotonic() - began < WITHIN
+        with meanwhile(cancel):
+            if way == "signal":
+                with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
+                    scu.get_study({"StudyInstanceUID": ct.study})
+            else:
+                results.append(scu.get_study({"StudyInstanceUID": ct.study}))
         assert idle(pacs)
         assert len(ours()) == disk.inside <= 2, "those alone that the disk holds"
         before = below(tmp_path / "to")
     finally:
         disk.released.set()
-        canceller.join()
     limit = time.monotonic() + WITHIN
     while ours() and time.monotonic() < limit:
         time.sleep(0.01)
@@ -458,21 +463,17 @@ def test_a_disk_that_does_not_return_does_not_keep_those_who_read(
             assert disk.reached.wait(WITHIN)
             cancels.cancel("stop")
 
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
-    began = time.monotonic()
     try:
-        if way == "signal":
-            with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
-                read()
-        else:
-            with pytest.raises(SinkError, match="did not return"):
-                read()
-        assert time.monotonic() - began < WITHIN
+        with meanwhile(cancel):
+            if way == "signal":
+                with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
+                    read()
+            else:
+                with pytest.raises(SinkError, match="did not return"):
+                    read()
         assert len(ours()) <= disk.inside + 1, "those that the disk holds, and who waits for them"
     finally:
         disk.released.set()
-        canceller.join()
     limit = time.monotonic() + WITHIN
     while ours() and time.monotonic() < limit:
         time.sleep(0.01)
@@ -517,17 +518,13 @@ def test_a_bucket_that_trickles_does_not_keep_a_verify(ct: Holding, moto: Moto, 
         def read() -> None:
             compare(VerifyOptions.check(place), study=ct.study, on_difference=callback, cancels=cancels)
 
-        canceller = threading.Thread(target=cancel)
-        canceller.start()
-        began = time.monotonic()
-        if way == "signal":
-            with raised_by_signal(reading.is_set), pytest.raises(TaskTimeout):
-                read()
-        else:
-            with pytest.raises(TaskTimeout if way == "callback" else Cancelled):
-                read()
-        assert time.monotonic() - began < WITHIN
-        canceller.join()
+        with meanwhile(cancel):
+            if way == "signal":
+                with raised_by_signal(reading.is_set), pytest.raises(TaskTimeout):
+                    read()
+            else:
+                with pytest.raises(TaskTimeout if way == "callback" else Cancelled):
+                    read()
         assert ours() == []
         keys = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]
         assert not any(".parquet" in item["Key"] for item in keys), "nothing is said of what was half compared"
@@ -759,12 +756,8 @@ def test_a_store_ends_while_it_lists_its_source(
             if how == "a listing that trickles":
                 scu.cancel("stop at once")
 
-        canceller = threading.Thread(target=cancel)
-        canceller.start()
-        began = time.monotonic()
-        result = scu.store(f"s3://{BUCKET}/listed")
-        assert time.monotonic() - began < WITHIN
-        canceller.join()
+        with meanwhile(cancel):
+            result = scu.store(f"s3://{BUCKET}/listed")
     end = ("failed", "deadline", True) if how == "its time is over" else ("cancelled", "stop", False)
     assert (result.verdict, result.reason, result.transient, result.total) == (*end, 0)
 
@@ -792,10 +785,6 @@ def test_a_get_ends_while_it_reads_its_manifest(moto: Moto, way: str) -> None:
                 scu.cancel("stop")
                 scu.cancel("stop at once")
 
-        canceller = threading.Thread(target=cancel)
-        canceller.start()
-        began = time.monotonic()
-        result = scu.get_study(manifest=f"s3://{BUCKET}/slow/_manifests/a.parquet")
-        assert time.monotonic() - began < 2 * WITHIN
-        canceller.join()
+        with meanwhile(cancel, 2 * WITHIN):
+            result = scu.get_study(manifest=f"s3://{BUCKET}/slow/_manifests/a.parquet")
     assert (result.verdict, result.total) == (("cancelled" if way == "cancel" else "failed"), 0)
