@@ -166,7 +166,7 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     if finder.unreadable > unreadable:
         doubt = "list_contradicted"
     if not query.studies:
-        check_count(len(found), max_studies)
+        _check_count(len(found), max_studies)
     elif found and not selecting:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
@@ -183,7 +183,7 @@ def _not_there(finder: Finder, query: Query, selecting: Sequence[str], found: Co
     if not left or all(keyword == "PatientID" for keyword in selecting):
         return left
     above = {f.tag: f.value for f in query.filters if f.keyword == "PatientID" and f.value}
-    return finder.absent("STUDY", left, above)
+    return finder.absent(left, above)
 
 
 def _check_needs_no_find(query: Query) -> None:
@@ -222,7 +222,7 @@ def note_row(scope: Scope, row: Row) -> bool:
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
-def check_count(count: int, max_studies: int, named: int = 0) -> None:
+def _check_count(count: int, max_studies: int, named: int = 0) -> None:
     """Refuse more studies than may match; each UID that was named may have one besides."""
     if count > max_studies + named:
         raise InvalidQuery(
@@ -251,7 +251,7 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
         studies.setdefault(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
     if not studies:
         check_answered(finder)
-    check_count(len(studies), max_studies, named=len(uids))
+    _check_count(len(studies), max_studies, named=len(uids))
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
     scopes = [_scope(query, study, filters) for study in studies]
     for scope in scopes:

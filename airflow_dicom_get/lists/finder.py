@@ -192,8 +192,8 @@ class Finder:
                 if uid not in answered:
                     yield from self._one(level, uid, keys, returned, dropped)
 
-    def absent(self, level: str, uids: Sequence[str], above: Keys) -> list[str]:
-        """Those of some named studies or series that the peer does not list, whatever else is asked of them.
+    def absent(self, studies: Sequence[str], above: Keys) -> list[str]:
+        """Those of some named studies that the peer does not list, whatever else is asked of them.
 
         Of one whose C-FIND by its UID alone fails for good, nobody can say that it is there.
 
@@ -204,13 +204,13 @@ class Finder:
         """
         there: set[str] = set()
         try:
-            for row, _ in self.named(level, uids, above, (), Dropped()):
-                there.add(shown_uid(row.get(UNIQUE[level])))
+            for row, _ in self.named("STUDY", studies, above, (), Dropped()):
+                there.add(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
         except OperationFailed as error:
             if error.transient:
                 raise
             log.info("%s What is named is not asked for by its UID alone.", error.message)
-        return [uid for uid in uids if uid not in there]
+        return [study for study in studies if study not in there]
 
     def _one(self, level: str, uid: str, keys: Keys, returned: Iterable[int], dropped: Dropped) -> Iterator[Answer]:
         before = dropped.total

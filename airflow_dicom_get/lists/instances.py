@@ -177,21 +177,18 @@ def ask(
     finder = Finder(association, cuts)
     try:
         found = {study: list_instances(finder, study, wanted) for study, wanted in series.items()}
+        try:
+            for study, wanted in (expected or {}).items():
+                found[study] = prove_absent(finder, study, found[study], wanted)
+        except PeerError as error:  # the lists stand: they prove nothing absent
+            log.info("%s does not tell whether its lists are whole: %s", finder.node, error.message)
+            association.abort()
+            return found
     except NotNegotiated:
         association.release()
         raise
     except BaseException:
         association.abort()
         raise
-    try:
-        for study, wanted in (expected or {}).items():
-            found[study] = prove_absent(finder, study, found[study], wanted)
-    except PeerError as error:  # the lists stand: they prove nothing absent
-        log.info("%s does not tell whether its lists are whole: %s", finder.node, error.message)
-        association.abort()
-    except BaseException:
-        association.abort()
-        raise
-    else:
-        association.release()
+    association.release()
     return found

@@ -342,7 +342,7 @@ def combine_manifests(
     ManifestError
         One of them cannot be read, or does not match its reference. Nothing is written then.
     """
-    given = [*each_of(manifests)]
+    given = each_of(manifests)
     given += [None] * ((expected or 0) - len(given))
     tables = load_tables(given, s3_config)
     facts = facts_of(tables, given)

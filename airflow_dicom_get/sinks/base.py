@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from airflow_dicom_get.errors import SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.vocabulary import State
+
+
+def ended_early() -> SinkError:
+    """What an inventory raises in a run that is to end: to read what is there may take long."""
+    return SinkError("The run ended before it was known what is held.", hint="Run again.")
 
 
 class Taken(NamedTuple):

@@ -28,7 +28,7 @@ from airflow_dicom_get.errors import DestinationFull, LedgerError, SinkError
 from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks, objects
-from airflow_dicom_get.sinks.base import Confirmation, Taken
+from airflow_dicom_get.sinks.base import Confirmation, Taken, ended_early
 from airflow_dicom_get.sinks.ledger import Ledgers, RecordedDigests, contradict, first_failure
 from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.storage import files
@@ -210,7 +210,7 @@ class FilesystemSink:
     def _look_on(self) -> None:
         """Raise :class:`SinkError` where the run is to end: to read what is there may take long."""
         if self.cancel.ending():
-            raise SinkError("The run ended before it was known what is held.", hint="Run again.")
+            raise ended_early()
 
     def _files(self, study: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
         try:

@@ -48,7 +48,7 @@ class NodeHoldings:
     """
 
     def __init__(self, ledgers: Ledgers, name: str, *, trusted: bool) -> None:
-        self._ledgers, self.name, self._trusted = ledgers, name, trusted
+        self._ledgers, self._name, self._trusted = ledgers, name, trusted
         self._mutex = threading.Lock()
         self._sent: dict[str, Sent] = {}
         """What it took, by SOP Instance UID: a node may hold one instance of a UID, whatever its study."""
@@ -70,7 +70,7 @@ class NodeHoldings:
             try:
                 listed = ask(study, series, recorded.keys())
             except (OperationFailed, ListTooLong) as error:
-                log.warning("%s does not tell what it holds, so all is sent again: %s", self.name, error.message)
+                log.warning("%s does not tell what it holds, so all is sent again: %s", self._name, error.message)
                 held.clear()
             else:
                 if listed is not None:
@@ -88,12 +88,12 @@ class NodeHoldings:
     def _hold_against(self, listed: InstanceList, held: dict[Key, Stored]) -> None:
         """Correct what is held by what the node lists."""
         for key in held.keys() - listed.keys:
-            log.info("%s no longer lists an instance that was stored there", self.name)
+            log.info("%s no longer lists an instance that was stored there", self._name)
             del held[key]
         sent = {sop for _, sop in held}
         for series, sop in sorted(listed.keys - held.keys()):
             if self._trusted or sop in sent:
-                held[series, sop] = Stored(series, sop, forwarded_to=self.name, durable=True)
+                held[series, sop] = Stored(series, sop, forwarded_to=self._name, durable=True)
 
     def _remember(self, study: str, recorded: dict[Key, list[Stored]]) -> dict[str, list[Stored]]:
         by_uid: dict[str, list[Stored]] = {}
@@ -168,7 +168,7 @@ class NodeHoldings:
     def took(self, instance: Instance) -> None:
         """It has answered that it has it."""
         with self._mutex:
-            self._sent[instance.sop] = content_of(instance)
+            self._sent[instance.sop] = Sent(instance.study, instance.series, instance.sha256, instance.bytes)
 
     def took_before(self, instance: Instance) -> bool:
         """Whether just this data set was confirmed before, so that what it has of this UID already is this one."""
@@ -176,11 +176,6 @@ class NodeHoldings:
             record.series == instance.series and is_same(record, instance.bytes, instance.sha256)
             for record in self._records(instance)
         )
-
-
-def content_of(instance: Instance) -> Sent:
-    """What is there once the instance is."""
-    return Sent(instance.study, instance.series, instance.sha256, instance.bytes)
 
 
 def is_same(first: Sent | Stored, size: int | None, digest: bytes | None) -> bool:

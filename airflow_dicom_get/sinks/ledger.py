@@ -370,7 +370,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                     keys = taken.get(uid, [])
                 if state == "taken" and where == destination:
                     stored[keys[-1]] = stored_of(keys[-1], entry)
-                elif state == "durable" and (len(keys) == 1 or len(set(keys)) == 1) and keys[0] in stored:
+                elif state == "durable" and len(set(keys)) == 1 and keys[0] in stored:
                     record = stored[keys[0]]
                     forwarded_to = entry.get("forwarded_to")
                     own = destination == OWN and not forwarded_to

@@ -34,7 +34,7 @@ from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Verdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from airflow_dicom_get.storage.bucket import Ending
+    from airflow_dicom_get.storage.bucket import Bucket, Ending
 
 T = TypeVar("T")
 
@@ -317,11 +317,7 @@ def objects_in(
             else:
                 found.append(StoredObject(str(place.path), place.path))
         elif isinstance(place, S3Destination):
-            from airflow_dicom_get.storage.bucket import Bucket
-
-            bucket = Bucket(place.bucket, s3)
-            if ending is not None:
-                bucket.attend(ending)
+            bucket = _bucket(place.bucket, s3, ending)
             prefix = f"{place.prefix}/" if place.prefix else ""
             found += [
                 StoredObject(bucket.uri(item.key), bucket=bucket, key=item.key)
@@ -335,6 +331,16 @@ def objects_in(
                 "source", f"{shown_path(source)} is not a path or an s3:// address", "Give paths or s3://bucket/prefix."
             )
     return found
+
+
+def _bucket(name: str, s3: S3Config | None, ending: Ending | None) -> Bucket:
+    """A bucket, whose requests end with the call."""
+    from airflow_dicom_get.storage.bucket import Bucket
+
+    bucket = Bucket(name, s3)
+    if ending is not None:
+        bucket.attend(ending)
+    return bucket
 
 
 def _until(ending: Ending | None, items: Iterable[T]) -> Iterator[T]:
@@ -499,12 +505,8 @@ class Opener:
         return StoredObject(shown_path(uri), row=row, refused="it lies outside the destination of the manifest")
 
     def _bucket(self, name: str) -> Any:
-        from airflow_dicom_get.storage.bucket import Bucket
-
         if name not in self._buckets:
-            self._buckets[name] = Bucket(name, self._s3)
-            if self._ending is not None:
-                self._buckets[name].attend(self._ending)
+            self._buckets[name] = _bucket(name, self._s3, self._ending)
         return self._buckets[name]
 
 

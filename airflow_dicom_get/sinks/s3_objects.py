@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from airflow_dicom_get.dicom.part10 import META_LIMIT, FileMeta, read_file_meta
-from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.errors import S3Error
 from airflow_dicom_get.records import Instance, Stored
+from airflow_dicom_get.sinks.base import ended_early
 from airflow_dicom_get.sinks.filesystem import Room
 from airflow_dicom_get.sinks.ledger import UNREADABLE, stored_of
 from airflow_dicom_get.sinks.objects import describes, looks_whole
@@ -194,6 +195,6 @@ def digest_of(bucket: Bucket, key: str) -> bytes:
     digest = hashlib.sha256()
     for chunk in bucket.read(key):
         if bucket.is_ending():
-            raise SinkError("The run ended before it was known what is held.", hint="Run again.")
+            raise ended_early()
         digest.update(chunk)
     return digest.digest()
