@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import resource
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,6 +21,15 @@ from airflow_dicom_get.testing.sample_data import ct_study, private_study
 from airflow_dicom_get.testing.servers import HOST, Orthanc
 
 SECRET = "0123456789abcdef" * 2
+
+
+@pytest.fixture(autouse=True)
+def log_of_pydicom():
+    """The task silences it for the rest of its process, which here is that of other tests too."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
