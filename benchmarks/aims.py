@@ -51,15 +51,25 @@ class Aim:
 def aims(results: Results) -> Iterator[Aim]:
     """All requirements."""
     series = results.series
-    for key, full, bare in (("ct", 1.5, 1.1), ("mr", 1.8, 1.2), ("big", 2.2, 1.3)):
+    for key, full, bare in (("ct", 1.6, 1.3), ("mr", 1.6, 1.2), ("big", 2.2, 1.3)):
         if (one := series.get(key)) is None:
             continue
         where = f"from memory, {one.words}"
         yield Aim(f"{where}: `GetScu` over tuned getscu", full, one.ratio("warm", "tuned"), "×")
         yield Aim(f"{where}: without digest and sync", bare, one.ratio("bare", "tuned"), "×")
+        if key == "ct":
+            yield Aim(f"{where}: over the same without digest", 1.1, one.ratio("warm", "no_digest"), "×")
+            yield Aim(f"{where}: over the control", 1.25, one.ratio("warm", "control"), "×")
+        if key == "mr":
+            cpu = one.cpu("warm")
+            yield Aim(f"{where}: CPU for each instance", 200, cpu and cpu / one.instances * 1e6, "µs")
         process, warm = one.wall("process"), one.wall("warm")
         more = None if process is None or warm is None else process - warm
         yield Aim(f"{where}: whole process more than `GetScu`", 0.28, more, "s")
+    if (one := series.get("far")) is not None:
+        for client, number, factor in (("four", 4, 3.6), ("eight", 8, 6.5)):
+            what = f"from {one.title}: one association over {number}"
+            yield Aim(what, factor, one.ratio("one", client), "×", at_least=True)
     for key in ("orthanc", "dcmqrscp"):
         if (one := series.get(key)) is None:
             continue
@@ -77,6 +87,8 @@ def aims(results: Results) -> Iterator[Aim]:
     yield Aim("memory for each additional instance of the plan", 1.0, growth(results), "KB")
     for key, what, limit in (("small", "10 instances, end to end", 0.38), ("help", "`dicom-get --help`", 0.25)):
         yield Aim(what, limit, series[key].wall("process") if key in series else None, "s")
+    again = series["many"].wall("again") if "many" in series else None
+    yield Aim("a complete study of 100,000 instances once more", 3, again, "s")
     if (one := series.get("cohort")) is not None:
         wall = one.wall("process")
         what = f"`find_cohort` with {one.instances} accession numbers, embedded PACS, one association: studies a second"

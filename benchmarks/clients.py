@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +20,7 @@ _HERE = Path(__file__).parent
 _PATIENCE = 900
 DICOM_GET = str(Path(sys.executable).parent / "dicom-get")
 BARE = {"checksum": None, "durable": False}
+_IMPORTS = "import worker; worker.import_everything()"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ class Bench:
         if self._worker is not None:
             self._worker.communicate(timeout=60)
 
+    def empty_page_cache(self) -> None:
+        """Let no run pay for what others wrote, where that is allowed, and load again what the clients load."""
+        os.sync()
+        try:
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        except OSError:
+            return
+        for command in ([DICOM_GET, "get", "--help"], [sys.executable, "-c", _IMPORTS], ["getscu", "--version"]):
+            if shutil.which(command[0]):
+                subprocess.run(command, env=self._environment, cwd=_HERE, stdout=subprocess.DEVNULL, check=True)
+
     # --- runs ----------------------------------------------------------------------------------
 
     def fresh(self) -> Path:
@@ -99,7 +113,7 @@ class Bench:
     def check_result(self, source: Source) -> None:
         """See what the last ``dicom-get --json`` said."""
         result = json.loads(Path(f"{self._logs}.out").read_text())
-        if (result["verdict"], result["completed"]) != ("complete", source.instances):
+        if (result["verdict"], result["completed"] + result["skipped"]) != ("complete", source.instances):
             raise RuntimeError(f"dicom-get from {source.title}: {result['verdict']}, {result['completed']} instances")
 
     def command(self, command: list[str], environment: Mapping[str, str] | None = None) -> Run:
@@ -157,6 +171,14 @@ class Bench:
         """The same without digest and sync."""
         return self.warm(source, BARE)
 
+    def no_digest(self, source: Source) -> Run:
+        """The same without digest."""
+        return self.warm(source, {"checksum": None})
+
+    def over(self, associations: int) -> Callable[[Source], Run]:
+        """The same over so many associations."""
+        return partial(self.warm, options={"associations": associations, "max_associations": associations})
+
     def profile(self, source: Source) -> list[dict[str, Any]]:
         """Where the time of a full retrieval goes."""
         job = {"node": source.node, "study": source.study, "destination": str(self.fresh()), "profile": True}
@@ -165,19 +187,28 @@ class Bench:
         lines: list[dict[str, Any]] = answer["profile"]
         return lines
 
-    def floor(self, source: Source) -> Run:
+    def control(self, source: Source) -> Run:
         """Hash, write and sync as much, without network."""
         size = {"instances": source.instances, "size": source.size}
-        answer = self.job({"floor": size, "folder": str(self.fresh())})
+        answer = self.job({"control": size, "folder": str(self.fresh())})
         self.check(source, "the control")
         return Run(answer["wall"], answer["user"], answer["system"])
 
     def process(self, source: Source) -> Run:
         """``dicom-get get`` as a process."""
-        command = [DICOM_GET, "get", source.node, "--study", source.study, "--to", str(self.fresh()), "--json"]
-        run = self.command(command)
+        return self._process(source, self.fresh(), keep=False)
+
+    def process_and_again(self, source: Source) -> tuple[Run, Run]:
+        """``dicom-get get`` as a process, and once more, when nothing lacks."""
+        to = self.fresh()
+        return self._process(source, to, keep=True), self._process(source, to, keep=False)
+
+    def _process(self, source: Source, to: Path, *, keep: bool) -> Run:
+        run = self.command([DICOM_GET, "get", source.node, "--study", source.study, "--to", str(to), "--json"])
         self.check_result(source)
-        self.check(source, "dicom-get")
+        self.check_files(source, to, "dicom-get")
+        if not keep:
+            give_back(to)
         return run
 
     def tuned_getscu(self, source: Source, *, keep: bool = False) -> Run:

@@ -17,9 +17,10 @@ from matplotlib.axes import Axes
 
 _NOTES = "<!-- Written by hand from here on; make bench does not change it. -->"
 _OURS, _OTHERS, _CONTROL = "#0072b2", "#d55e00", "#767676"
-_COLOURS = dict.fromkeys(("warm", "bare", "process", "forward", "forward_process", "s3", "s3_process"), _OURS) | {
-    "floor": _CONTROL
-}
+_COLOURS = dict.fromkeys(
+    ("warm", "bare", "no_digest", "process", "one", "four", "eight", "forward", "forward_process", "s3", "s3_process"),
+    _OURS,
+) | {"control": _CONTROL}
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -59,9 +60,10 @@ def _page(results: Results) -> Iterator[str]:
     yield "| what | runs | wall s | CPU s | peak RSS MB |\n| --- | --- | --- | --- | --- |"
     for key, title in SINGLE.items():
         if (one := results.series.get(key)) is not None:
-            runs = one.runs["process"]
             words = "" if key in ("help", "small") else f" ({one.words})" if one.size else f" ({one.instances})"
-            yield f"| {title}{words} | {len(runs)} | {_spread(runs)} | {_cpu(runs):.2f} | {_peak(runs)} |"
+            for client, runs in one.runs.items():
+                what = f"{title}{words}{', the same again' if client == 'again' else ''}"
+                yield f"| {what} | {len(runs)} | {_spread(runs)} | {one.cpu(client):.2f} | {_peak(runs)} |"
     if (more := growth(results)) is not None:
         yield f"\nEach additional instance takes {more:.2f} KB."
     yield from _profiles(results)
@@ -87,7 +89,7 @@ def _table(series: Series) -> Iterator[str]:
             ratio = series.ratio(client, "tuned")
             yield (
                 f"| {title} | {len(runs)} | {_spread(runs)} | {series.instances * series.size / wall / 1e6:.0f}"
-                f" | {series.instances / wall:.0f} | {_cpu(runs):.2f} | {_peak(runs)}"
+                f" | {series.instances / wall:.0f} | {series.cpu(client):.2f} | {_peak(runs)}"
                 f" | {'–' if ratio is None else f'{ratio:.2f}'} |"
             )
     yield ""
@@ -117,10 +119,6 @@ def _spread(runs: list[Run]) -> str:
     if len(walls) == 1:
         return f"{walls[0]:.2f}"
     return f"{min(walls):.2f} / {median(walls):.2f} / {max(walls):.2f}"
-
-
-def _cpu(runs: list[Run]) -> float:
-    return median(run.user + run.system for run in runs)
 
 
 def _peak(runs: list[Run]) -> str:
@@ -178,16 +176,19 @@ _METHOD = """
 - *Whole process*, and all other clients: from before the process is created until it has ended, including the start of
   the interpreter, measured by a launcher that itself uses almost no memory (`benchmarks/launch.py`). The package is
   compiled beforehand, as an installed one is, whatever `PYTHONDONTWRITEBYTECODE` says here.
-- *Control*: the time this machine needs to hash, write and sync as many files of that size, one after the other in
-  groups of 64, without receiving anything. A client that verifies what it stores cannot be much faster, unless it does
-  two of these at the same time.
+- *Control*: the time this machine needs to hash and write as many files of that size, while four threads sync them,
+  without receiving anything.
 - Each run writes into a new, empty folder. Before it, all dirty pages are written (`sync`); after it, exit status,
-  verdict, number and size of the files are checked. The clients run in turn, in a different order each round.
+  verdict, number and size of the files are checked. The clients run in turn, in a different order each round. A page
+  cache that has filled the memory slows every write down; it is emptied before each round where the bench may do so
+  (see *page cache* above), and what the clients load from disk is loaded again.
 - *From memory*: `benchmarks/memory_scp.py`, which sends prepared objects, one write each, and waits for each response.
   All its data sets are labelled CT, including the small ones. *Orthanc* and *dcmqrscp*: Debian's packages, without
   `TCP_NODELAY`, with one generated CT study of four series, loaded by REST and by `dcmqridx`.
 - *find_cohort*: what the task asks, by `GetScu` in the warm process over one association, from the embedded PACS, which
   holds a study of one instance for each accession number.
+- *20 ms away*: through a relay on the same machine that delays bytes by 10 ms each way.
+- *The same again*: the process that finds the study complete in the folder: both lists, the ledger, the files.
 - Server and client run on the same machine and use the loopback interface, which has almost no round-trip time.
 - *To storescp*: from that dcmqrscp to Debian's storescp, started with `+xa +B`. *To S3*: the gateway of juicefs, which
   is MinIO's, on a folder of the same disk; with a delay, a proxy in Python waits before it passes a request on, and its

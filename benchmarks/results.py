@@ -14,11 +14,16 @@ from sources import in_words
 CLIENTS = {
     "warm": "GetScu, warm process",
     "bare": "GetScu, warm, no digest, no sync",
+    "no_digest": "GetScu, warm, no digest",
     "process": "dicom-get get, whole process",
+    "again": "dicom-get get, the same again when it is complete",
     "tuned": "getscu +B -pdu 131072, TCP_NODELAY=1",
     "shipped": "getscu as shipped",
     "pynetdicom": "pynetdicom, cheapest handler",
-    "floor": "control: hash, write, sync; no network",
+    "control": "control: hash, write and sync side by side; no network",
+    "one": "GetScu, one association",
+    "four": "GetScu, 4 associations",
+    "eight": "GetScu, 8 associations",
     "forward": "GetScu to storescp, warm process",
     "forward_process": "dicom-get get to storescp, whole process",
     "two_steps": "getscu, then storescu, both tuned",
@@ -57,6 +62,11 @@ class Series:
         """The median wall time of a client."""
         runs = self.runs.get(client)
         return median(run.wall for run in runs) if runs else None
+
+    def cpu(self, client: str) -> float | None:
+        """The median CPU time of a client, of all its threads."""
+        runs = self.runs.get(client)
+        return median(run.user + run.system for run in runs) if runs else None
 
     def ratio(self, over: str, under: str) -> float | None:
         """How many times the one's median is of the other's."""

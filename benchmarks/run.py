@@ -26,6 +26,7 @@ from pathlib import Path
 
 from clients import Bench, Run
 from deliveries import DELAY, Forward, Runs, buckets, missing
+from latency import far_away
 from report import write_report
 from results import CLIENTS, SINGLE, Results, Series
 from sources import KIB, MIB, Source, cohort_source, memory_source, pacs_sources
@@ -36,8 +37,8 @@ ROOT = Path(__file__).parent.parent
 MEMORY = {"ct": (1000, 512 * KIB), "mr": (5000, 7440), "big": (8, 128 * MIB)}
 QUICK_MEMORY = {"ct": (20, 512 * KIB), "mr": (50, 7440), "big": (2, 4 * MIB)}
 PACS = {"orthanc": "Orthanc", "dcmqrscp": "dcmqrscp"}
-PARTS = (*MEMORY, *PACS, "forward", "s3", "s3far", *SINGLE)
-SELDOM = {"shipped": 1, "two_steps": 1, "one_by_one": 1, "pynetdicom": 2}
+PARTS = (*MEMORY, "far", *PACS, "forward", "s3", "s3far", *SINGLE)
+SELDOM = {"one": 2, "shipped": 1, "two_steps": 1, "one_by_one": 1, "pynetdicom": 2}
 """How often slow clients are run."""
 _HUGE_NEEDS = 9 << 30
 
@@ -60,9 +61,19 @@ class Session:
                 with memory_source(key, instances, size) as source:
                     # As shipped, 5000 instances would take four minutes, and pynetdicom one.
                     slow = {"ct": ["shipped", "pynetdicom"], "big": ["pynetdicom"]}.get(key, [])
-                    fast = ["warm", "process", "tuned"] if self.quick else ["warm", "bare", "process", "tuned", "floor"]
+                    fast = ["warm", "process", "tuned"]
+                    if not self.quick:
+                        fast += ["bare", "no_digest", "control"]
                     self.compare(key, source, self.to_disk([*fast, *slow]))
                     self.results.profiles[key] = self.bench.profile(source)
+
+    def far(self) -> None:
+        """Retrievals from memory at a distance, where several associations help."""
+        if "far" in self.parts:
+            instances, size = QUICK_MEMORY["ct"] if self.quick else MEMORY["ct"]
+            with memory_source("far", instances, size) as near, far_away(near) as source:
+                counts = {"one": 1, "four": 4, "eight": 8}
+                self.compare("far", source, {key: self.bench.over(count) for key, count in counts.items()})
 
     def pacs(self, folder: Path) -> None:
         """Retrievals from real PACS."""
@@ -113,19 +124,25 @@ class Session:
         if "cohort" in self.parts:
             studies = 20 if self.quick else 5000
             with cohort_source(folder / "cohort", studies) as node:
-                runs = [self.bench.cohort(node, studies) for _ in self.rounds()]
-            self.results.series["cohort"] = Series("cohort", studies, 0, {"process": runs})
-            say(f"{studies} accession numbers: {runs[0].wall:.2f} s")
+                taken = [self.bench.cohort(node, studies) for _ in self.rounds()]
+            self.results.series["cohort"] = Series("cohort", studies, 0, {"process": taken})
+            say(f"{studies} accession numbers: {taken[0].wall:.2f} s")
         for key, (instances, size) in sets.items():
             if key not in self.parts:
                 continue
             if size == 2 << 30 and available_memory() < _HUGE_NEEDS:
                 self.skip("one instance of 2 GiB (the SCP needs 9 GiB of free memory)")
                 continue
+            self.empty_page_cache()
             with memory_source(key, instances, size) as source:
-                runs = [self.bench.process(source) for _ in (self.rounds() if key == "small" else range(1))]
-            self.results.series[key] = Series(source.title, instances, size, {"process": runs})
-            say(f"{source.title}: dicom-get {runs[0].wall:.2f} s")
+                if key == "many":
+                    first, again = self.bench.process_and_again(source)
+                    runs = {"process": [first], "again": [again]}
+                else:
+                    rounds = self.rounds() if key == "small" else range(1)
+                    runs = {"process": [self.bench.process(source) for _ in rounds]}
+            self.results.series[key] = Series(source.title, instances, size, runs)
+            say(f"{source.title}: dicom-get {runs['process'][0].wall:.2f} s")
 
     def to_disk(self, keys: list[str]) -> Runs:
         """Clients that retrieve to disk, by their keys."""
@@ -133,11 +150,12 @@ class Session:
         runs: Runs = {
             "warm": bench.warm,
             "bare": bench.bare,
+            "no_digest": bench.no_digest,
             "process": bench.process,
             "tuned": bench.tuned_getscu,
             "shipped": bench.shipped_getscu,
             "pynetdicom": bench.pynetdicom,
-            "floor": bench.floor,
+            "control": bench.control,
         }
         return {key: runs[key] for key in keys}
 
@@ -150,6 +168,7 @@ class Session:
         names = list(clients)
         taken: dict[str, list[Run]] = {name: [] for name in names}
         for number in range(self.runs):
+            self.empty_page_cache()
             turn = number % len(names)
             for name in [*names[turn:], *names[:turn]]:
                 if number < SELDOM.get(name, self.runs):
@@ -157,6 +176,11 @@ class Session:
                     taken[name].append(run)
                     say(f"{title}: {CLIENTS[name]} {run.wall:.2f} s")
         self.results.series[key] = Series(title, source.instances, source.size, taken)
+
+    def empty_page_cache(self) -> None:
+        """Begin with an empty page cache, but in a quick run, beside which others may run."""
+        if not self.quick:
+            self.bench.empty_page_cache()
 
     def rounds(self) -> range:
         return range(self.runs)
@@ -201,6 +225,9 @@ def about(folder: Path) -> dict[str, str]:
         "machine": f"{os.cpu_count()} × {cpu}, {memory:.0f} GiB memory, {_file_system(folder)}",
         "system": f"{release['PRETTY_NAME']}, Linux {platform.release()}",
         "versions": ", ".join(versions),
+        "page cache": "emptied before each round"
+        if os.access("/proc/sys/vm/drop_caches", os.W_OK)
+        else "not emptied: only root may do so",
         "load at the start": " ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
 
@@ -260,6 +287,7 @@ def measure(args: argparse.Namespace) -> Results:
     with prepared(args) as (session, folder):
         try:
             session.memory()
+            session.far()
             session.pacs(folder)
             session.buckets(folder)
             session.singles(folder)

@@ -1,6 +1,6 @@
 """A process that has imported everything and retrieves on demand: one JSON job a line in, one result a line out.
 
-A job: ``{"node", "study", "destination", "options": {...}, "profile": false}`` to retrieve; ``{"floor": {"instances",
+A job: ``{"node", "study", "destination", "options": {...}, "profile": false}`` to retrieve; ``{"control": {"instances",
 "size"}, "folder"}`` for what the machine needs to hash, write and sync as much without any network; ``{"upload": {...},
 "folder"}`` for boto3 alone; ``{"node", "cohort": n}`` to find the studies of so many accession numbers.
 """
@@ -60,20 +60,20 @@ def find(job: dict[str, Any]) -> str:
     return "complete" if all(len(entry.uids) == 1 for entry in found.entries) else "not all were found"
 
 
-def floor(job: dict[str, Any]) -> str:
-    """Hash, write and sync so many files of so many bytes, one after the other and the syncs at the end."""
-    data = bytes(job["floor"]["size"])
-    opened = []
-    for number in range(job["floor"]["instances"]):
-        hashlib.sha256(data)
-        fd = os.open(f"{job['folder']}/{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        opened.append(fd)
-        if len(opened) == 64:
-            _sync(opened)
-    _sync(opened)
+def control(job: dict[str, Any]) -> str:
+    """Hash and write so many files of so many bytes, and sync them beside that."""
+    data = bytes(job["control"]["size"])
+    with ThreadPoolExecutor(4) as pool:
+        syncs = []
+        for number in range(job["control"]["instances"]):
+            fd = os.open(f"{job['folder']}/{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            hashlib.sha256(data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            syncs.append(pool.submit(_sync, fd))
+        for sync in syncs:
+            sync.result()
     folder = os.open(job["folder"], os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -108,11 +108,9 @@ def upload(job: dict[str, Any]) -> str:
     return "complete"
 
 
-def _sync(opened: list[int]) -> None:
-    for fd in opened:
-        os.fdatasync(fd)
-        os.close(fd)
-    opened.clear()
+def _sync(fd: int) -> None:
+    os.fdatasync(fd)
+    os.close(fd)
 
 
 def measure(call: Callable[[dict[str, Any]], str], job: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def measure(call: Callable[[dict[str, Any]], str], job: dict[str, Any]) -> dict[
     }
 
 
-_CALLS = {"floor": floor, "upload": upload, "cohort": find}
+_CALLS = {"control": control, "upload": upload, "cohort": find}
 
 
 def main() -> None:
