@@ -711,14 +711,13 @@ class _FileWriter:
 
     def _place(self) -> Taken:
         """Give the file its final name, which never takes the place of a whole other one."""
-        instance, folder, study = self._instance, self._folder, self._study
+        instance, folder = self._instance, self._folder
         final = f"{instance.sop}.dcm"
         self._sink.check_left()
         if self._disk.has(final, folder):
             return self._meet_first(final)
-        if instance.key in self._sink.recorded_durable(instance.study):
-            self._drop_records()  # its file is gone; they would count for this one before it is synced
-        study.ledger.taken(instance)
+        # The file of what is recorded is gone: that would count for this one before it is synced.
+        self._record_taken(anew=instance.key in self._sink.recorded_durable(instance.study))
         self._sink.check_left()
         try:
             self._disk.rename_new(self._name, final, folder)
@@ -818,10 +817,9 @@ class _FileWriter:
             self._sink.check_left()
         if not self._is_under(final, judged):
             return self._meet_another()
-        self._drop_records()
+        self._record_taken(anew=True)
         if not self._is_under(final, judged):
             return self._meet_another()
-        self._study.ledger.taken(self._instance)
         self._sink.check_left()
         self._disk.rename_over(self._name, final, self._folder)
         self._sink.torn.discard(self._instance.key)
@@ -842,11 +840,12 @@ class _FileWriter:
         self._sink.digests.forget(self._instance.study)
         return self._place()
 
-    def _drop_records(self) -> None:
-        """Let nothing that was recorded of an instance count for another file of it, also after a power cut."""
-        self._study.ledger.dropped(self._instance.key)
-        self._study.ledger.sync()
-        self._sink.recorded_durable(self._instance.study).discard(self._instance.key)
+    def _record_taken(self, *, anew: bool) -> None:
+        """Record it; with ``anew`` nothing that was recorded of another file of it counts, also after a power cut."""
+        self._study.ledger.taken(self._instance, anew=anew)
+        if anew:
+            self._study.ledger.sync()
+            self._sink.recorded_durable(self._instance.study).discard(self._instance.key)
 
     def _drop(self) -> None:
         self._disk.close(self._fd)

@@ -113,8 +113,12 @@ def dropped_line(key: Key, destination: str, runs: Sequence[str] = ()) -> str:
 class Ledger(Protocol):
     """The records of one run for one study. What cannot be recorded raises ``OSError``."""
 
-    def taken(self, instance: Instance | Stored) -> None:
-        """Record that the whole instance is there, before it gets its final name."""
+    def taken(self, instance: Instance | Stored, *, anew: bool = False) -> None:
+        """Record that the whole instance is there, before it gets its final name.
+
+        With ``anew`` nothing that was recorded of it before counts any more. Both are written at once: were the disk
+        full after the first, what still lies under the final name would be nobody's.
+        """
 
     def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
         """Record that these are durable.
@@ -232,9 +236,10 @@ class LedgerWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(data)
 
-    def taken(self, instance: Instance | Stored) -> None:
+    def taken(self, instance: Instance | Stored, *, anew: bool = False) -> None:
         """See :meth:`Ledger.taken`."""
-        self._append(taken_line(instance, self._destination))
+        ended = self._dropped_line(instance.key) if anew else ""
+        self._append(ended + taken_line(instance, self._destination))
 
     def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
         """See :meth:`Ledger.durable`; one write."""
@@ -242,10 +247,13 @@ class LedgerWriter:
 
     def dropped(self, key: Key) -> None:
         """See :meth:`Ledger.dropped`."""
+        self._append(self._dropped_line(key))
+
+    def _dropped_line(self, key: Key) -> str:
         if self._earlier is None:
             names = files.names_in(self.path.parent)
             self._earlier = [name.removesuffix(".jsonl") for name in names if name > self.path.name]
-        self._append(dropped_line(key, self._destination, self._earlier))
+        return dropped_line(key, self._destination, self._earlier)
 
     def sync(self) -> None:
         """See :meth:`Ledger.sync`: the file, and once the folders in which it may be new."""

@@ -84,9 +84,10 @@ class BucketLedger:
         """See :class:`sinks.ledger.LedgerWriter`."""
         self._since = clock.monotonic()
 
-    def taken(self, instance: Instance | Stored) -> None:
+    def taken(self, instance: Instance | Stored, *, anew: bool = False) -> None:
         """See :meth:`sinks.ledger.Ledger.taken`."""
-        self._add([taken_line(instance, self._destination)])
+        ended = [self._dropped_line(instance.key)] if anew else []
+        self._add([*ended, taken_line(instance, self._destination)])
 
     def durable(self, keys: Iterable[Key], etag: str | None = None, forwarded_to: str | None = None) -> None:
         """See :meth:`sinks.ledger.Ledger.durable`."""
@@ -95,6 +96,9 @@ class BucketLedger:
 
     def dropped(self, key: Key) -> None:
         """See :meth:`sinks.ledger.Ledger.dropped`."""
+        self._add([self._dropped_line(key)])
+
+    def _dropped_line(self, key: Key) -> str:
         if self._earlier is None:
             folder, _, own = self._name.rpartition("/")
             try:
@@ -102,7 +106,7 @@ class BucketLedger:
             except S3Error as error:
                 raise OSError(errno.EIO, str(error)) from error
             self._earlier = [run for run in runs if run > own]
-        self._add([dropped_line(key, self._destination, self._earlier)])
+        return dropped_line(key, self._destination, self._earlier)
 
     def _add(self, lines: list[str], kept: int = 0) -> None:
         with self._mutex:

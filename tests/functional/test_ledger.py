@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_a_replacement_ends_what_older_runs_recorded_and_no_newer_one(tmp_path: 
     writer.close()
     write(tmp_path, "20260103", [instance("1.1", 3)])
     assert [x.bytes for x in read(tmp_path)[key("1.1")]] == [3, 2]
+
+
+def test_a_replacement_that_cannot_be_recorded_whole_ends_nothing(tmp_path: Path) -> None:
+    """Else the file of the first, whose sync may have failed, would be nobody's when it is met again."""
+    write(tmp_path, "20260101", [instance("1.1", 1)])
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "20260102")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(header_line() + dropped_line(key("1.1"), OWN)) + 20, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            writer.taken(instance("1.1", 2), anew=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [x.bytes for x in read(tmp_path)[key("1.1")]] == [1]
+    writer.taken(instance("1.1", 2), anew=True)
+    writer.close()
+    assert [x.bytes for x in read(tmp_path)[key("1.1")]] == [2]
 
 
 @pytest.mark.parametrize("earlier", ["z", "a"])

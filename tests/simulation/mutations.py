@@ -80,8 +80,8 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "records_of_a_file_that_is_gone_count_for_the_next": Mutation(
         "sinks.filesystem:_FileWriter._place",
-        "if instance.key in self._sink.recorded_durable(instance.study):",
-        "if False:",
+        "anew=instance.key in self._sink.recorded_durable(instance.study)",
+        "anew=False",
         "complete, and not durable",
     ),
     "malformed_uids_are_skipped": Mutation(
