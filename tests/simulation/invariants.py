@@ -121,7 +121,7 @@ def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None
         if files.get(path) == content or not _is_whole(world, path, key, content):
             continue
         if data_set(content) in world.pacs.truncated and (
-            any(one.killed for one in world.runs) or run.run.options.get("checksum", "") is None
+            any(map(_ended_unrecorded, world.runs)) or run.run.options.get("checksum", "") is None
         ):
             continue  # no record that is left need say that it came so
         if world.theirs.get(path) == content and any(
@@ -176,8 +176,8 @@ def _has_rows(world: World, run: Played, files: dict[str, bytes]) -> None:
     """Whatever ended a run, what it stored has a row, of each of several studies."""
     if len(files) == len(run.before) and files.keys() == run.before.keys():
         return
-    if run.beside is not None or (world.place.node is not None and (run.met or run.run.node)):
-        return  # the other run may have stored it, or a node have taken what it never answered
+    if run.beside is not None or (world.place.node is not None and (run.met or run.run.node or run.cancels > 1)):
+        return  # the other run may have stored it, or a node have taken what it never answered, or was heard to
     named = {key_of(row) for row in run.rows}
     for path, _, key, _ in final_files(files):
         if path not in run.before and key not in named:
@@ -431,11 +431,10 @@ def _not_asked_again(world: World, run: Played) -> None:
         node.find in ("fails", "short") or run.run.node or run.met or world.runs[run.number - 2].met
     ):
         return  # it does not tell what it holds, or our records do not
-    unsynced = any(one.killed for one in world.runs) or any(
-        operation == "sync" and fault.error for one in world.runs for operation, _, fault in one.met
-    )
-    if unsynced and world.place.cuts:
+    if world.place.cuts and any(map(_ended_unrecorded, world.runs)):
         return  # the records of a run whose ledger was not synced are gone
+    if world.history.destination == "bucket" and _ended_unrecorded(world.runs[run.number - 2]):
+        return  # those that could not be put were nowhere else
     confirmed = Counter[Key]()
     for row in _confirmed(world, run):
         confirmed[row] += 1
@@ -446,6 +445,15 @@ def _not_asked_again(world: World, run: Played) -> None:
                     world.finding("asked for again", get.series, sop)
         elif get.run == run.number and get.level != "IMAGE" and any(confirmed[key] for key in get.sent):
             mark("asked for again as a whole series or study")
+
+
+def _ended_unrecorded(run: Played) -> bool:
+    """Whether a run was killed, or could not write or sync its ledger: what it has recorded may be gone."""
+    return (
+        run.killed
+        or any(operation == "sync" and fault.error for operation, _, fault in run.met)
+        or (run.result is not None and any("ledger" in said["error"] for said in run.result.errors))
+    )
 
 
 def _confirmed(world: World, run: Played) -> Iterator[Key]:
@@ -542,8 +550,10 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
         if exit_code != (1 if node.down else 4):
             world.finding(f"verify says {exit_code}, and the node does not tell", node.find, node.down)
         return
-    # Where nothing else confirms a list, a get has all of a series sent again; verify does not.
-    again = any(get.run == run.number and len(get.sent) > 1 for get in world.pacs.gets)
+    # Where nothing else confirms a list, not even what a first C-GET counts, a get has all of it sent again by a
+    # second one; verify does not.
+    gets = Counter((get.level, get.series) for get in world.pacs.gets if get.run == run.number)
+    again = any(number > 1 for number in gets.values())
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     unknown = all(
         row["state"] in ("held", "withdrawn", "unexpected")
