@@ -188,7 +188,7 @@ class FilesystemSink:
                 locks.clean_dead_runs(self.root / study, self.run)
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
-        records = self.ledgers.read(study)
+        records = self.ledgers.read(study, durably=self.options.durable and not self._read_only)
         self._durable[study] = _durable_in(records)
         held: dict[Key, Stored] = {}
         place = f"{self.root / study}/"

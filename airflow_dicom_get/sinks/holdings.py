@@ -62,7 +62,7 @@ class NodeHoldings:
 
     def inventory(self, study: str, ask: Ask) -> dict[Key, Stored]:
         """What our records say that it took, and it still lists; see :meth:`sinks.base.Sink.inventory`."""
-        recorded = self._ledgers.read(study)
+        recorded = self._ledgers.read(study, durably=True)
         held = {key: records[0] for key, records in recorded.items() if records[0].durable}
         absent: Mapping[Key, Collection[str]] = {}
         if held or self._trusted:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import threading
@@ -28,6 +29,8 @@ from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Folder, sync_path
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 2
 READABLE_SCHEMAS = frozenset({1, SCHEMA})
@@ -147,8 +150,11 @@ class Ledgers(Protocol):
     def open(self, study: str, run: str) -> Ledger:
         """Begin the ledger of a run for a study. Raises ``OSError``."""
 
-    def read(self, study: str) -> dict[Key, list[Stored]]:
+    def read(self, study: str, *, durably: bool = False) -> dict[Key, list[Stored]]:
         """What all runs recorded of a study, as :func:`merge_records` gives it.
+
+        With ``durably`` the ledgers are made durable themselves: a run that was killed has not done it, and what counts
+        on its records would be without proof after a power cut. Where that fails, nothing in them is durable either.
 
         Raises
         ------
@@ -189,7 +195,7 @@ class FolderLedgers:
         """See :meth:`Ledgers.open`."""
         return LedgerWriter(self.root, self.destination, study, run)
 
-    def read(self, study: str) -> dict[Key, list[Stored]]:
+    def read(self, study: str, *, durably: bool = False) -> dict[Key, list[Stored]]:
         """See :meth:`Ledgers.read`."""
         folder = self.root / ".ledger" / study
         try:
@@ -198,12 +204,25 @@ class FolderLedgers:
             raise LedgerError(
                 f"The ledger of study {study} cannot be listed: {error.strerror}.", study=study
             ) from error
-        runs = {str(path): path.name.removesuffix(".jsonl") for path in paths}
-        names = frozenset(runs.values())
-        return merge_records(
-            (runs[path], parse_ledger([(path, content)], study, self.destination, names))
+        names = frozenset(map(_run_of, paths))
+        found = [
+            (path, parse_ledger([(str(path), content)], study, self.destination, names))
             for path, content in _contents(paths, study)
-        )
+        ]
+        if durably:
+            self._sync([(path, run) for path, run in found if any(x.durable for x in run.stored.values())])
+        return merge_records((_run_of(path), run) for path, run in found)
+
+    def _sync(self, ledgers: Sequence[tuple[Folder, RunRecords]]) -> None:
+        """Make the ledgers of a study durable."""
+        folders = dict.fromkeys(folder for path, _ in ledgers for folder in _above(self.root, path.parent))
+        lost = first_failure([partial(_sync_folders, folders, self.root)])
+        for path, run in ledgers:
+            error = first_failure([partial(sync_path, path)]) or lost
+            if error is not None:
+                log.warning("%s cannot be made durable, so what it says to be durable is not: %s", path, error.strerror)
+                for record in run.stored.values():
+                    record.durable = False
 
 
 class LedgerWriter:
@@ -214,8 +233,7 @@ class LedgerWriter:
         self._disk = files.disk
         self._destination = destination
         self._root = root
-        # A run that was killed may have made some of them, and not have made them durable.
-        self._unsynced = [folder, folder.parent, root, root.parent, *files.make_folders(folder)]
+        self._unsynced = [*_above(root, folder), *files.make_folders(folder)]
         self.path = folder / f"{run}.jsonl"
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()
@@ -258,12 +276,7 @@ class LedgerWriter:
     def sync(self) -> None:
         """See :meth:`Ledger.sync`: the file, and once the folders in which it may be new."""
         self._disk.sync(self._fd)
-        for folder in dict.fromkeys(self._unsynced):
-            try:
-                sync_path(folder)
-            except PermissionError:  # above the root one may not look
-                if Path(folder).is_relative_to(self._root):
-                    raise
+        _sync_folders(self._unsynced, self._root)
         self._unsynced = []
 
     def close(self) -> None:
@@ -273,6 +286,24 @@ class LedgerWriter:
         self._disk.close(fd)
         if not self._size:
             self._disk.remove(self.path)
+
+
+def _run_of(path: Folder) -> str:
+    return path.name.removesuffix(".jsonl")
+
+
+def _above(root: Folder, folder: Folder) -> list[Folder]:
+    """The folders of a ledger that a run which was killed may have made, and not have made durable."""
+    return [folder, folder.parent, root, root.parent]
+
+
+def _sync_folders(folders: Iterable[Folder], root: Folder) -> None:
+    for folder in dict.fromkeys(folders):
+        try:
+            sync_path(folder)
+        except PermissionError:  # above the root one may not look
+            if Path(folder).is_relative_to(root):
+                raise
 
 
 class RunRecords(NamedTuple):
@@ -317,14 +348,14 @@ def contradict(records: Sequence[Stored]) -> bool:
     return len({record.sha256 for record in records}) > 1
 
 
-def _contents(paths: Iterable[Folder], study: str) -> Iterator[tuple[str, bytes]]:
+def _contents(paths: Iterable[Folder], study: str) -> Iterator[tuple[Folder, bytes]]:
     """Each ledger and what is in it."""
     size = 0
     for path in paths:
         content = _content(path, study)
         size += len(content)
         check_size(size, study, str(path))
-        yield str(path), content
+        yield path, content
 
 
 def check_size(size: int, study: str, path: str) -> None:

@@ -47,8 +47,8 @@ class BucketLedgers:
         """See :meth:`sinks.ledger.Ledgers.open`."""
         return BucketLedger(self.bucket, self.destination, f"{self._folder(study)}{run}")
 
-    def read(self, study: str) -> dict[Key, list[Stored]]:
-        """See :meth:`sinks.ledger.Ledgers.read`. Raises :class:`S3Error` too."""
+    def read(self, study: str, *, durably: bool = False) -> dict[Key, list[Stored]]:
+        """See :meth:`sinks.ledger.Ledgers.read`; objects are durable. Raises :class:`S3Error` too."""
         listed = _listed(self.bucket, self._folder(study))
         keys = [item.key for item in listed]
         check_size(sum(item.size for item in listed), study, self.bucket.uri(self._folder(study)))

@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,25 +67,48 @@ def test_complete_outlasts_a_power_cut(mount: Path, pacs: MisbehavingPacs, below
     assert not pacs.sent - before
 
 
-@pytest.mark.parametrize("number", range(KILLS))
-def test_a_power_cut_in_the_midst_of_a_run_is_made_good_by_the_next(
-    mount: Path, pacs: MisbehavingPacs, number: int
-) -> None:
-    chance = random.Random(f"power cut {number}")
-    before, destination = pacs.sent, mount / f"killed{number}"
+def begin_and_kill(pacs: MisbehavingPacs, destination: Path, when: Callable[[], bool]) -> None:
+    """Kill a run as soon as it has come so far."""
     node, study = f"PACS@127.0.0.1:{pacs.port}", pacs.study_uid
-    moment = chance.randrange(len(pacs.uids))
     process = subprocess.Popen(
         [sys.executable, "-m", "airflow_dicom_get.cli", "get", node, "--study", study, "--to", str(destination)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        while sum((pacs.sent - before).values()) <= moment and process.poll() is None:
+        while not when() and process.poll() is None:
             time.sleep(0.001)
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_a_killed_run_has_recorded_outlasts_a_power_cut_once_another_counts_on_it(mount: Path) -> None:
+    def some_are_durable() -> bool:
+        return any('"durable"' in path.read_text() for path in destination.rglob("*.jsonl"))
+
+    destination = mount / "counted"
+    with MisbehavingPacs("stall_mid", heal_after=1, series=1, instances=8, size=20_000) as pacs:
+        begin_and_kill(pacs, destination, some_are_durable)
+        result = retrieve(pacs, destination)
+        assert result.verdict == "complete"
+        assert result.skipped > 0
+        forgetful.cut_power(mount)
+        assert_whole(pacs, destination)
+        before = pacs.sent
+        again = retrieve(pacs, destination)
+        assert (again.verdict, again.skipped) == ("complete", len(pacs.uids))
+        assert not pacs.sent - before
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_power_cut_in_the_midst_of_a_run_is_made_good_by_the_next(
+    mount: Path, pacs: MisbehavingPacs, number: int
+) -> None:
+    chance = random.Random(f"power cut {number}")
+    before, destination = pacs.sent, mount / f"killed{number}"
+    moment = chance.randrange(len(pacs.uids))
+    begin_and_kill(pacs, destination, lambda: sum((pacs.sent - before).values()) > moment)
     forgetful.cut_power(mount)
     left = held(destination)
     result = retrieve(pacs, destination)

@@ -121,7 +121,8 @@ def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None
         if files.get(path) == content or not _is_whole(world, path, key, content):
             continue
         if data_set(content) in world.pacs.truncated and (
-            any(map(_ended_unrecorded, world.runs)) or run.run.options.get("checksum", "") is None
+            any(one.killed or _left_unrecorded(one) for one in world.runs)
+            or run.run.options.get("checksum", "") is None
         ):
             continue  # no record that is left need say that it came so
         if world.theirs.get(path) == content and any(
@@ -431,9 +432,9 @@ def _not_asked_again(world: World, run: Played) -> None:
         node.find in ("fails", "short") or run.run.node or run.met or world.runs[run.number - 2].met
     ):
         return  # it does not tell what it holds, or our records do not
-    if world.place.cuts and any(map(_ended_unrecorded, world.runs)):
-        return  # the records of a run whose ledger was not synced are gone
-    if world.history.destination == "bucket" and _ended_unrecorded(world.runs[run.number - 2]):
+    if _records_lost(world):
+        return
+    if world.history.destination == "bucket" and _left_unrecorded(world.runs[run.number - 2]):
         return  # those that could not be put were nowhere else
     confirmed = Counter[Key]()
     for row in _confirmed(world, run):
@@ -447,13 +448,17 @@ def _not_asked_again(world: World, run: Played) -> None:
             mark("asked for again as a whole series or study")
 
 
-def _ended_unrecorded(run: Played) -> bool:
-    """Whether a run was killed, or could not write or sync its ledger: what it has recorded may be gone."""
-    return (
-        run.killed
-        or any(operation == "sync" and fault.error for operation, _, fault in run.met)
-        or (run.result is not None and any("ledger" in said["error"] for said in run.result.errors))
+def _left_unrecorded(run: Played) -> bool:
+    """Whether a run could not write or sync its ledger: what it has recorded may be gone."""
+    return any(operation == "sync" and fault.error for operation, _, fault in run.met) or (
+        run.result is not None and any("ledger" in said["error"] for said in run.result.errors)
     )
+
+
+def _records_lost(world: World) -> bool:
+    """Whether the records of a run whose ledger could not be synced are gone; those of one that was killed count once
+    the next run has synced them."""
+    return (world.place.cuts > 0 or "between: evict" in in_history) and any(map(_left_unrecorded, world.runs))
 
 
 def _confirmed(world: World, run: Played) -> Iterator[Key]:
@@ -543,7 +548,8 @@ def _says_nothing(world: World) -> bool:
 def agrees(world: World, run: Played, exit_code: int) -> None:
     """``verify`` says 0 exactly where the get after it is ``complete`` and has nothing to fetch.
 
-    A node has to be reached, and to tell what it holds: our records of what it took are none of its list.
+    A node has to be reached, and to tell what it holds: our records of what it took are none of its list, nor does that
+    tell other bytes, as a source may send of what it was not asked for again.
     """
     node = world.place.node
     if node is not None and (node.down or node.find in ("no", "fails")):
@@ -557,7 +563,10 @@ def agrees(world: World, run: Played, exit_code: int) -> None:
     nothing = run.verdict == "complete" and not again and all(row["state"] in ("held", "withdrawn") for row in run.rows)
     unknown = all(
         row["state"] in ("held", "withdrawn", "unexpected")
-        or (row["state"] == "conflict" and path_of(row) not in world.confirmed)
+        or (
+            row["state"] == "conflict"
+            and (node is not None or path_of(row) not in world.confirmed or _records_lost(world))
+        )
         or (row["state"] in ("stored", "forwarded") and path_of(row) in run.before)
         or (row["state"] == "failed" and _never_confirmed(world, run, row))
         for row in run.rows
