@@ -274,21 +274,26 @@ class _Lister:
         else:
             answers = finder.answers("SERIES", keys, _SERIES_KEYS, dropped=dropped)
         for row, _ in answers:
-            uid = shown_uid(row.get(h.SERIES_INSTANCE_UID))
-            if not is_uid(uid):
-                listing.keep_bad(scope.study, uid, "")
-                continue
-            if uid not in listing.series:
-                number = i.int_value(row.get(h.SERIES_NUMBER))
-                listing.series[uid] = SeriesInfo(uid, kept(i.text_value(row.get(h.MODALITY))), number)
-            if not self._image_filters:
-                series, count = listing.series[uid], self._finder.count(row, i.SERIES_RELATED_INSTANCES)
-                series.related_instances = larger(series.related_instances, count)
+            self._take_series(row)
         if scope.series is not None:
             listing.below_study = None
         elif listing.below_study is not None or listing.series:
             distinct = len(listing.series) + len(listing.bad)
             listing.below_study = Below(finder.came, distinct, related_series, bool(self._series_filters))
+
+    def _take_series(self, row: Row) -> None:
+        """Put a series into the list, with what its row says of it."""
+        listing = self._listing
+        uid = shown_uid(row.get(h.SERIES_INSTANCE_UID))
+        if not is_uid(uid):
+            listing.keep_bad(self._scope.study, uid, "")
+            return
+        if uid not in listing.series:
+            number = i.int_value(row.get(h.SERIES_NUMBER))
+            listing.series[uid] = SeriesInfo(uid, kept(i.text_value(row.get(h.MODALITY))), number)
+        if not self._image_filters:
+            series, count = listing.series[uid], self._finder.count(row, i.SERIES_RELATED_INSTANCES)
+            series.related_instances = larger(series.related_instances, count)
 
     def _list_series(self, finder: Finder, series: SeriesInfo) -> None:
         keys = {**self._keys(), h.SERIES_INSTANCE_UID: series.uid, **self._image_filters}
@@ -363,22 +368,39 @@ class _Lister:
         (series,) = scope.series if scope.series is not None and len(scope.series) == 1 else ("",)
         named = scope.named or {(series, sop) for sop in scope.instances or ()}
         listed = {sop for _, sop in listing.instances}
-        for series, sop in sorted(named - listing.instances.keys()):
-            if not scope.named and sop in listed:
-                continue
-            keys = {**self._keys(), **self._image_filters, h.SOP_INSTANCE_UID: sop}
-            if series:
-                keys[h.SERIES_INSTANCE_UID] = series
-            try:
+        found: dict[Key, Row] = {}
+        try:
+            for series, sop in sorted(named - listing.instances.keys()):
+                if not scope.named and sop in listed:
+                    continue
+                keys = {**self._keys(), **self._image_filters, h.SOP_INSTANCE_UID: sop}
+                if series:
+                    keys[h.SERIES_INSTANCE_UID] = series
                 for row in self._finder.rows("IMAGE", keys, (h.SERIES_INSTANCE_UID, *_IMAGE_KEYS), dropped=Dropped()):
-                    found = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
-                    if is_uid(found) and (scope.series is None or found in scope.series):
-                        self._take_row(listing.series.setdefault(found, SeriesInfo(found)), row)
-            except OperationFailed as error:
-                # Then the lists of their series are all there is to go by, and the rule holds for these.
-                log.info("%s The source takes no C-FIND for single instances.", error.message)
-                listing.instances_named = False
-                return
+                    its_series = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
+                    if is_uid(its_series) and (scope.series is None or its_series in scope.series):
+                        found.setdefault((its_series, sop), row)
+            self._ask_series_of({series for series, _ in found} - listing.series.keys())
+        except OperationFailed as error:
+            # Then the lists of their series are all there is to go by, and the rule holds for these.
+            log.info("%s The source takes no C-FIND for single instances.", error.message)
+            listing.instances_named = False
+        for (series, sop), row in found.items():
+            if series in listing.series:
+                self._take_row(listing.series[series], row)
+            else:
+                scope.left_out.add(sop)
+
+    def _ask_series_of(self, unlisted: Set[str]) -> None:
+        """Put the series of named instances into the list that it lacks, unless a key of the series leaves them out."""
+        listing = self._listing
+        if self._series_filters:
+            keys = {**self._keys(), **self._series_filters}
+            for row, _ in self._finder.named("SERIES", sorted(unlisted), keys, _SERIES_KEYS, Dropped()):
+                self._take_series(row)
+        else:
+            for uid in unlisted:
+                listing.series.setdefault(uid, SeriesInfo(uid))
 
 
 def _most_rows(series: SeriesInfo) -> int:

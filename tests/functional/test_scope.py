@@ -398,6 +398,33 @@ def test_what_a_filter_leaves_out_is_known(start: Start) -> None:
     assert (result.verdict, result.errors) == ("complete", [])
 
 
+class _CutAboveInstances(_ManyModalities):
+    """Lists no more than the first series of a study."""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        rows = list(super().rows(level, query))
+        yield from rows[:1] if level == "SERIES" and not query.get(0x0020000E) else rows
+
+
+@pytest.mark.parametrize("behaviour", [_ManyModalities, _CutAboveInstances])
+@pytest.mark.parametrize("also_series", [False, True])
+def test_a_named_instance_is_of_the_scope_where_its_series_is(
+    start: Start, tmp_path: Path, behaviour: type[Behaviour], also_series: bool
+) -> None:
+    ct = archive.build(series=2, instances=1, size=2000, pairs=((archive.CT, wire.EXPLICIT_LE),), study=OTHER)
+    (mr,) = archive.build(series=3, instances=1, size=2000, pairs=((archive.MR, wire.EXPLICIT_LE),), study=OTHER)[2:]
+    client, _ = start(behaviour, more=[*ct, mr])
+    query = {"StudyInstanceUID": OTHER, "Modality": "CT", "SOPInstanceUID": [x.sop for x in (*ct, mr)]}
+    if also_series:
+        query["SeriesInstanceUID"] = [x.series for x in (*ct, mr)]
+    result = client.get_study(query)
+    assert (result.verdict, result.total, result.errors) == ("complete", 2, [])
+    assert stored(tmp_path) == {x.sop for x in ct}
+    result = client.get_study({**query, "SOPInstanceUID": mr.sop})
+    assert (result.verdict, result.total) == ("empty", 0)
+    assert stored(tmp_path) == {x.sop for x in ct}
+
+
 class _AloneItFails(_AtFind):
     """Fails, as a case says, where what is named is asked for without the filter, and for the series not meant."""
 
