@@ -195,21 +195,23 @@ class Finder:
     def absent(self, studies: Sequence[str], above: Keys) -> list[str]:
         """Those of some named studies that the peer does not list, whatever else is asked of them.
 
-        Of one whose C-FIND by its UID alone fails for good, nobody can say that it is there.
+        Of one whose C-FIND by its UID alone fails for good, nobody can say that it is not there.
 
         Parameters
         ----------
         above : mapping
             The unique keys above the level.
         """
-        there: set[str] = set()
         try:
-            for row, _ in self.named("STUDY", studies, above, (), Dropped()):
-                there.add(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
+            rows = self.named("STUDY", studies, above, (), Dropped())
+            there = {shown_uid(row.get(h.STUDY_INSTANCE_UID)) for row, _ in rows}
         except OperationFailed as error:
             if error.transient:
                 raise
-            log.info("%s What is named is not asked for by its UID alone.", error.message)
+            if len(studies) > 1:
+                return [uid for study in studies for uid in self.absent([study], above)]
+            log.info("%s Nothing is said of a study that is named and not listed.", error.message)
+            return []
         return [study for study in studies if study not in there]
 
     def _one(self, level: str, uid: str, keys: Keys, returned: Iterable[int], dropped: Dropped) -> Iterator[Answer]:

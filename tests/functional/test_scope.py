@@ -369,6 +369,26 @@ def test_a_filter_leaves_a_study_out_and_the_patient_id_says_whose_it_is(
     assert (result.manifest["study_instance_uid"] == STUDY).all()
 
 
+class _RefusesOneAlone(_AtFind):
+    """Fails where a study is asked for by its UID alone, or in a list of UIDs with others."""
+
+    def find(self, message: Message) -> None:
+        query = archive.parse_identifier(message.data, self.syntax_of(message.context))
+        if OTHER in (query.get(0x0020000D) or "").split("\\") and not query.get(0x00080061):
+            self.respond(message, 0xC001)
+        else:
+            super().find(message)
+
+
+def test_a_study_for_which_a_c_find_fails_is_not_said_to_be_absent(start: Start) -> None:
+    built = archive.build(series=1, instances=2, size=2000, pairs=((archive.MR, wire.EXPLICIT_LE),), study=OTHER)
+    client, _ = start(_RefusesOneAlone, more=[replace(x, modality="MR") for x in built])
+    query = {"StudyInstanceUID": [STUDY, OTHER], "ModalitiesInStudy": "CT"}
+    result = client.get_study(query)
+    assert (result.verdict, result.errors, len(result.studies)) == ("complete", [], 1)
+    assert client.plan({**query, "StudyInstanceUID": [STUDY, OTHER, "1.2.3"]}).unknown == ["1.2.3"]
+
+
 def test_a_named_series_or_instance_that_is_not_there_is_said_beside_a_filter(start: Start) -> None:
     client, pacs = start(series=2)
     mine = [x for x in pacs.instances if x.study == STUDY]
