@@ -287,8 +287,8 @@ class _Run:
         self._stopped = False
         self.unread = False
         """Whether the call was to end before its source was read."""
-        self._untried = 0
-        """Files that were never opened: the run ended before their turn."""
+        self._files = 0
+        """Of a source; each object of a manifest has its row."""
 
     # --- the work ------------------------------------------------------------------------------
 
@@ -299,6 +299,8 @@ class _Run:
         for item in objects:
             if item.row is not None:  # the manifest names them: each gets its row, also where the run ends early
                 self.rows.setdefault(_identity(item.row), _blank(item.row))
+            else:
+                self._files += 1
         self._events.planned(len(objects))
         queue = iter(objects)
         workers = min(self._options.associations, max(len(objects), 1))
@@ -306,7 +308,6 @@ class _Run:
             clock.together([partial(self._work, queue)] * workers, "dicom-get-store", self._end_at_once)
         finally:
             self._closed(self._sink)
-        self._untried = sum(item.row is None for item in queue)  # what a manifest names has its row already
         for records in self._records.values():
             _join(records)
         for row in self.rows.values():
@@ -569,10 +570,12 @@ class _Run:
     def result(self, node: str) -> Result:
         """What became of the whole."""
         error, cancelled_by = self._error, self.cancel.reason
-        undone = self.unread or self._untried or any(row.state not in DONE for row in self.rows.values())
+        known = len(self.unusable) + sum(map(len, self._records.values()))
+        untried = max(self._files - known, 0)
+        undone = self.unread or untried or any(row.state not in DONE for row in self.rows.values())
         if self._over() and (error is not None or undone):
             error, cancelled_by = time_is_over(self._sink.target.node, self._options.deadlines), None
-        end = StoreEnd(error, self._stopped, cancelled_by, self.unusable, self._untried)
+        end = StoreEnd(error, self._stopped, cancelled_by, self.unusable, untried)
         return assemble_store(
             list(self.rows.values()), end, events=self._events, node=node, associations=self._sink.opened
         )
@@ -588,7 +591,7 @@ def _join(records: Sequence[Instance]) -> None:
     stored = [x for x in records if x.state in HELD]
     digests = {x.sha256 for x in stored} - {None}
     lacking = [x for x in records if x.state not in HELD and x.sha256 not in digests]
-    lacking.sort(key=lambda x: x.state != "conflict")
+    lacking.sort(key=lambda x: (x.state is None, x.state != "conflict"))
     if lacking:
         row.state, row.reason, row.error = lacking[0].state, lacking[0].reason, lacking[0].error
     elif row.state not in HELD:

@@ -213,7 +213,7 @@ class StoreEnd:
     unusable : sequence of (name, why)
         Objects that are no instances.
     untried : int
-        Files that were never opened, since the work ended before their turn.
+        Files of which nothing is known, since the work ended before they were read.
     """
 
     error: DicomGetError | None

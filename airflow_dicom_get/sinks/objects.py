@@ -76,7 +76,7 @@ class StoredObject:
     """Why it is not opened."""
 
     def size(self) -> int:
-        """Its size. Raises :class:`MissingError`, :class:`UnreadableError`."""
+        """Its size. Raises :class:`MissingError`, :class:`UnreadableError`, :class:`Cancelled`."""
         return self.status()[0]
 
     def status(self) -> tuple[int, str]:
@@ -92,11 +92,12 @@ class StoredObject:
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
+            self._check_ended(error)
             kind = MissingError if error.facts.get("status") == 404 else UnreadableError
             raise kind(error.message) from error
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes; each view is void when the next one is asked for. Raises :class:`UnreadableError`."""
+        """Its bytes; each view is void when the next one is asked for. Raises as :meth:`size`."""
         self._check()
         try:
             if self.path is None:
@@ -107,7 +108,13 @@ class StoredObject:
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
         except DicomGetError as error:
+            self._check_ended(error)
             raise UnreadableError(error.message) from error
+
+    def _check_ended(self, error: DicomGetError) -> None:
+        """Raise where a run that is to end may have broken the request off itself: that says nothing of the object."""
+        if error.transient and self.bucket.is_ending():
+            raise Cancelled("Cancelled while an object was read.") from error
 
     def _check(self) -> None:
         if self.refused is not None:
@@ -141,7 +148,7 @@ def open_object(item: StoredObject) -> Opened:
 
     Raises
     ------
-    UnusableError, UnreadableError
+    UnusableError, UnreadableError, Cancelled
     """
     rest = item.chunks()
     head = [bytes(chunk) for chunk in _at_least(rest, META_LIMIT)]

@@ -762,6 +762,44 @@ def test_a_store_ends_while_it_lists_its_source(
     assert (result.verdict, result.reason, result.transient, result.total) == (*end, 0)
 
 
+@pytest.mark.parametrize(
+    ("what", "way"), [("headers", "cancel"), ("sizes", "cancel"), ("digests", "cancel"), ("data sets", "operation")]
+)
+def test_what_a_store_could_not_read_before_its_end_is_not_called_changed(
+    tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs], moto: Moto, what: str, way: str
+) -> None:
+    place = f"s3://{BUCKET}/{hashlib.sha256(f'unread {what}'.encode()).hexdigest()[:12]}"
+    got = GetScu(f"PACS@127.0.0.1:{embedded(ct.folder).port}", destination=place, s3_config=moto.config)
+    manifest = got.get_study({"StudyInstanceUID": ct.study}).manifest_uri
+    source: dict[str, Any] = {"source": place} if what == "headers" else {"manifest": manifest}
+    reading = threading.Event()
+
+    def fault(number: int, method: str, path: str) -> str | None:
+        if not path.partition("?")[0].endswith(".dcm") or (method == "HEAD") != (what == "sizes"):
+            return None
+        reading.set()
+        return "stall" if method == "HEAD" else "trickle"
+
+    with FaultProxy(moto, fault) as service, OddDestination() as node:
+        if what == "digests":
+            before = StoreScu(node.node, s3_config=moto.config, manifest_root=tmp_path)
+            assert before.store(**source).verdict == "complete"
+        scu = StoreScu(node.node, s3_config=service.config, manifest_root=tmp_path, verify_held="digest",
+                       deadlines={"operation": 1.0 if way == "operation" else None})  # fmt: skip
+
+        def cancel() -> None:
+            assert reading.wait(WITHIN)
+            if way == "cancel":
+                scu.cancel("stop")
+                scu.cancel("stop at once")
+
+        with meanwhile(cancel):
+            result = scu.store(**source)
+    assert (result.verdict, result.reason) == (("cancelled", "stop") if way == "cancel" else ("failed", "deadline"))
+    assert (result.total, result.completed) == (40, 0)
+    assert set(result.manifest["reason"]) <= {"cancelled" if way == "cancel" else "deadline"}
+
+
 @pytest.mark.parametrize("way", ["cancel", "operation"])
 def test_a_get_ends_while_it_reads_its_manifest(moto: Moto, way: str) -> None:
     moto.client().put_object(Bucket=BUCKET, Key="slow/_manifests/a.parquet", Body=bytes(5000))
