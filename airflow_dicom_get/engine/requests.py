@@ -34,13 +34,18 @@ class Request:
         return any(target.availability == "NEARLINE" for target in self.targets)
 
     def keys(self, scope: Scope, query_model: str) -> dict[int, str | bytes | list[str]]:
-        """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3)."""
+        """The level and its unique keys, never an empty one, nothing else (PS3.4 C.4.3.1.3).
+
+        Raises
+        ------
+        InvalidQuery
+            As :meth:`.Scope.keys_above`.
+        """
         keys: dict[int, str | bytes | list[str]] = {
             i.QUERY_RETRIEVE_LEVEL: self.level,
             h.STUDY_INSTANCE_UID: scope.study,
+            **scope.keys_above(query_model),
         }
-        if query_model == "PatientRoot":
-            keys |= scope.patient_keys()
         if self.level != "STUDY":
             assert self.series is not None
             keys[h.SERIES_INSTANCE_UID] = self.series

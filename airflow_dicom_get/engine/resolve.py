@@ -69,6 +69,22 @@ class Scope:
         keys = {i.PATIENT_ID: self.patient_id}
         return keys if self.patient_id.isascii() else {**keys, h.SPECIFIC_CHARACTER_SET: self.character_set}
 
+    def keys_above(self, query_model: str) -> dict[int, bytes]:
+        """The unique keys above the study of a C-GET: in Patient Root the Patient ID.
+
+        Raises
+        ------
+        InvalidQuery
+            It is not known, and without it nothing is asked for.
+        """
+        if query_model == "PatientRoot" and not self.patient_id:
+            raise InvalidQuery(
+                f"Study {self.study}: its Patient ID is unknown, and PatientRoot needs it.",
+                hint="Give PatientID in the query, or use StudyRoot.",
+                study=self.study,
+            )
+        return self.patient_keys() if query_model == "PatientRoot" else {}
+
     def is_of_patient(self, patient_id: bytes, character_set: bytes) -> bool:
         """Whether a Patient ID is the study's, as far as both are known."""
         known, patient_id = (self.patient_id or b"").strip(b"\0 "), patient_id.strip(b"\0 ")

@@ -94,8 +94,7 @@ class StudyRun:
                 first, self._first_list = self._first_list, None
                 self._take_list(first if first is not None else self._list())
             self._take_inventory()
-            if state.listing is None or state.listing.series:  # else nothing is asked for
-                self._check_patient()
+            self._check_patient()
             if state.listing is None:
                 self._without_list()
             else:
@@ -112,14 +111,10 @@ class StudyRun:
                 state.errors.append(error)
 
     def _check_patient(self) -> None:
-        """Refuse to ask for anything of a study in Patient Root whose Patient ID is not known."""
-        study = self._state.scope.study
-        if self._retrieval.query_model == "PatientRoot" and self._state.scope.patient_id is None:
-            raise InvalidQuery(
-                f"Study {study}: its Patient ID is unknown, and PatientRoot needs it.",
-                hint="Give PatientID in the query, or use StudyRoot.",
-                study=study,
-            )
+        """Refuse a study of which nothing may be asked for; where no series is listed, nothing is."""
+        listing = self._state.listing
+        if listing is None or listing.series:
+            self._state.scope.keys_above(self._retrieval.query_model)
 
     # --- with a list ---------------------------------------------------------------------------
 
@@ -153,7 +148,11 @@ class StudyRun:
     def _list_again(self) -> bool | None:
         """List again; whether the list has changed, None where it cannot be had any more."""
         new = self._list()
-        return None if new is None else self._take_list(new)
+        if new is None:
+            return None
+        changed = self._take_list(new)
+        self._check_patient()
+        return changed
 
     def _take_list(self, listing: Listing | None) -> bool:
         if listing is None:

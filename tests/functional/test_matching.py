@@ -312,18 +312,24 @@ def test_the_embedded_pacs_loses_nothing(ct: Holding) -> None:
         honest(f"PACS@127.0.0.1:{pacs.port}", ct)
 
 
+@pytest.mark.parametrize("listed", ["series", "instances", "later"])
 def test_nothing_is_asked_for_in_patient_root_without_the_patient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str
 ) -> None:
-    """Also not where a C-GET would only confirm a list: of a series that has a count, and no instance listed."""
+    """Also not where a C-GET would only confirm a list, of a series that has a count and no instances or of a round
+    one; and not where the study is listed only when its list is asked for again."""
     asked: list[object] = []
+    finds: list[str] = []
 
     class Nameless(Behaviour):
         stages = frozenset({FIND, GET})
 
         def rows(self, level: str, query: Any) -> Iterator[Any]:
-            for row in super().rows(level, query) if level != "IMAGE" else ():
-                yield {tag: "3" if tag == 0x00201209 else value for tag, value in row.items() if tag != 0x00100020}
+            finds.append(level)
+            there = listed == "instances" if level == "IMAGE" else listed != "later" or finds.count("SERIES") > 1
+            for row in super().rows(level, query) if there or (level == "STUDY" and finds == [level]) else ():
+                left = {tag: value for tag, value in row.items() if tag not in (0x00100020, 0x00201208, 0x00201209)}
+                yield left if listed == "instances" or level != "SERIES" else {**left, 0x00201209: "3"}
 
         def select(self, request: Any) -> Any:
             asked.append(request)
@@ -331,6 +337,11 @@ def test_nothing_is_asked_for_in_patient_root_without_the_patient(
 
     monkeypatch.setitem(MODE_CLASSES, "of_a_test", Nameless)
     with MisbehavingPacs("of_a_test", series=1, instances=3) as pacs:
-        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path)
+        node = f"PACS@127.0.0.1:{pacs.port}"
+        scu = GetScu(node, destination=tmp_path)
         result = scu.get_study({"StudyInstanceUID": pacs.study_uid}, query_model="PatientRoot")
-    assert (result.verdict, result.reason, asked) == ("failed", "invalid_query", [])
+        assert (result.verdict, result.reason, asked) == ("failed", "invalid_query", [])
+        compared = verify(
+            study=pacs.study_uid, destination=tmp_path, addr=node, query_model="PatientRoot", list_limit=3
+        )
+        assert (compared.exit_code, asked) == (3 if listed == "instances" else 4, [])
