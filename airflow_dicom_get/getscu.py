@@ -184,16 +184,16 @@ class GetScu:
         from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import open_destination
 
-        if manifest is not None and query is not None:
-            raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
-        parsed = self._parse(query, query_model) if manifest is None else None
-        places = open_destination(self.options)
-        run = clock.run_name()
         with (
             self._opened_source() as source,
             _Reporting(self.options.verbose),
             at_cell(source.cancel.cancel, on_sub_operation) as shown,
         ):
+            if manifest is not None and query is not None:
+                raise InvalidQuery("query and manifest are both given.", hint="Give one of the two.")
+            parsed = self._parse(query, query_model) if manifest is None else None
+            places = open_destination(self.options)
+            run = clock.run_name()
             asked = read_first(lambda: self._asked_by(manifest), source.cancel) if manifest is not None else None
             if asked is not None:
                 places = open_destination(self._options_for(asked))
@@ -260,18 +260,23 @@ class GetScu:
         from airflow_dicom_get.sinks.places import open_destination
 
         o = self.options
-        parsed = self._parse(query, query_model)
-        places = open_destination(o) if o.destination is not None else None
-        with self._opened_source() as source, source.association(FIND_PROPOSALS) as association:
-            listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
-        for listing in listed.listings:
-            listing.narrow(o.sop_classes)
-        if places is not None:
-            sink = places.sink(clock.run_name(), read_only=True)
-            try:
-                mark_held(listed, sink)
-            finally:
-                sink.close()
+        with self._opened_source() as source:
+            parsed = self._parse(query, query_model)
+            places = open_destination(o) if o.destination is not None else None
+            with source.association(FIND_PROPOSALS) as association:
+                listed = list_studies(Finder(association, source.cuts), parsed, o.max_studies)
+            for listing in listed.listings:
+                listing.narrow(o.sop_classes)
+            if places is not None:
+                places.attend(source.cancel)
+                sink = places.sink(clock.run_name(), read_only=True)
+                try:
+                    mark_held(listed, sink)
+                except SinkError:
+                    source.check_stopped()  # then that is why it failed
+                    raise
+                finally:
+                    sink.close()
         return plan_of(
             listed,
             PeerKnowledge(o.transfer_syntaxes, self._profile),
@@ -328,14 +333,16 @@ class GetScu:
         """
         from airflow_dicom_get.engine.find import find_rows, frame_of_rows
 
-        if level not in ("STUDY", "SERIES", "IMAGE"):
-            raise InvalidOption(
-                f"level: {str(level)[:32]!a} is not a query level.", hint="Give STUDY, SERIES or IMAGE.", option="level"
-            )
-        most = None if limit is None else Integer(1)("limit", limit)
-        keywords = parse_keywords("return_keys", return_keys)
-        parsed = self._parse(query, query_model, selective=False)
         with self._opened_source() as source:
+            if level not in ("STUDY", "SERIES", "IMAGE"):
+                raise InvalidOption(
+                    f"level: {str(level)[:32]!a} is not a query level.",
+                    hint="Give STUDY, SERIES or IMAGE.",
+                    option="level",
+                )
+            most = None if limit is None else Integer(1)("limit", limit)
+            keywords = parse_keywords("return_keys", return_keys)
+            parsed = self._parse(query, query_model, selective=False)
             rows = find_rows(source, parsed, level, keywords, limit=most, split=split_on_truncation)
             frame = frame_of_rows(source, rows, level, keywords) if as_frame else None
         for text in rows.remark_texts():
@@ -394,13 +401,13 @@ class GetScu:
         """
         from airflow_dicom_get.engine.echo import echo
 
-        uid = self._parse({"StudyInstanceUID": study}, "StudyRoot").studies[0] if study is not None else None
-        file = Path(profile) if profile is not None else None
-        if file is not None:
-            if uid is None:
-                raise invalid("profile", "is given without a study", "Name a study that the node holds.")
-            check_folder(file.parent, "profile")
         with self._opened_source() as source:
+            uid = self._parse({"StudyInstanceUID": study}, "StudyRoot").studies[0] if study is not None else None
+            file = Path(profile) if profile is not None else None
+            if file is not None:
+                if uid is None:
+                    raise invalid("profile", "is given without a study", "Name a study that the node holds.")
+                check_folder(file.parent, "profile")
             report = echo(source)
             if uid is not None:
                 from airflow_dicom_get.engine.probe import probe
@@ -447,7 +454,7 @@ class GetScu:
 
     @contextmanager
     def _opened_source(self) -> Iterator[Source]:
-        """The source of one call."""
+        """The source of one call. Opened before its input is checked: a call that is refused spends its cancel too."""
         with self._cancels.call(self.options.deadlines.operation) as cancel:
             yield self._source(cancel)
 

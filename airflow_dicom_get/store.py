@@ -167,17 +167,17 @@ class StoreScu:
         from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table
         from airflow_dicom_get.sinks.places import root_for
 
-        if (source is None) == (manifest is None):
-            raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
-        sources: list[Named] = []
-        if source is not None:
-            sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-        given = manifest if isinstance(manifest, str | os.PathLike) else "manifest"
-        shown_source = " ".join(map(str, sources or [given]))
-        state = root_for(self.options)
         name = clock.run_name()
         operation = self.options.deadlines.operation
         with self._cancels.call(operation) as cancel, at_cell(cancel.cancel, on_sub_operation) as shown:
+            if (source is None) == (manifest is None):
+                raise invalid("source and manifest", "are both given, or neither", "Give one of the two.")
+            sources: list[Named] = []
+            if source is not None:
+                sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+            given = manifest if isinstance(manifest, str | os.PathLike) else "manifest"
+            shown_source = " ".join(map(str, sources or [given]))
+            state = root_for(self.options)
 
             def read() -> tuple[list[StoredObject], list[Instance]]:
                 if manifest is None:

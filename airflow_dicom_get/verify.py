@@ -320,16 +320,16 @@ def compare(
     SinkError
         So it was, and a place did not return from a call.
     """
-    studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
-    for uid in studies:
-        if not is_uid(uid):
-            raise invalid("study", f"{uid[:70]!a} is not a valid UID", "Give a Study Instance UID.")
-    if manifest is None and not studies:
-        raise invalid("manifest", "or study: nothing to verify", "Give a manifest, or a study.")
-    if manifest is None and options.destination is None:
-        raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
 
     def work(cancel: CancelToken) -> Verification:
+        studies = (study,) if isinstance(study, str) else tuple(map(str, study or ()))
+        for uid in studies:
+            if not is_uid(uid):
+                raise invalid("study", f"{uid[:70]!a} is not a valid UID", "Give a Study Instance UID.")
+        if manifest is None and not studies:
+            raise invalid("manifest", "or study: nothing to verify", "Give a manifest, or a study.")
+        if manifest is None and options.destination is None:
+            raise invalid("destination", "is missing", "Give the destination of the study, or a manifest.")
         verb = _Verify(options, how, on_difference, cancel)
         verb.studies = studies
         if manifest is not None:

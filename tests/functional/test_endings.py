@@ -31,10 +31,11 @@ from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.engine import spread
 from airflow_dicom_get.engine.ending import run_beside
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
-from airflow_dicom_get.errors import Cancelled, SinkError
+from airflow_dicom_get.errors import Cancelled, InvalidOption, InvalidQuery, SinkError
 from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.association import Cancels, CancelToken
+from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket, Listed
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -250,6 +251,58 @@ def test_each_cancel_is_spent_by_one_call(tmp_path: Path, ct: Holding, embedded:
         store.cancel("before")
         assert store.store(ct.folder).reason == "before"
         assert store.store(ct.folder).verdict == "complete"
+
+
+def test_a_call_that_is_refused_spends_the_cancel_before_it(
+    tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs]
+) -> None:
+    scu = GetScu(f"PACS@127.0.0.1:{embedded(ct.folder).port}", destination=tmp_path / "to")
+    query = {"StudyInstanceUID": ct.study}
+    cancels = Cancels()
+    nothing: dict[str, str] = {}
+    for refused in (
+        lambda: scu.get_study(nothing),
+        lambda: scu.plan(nothing),
+        lambda: scu.find(nothing),
+        lambda: scu.find(query, level="PATIENT"),
+        lambda: scu.echo(study="none"),
+        lambda: scu.echo(profile=tmp_path / "profile"),
+    ):
+        scu.cancel("before")
+        with pytest.raises((InvalidQuery, InvalidOption)):
+            refused()
+        assert scu.find(query)[0].StudyInstanceUID == ct.study
+    assert scu.get_study(query).verdict == "complete"
+    compared = VerifyOptions.check({"destination": tmp_path / "to"})
+    cancels.cancel("before")
+    with pytest.raises(InvalidOption):
+        compare(compared, cancels=cancels)
+    assert compare(compared, study=ct.study, cancels=cancels).exit_code == 0
+    with OddDestination() as node:
+        store = StoreScu(node.node, manifest_root=tmp_path / "state")
+        store.cancel("before")
+        with pytest.raises(InvalidOption):
+            store.store()
+        assert store.store(ct.folder).verdict == "complete"
+
+
+def test_a_cancel_ends_a_plan_while_it_finds_out_what_is_held(
+    tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scu = GetScu(f"PACS@127.0.0.1:{embedded(ct.folder).port}", destination=tmp_path / "to")
+    query = {"StudyInstanceUID": ct.study}
+    assert scu.get_study(query).verdict == "complete"
+    inventory = FilesystemSink.inventory
+
+    def cancelled(sink: FilesystemSink, study: str) -> Any:
+        scu.cancel("stop")
+        return inventory(sink, study)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FilesystemSink, "inventory", cancelled)
+        with pytest.raises(Cancelled):
+            scu.plan(query)
+    assert scu.plan(query).held == 40
 
 
 def test_the_time_of_a_store_ends_it_as_it_ends_a_get(tmp_path: Path, ct: Holding) -> None:
