@@ -289,7 +289,7 @@ def test_a_call_that_is_refused_spends_the_cancel_before_it(
 def test_a_cancel_ends_a_plan_while_it_finds_out_what_is_held(
     tmp_path: Path, ct: Holding, embedded: Callable[..., EmbeddedPacs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scu = GetScu(f"PACS@127.0.0.1:{embedded(ct.folder).port}", destination=tmp_path / "to")
+    scu = GetScu(f"PACS@127.0.0.1:{embedded(ct.folder).port}", destination=tmp_path / "to", verify_held="digest")
     query = {"StudyInstanceUID": ct.study}
     assert scu.get_study(query).verdict == "complete"
     inventory = FilesystemSink.inventory
