@@ -60,7 +60,7 @@ from airflow_dicom_get.sinks.objects import (
 )
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
-from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Verdict
+from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Evidence, Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -405,8 +405,8 @@ class _Verify:
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
         self.has_manifest = self.has_source = False
-        self.said: Verdict | None = None
-        """The verdict of the manifest that was read."""
+        self.said: tuple[Verdict, Evidence] | None = None
+        """Verdict and evidence of the manifest that was read."""
         self.found = Verification()
 
     def _check_cancelled(self) -> None:
@@ -428,7 +428,7 @@ class _Verify:
 
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
-        self.has_manifest, self.said = True, listed.verdict
+        self.has_manifest, self.said = True, (listed.verdict, listed.evidence)
         opener = Opener(listed.places, self.s3, self.cancel)
         for row in instances_of(listed.table):
             if self.studies and row.study not in self.studies:
@@ -773,7 +773,7 @@ class _Verify:
 
     def write(self, found: Verification, manifest: Any, name: str | None) -> None:
         """Write the manifest of what was found."""
-        from airflow_dicom_get.engine.report import verdict_of_comparison, verdict_without_list
+        from airflow_dicom_get.engine.report import verdict_of_comparison, verdict_of_verified
         from airflow_dicom_get.manifest.schema import manifest_rows
 
         self._check_cancelled()
@@ -782,14 +782,12 @@ class _Verify:
             "source": str(self.options.addr or ""),
             "destination": str(self.place) if self.place is not None else "",
         }
-        verdict = verdict_of_comparison(found.same, found.differs)
-        if not self.has_source:
-            verdict = verdict_without_list(verdict, self.said)
+        compared = verdict_of_comparison(found.same, found.differs)
         try:
             found.manifest_uri = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),
                 name or f"verify-{run}",
-                verdict=verdict,
+                verdict=verdict_of_verified(compared, self.said, self.has_source),
                 evidence="list" if self.has_source else "none",
                 run=run,
             )

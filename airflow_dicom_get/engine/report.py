@@ -28,6 +28,7 @@ from airflow_dicom_get.vocabulary import (
     REMARKS,
     STRAYS,
     UNVERIFIED,
+    Evidence,
     Verdict,
     advice,
     is_transient,
@@ -333,13 +334,25 @@ def verdict_of_comparison(same: bool, differences: bool) -> Verdict:
     return PARTIAL if differences else UNVERIFIED
 
 
-def verdict_without_list(compared: Verdict, read: Verdict | None) -> Verdict:
-    """The verdict that the manifest of a ``verify`` carries which did not ask the PACS.
+def verdict_of_verified(compared: Verdict, read: tuple[Verdict, Evidence] | None, listed: bool) -> Verdict:
+    """The verdict that the manifest of a ``verify`` carries, which knows of no more than it was given.
 
-    It knows of no more than what it was given: never a better one than the manifest that was read, and, where that were
-    our records alone, no list.
+    Without a list of the PACS it is never better than that of the manifest that was read, and where our records alone
+    were read, not proven. Nor is it with one where that manifest is of studies that it has no rows of: one was not
+    listed, or is not there.
+
+    Parameters
+    ----------
+    read : (verdict, evidence) or None
+        What the manifest says of itself that was read.
+    listed : bool
+        Whether the PACS was asked.
     """
-    return worst((compared, UNVERIFIED if read is None else read))
+    if read is None:
+        return compared if listed else worst((compared, UNVERIFIED))
+    verdict, evidence = read
+    has_rows_of_all = verdict in (COMPLETE, UNVERIFIED) or (verdict != EMPTY and evidence != "none")
+    return compared if listed and has_rows_of_all else worst((compared, verdict))
 
 
 def verdict_of_manifests(said: Iterable[Verdict], not_held: bool) -> Verdict:

@@ -29,7 +29,7 @@ from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
 from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.vocabulary import HELD, NOT_HELD, worst
+from airflow_dicom_get.vocabulary import HELD, NOT_HELD, weakest, worst
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -227,7 +227,8 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
         )
     given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
     places = dict.fromkeys(place for one in given for place in one.places)
-    return Listed(one_table([one.table for one in given]), tuple(places), worst(one.verdict for one in given))
+    verdict, evidence = worst(one.verdict for one in given), weakest(one.evidence for one in given)
+    return Listed(one_table([one.table for one in given]), tuple(places), verdict, evidence)
 
 
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:

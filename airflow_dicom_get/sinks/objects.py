@@ -29,7 +29,7 @@ from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
-from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Verdict
+from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -400,6 +400,7 @@ class Listed:
     places: tuple[FilesystemDestination | S3Destination, ...]
     verdict: Verdict = UNVERIFIED
     """What it says of itself."""
+    evidence: Evidence = "none"
 
 
 def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None) -> Listed:
@@ -429,8 +430,8 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
         return replace(manifest, places=(*manifest.places, *named))
     table = load_table(manifest, s3)
     own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
-    [(verdict, _)] = facts_of([table])
-    return Listed(table, (*own, *named), verdict)
+    [facts] = facts_of([table])
+    return Listed(table, (*own, *named), *facts)
 
 
 def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from datetime import date
 from hashlib import sha256
 from pathlib import Path
@@ -518,15 +518,36 @@ class TestOnlyWhatIsProven:
         place: dict[str, Any] = {"study": got.study, "destination": got.folder}
         pacs = f"{got.pacs.host}:{got.pacs.port}"
         for verdict in ("unverified", "cancelled", "empty"):
-            write_manifest(table, path, verdict=verdict, evidence="none", run="20200101T000000Z-0")
+            write_manifest(table, path, verdict=verdict, evidence="list", run="20200101T000000Z-0")
             for found in (verify(path), verify(path, destination=got.folder), verify(read_manifest(path))):
                 assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, verdict)
                 with pytest.raises(NotProven, match=f"The verdict is {verdict}"):
                     export([path, found.manifest_uri], "sha256sums")
-            assert export([path, verify(path, addr=pacs).manifest_uri], "sha256sums")
+            with nullcontext() if verdict != "empty" else pytest.raises(NotProven):  # something is not there
+                assert export([path, verify(path, addr=pacs).manifest_uri], "sha256sums")
         found = verify(**place)
         assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, "unverified")
         assert read_manifest(verify(**place, addr=pacs).manifest_uri).attrs["verdict"] == "complete"
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_verification_knows_nothing_of_studies_that_its_manifest_has_no_rows_of(
+        self, got: Got, private: Holding, tmp_path: Path, first: bool
+    ) -> None:
+        """Of those that a cancel kept from being listed."""
+        for holding in (got.holding, private):
+            shutil.copytree(holding.folder, tmp_path / "pacs" / holding.study)
+        with EmbeddedPacs(tmp_path / "pacs") as pacs:
+            node = f"{pacs.host}:{pacs.port}"
+            scu = GetScu(node, destination=tmp_path / "both")
+            stop = 1 if first else 40
+            result = scu.get_study(
+                {"StudyInstanceUID": [got.study, private.study]},
+                on_sub_operation=lambda event: scu.cancel() if event.completed == stop else None,
+            )
+            assert (result.verdict, result.evidence) == ("cancelled", "none")
+            assert scu.get_study({"StudyInstanceUID": got.study}).verdict == "complete"
+            found = verify(result.manifest_uri, destination=tmp_path / "both", addr=node)
+        assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, "cancelled")
 
     def test_a_combined_manifest_makes_no_old_row_new(self, tmp_path: Path) -> None:
         got = str(made_up(tmp_path / "a.parquet", {1: "stored", 2: "stored"}, run="20260301T220000Z-0"))
