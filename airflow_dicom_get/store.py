@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.net.peer import Peer
     from airflow_dicom_get.sinks.forward import ForwardSink
+    from airflow_dicom_get.vocabulary import Evidence, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,8 @@ class StoreScu:
         Returns
         -------
         Result
-            ``complete`` if every object of the source is confirmed at the node.
+            ``complete`` if every object of the source, or that the manifest lists, is confirmed at the node. The new
+            manifest has no better verdict than the one that it was made of.
 
         Raises
         ------
@@ -179,10 +181,14 @@ class StoreScu:
             shown_source = " ".join(map(str, sources or [given]))
             state = root_for(self.options)
 
+            said: tuple[Verdict, Evidence] | None = None
+
             def read() -> tuple[list[StoredObject], list[Instance]]:
+                nonlocal said
                 if manifest is None:
                     return self._objects_in(sources, root, cancel), []
                 listed = load_listed(manifest, self.options.s3_config, root)
+                said = listed.verdict, listed.evidence
                 self._check_not_source(listed)
                 return objects_of(listed, self.options.s3_config, cancel)
 
@@ -205,7 +211,7 @@ class StoreScu:
                 run.execute(*(found or ([], [])))
                 result = judge()
                 rows = manifest_rows(run.rows.values(), **described)
-                write_manifest(result, rows, state, manifest_name or name, name, cancel)
+                write_manifest(result, rows, state, manifest_name or name, name, cancel, said)
 
             try:
                 run_beside(work, cancel)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from airflow_dicom_get import clock
-from airflow_dicom_get.engine.report import manifest_not_written
+from airflow_dicom_get.engine.report import manifest_not_written, no_better
 from airflow_dicom_get.errors import DicomGetError, SinkError, unexpected
 from airflow_dicom_get.net.association import OVER, CancelToken
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.places import Root
+from airflow_dicom_get.vocabulary import Evidence, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,13 @@ def read_first(read: Callable[[], T], cancel: CancelToken) -> T | None:
 
 
 def write_manifest(
-    result: Result, rows: Iterable[dict[str, Any]], root: Root, name: str, run: str, cancel: CancelToken
+    result: Result,
+    rows: Iterable[dict[str, Any]],
+    root: Root,
+    name: str,
+    run: str,
+    cancel: CancelToken,
+    read: tuple[Verdict, Evidence] | None = None,
 ) -> None:
     """Write the manifest of a call, and say in its result where it is, or why it is not.
 
@@ -129,10 +136,13 @@ def write_manifest(
     ----------
     name : str
         Its path below the root, without its extension.
+    read : (verdict, evidence), optional
+        What a manifest says of itself that these rows were made of.
     """
     uri, problem = None, None
+    said, rests_on = no_better((result.verdict, result.evidence), read)
     try:
-        uri = root.write_manifest(rows, name, verdict=result.verdict, evidence=result.evidence, run=run)
+        uri = root.write_manifest(rows, name, verdict=said, evidence=rests_on, run=run)
     except DicomGetError as error:
         problem = error
     except Exception as error:

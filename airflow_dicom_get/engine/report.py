@@ -351,8 +351,15 @@ def verdict_of_verified(compared: Verdict, read: tuple[Verdict, Evidence] | None
     if read is None:
         return compared if listed else worst((compared, UNVERIFIED))
     verdict, evidence = read
-    has_rows_of_all = verdict in (COMPLETE, UNVERIFIED) or (verdict != EMPTY and evidence != "none")
+    has_rows_of_all = verdict != EMPTY and (evidence != "none" or worst((verdict, UNVERIFIED)) == UNVERIFIED)
     return compared if listed and has_rows_of_all else worst((compared, verdict))
+
+
+def no_better(facts: tuple[Verdict, Evidence], read: tuple[Verdict, Evidence] | None) -> tuple[Verdict, Evidence]:
+    """Verdict and evidence of a manifest, where it was made of one that was read, which may not name all."""
+    if read is None:
+        return facts
+    return worst((facts[0], read[0])), weakest((facts[1], read[1]))
 
 
 def verdict_of_manifests(said: Iterable[Verdict], not_held: bool) -> Verdict:

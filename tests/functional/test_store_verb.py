@@ -21,7 +21,8 @@ import pytest
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
-from airflow_dicom_get.manifest.frames import load_manifests
+from airflow_dicom_get.manifest.files import read_table, write_manifest
+from airflow_dicom_get.manifest.frames import load_manifests, read_manifest
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
@@ -421,6 +422,22 @@ class TestManifest:
         with OddDestination() as destination:
             result = store(destination, tmp_path / "state", manifest=both)
             assert (result.verdict, result.total, result.failed) == ("partial", 12, 1)
+
+    @pytest.mark.parametrize(
+        ("verdict", "evidence"), [("unverified", "list"), ("partial", "none"), ("complete", "list")]
+    )
+    def test_what_is_stored_of_a_manifest_proves_no_more_than_it_did(
+        self, embedded: Embedded, ct: Holding, tmp_path: Path, verdict: str, evidence: str
+    ) -> None:
+        uri = self.retrieved(embedded, ct, tmp_path / "out").manifest_uri
+        assert uri is not None
+        path = Path(uri.removeprefix("file://"))
+        write_manifest(read_table(path), path, verdict=verdict, evidence=evidence, run="20200101T000000Z-0")
+        with OddDestination() as destination:
+            result = store(destination, tmp_path / "state", manifest=uri)
+        assert (result.verdict, result.completed) == ("complete", 40)
+        made = read_manifest(result.manifest_uri)
+        assert (made.attrs["verdict"], made.attrs["evidence"]) == (verdict, evidence)
 
     def test_a_manifest_without_rows(self, tmp_path: Path) -> None:
         found = GetScu("X@127.0.0.1:1", out_dir=tmp_path / "out", retries=0).get_study({"StudyInstanceUID": "1.2.3"})
