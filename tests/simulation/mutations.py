@@ -133,7 +133,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "it never comes to an end",
     ),
     "the_patient_id_is_left_out_of_a_get": Mutation(
-        "engine.requests:Request.keys", "keys |= scope.patient_keys()", "pass", "it never comes to an end"
+        "engine.requests:Request.keys", "**scope.keys_above(query_model),", "", "it never comes to an end"
     ),
     "another_class_is_stored_once_it_is_sent": Mutation(
         "engine.receiver:Receiver.begin",
