@@ -21,6 +21,7 @@ from airflow_dicom_get.storage.bucket import Bucket
 
 CONTENT_TYPE = "application/dicom"
 _MOST_TEXT = 64
+_TRUE = "true"
 
 _RESERVE = 64 << 20
 """Bytes of the temporary folder that a copy leaves to others: it is there for a moment."""
@@ -39,6 +40,8 @@ def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
         "modality": instance.modality,
         "series-number": instance.series_number,
         "instance-number": instance.instance_number,
+        "truncated": _TRUE if instance.truncated else None,
+        "other-patient": _TRUE if instance.other_patient else None,
     }
     texts = {name: str(value) for name, value in said.items() if value is not None}
     return {
@@ -61,6 +64,8 @@ def record_of(series: str, sop: str, head: dict[str, Any]) -> Stored | None:
                 "modality": said.get("modality"),
                 "series_number": _number(said.get("series-number")),
                 "instance_number": _number(said.get("instance-number")),
+                "truncated": said.get("truncated") == _TRUE,
+                "other_patient": said.get("other-patient") == _TRUE,
             },
         )
     except UNREADABLE:

@@ -288,7 +288,7 @@ class TestThereAndBack:
             assert "/".join((prefix, *named)) + ".dcm" == key
             assert said.keys() <= {
                 "sha256", "study", "series", "sop-instance", "sop-class", "transfer-syntax", "dataset-offset",
-                "modality", "series-number", "instance-number",
+                "modality", "series-number", "instance-number", "truncated", "other-patient",
             }  # fmt: skip
 
     def test_boto3_is_imported_for_buckets_alone(self, ct: Holding, embedded: Pacs, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving.archive import CT, PATIENT_ID
 from airflow_dicom_get.testing.misbehaving.wire import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE, JPEG_2000
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.sample_data import big_study
@@ -66,6 +66,20 @@ def test_another_node_and_a_bucket_are_told_the_same_way(storescp: Storescp, mot
                 result = scu.get_study({"StudyInstanceUID": pacs.instances[0].study})
                 assert (result.verdict, result.skipped, result.warning) == ("complete", number, 1), place
                 assert list(result.manifest["reason"].dropna()) == [WORD]
+
+
+@pytest.mark.parametrize(("mode", "word", "told"), [("ds_truncated", WORD, 1), ("other_patient", "other_patient_id", 3)])
+def test_an_object_tells_it_itself_where_no_record_does(mode: str, word: str, told: int, moto: Moto) -> None:
+    prefix = f"told-by-itself-{mode}"
+    config = {k: v for k, v in moto.config.items() if k != "bucket"}
+    with MisbehavingPacs(mode, series=1, instances=3, size=2000) as pacs:
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=f"s3://{BUCKET}/{prefix}", s3_config=config)
+        for number in (0, 3):
+            result = scu.get_study({"PatientID": PATIENT_ID})
+            assert (result.verdict, result.skipped, result.warning) == ("complete", number, told)
+            assert set(result.manifest["reason"].dropna()) == {word}
+            for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
+                moto.client().delete_object(Bucket=BUCKET, Key=key)
 
 
 def test_store_tells_it_too(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
             mark_of = f"truncated: {row['state']}"
             if cut:
                 mark(mark_of)
-            if cut and row["reason"] is None and not _adopted_by_checksum(world, row):
+            if cut and row["reason"] is None:
                 world.finding("truncated, and its row does not say so", row["state"], path)
             elif not cut and row["reason"] == "truncated_dataset" and run.run.options.get("checksum", "") is not None:
                 world.finding("whole, and its row calls it truncated", row["state"], path)
@@ -242,11 +242,6 @@ def _keeps_another(world: World, run: Played, path: str, key: Key) -> bool:
     """Whether a node says that it took a data set, and keeps the one that it had, of this run or an earlier one."""
     node = world.place.node
     return node is not None and node.again == "keeps" and (path in run.before or len(set(world.pacs.sent[key])) > 1)
-
-
-def _adopted_by_checksum(world: World, row: Mapping[str, Any]) -> bool:
-    """Whether an object is held by what the service says of it alone: the records of the run that put it were lost."""
-    return world.history.destination == "bucket" and row["state"] == "held" and any(run.killed for run in world.runs)
 
 
 def _at_once(world: World, run: Played, beside: Played) -> None:
