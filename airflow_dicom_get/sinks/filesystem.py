@@ -795,8 +795,8 @@ class _FileWriter:
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        if self._is_as_taken(fd):  # so it came
-            return False
+        if self._is_as_taken(fd) or self._sink.digests.have_size(self._instance.study, self._instance.key, size):
+            return False  # so it came
         if self._instance.key in self._sink.torn:
             begin, own = (offset, self._offset) if offset else (0, 0)
             if differ_by_lost_blocks(fd, begin, self._fd, own):

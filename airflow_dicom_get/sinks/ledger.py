@@ -163,21 +163,43 @@ class Ledgers(Protocol):
         """
 
 
+class _Took(NamedTuple):
+    """What runs have recorded of an instance: the digests, and of what has none size and mark, where it is durable."""
+
+    digests: frozenset[bytes]
+    sizes: frozenset[tuple[int | None, str | None]]
+
+
 class RecordedDigests:
     """The digests of what runs have recorded as taken; those of a study are read when an object of it is in doubt."""
 
     def __init__(self, ledgers: Ledgers) -> None:
         self._ledgers = ledgers
-        self._of: dict[str, dict[Key, frozenset[bytes]]] = {}
+        self._of: dict[str, dict[Key, _Took]] = {}
 
     def of(self, study: str, key: Key) -> frozenset[bytes] | None:
         """Those of an instance; None where no run has recorded it, or none can read that."""
+        took = self._took(study, key)
+        return took.digests if took is not None else None
+
+    def have_size(self, study: str, key: Key, size: int, etag: str | None = None) -> bool:
+        """Whether, of an instance without any digest, an object of this size and mark is recorded as durable."""
+        took = self._took(study, key)
+        return took is not None and not took.digests and (size, etag or None) in took.sizes
+
+    def _took(self, study: str, key: Key) -> _Took | None:
         if study not in self._of:
             try:
                 records = self._ledgers.read(study)
             except LedgerError:
                 return None
-            self._of[study] = {one: frozenset(x.sha256 for x in found if x.sha256) for one, found in records.items()}
+            self._of[study] = {
+                one: _Took(
+                    frozenset(x.sha256 for x in found if x.sha256),
+                    frozenset((x.bytes, x.etag) for x in found if x.durable and not x.sha256),
+                )
+                for one, found in records.items()
+            }
         return self._of[study].get(key)
 
     def forget(self, study: str) -> None:

@@ -68,7 +68,9 @@ def test_another_node_and_a_bucket_are_told_the_same_way(storescp: Storescp, mot
                 assert list(result.manifest["reason"].dropna()) == [WORD]
 
 
-@pytest.mark.parametrize(("mode", "word", "told"), [("ds_truncated", WORD, 1), ("other_patient", "other_patient_id", 3)])
+@pytest.mark.parametrize(
+    ("mode", "word", "told"), [("ds_truncated", WORD, 1), ("other_patient", "other_patient_id", 3)]
+)
 def test_an_object_tells_it_itself_where_no_record_does(mode: str, word: str, told: int, moto: Moto) -> None:
     prefix = f"told-by-itself-{mode}"
     config = {k: v for k, v in moto.config.items() if k != "bucket"}
@@ -80,6 +82,23 @@ def test_an_object_tells_it_itself_where_no_record_does(mode: str, word: str, to
             assert set(result.manifest["reason"].dropna()) == {word}
             for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
                 moto.client().delete_object(Bucket=BUCKET, Key=key)
+
+
+@pytest.mark.parametrize("checksum", ["sha256", None])
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_another_one_does_not_take_its_place(moto: Moto, tmp_path: Path, place: str, checksum: Any) -> None:
+    """Without digests its size tells that it is as it came, and in a bucket its ETag."""
+    destination = str(tmp_path / "to") if place == "folder" else f"s3://{BUCKET}/came-truncated-{checksum}"
+    study = ""
+    for mode in ("ds_truncated", None):
+        with MisbehavingPacs(mode, series=1, instances=3, size=2000) as pacs:
+            study = pacs.instances[0].study
+            scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=destination, retries=0, checksum=checksum,
+                         resume=mode is not None, s3_config=moto.config if place == "bucket" else None)  # fmt: skip
+            result = scu.get_study({"StudyInstanceUID": study})
+        if mode is not None:
+            assert (result.verdict, result.warning) == ("complete", 1)
+    assert (result.verdict, result.conflicts, result.completed) == ("partial", 1, 2)
 
 
 def test_store_tells_it_too(tmp_path: Path) -> None:
