@@ -212,7 +212,7 @@ class GetScu:
                 )
                 if end.resume_at is not None:
                     report.wait_for_window(result, end.resume_at)
-                elif end.waits:
+                elif end.waits or (end.unproven and self._hours()[1] is not None):
                     report.resume_later(result, self._next_opening())
                 if end.unclosed is not None:
                     report.not_closed(result, end.unclosed)

@@ -102,6 +102,11 @@ class End:
         """Whether the hours of the source ended before one of its studies did."""
         return any(state.stop_reason == "window" for state in self.states)
 
+    @property
+    def unproven(self) -> bool:
+        """Whether it lacks but the second list of a study, whatever kept that."""
+        return any(one.reason == "list_not_repeated" for one in self.numbers)
+
     def rows(self) -> list[Instance]:
         """The rows of the manifest."""
         return [row for state in self.states for row in state.rows()]

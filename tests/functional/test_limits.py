@@ -19,6 +19,7 @@ import pytest
 
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.config.groups import Deadlines, Window
+from airflow_dicom_get.engine import study as study_run
 from airflow_dicom_get.engine.limits import RateLimit
 from airflow_dicom_get.errors import IncompleteRetrieval
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
@@ -320,6 +321,29 @@ def test_the_hours_end_before_the_second_list(embedded: Embedded, ct: Holding, t
     clock.now = result.resume_at
     again = scu_at(pacs, tmp_path, clock, window="22:00-06:00").get_study({"StudyInstanceUID": ct.study})
     assert (again.verdict, again.skipped) == ("complete", 40)
+
+
+def test_the_hours_end_while_the_pacs_refuses_the_second_list(
+    embedded: Embedded, ct: Holding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not for the hours that it ended, but in them alone it may go on."""
+    pacs = embedded(ct.folder)
+    clock = Clock(datetime(2026, 1, 20, 23, 0, tzinfo=BERLIN))
+    seen: list[Any] = []
+
+    def leave(event: Any) -> None:
+        seen.append(event)
+        pacs.no_find = len(seen) == 40
+
+    def refused(text: str, *_: object) -> None:
+        assert "cannot be listed" in text
+        clock.now = datetime(2026, 1, 21, 6, 0, tzinfo=BERLIN)
+
+    monkeypatch.setattr(study_run.log, "warning", refused)
+    scu = scu_at(pacs, tmp_path, clock, window="22:00-06:00")
+    result = scu.get_study({"StudyInstanceUID": ct.study}, on_sub_operation=leave)
+    assert (result.verdict, result.reason, result.completed) == ("unverified", "list_not_repeated", 40)
+    assert (result.transient, result.resume_at) == (True, datetime(2026, 1, 21, 22, 0, tzinfo=BERLIN))
 
 
 @pytest.mark.parametrize("gone", ["no_find", "max_associations"])

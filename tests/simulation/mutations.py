@@ -232,9 +232,9 @@ MUTATIONS: Mapping[str, Mutation] = {
         "a second list was not had, and trying again is of no use",
     ),
     "hours_that_are_over_count_in_a_partial_result_alone": Mutation(
-        "engine.report:End.waits",
-        'any(state.stop_reason == "window" for state in self.states)',
-        'any(one.reason == "window" for one in self.numbers)',
+        "engine.report:End.unproven",
+        'any(one.reason == "list_not_repeated" for one in self.numbers)',
+        "False",
         "the hours are over, and when it may go on is not said",
     ),
     "hours_that_are_over_are_read_of_the_first_study": Mutation(
