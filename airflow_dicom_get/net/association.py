@@ -465,19 +465,25 @@ class Association:
         limit : float
             ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
         """
-        ending = False
+        ending, may_wait = False, phase == "idle"
+        if self.cancel.over_at < limit:
+            limit, phase = self.cancel.over_at, "operation"
         try:
             while view:
                 try:
                     view = view[self._line.send(view) :]
                 except TimeoutError:
-                    if phase == "idle" and self.cancel.reason is not None and not ending:
-                        ending, limit = True, min(limit, clock.monotonic() + _CANCEL_GRACE)
-                    over = clock.monotonic() >= limit
-                    if over and not ending:
-                        raise self._late(phase) from None
-                    if over or self.cancel.hard:
-                        raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node)) from None
+                    pass
+                if not view:
+                    return
+                # A peer that takes a little at a time is waited for no longer than one that takes nothing.
+                if may_wait and self.cancel.reason is not None and not ending:
+                    ending, limit = True, min(limit, clock.monotonic() + _CANCEL_GRACE)
+                over = clock.monotonic() >= limit
+                if over and not ending:
+                    raise self._late(phase)
+                if over or self.cancel.hard:
+                    raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
         except OSError as error:
             cause = self._line.said() or error
             raise self._lost(cause) from cause

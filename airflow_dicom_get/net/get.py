@@ -140,9 +140,9 @@ class _Get:
                 association.in_message = self._in_message()
                 if self.enough is not None and not association.in_message and not self.cancel_sent and self.enough():
                     self._send_cancel(_ENOUGH_GRACE)
-                # Of a data set that is to be taken or read on, its own bounds hold: _store_request, _read_rest.
-                bounded = self.store is not None or self.drain is not None
-                limit = float("inf") if bounded and not self.cancel_sent else self.limit
+                # Of an object that is to be taken or read on, its own bounds hold: _store_request, _read_rest.
+                # The data set of any other message is no progress.
+                limit = float("inf") if self.store is not None and not self.cancel_sent else self.limit
                 try:
                     fragment = association.fragment(limit, "next_object")
                 except CancelSeenError:

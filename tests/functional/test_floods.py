@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu, clock
+from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.engine import find
 from airflow_dicom_get.errors import Cancelled, InvalidQuery, ListTooLong
 from airflow_dicom_get.net import transport
+from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, Instance, Row
@@ -289,6 +291,33 @@ def test_collisions_of_releases_without_end_are_answered_once(pacs: Callable[...
     assert server.finals == [1]
 
 
+class _DataSetsOfOthers(Behaviour):
+    """Sends messages that have nothing to do with an object, with data sets cut so that each read ends within one."""
+
+    stages = frozenset({GET})
+
+    def get(self, message: Message) -> None:
+        fields: dict[int, wire.Value] = {wire.FIELD: wire.N_CREATE, wire.MESSAGE_ID: 7}
+        if self.param == "pending":
+            fields = {wire.FIELD: wire.C_GET | wire.RESPONSE, wire.STATUS: 0xFF00,
+                      wire.RESPONDED_ID: message.number(wire.MESSAGE_ID)}  # fmt: skip
+        command = wire.command({**fields, wire.DATA_SET_TYPE: wire.WITH_DATA_SET})
+        begin = wire.p_data(message.context, 3, command) + wire.p_data(message.context, 0, bytes(1000))
+        self.link.send(begin)
+        while True:
+            self.link.wait(0.2)
+            self.link.send(wire.p_data(message.context, 2, bytes(1000)) + begin)
+
+
+@pytest.mark.parametrize("param", ["pending", "request"])
+def test_data_sets_of_other_messages_are_no_progress(pacs: Callable[..., Any], tmp_path: Path, param: str) -> None:
+    with pacs(_DataSetsOfOthers, param=param, instances=2, max_seconds=30.0) as server:
+        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 1.0})
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+    assert (result.verdict, result.reason) == ("failed", "deadline")
+    assert "sent no instance within 1 s" in str(result.errors)
+
+
 class _EmptyFragments(Behaviour):
     """Begins a command, or the identifier of its final response, and goes on with fragments that hold nothing."""
 
@@ -362,6 +391,52 @@ def test_a_cancel_is_heard_whatever_comes_and_is_not_read(
         timer.join()
     assert (result.verdict, result.reason) == ("cancelled", "enough")
     assert waited < 10
+
+
+# --- a destination that reads a little at a time -------------------------------------------------------------
+
+
+def _read_slowly(listener: socket.socket, ended: threading.Event) -> None:
+    """Accept one association, and take 4 KB of what follows every tenth of a second."""
+    connection, _ = listener.accept()
+    with connection:
+        head = connection.recv(6, socket.MSG_WAITALL)
+        request = wire.parse_associate(connection.recv(int.from_bytes(head[2:], "big"), socket.MSG_WAITALL))
+        answers = [wire.Answer(one.id, 0, one.abstract, one.syntaxes[:1]) for one in request.proposals]
+        connection.sendall(wire.associate_accept(request, answers, [], 131072, b"SLOW"))
+        while not ended.wait(0.1) and connection.recv(4000):
+            pass
+
+
+@pytest.mark.parametrize("ends", ["operation", "cancel"])
+def test_who_reads_a_little_at_a_time_holds_nobody_up(tmp_path: Path, ends: str) -> None:
+    """The kernel takes some of what is sent each time, and so never says that nothing goes."""
+    (instance,) = archive.build(series=1, instances=1, size=20_000_000, pairs=((archive.CT, wire.EXPLICIT_LE),))
+    path = tmp_path / "one.dcm"
+    head = file_header(instance.sop_class, instance.sop, instance.syntax, calling="A", called="B")
+    path.write_bytes(head + instance.dataset())
+    ended = threading.Event()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = threading.Thread(target=_read_slowly, args=(listener, ended))
+        server.start()
+        deadlines = {"operation": 2.0} if ends == "operation" else {}
+        scu = StoreScu(f"SLOW@127.0.0.1:{listener.getsockname()[1]}", deadlines=deadlines, retries=0,
+                       manifest_root=tmp_path / "manifests")  # fmt: skip
+        timer = threading.Timer(2, lambda: (scu.cancel("enough"), scu.cancel("at once")))
+        if ends == "cancel":
+            timer.start()
+        began = time.monotonic()
+        result = scu.store(str(path))
+        took = time.monotonic() - began
+        ended.set()
+        server.join()
+    assert result.verdict == ("cancelled" if ends == "cancel" else "failed")
+    assert result.manifest_uri is not None
+    assert took < 15
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("dicom-get-run")]
 
 
 # --- the log ---------------------------------------------------------------------------------------------
