@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,8 @@ class Progress:
 
     Display only: nothing is ever decided by what stands in the state store. So a write that fails is
     given up silently, one that takes long goes on by itself and none is made meanwhile, and the last one may be up to
-    five seconds older than the end of the task.
+    five seconds older than the end of the task. The task itself asks Airflow for nothing before it is over: a worker
+    would wait for it in any case, and ``DAG.test`` loses what is asked beside it. A retrieval ends as a context does.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class Progress:
         # Of the retrievals that have ended, then of the one that runs.
         self._ended = {"done": 0, "total": 0, "failed": 0, "bytes": 0}
         self._running = dict.fromkeys(self._ended, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._settle()
 
     def on_sub_operation(self, event: SubOperation) -> None:
         """Take one instance that arrived."""
@@ -74,10 +81,12 @@ class Progress:
     def finish(self, phase: str) -> None:
         """Show the last state, if the state store may be written again."""
         self._store_if_due(phase, self._clock())
+        self._settle()
 
     def window(self, resume_at: datetime) -> None:
         """Show when the retrieval goes on."""
         self._set("window", {"resume_at": resume_at.isoformat()})
+        self._settle()
 
     def _counts(self) -> dict[str, int]:
         return {name: value + self._running[name] for name, value in self._ended.items()}
@@ -120,6 +129,11 @@ class Progress:
         self._writing = threading.Thread(target=self._write, args=(key, value), daemon=True)
         self._writing.start()
         self._writing.join(PATIENCE_SECONDS)
+
+    def _settle(self) -> None:
+        """Wait for the write that goes on."""
+        if self._writing.is_alive():
+            self._writing.join()
 
     def _write(self, key: str, value: dict[str, Any]) -> None:
         try:

@@ -172,7 +172,7 @@ class TransferOperator(DicomTask):
                 associations=self.associations,
                 phase=self.phase,
             )
-            with self._ending_soon():
+            with progress, self._ending_soon():
                 results = transfer.run(progress)
             if time.monotonic() >= ends and self.execution_timeout is not None:
                 self.log.warning(

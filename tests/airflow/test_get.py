@@ -85,6 +85,27 @@ def test_a_day_is_found_and_each_study_retrieved_by_a_mapped_task(
         assert word.encode().hex() not in database.lower()
 
 
+def test_the_end_waits_for_the_progress_that_is_being_written(run_dag, pacs, archive, tmp_path, monkeypatch):
+    """`DAG.test` answers one request at a time, and knows of no other until it is answered."""
+    from airflow.sdk.execution_time import supervisor
+    from airflow.sdk.execution_time.comms import SetTaskStateStore
+
+    handle = supervisor.InProcessTestSupervisor._handle_request
+
+    def slowly(self, message, *more):
+        if isinstance(message, SetTaskStateStore):
+            time.sleep(1)
+        handle(self, message, *more)
+
+    monkeypatch.setattr(supervisor.InProcessTestSupervisor, "_handle_request", slowly)
+    monkeypatch.setattr("airflow_dicom_get.operators._progress.PATIENCE_SECONDS", 0.1)
+    with DAG("slow_progress") as dag:
+        get(study=archive.private, destination=str(tmp_path))
+    run = run_dag(dag)
+    assert run.state == "success"
+    assert run.stored("get", "progress")["phase"] == "done"
+
+
 def test_what_a_task_says_of_retries_and_pools(run_dag, pacs, archive, tmp_path):
     with DAG("advice") as dag:
         get(study=archive.private, destination=str(tmp_path))
