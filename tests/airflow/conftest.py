@@ -126,11 +126,13 @@ class Run:
     def move_xcom(self, task_id: str, address: str) -> None:
         """Let XCom hold an address in place of what a task returned."""
         from airflow import settings
-        from airflow.models.xcom import XComModel  # noqa: TID251
+        from airflow.models import xcom  # noqa: TID251
 
+        # In Airflow 3.4 the model is a query over two tables, of which the second takes what is new.
+        (row,) = self._rows(getattr(xcom, "XComModelV2", xcom.XComModel), task_id, -1, key="return_value")
+        row.value = address
         with settings.get_session()() as session:
-            wanted = {"dag_id": self.dag_id, "run_id": self.run_id, "task_id": task_id, "key": "return_value"}
-            session.query(XComModel).filter_by(**wanted).update({"value": address})
+            session.merge(row)
             session.commit()
 
     def rendered(self, task_id: str, map_index: int = -1) -> dict[str, Any]:

@@ -468,9 +468,13 @@ def test_what_is_older_than_a_list_goes_back_is_not_opened(kept, monkeypatch):
     from airflow_dicom_get.plugins import database
 
     kept("page_bound", [{"state": "success", "summary": summary(source=str(number))} for number in range(5)])
+    table, of = "xcom", "dag_id = 'page_bound' and map_index < 2"
+    if by_regions():
+        ids = "select id from task_instance where dag_id = 'page_bound' and region_index < 2"
+        table, of = "xcom_v2", f"task_instance_id in ({ids})"
     with settings.get_session()() as session:
         # SQLite reports this to whoever takes something out of it.
-        session.execute(text("update xcom set value = '{' where dag_id = 'page_bound' and map_index < 2"))
+        assert session.execute(text(f"update {table} set value = '{{' where {of}")).rowcount == 2
         session.commit()
     monkeypatch.setattr(database, "MAX_RUNS", 3)
     now = datetime.now(UTC)
