@@ -18,12 +18,14 @@ MAX_HEADER = 1 << 20
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 SOP_CLASS_UID, SOP_INSTANCE_UID, MODALITY = 0x00080016, 0x00080018, 0x00080060
-STUDY_INSTANCE_UID, SERIES_INSTANCE_UID = 0x0020000D, 0x0020000E
+PATIENT_ID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID = 0x00100020, 0x0020000D, 0x0020000E
 SERIES_NUMBER, INSTANCE_NUMBER = 0x00200011, 0x00200013
 LOSSY_IMAGE_COMPRESSION = 0x00282110
 
 MANDATORY = frozenset({SOP_INSTANCE_UID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID})
 """Without these an instance has no place in the layout. The class is known from the command."""
+_IDENTIFYING = MANDATORY | {SOP_CLASS_UID, PATIENT_ID}
+"""Of one of these that stands twice (PS3.5 7.1 allows it once), some readers take the one, and some the other."""
 
 LONG_VRS = frozenset({b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV", b"UV"})
 """VRs whose length has four bytes, behind two that are reserved (PS3.5 7.1.2)."""
@@ -128,8 +130,11 @@ def scan_elements(
             stop = pos + length
             if stop > end:
                 raise _NeedMoreError
-            if tag in wanted and tag not in values:
-                values[tag] = bytes(data[pos:stop])
+            if tag in wanted:
+                if tag not in values:
+                    values[tag] = bytes(data[pos:stop])
+                elif tag in _IDENTIFYING and values[tag] != data[pos:stop]:
+                    raise HeaderError(f"({group:04X},{element:04X}) stands in it twice, with two values")
             pos = stop
     except _NeedMoreError:
         return values, False, at

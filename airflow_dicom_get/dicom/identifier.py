@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+from airflow_dicom_get.dicom.header import PATIENT_ID as PATIENT_ID
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 
@@ -20,7 +21,6 @@ SOP_CLASSES_IN_STUDY = 0x00080062
 MODALITIES_IN_STUDY = 0x00080061
 INSTANCE_AVAILABILITY = 0x00080056
 FAILED_SOP_INSTANCES = 0x00080058
-PATIENT_ID = 0x00100020
 PATIENT_RELATED_STUDIES = 0x00201200
 STUDY_RELATED_SERIES, STUDY_RELATED_INSTANCES, SERIES_RELATED_INSTANCES = 0x00201206, 0x00201208, 0x00201209
 

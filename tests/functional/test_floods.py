@@ -425,7 +425,12 @@ def test_who_reads_a_little_at_a_time_holds_nobody_up(tmp_path: Path, ends: str)
         deadlines = {"operation": 2.0} if ends == "operation" else {}
         scu = StoreScu(f"SLOW@127.0.0.1:{listener.getsockname()[1]}", deadlines=deadlines, retries=0,
                        manifest_root=tmp_path / "manifests")  # fmt: skip
-        timer = threading.Timer(2, lambda: (scu.cancel("enough"), scu.cancel("at once")))
+
+        def cancel_twice() -> None:
+            scu.cancel("enough")
+            scu.cancel("at once")
+
+        timer = threading.Timer(2, cancel_twice)
         if ends == "cancel":
             timer.start()
         began = time.monotonic()

@@ -329,6 +329,23 @@ def test_refused(data: bytes, text: str) -> None:
         scanner.feed(data, last=True)
 
 
+@pytest.mark.parametrize("tag", [h.SOP_INSTANCE_UID, h.PATIENT_ID, h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID])
+def test_who_is_said_twice_is_refused_unless_it_is_the_same(tag: int) -> None:
+    """Readers differ in which of the two they take: the one that was asked for, or another patient's."""
+    values = {h.SOP_INSTANCE_UID: b"1.2.3\0", h.PATIENT_ID: b"A1", **UIDS}
+    for second in (values[tag], b"9.8.7\0"):
+        data = b"".join(
+            element(one, value) + (element(one, second) if one == tag else b"") for one, value in sorted(values.items())
+        )
+        scan = HeaderScan(EXPLICIT_LE, WANTED | {h.PATIENT_ID}, LAST)
+        if second == values[tag]:
+            scan.feed(data, last=True)
+            assert scan.values[tag] == values[tag]
+        else:
+            with pytest.raises(HeaderError, match="twice, with two values"):
+                scan.feed(data, last=True)
+
+
 def test_depth_is_bounded() -> None:
     deep = element(0x00081140, b"", EXPLICIT_LE, b"SQ", UNDEFINED) + mark(ITEM, UNDEFINED)
     _, error = scan(EXPLICIT_LE, [element(h.SOP_INSTANCE_UID, b"1.2\0") + deep * 50_000])
