@@ -59,8 +59,17 @@ def first_failure(works: Iterable[Callable[[], object]]) -> OSError | None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    """What ``json.dumps`` makes of an entry, and the end of its line; but that builds an encoder for each call."""
-    return "{" + ", ".join([f'"{name}": {_text(value)}' for name, value in entry.items()]) + "}\n"
+    """What ``json.dumps`` makes of an entry, and the end of its line; but that builds an encoder for each call.
+
+    Raises
+    ------
+    OSError
+        It is longer than what is read again (``EMSGSIZE``).
+    """
+    line = "{" + ", ".join([f'"{name}": {_text(value)}' for name, value in entry.items()]) + "}\n"
+    if len(line) >= _LONGEST:
+        raise OSError(errno.EMSGSIZE, f"a record is longer than {_LONGEST >> 10} KiB")
+    return line
 
 
 def _text(value: Any) -> Any:

@@ -144,13 +144,17 @@ class S3Sink:
 
         MinIO lists them by their whole key alone, and aborts them by itself after a day.
         """
+        aborted = 0
         try:
             for upload in self.bucket.call("list_multipart_uploads", Prefix=prefix).get("Uploads", ()):
-                if upload["Initiated"].timestamp() < clock.now() - _STALE_SECONDS:
-                    log.info("aborting a multipart upload that was left behind: %s", upload["Key"])
+                stale = upload["Initiated"].timestamp() < clock.now() - _STALE_SECONDS
+                if stale and upload["Key"].startswith(prefix):
                     self.bucket.call("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
+                    aborted += 1
         except S3Error as error:  # some may not list them, and nothing hangs on it
             log.info("%s", error)
+        if aborted:
+            log.info("aborted %d multipart uploads that were left behind below %s", aborted, self.bucket.uri(prefix))
 
     def take(self, study: _Study, upload: _Upload) -> Taken:
         """Take a whole instance; what was taken in this run under its UID stays."""
@@ -432,7 +436,7 @@ class _Parts:
                 "upload_part", self._key, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=checksum
             )
         )
-        return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+        return {"PartNumber": number, "ETag": answer.get("ETag", ""), "ChecksumSHA256": checksum}
 
     def wait(self) -> None:
         """Wait until all parts are stored. Raises what one of them failed by."""

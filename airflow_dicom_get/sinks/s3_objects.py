@@ -51,7 +51,7 @@ def metadata_of(instance: Instance, sha256: bytes | None) -> dict[str, str]:
 
 def record_of(series: str, sop: str, head: dict[str, Any]) -> Stored | None:
     """What an object says of itself in answer to a HEAD; None if it says no digest, or what no ledger could."""
-    said = head.get("Metadata", {})
+    said = {name: text for name, text in head.get("Metadata", {}).items() if len(text) <= _MOST_TEXT}
     try:
         found = stored_of(
             (series, sop),

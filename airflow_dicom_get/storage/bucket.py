@@ -28,6 +28,10 @@ _OUTLASTED = 45.0
 _ENDING, _AT_ONCE = 5.0, 1.5
 """Seconds that an answer may take in a run that is to end, and a request in one that is to end at once."""
 _CHUNK = 1 << 20
+_LONGEST_ETAG = 256
+"""Characters of an ETag; those of services have some forty."""
+_LONGEST_URI = 1 << 10
+"""Characters of an address in an error."""
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu", ".api.aws")
 """Ends of the names of hosts of AWS."""
 
@@ -135,6 +139,10 @@ class Bucket:
         """Address of an object, fit for :func:`~airflow_dicom_get.config.destination.parse_destination`."""
         return f"s3://{self.name}/{quote(key)}"
 
+    def _named(self, key: str) -> str:
+        """The address of an object as errors tell it: its key may come from the service's own listing."""
+        return peer_text(self.uri(key), _LONGEST_URI)
+
     def key_of(self, uri: str) -> str:
         """The key of an object, given by its address."""
         return unquote(uri.removeprefix(self.uri("")))
@@ -204,7 +212,7 @@ class Bucket:
                 pause(clock.jitter(0.0, 1.0) * 2 ** (attempt - 1))
             else:
                 self._silent = False
-                return answer
+                return _without_long_etags(answer)
         raise AssertionError  # pragma: no cover - the loop has no end
 
     def stored_as(self) -> dict[str, str]:
@@ -227,7 +235,7 @@ class Bucket:
 
         def check(size: int) -> None:
             if most is not None and size > most:
-                what = f"The object s3://{self.name}/{key} is larger than {most >> 20} MiB."
+                what = f"The object {self._named(key)} is larger than {most >> 20} MiB."
                 raise S3Error(what, hint="It was not changed.", bucket=self.name, key=key, passing=False)
 
         content = bytearray()
@@ -356,7 +364,7 @@ class Bucket:
             or code in _PASSING_CODES
             or (not response and code not in _FINAL_EXCEPTIONS)
         )
-        where = f"s3://{self.name}/{key}" if key else f"s3://{self.name}"
+        where = self._named(key) if key else f"s3://{self.name}"
         return S3Error(
             f"S3 {operation} on {where} failed: "
             f"{_WORDS.get(code) or peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
@@ -368,6 +376,14 @@ class Bucket:
             status=status,
             passing=passing and code != "NotImplemented",
         )
+
+
+def _without_long_etags(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer, of a listing too, without what is longer than any ETag: each one is kept, and goes into a ledger."""
+    for told in (answer, *answer.get("Contents", ())):
+        if len(told.get("ETag") or "") > _LONGEST_ETAG:
+            del told["ETag"]
+    return answer
 
 
 def _expected_region(message: str) -> str | None:

@@ -178,7 +178,8 @@ class FaultProxy:
         Where requests go.
     fault : callable
         Asked for each request with its number (from 1), its method and its path. Returns None to pass it on,
-        an answer (status, code, message) to give, ``"stall"`` to give none, ``"late"`` to pass it on and then lose the
+        an answer (status, code, message) to give, the XML of one as bytes, a dict of headers (bytes) that take the
+        place of those of the service's answer, ``"stall"`` to give none, ``"late"`` to pass it on and then lose the
         answer, ``"corrupt"`` to change a byte in the middle of its body, ``"trickle"`` to pass the body of the answer
         on by a byte a second, or seconds to wait before it is passed on.
 
@@ -257,9 +258,9 @@ class FaultProxy:
                     if header_of(head, b"expect"):
                         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                         head = [line for line in head if not line.lower().startswith(b"expect:")]
-                    if isinstance(fault, tuple):
+                    if isinstance(fault, tuple | bytes):
                         _discard(reader, length)
-                        client.sendall(_answer(method, *fault))
+                        client.sendall(_xml(200, "OK", fault) if isinstance(fault, bytes) else _answer(method, *fault))
                         continue
                     if upstream is None:
                         upstream = socket.create_connection((HOST, self.server.port))
@@ -276,6 +277,9 @@ class FaultProxy:
                     if not answer:
                         return
                     self.answers.append(answer)
+                    for name, value in fault.items() if isinstance(fault, dict) else ():
+                        answer = [line for line in answer if not line.lower().startswith(name.lower() + b":")]
+                        answer.append(name + b": " + value)
                     if fault == "late":
                         return
                     client.sendall(b"\r\n".join(answer) + b"\r\n\r\n")
@@ -342,11 +346,16 @@ def _copy_chunks(reader: Any, sock: socket.socket) -> None:
 
 def _answer(method: bytes, status: int, code: str, message: str = "") -> bytes:
     body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+    whole = _xml(status, code, body)
+    return whole[: -len(body)] if method == b"HEAD" else whole
+
+
+def _xml(status: int, code: str, body: bytes) -> bytes:
     head = (
         f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
         "Server: fault\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n"
     ).encode()
-    return head if method == b"HEAD" else head + body
+    return head + body
 
 
 @contextlib.contextmanager

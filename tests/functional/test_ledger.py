@@ -401,3 +401,13 @@ def test_records_of_a_state_to_come_are_passed_over() -> None:
         header_line() + taken_line(instance("1.1"), OWN) + '{"state": "seen", "series": "1.2.3.4", "uid": "1.1"}\n'
     )
     assert parse(content.encode()).keys() == {key("1.1")}
+
+
+def test_what_no_reader_takes_is_not_written(tmp_path: Path) -> None:
+    writer = FolderLedgers(tmp_path, OWN).open(STUDY, "run")
+    writer.taken(instance("1.2.9"))
+    with pytest.raises(OSError, match="longer than 64 KiB"):
+        writer.durable([key("1.2.9")], etag="\xe9" * 20_000)
+    writer.durable([key("1.2.9")], etag="e" * 60_000)
+    writer.close()
+    assert read(tmp_path)[key("1.2.9")][0].durable

@@ -453,6 +453,72 @@ class TestFaults:
         assert left == [other["Key"]]
 
 
+class TestHostileService:
+    """What a service says is a peer's word."""
+
+    def test_uploads_of_other_keys_are_not_aborted_and_no_key_is_logged(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        hostile = "\x9b31m&#10;2026-12-02 INFO forged&#133;" + "x" * 5000
+        keys = [f"other/{hostile}", *(f"{prefix}/{ct.study}/{n}/{hostile}" for n in range(3))]
+        said = "".join(
+            f"<Upload><Key>{key}</Key><UploadId>u</UploadId><Initiated>2020-01-01T00:00:00Z</Initiated></Upload>"
+            for key in keys
+        )
+        listing = f"<ListMultipartUploadsResult>{said}</ListMultipartUploadsResult>".encode()
+        aborts: list[str] = []
+
+        def fault(number: int, method: str, path: str) -> Any:
+            if method == "GET" and "uploads" in path:
+                return listing
+            if method == "DELETE":
+                aborts.append(path)
+                return b"" if len(aborts) < 3 else (403, "AccessDenied")
+            return None
+
+        caplog.set_level("INFO", "airflow_dicom_get")
+        with FaultProxy(moto, fault) as proxy:
+            assert get(embedded(ct.folder), ct.study, prefix, proxy.config).verdict == "complete"
+        assert len(aborts) == 3
+        assert all(path.startswith(f"/{BUCKET}/{prefix}/{ct.study}/") for path in aborts)
+        told = [record.getMessage() for record in caplog.records if "multipart" in record.getMessage()]
+        assert len(told) == 2, told
+        assert "abort_multipart_upload" in told[0]
+        assert told[1].startswith("aborted 2 multipart uploads")
+        assert all(text.isprintable() and len(text) < 2000 for text in told)
+
+    @pytest.mark.parametrize("ledgers", ["bucket", "folder"])
+    def test_an_endless_etag_is_none(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path, ledgers: str
+    ) -> None:
+        def fault(number: int, method: str, path: str) -> Any:
+            return {b"ETag": b'"' + b"\xe9" * 20_000 + b'"'} if method in ("PUT", "HEAD") and ".dcm" in path else None
+
+        options = {"manifest_root": str(tmp_path)} if ledgers == "folder" else {}
+        with FaultProxy(moto, fault) as proxy:
+            for _ in range(2):
+                result = get(embedded(ct.folder), ct.study, prefix, proxy.config, **options)
+                assert (result.verdict, result.errors) == ("complete", [])
+                assert result.skipped in (0, result.total)
+        assert result.skipped == result.total
+
+    def test_metadata_longer_than_ours_are_no_record(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs
+    ) -> None:
+        pacs = embedded(ct.folder)
+        assert get(pacs, ct.study, prefix, moto.config).verdict == "complete"
+        for key in moto.objects(f"{prefix}/_manifests/.ledger/"):
+            moto.client().delete_object(Bucket=BUCKET, Key=key)
+
+        def fault(number: int, method: str, path: str) -> Any:
+            return {b"x-amz-meta-modality": b"\xe9" * 20_000} if method == "HEAD" and ".dcm" in path else None
+
+        with FaultProxy(moto, fault) as proxy:
+            for _ in range(2):
+                result = get(pacs, ct.study, prefix, proxy.config)
+                assert (result.verdict, result.errors) == ("complete", [])
+
+
 @pytest.mark.usefixtures("no_long_waits")
 def test_a_body_that_changes_on_the_way_is_refused_and_sent_again(
     juicefs: Juicefs, prefix: str, two_sizes: Holding, embedded: Pacs
