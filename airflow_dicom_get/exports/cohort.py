@@ -13,7 +13,7 @@ from airflow_dicom_get.engine.report import verdict_of_manifests
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
 from airflow_dicom_get.manifest.schema import COLUMNS
-from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
+from airflow_dicom_get.sinks.objects import Listed, Named, load_listed, places_of
 from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, REASONS, Verdict, noun
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     """
     given = [run for one in each_of(manifests) for run in _runs_of(one)]
     listed = [load_listed(one, s3, root) for one in given if one is not None]
-    places = dict.fromkeys(place for one in listed for place in one.places)
+    places = places_of(listed)
     tables = [one.table for one in listed]
     verdicts = [verdict for verdict, _ in facts_of(tables, given)]
     sizes = [table.num_rows for table in tables]
@@ -131,7 +131,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     if not (known := rows["reason"].isin(REASONS) | rows["reason"].isna()).all():  # anybody may have written it
         rows["reason"] = rows["reason"].where(known)
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
-    return Cohort(kept, verdict, tuple(places))
+    return Cohort(kept, verdict, places)
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:

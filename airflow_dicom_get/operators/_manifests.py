@@ -27,7 +27,7 @@ from airflow_dicom_get.manifest.frames import (
 )
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
-from airflow_dicom_get.sinks.objects import Listed, load_listed
+from airflow_dicom_get.sinks.objects import Listed, load_listed, places_of
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import HELD, NOT_HELD, weakest, worst
 
@@ -226,9 +226,9 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
             "The upstream task failed or was skipped. Leave out those that you know to be skipped.",
         )
     given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
-    places = dict.fromkeys(place for one in given for place in one.places)
+    places = places_of(given)
     verdict, evidence = worst(one.verdict for one in given), weakest(one.evidence for one in given)
-    return Listed(one_table([one.table for one in given]), tuple(places), verdict, evidence)
+    return Listed(one_table([one.table for one in given]), places, verdict, evidence)
 
 
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from airflow_dicom_get.config.checks import invalid, shown_path
 from airflow_dicom_get.config.destination import (
@@ -24,7 +24,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, ManifestError, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
@@ -503,19 +503,54 @@ class Opener:
         except InvalidOption as error:
             return StoredObject(shown_path(uri), row=row, refused=error.message)
         if isinstance(place, FilesystemDestination):
-            inside = _within(place.path, self._folders) if place.path.is_absolute() else None
+            inside = self._below(place)
             if inside is not None:
                 return StoredObject(str(place.path), inside, row=row)
-        elif isinstance(place, S3Destination) and any(
-            place.bucket == name and place.prefix.startswith(prefix) for name, prefix in self._prefixes
-        ):
+        elif self._is_in_bucket(place):
             return StoredObject(uri, bucket=self._bucket(place.bucket), key=place.prefix, row=row)
         return StoredObject(shown_path(uri), row=row, refused="it lies outside the destination of the manifest")
+
+    def holds(self, uri: str) -> bool:
+        """Whether what it names lies in one of the places."""
+        try:
+            place = parse_destination(uri, "uri")
+        except InvalidOption:
+            return False
+        return self._below(place) is not None if isinstance(place, FilesystemDestination) else self._is_in_bucket(place)
+
+    def _below(self, place: FilesystemDestination) -> Below | None:
+        return _within(place.path, self._folders) if place.path.is_absolute() else None
+
+    def _is_in_bucket(self, place: Destination) -> TypeGuard[S3Destination]:
+        return isinstance(place, S3Destination) and any(
+            place.bucket == name and place.prefix.startswith(prefix) for name, prefix in self._prefixes
+        )
 
     def _bucket(self, name: str) -> Any:
         if name not in self._buckets:
             self._buckets[name] = _bucket(name, self._s3, self._ending)
         return self._buckets[name]
+
+
+def places_of(listed: Sequence[Listed]) -> tuple[FilesystemDestination | S3Destination, ...]:
+    """The places of several manifests that are taken as one, each of which names objects in its own alone.
+
+    Raises
+    ------
+    ManifestError
+        One names an object elsewhere: it may not be opened because the place is another one's.
+    """
+    places = tuple(dict.fromkeys(place for one in listed for place in one.places))
+    for number, one in enumerate(listed, 1):
+        if set(one.places) != set(places):
+            opener = Opener(one.places)
+            foreign = sum(not opener.holds(uri) for uri in one.table["uri"].to_pylist() if uri)
+            if foreign:
+                raise ManifestError(
+                    f"Manifest {number} of {len(listed)} names {foreign} objects outside its destination.",
+                    hint="Was it written by somebody else? Leave it out, or give it alone.",
+                )
+    return places
 
 
 def objects_of(

@@ -27,6 +27,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import file_header
 from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE
 from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_of
@@ -324,6 +325,19 @@ def test_a_manifest_that_lies_elsewhere_needs_a_root(
     assert verify(got.uri).counts == {"!": 12}
     assert verify(got.uri, root=got.folder).same
     assert stored(target, tmp_path, got.uri, root=got.folder).verdict == "complete"
+
+
+def test_several_manifests_open_nothing_for_each_other(embedded: Embedded, private: Holding, tmp_path: Path) -> None:
+    """Each is held to its own destination: what one may name, another may not."""
+    mine, shared = (Retrieved(embedded, private, tmp_path / name) for name in ("mine", "shared"))
+    forged = shared.forged(uri=mine.frame["uri"][5])
+    for given in ([forged, mine.uri], [mine.uri, forged]):
+        listed = [objects.load_listed(one) for one in given]
+        with pytest.raises(ManifestError, match="names 1 objects outside its destination"):
+            objects.places_of(listed)
+        with pytest.raises(ManifestError, match="outside its destination"):
+            export(given, "series", check=True)
+    assert len(objects.places_of([objects.load_listed(one) for one in (mine.uri, shared.uri)])) == 2
 
 
 def test_a_frame_is_held_to_its_destination(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
