@@ -199,7 +199,7 @@ def available_memory() -> int:
     return 0
 
 
-def about(folder: Path) -> dict[str, str]:
+def about(folder: Path, *, quick: bool) -> dict[str, str]:
     """Where, when and with what it is measured."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
@@ -225,7 +225,9 @@ def about(folder: Path) -> dict[str, str]:
         "machine": f"{os.cpu_count()} × {cpu}, {memory:.0f} GiB memory, {_file_system(folder)}",
         "system": f"{release['PRETTY_NAME']}, Linux {platform.release()}",
         "versions": ", ".join(versions),
-        "page cache": "emptied before each round"
+        "page cache": "as it was"
+        if quick
+        else "emptied before each round"
         if os.access("/proc/sys/vm/drop_caches", os.W_OK)
         else "not emptied: only root may do so",
         "load at the start": " ".join(f"{load:.2f}" for load in os.getloadavg()),
@@ -252,7 +254,7 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[Session, Path]]:
     """A session with its folder and its worker, warmed up."""
     with tempfile.TemporaryDirectory(prefix="dicom-get-bench-", dir=args.folder) as name:
         folder = Path(name)
-        results = Results(about(folder), quick=args.quick)
+        results = Results(about(folder, quick=args.quick), quick=args.quick)
         with Bench(folder) as bench:
             with memory_source("warm-up", 20, 64 * KIB) as source:
                 bench.warm(source)

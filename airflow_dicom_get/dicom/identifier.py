@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from airflow_dicom_get.dicom.header import PATIENT_ID as PATIENT_ID
 from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 

@@ -166,7 +166,7 @@ class _Search:
         self._finder, self._keys, self._split, self._enough = finder, keys, split, enough
         keyed = [tag for tag, value in keys.items() if value and value != "*"]
         # How many studies a patient has is of all that is asked for where that is the patient alone.
-        self._counted = keyed == [i.PATIENT_ID]
+        self._counted = keyed == [h.PATIENT_ID]
         counts = [i.PATIENT_RELATED_STUDIES] if self._counted else []
         self._returned = (h.STUDY_INSTANCE_UID, i.STUDY_DATE, i.STUDY_TIME, *counts, *returned)
         self._found = Matches()

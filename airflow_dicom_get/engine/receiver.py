@@ -16,7 +16,7 @@ from typing import Literal
 from airflow_dicom_get import clock
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import status as s
-from airflow_dicom_get.dicom.identifier import PATIENT_ID, int_value, text_value
+from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.dicom.values import kept
@@ -49,7 +49,7 @@ class Receiver:
         self._tags = intake.retrieval.tags
         tags = self._tags.numbers | {h.SPECIFIC_CHARACTER_SET} if self._tags is not None else frozenset()
         self._of_patient = self._state.scope.of_patient
-        patient = {PATIENT_ID, h.SPECIFIC_CHARACTER_SET} if self._of_patient else frozenset()
+        patient = {h.PATIENT_ID, h.SPECIFIC_CHARACTER_SET} if self._of_patient else frozenset()
         self._wanted = frozenset(_WANTED | tags | patient)
         self._last_tag = max(self._wanted)
         self._began = 0.0
@@ -232,7 +232,7 @@ class Receiver:
         instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER)) or instance.instance_number
         instance.exactness = self._exactness(instance, values)
         instance.other_patient = self._of_patient and not self._state.scope.is_of_patient(
-            values.get(PATIENT_ID, b""), values.get(h.SPECIFIC_CHARACTER_SET, b"")
+            values.get(h.PATIENT_ID, b""), values.get(h.SPECIFIC_CHARACTER_SET, b"")
         )
         if self._tags is not None:
             instance.tags = self._tags.decode(values, request.syntax)

@@ -18,7 +18,7 @@ from airflow_dicom_get.records import Key
 _STUDY_KEYS = (
     i.SOP_CLASSES_IN_STUDY,
     i.MODALITIES_IN_STUDY,
-    i.PATIENT_ID,
+    h.PATIENT_ID,
     i.STUDY_RELATED_SERIES,
     i.STUDY_RELATED_INSTANCES,
 )
@@ -66,7 +66,7 @@ class Scope:
         """The unique key above the study in Patient Root, where it is known."""
         if not self.patient_id:
             return {}
-        keys = {i.PATIENT_ID: self.patient_id}
+        keys = {h.PATIENT_ID: self.patient_id}
         return keys if self.patient_id.isascii() else {**keys, h.SPECIFIC_CHARACTER_SET: self.character_set}
 
     def keys_above(self, query_model: str) -> dict[int, bytes]:
@@ -77,13 +77,15 @@ class Scope:
         InvalidQuery
             It is not known, and without it nothing is asked for.
         """
-        if query_model == "PatientRoot" and not self.patient_id:
+        if query_model != "PatientRoot":
+            return {}
+        if not self.patient_id:
             raise InvalidQuery(
                 f"Study {self.study}: its Patient ID is unknown, and PatientRoot needs it.",
                 hint="Give PatientID in the query, or use StudyRoot.",
                 study=self.study,
             )
-        return self.patient_keys() if query_model == "PatientRoot" else {}
+        return self.patient_keys()
 
     def is_of_patient(self, patient_id: bytes, character_set: bytes) -> bool:
         """Whether a Patient ID is the study's, as far as both are known."""
@@ -232,7 +234,7 @@ def note_row(scope: Scope, row: Row) -> bool:
     The first row that was not dropped decides whose study it is; False for one of another patient.
     """
     scope.found = True
-    patient_id = row.get(i.PATIENT_ID, b"").strip(b"\0 ")
+    patient_id = row.get(h.PATIENT_ID, b"").strip(b"\0 ")
     if patient_id and not scope.patient_id:
         scope.patient_id, scope.character_set = patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b"")
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))

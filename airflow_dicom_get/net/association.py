@@ -463,9 +463,10 @@ class Association:
         Parameters
         ----------
         limit : float
-            ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``.
+            ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``, or with
+            ``operation`` where the call's own time is over before.
         """
-        ending, may_wait = False, phase == "idle"
+        ending, hears_cancel = False, phase == "idle"
         if self.cancel.over_at < limit:
             limit, phase = self.cancel.over_at, "operation"
         try:
@@ -477,7 +478,7 @@ class Association:
                 if not view:
                     return
                 # A peer that takes a little at a time is waited for no longer than one that takes nothing.
-                if may_wait and self.cancel.reason is not None and not ending:
+                if hears_cancel and self.cancel.reason is not None and not ending:
                     ending, limit = True, min(limit, clock.monotonic() + _CANCEL_GRACE)
                 over = clock.monotonic() >= limit
                 if over and not ending:

@@ -795,7 +795,7 @@ class _FileWriter:
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        if self._is_as_taken(fd) or self._sink.digests.have_size(self._instance.study, self._instance.key, size):
+        if self._sink.digests.are_of(self._instance.study, self._instance.key, partial(digest_of, fd), size):
             return False  # so it came
         if self._instance.key in self._sink.torn:
             begin, own = (offset, self._offset) if offset else (0, 0)

@@ -191,10 +191,20 @@ class RecordedDigests:
         took = self._took(study, key)
         return took.digests if took is not None else None
 
-    def have_size(self, study: str, key: Key, size: int, etag: str | None = None) -> bool:
-        """Whether, of an instance without any digest, an object of this size and mark is recorded as durable."""
+    def are_of(
+        self, study: str, key: Key, digest: Callable[[], bytes | None], size: int, etag: str | None = None
+    ) -> bool:
+        """Whether a run has recorded an object as it is: by its digest, or where none has any, by size and mark.
+
+        Parameters
+        ----------
+        digest : callable
+            Gives that of the object; called only where there is one to compare with.
+        """
         took = self._took(study, key)
-        return took is not None and not took.digests and (size, etag or None) in took.sizes
+        if took is None:
+            return False
+        return digest() in took.digests if took.digests else (size, etag or None) in took.sizes
 
     def _took(self, study: str, key: Key) -> _Took | None:
         if study not in self._of:

@@ -29,7 +29,7 @@ from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
-from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict
+from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict, noun
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -546,9 +546,10 @@ def places_of(listed: Sequence[Listed]) -> tuple[FilesystemDestination | S3Desti
             opener = Opener(one.places)
             foreign = sum(not opener.holds(uri) for uri in one.table["uri"].to_pylist() if uri)
             if foreign:
+                objects = f"{foreign} {noun(foreign, 'object')}"
                 raise ManifestError(
-                    f"Manifest {number} of {len(listed)} names {foreign} objects outside its destination.",
-                    hint="Was it written by somebody else? Leave it out, or give it alone.",
+                    f"Manifest {number} of {len(listed)} names {objects} outside its destination.",
+                    hint="Leave it out, unless you trust who wrote it; then name the place of its objects as a root.",
                 )
     return places
 

@@ -255,10 +255,7 @@ class S3Sink:
 
     def _is_recorded(self, instance: Instance, existing: Existing) -> bool:
         """Whether a run took an object as it is: so it came, and nobody has cut it short."""
-        of = instance.study, instance.key
-        return existing.sha256 in (self._digests.of(*of) or ()) or self._digests.have_size(
-            *of, existing.size, existing.etag
-        )
+        return self._digests.are_of(instance.study, instance.key, lambda: existing.sha256, existing.size, existing.etag)
 
     def _in_place_of(self, study: _Study, upload: _Upload, existing: Existing) -> dict[str, str]:
         """Let nothing that was recorded of an object count any more; on which condition it may be replaced."""

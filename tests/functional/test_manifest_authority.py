@@ -333,7 +333,7 @@ def test_several_manifests_open_nothing_for_each_other(embedded: Embedded, priva
     forged = shared.forged(uri=mine.frame["uri"][5])
     for given in ([forged, mine.uri], [mine.uri, forged]):
         listed = [objects.load_listed(one) for one in given]
-        with pytest.raises(ManifestError, match="names 1 objects outside its destination"):
+        with pytest.raises(ManifestError, match="names 1 object outside its destination"):
             objects.places_of(listed)
         with pytest.raises(ManifestError, match="outside its destination"):
             export(given, "series", check=True)

@@ -19,7 +19,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.header import HeaderError
 
 UID_TAGS = frozenset({h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID})
-WANTED = UID_TAGS | {i.QUERY_RETRIEVE_LEVEL, i.PATIENT_ID, i.SERIES_RELATED_INSTANCES, h.SPECIFIC_CHARACTER_SET}
+WANTED = UID_TAGS | {i.QUERY_RETRIEVE_LEVEL, h.PATIENT_ID, i.SERIES_RELATED_INSTANCES, h.SPECIFIC_CHARACTER_SET}
 ASCII = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\\"), max_size=40).map(
     str.strip
 )
@@ -39,7 +39,7 @@ def test_pydicom_reads_ours() -> None:
             h.STUDY_INSTANCE_UID: "1.2.3",
             i.QUERY_RETRIEVE_LEVEL: "IMAGE",
             h.SOP_INSTANCE_UID: ["1.2.3.1", "1.2.3.2"],
-            i.PATIENT_ID: "A-1",
+            h.PATIENT_ID: "A-1",
         },
         UID_TAGS,
     )
@@ -62,7 +62,7 @@ def test_a_list_of_any_length_goes_through() -> None:
 
 @given(st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), min_size=1, max_size=20))
 def test_other_text_than_ascii_is_sent_as_utf_8_and_says_so(text: str) -> None:
-    data = i.encode_identifier({0x00100010: text, i.PATIENT_ID: "1"})
+    data = i.encode_identifier({0x00100010: text, h.PATIENT_ID: "1"})
     found = i.decode_identifier(data, {0x00100010, h.SPECIFIC_CHARACTER_SET})
     assert found[h.SPECIFIC_CHARACTER_SET] == b"ISO_IR 192"
     assert decode_bytes(found[0x00100010], convert_encodings("ISO_IR 192"), set()).removesuffix(

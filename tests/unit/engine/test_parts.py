@@ -27,7 +27,7 @@ class Archive:
 
     def row(self, number: int, day: str, time: str) -> Row:
         found = {h.STUDY_INSTANCE_UID: b"1.%d" % number, i.STUDY_DATE: day.encode(), i.STUDY_TIME: time.encode()}
-        return found | {i.ACCESSION_NUMBER: b"1A2", i.PATIENT_ID: b"P"}
+        return found | {i.ACCESSION_NUMBER: b"1A2", h.PATIENT_ID: b"P"}
 
     def answers(self, level, keys, returned, dropped=None, enough=None):
         self.asked.append(keys)
@@ -114,7 +114,7 @@ def test_the_count_of_a_patient_agrees_or_contradicts() -> None:
         archive = Archive(*day_of(100), cap=100)
         for row in archive.rows:
             row[i.PATIENT_RELATED_STUDIES] = b"%d" % count
-        found = matching_studies(archive, {i.PATIENT_ID: "P"}, ())  # type: ignore[arg-type]
+        found = matching_studies(archive, {h.PATIENT_ID: "P"}, ())  # type: ignore[arg-type]
         assert found.doubt == doubt
         assert (found.queries == 1) == (count == 100)
 
@@ -123,7 +123,7 @@ def test_counts_of_two_patients_of_one_id_agree_with_nothing() -> None:
     archive = Archive(*day_of(160), cap=100)
     for number, row in enumerate(archive.rows):
         row[i.PATIENT_RELATED_STUDIES] = b"100" if number % 2 else b"60"
-    keys = {i.PATIENT_ID: "P"}
+    keys = {h.PATIENT_ID: "P"}
     found = matching_studies(archive, keys, (i.PATIENT_RELATED_STUDIES,))  # type: ignore[arg-type]
     assert found.doubt is not None
 
@@ -132,7 +132,7 @@ def test_the_count_of_a_patient_says_nothing_of_his_studies_on_one_day() -> None
     archive = Archive(*day_of(3))
     for row in archive.rows:
         row[i.PATIENT_RELATED_STUDIES] = b"100"
-    keys = {i.PATIENT_ID: "P", i.STUDY_DATE: "20240110"}
+    keys = {h.PATIENT_ID: "P", i.STUDY_DATE: "20240110"}
     assert matching_studies(archive, keys, (i.PATIENT_RELATED_STUDIES,)).doubt is None  # type: ignore[arg-type]
 
 

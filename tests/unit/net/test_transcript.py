@@ -39,7 +39,7 @@ VALUES = st.one_of(
 KEYS = st.one_of(
     st.sampled_from(
         (
-            h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID, h.SOP_CLASS_UID, i.PATIENT_ID,
+            h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID, h.SOP_INSTANCE_UID, h.SOP_CLASS_UID, h.PATIENT_ID,
             i.ACCESSION_NUMBER, i.QUERY_RETRIEVE_LEVEL, i.INSTANCE_AVAILABILITY, i.STUDY_RELATED_INSTANCES,
             i.FAILED_SOP_INSTANCES, h.MODALITY, 0x00100010, 0x00100030, 0x00104000, 0x00080005,
         )
@@ -78,7 +78,7 @@ def test_what_a_query_says_and_what_came(monkeypatch: pytest.MonkeyPatch) -> Non
     transcript = MemoryTranscript()
     told = transcript.begin()
     keys: dict[int, Any] = {
-        i.QUERY_RETRIEVE_LEVEL: "IMAGE", i.PATIENT_ID: "4711", 0x00100010: "", 0x00091001: "x",
+        i.QUERY_RETRIEVE_LEVEL: "IMAGE", h.PATIENT_ID: "4711", 0x00100010: "", 0x00091001: "x",
         h.STUDY_INSTANCE_UID: "1.2.3", h.SOP_INSTANCE_UID: ["1.2.3.4", "1.2.3.5"],
     }  # fmt: skip
     told.sent(1, command(c.C_FIND_RQ, {c.AFFECTED_SOP_CLASS: FIND}), i.encode_identifier(keys))
