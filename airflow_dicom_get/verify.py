@@ -41,7 +41,6 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.manifest.files import MANIFESTS, without_links
-from airflow_dicom_get.manifest.schema import instances_of
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
@@ -49,7 +48,6 @@ from airflow_dicom_get.sinks.objects import (
     MissingError,
     Named,
     Opened,
-    Opener,
     StoredObject,
     UnreadableError,
     UnusableError,
@@ -417,9 +415,11 @@ class _Verify:
     def _item(self, row: Instance, place: str | None = None) -> _Item:
         return self.items.setdefault((row.study, row.key, place), _Item(row))
 
-    def _listed_item(self, row: Instance) -> _Item:
+    def _listed_item(self, row: Instance, opened: StoredObject | None) -> _Item:
         """What a row of the manifest is of: where no destination is given, each object that it names is one."""
         item, at = self._item(row), row.uri or row.forwarded_to
+        if opened is not None and item.item is not None and opened.refused != item.item.refused:
+            return self._item(row, opened.refused or at)  # what one manifest may open proves nothing of another one
         if self.place is None and at and item.places and at not in item.places:
             return self._item(row, at)
         return item
@@ -429,13 +429,14 @@ class _Verify:
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
         self.has_manifest, self.said = True, (listed.verdict, listed.evidence)
-        opener = Opener(listed.places, self.s3, self.cancel)
-        for row in instances_of(listed.table):
+        for row, opener in listed.rows(self.s3, self.cancel):
             if self.studies and row.study not in self.studies:
                 continue
             if row.state == "withdrawn":
                 continue
-            item = self._listed_item(row)
+            named = (row.state in PRESENT or row.reason in CONTENT_IN_DOUBT) and row.uri and self.place is None
+            opened = opener.object_of(row) if named else None
+            item = self._listed_item(row, opened)
             item.in_manifest = True
             if row.reason in CONTENT_IN_DOUBT:
                 item.doubt = row.reason
@@ -443,8 +444,7 @@ class _Verify:
                 item.row = item.row if item.recorded else row
                 item.recorded.append(row)
                 item.places.add(row.uri or row.forwarded_to)
-            if (row.state in PRESENT or item.doubt) and row.uri and self.place is None:
-                item.item = opener.object_of(row)
+            item.item = opened or item.item
         # A malformed UID is no name of a folder.
         self.studies = self.studies or tuple(dict.fromkeys(study for study, _, _ in self.items if is_uid(study)))
 

@@ -13,7 +13,7 @@ from airflow_dicom_get.engine.report import verdict_of_manifests
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
 from airflow_dicom_get.manifest.schema import COLUMNS
-from airflow_dicom_get.sinks.objects import Listed, Named, load_listed, places_of
+from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
 from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, REASONS, Verdict, noun
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
     from airflow_dicom_get.config.groups import S3Config
+    from airflow_dicom_get.sinks.objects import Places
 
 _USED = (
     "study_instance_uid",
@@ -54,8 +55,10 @@ class Cohort:
     rows: DataFrame
     """The newest row of each instance that is held or missing; what was withdrawn is of no scope."""
     verdict: Verdict
-    places: tuple[FilesystemDestination | S3Destination, ...]
-    """Where objects may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
+    numbers: Series
+    """Of which manifest each row is."""
+    places: tuple[Places, ...]
+    """Where objects of each may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
 
     @property
     def held(self) -> DataFrame:
@@ -104,7 +107,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     """
     given = [run for one in each_of(manifests) for run in _runs_of(one)]
     listed = [load_listed(one, s3, root) for one in given if one is not None]
-    places = places_of(listed)
+    places = tuple(one.places for one in listed)
     tables = [one.table for one in listed]
     verdicts = [verdict for verdict, _ in facts_of(tables, given)]
     sizes = [table.num_rows for table in tables]
@@ -127,11 +130,11 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
         )
     verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
-    rows = rows.drop(columns=[_FROM, _AT, "source", "destination"])
+    rows = rows.drop(columns=[_AT, "source", "destination"])
     if not (known := rows["reason"].isin(REASONS) | rows["reason"].isna()).all():  # anybody may have written it
         rows["reason"] = rows["reason"].where(known)
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
-    return Cohort(kept, verdict, places)
+    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places)
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:
@@ -217,8 +220,10 @@ def check_objects(cohort: Cohort, s3: S3Config | None) -> None:
     from airflow_dicom_get.manifest.frames import table_of
     from airflow_dicom_get.verify import examine
 
-    held = table_of(cohort.held.reindex(columns=list(COLUMNS)))
-    found = examine(VerifyOptions.check({"s3_config": s3}), Listed(held, cohort.places))
+    held = cohort.held.reindex(columns=list(COLUMNS))
+    numbers = cohort.numbers[held.index].sort_values(kind="stable")
+    parts = tuple((len(rows), cohort.places[number]) for number, rows in numbers.groupby(numbers))
+    found = examine(VerifyOptions.check({"s3_config": s3}), Listed(table_of(held.loc[numbers.index]), parts))
     if found.same:
         return
     what = [str(difference) for difference in found.differences[:_SHOWN]] or [found.uncompared or ""]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown_path
@@ -27,7 +26,7 @@ from airflow_dicom_get.manifest.frames import (
 )
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
-from airflow_dicom_get.sinks.objects import Listed, load_listed, places_of
+from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.vocabulary import HELD, NOT_HELD, weakest, worst
 
@@ -226,9 +225,9 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
             "The upstream task failed or was skipped. Leave out those that you know to be skipped.",
         )
     given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
-    places = places_of(given)
+    parts = tuple(part for one in given for part in one.parts)
     verdict, evidence = worst(one.verdict for one in given), weakest(one.evidence for one in given)
-    return Listed(one_table([one.table for one in given]), places, verdict, evidence)
+    return Listed(one_table([one.table for one in given]), parts, verdict, evidence)
 
 
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
@@ -246,8 +245,7 @@ def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
             how = DicomS3Hook(s3_conn_id).config
         elif uri is not None:
             _check_manifest_place(uri)
-        listed = load_listed(one, how)
-        given.append(replace(listed, places=tuple(x for x in listed.places if configuration.is_allowed(x))))
+        given.append(load_listed(one, how).within(lambda places: filter(configuration.is_allowed, places)))
     if all(one is None for one in given):
         raise invalid(
             "manifest",

@@ -6,8 +6,9 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -24,12 +25,12 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
-from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, ManifestError, printable
+from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
 from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
-from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict, noun
+from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,6 +42,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Named = str | os.PathLike[str]
+Places = tuple[FilesystemDestination | S3Destination, ...]
 """A folder, or an address ``s3://bucket/prefix``."""
 _WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
 _OURS = frozenset({MANIFESTS, ".ledger"})
@@ -391,16 +393,33 @@ def _real_folders(places: Iterable[Destination]) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A manifest that was loaded, and the places below which objects that it names may be opened.
+    """A manifest that was loaded, or several as one, and the places below which objects that it names may be opened.
 
-    A manifest is data: it does not say itself what is opened.
+    A manifest is data: it does not say itself what is opened, and of several none what another one names.
     """
 
     table: pa.Table
-    places: tuple[FilesystemDestination | S3Destination, ...]
+    parts: tuple[tuple[int, Places], ...]
+    """How many of the rows, one after another, are of which manifest, and the places of each."""
     verdict: Verdict = UNVERIFIED
     """What it says of itself."""
     evidence: Evidence = "none"
+
+    @property
+    def places(self) -> Places:
+        """The places of all parts."""
+        return tuple(dict.fromkeys(place for _, places in self.parts for place in places))
+
+    def within(self, change: Callable[[Places], Iterable[FilesystemDestination | S3Destination]]) -> Listed:
+        """The same with other places: what ``change`` makes of those of each part."""
+        return replace(self, parts=tuple((size, tuple(change(places))) for size, places in self.parts))
+
+    def rows(self, s3: S3Config | None = None, ending: Ending | None = None) -> Iterator[tuple[Instance, Opener]]:
+        """Each row with what opens its object; ``s3`` and ``ending`` as in :class:`Opener`."""
+        from airflow_dicom_get.manifest.schema import instances_of
+
+        openers = (repeat(Opener(places, s3, ending), size) for size, places in self.parts)
+        return zip(instances_of(self.table), chain.from_iterable(openers), strict=True)
 
 
 def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None) -> Listed:
@@ -427,11 +446,11 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
 
     named = _named(root)
     if isinstance(manifest, Listed):
-        return replace(manifest, places=(*manifest.places, *named))
+        return manifest.within(lambda places: (*places, *named))
     table = load_table(manifest, s3)
     own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
     [facts] = facts_of([table])
-    return Listed(table, (*own, *named), *facts)
+    return Listed(table, ((table.num_rows, (*own, *named)),), *facts)
 
 
 def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:
@@ -482,7 +501,7 @@ class Opener:
 
     def __init__(
         self,
-        places: Sequence[FilesystemDestination | S3Destination],
+        places: Places,
         s3: S3Config | None = None,
         ending: Ending | None = None,
     ) -> None:
@@ -510,14 +529,6 @@ class Opener:
             return StoredObject(uri, bucket=self._bucket(place.bucket), key=place.prefix, row=row)
         return StoredObject(shown_path(uri), row=row, refused="it lies outside the destination of the manifest")
 
-    def holds(self, uri: str) -> bool:
-        """Whether what it names lies in one of the places."""
-        try:
-            place = parse_destination(uri, "uri")
-        except InvalidOption:
-            return False
-        return self._below(place) is not None if isinstance(place, FilesystemDestination) else self._is_in_bucket(place)
-
     def _below(self, place: FilesystemDestination) -> Below | None:
         return _within(place.path, self._folders) if place.path.is_absolute() else None
 
@@ -532,38 +543,13 @@ class Opener:
         return self._buckets[name]
 
 
-def places_of(listed: Sequence[Listed]) -> tuple[FilesystemDestination | S3Destination, ...]:
-    """The places of several manifests that are taken as one, each of which names objects in its own alone.
-
-    Raises
-    ------
-    ManifestError
-        One names an object elsewhere: it may not be opened because the place is another one's.
-    """
-    places = tuple(dict.fromkeys(place for one in listed for place in one.places))
-    for number, one in enumerate(listed, 1):
-        if set(one.places) != set(places):
-            opener = Opener(one.places)
-            foreign = sum(not opener.holds(uri) for uri in one.table["uri"].to_pylist() if uri)
-            if foreign:
-                objects = f"{foreign} {noun(foreign, 'object')}"
-                raise ManifestError(
-                    f"Manifest {number} of {len(listed)} names {objects} outside its destination.",
-                    hint="Leave it out, unless you trust who wrote it; then name the place of its objects as a root.",
-                )
-    return places
-
-
 def objects_of(
     listed: Listed, s3: S3Config | None = None, ending: Ending | None = None
 ) -> tuple[list[StoredObject], list[Instance]]:
     """The objects that a manifest says are there, and its rows that have none; ``ending`` as in :class:`Opener`."""
-    from airflow_dicom_get.manifest.schema import instances_of
-
-    opener = Opener(listed.places, s3, ending)
     objects: list[StoredObject] = []
     others: list[Instance] = []
-    for row in instances_of(listed.table):
+    for row, opener in listed.rows(s3, ending):
         if row.state in READABLE and row.uri:
             objects.append(opener.object_of(row))
         else:
