@@ -355,9 +355,12 @@ def verdict_of_verified(compared: Verdict, read: tuple[Verdict, Evidence] | None
     """
     if read is None:
         return compared if listed else worst((compared, UNVERIFIED))
-    verdict, evidence = read
-    has_rows_of_all = verdict != EMPTY and (evidence != "none" or worst((verdict, UNVERIFIED)) == UNVERIFIED)
-    return compared if listed and has_rows_of_all else worst((compared, verdict))
+    return compared if listed and has_rows_of_all(*read) else worst((compared, read[0]))
+
+
+def has_rows_of_all(verdict: Verdict, evidence: Evidence) -> bool:
+    """Whether a manifest that says so of itself has rows of each study that was asked for."""
+    return verdict != EMPTY and (evidence != "none" or worst((verdict, UNVERIFIED)) == UNVERIFIED)
 
 
 def no_better(facts: tuple[Verdict, Evidence], read: tuple[Verdict, Evidence] | None) -> tuple[Verdict, Evidence]:

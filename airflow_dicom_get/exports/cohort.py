@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination, parse_destination
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.engine.report import verdict_of_manifests
+from airflow_dicom_get.engine.report import has_rows_of_all, verdict_of_manifests
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
 from airflow_dicom_get.manifest.schema import COLUMNS
@@ -59,6 +59,8 @@ class Cohort:
     """Of which manifest each row is."""
     places: tuple[Places, ...]
     """Where objects of each may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
+    unlisted: Sequence[int] = ()
+    """Which manifests, counted from 1, count without a row, for studies of which they have none."""
 
     @property
     def held(self) -> DataFrame:
@@ -86,6 +88,16 @@ class Cohort:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         return f"{len(missing)} of {len(self.rows)} instances are missing ({why}); the verdict is {self.verdict}."
 
+    def doubt(self) -> str:
+        """Which manifests count for what they do not list, as a sentence; empty where none does."""
+        if not self.unlisted:
+            return ""
+        which = ", ".join(map(str, self.unlisted[:_SHOWN])) + (", …" if len(self.unlisted) > _SHOWN else "")
+        return (
+            f"{noun(len(self.unlisted), 'Manifest')} {which} may be of studies without a row: leave out what a newer "
+            "retrieval of the same studies replaces."
+        )
+
     def check_columns(self, wanted: Sequence[str]) -> None:
         """Refuse a column that the manifests do not have. Raises :class:`InvalidOption`."""
         for name in wanted:
@@ -98,7 +110,8 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     """Load manifests of any shape, and keep the newest row of each instance.
 
     The newest is the one of the run that began last; where a manifest does not say when its run began, of the manifest
-    that was given last. A manifest of which no row is left no longer counts for the verdict.
+    that was given last. A manifest of which no row is left no longer counts for the verdict, unless it may be of
+    studies that it has no rows of.
 
     Raises
     ------
@@ -109,32 +122,31 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     listed = [load_listed(one, s3, root) for one in given if one is not None]
     places = tuple(one.places for one in listed)
     tables = [one.table for one in listed]
-    verdicts = [verdict for verdict, _ in facts_of(tables, given)]
-    sizes = [table.num_rows for table in tables]
+    facts = facts_of(tables, given)
+    beside = {n for n, fact in enumerate(facts) if n >= len(tables) or not len(tables[n]) or not has_rows_of_all(*fact)}
     rows = _numbered(tables)
     del listed, tables  # of a large manifest they are most of what is held here
     _give_back()
     rows = newest_rows(rows)
     _give_back()
     left = set(rows[_FROM].unique())
-    said = [
-        verdict
-        for number, verdict in enumerate(verdicts)
-        if number in left or number >= len(sizes) or not sizes[number]
-    ]
     in_scope = rows["state"].isin(PRESENT | NOT_HELD)
     if not in_scope.any():
         raise ManifestError(
             "The manifests list no instance that is held or missing.",
             hint="Look at the verdict of the retrieval that wrote them.",
         )
-    verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
+    verdict = verdict_of_manifests(
+        (facts[number][0] for number in left | beside), bool(rows["state"].isin(NOT_HELD).any())
+    )
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
     rows = rows.drop(columns=[_AT, "source", "destination"])
     if not (known := rows["reason"].isin(REASONS) | rows["reason"].isna()).all():  # anybody may have written it
         rows["reason"] = rows["reason"].where(known)
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
-    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places)
+    return Cohort(
+        kept.drop(columns=_FROM), verdict, kept[_FROM], places, sorted(number + 1 for number in beside - left)
+    )
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:
@@ -200,7 +212,9 @@ def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
     if cohort.verdict == COMPLETE or cohort.verdict in accept:
         return
     raise NotProven(
-        f"The verdict is {cohort.verdict}, and nothing was written. {cohort.lack()}".strip(),
+        " ".join(
+            filter(None, (f"The verdict is {cohort.verdict}, and nothing was written.", cohort.lack(), cohort.doubt()))
+        ),
         hint="Retrieve what is missing" + (f", or accept {cohort.verdict}." if cohort.verdict in ACCEPTABLE else "."),
         verdict=cohort.verdict,
     )

@@ -549,6 +549,26 @@ class TestOnlyWhatIsProven:
             found = verify(result.manifest_uri, destination=tmp_path / "both", addr=node)
         assert (found.exit_code, read_manifest(found.manifest_uri).attrs["verdict"]) == (0, "cancelled")
 
+    def test_a_manifest_whose_rows_are_all_replaced_counts_for_the_studies_that_it_does_not_name(
+        self, got: Got, tmp_path: Path
+    ) -> None:
+        """One of two studies was listed before the cancel, and that one alone is complete now."""
+        rows = read_table(got.get().removeprefix("file://"))
+        for verdict, evidence, counts in (
+            ("cancelled", "none", True), ("partial", "none", True), ("failed", "none", True), ("empty", "list", True),
+            ("cancelled", "list", False), ("partial", "list+counts", False), ("unverified", "none", False),
+        ):  # fmt: skip
+            old = tmp_path / "old.parquet"
+            write_manifest(rows, old, verdict=verdict, evidence=evidence, run="20200101T000000Z-0")
+            again = got.get()
+            if counts:
+                with pytest.raises(
+                    NotProven, match=f"{verdict}, and nothing was written. Manifest 1 may be of studies"
+                ):
+                    export([old, again], "sha256sums")
+            else:
+                assert export([old, again], "sha256sums")
+
     def test_a_combined_manifest_makes_no_old_row_new(self, tmp_path: Path) -> None:
         got = str(made_up(tmp_path / "a.parquet", {1: "stored", 2: "stored"}, run="20260301T220000Z-0"))
         lost = str(made_up(tmp_path / "b.parquet", {1: "stored", 2: "missing"}, run="20260302T220000Z-0"))
