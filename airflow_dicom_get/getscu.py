@@ -311,7 +311,7 @@ class GetScu:
         return_keys : str or sequence of str
             Additional keywords to return.
         as_frame : bool
-            Return a DataFrame with one text column per keyword.
+            Return a DataFrame with one text column per keyword; sequences are left out.
         limit : int
             Rows after which the C-FIND is cancelled (PS3.4 C.4.1.3); none by default.
         split_on_truncation : bool

@@ -239,7 +239,10 @@ class _Distinct:
 
 
 def frame_of_rows(source: Source, rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
-    """One text column per keyword; of no rows those that were asked for. Raises where the run is to end."""
+    """One text column per keyword; of no rows those that were asked for. Raises where the run is to end.
+
+    A sequence has no column: it is no text, and to print it is to have pydicom warn of what stands in it.
+    """
     import pandas as pd
 
     columns = None if rows else list(dict.fromkeys((*_RETURNED[level], *return_keys)))
@@ -250,7 +253,7 @@ def frame_of_rows(source: Source, rows: Sequence[Dataset], level: str, return_ke
             {
                 element.keyword: peer_text(element.value, 1024) if element.VR == "UN" else _text(element.value)
                 for element in row
-                if element.keyword
+                if element.keyword and element.VR != "SQ"
             }
         )
     return pd.DataFrame(data, columns=columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,8 @@ from airflow_dicom_get.errors import OperationFailed
 from airflow_dicom_get.notebook import read_instances
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import modes_object
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, MODE_CLASSES, Behaviour
+from airflow_dicom_get.testing.misbehaving.wire import Message
 
 KEYS = ["SeriesNumber", "InstanceNumber", "StudyTime", "Modality"]
 
@@ -52,6 +55,32 @@ def test_in_process(pacs: MisbehavingPacs, tmp_path: Path, caplog: pytest.LogCap
     assert table["instance_number"].isna().all()
     assert table["series_number"].isna().all()
     assert set(table["SeriesNumber"]) == {"HOSTILE^PATIENT"}  # a column that was asked for is as it came
+
+
+class _Sequence(Behaviour):
+    """Answers with a row whose sequence has a private creator of two values, of which pydicom warns."""
+
+    stages = frozenset({FIND})
+
+    def find(self, message: Message) -> None:
+        item = _element(0x00090010, b"HOSTILE^PATIENT\\X") + _element(0x00091001, b"ab")
+        inner = _element(0xFFFEE000, item)
+        self.respond(message, 0xFF00, _element(0x00081110, inner) + _element(0x0020000D, b"1.2.3"))
+        self.respond(message, 0)
+
+
+def _element(tag: int, value: bytes) -> bytes:
+    value += b" " * (len(value) & 1)
+    return struct.pack("<HHI", tag >> 16, tag & 0xFFFF, len(value)) + value
+
+
+def test_a_sequence_has_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODE_CLASSES, "sequence", _Sequence)
+    with MisbehavingPacs("sequence") as server, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        frame: Any = GetScu(f"PACS@127.0.0.1:{server.port}").find({"StudyInstanceUID": "1.2.3"}, as_frame=True)
+    assert list(frame.columns) == ["StudyInstanceUID"]
+    assert [warning for warning in seen if "HOSTILE" in str(warning.message)] == []
 
 
 def test_in_a_notebook(pacs: MisbehavingPacs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
