@@ -32,6 +32,8 @@ _SLACK = 10_000
 _STUDY_KEYS = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES, h.PATIENT_ID)
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
+_AVAILABILITIES = ("ONLINE", "NEARLINE", "OFFLINE", "UNAVAILABLE")
+"""What Instance Availability may say (PS3.3 C.4.23.1.1); any other text says nothing, and may be of a patient."""
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
 """Keys that some look up in their files: asked for as long as they are told at all."""
 
@@ -345,8 +347,8 @@ class _Lister:
             instance = Instance(scope.study, series.uid, sop)
         instance.sop_class = instance.sop_class or self._class(row)
         instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
-        if told := row.get(i.INSTANCE_AVAILABILITY):
-            instance.availability = i.text_value(told[:16]) or instance.availability
+        if (told := i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16])) in _AVAILABILITIES:
+            instance.availability = told
         instance.modality = instance.modality or series.modality
         instance.series_number = series.number
         instance.instance_number = i.int_value(row.get(h.INSTANCE_NUMBER))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from airflow_dicom_get import GetScu
@@ -35,6 +36,16 @@ def test_what_the_source_has_not_at_hand_is_asked_for_once(said: str, reason: st
     assert column(result, "reason")[last] == reason
     told = column(result, "availability")
     assert told.pop(last) == said
+    assert set(told.values()) == {"ONLINE"}
+
+
+def test_a_text_that_is_no_availability_is_none(tmp_path: Path) -> None:
+    """It would be a patient's, in a column that nobody asked for."""
+    with MisbehavingPacs("not_online:DOE^JOHN 1961", series=1, instances=2) as pacs:
+        result = get(pacs, tmp_path)
+        last = pacs.instances[-1].sop
+    told = column(result, "availability")
+    assert pd.isna(told.pop(last))
     assert set(told.values()) == {"ONLINE"}
 
 
