@@ -84,7 +84,7 @@ def read_profile(path: Path, peer: Peer) -> Profile:
             raise ValueError("another schema")
         known = {item.name for item in fields(Profile)}
         found = Profile(**{name: value for name, value in values.items() if name in known})
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise invalid(
             "profile",
             f"{shown_path(path)} holds no profile of a node ({type(error).__name__})",

@@ -118,7 +118,9 @@ def test_a_node_that_has_changed_is_not_judged_by_its_past(
     assert exactness(result)[EXPLICIT] == {"peer_choice"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"profile": 2}', '{"profile": 1, "converts": false}', "\0" * 100])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"profile": 2}', '{"profile": 1, "converts": false}', "\0" * 100, "[" * 60_000]
+)
 def test_a_broken_profile_is_refused(file: Path, content: str) -> None:
     file.parent.mkdir()
     file.write_text(content)
