@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 UID, ACCESSION = "StudyInstanceUID", "AccessionNumber"
 _LARGEST = 64 << 20
-"""Bytes of a file that others may have chosen: of a million studies."""
+"""Bytes of a file: of a million studies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +270,13 @@ class _Rows:
 
     def _text(self) -> str:
         try:
-            if not isinstance(self._path, Below):
-                return Path(self._path).read_text("utf-8-sig")
-            content = files.read_whole(self._path, _LARGEST)
+            if isinstance(self._path, Below):
+                content = files.read_whole(self._path, _LARGEST)
+            else:
+                with Path(self._path).open("rb") as file:  # may be a pipe
+                    content = file.read(_LARGEST + 1)
+                if len(content) > _LARGEST:
+                    raise OSError(errno.EFBIG, f"it is larger than {_LARGEST >> 20} MiB")
             return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
         except OSError as error:
             what, hint = f"cannot be read: {error.strerror}", "Check the path."

@@ -64,3 +64,11 @@ def test_lines_of_all_systems(tmp_path: Path, end: str) -> None:
 def test_an_accession_number_has_no_end_of_line(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match="line 3, column AccessionNumber is not an accession number"):
         read_study_list(written(tmp_path, 'AccessionNumber\n"A\n1"\n'))
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "studies.csv"
+    with path.open("wb") as file:
+        file.truncate((64 << 20) + 1)  # sparse
+    with pytest.raises(InvalidOption, match="cannot be read: it is larger than 64 MiB"):
+        read_study_list(str(path))
