@@ -18,7 +18,7 @@ from airflow_dicom_get.errors import peer_text
 from airflow_dicom_get.lists.finder import UNIQUE, Answer, Finder, check_answered
 from airflow_dicom_get.lists.matching import remark_text
 from airflow_dicom_get.lists.whole import doubt_remark
-from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ROWS, too_long
+from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ANSWER, MAX_ROWS, too_long
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -213,15 +213,17 @@ class _Distinct:
         self._keys, self._finder, self._check = _UNIQUE[level], finder, check
         self._seen: set[tuple[bytes, ...]] = set()
         self.found: list[Dataset] = []
-        self._made = 0
+        self._made = self._bytes = 0
 
     def take(self, answers: Iterable[Answer]) -> None:
-        """Add rows; one without a UID of its own is like no other.
+        """Add the rows of an answer, not asked for behind 64 MiB; one without a UID of its own is like no other.
 
         Raises
         ------
         ListTooLong, Cancelled, DeadlineExceeded
         """
+        if self._bytes >= MAX_ANSWER:
+            raise too_long(self._finder.node, f"{MAX_ANSWER >> 20} MiB", "one find")
         for row, raw in answers:
             self._check()  # a row of many values takes far longer to make than to come
             unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
@@ -233,8 +235,9 @@ class _Distinct:
                     self._finder.cannot_read(error)
                     continue
                 self._made += made
+                self._bytes += len(raw)
                 if self._made > MAX_VALUES:
-                    raise too_long(self._finder.node, f"{MAX_VALUES} elements and values")
+                    raise too_long(self._finder.node, f"{MAX_VALUES} elements and values", "one find")
                 self.found.append(found)
 
 

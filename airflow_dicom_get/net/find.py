@@ -25,7 +25,7 @@ FIND_PROPOSALS = (Proposal(STUDY_ROOT_FIND, IMPLICIT_LE), Proposal(PATIENT_ROOT_
 log = logging.getLogger(__name__)
 
 MAX_ROW, MAX_ANSWER = 1 << 16, 64 << 20
-"""Bytes of one row, and of all rows of one C-FIND."""
+"""Bytes of one row, and of all rows of one C-FIND; a search that keeps as many sends no further C-FIND."""
 MAX_ROWS = 200_000
 """Rows of one C-FIND."""
 _CANCEL_GRACE = 5.0
@@ -131,10 +131,10 @@ def c_find(
         )
 
 
-def too_long(node: Node, what: str) -> ListTooLong:
+def too_long(node: Node, what: str, where: str = "one C-FIND") -> ListTooLong:
     """The error of an answer that goes beyond a bound."""
     return ListTooLong(
-        f"{node} sent more than {what} in response to one C-FIND.",
+        f"{node} sent more than {what} in response to {where}.",
         hint="Narrow the query. If it is narrow, ask the PACS admin what its log says about it.",
         node=str(node),
     )

@@ -155,6 +155,29 @@ def test_values_of_two_bytes_do_not_fill_the_memory(pacs: Callable[..., Any], mo
         GetScu(node(server)).find({"StudyDate": "20240101"})
 
 
+class _LongSeries(Behaviour):
+    """Answers with 20 studies, each of 10 series with 60,000 bytes of text."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        if level == "STUDY":
+            for number in range(20):
+                yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00080020: "20240101"}
+            return
+        study = query[0x0020000D]
+        for number in range(10):
+            uids = {0x0020000D: study, 0x0020000E: f"{study}.{number}"}
+            yield {0x00080052: level, **uids, 0x0008103E: "x" * 60_000}
+
+
+def test_rows_of_many_answers_do_not_fill_the_memory(pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a key of the study there is an answer a study, each within its own bound."""
+    monkeypatch.setattr(find, "MAX_ANSWER", 2 << 20)
+    with pacs(_LongSeries) as server, pytest.raises(ListTooLong, match="more than 2 MiB in response to one find"):
+        GetScu(node(server)).find({"StudyDate": "20240101"}, level="SERIES")
+
+
 @pytest.mark.parametrize("step", ["dataset_of", "_text"])
 def test_a_cancel_is_heard_while_rows_are_made_of_values_that_came(
     pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str
