@@ -35,6 +35,8 @@ _MAX_NAME, _MAX_PLACE = 200, 5000
 _MAX_TEXT = 1000
 _MAX_ERRORS = 10
 _MAX_NUMBER = 1 << 63
+_MIN_SECONDS = 1e-3
+"""What takes less says nothing of a speed."""
 
 _MOMENT = func.coalesce(TASK.start_date, TASK.queued_dttm, TASK.scheduled_dttm, TASK.updated_at)
 
@@ -131,6 +133,12 @@ def _number(text: Any) -> float:
     return value if 0 <= value < _MAX_NUMBER else 0.0
 
 
+def _seconds(text: Any) -> float:
+    """A length of time out of a summary by which a number can be divided; 0 for what is none."""
+    value = _number(text)
+    return value if value >= _MIN_SECONDS else 0.0
+
+
 def dags_with_runs(since: datetime, until: datetime) -> list[str]:
     """The DAGs that had tasks of ours in a span of time, whoever may see them."""
     with create_session(scoped=False) as session:
@@ -197,7 +205,7 @@ def runs(dag_ids: Collection[str], since: datetime, until: datetime) -> list[Run
                 shown(str(source)) if source else None,
                 int(_number(held)),
                 int(_number(size)),
-                _number(seconds),
+                _seconds(seconds),
                 (str(place), str(studies)) if place and studies else None,
             )
             for (

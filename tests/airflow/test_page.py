@@ -6,6 +6,7 @@ import builtins
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -364,6 +365,36 @@ def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
         assert "2.5" in answer.text
         assert len(answer.text) < 200_000
     assert page("/dags/page_odd/runs/manual__1/tasks/get/0").status_code == 200
+
+
+NUMBERS = ("bytes", "duration_seconds", "bytes_per_second", "completed", "total", "failed", "skipped", "matched")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [0, -1, True, 10**400, 9 * 10**18, 1e308, 1e-300, 5e-324, math.inf, math.nan, "inf", "1e-300", "x", [], {}],
+    ids=lambda odd: str(odd)[:8],
+)
+def test_no_odd_number_takes_a_page_from_anybody(page, kept, odd):
+    """In the place of every number of a summary, or of what is shown while it runs, and alone in its span of time."""
+    kept("page_theirs", [{"state": "success", "summary": summary(), "label": "2.5"}])
+    summaries = [{**summary(), name: odd} for name in NUMBERS]
+    summaries += [summary(bytes=9 * 10**18, duration_seconds=odd), summary(bytes=odd, duration_seconds=1e-300)]
+    summaries += [{"verdict": odd}, {"verdict": "partial", "errors": [{"error": odd, "count": odd, "hint": odd}]}]
+    tasks = [{"state": "failed", "summary": one} for one in summaries]
+    tasks.append({"state": "running", "stored": {"progress": dict.fromkeys(("done", *NUMBERS), odd)}})
+    now = datetime.now(UTC)
+    for number, task in enumerate(tasks):
+        kept("page_numbers", [task], run_id=f"manual__{number}", moment=now - timedelta(days=1 + number))
+    addresses = ["/", "/?dag_id=page_numbers", f"/dags/page_numbers/runs/manual__{len(summaries)}/tasks/get/0/progress"]
+    for number in range(len(tasks)):
+        day = f"{now - timedelta(days=1 + number):%Y-%m-%d}"
+        addresses.append(f"/?dag_id=page_numbers&since={day}&until={day}")
+        addresses.append(f"/dags/page_numbers/runs/manual__{number}/tasks/get/0")
+    for address in addresses:
+        answer = page(address)
+        assert answer.status_code == 200, address
+        assert len(answer.text) < 50_000, address
 
 
 def test_of_what_a_task_returned_only_what_is_needed_is_made_an_object(kept):
