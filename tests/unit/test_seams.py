@@ -25,7 +25,7 @@ MODULES = [
     if (name := str(path.relative_to(PACKAGE))) not in SEAMS
 ]
 
-INPUT = {"engine/study_list.py": ["Path(self._path).read_text"]}
+INPUT = {"engine/study_list.py": ["Path(self._path).open"]}
 """What a person names to be read, which may be a pipe, is no destination."""
 
 MODULES_OF_SEAMS = frozenset(
@@ -76,7 +76,8 @@ def breaches(tree: ast.AST) -> Iterator[str]:
                 yield node.func.id
             elif isinstance(node.func, ast.Attribute):
                 on, attribute = name_of(node.func.value), node.func.attr
-                if on not in DISK and (attribute in OF_PATHS or (attribute == "open" and on == "path")):
+                opens = attribute == "open" and (on == "path" or ast.unparse(node.func.value).startswith("Path("))
+                if on not in DISK and (attribute in OF_PATHS or opens):
                     yield ast.unparse(node.func)
 
 
@@ -99,6 +100,7 @@ def test_nothing_passes_the_seams_by(module: str) -> None:
         ("path.read_bytes()", ["path.read_bytes"]),
         ("path.parent.mkdir()", ["path.parent.mkdir"]),
         ("with open(x) as f: pass", ["open"]),
+        ("with Path(x).open() as f: pass", ["Path(x).open"]),
         ("import threading\nthreading.Lock()\nos.path.dirname(x)\nself._disk.unlink(a, b)", []),
     ],
 )
