@@ -65,6 +65,8 @@ _REPORTED = 1 << 20
 """Bytes after which a writer says how much it has written."""
 _LOOK_AGAIN = 64 << 20
 """Bytes that may be written between two looks at the free space; fewer where there is less of it."""
+_BLOCK = 4 << 10
+"""Bytes that the smallest file takes, until the disk has said it."""
 _MOST_MEETINGS = 8
 """How often the file that is to be replaced may be another one by then."""
 _FOLLOW_FROM = 4 << 20
@@ -91,6 +93,7 @@ class Room:
     def __init__(self, path: Path, name: str = "The destination", reserve: int = _RESERVE) -> None:
         self._path, self._name, self._reserve = path, name, reserve
         self._left = 4 * _REPORTED
+        self._block = _BLOCK
         self._mutex = threading.Lock()
 
     def check_start(self) -> None:
@@ -98,16 +101,16 @@ class Room:
         self._look(_TO_BEGIN)
 
     def wrote(self, size: int) -> None:
-        """So many bytes were written. Raises :class:`DestinationFull` where that has come down to the reserve."""
+        """So many bytes were written, in whole blocks. Raises :class:`DestinationFull` where the reserve is reached."""
         with self._mutex:
-            self._left -= size
+            self._left -= size + -size % self._block
             if self._left <= 0:
                 self._left = min(max(self._look() // 4, _REPORTED), _LOOK_AGAIN)
 
     def _look(self, least: int = 0) -> int:
         """Bytes that may be written before the reserve is reached."""
         try:
-            free, size = files.disk.free(files.nearest(self._path))
+            free, size, self._block = files.disk.free(files.nearest(self._path))
         except OSError as error:
             raise sink_error(error, f"{self._name} {self._path} cannot be looked at") from error
         reserve = max(min(self._reserve, size // _RESERVE_SHARE), least)

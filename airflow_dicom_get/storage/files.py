@@ -305,10 +305,10 @@ class Disk:
         """Whether we may write in a folder."""
         return os.access(path, os.W_OK | os.X_OK)
 
-    def free(self, path: Where) -> tuple[int, int]:
-        """Bytes that we may still write below a folder, and bytes of its disk."""
+    def free(self, path: Where) -> tuple[int, int, int]:
+        """Bytes that we may still write below a folder, those of its disk, and those of a block of it."""
         found = os.statvfs(path)
-        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize, found.f_frsize
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.errors import DestinationFull
 from airflow_dicom_get.net import get
+from airflow_dicom_get.sinks.filesystem import Room
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, IMPLICIT_LE
@@ -127,6 +129,21 @@ def test_the_last_of_the_free_space_is_left(tmp_path: Path, instances: int) -> N
         if instances > 5:
             assert 6 * MIB < free < 12 * MIB, f"{free >> 20} MiB are free"
         assert "MiB are not used" in str(result.errors)
+
+
+def test_the_smallest_files_leave_it_too(tmp_path: Path) -> None:
+    """Each of them takes a whole block of the disk."""
+    with disk_of(tmp_path, 80) as disk:
+        room = Room(disk)
+
+        def fill() -> None:
+            for number in range(30_000):
+                (disk / str(number)).write_bytes(bytes(700))
+                room.wrote(700)
+
+        with pytest.raises(DestinationFull):
+            fill()
+        assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 2 * MIB
 
 
 # --- memory --------------------------------------------------------------------------------------------

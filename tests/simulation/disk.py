@@ -922,10 +922,10 @@ class ModelDisk(files.Disk):
             return False
 
     @_call("status")
-    def free(self, path: Where) -> tuple[int, int]:
+    def free(self, path: Where) -> tuple[int, int, int]:
         """See :meth:`files.Disk.free`."""
         self._find(path)
-        return self.volume.room(), self.volume.capacity or 1 << 50
+        return self.volume.room(), self.volume.capacity or 1 << 50, 1
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
