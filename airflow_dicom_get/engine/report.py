@@ -359,7 +359,7 @@ def verdict_of_verified(compared: Verdict, read: tuple[Verdict, Evidence] | None
 
 
 def has_rows_of_all(verdict: Verdict, evidence: Evidence) -> bool:
-    """Whether a manifest that says so of itself has rows of each study that was asked for."""
+    """Whether a manifest that says so of itself has rows of each study that was asked for: else one was not listed."""
     return verdict != EMPTY and (evidence != "none" or worst((verdict, UNVERIFIED)) == UNVERIFIED)
 
 

@@ -60,7 +60,7 @@ class Cohort:
     places: tuple[Places, ...]
     """Where objects of each may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
     unlisted: Sequence[int] = ()
-    """Which manifests, counted from 1, count without a row, for studies of which they have none."""
+    """Which manifests, counted from 1, lack a row here and may be of studies of which they had none."""
 
     @property
     def held(self) -> DataFrame:
@@ -89,13 +89,13 @@ class Cohort:
         return f"{len(missing)} of {len(self.rows)} instances are missing ({why}); the verdict is {self.verdict}."
 
     def doubt(self) -> str:
-        """Which manifests count for what they do not list, as a sentence; empty where none does."""
+        """Which manifests may be of studies that they do not name, as a sentence; empty where none may."""
         if not self.unlisted:
             return ""
         which = ", ".join(map(str, self.unlisted[:_SHOWN])) + (", …" if len(self.unlisted) > _SHOWN else "")
         return (
-            f"{noun(len(self.unlisted), 'Manifest')} {which} may be of studies without a row: leave out what a newer "
-            "retrieval of the same studies replaces."
+            f"{noun(len(self.unlisted), 'Manifest')} {which} may be of studies without a row: "
+            "leave out what a newer retrieval of all of these studies replaces."
         )
 
     def check_columns(self, wanted: Sequence[str]) -> None:
@@ -123,7 +123,8 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     places = tuple(one.places for one in listed)
     tables = [one.table for one in listed]
     facts = facts_of(tables, given)
-    beside = {n for n, fact in enumerate(facts) if n >= len(tables) or not len(tables[n]) or not has_rows_of_all(*fact)}
+    sizes = [*map(len, tables), *(0 for one in given if one is None)]
+    unlisted = {n for n, fact in enumerate(facts) if not sizes[n] or not has_rows_of_all(*fact)}
     rows = _numbered(tables)
     del listed, tables  # of a large manifest they are most of what is held here
     _give_back()
@@ -136,17 +137,16 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
             "The manifests list no instance that is held or missing.",
             hint="Look at the verdict of the retrieval that wrote them.",
         )
-    verdict = verdict_of_manifests(
-        (facts[number][0] for number in left | beside), bool(rows["state"].isin(NOT_HELD).any())
-    )
+    said = [facts[number][0] for number in left | unlisted]
+    verdict = verdict_of_manifests(said, bool(rows["state"].isin(NOT_HELD).any()))
     key = ["study_instance_uid", "series_instance_uid", "sop_instance_uid"]
     rows = rows.drop(columns=[_AT, "source", "destination"])
     if not (known := rows["reason"].isin(REASONS) | rows["reason"].isna()).all():  # anybody may have written it
         rows["reason"] = rows["reason"].where(known)
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
-    return Cohort(
-        kept.drop(columns=_FROM), verdict, kept[_FROM], places, sorted(number + 1 for number in beside - left)
-    )
+    numbers = [number for number, one in enumerate(given, 1) if one is not None]
+    named = [numbers[n] for n in sorted(unlisted - left) if n < len(numbers) and facts[n][0] != COMPLETE]
+    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places, named)
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:
@@ -211,10 +211,9 @@ def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
     """
     if cohort.verdict == COMPLETE or cohort.verdict in accept:
         return
+    said = f"The verdict is {cohort.verdict}, and nothing was written.", cohort.lack(), cohort.doubt()
     raise NotProven(
-        " ".join(
-            filter(None, (f"The verdict is {cohort.verdict}, and nothing was written.", cohort.lack(), cohort.doubt()))
-        ),
+        " ".join(filter(None, said)),
         hint="Retrieve what is missing" + (f", or accept {cohort.verdict}." if cohort.verdict in ACCEPTABLE else "."),
         verdict=cohort.verdict,
     )

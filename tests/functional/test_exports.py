@@ -566,6 +566,8 @@ class TestOnlyWhatIsProven:
                     NotProven, match=f"{verdict}, and nothing was written. Manifest 1 may be of studies"
                 ):
                     export([old, again], "sha256sums")
+                with pytest.raises(NotProven, match=r"Manifest 2 may be of studies"):
+                    export([None, old, again], "sha256sums")
             else:
                 assert export([old, again], "sha256sums")
 
