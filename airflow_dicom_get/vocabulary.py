@@ -405,6 +405,8 @@ REASONS: Mapping[str, Reason] = {
 }
 """The closed vocabulary of ``Result.reason``; those ``of`` rows are that of the manifest's column ``reason``."""
 
+AVAILABILITIES: frozenset[str] = frozenset({"ONLINE", "NEARLINE", "OFFLINE", "UNAVAILABLE"})
+"""What Instance Availability may say (PS3.3 C.4.23.1.1); any other text says nothing, and may be of a patient."""
 NOT_AVAILABLE: Mapping[str, str] = {"OFFLINE": "offline", "UNAVAILABLE": "unavailable"}
 """Why an instance did not come that the source lists with this Instance Availability."""
 NOT_BROUGHT: frozenset[str] = frozenset({"not_sent", "sub_operation_failed", "refused_by_source", "deadline"})

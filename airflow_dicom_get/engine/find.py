@@ -216,7 +216,9 @@ class _Distinct:
         self._made = self._bytes = 0
 
     def take(self, answers: Iterable[Answer]) -> None:
-        """Add the rows of an answer, not asked for behind 64 MiB; one without a UID of its own is like no other.
+        """Add the rows of an answer, which is asked for only while less than 64 MiB are held.
+
+        A row without a UID of its own is like no other.
 
         Raises
         ------
@@ -244,7 +246,7 @@ class _Distinct:
 def frame_of_rows(source: Source, rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
     """One text column per keyword; of no rows those that were asked for. Raises where the run is to end.
 
-    A sequence has no column: it is no text, and to print it is to have pydicom warn of what stands in it.
+    A sequence has no column: it is no text, and pydicom warns of what stands in one that is printed.
     """
     import pandas as pd
 

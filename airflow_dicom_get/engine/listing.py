@@ -22,6 +22,7 @@ from airflow_dicom_get.lists.matching import Dropped, Row
 from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists, larger
 from airflow_dicom_get.net.find import MAX_ROWS
 from airflow_dicom_get.records import Instance, Key
+from airflow_dicom_get.vocabulary import AVAILABILITIES
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ _SLACK = 10_000
 _STUDY_KEYS = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES, h.PATIENT_ID)
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
-_AVAILABILITIES = ("ONLINE", "NEARLINE", "OFFLINE", "UNAVAILABLE")
-"""What Instance Availability may say (PS3.3 C.4.23.1.1); any other text says nothing, and may be of a patient."""
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
 """Keys that some look up in their files: asked for as long as they are told at all."""
 
@@ -347,7 +346,7 @@ class _Lister:
             instance = Instance(scope.study, series.uid, sop)
         instance.sop_class = instance.sop_class or self._class(row)
         instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
-        if (told := i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16])) in _AVAILABILITIES:
+        if (told := i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16])) in AVAILABILITIES:
             instance.availability = told
         instance.modality = instance.modality or series.modality
         instance.series_number = series.number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -276,7 +275,7 @@ class _Rows:
                 with Path(self._path).open("rb") as file:  # may be a pipe
                     content = file.read(_LARGEST + 1)
                 if len(content) > _LARGEST:
-                    raise OSError(errno.EFBIG, f"it is larger than {_LARGEST >> 20} MiB")
+                    raise files.too_large(Path(self._path), _LARGEST)
             return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
         except OSError as error:
             what, hint = f"cannot be read: {error.strerror}", "Check the path."

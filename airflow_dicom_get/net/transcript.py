@@ -22,6 +22,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DicomGetError, PeerProtocolError
+from airflow_dicom_get.vocabulary import AVAILABILITIES
 
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import UserIdentity
@@ -47,7 +48,6 @@ _MESSAGES = {
     c.C_ECHO_RSP: "C-ECHO-RSP",
 }
 _LEVELS = frozenset({"PATIENT", "STUDY", "SERIES", "IMAGE"})
-_AVAILABILITIES = frozenset({"ONLINE", "NEARLINE", "OFFLINE", "UNAVAILABLE"})
 _COUNTERS = {"remaining": c.REMAINING, "completed": c.COMPLETED, "failed": c.FAILED, "warning": c.WARNING}
 _UIDS = {
     h.STUDY_INSTANCE_UID: "StudyInstanceUID",
@@ -335,7 +335,7 @@ def _identifier(field: int, data: bytes) -> dict[str, Any]:
         text = i.text_value(found.get(tag)) or ""
         if text.isascii() and text.isdigit() and len(text) <= _LONGEST_COUNT:
             row[name] = int(text)
-    if (word := i.text_value(found.get(i.INSTANCE_AVAILABILITY))) in _AVAILABILITIES:
+    if (word := i.text_value(found.get(i.INSTANCE_AVAILABILITY))) in AVAILABILITIES:
         row["InstanceAvailability"] = word
     return {"row": row, "bytes": len(data)}
 

@@ -501,7 +501,12 @@ def read_whole(path: Where, most: int) -> bytes:
                 content += piece
             if len(content) <= most:
                 return bytes(content)
-    raise OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
+    raise too_large(path, most)
+
+
+def too_large(path: Where, most: int) -> OSError:
+    """The error of a file of more than ``most`` bytes."""
+    return OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
 
 
 def append_to(path: Where, data: bytes) -> None:
