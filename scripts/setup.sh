@@ -62,8 +62,13 @@ tell() {
 
 echo "make: installing the package with [$extras] into ${venv#"$PWD"/}; the first time: $expect"
 SECONDS=0
-PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-    --constraint constraints.txt --editable ".[$extras]" | tell
+install() {
+    PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+        --constraint constraints.txt --editable ".[$extras]" | tell
+}
+# pip repeats a request that fails, but not a download that breaks off; what it has fetched it keeps.
+install || { echo "make: pip has failed, see above; once more" && install; } ||
+    fail "pip has failed twice, see above. If the connection broke off, call make again: what was fetched is kept."
 "$venv/bin/python" -m pip --disable-pip-version-check check >/dev/null ||
     fail "the installed packages contradict each other; see: $venv/bin/python -m pip check"
 echo "$wanted" >"$stamp"
