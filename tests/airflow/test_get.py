@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import time
@@ -510,12 +511,13 @@ def test_the_timeout_of_airflow_itself_leaves_nothing_behind(run_dag, pacs, arch
         left["open"] = pacs.associations
         pacs.before_send = None
 
-    pacs.before_send = lambda uid: time.sleep(0.1)
+    sent = itertools.count()
+    pacs.before_send = lambda uid: time.sleep(0.5 if next(sent) >= 10 else 0)  # some come at once, all in 25 s
     with DAG("alarm") as dag:
         get(
             study=archive.many,
             destination=str(tmp_path),
-            execution_timeout=timedelta(seconds=1.5),
+            execution_timeout=timedelta(seconds=3),
             on_retry_callback=between_tries,
             **AT_ONCE,
         )
