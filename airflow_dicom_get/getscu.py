@@ -225,7 +225,7 @@ class GetScu:
 
             def work() -> None:
                 if parsed is None and asked is None:  # it was to end before its manifest was read
-                    end = report.left_to_itself((), source.why_ended(), source.cancel.reason)
+                    end = report.left_to_itself((), source.why_ended(), source.cancel)
                 else:
                     end = self._retrieve(call, parsed, asked, query_model)
                 result = judge(end)
@@ -236,7 +236,7 @@ class GetScu:
                 run_beside(work, source.cancel)
             except StuckError as stuck:
                 if not results:
-                    left = report.left_to_itself(call.states, source.why_ended(), source.cancel.reason)
+                    left = report.left_to_itself(call.states, source.why_ended(), source.cancel)
                     report.fix_rows(judge(left))
                 report.manifest_not_written(results[0], stuck.error())
             finally:  # also where the caller gets an exception, as from Ctrl-C

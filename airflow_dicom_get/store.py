@@ -20,7 +20,7 @@ from airflow_dicom_get.config.options import StoreOptions
 from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.engine.report import StoreEnd, assemble_store, completed_event, fix_rows, manifest_not_written
 from airflow_dicom_get.errors import DicomGetError, ForwardLate, ForwardLost, InvalidOption, unexpected
-from airflow_dicom_get.net.association import OVER, time_is_over
+from airflow_dicom_get.net.association import time_is_over
 from airflow_dicom_get.net.retries import allowed, back_off
 from airflow_dicom_get.records import Completed, Instance, Key, Stored, SubOperation
 from airflow_dicom_get.result import Result
@@ -328,12 +328,8 @@ class _Run:
         listed.state, listed.reason = "missing", row.reason or "not_sent"
         listed.error = "The manifest names no readable object for it."
 
-    def _over(self) -> bool:
-        """Whether its own time, ``deadlines.operation``, is what ends it."""
-        return self.cancel.reason in (None, OVER) and self.cancel.ending()
-
     def _why_untried(self) -> str:
-        if self._over():
+        if self.cancel.over():
             return "deadline"
         if self.cancel.reason is not None:
             return "cancelled"
@@ -579,7 +575,7 @@ class _Run:
         known = len(self.unusable) + sum(map(len, self._records.values()))
         untried = max(self._files - known, 0)
         undone = self.unread or untried or any(row.state not in DONE for row in self.rows.values())
-        if self._over() and (error is not None or undone):
+        if self.cancel.over() and (error is not None or undone):
             error, cancelled_by = time_is_over(self._sink.target.node, self._options.deadlines), None
         end = StoreEnd(error, self._stopped, cancelled_by, self.unusable, untried)
         return assemble_store(

@@ -422,7 +422,7 @@ FATAL_REASONS: frozenset[str] = frozenset(word for word, reason in REASONS.items
 """Reasons of an instance that was asked for alone and took the association with it."""
 SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"})
 """Reasons that asking one by one does not change."""
-NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled"})
+NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled", "deadline"})
 """Reasons of instances that were not kept, and that say nothing of the destination's health."""
 CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "unreadable", "different_content"})
 """Reasons of instances of which another object than the recorded one may lie at the destination."""

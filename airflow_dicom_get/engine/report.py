@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.state import StudyState
     from airflow_dicom_get.engine.study_list import FoundList
     from airflow_dicom_get.lists.matching import Dropped
+    from airflow_dicom_get.net.association import CancelToken
 
 MOST_ERRORS = 10
 """Entries of ``Result.errors``."""
@@ -466,14 +467,14 @@ def _undone(result: Result, error: DicomGetError, hint: str) -> None:
         result.transient = error.transient
 
 
-def left_to_itself(states: Sequence[StudyState], why: DicomGetError, cancelled_by: str | None) -> End:
+def left_to_itself(states: Sequence[StudyState], why: DicomGetError, cancel: CancelToken) -> End:
     """The end of a call that something at the destination does not return to: what was confirmed by then counts."""
     if not states:
         return End(error=why)
     last = states[-1]
     last.errors.insert(0, why)
-    last.cancelled_by = cancelled_by
-    last.conclude()
+    last.cancelled_by = cancel.reason
+    last.conclude(cancel.word)
     return end_of(states)
 
 

@@ -137,8 +137,8 @@ class Intake:
             self.stop(reason)
 
     def stop(self, reason: str) -> None:
-        """End the run in order, for a reason of its own."""
-        if self.state.stop_reason is None:
+        """End the run in order, for a reason of its own, unless it is to end already."""
+        if self.state.stop_reason is None and not self.retrieval.source.cancel.ending():
             self.state.stop_reason = reason
             self.retrieval.source.cancel.cancel(reason)
 

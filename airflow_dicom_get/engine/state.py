@@ -421,12 +421,15 @@ class StudyState:
 
     # --- the end -------------------------------------------------------------------------------
 
-    def conclude(self) -> None:
-        """Give every record its final state: what no outcome has reached is missing, what no list names is outside."""
+    def conclude(self, undelivered: str = "cancelled") -> None:
+        """Give every record its final state: what no outcome has reached is missing, what no list names is outside.
+
+        ``undelivered`` is the reason of what the destination did not return for: :attr:`CancelToken.word`.
+        """
         listing, named = self.listing, self.scope.named
         self.gone.clear()
         for instance in list(self._due.values()):  # only where the destination did not return
-            self.confirm(Confirmation(instance, "The destination did not return before the end.", "cancelled"))
+            self.confirm(Confirmation(instance, "The destination did not return before the end.", undelivered))
         if listing is not None:
             for key in self.unlisted & self.instances.keys():
                 if self.instances[key].state is None:  # it broke off while it came, and nobody has listed it

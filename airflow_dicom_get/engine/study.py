@@ -69,7 +69,7 @@ def run_studies(
                 log.exception("study %s ended unexpectedly", scope.study)
                 state.errors.append(unexpected(error))
         state.cancelled_by = retrieval.source.cancel.reason
-        state.conclude()
+        state.conclude(retrieval.source.cancel.word)
         retrieval.sink.end_study(scope.study)
 
 

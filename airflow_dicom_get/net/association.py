@@ -38,6 +38,7 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept
 from airflow_dicom_get.net.transcript import PEER, US
+from airflow_dicom_get.vocabulary import STOPS
 
 if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import Deadlines
@@ -148,6 +149,17 @@ class CancelToken:
         """Whether nothing new is to be begun."""
         return self.reason is not None or clock.monotonic() >= self.over_at
 
+    def over(self) -> bool:
+        """Whether it is its own time that ends it."""
+        return self.reason in (None, OVER) and self.ending()
+
+    @property
+    def word(self) -> str:
+        """The reason of an instance that was received, and that the end has left unconfirmed."""
+        if self.over():
+            return OVER
+        return self.reason if self.reason in STOPS else "cancelled"
+
     def attend(self, hasten: Callable[[], object]) -> None:
         """Have something called again and again by who waits for the call, once it is to end."""
         self._attending.append(hasten)
@@ -158,9 +170,9 @@ class CancelToken:
             hasten()
 
     def pause(self, seconds: float) -> None:
-        """Wait so many seconds, or until a cancel."""
+        """Wait so many seconds, or until it is to end."""
         limit = clock.monotonic() + seconds
-        while self.reason is None and (left := limit - clock.monotonic()) > 0:
+        while not self.ending() and (left := limit - clock.monotonic()) > 0:
             clock.sleep(min(left, _LOOK))
 
 

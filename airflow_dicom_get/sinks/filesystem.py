@@ -375,8 +375,8 @@ class FilesystemSink:
         self._due = self._unconfirmed = 0
 
     def _not_synced(self, item: _Pending) -> Confirmation:
-        reason = STUCK if self.cancel.reason == STUCK else "cancelled"
-        return Confirmation(item.instance, "The destination had not synced it when the run ended.", reason)
+        error = "The destination had not synced it when the run ended."
+        return Confirmation(item.instance, error, self.cancel.word)
 
     def _sync_queued(self) -> None:
         """Sync what was taken, until nothing is left for a moment."""

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _MOST_PARTS = 10_000
 _STALE_SECONDS = 24 * 3600
 _LEDGER_HINT = "Run again: what the ledger lacks is compared with what is stored."
+_ENDED = "The run has ended before it was stored."
 _OTHER = "A different data set is already stored under this UID; it was kept."
 
 
@@ -188,12 +189,14 @@ class S3Sink:
             if etag is None:
                 error, reason = _OTHER, "different_content"
             elif self.uploads.abandoned:  # nobody counts it any more, and the ledger may be closed
-                error, reason = "The run was cancelled.", "cancelled"
+                error, reason = _ENDED, self.uploads.cancel.word
             else:
                 study.ledger.taken(upload.instance)
                 study.ledger.durable([upload.instance.key], etag)
         except SinkError as failure:
             error = str(failure)
+            if failure.transient and self.uploads.cancel.ending():  # it was not tried again, or not at all
+                reason = self.uploads.cancel.word
         except OSError as failure:
             error = str(sink_error(failure, f"The destination cannot store instance {upload.instance.sop}"))
         except BaseException as failure:  # whatever it is, the instance must be confirmed one way or the other
@@ -295,7 +298,7 @@ class S3Sink:
         for study in self._studies.values():
             for entry in study.taken.values():
                 waiting, entry.waiting = entry.waiting, []
-                self._done += [Confirmation(x, "The run was cancelled.", "cancelled") for x in waiting]
+                self._done += [Confirmation(x, _ENDED, self.uploads.cancel.word) for x in waiting]
                 self._due -= len(waiting)
 
     def end_study(self, study: str) -> None:

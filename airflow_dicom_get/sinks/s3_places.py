@@ -67,7 +67,7 @@ class BucketPlace:
 
         deadlines = self._options.deadlines
         uploads = Uploads(
-            self.bucket.config.max_concurrency,
+            self.bucket,
             patience=_SHARE * min(deadlines.stall, deadlines.sub_operation),
             outage=_OUTAGE,
             cancel=self._cancel,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from airflow_dicom_get import clock
 from airflow_dicom_get.errors import S3Error, SinkError
 from airflow_dicom_get.net.association import CancelToken
-from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
+from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT, Bucket
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,13 @@ class Uploads:
     Bytes that were handed over and not yet stored: at most ``max_concurrency`` parts of 8 MiB, so 64 MiB by
     default, and one part more for each association that writes at the time. In memory are these, and the part
     that each association is filling: ``(max_concurrency + 2 x associations) x 8 MiB``. Requests at a time:
-    four for each of ``max_concurrency``, since small objects wait for the service's answer.
+    four for each of ``max_concurrency``, since small objects wait for the service's answer; one after the other, at
+    the bucket's pace, while the service asks to slow down.
 
     Parameters
     ----------
-    concurrency : int
-        ``max_concurrency``.
+    bucket : Bucket
+        Of the requests.
     patience : float
         Seconds that a writer may wait for room: less than the source waits for us.
     outage : float
@@ -48,7 +49,9 @@ class Uploads:
         The run's: once it is set nothing is tried again, and after a hard one nothing is begun or waited for.
     """
 
-    def __init__(self, concurrency: int, *, patience: float, outage: float, cancel: CancelToken | None = None) -> None:
+    def __init__(self, bucket: Bucket, *, patience: float, outage: float, cancel: CancelToken | None = None) -> None:
+        concurrency = bucket.config.max_concurrency
+        self._pace = bucket.pace
         self.most = concurrency * PART_SIZE
         self._patience, self._outage = patience, outage
         self._pool = clock.pool(concurrency * REQUESTS_PER_SLOT, "dicom-get-s3")
@@ -58,17 +61,17 @@ class Uploads:
         """Requests that are handed over and not done."""
         self._stored_at = 0.0
         self._lost: S3Error | None = None
-        self._cancel = cancel or CancelToken()
+        self.cancel = cancel or CancelToken()
 
     @property
     def abandoned(self) -> bool:
         """Whether what is under way is waited for no more."""
-        return self._cancel.hard
+        return self.cancel.hard
 
     def check(self) -> None:
         """Raise what has made every further request vain."""
-        if self._cancel.hard:
-            raise SinkError(f"Cancelled: {self._cancel.reason}.")
+        if self.cancel.hard:
+            raise SinkError(f"Cancelled: {self.cancel.reason}.")
         if self._lost is not None:
             raise S3Error(self._lost.message, hint=self._lost.hint, **self._lost.facts)
 
@@ -134,27 +137,40 @@ class Uploads:
         began = clock.monotonic()
         pause, until = 0.5, None
         while True:
-            self.check()
+            self._wait_for_place()
             try:
                 found = request()
             except S3Error as error:
                 now = clock.monotonic()
                 until = until or now + self._outage
-                if error.transient and now + pause < until and self._cancel.reason is None:
-                    self._cancel.pause(pause * clock.jitter(0.5, 1.0))
+                if error.transient and now + pause < until:
+                    self.cancel.pause(pause * clock.jitter(0.5, 1.0))
                     pause = min(2 * pause, _LONGEST_PAUSE)
-                    continue
+                    if not self.cancel.ending():
+                        continue
                 if (
                     not error.transient
                     and error.facts.get("status") in (404, 412)
                     and error.facts["code"] != _BUCKET_GONE
                 ):
                     raise
-                if not error.transient or (self._stored_at < began and self._cancel.reason is None):
+                if not error.transient or (self._stored_at < began and not self.cancel.ending()):
                     self._lose(error)
                 raise
             self._stored_at = clock.monotonic()
             return found
+
+    def _wait_for_place(self) -> None:
+        """Wait while the service asks to slow down. Raises what has made the request vain by then."""
+        at = self._pace.place()
+        while True:
+            self.check()
+            left = at - clock.monotonic()
+            if left <= 0:
+                return
+            if self.cancel.ending():
+                raise SinkError("The run has ended while the service asked to slow down.")
+            clock.sleep(min(left, LOOK))
 
     def _lose(self, error: S3Error) -> None:
         with self._room:

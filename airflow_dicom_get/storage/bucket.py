@@ -25,6 +25,8 @@ READ_TIMEOUT = 20
 ATTEMPTS = 5
 _OUTLASTED = 45.0
 """Seconds after the first try of a request in which another one is begun."""
+_LEAST_GAP, _LONGEST_GAP = 0.05, 1.0
+"""Seconds between two requests while the service asks to slow down."""
 _ENDING, _AT_ONCE = 5.0, 1.5
 """Seconds that an answer may take in a run that is to end, and a request in one that is to end at once."""
 _CHUNK = 1 << 20
@@ -128,6 +130,7 @@ class Bucket:
         self.config = config or S3Config()
         self._attempts = ATTEMPTS if attempts is None else attempts
         self._silent = False
+        self.pace = Pace()
         self._ending: Ending | None = None
         self._lines = _Lines()
         self._mutex, self._making = threading.Lock(), threading.Lock()
@@ -198,20 +201,26 @@ class Bucket:
             parameters["Key"] = key
         from botocore.exceptions import BotoCoreError, ClientError
 
+        pause = self._ending.pause if self._ending is not None else clock.sleep
         began = clock.monotonic()
         for attempt in count(1):
+            asked = clock.monotonic()
             try:
                 answer: dict[str, Any] = getattr(self._client(), operation)(Bucket=self.name, **parameters)
             except (ClientError, BotoCoreError, ValueError) as raised:
                 error = self._error(raised, operation, key or parameters.get("Prefix"))
+                if error.facts["status"] == 429 or error.facts["code"].startswith("SlowDown"):
+                    self.pace.slower(asked)
                 last = attempt >= self._attempts or self._silent or clock.monotonic() - began > _OUTLASTED
-                if last or not error.transient or self.is_ending():
+                last = last or not error.transient
+                if not last:
+                    pause(max(clock.jitter(0.0, 1.0) * 2 ** (attempt - 1), self.pace.place() - clock.monotonic()))
+                if last or self.is_ending():
                     self._silent = not error.facts["status"]
                     raise error from raised
-                pause = self._ending.pause if self._ending is not None else clock.sleep
-                pause(clock.jitter(0.0, 1.0) * 2 ** (attempt - 1))
             else:
                 self._silent = False
+                self.pace.faster()
                 return _without_long_etags(answer)
         raise AssertionError  # pragma: no cover - the loop has no end
 
@@ -391,6 +400,37 @@ def _expected_region(message: str) -> str | None:
     return match[1] if match else None
 
 
+class Pace:
+    """How soon one of many requests may be begun: at once, until the service asks to slow down.
+
+    botocore's own, of ``adaptive`` retries, waits in the request itself, and hears no end of a run there.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._gap = 0.0
+        self._next = self._slowed_at = float("-inf")
+
+    def place(self) -> float:
+        """When the next request may be begun, which has that place."""
+        with self._mutex:
+            at = max(clock.monotonic(), self._next)
+            self._next = at + self._gap
+            return at
+
+    def slower(self, asked: float) -> None:
+        """One that was begun at ``asked`` was too much: half as many from now on, unless that was done since."""
+        with self._mutex:
+            if asked >= self._slowed_at:
+                self._gap = min(max(2 * self._gap, _LEAST_GAP), _LONGEST_GAP)
+                self._slowed_at = clock.monotonic()
+
+    def faster(self) -> None:
+        """One was answered."""
+        with self._mutex:
+            self._gap = 0.95 * self._gap if self._gap > _LEAST_GAP / 2 else 0.0
+
+
 class _Lines:
     """The connections of a client, to be hung up on: botocore's own end of one leaves those alone that are in use."""
 
@@ -459,8 +499,8 @@ def make_client(config: S3Config) -> Any:
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
         "max_pool_connections": config.max_concurrency * REQUESTS_PER_SLOT,
-        # Adaptive: slower where the service asks for it. What is made again, and how often, the bucket decides.
-        "retries": {"mode": "adaptive", "total_max_attempts": 1},
+        # What is made again, how often and how fast, is decided here.
+        "retries": {"mode": "standard", "total_max_attempts": 1},
         "tcp_keepalive": True,
         # The digest of each body is given here; what is signed is verified by services that ignore checksums.
         "request_checksum_calculation": "when_required",

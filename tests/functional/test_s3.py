@@ -26,6 +26,7 @@ from airflow_dicom_get.sinks import s3, s3_objects
 from airflow_dicom_get.sinks import s3_places as places
 from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
 from airflow_dicom_get.storage import bucket as s3_client
+from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
 from airflow_dicom_get.testing.archive import SERIES_UID, SOP_INSTANCE, STUDY_UID, read_header
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import (
@@ -329,6 +330,42 @@ class TestFaults:
         assert result.verdict == "complete"
         assert_holds(service, prefix, ct, service.config, result)
         assert 0 < sum(answers) < len(answers) / 2
+
+    @pytest.mark.parametrize("way", ["cancel", "operation"])
+    def test_it_asks_to_slow_down_for_ever_and_the_end_is_heard(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, many: Holding, embedded: Pacs, way: str
+    ) -> None:
+        """Also by what waits for its place: none of it is sent any more."""
+        scu = GetScu(
+            node_of(embedded(many.folder)),
+            destination=f"s3://{BUCKET}/{prefix}",
+            s3_config=proxy.config,
+            deadlines={"operation": 4.0 if way == "operation" else None},
+        )
+        refused: list[str] = []
+
+        def fault(number: int, method: str, path: str) -> Any:
+            if method != "PUT" or ".dcm" not in path:
+                return None
+            refused.append(path)
+            if way == "cancel" and len(refused) == 40:
+                scu.cancel("enough")
+            return 503, "SlowDown"
+
+        proxy.fault = fault
+        before = time.monotonic()
+        result = scu.get_study({"StudyInstanceUID": many.study})
+        assert time.monotonic() - before < 40, "a request in two seconds would take minutes"
+        reasons = set(result.manifest["reason"])
+        if way == "cancel":
+            assert (result.verdict, result.reason, result.completed) == ("cancelled", "enough", 0)
+            in_flight = S3Config().max_concurrency * REQUESTS_PER_SLOT
+            assert len(refused) <= 40 + in_flight, "what waits for its place is sent no more"
+            assert reasons == {"cancelled"}
+        else:
+            assert (result.verdict, result.reason, result.completed) == ("failed", "deadline", 0)
+            assert reasons == {"deadline"}
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("dicom-get-s3")]
 
     def test_answers_get_lost(
         self, service: S3Server, proxy: FaultProxy, prefix: str, embedded: Pacs, tmp_path: Path

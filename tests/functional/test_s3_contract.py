@@ -41,7 +41,7 @@ class BucketHarness(Harness):
             BucketLedgers(bucket, f"{self.prefix}/_manifests", OWN),
             f"20260101T000000Z-{next(self._runs):08x}",
             written(**options),
-            Uploads(bucket.config.max_concurrency, patience=20.0, outage=1.5),
+            Uploads(bucket, patience=20.0, outage=1.5),
             read_only=read_only,
             conditional=self.server.conditional,
         )

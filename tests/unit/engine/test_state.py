@@ -422,7 +422,7 @@ class TestConfirmations:
             assert (one.state, one.reason, one.error) == ("conflict", "different_content", OTHER.error)
 
     @pytest.mark.parametrize(
-        ("reason", "stops"), [("destination_error", 1), ("different_content", 0), ("cancelled", 0)]
+        ("reason", "stops"), [("destination_error", 1), ("different_content", 0), ("cancelled", 0), ("deadline", 0)]
     )
     def test_only_failures_of_the_destination_end_the_run(self, reason: str, stops: int) -> None:
         state = listed(*range(MOST_REFUSED))
