@@ -82,7 +82,7 @@ class Source:
             raise self.why_ended()
 
     def why_ended(self) -> DicomGetError:
-        """What ends the run: a cancel, that its time is over, or that the destination does not return."""
+        """What ends the run: a cancel, that its time is over, or that the destination does not take or not return."""
         reason = self.cancel.reason
         if reason in (None, OVER):
             return time_is_over(self.node, self.deadlines)
@@ -91,6 +91,12 @@ class Source:
                 f"The destination has not returned from a call for {self.deadlines.next_object:g} s "
                 "(deadlines.next_object).",
                 hint="Check its mount, then run again: what is held is not fetched again.",
+            )
+        if reason == SinkError.word:
+            return SinkError(
+                "The destination failed to store several instances in a row, and the retrieval was ended.",
+                hint="The errors of the instances say why. Run again: what is held is not fetched again.",
+                retries=0,
             )
         return Cancelled(f"Cancelled: {reason}.", node=str(self.node))
 

@@ -106,7 +106,7 @@ class Throttle(Protocol):
 
 OVER = "deadline"
 """The reason of a cancel where the call's own time is over."""
-STUCK = "destination_error"
+STUCK = "stuck"
 """The reason of one where the destination does not return, though nobody asked for an end."""
 
 
@@ -158,6 +158,8 @@ class CancelToken:
         """The reason of an instance that was received, and that the end has left unconfirmed."""
         if self.over():
             return OVER
+        if self.reason == STUCK:
+            return "destination_error"
         return self.reason if self.reason in STOPS else "cancelled"
 
     def attend(self, hasten: Callable[[], object]) -> None:

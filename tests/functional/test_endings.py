@@ -38,6 +38,7 @@ from airflow_dicom_get.net.association import Cancels, CancelToken
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.bucket import Bucket, Listed
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, FaultProxy, Moto
 from airflow_dicom_get.testing.sample_data import big_study
@@ -487,6 +488,20 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
     monkeypatch.setattr(files, "disk", files.Disk())
     again = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path / "to").get_study({"StudyInstanceUID": ct.study})
     assert again.verdict == "complete"
+
+
+def test_a_destination_that_refuses_all_is_not_called_one_that_does_not_return(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MisbehavingPacs(None, instances=1, series=12) as pacs:
+        (tmp_path / pacs.study_uid).mkdir()
+        for instance in pacs.instances:
+            (tmp_path / pacs.study_uid / instance.series).write_text("no folder")
+        scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path)
+        result = scu.get_study({"StudyInstanceUID": pacs.study_uid})
+    assert (result.verdict, result.reason, result.transient) == ("failed", "destination_error", True)
+    assert "in a row" in result.errors[0]["error"]
+    assert not [said for said in (str(result.errors), caplog.text) if "not returned" in said or "Retrying" in said]
 
 
 @pytest.mark.parametrize(("verb", "way"), [("verify", "cancel"), ("verify", "signal"), ("export --check", "signal")])
