@@ -80,6 +80,9 @@ _HINTS = {
     "ca_bundle names the certificate authorities to trust.",
     "InvalidRegionError": _REGION,
 }
+_ELEMENTS = {"head_object": ("ContentLength",), "create_multipart_upload": ("UploadId",)}
+_OF_EACH_LISTED = ("Key", "Size")
+"""What an answer says at least."""
 _WORDS = {"NoCredentialsError": "no credentials were found"}
 """Names of boto3's exceptions that say too little."""
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
@@ -221,8 +224,27 @@ class Bucket:
             else:
                 self._silent = False
                 self.pace.faster()
+                self._check_elements(answer, operation, key or parameters.get("Prefix"))
                 return _without_long_etags(answer)
         raise AssertionError  # pragma: no cover - the loop has no end
+
+    def _check_elements(self, answer: dict[str, Any], operation: str, key: str | None) -> None:
+        absent = [name for name in _ELEMENTS.get(operation, ()) if name not in answer]
+        absent += [name for item in answer.get("Contents", ()) for name in _OF_EACH_LISTED if name not in item]
+        if absent:
+            raise S3Error(
+                f"The answer to S3 {operation} on {self._where(key)} has no {absent[0]}.",
+                hint="The service does not answer as S3 does: check the endpoint, and any proxy in between.",
+                bucket=self.name,
+                key=key,
+                operation=operation,
+                code="",
+                status=200,
+                passing=False,
+            )
+
+    def _where(self, key: str | None) -> str:
+        return self._named(key) if key else f"s3://{self.name}"
 
     def stored_as(self) -> dict[str, str]:
         """What is said of every object that is made: encryption and storage class."""
@@ -373,9 +395,8 @@ class Bucket:
             or code in _PASSING_CODES
             or (not response and code not in _FINAL_EXCEPTIONS)
         )
-        where = self._named(key) if key else f"s3://{self.name}"
         return S3Error(
-            f"S3 {operation} on {where} failed: "
+            f"S3 {operation} on {self._where(key)} failed: "
             f"{_WORDS.get(code) or peer_text(code, 48)}{f' (HTTP {status})' if status else ''}.",
             hint=hint,
             bucket=self.name,

@@ -177,11 +177,11 @@ class FaultProxy:
     server : S3Server
         Where requests go.
     fault : callable
-        Asked for each request with its number (from 1), its method and its path. Returns None to pass it on,
-        an answer (status, code, message) to give, the XML of one as bytes, a dict of headers (bytes) that take the
-        place of those of the service's answer, ``"stall"`` to give none, ``"late"`` to pass it on and then lose the
-        answer, ``"corrupt"`` to change a byte in the middle of its body, ``"trickle"`` to pass the body of the answer
-        on by a byte a second, or seconds to wait before it is passed on.
+        Asked for each request with its number (from 1), its method and its path. Returns None to pass it on, an
+        answer (status, code, message) to give, the XML of one as bytes, a dict of headers (bytes; None for none)
+        that take the place of those of the service's answer, ``"stall"`` to give none, ``"late"`` to pass it on and
+        then lose the answer, ``"corrupt"`` to change a byte in the middle of its body, ``"trickle"`` to pass the
+        body of the answer on by a byte a second, or seconds to wait before it is passed on.
 
     Attributes
     ----------
@@ -279,7 +279,8 @@ class FaultProxy:
                     self.answers.append(answer)
                     for name, value in fault.items() if isinstance(fault, dict) else ():
                         answer = [line for line in answer if not line.lower().startswith(name.lower() + b":")]
-                        answer.append(name + b": " + value)
+                        if value is not None:
+                            answer.append(name + b": " + value)
                     if fault == "late":
                         return
                     client.sendall(b"\r\n".join(answer) + b"\r\n\r\n")

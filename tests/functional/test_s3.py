@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get.config.groups import S3Config
-from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.errors import ManifestError, S3Error
 from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
 from airflow_dicom_get.sinks import s3, s3_objects
 from airflow_dicom_get.sinks import s3_places as places
@@ -538,6 +539,42 @@ class TestHostileService:
                 assert (result.verdict, result.errors) == ("complete", [])
                 assert result.skipped in (0, result.total)
         assert result.skipped == result.total
+
+    @pytest.mark.parametrize("absent", ["Key", "Size", "ContentLength"])
+    def test_what_an_answer_leaves_out_is_an_error_that_names_the_object(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path, absent: str
+    ) -> None:
+        pacs = embedded(ct.folder)
+        first = get(pacs, ct.study, prefix, moto.config)
+
+        def fault(number: int, method: str, path: str) -> Any:
+            if method == "HEAD":
+                return {b"Content-Length": None} if absent == "ContentLength" else None
+            if "list-type" not in path or absent == "ContentLength" or f"{ct.study}%2F" not in path.replace("/", "%2F"):
+                return None
+            item = "<Size>5</Size>" if absent == "Key" else f"<Key>{prefix}/{ct.study}/1.2/1.3.dcm</Key>"
+            return f"<ListBucketResult><Contents>{item}</Contents></ListBucketResult>".encode()
+
+        place: dict[str, Any] = {"destination": f"s3://{BUCKET}/{prefix}", "manifest_root": str(tmp_path)}
+        with FaultProxy(moto, fault) as proxy:
+            client = GetScu(node_of(pacs), s3_config=proxy.config, **place)
+            query = {"StudyInstanceUID": ct.study}
+            said = [str(client.get_study(query).errors)]
+            if absent == "ContentLength":
+                compared = verify(manifest=first.manifest_uri, s3_config=proxy.config)
+                assert compared.exit_code == 3
+                said.append(str(compared.rows[0].error))
+            else:
+                for check in (
+                    partial(verify, study=ct.study, s3_config=proxy.config, **place),
+                    partial(client.plan, query),
+                ):
+                    with pytest.raises(S3Error) as raised:
+                        check()
+                    said.append(raised.value.message)
+        for text in said:
+            assert f"has no {absent}" in text
+            assert f"s3://{BUCKET}/{prefix}/{ct.study}" in text
 
     def test_metadata_longer_than_ours_are_no_record(
         self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs
