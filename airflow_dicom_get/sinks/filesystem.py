@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 MAX_UNCONFIRMED = 64 << 20
 """Bytes that may be taken and not yet confirmed; one instance may be larger than that alone."""
 _MAX_QUEUED = 128  # open files behind the receiver
+_MAX_FOLDERS = 64
+"""Folders of series that stay open, those in use among them: a study may have more series than we descriptors."""
 _LOOK = 0.2
 """Seconds between two looks at whether the run is to end."""
 _ENDING, _AT_ONCE = 5.0, 1.0
@@ -304,9 +306,9 @@ class FilesystemSink:
         try:
             study = self._study(instance.study)
             try:
-                return _FileWriter(self, study, study.series(instance.series), instance)
+                return _FileWriter(self, study, instance)
             except FileNotFoundError:  # another run found the folder empty at its end, and removed it
-                return _FileWriter(self, study, study.series(instance.series, anew=True), instance)
+                return _FileWriter(self, study, instance)
         except OSError as error:
             raise sink_error(error, f"The destination cannot create a file for instance {instance.sop}") from error
 
@@ -399,6 +401,8 @@ class FilesystemSink:
             except Exception as error:  # whatever it is: who waits for these must not wait forever
                 log.exception("syncing failed")
                 results = [Confirmation(item.instance, f"sync: unexpected {type(error).__name__}") for item in batch]
+            for item in batch:
+                item.study.leave(item.folder)
             with self._room:
                 if self._left():
                     return
@@ -440,13 +444,14 @@ class FilesystemSink:
             for item in {item.folder: item for item in good}.values():
                 go_on()
                 if self.options.durable:
-                    self.disk.sync(item.folder)
+                    self.disk.sync(item.folder.fd)
                     go_on()
                     item.study.sync_folders()
                 go_on()
-                if not self.disk.is_at(item.folder, item.study.path / item.instance.series):
+                if not self.disk.is_at(item.folder.fd, item.study.path / item.instance.series):
                     # Moved away, or another disk lies over it.
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                item.study.confirmed_in(item.folder)
             for study in {item.study for item in good} if self.options.durable else ():
                 go_on()
                 study.ledger.durable([item.instance.key for item in good if item.study is study])
@@ -508,16 +513,25 @@ def _durable_in(records: Mapping[Key, Sequence[Stored]]) -> set[Key]:
 
 
 class _Pending:
-    """An instance under its final name, not yet synced."""
+    """An instance under its final name, not yet synced; it uses the folder."""
 
     __slots__ = ("fd", "folder", "instance", "size", "study")
 
-    def __init__(self, instance: Instance, study: _Study, fd: int, folder: int, size: int) -> None:
+    def __init__(self, instance: Instance, study: _Study, fd: int, folder: _Folder, size: int) -> None:
         self.instance, self.study, self.fd, self.folder, self.size = instance, study, fd, folder, size
 
 
+class _Folder:
+    """The folder of a series, open; its study counts the users, and closes it under none."""
+
+    __slots__ = ("fd", "identity", "series", "users")
+
+    def __init__(self, series: str, fd: int, identity: tuple[int, int]) -> None:
+        self.series, self.fd, self.identity, self.users = series, fd, identity, 0
+
+
 class _Study:
-    """The folder of a study with this run's lock, ledger and open series folders."""
+    """The folder of a study with this run's lock, ledger and series folders."""
 
     def __init__(self, path: Below, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
@@ -536,9 +550,10 @@ class _Study:
             raise
         self.placed: set[Key] = set()
         """What this run put or found here: of two different ones that it is sent the first stays."""
-        self._folders: dict[str, int] = {}
-        self._gone: list[int] = []
-        """Descriptors of folders that were removed; an instance may still be on its way into one."""
+        self._series: dict[str, tuple[int, int] | None] = {}
+        """The series that were written to, and in which folder what was confirmed of them lies."""
+        self._open: dict[str, _Folder] = {}
+        """Their folders that are open, the one last asked for last."""
         self._mutex = threading.Lock()
         self._placing: set[Key] = set()
         self._changed = clock.condition()
@@ -563,19 +578,57 @@ class _Study:
         finally:
             self._disk.close(self._lock)
 
-    def series(self, uid: str, *, anew: bool = False) -> int:
-        """An open descriptor of the series folder, made if absent; ``anew`` where the one that was open is gone."""
+    def enter(self, series: str) -> _Folder:
+        """The folder of a series, made if absent. It stays open until it is left as often as it was entered."""
         with self._mutex:
-            fd = self._folders.get(uid)
-            if anew and fd is not None:
-                self._gone.append(self._folders.pop(uid))
-                fd = None
-            if fd is None:
-                folder = self.path / uid
-                self._unsynced.append(self.path)
-                self._disk.make_folder(folder)
-                fd = self._folders[uid] = self._disk.open_folder(folder)
-            return fd
+            folder = self._open.pop(series, None)
+            if folder is None:
+                self._close_idle(_MAX_FOLDERS - 1)
+                folder = self._opened(series)
+            self._open[series] = folder
+            folder.users += 1
+            return folder
+
+    def leave(self, folder: _Folder, *, gone: bool = False) -> None:
+        """Use a folder no longer; one that is ``gone`` is made anew for who comes next."""
+        with self._mutex:
+            folder.users -= 1
+            if gone and self._open.get(folder.series) is folder:
+                del self._open[folder.series]
+            if self._open.get(folder.series) is folder:
+                self._close_idle(_MAX_FOLDERS)
+            elif not folder.users:
+                self._close(folder)
+
+    def confirmed_in(self, folder: _Folder) -> None:
+        """What lies in it counts: no other folder may take its place in this run."""
+        with self._mutex:
+            self._series[folder.series] = folder.identity
+
+    def _opened(self, series: str) -> _Folder:
+        path = self.path / series
+        known = self._series.setdefault(series, None)
+        if known is None:
+            self._unsynced.append(self.path)
+            self._disk.make_folder(path)
+        fd = self._disk.open_folder(path)
+        folder = _Folder(series, fd, self._disk.identity(fd))
+        if known not in (None, folder.identity):
+            self._close(folder)
+            raise OSError(errno.ESTALE, "the folder of its series is another one than before")
+        return folder
+
+    def _close_idle(self, most: int) -> None:
+        """Close those last asked for first that nobody uses, until no more than ``most`` are open."""
+        if len(self._open) > most:
+            idle = [folder for folder in self._open.values() if not folder.users]
+            for folder in idle[: len(self._open) - most]:
+                del self._open[folder.series]
+                self._close(folder)
+
+    def _close(self, folder: _Folder) -> None:
+        with suppress(OSError):  # nothing was written through it
+            self._disk.close(folder.fd)
 
     def sync_folders(self) -> None:
         """Make the folders durable: what lies in them is only as durable as they are."""
@@ -599,14 +652,13 @@ class _Study:
         if cancel.left:
             return
         unclosed = first_failure([self.ledger.close])
-        for fd in (*self._folders.values(), *self._gone):
-            with suppress(OSError):  # nothing was written through it
-                self._disk.close(fd)
+        for folder in self._open.values():
+            self._close(folder)
         with suppress(OSError):  # who finds it will see that nobody holds it
             self._give_back_lock()
-        for folder in (*(self.path / uid for uid in self._folders), self.path):
+        for path in (*(self.path / series for series, known in self._series.items() if known is None), self.path):
             with suppress(OSError):
-                self._disk.remove_folder(folder)  # only where nothing came
+                self._disk.remove_folder(path)  # only where nothing came
         if (error := failed or unclosed) is not None:
             raise error
 
@@ -631,12 +683,11 @@ class _FileWriter:
         "_study",
     )
 
-    def __init__(self, sink: FilesystemSink, study: _Study, folder: int, instance: Instance) -> None:
-        self._sink, self._study, self._folder, self._instance = sink, study, folder, instance
+    def __init__(self, sink: FilesystemSink, study: _Study, instance: Instance) -> None:
+        self._sink, self._study, self._instance = sink, study, instance
         # One run may be sent an instance on two associations at a time.
         self._name = f".{instance.sop}.{sink.run}.{next(sink.writers)}.part"
         self._disk = sink.disk
-        self._fd = self._disk.open(self._name, files.NEW, folder)
         head = b""
         if sink.options.store_with_file_meta:
             assert instance.sop_class is not None
@@ -653,6 +704,12 @@ class _FileWriter:
         self._hash: Any = hashlib.sha256() if sink.options.checksum else None
         self._size = self._reported = self._meetings = 0
         self._follower: Follower | None = None
+        self._folder = study.enter(instance.series)
+        try:
+            self._fd = self._disk.open(self._name, files.NEW, self._folder.fd)
+        except BaseException as error:
+            study.leave(self._folder, gone=isinstance(error, FileNotFoundError))
+            raise
 
     def write(self, view: memoryview) -> None:
         """See :meth:`sinks.base.Writer.write`."""
@@ -714,7 +771,7 @@ class _FileWriter:
 
     def _place(self) -> Taken:
         """Give the file its final name, which never takes the place of a whole other one."""
-        instance, folder = self._instance, self._folder
+        instance, folder = self._instance, self._folder.fd
         final = f"{instance.sop}.dcm"
         self._sink.check_left()
         if self._disk.has(final, folder):
@@ -741,7 +798,7 @@ class _FileWriter:
     def _meet_first(self, final: str) -> Taken:
         """A file is there under the final name: it counts if its data set is the same, and stays if it is whole."""
         instance = self._instance
-        fd = self._disk.open(final, files.READ, self._folder)
+        fd = self._disk.open(final, files.READ, self._folder.fd)
         try:
             head = self._disk.read_at(fd, META_LIMIT, 0)
             meta = read_file_meta(head)
@@ -787,7 +844,7 @@ class _FileWriter:
         return (
             sink.options.durable
             and instance.key not in sink.recorded_durable(instance.study)
-            and not files.write_again(final, self._folder)
+            and not files.write_again(final, self._folder.fd)
             and sink.digests.of(instance.study, instance.key) is not None
         )
 
@@ -824,7 +881,7 @@ class _FileWriter:
         if not self._is_under(final, judged):
             return self._meet_another()
         self._sink.check_left()
-        self._disk.rename_over(self._name, final, self._folder)
+        self._disk.rename_over(self._name, final, self._folder.fd)
         self._sink.torn.discard(self._instance.key)
         return self._placed()._replace(remark=remark)
 
@@ -851,12 +908,11 @@ class _FileWriter:
             self._sink.recorded_durable(self._instance.study).discard(self._instance.key)
 
     def _drop(self) -> None:
-        self._disk.close(self._fd)
-        self._fd = -1
-        try:
-            self._disk.unlink(self._name, self._folder)
-        except OSError:
-            pass
+        fd, self._fd = self._fd, -1
+        with suppress(OSError):  # nothing of it counts
+            self._disk.close(fd)
+        with suppress(OSError):
+            self._disk.unlink(self._name, self._folder.fd)
 
     def abort(self) -> None:
         """See :meth:`sinks.base.Writer.abort`."""
@@ -867,3 +923,4 @@ class _FileWriter:
                 self._follower.finish()
         if self._fd >= 0:
             self._drop()
+            self._study.leave(self._folder)

@@ -190,6 +190,11 @@ class Disk:
         """Whether it is this open file or folder that lies under a path."""
         return os.path.samestat(os.fstat(fd), self.status(path))
 
+    def identity(self, fd: int) -> tuple[int, int]:
+        """Which file or folder it is that is open, among all that there are at the time."""
+        found = os.fstat(fd)
+        return found.st_dev, found.st_ino
+
     def close(self, fd: int) -> None:
         """Close."""
         os.close(fd)

@@ -766,6 +766,10 @@ class ModelDisk(files.Disk):
         """See :meth:`files.Disk.is_at`."""
         return self._handle(fd).node is self._find(path)
 
+    def identity(self, fd: int) -> tuple[int, int]:
+        """See :meth:`files.Disk.identity`."""
+        return 1, self._handle(fd).node.number
+
     @_call("close")
     def close(self, fd: int) -> None:
         """See :meth:`files.Disk.close`."""

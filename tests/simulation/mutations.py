@@ -110,7 +110,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "a_folder_is_not_synced": Mutation(
         "sinks.filesystem:FilesystemSink._synced",
-        "self.disk.sync(item.folder)",
+        "self.disk.sync(item.folder.fd)",
         "pass",
         "complete, and not durable",
     ),
