@@ -176,6 +176,12 @@ class StudyState:
         """Objects that one C-GET may bring: twice the plan and a hundred, where there is a list that stands."""
         return 2 * self.listing.total + 100 if self.listing is not None and self._list_stands else UNPLANNED
 
+    def most_steps(self) -> int:
+        """How often one C-GET may say that fewer remain: once for all that are listed, before our own filters too."""
+        if self.listing is None or not self._list_stands:
+            return UNPLANNED
+        return max(self.listing.total, sum(series.listed for series in self.listing.series.values()))
+
     # --- lists and inventory -------------------------------------------------------------------
 
     def take_list(self, listing: Listing) -> bool:

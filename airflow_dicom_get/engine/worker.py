@@ -261,6 +261,7 @@ class Pass:
             next_object=next_object,
             first_object=_FROM_NEARLINE * next_object if request.nearline() else None,
             max_objects=self._state.most_objects(),
+            most_steps=self._state.most_steps(),
         )
         with self._mutex:
             self.outcomes.append(outcome)

@@ -101,6 +101,7 @@ class _Get:
         message_id: int,
         receiver: ObjectReceiver,
         max_objects: int,
+        most_steps: int,
         next_object: float,
         first_object: float,
         enough: Callable[[], bool] | None,
@@ -109,7 +110,7 @@ class _Get:
         self.context_id = context_id
         self.message_id = message_id
         self.receiver = receiver
-        self.max_objects = max_objects
+        self.max_objects, self.steps_left = max_objects, most_steps + 1  # the first number is one, too
         self.next_object, self.first_object = next_object, first_object
         self.enough = enough
         self.objects = 0
@@ -341,7 +342,9 @@ class _Get:
             remaining = command.us(c.REMAINING)
             if remaining is not None and (self.remaining is None or remaining < self.remaining):
                 self.remaining = remaining  # the lowest so far: one that goes up and down is no progress
-                self._progress()
+                if self.steps_left:  # nor is one that is counted down from any number
+                    self.steps_left -= 1
+                    self._progress()
             if command.has_dataset:  # not allowed, and harmless
                 self._read_rest()
                 self.drain, self.store_context = command, context_id
@@ -443,6 +446,7 @@ def c_get(
     next_object: float,
     first_object: float | None = None,
     max_objects: int,
+    most_steps: int | None = None,
     enough: Callable[[], bool] | None = None,
 ) -> GetOutcome:
     """Run one C-GET and feed ``receiver``.
@@ -454,11 +458,13 @@ def c_get(
     identifier : bytes
         Level and unique keys, implicit VR.
     next_object : float
-        Seconds that may pass without an object or a changed number of remaining ones.
+        Seconds that may pass without an object or a smaller number of remaining ones.
     first_object : float
         The same before the first object; ``next_object`` by default.
     max_objects : int
         A source that sends more is aborted.
+    most_steps : int
+        How often a smaller number of remaining ones stands for an object that came; ``max_objects`` by default.
     enough : callable, optional
         Asked between messages; once it is true, a C-CANCEL-RQ is sent, and what still comes is taken.
 
@@ -495,7 +501,8 @@ def c_get(
         identifier,
     )
     first = next_object if first_object is None else first_object
-    get = _Get(association, context_id, message_id, receiver, max_objects, next_object, first, enough)
+    steps = max_objects if most_steps is None else most_steps
+    get = _Get(association, context_id, message_id, receiver, max_objects, steps, next_object, first, enough)
     try:
         return get.run()
     except AssociationAborted as error:

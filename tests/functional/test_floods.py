@@ -488,6 +488,33 @@ def test_contexts_without_end_are_remarked_on_once(pacs: Callable[..., Any]) -> 
     assert 1 <= said.count("never proposed") <= 10
 
 
+class _CountsDown(Behaviour):
+    """Sends no instance, and counts those that remain down from 65,534."""
+
+    stages = frozenset({GET})
+    told = 0
+
+    def get(self, message: Message) -> None:
+        retrieval = Retrieval(message, [])
+        for remaining in range(65534, 65500, -1):
+            type(self).told += 1
+            self.get_response(
+                retrieval, 0xFF00, {wire.REMAINING: remaining, wire.COMPLETED: 0, wire.FAILED: 0, wire.WARNING: 0}
+            )
+            time.sleep(0.4)
+
+
+def test_a_number_of_remaining_ones_is_progress_as_often_as_instances_are_listed(
+    pacs: Callable[..., Any], tmp_path: Path
+) -> None:
+    _CountsDown.told = 0
+    with pacs(_CountsDown, instances=2) as server:
+        scu = GetScu(node(server), destination=tmp_path, retries=0, deadlines={"next_object": 1.0})
+        result = scu.get_study({"StudyInstanceUID": server.study_uid})
+    assert (result.verdict, result.reason) == ("failed", "deadline")
+    assert _CountsDown.told < 10
+
+
 class _ZerosWithoutEnd(Behaviour):
     """Answers with the Patient ID that was asked for, behind more zeros in each row."""
 
