@@ -155,10 +155,13 @@ def _runs_of(manifest: Any) -> Iterator[Any]:
         yield manifest
         return
     labels = ["run", _AT, "verdict", *(name for name in ("task_id", "map_index") if name in manifest.columns)]
+    from pandas import isna
+
     for _, rows in manifest.groupby("run", sort=False, dropna=False):
         first = rows.iloc[0]
         frame = rows.drop(columns=labels)
-        frame.attrs = {"verdict": str(first["verdict"]), "run": f"{first[_AT]:%Y%m%dT%H%M%SZ}"}
+        at = first[_AT]
+        frame.attrs = {"verdict": str(first["verdict"]), "run": f"{at:%Y%m%dT%H%M%SZ}" if not isna(at) else ""}
         yield frame
 
 

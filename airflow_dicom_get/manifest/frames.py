@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,7 +76,7 @@ REFERENCE_KIND = "dicom-manifest"
 Word = TypeVar("Word", bound=str)
 _RUNS = "runs"
 """In the metadata of a combined manifest: see :func:`runs_of`."""
-_STAMP = r"\d{8}T\d{6}Z"
+_STAMP = r"[0-9]{8}T[0-9]{6}Z"
 _DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UTC]"}
 
 
@@ -272,7 +273,17 @@ def began(runs: Any) -> Any:
     """When some runs began, a column of times; null where a name does not say it."""
     import pandas as pd
 
-    return pd.to_datetime(runs.str.extract(f"({_STAMP})")[0], format="%Y%m%dT%H%M%SZ", utc=True)
+    known = {run: _began(run) for run in runs.dropna().unique()}
+    return pd.Series([known.get(run) for run in runs], runs.index, "datetime64[us, UTC]")
+
+
+def _began(run: str | None) -> datetime | None:
+    """When a run began, as its name says it, which anybody may have written; None where that is no time."""
+    stamp = re.search(_STAMP, run or "")
+    try:
+        return datetime.strptime(stamp[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) if stamp is not None else None
+    except ValueError:
+        return None
 
 
 def runs_of(table: pa.Table) -> list[tuple[str | None, int]]:
@@ -285,7 +296,7 @@ def runs_of(table: pa.Table) -> list[tuple[str | None, int]]:
         return [(facts.get("run"), table.num_rows)]
     try:
         runs = [(run if isinstance(run, str) else None, int(rows)) for run, rows in json.loads(facts[_RUNS])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         runs = []
     fits = all(rows >= 0 for _, rows in runs) and sum(rows for _, rows in runs) == table.num_rows
     return runs if fits else [(None, table.num_rows)]
@@ -296,10 +307,9 @@ def _name_as_one(runs: Sequence[tuple[str | None, int]]) -> str:
 
     Where one does not say when it began, the time is that of now.
     """
-    stamps = [re.search(_STAMP, run or "") for run, _ in runs]
-    known = [stamp[0] for stamp in stamps if stamp is not None]
-    name = clock.run_name()
-    return re.sub(_STAMP, max(known), name) if known and len(known) == len(stamps) else name
+    times = [_began(run) for run, _ in runs]
+    known = [time for time in times if time is not None]
+    return clock.run_name(max(known) if known and len(known) == len(times) else None)
 
 
 def facts_of(tables: Sequence[pa.Table], given: Sequence[Any] = ()) -> list[tuple[Verdict, Evidence]]:

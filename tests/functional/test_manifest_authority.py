@@ -31,7 +31,8 @@ from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, write_manifest
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, one_table, table_of
-from airflow_dicom_get.notebook import read_instances
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.notebook import read_instances, read_manifests
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import ledger, objects
@@ -43,6 +44,13 @@ from airflow_dicom_get.verify import verify
 from tests.support.holdings import Holding
 
 Embedded = Callable[..., EmbeddedPacs]
+
+
+def a_row(**values: Any) -> Instance:
+    row = Instance("1.2", "1.2.3", "1.2.3.4")
+    for name, value in values.items():
+        setattr(row, name, value)
+    return row
 
 
 class Retrieved:
@@ -315,6 +323,28 @@ def test_a_verdict_that_is_none_proves_nothing(got: Retrieved, tmp_path: Path) -
     path = got.folder / "_manifests" / "word.parquet"
     write_manifest(read_table(got.uri), path, verdict="\x1b[32mcomplete", evidence="much", run="r")
     assert combine_manifests([got.uri, path], tmp_path / "all.parquet")["verdict"] == "unverified"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"run": f"{stamp}-deadbeef"} for stamp in ("20261399T999999Z", "00010101T000000Z", "99991231T235959Z")),
+        {"run": "\u0662" * 8 + "T000000Z"},
+        *({"runs": runs} for runs in ("[" * 200_000, "[[null, Infinity]]", '[["r", NaN]]', "[[null, 1, 2]]", "null")),
+        {"runs": json.dumps([["20261399T999999Z", 1]])},
+    ],
+    ids=lambda facts: str(facts)[:30],
+)
+def test_metadata_that_cannot_be_read_say_nothing(tmp_path: Path, facts: dict[str, str]) -> None:
+    rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
+    for run, extra in (("20260101T000000Z-deadbeef", {}), ("r", facts)):
+        write_manifest(rows, tmp_path / f"{run}.parquet", verdict="partial", evidence="list", run=run, extra=extra)
+    assert len(export(tmp_path / "r.parquet", "series", accept=("partial",))) == 1
+    assert combine_manifests([tmp_path / "r.parquet"], tmp_path / "all.parquet")["rows"] == 1
+    (tmp_path / "all.parquet").unlink()
+    frame = read_manifests(tmp_path)
+    assert len(frame) == 2
+    assert len(export(frame, "series", accept=("partial",))) == 1
 
 
 def test_a_manifest_that_lies_elsewhere_needs_a_root(
