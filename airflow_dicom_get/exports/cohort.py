@@ -11,6 +11,7 @@ from airflow_dicom_get.config.destination import FilesystemDestination, S3Destin
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.report import has_rows_of_all, verdict_of_manifests
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
+from airflow_dicom_get.manifest.files import Room
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
 from airflow_dicom_get.manifest.schema import COLUMNS
 from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
@@ -119,7 +120,8 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
         One cannot be read, or they list nothing.
     """
     given = [run for one in each_of(manifests) for run in _runs_of(one)]
-    listed = [load_listed(one, s3, root) for one in given if one is not None]
+    room = Room()
+    listed = [load_listed(one, s3, root, room) for one in given if one is not None]
     places = tuple(one.places for one in listed)
     tables = [one.table for one in listed]
     facts = facts_of(tables, given)

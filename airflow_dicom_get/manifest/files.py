@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MANIFESTS",
     "S3",
+    "Room",
     "bucket_of",
     "check_decoded",
     "content_of",
@@ -76,9 +77,29 @@ that begin the cell; behind characters of no width, of which the one that begins
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
 _MOST_DECODED = 4 << 30
-"""Bytes of its table, with its rows as records."""
+"""Bytes of its table, with its rows as records, and of all that one call reads."""
 _RECORD = 640
 """Bytes of a row as a record, besides its texts: also of one that is empty, and takes no byte of the file."""
+
+
+class Room:
+    """What the manifests that one call reads may take of memory together."""
+
+    def __init__(self) -> None:
+        self._taken, self._first = 0, ""
+
+    def take(self, size: int, name: str) -> None:
+        """Count so many bytes for a manifest. Raises :class:`ManifestError` where they are too many."""
+        self._taken += size
+        self._first = self._first or name
+        if self._taken > _MOST_DECODED:
+            alone = name == self._first
+            raise ManifestError(
+                f"The manifest {shown_path(name)} takes more than {_MOST_DECODED >> 30} GiB of memory"
+                + ("." if alone else " with those that are read before it."),
+                hint="Give a file that a run wrote, of fewer instances." if alone else "Read fewer of them at once.",
+                uri=name,
+            )
 
 
 def safe_name(text: str) -> str:
@@ -169,7 +190,7 @@ def manifest_content(
     return buffer.getvalue()
 
 
-def read_table(uri: Any, s3_config: S3 = None) -> pa.Table:
+def read_table(uri: Any, s3_config: S3 = None, room: Room | None = None) -> pa.Table:
     """Read the file of a manifest, without pandas.
 
     Parameters
@@ -178,6 +199,8 @@ def read_table(uri: Any, s3_config: S3 = None) -> pa.Table:
         A path, ``file://…`` or ``s3://…``.
     s3_config : S3Config or mapping, optional
         How to reach the bucket; see :func:`bucket_of`.
+    room : Room, optional
+        Of all manifests that the call reads.
 
     Raises
     ------
@@ -185,10 +208,11 @@ def read_table(uri: Any, s3_config: S3 = None) -> pa.Table:
         There is no such file, it is broken, or it is of another schema. It is left as it is.
     """
     place = place_of(uri)
-    return table_in(content_of(place, s3_config), str(place.path if isinstance(place, FilesystemDestination) else uri))
+    name = str(place.path if isinstance(place, FilesystemDestination) else uri)
+    return table_in(content_of(place, s3_config), name, room)
 
 
-def tables_below(where: Any, s3_config: S3 = None) -> Iterator[pa.Table]:
+def tables_below(where: Any, s3_config: S3 = None, room: Room | None = None) -> Iterator[pa.Table]:
     """Read all manifests at a place: a file, a folder of manifests, or a destination of retrievals.
 
     Parameters
@@ -197,23 +221,25 @@ def tables_below(where: Any, s3_config: S3 = None) -> Iterator[pa.Table]:
         A path, ``file://…`` or ``s3://…``. Of a destination those in ``_manifests`` are read.
     s3_config : S3Config or mapping, optional
         How to reach the bucket; see :func:`bucket_of`.
+    room : Room, optional
+        Of all manifests that the call reads.
 
     Raises
     ------
     ManifestError
         There is none, or one of them cannot be read.
     """
-    place = place_of(where)
+    place, room = place_of(where), room or Room()
     found = False
     if isinstance(place, S3Destination):
         bucket = bucket_of(place, s3_config)
         for key in _keys_below(bucket, place):
             found = True
-            yield table_in(_fetch(replace(place, prefix=key), bucket), bucket.uri(key))
+            yield table_in(_fetch(replace(place, prefix=key), bucket), bucket.uri(key), room)
     else:
         for path in _files_below(place.path):
             found = True
-            yield table_in(_read(path), str(path))
+            yield table_in(_read(path), str(path), room)
     if not found:
         raise ManifestError(
             f"There are no manifests at {shown_path(where)}.",
@@ -394,23 +420,23 @@ def _broken(name: str) -> ManifestError:
     )
 
 
-def table_in(content: bytes, name: str) -> pa.Table:
-    """The table in a file, of ``name`` in errors. Raises :class:`ManifestError`."""
+def table_in(content: bytes, name: str, room: Room | None = None) -> pa.Table:
+    """The table in a file, of ``name`` in errors; ``room`` as in :func:`read_table`. Raises :class:`ManifestError`."""
     import pyarrow as pa
 
     with open_manifest(content, name) as file:
         try:
-            check_decoded(content, file.schema_arrow, name)
+            check_decoded(content, file.schema_arrow, name, room)
             return file.read()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(name) from error
 
 
-def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
+def check_decoded(content: bytes, schema: pa.Schema, name: str, room: Room | None = None) -> None:
     """Refuse a table that is too large: a text that stands in a file once may be a value of all its rows.
 
-    For that the texts are counted where they stand, column by column: no more than one is held. Raises
-    :class:`ManifestError`, and whatever a broken file does.
+    For that the texts are counted where they stand, column by column: no more than one is held. ``room`` is of all
+    manifests that the call reads. Raises :class:`ManifestError`, and whatever a broken file does.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -418,7 +444,7 @@ def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
 
     kinds = (pa.types.is_string, pa.types.is_large_string)  # the latter of a frame in XCom
     texts = [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
-    size = 0
+    room = room or Room()
     with pq.ParquetFile(BytesIO(content), read_dictionary=texts) as file:
         for field in file.schema_arrow:
             if not (pa.types.is_dictionary(field.type) or pa.types.is_primitive(field.type)):
@@ -431,16 +457,11 @@ def check_decoded(content: bytes, schema: pa.Schema, name: str) -> None:
         columns = dict.fromkeys(file.schema_arrow.names)
         for batch in (x for one in columns for x in file.iter_batches(BATCH, columns=[one], use_threads=False)):
             for column in batch.columns:
-                size += column.nbytes + len(column) * _RECORD // len(columns)
+                size = column.nbytes + len(column) * _RECORD // len(columns)
                 if pa.types.is_dictionary(column.type):
                     lengths = pc.binary_length(column.dictionary)
                     size += pc.sum(pc.take(lengths, column.indices)).as_py() or 0
-            if size > _MOST_DECODED:
-                raise ManifestError(
-                    f"The manifest {shown_path(name)} takes more than {_MOST_DECODED >> 30} GiB of memory.",
-                    hint="Give a file that a run wrote, of fewer instances.",
-                    uri=name,
-                )
+                room.take(size, name)
 
 
 def manifest_uri(path: str | Folder) -> str:

@@ -23,6 +23,7 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest.files import (
     S3,
+    Room,
     bucket_of,
     check_decoded,
     content_of,
@@ -166,14 +167,17 @@ def load_manifest(manifest: Any, s3_config: S3 = None) -> DataFrame:
     return frame_of(load_table(manifest, s3_config))
 
 
-def load_table(manifest: Any, s3_config: S3 = None) -> pa.Table:
-    """As :func:`load_manifest`, as a table, which it takes too; pandas is imported only for a DataFrame."""
+def load_table(manifest: Any, s3_config: S3 = None, room: Room | None = None) -> pa.Table:
+    """As :func:`load_manifest`, as a table, which it takes too; pandas is imported only for a DataFrame.
+
+    ``room`` is of all manifests that the call reads.
+    """
     if hasattr(manifest, "column_names"):
         return manifest
     if isinstance(manifest, Mapping):
-        return _referenced(manifest, s3_config)
+        return _referenced(manifest, s3_config, room)
     if isinstance(manifest, str | os.PathLike):
-        return read_table(manifest, s3_config)
+        return read_table(manifest, s3_config, room)
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(
@@ -181,7 +185,7 @@ def load_table(manifest: Any, s3_config: S3 = None) -> pa.Table:
     )
 
 
-def _referenced(ref: Mapping[str, Any], s3_config: S3) -> pa.Table:
+def _referenced(ref: Mapping[str, Any], s3_config: S3, room: Room | None) -> pa.Table:
     from hashlib import sha256
 
     if ref.get("kind") != REFERENCE_KIND:
@@ -201,7 +205,7 @@ def _referenced(ref: Mapping[str, Any], s3_config: S3) -> pa.Table:
             hint="It was replaced since. Give the URI alone to read its current content.",
             uri=uri,
         )
-    table = table_in(content, str(uri))
+    table = table_in(content, str(uri), room)
     if table.num_rows != ref.get("rows"):
         raise ManifestError(
             f"The manifest {shown_path(uri)} has {table.num_rows} rows, not {shown(ref.get('rows'))}.",
@@ -227,7 +231,8 @@ def each_of(manifests: Any) -> list[Any]:
 
 def load_tables(manifests: Any, s3_config: S3 = None) -> list[pa.Table]:
     """Load one manifest, or several, each of any shape. None, of a task that failed or was skipped, gives none."""
-    return [load_table(item, s3_config) for item in each_of(manifests) if item is not None]
+    room = Room()
+    return [load_table(item, s3_config, room) for item in each_of(manifests) if item is not None]
 
 
 def load_manifests(manifests: Any, s3_config: S3 = None) -> DataFrame:
@@ -450,8 +455,11 @@ def parquet_in_xcom(value: Any) -> bytes | None:
         raise _unreadable() from error
 
 
-def table_in_xcom(value: Any) -> pa.Table | None:
-    """As :func:`parquet_in_xcom`, read; None also for a frame that is no manifest. Raises :class:`ManifestError`."""
+def table_in_xcom(value: Any, room: Room | None = None) -> pa.Table | None:
+    """As :func:`parquet_in_xcom`, read; None also for a frame that is no manifest; ``room`` as in :func:`load_table`.
+
+    Raises :class:`ManifestError`.
+    """
     content = parquet_in_xcom(value)
     if content is None:
         return None
@@ -462,7 +470,7 @@ def table_in_xcom(value: Any) -> pa.Table | None:
         with pq.ParquetFile(BytesIO(content)) as file:
             if not set(COLUMNS) <= set(file.schema_arrow.names):
                 return None
-            check_decoded(content, file.schema_arrow, "in XCom")
+            check_decoded(content, file.schema_arrow, "in XCom", room)
             return file.read()
     except (ValueError, OSError, pa.ArrowException) as error:
         if isinstance(error, ManifestError):

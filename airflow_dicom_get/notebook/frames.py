@@ -18,7 +18,7 @@ from airflow_dicom_get.dicom.header import DeflateWalk
 from airflow_dicom_get.dicom.part10 import PREAMBLE, file_header
 from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, IMPLICIT_LE
 from airflow_dicom_get.errors import ManifestError
-from airflow_dicom_get.manifest.files import S3, tables_below
+from airflow_dicom_get.manifest.files import S3, Room, tables_below
 from airflow_dicom_get.manifest.frames import (
     began,
     frame_of,
@@ -86,10 +86,12 @@ def read_manifests(where: Any, **s3: Any) -> DataFrame:
     """
     import pyarrow as pa
 
-    tables = []
-    for table in tables_below(where, s3 or None):
+    tables, room = [], Room()
+    for table in tables_below(where, s3 or None, room):
         facts = metadata_of(table)
-        tables.append(_labelled(table, {name: facts.get(name) for name in ("run", "verdict")}))
+        labels = {name: facts.get(name) for name in ("run", "verdict")}
+        room.take(sum(len(label or "") for label in labels.values()) * table.num_rows, str(where))
+        tables.append(_labelled(table, labels))
     frame = frame_of(pa.concat_tables(tables, promote_options="default"))
     return _ordered(frame.assign(run_at=began(frame["run"])), f"The manifests at {shown_path(where)}")
 
@@ -284,10 +286,10 @@ def load_manifests(
 
     api = RestApi(base_url, token, ca_file)
     run = api.latest_run(dag_id) if run_id is None else run_id
-    frames = []
+    frames, room = [], Room()
     for entry in api.entries(dag_id, run, task_id, "return_value"):
         task, index = entry["task_id"], entry["map_index"]
-        frame = _frame(stored_value(api.value(dag_id, run, entry), dag_id, task, s3 or None), s3 or None)
+        frame = _frame(stored_value(api.value(dag_id, run, entry), dag_id, task, s3 or None), s3 or None, room)
         if frame is None:
             continue
         returned = pd.Timestamp(entry["timestamp"]).tz_convert("UTC")
@@ -307,9 +309,9 @@ def load_manifests(
     return _ordered(frame.astype({"run": "string"}), f"The manifests of the run {shown(run)}")
 
 
-def _frame(value: Any, s3_config: S3) -> DataFrame | None:
+def _frame(value: Any, s3_config: S3, room: Room) -> DataFrame | None:
     """A manifest out of what a task returned; None if it is something else."""
-    table = load_reference(value, s3_config)
+    table = load_reference(value, s3_config, room)
     if table is None:
-        table = table_in_xcom(value)  # a verification returns a frame too, of another shape
+        table = table_in_xcom(value, room)  # a verification returns a frame too, of another shape
     return None if table is None else frame_of(table)

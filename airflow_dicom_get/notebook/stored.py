@@ -17,7 +17,7 @@ from typing import Any
 from airflow_dicom_get.config.checks import shown_path
 from airflow_dicom_get.config.destination import FilesystemDestination, S3Destination
 from airflow_dicom_get.errors import ManifestError, S3Error
-from airflow_dicom_get.manifest.files import S3, content_of, place_of
+from airflow_dicom_get.manifest.files import S3, Room, content_of, place_of
 from airflow_dicom_get.manifest.frames import REFERENCE_KIND, load_table
 
 __all__ = ["load_reference", "stored_value"]
@@ -89,7 +89,7 @@ def _whole(file: BufferedIOBase, task_id: str, value: str) -> bytearray:
     return content
 
 
-def load_reference(value: Any, s3_config: S3) -> Any:
+def load_reference(value: Any, s3_config: S3, room: Room) -> Any:
     """The table that a reference to a manifest names; None if it is no reference. Raises :class:`ManifestError`."""
     if not isinstance(value, Mapping) or value.get("kind") != REFERENCE_KIND:
         return None
@@ -97,7 +97,7 @@ def load_reference(value: Any, s3_config: S3) -> Any:
     if isinstance(place, S3Destination):
         value = {**value, "manifest_uri": place.uri}
     with _own_settings(place, s3_config):
-        return load_table(value, s3_config)
+        return load_table(value, s3_config, room)
 
 
 def _content(place: FilesystemDestination | S3Destination, s3_config: S3) -> bytes:

@@ -13,7 +13,7 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import task_run_name, without_links
+from airflow_dicom_get.manifest.files import Room, task_run_name, without_links
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
     each_of,
@@ -233,6 +233,7 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
     """As :func:`load_given`, each by itself; None for what a task left that was skipped."""
     given: list[Listed | None] = []
+    room = Room()
     for one in each_of(manifest):
         if one is None:
             given.append(None)
@@ -245,7 +246,7 @@ def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:
             how = DicomS3Hook(s3_conn_id).config
         elif uri is not None:
             _check_manifest_place(uri)
-        given.append(load_listed(one, how).within(lambda places: filter(configuration.is_allowed, places)))
+        given.append(load_listed(one, how, room=room).within(lambda places: filter(configuration.is_allowed, places)))
     if all(one is None for one in given):
         raise invalid(
             "manifest",

@@ -26,7 +26,7 @@ from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
-from airflow_dicom_get.manifest.files import MANIFESTS, S3, in_manifests
+from airflow_dicom_get.manifest.files import MANIFESTS, S3, Room, in_manifests
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
@@ -422,7 +422,9 @@ class Listed:
         return zip(instances_of(self.table), chain.from_iterable(openers), strict=True)
 
 
-def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None) -> Listed:
+def load_listed(
+    manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | None = None, room: Room | None = None
+) -> Listed:
     """Load a manifest; what it names may lie in its own destination, or below a root that the caller names.
 
     Its own destination is the place in which its ``_manifests`` lies, or, of a frame or a reference that was handed
@@ -434,6 +436,8 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
         Any shape that :func:`~airflow_dicom_get.manifest.frames.load_manifest` takes.
     root : path or address, or several
         Further places.
+    room : Room, optional
+        Of all manifests that the call reads.
 
     Raises
     ------
@@ -447,7 +451,7 @@ def load_listed(manifest: Any, s3: S3 = None, root: Named | Sequence[Named] | No
     named = _named(root)
     if isinstance(manifest, Listed):
         return manifest.within(lambda places: (*places, *named))
-    table = load_table(manifest, s3)
+    table = load_table(manifest, s3, room)
     own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
     [facts] = facts_of([table])
     return Listed(table, ((table.num_rows, (*own, *named)),), *facts)

@@ -14,8 +14,14 @@ from airflow.sdk import DAG
 
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.config.groups import Window
+from airflow_dicom_get.errors import ManifestError
+from airflow_dicom_get.manifest import files
+from airflow_dicom_get.manifest.files import write_manifest
 from airflow_dicom_get.manifest.frames import reference
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.operators._manifests import load_given
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomStoreOperator
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.archive import Archive as Index
 from airflow_dicom_get.testing.s3_servers import BUCKET, SECRET_KEY
 
@@ -114,6 +120,17 @@ def test_a_manifest_that_is_handed_on_names_allowed_destinations_alone(
         summary = run.xcom("store", "summary")
         assert (summary["verdict"], summary["reason"], summary["completed"]) == ("failed", "outside_root", 0)
         assert target.total_associations == asked
+
+
+def test_manifests_of_a_task_are_bounded_together(tmp_path, monkeypatch):
+    table = manifest_table([Instance("1.2", "1.2.3", "1.2.3.4")] * 10_000, source="", destination="")
+    several = [str(tmp_path / f"{number}.parquet") for number in range(8)]
+    for path in several:
+        write_manifest(table, path, verdict="partial", evidence="list", run="r")
+    monkeypatch.setattr(files, "_MOST_DECODED", 32 << 20)
+    assert len(load_given(several[:2], None).table) == 20_000
+    with pytest.raises(ManifestError, match="of memory with those that are read before it"):
+        load_given(several, None)
 
 
 def test_nothing_is_stored_where_it_was_retrieved_from(run_dag, pacs, archive, target, root, tmp_path):

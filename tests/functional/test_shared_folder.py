@@ -25,12 +25,13 @@ from pydicom import dcmread
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, SinkError
+from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, table_in_xcom
+from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, reference, table_in_xcom
 from airflow_dicom_get.manifest.schema import arrow_schema, instances_of, manifest_table
 from airflow_dicom_get.net.association import CancelToken
-from airflow_dicom_get.notebook import stored
+from airflow_dicom_get.notebook import read_manifests, stored
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks import ledger, locks
@@ -291,6 +292,43 @@ def test_a_manifest_of_some_kilobytes_does_not_become_gigabytes(
     monkeypatch.setattr(pq.ParquetFile, "read", None)  # it is not begun
     with pytest.raises(ManifestError, match="of memory"):
         read_table(path)
+
+
+READERS: dict[str, Callable[[Path, list[Path]], Any]] = {
+    "read_manifests": lambda folder, _: read_manifests(folder),
+    "load_manifests": lambda _, several: load_manifests(several),
+    "references": lambda _, several: load_manifests([reference(one) for one in several]),
+    "combine_manifests": lambda folder, several: combine_manifests(several, folder / "all"),
+    "export": lambda _, several: export(several, "series", accept=("partial",)),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_manifests_that_are_read_together_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, list[Path]], Any]
+) -> None:
+    row = Instance("1.2", "1.2.3", "1.2.3.4")
+    row.state, row.reason, row.error = "missing", "not_sent", "x" * 1000
+    table = manifest_table([row] * 10_000, source="", destination="")
+    several = [tmp_path / f"{number}.parquet" for number in range(5)]
+    for path in several:
+        write_manifest(table, path, verdict="partial", evidence="list", run="r")
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    assert read_table(several[0]).num_rows == 10_000
+    with pytest.raises(ManifestError, match=r"[1-4]\.parquet' takes more than 0 GiB of memory with"):
+        read(tmp_path, several)
+    for path in several[2:]:
+        path.unlink()
+    read(tmp_path, several[:2])
+
+
+def test_the_name_of_a_run_counts_for_each_row_that_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = manifest_table([Instance("1.2", "1.2.3", "1.2.3.4")] * 10_000, source="", destination="")
+    write_manifest(rows, tmp_path / "m.parquet", verdict="partial", evidence="list", run="r" * 10_000)
+    monkeypatch.setattr(manifests, "_MOST_DECODED", 64 << 20)
+    assert read_table(tmp_path / "m.parquet").num_rows == 10_000
+    with pytest.raises(ManifestError, match="of memory"):
+        read_manifests(tmp_path)
 
 
 def of_nulls(rows: int) -> pa.Table:
