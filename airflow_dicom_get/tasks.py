@@ -239,7 +239,8 @@ def find_cohort(
     task returns, including the labels.
 
     :param path: the file
-    :param label: name of the column with the labels
+    :param label: name of the column with the labels; not that of the studies, and none that is an attribute of a
+        patient. Where whoever triggers a run names it, let them choose from a list.
     :param within: folders in one of which the file has to lie; to be given where whoever triggers a run names the
         file, which is read with the rights of the worker
     :param unknown: what happens if the PACS has no study for a row: ``fail``, or ``skip`` the row

@@ -18,7 +18,9 @@ What it reads:
 * param `csv`: the file, in one of the folders in the environment variable `DICOM_LISTS`, absolute paths with commas
   between them; by default the folder `dicom-lists` in Airflow's home. All workers need access to it. Its accession
   numbers stay out of logs and XCom.
-* param `label`: the column with the labels. They go to XCom and manifest, so no names.
+* param `label`: the column with the labels, one of those in the environment variable `DICOM_LABELS`, with commas
+  between them; by default `Cohort`. Labels go to XCom and manifest, so no column with names or numbers of patients:
+  one that is an attribute of a patient by its name, and that of the studies, are refused.
 * param `unknown`: what to do with rows for which the PACS has no study
 * param `destination`: one of the folders in the environment variable `DICOM_DESTINATION`, absolute paths with commas
   between them; by default the folder `dicom` in Airflow's home
@@ -43,6 +45,8 @@ if not DESTINATIONS[0]:
 LISTS = os.environ.get("DICOM_LISTS", "").split(",")
 if not LISTS[0]:
     LISTS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-lists"))]
+# Nor any column of these files, which may say more than every viewer of this DAG should read.
+LABELS = (os.environ.get("DICOM_LABELS") or "Cohort").split(",")
 
 with DAG(
     dag_id="cohort_from_csv",
@@ -59,9 +63,9 @@ with DAG(
             f"It has to lie in {' or '.join(LISTS)}.",
         ),
         "label": Param(
-            "Cohort",
+            LABELS[0],
             type="string",
-            minLength=1,
+            enum=LABELS,
             title="Column of the labels",
             description="Pseudonyms or cohorts. Every viewer of this DAG can read them.",
         ),

@@ -33,6 +33,12 @@ _AT_HAND = (
 _BY_NAME = {name: attribute for attribute in _AT_HAND for name in (attribute.keyword, f"{attribute.tag:08x}")}
 
 
+_OF_PATIENTS = frozenset({0x0010, 0x0038})
+"""Groups of a patient and of his visits."""
+_NUMBERS = frozenset({0x00080050, 0x00200010, 0x00402016, 0x00402017})
+"""By which a hospital finds a patient too: Accession Number, Study ID, and the numbers of an order."""
+
+
 class UnknownAttributeError(ValueError):
     """A text that names no attribute; ``hint`` says what may have been meant."""
 
@@ -73,6 +79,25 @@ def find_attribute(text: str) -> Attribute:
     return attribute
 
 
+def identifies(heading: str) -> bool:
+    """Whether the heading of a column is an attribute that tells who a patient is.
+
+    It may be its keyword, name or tag, in any case, and with any spaces and marks: ``patient_id``, ``Patient's Name``.
+    """
+    from pydicom.datadict import dictionary_description, dictionary_VR, keyword_dict
+
+    said = _letters(heading)
+    return any(
+        said in (f"{tag:08x}", keyword.lower(), _letters(dictionary_description(tag)))
+        for keyword, tag in keyword_dict.items()
+        if tag >> 16 in _OF_PATIENTS or tag in _NUMBERS or dictionary_VR(tag) == "PN"
+    )
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]", "", text).lower()
+
+
 def _suggestion(name: str) -> str:
     from difflib import get_close_matches
 
@@ -80,6 +105,6 @@ def _suggestion(name: str) -> str:
 
     keywords = [keyword for keyword in keyword_dict if keyword]
     folded = {keyword.lower(): keyword for keyword in keywords}
-    plain = re.sub(r"[\s_-]", "", name).lower()
+    plain = _letters(name)
     close = [folded[plain]] if plain in folded else get_close_matches(name, keywords, n=1, cutoff=0.75)
     return f"Did you mean {close[0]}?" if close else "Give a keyword such as StudyInstanceUID, or a tag as (gggg,eeee)."

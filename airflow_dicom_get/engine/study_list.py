@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.checks import about, invalid, shown, shown_path
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
+from airflow_dicom_get.dicom.dictionary import identifies
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.lists.finder import STRANGE, Finder, check_answered
@@ -230,8 +231,9 @@ def read_study_list(path: str | Below, *, label: str | None = None, option: str 
         The file, in UTF-8; where others may choose it, as :func:`list_within` gives it: then it has to be a regular
         file, and not behind a link. Of both columns the first is taken; others are not looked at.
     label : str, optional
-        Name of a column that says what each study is to be called. Then every row has to name a study and a label,
-        and a study that stands there twice has to have the same.
+        Name of a column that says what each study is to be called, wherever it is named: so not that of the studies,
+        and none that is an attribute of a patient. Then every row has to name a study and a label, and a study that
+        stands there twice has to have the same.
     option : str
         What messages call the file.
 
@@ -265,6 +267,9 @@ class _Rows:
             raise self._without(f"{UID} or {ACCESSION}")
         if label is not None and label not in self._columns:
             raise self._without(shown(label).strip("'"))
+        if label is not None and (label == self.key or identifies(label)):
+            what = f"{shown_path(path)}, column {shown(label)}, cannot give the labels: it tells who a patient is"
+            raise invalid(option, what, "Labels are shown with the tasks. Name a column of pseudonyms or groups.")
         self._label = label
 
     def _text(self) -> str:

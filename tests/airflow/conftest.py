@@ -171,7 +171,7 @@ DAGS = Path(__file__).parents[2] / "dags"
 
 @pytest.fixture
 def load_dag(tmp_path, prefix, monkeypatch):
-    """Load a DAG of the repository, with the places that a test may choose from."""
+    """Load a DAG of the repository, with the places and columns that a test may choose from."""
     from airflow.dag_processing.dagbag import DagBag
 
     from airflow_dicom_get.testing.s3_servers import BUCKET
@@ -179,6 +179,7 @@ def load_dag(tmp_path, prefix, monkeypatch):
     for name, places in {
         "DICOM_DESTINATION": (tmp_path, tmp_path / "out", tmp_path / "originals"),
         "DICOM_LISTS": (tmp_path / "lists", tmp_path),
+        "DICOM_LABELS": ("Cohort", "Arm", "PatientName", "AccessionNumber"),
         "DICOM_REPORTS": (tmp_path, tmp_path / "file" / "x"),
         "DICOM_BUCKET": (f"{BUCKET}/{prefix}", "nosuchbucket/studies"),
     }.items():

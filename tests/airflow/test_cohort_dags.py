@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pandas as pd
 import pytest
+from airflow.sdk.exceptions import ParamValidationError
 
 pytestmark = pytest.mark.usefixtures("dag_connections")
 
@@ -81,6 +82,25 @@ def test_a_bad_row_ends_it_before_any_traffic(run_dag, load_dag, cohort, pacs, w
     assert (run.task("find").state, run.task("find").try_number) == ("failed", 1)
     assert message in run.log
     assert pacs.total_associations == 0
+
+
+@pytest.mark.parametrize("label", ["AccessionNumber", "PatientName"])
+def test_no_column_of_patients_gives_the_labels(run_dag, load_dag, cohort, pacs, database_rows, label):
+    """Also where the environment says that it may."""
+    text = "Cohort,AccessionNumber,PatientName\na,SECRET-1,SECRET^JANE\n"
+    run = run_dag(load_dag("cohort_from_csv"), run_conf=cohort(text, label=label))
+    assert (run.state, run.task("find").state, run.task("find").try_number) == ("failed", "failed", 1)
+    assert f"column {label!r}, cannot give the labels: it tells who a patient is." in run.log
+    assert "SECRET" not in run.log + database_rows(run)
+    assert pacs.total_associations == 0
+
+
+def test_whoever_triggers_names_no_other_column(load_dag, monkeypatch):
+    assert load_dag("cohort_from_csv").params["label"] == "Cohort"
+    with pytest.raises(ParamValidationError, match="is not one of"):
+        load_dag("cohort_from_csv").params.get_param("label").resolve("Remark")
+    monkeypatch.delenv("DICOM_LABELS")
+    assert load_dag("cohort_from_csv").params.get_param("label").schema["enum"] == ["Cohort"]
 
 
 @pytest.mark.parametrize("how", ["another folder", "dots", "a link", "a FIFO", "a device"])

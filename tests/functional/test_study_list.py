@@ -46,6 +46,26 @@ def test_a_bad_row_is_named_by_line_and_column_and_not_quoted(tmp_path: Path, te
     assert "SECRET" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "heading",
+    ["AccessionNumber", "PatientName", " PATIENTNAME", "patient_id", "Patient's Birth Date", "(0010,0030)", "00100010",
+     "Referring Physician's Name", "Study ID", "AdmissionID"],
+)  # fmt: skip
+def test_a_column_that_tells_who_a_patient_is_gives_no_labels(tmp_path: Path, heading: str) -> None:
+    for column, other in {"StudyInstanceUID": heading, "AccessionNumber": f"{heading} "}.items():
+        path = written(tmp_path, f'Cohort,{column},"{other}"\na,1.2,SECRET\n')
+        assert read_study_list(path, label="Cohort")[0].label == "a"
+        with pytest.raises(InvalidOption, match="cannot give the labels: it tells who a patient is") as caught:
+            read_study_list(path, label=heading.strip())
+        assert "SECRET" not in str(caught.value)
+
+
+def test_nor_does_the_column_of_the_studies(tmp_path: Path) -> None:
+    path = written(tmp_path, "Cohort,StudyInstanceUID\na,1.2\n")
+    with pytest.raises(InvalidOption, match="column 'StudyInstanceUID', cannot give the labels"):
+        read_study_list(path, label="StudyInstanceUID")
+
+
 @pytest.mark.parametrize("mark", ["\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_a_row_ends_where_its_line_does(tmp_path: Path, mark: str) -> None:
     """Not within a remark: what stands behind is no study that anybody named."""
