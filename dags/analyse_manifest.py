@@ -6,8 +6,10 @@ manifest that is given.
 
 What it reads:
 
-* the events of the asset `dicom_night`
-* the connection that the manifest's address names, `dicom_s3_default` by default
+* the events of the asset `dicom_night`, as `nightly_to_s3` makes them: others are left out, such as those that somebody
+  creates by Airflow's pages or its REST API
+* environment variable `DICOM_BUCKET`: the places of the nights, as `nightly_to_s3` has them; no other file is read
+* connection `dicom_s3_default`: the bucket's service, as type DICOM storage (S3), or a stock Amazon Web Services one
 * param `manifest`: the address of a manifest of an earlier event, instead of that of the last one
 * param `folder`: where the report goes, one of the folders in the environment variable `DICOM_REPORTS`, absolute paths
   with commas between them; by default the folder `dicom-reports` in Airflow's home. All workers, and everyone who reads
@@ -24,6 +26,7 @@ import os
 import re
 from datetime import timedelta
 from html import escape
+from urllib.parse import quote, unquote
 
 from airflow.sdk import DAG, Asset, Param, task
 from airflow.sdk.exceptions import AirflowFailException
@@ -31,10 +34,26 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_dicom_get.tasks import final_errors
 
 NIGHT = Asset("dicom_night")
+# The same as in nightly_to_s3, and the folder in which it puts the manifests of nights.
+PLACES = (os.environ.get("DICOM_BUCKET") or "dicom/studies").split(",")
+NIGHTS = [f"s3://dicom_s3_default@{quote(unquote(place))}/_nights" for place in PLACES]
 # Whoever triggers a run chooses one of these, and can name no other.
 FOLDERS = os.environ.get("DICOM_REPORTS", "").split(",")
 if not FOLDERS[0]:
     FOLDERS = [os.path.expanduser(os.path.join(os.environ.get("AIRFLOW_HOME") or "~/airflow", "dicom-reports"))]
+
+
+def announced_by(event) -> dict | None:
+    """The reference to the manifest of a night; None if an event is of something else.
+
+    An address is read with the rights and the connections of the worker, so it may not be that of any file. Airflow
+    marks what was created by its pages and its REST API.
+    """
+    extra = event.extra or {}
+    folder, _, name = str(extra.get("manifest_uri")).rpartition("/")
+    ours = folder in NIGHTS and re.fullmatch(r"[A-Za-z0-9_-]+\.parquet", name)
+    return extra if ours and not extra.get("from_rest_api") else None
+
 
 with DAG(
     dag_id="analyse_manifest",
@@ -77,18 +96,18 @@ with DAG(
     # What to report on: references to manifests, or an address. Small enough for XCom.
     @task(inlets=[NIGHT])
     def choose(params=None, triggering_asset_events=None, inlet_events=None) -> list:
-        if params["manifest"]:
-            # Any other file would be read with the rights of the worker.
-            nights = [event.extra for event in inlet_events[NIGHT][-100:]]
-            found = [night for night in nights if night.get("manifest_uri") == params["manifest"]]
-            if not found:
-                raise AirflowFailException("The manifest is none of the last hundred events of the asset dicom_night.")
-            return found[-1:]
+        wanted, own = params["manifest"], list(triggering_asset_events.get(NIGHT, ()))
         # A manual run has no event of its own.
-        events = list(triggering_asset_events.get(NIGHT, ())) or list(inlet_events[NIGHT][-1:])
-        if not events:
-            raise AirflowFailException("The asset dicom_night has no event yet. Run nightly_to_s3 first.")
-        return [event.extra for event in events]
+        events = inlet_events[NIGHT][-100:] if wanted or not own else own
+        nights = [night for event in events if (night := announced_by(event))]
+        print(f"Events: {len(events)}. Of nights in {', '.join(NIGHTS)}: {len(nights)}.")
+        if wanted:
+            nights = [night for night in nights if night["manifest_uri"] == wanted]
+            if not nights:
+                raise AirflowFailException("The manifest is none of the last hundred events of the asset dicom_night.")
+        if not nights:
+            raise AirflowFailException("No event of the asset dicom_night is of a night. Run nightly_to_s3 first.")
+        return nights if events is own else nights[-1:]
 
     # One row for each series, with only those columns of the manifest that every retrieval writes.
     @task(multiple_outputs=False)

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+from airflow.api_fastapi.core_api.datamodels.assets import CreateAssetEventsBody
 from airflow.sdk.execution_time.context import AssetStateStoreAccessors
 from airflow.serialization.decoders import smart_decode_trigger_kwargs
 from airflow.serialization.encoders import encode_trigger
@@ -368,3 +370,16 @@ def test_bad_parameters_are_refused_when_the_dag_is_parsed(options):
 def test_a_bad_query_is_refused_when_the_dag_is_parsed():
     with pytest.raises(InvalidQuery, match="PatientNam"):
         make(query={"PatientNam": "x"})
+
+
+def test_an_event_that_somebody_created_announces_no_study(load_dag):
+    """Nor does it cost the studies of the other events of that run."""
+    announced = load_dag("on_new_study_event").task_dict["announced"].python_callable
+    real = [{"from_trigger": True, "payload": make_item(uid)} for uid in (ONE, TWO)]
+    bodies: Any = ({}, {"payload": make_item("1.2.3.3")}, {"from_rest_api": False, **real[0]})
+    created = [CreateAssetEventsBody(asset_id=1, extra=body).extra for body in bodies]
+    odd: list[Any] = [None, {"payload": None}, {"payload": {"study_instance_uid": [ONE]}}, {"payload": {}}]
+    events = [SimpleNamespace(extra=extra) for extra in (real[0], *created, *odd, real[1])]
+    (first, second) = announced(triggering_asset_events={"dicom_studies": events})
+    assert [first, second] == [[make_item(ONE)], [make_item(TWO)]]
+    assert announced(triggering_asset_events={"dicom_studies": events[1:-1]}) == []

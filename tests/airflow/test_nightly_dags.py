@@ -6,6 +6,8 @@ import asyncio
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -124,6 +126,50 @@ def test_another_file_than_the_manifest_of_a_night_is_not_read(run_dag, load_dag
     assert run.state == "failed"
     assert (run.task("choose").state, run.task("choose").try_number) == ("failed", 1)
     assert "The manifest is none of the last hundred events of the asset dicom_night." in run.log
+
+
+def test_an_event_names_no_other_file_than_the_manifest_of_a_night(load_dag, prefix, tmp_path):
+    """Such as any user makes who may create events, and Airflow marks, or a DAG that names another place."""
+    from airflow.api_fastapi.core_api.datamodels.assets import CreateAssetEventsBody
+    from airflow.sdk.exceptions import AirflowFailException
+
+    def event(uri: Any, **more: Any) -> SimpleNamespace:
+        return SimpleNamespace(extra={"kind": "dicom-manifest", "schema": 1, "manifest_uri": uri, "rows": 1, **more})
+
+    place = f"s3://dicom_s3_default@{BUCKET}/{prefix}"
+    ours = event(f"{place}/_nights/20260101T000000Z-00000000.parquet")
+    others = [
+        event(uri)
+        for uri in (
+            "file:///etc/hostname",
+            "/etc/hostname",
+            ours.extra["manifest_uri"].replace("dicom_s3_default", "other"),
+            ours.extra["manifest_uri"].replace("_s3_default@", "_s3_default%40"),
+            f"s3://dicom_s3_default@{BUCKET}/{prefix}-private/_nights/x.parquet",
+            f"{place}/_nights/../x.parquet",
+            f"{place}/_nights/..%2Fx.parquet",
+            f"{place}/_manifests/x.parquet",
+            ["s3://x"],
+            None,
+        )
+    ]
+    others += [SimpleNamespace(extra={}), SimpleNamespace(extra=None)]
+    others.append(SimpleNamespace(extra=CreateAssetEventsBody(asset_id=1, extra={**ours.extra, "rows": 2}).extra))
+    choose = load_dag("analyse_manifest").task_dict["choose"].python_callable
+    night = choose.__globals__["NIGHT"]
+
+    def chosen(mine: list, last: list, manifest: str | None = None) -> list:
+        return choose(
+            params={"manifest": manifest},
+            triggering_asset_events={night: mine} if mine else {},
+            inlet_events={night: last},
+        )
+
+    assert chosen([*others, ours], []) == chosen([], [ours, *others]) == [ours.extra]
+    for one in others:
+        for mine, manifest in (([one], None), ([], None), ([], (one.extra or {}).get("manifest_uri"))):
+            with pytest.raises(AirflowFailException):
+                chosen(mine, [one], manifest)
 
 
 FORMULA = "=HYPERLINK(|x)"

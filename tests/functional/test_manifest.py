@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -271,6 +272,15 @@ class TestShapes:
     def test_references_are_verified(self, written: Path, change: dict[str, object], message: str) -> None:
         with pytest.raises(ManifestError, match=message):
             load_manifest({**reference(written), **change})
+
+    def test_an_error_tells_no_digest(self, tmp_path: Path) -> None:
+        """Who may hand on a reference would learn it of any file that the worker may read."""
+        secret = tmp_path / "secret"
+        secret.write_text("of the worker alone")
+        said = {"kind": "dicom-manifest", "schema": 1, "manifest_uri": str(secret), "rows": 1, "sha256": "0" * 64}
+        with pytest.raises(ManifestError) as caught:
+            load_manifest(said)
+        assert sha256(secret.read_bytes()).hexdigest()[:8] not in f"{caught.value} {caught.value.facts}"
 
     @pytest.mark.parametrize("value", [5, None, b"x", [1]])
     def test_other_things_are_no_manifest(self, value: object) -> None:
