@@ -66,6 +66,25 @@ def clean(dataset, anonymizer) -> None:
     anonymizer.anonymize(dataset)
 
 
+# What dicognito goes by: any other value representation than that of the dictionary would leave a value as it is.
+BY_VR = {"PN": "name", "UI": "UID", "DA": "date", "DT": "date", "TM": "time", "SQ": "sequence"}
+
+
+def check_vrs(dataset) -> None:
+    """Raise if a name, a UID, a date or a time is none by its value representation, also in a sequence."""
+    from pydicom.datadict import dictionary_VR
+
+    for element in dataset:
+        try:
+            usual = dictionary_VR(element.tag)
+        except KeyError:  # private elements are removed
+            continue
+        if usual in BY_VR and usual != element.VR:
+            raise ValueError(f"a {BY_VR[usual]} has another value representation")
+        for item in element.value if element.VR == "SQ" else ():
+            check_vrs(item)
+
+
 def refuse_links(*folders: Path) -> None:
     """Whoever else may write to the folder of the copies could have others written to, and tidied up."""
     for folder in folders:
@@ -172,9 +191,13 @@ with DAG(
                     meta = FileMetaDataset()
                     meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
                     dataset.file_meta, dataset.preamble = meta, bytes(128)
+                    check_vrs(dataset)
                     clean(dataset, anonymizer)
-                    folder = Path(copies, dataset.StudyInstanceUID)
-                    path = folder / dataset.SeriesInstanceUID / f"{dataset.SOPInstanceUID}.dcm"
+                    study, series, sop = dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID
+                    if {study, series, sop} & {row.study_instance_uid, row.series_instance_uid, row.sop_instance_uid}:
+                        raise ValueError("the copy has a UID of the original")
+                    folder = Path(copies, study)
+                    path = folder / series / f"{sop}.dcm"
                     refuse_links(folder, path.parent)
                     write(dataset, path)
             except (AirflowFailException, OSError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
-from pydicom import dcmread
+from pydicom import DataElement, Dataset, dcmread
 
 from airflow_dicom_get import GetScu, load_manifests
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
@@ -44,11 +44,7 @@ def folder(tmp_path):
 @pytest.fixture
 def burned_in(folder):
     """One of the instances says that patient data is burned into its pixels. Before the PACS indexes it."""
-    path = folder / "ct" / "series-3" / "0007.dcm"
-    dataset = dcmread(path)
-    dataset.BurnedInAnnotation = "YES"
-    dataset.save_as(path)
-    return str(dataset.SOPInstanceUID)
+    return str(with_elements(folder, DataElement("BurnedInAnnotation", "CS", "YES")).SOPInstanceUID)
 
 
 @pytest.fixture
@@ -105,12 +101,18 @@ def test_the_folder_of_a_copy_is_no_link(run, source, orthanc, tmp_path):
     assert "is a link, which is not followed" in again.log
 
 
+def held(source, study, folder):
+    """A study, retrieved."""
+    scu = GetScu(f"PACS@127.0.0.1:{source.port}", destination=folder / "here")
+    found = scu.get_study({"StudyInstanceUID": study})
+    assert found.verdict == "complete"
+    return found
+
+
 def test_an_original_is_no_link(load_dag, source, originals, tmp_path):
     """A neighbour may make one when it is held, and before it is copied: to what only the worker may read."""
     dag = load_dag("deidentify_and_forward")
-    found = GetScu(f"PACS@127.0.0.1:{source.port}", destination=tmp_path / "here").get_study(
-        {"StudyInstanceUID": originals[0].StudyInstanceUID}
-    )
+    found = held(source, originals[0].StudyInstanceUID, tmp_path)
     original = next((tmp_path / "here").glob("[0-9]*/*/*.dcm"))
     original.rename(tmp_path / "elsewhere.dcm")
     original.symlink_to(tmp_path / "elsewhere.dcm")
@@ -131,6 +133,79 @@ def test_no_name_in_the_place_of_a_character_set_gets_into_the_log(load_dag, tmp
     assert len(list(Path(copies).glob("*/*.dcm"))) == 2
     assert "DOE" not in caplog.text
     assert not [warning for warning in recwarn if "DOE" in str(warning.message)]
+
+
+def with_elements(folder: Path, *elements: DataElement) -> Dataset:
+    """Give one of the instances some elements, before the PACS indexes it."""
+    path = folder / "ct" / "series-3" / "0007.dcm"
+    dataset = dcmread(path)
+    for element in elements:
+        dataset.add(element)
+    dataset.save_as(path)
+    return dataset
+
+
+def of_names(vr: str, value: str) -> Dataset:
+    """A name or another attribute of a patient, as an item of a sequence."""
+    item = Dataset()
+    item.add(DataElement("ReferringPhysicianName", vr, value))
+    return item
+
+
+@pytest.mark.parametrize(
+    ("keyword", "vr", "value"),
+    [
+        ("PatientName", "LO", "DOE^JANE"),
+        ("PatientName", "UN", b"DOE^JANE" * 8192),
+        ("PatientBirthDate", "SH", "19500101"),
+        ("StudyTime", "LO", "123456"),
+        ("FrameOfReferenceUID", "LO", "1.2.3"),
+        ("RequestAttributesSequence", "SQ", [of_names("LO", "DOE^JANE")]),
+        ("RequestAttributesSequence", "UT", "DOE^JANE"),
+    ],
+)
+def test_what_dicognito_would_leave_as_it_is_is_not_copied(folder, request, load_dag, tmp_path, keyword, vr, value):
+    dataset = with_elements(folder, DataElement(keyword, vr, value))
+    found = held(request.getfixturevalue("source"), dataset.StudyInstanceUID, tmp_path)
+    deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
+    with pytest.raises(AirflowFailException) as caught:
+        deidentify(found.manifest_uri, str(tmp_path / "copies"))
+    assert f"Instance {dataset.SOPInstanceUID} was not de-identified (ValueError)" in str(caught.value)
+    assert not [path for path in (tmp_path / "copies").rglob("*.dcm") if b"DOE^JANE" in path.read_bytes()]
+
+
+def test_what_may_have_several_value_representations_is_copied(folder, request, load_dag, tmp_path):
+    dataset = with_elements(
+        folder,
+        DataElement("SmallestImagePixelValue", "US", 1),
+        DataElement("PatientComments", "UN", b"none"),
+        DataElement("PatientName", "UN", b"DOE^JANE"),
+    )
+    found = held(request.getfixturevalue("source"), dataset.StudyInstanceUID, tmp_path)
+    copies = (
+        load_dag("deidentify_and_forward")
+        .get_task("deidentify")
+        .python_callable(found.manifest_uri, str(tmp_path / "copies"))
+    )
+    assert len(list(Path(copies).glob("*/*.dcm"))) == 40
+    assert not [path for path in Path(copies).rglob("*.dcm") if b"DOE^JANE" in path.read_bytes()]
+
+
+def test_a_copy_has_no_uid_of_its_original(source, originals, load_dag, tmp_path, monkeypatch):
+    """Whatever `clean` was made of."""
+    found = held(source, originals[0].StudyInstanceUID, tmp_path)
+    deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
+    usual = deidentify.__globals__["clean"]
+
+    def but_of_the_series(dataset, anonymizer):
+        uid = dataset.SeriesInstanceUID
+        usual(dataset, anonymizer)
+        dataset.SeriesInstanceUID = uid
+
+    monkeypatch.setitem(deidentify.__globals__, "clean", but_of_the_series)
+    with pytest.raises(AirflowFailException, match="was not de-identified"):
+        deidentify(found.manifest_uri, str(tmp_path / "copies"))
+    assert not list((tmp_path / "copies").rglob("*.dcm"))
 
 
 def names(originals) -> set[bytes]:
