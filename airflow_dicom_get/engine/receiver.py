@@ -243,6 +243,11 @@ class Receiver:
             )
         return True
 
+    def _note_unread(self, sop_instance: str) -> None:
+        """Note that something came whose data set does not tell what it is."""
+        if self.came is not None:
+            self.came.add(("", sop_instance if is_uid(sop_instance) else ""))  # any other text may be of any length
+
     def _release(self) -> None:
         """Let another association fill the record."""
         if self._claimed is not None:
@@ -272,9 +277,8 @@ class Receiver:
             self.came_at = _NEVER
             return s.SUCCESS if self._drains else s.NOT_AUTHORISED
         taken = self._refusal
-        if self.came is not None and self._instance is None:
-            uid = self._request.sop_instance
-            self.came.add(("", uid if is_uid(uid) else ""))  # any other text may be of any length
+        if self._instance is None:
+            self._note_unread(self._request.sop_instance)
         if taken is None and self._writer is None:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:
@@ -336,6 +340,7 @@ class Receiver:
 
     def refused(self, sop_instance: str, status: int) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
+        self._note_unread(sop_instance)
         if status == s.CANNOT_UNDERSTAND:
             taken = Taken(status, "empty_dataset", "The C-STORE-RQ had no data set.")
         else:

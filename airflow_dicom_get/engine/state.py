@@ -23,6 +23,7 @@ from airflow_dicom_get.lists.whole import COUNTER
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.vocabulary import (
+    DESTINATION_FAILED,
     DID_NOT_COME,
     DONE,
     HELD,
@@ -332,7 +333,10 @@ class StudyState:
         for one in meant:
             if one is instance and taken.reason == "different_content":
                 one.forget_content()
-            self._refuse(one, taken)
+            if one.state in HELD and taken.reason in DESTINATION_FAILED and _is_ours(instance):
+                self._not_compared(one, taken.reason, error)
+            else:
+                self._refuse(one, taken)
         record, stop = meant[0], None
         if taken.reason == "destination_full":
             stop = taken.reason
@@ -356,6 +360,11 @@ class StudyState:
             record.state = "missing"
         record.reason, record.error, record.dimse_status = taken.reason, taken.error, taken.status
         record.attempt = self.rounds
+
+    def _not_compared(self, record: Instance, reason: str, error: str | None) -> None:
+        """What is held was sent again, and the destination could neither compare it nor put it in its place."""
+        record.state, record.reason, record.attempt = "failed", reason, self.rounds
+        record.error = f"Sent again, but neither compared with what is held nor put in its place: {error}"
 
     def sent_in_other_syntax(self, key: Key) -> None:
         """An instance that is there, or on its way, was sent again in another transfer syntax: the first stays."""
@@ -383,8 +392,11 @@ class StudyState:
         if error is not None:
             conflict = reason == "different_content"
             stop = None if reason in NOT_THE_DESTINATIONS else self._refused_again()
+            if not conflict and record is not instance and _is_ours(instance) and record.state in HELD:
+                self._not_compared(record, reason, error)
+                return Answered(record, record.error, stop=stop)
             if not conflict and (record is not instance or record.state == "conflict"):
-                # Sent a second time in vain, or beside other bytes: the row stands.
+                # Refused by a node that has it, or beside other bytes: the row stands.
                 return Answered(instance, error, stop=stop)
             if conflict and record is instance:
                 record.forget_content()
@@ -497,3 +509,8 @@ class StudyState:
             if error.at_fault == "destination":
                 return "destination_error"
         return "not_sent"
+
+
+def _is_ours(instance: Instance | None) -> bool:
+    """Whether no node has answered for it: one that has an instance may refuse it as a duplicate."""
+    return instance is None or instance.forward_status is None

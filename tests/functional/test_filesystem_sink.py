@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ import pydicom
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.dicom.identifier import QUERY_RETRIEVE_LEVEL
 from airflow_dicom_get.dicom.part10 import read_file_meta
 from airflow_dicom_get.manifest.files import read_table
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.filesystem import FilesystemSink
+from airflow_dicom_get.storage import files as storage_files
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving import archive
+from airflow_dicom_get.testing.misbehaving.archive import CT, Instance, Row
+from airflow_dicom_get.testing.misbehaving.behaviour import GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 from tests.support.holdings import Holding
@@ -254,6 +259,45 @@ def test_one_that_somebody_changed_in_place_is_kept_and_said(
     assert (rows(again)[sop]["state"], rows(again)[sop]["reason"]) == ("stored", "replaced")
     assert_whole(tmp_path, private)
     assert retrieve(pacs, private.study, tmp_path, verify_held="digest").skipped == COUNT
+
+
+def test_a_correction_whose_sync_fails_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a held series one instance is new and one corrected; the PACS sends all of it for the new one alone."""
+
+    class WholeSeries(Behaviour):
+        stages = frozenset({GET})
+
+        def select(self, request: Row) -> list[Instance]:
+            return archive.select({**request, QUERY_RETRIEVE_LEVEL: "SERIES"}, self.holdings())
+
+    class Failing(storage_files.Disk):
+        def sync_data(self, fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(f"{first.sop}.dcm"):  # under its final name
+                raise OSError(5, "Input/output error")
+            super().sync_data(fd)
+
+    monkeypatch.setitem(MODE_CLASSES, "sends_the_whole_series", WholeSeries)
+    with MisbehavingPacs("sends_the_whole_series", series=1, instances=4) as pacs:
+        first, *others = held = pacs.instances
+        pacs._site.instances[:] = held[:-1]
+
+        def get(**options: Any) -> Result:
+            scu = GetScu(f"X@127.0.0.1:{pacs.port}", destination=tmp_path / "to", **options)
+            return scu.get_study({"StudyInstanceUID": pacs.study_uid})
+
+        assert get().verdict == "complete"
+        corrected = replace(first, salt=1)
+        pacs._site.instances[:] = [corrected, *others]
+        monkeypatch.setattr(storage_files, "disk", Failing())
+        result = get(on_conflict="replace", retries=0)
+        assert (result.verdict, result.reason) == ("partial", "destination_error")
+        row = rows(result)[first.sop]
+        assert (row["state"], row["reason"]) == ("failed", "destination_error")
+        assert "Sent again" in row["error"]
+        monkeypatch.undo()
+        monkeypatch.setitem(MODE_CLASSES, "sends_the_whole_series", WholeSeries)
+        assert get(on_conflict="replace").verdict == "complete"
+        assert files(tmp_path / "to")[first.sop].read_bytes().endswith(corrected.dataset())
 
 
 def test_a_correction_at_the_pacs_takes_the_place_of_what_is_held(

@@ -13,9 +13,10 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.engine.study_list import ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving import wire
 from airflow_dicom_get.testing.misbehaving.archive import CT
 from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES
-from airflow_dicom_get.testing.misbehaving.modes_list import FindCutUncounted
+from airflow_dicom_get.testing.misbehaving.modes_list import FindCutNothingCounted, FindCutUncounted
 from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
@@ -37,6 +38,33 @@ def counts_its_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
             return [one for one in super().select(request) if self.context_for(one) is not None]
 
     monkeypatch.setitem(MODE_CLASSES, "counts_its_contexts", CountsItsContexts)
+
+
+@pytest.fixture(autouse=True)
+def brings_what_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes that cut lists, and bring what is behind the cut in a way that is refused at its command."""
+
+    class WithoutDataSet(FindCutNothingCounted):
+        def operate(self, retrieval: Any, instance: Any) -> None:
+            if instance is not self.site.instances[-1]:
+                return super().operate(retrieval, instance)
+            fields = self.store_fields(retrieval, instance) | {wire.DATA_SET_TYPE: wire.NO_DATA_SET}
+            self.link.send_command(self.context_for(instance), fields)
+            self.await_response(retrieval)
+            retrieval.completed += 1
+
+    class OnTheContextOfTheGet(FindCutNothingCounted):
+        def operate(self, retrieval: Any, instance: Any) -> None:
+            if instance is not self.site.instances[-1]:
+                return super().operate(retrieval, instance)
+            context = retrieval.message.context
+            self.store_command(retrieval, instance, context)
+            self.send_dataset(context, instance.pieces())
+            self.await_response(retrieval)
+            retrieval.completed += 1
+
+    monkeypatch.setitem(MODE_CLASSES, "brings_one_without_a_data_set", WithoutDataSet)
+    monkeypatch.setitem(MODE_CLASSES, "brings_one_on_the_context_of_the_get", OnTheContextOfTheGet)
 
 
 @pytest.fixture
@@ -116,6 +144,13 @@ class TestImages:
             result = client.get_study(client.study)
             assert result.verdict == "unverified"
             assert stored(tmp_path) == 103
+
+    @pytest.mark.parametrize("mode", ["brings_one_without_a_data_set", "brings_one_on_the_context_of_the_get"])
+    def test_what_is_refused_before_it_is_read_was_sent_too(self, scu: Any, mode: str) -> None:
+        client = scu(mode, of={"series": 1, "instances": 101})
+        for _ in range(2):
+            result = client.get_study(client.study)
+            assert (result.verdict, result.reason, result.completed) == ("unverified", "list_may_be_cut", 100)
 
     def test_a_longer_list_of_the_run_shows_that_there_is_no_cap(self, embedded: Embedded, tmp_path: Path) -> None:
         (tmp_path / "pacs").mkdir()

@@ -170,11 +170,29 @@ class TestAnswers:
         assert (one.state, one.reason) == ("conflict", "different_content")
         assert state.missing() == []
 
-    def test_another_refusal_leaves_what_was_stored(self) -> None:
+    def test_what_cannot_be_read_leaves_what_was_stored(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        state.answer(uid(1), one, STORED)
+        state.answer(uid(1), None, Taken(0xC000, "unparsable", "It cannot be read."))
+        assert (one.state, one.reason) == ("stored", None)
+
+    def test_what_was_sent_again_and_not_compared_is_asked_for_again(self) -> None:
+        """It may be other bytes than those that are held."""
         state = listed(1)
         one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
         state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), BROKEN)
+        assert (one.state, one.reason) == ("failed", "destination_error")
+        assert state.missing() == [one]
+
+    def test_a_node_that_refuses_what_it_has_leaves_it_there(self) -> None:
+        state = listed(1)
+        one = state.instances[key(1)]
+        state.answer(uid(1), one, STORED)
+        again = Instance(STUDY, SERIES, uid(1))
+        again.forward_status = "error"
+        state.answer(uid(1), again, BROKEN)
         assert (one.state, one.reason) == ("stored", None)
 
     def test_an_object_of_no_record_is_a_stray(self) -> None:
@@ -235,14 +253,20 @@ class TestAnswers:
         state.confirm(Confirmation(again, NOT_KEPT, "different_content"))
         assert state.instances[key(1)].state == "conflict"
 
-    def test_a_second_one_that_could_not_be_confirmed_leaves_the_first(self) -> None:
+    @pytest.mark.parametrize("remark", [None, "replaced"])
+    def test_a_second_one_that_could_not_be_confirmed_is_asked_for_again(self, remark: str | None) -> None:
+        """It was not compared with what is held, or took its place and was not synced."""
         state = listed(1)
         state.inventory = {key(1): held(1)}
         list(state.adopt_inventory())
         again = Instance(STUDY, SERIES, uid(1))
-        state.answer(uid(1), again, STORED)
-        assert state.confirm(Confirmation(again, NOT_KEPT)) is not None
-        assert state.instances[key(1)].state == "held"
+        state.answer(uid(1), again, STORED._replace(remark=remark))
+        answered = state.confirm(Confirmation(again, NOT_KEPT))
+        assert answered is not None
+        assert NOT_KEPT in answered.error
+        one = state.instances[key(1)]
+        assert (one.state, one.reason) == ("failed", "destination_error")
+        assert state.missing() == [one]
 
     def test_one_that_took_the_place_of_another_is_stored_with_a_remark(self) -> None:
         state = listed(1)
