@@ -49,7 +49,7 @@ def brings_what_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
             if instance is not self.site.instances[-1]:
                 return super().operate(retrieval, instance)
             fields = self.store_fields(retrieval, instance) | {wire.DATA_SET_TYPE: wire.NO_DATA_SET}
-            self.link.send_command(self.context_for(instance), fields)
+            self.link.send_command(retrieval.message.context, fields)
             self.await_response(retrieval)
             retrieval.completed += 1
 
