@@ -89,7 +89,7 @@ _REJECT_HINT = {
 _LOOK = 0.05
 """Seconds between two looks at whether to go on."""
 _CANCEL_GRACE = 1.0
-"""Seconds that a peer has after a cancel to take a message of ours."""
+"""Seconds that a peer has after a cancel to take a message of ours; of a data set, all that is sent then."""
 _ABORTED = 0.15
 """Seconds that a peer has to hang up after our A-ABORT."""
 
@@ -251,6 +251,8 @@ class Association:
         self.answered = False
         """Whether the peer has sent anything since it accepted the association."""
         self._said: set[str] = set()
+        self._cut_at = float("inf")
+        """When a data set that is being sent is given up, since a cancel was seen."""
 
     # --- opening -----------------------------------------------------------------------------
 
@@ -480,7 +482,8 @@ class Association:
             ``clock.monotonic()`` value at which :class:`DeadlineExceeded` is raised with ``phase``, or with
             ``operation`` where the call's own time is over before.
         """
-        ending, hears_cancel = False, phase == "idle"
+        ending, whole, dataset = False, phase != "stall", phase in ("stall", "sub_operation")
+        hears_cancel = dataset or phase == "idle"
         if self.cancel.over_at < limit:
             limit, phase = self.cancel.over_at, "operation"
         try:
@@ -489,16 +492,19 @@ class Association:
                     view = view[self._line.send(view) :]
                 except TimeoutError:
                     pass
-                if not view:
+                if not view and whole:
                     return
                 # A peer that takes a little at a time is waited for no longer than one that takes nothing.
                 if hears_cancel and self.cancel.reason is not None and not ending:
-                    ending, limit = True, min(limit, clock.monotonic() + _CANCEL_GRACE)
+                    until = clock.monotonic() + _CANCEL_GRACE
+                    if dataset:
+                        until = self._cut_at = min(self._cut_at, until)
+                    ending, limit = True, min(limit, until)
                 over = clock.monotonic() >= limit
-                if over and not ending:
-                    raise self._late(phase)
-                if over or self.cancel.hard:
+                if (over and ending) or self.cancel.hard:
                     raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
+                if over and view:
+                    raise self._late(phase)
         except OSError as error:
             cause = self._line.said() or error
             raise self._lost(cause) from cause

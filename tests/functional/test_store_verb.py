@@ -28,9 +28,10 @@ from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
+from airflow_dicom_get.testing.sample_data import big_study
 from airflow_dicom_get.testing.servers import Orthanc, Storescp
 from tests.support.forwards import datasets, sent_by, states
-from tests.support.holdings import Holding
+from tests.support.holdings import Holding, hold
 from tests.support.odd_destination import DieError, OddDestination, at
 
 Embedded = Callable[..., EmbeddedPacs]
@@ -318,6 +319,25 @@ class TestFailures:
             assert 0 < result.completed == len(destination.held()) < 40
             again = store(destination, tmp_path, ct.folder)
             assert (again.verdict, again.skipped) == ("complete", result.completed)
+
+    def test_a_cancel_gives_what_is_being_sent_a_moment_however_slowly_it_is_read(self, tmp_path: Path) -> None:
+        holding = hold(tmp_path / "source", big_study(tmp_path / "source", 1, 8 << 20, name="slow"))
+        with OddDestination() as destination:
+            scu = StoreScu(destination.node, manifest_root=tmp_path / "state", deadlines={"stall": 100.0})
+
+            def read_slowly(number: int, size: int) -> None:
+                if size > 1 << 20:
+                    scu.cancel("enough")
+                    destination.on_data = lambda number, size: time.sleep(0.1)
+
+            destination.on_data = read_slowly
+            began = time.monotonic()
+            result = scu.store(holding.folder)
+            assert time.monotonic() - began < 20, "the whole of it would take a minute"
+            assert (result.verdict, result.reason, result.completed) == ("cancelled", "enough", 0)
+            assert destination.held() == {}
+            destination.on_data = lambda number, size: None
+            assert store(destination, tmp_path / "state", holding.folder).verdict == "complete"
 
     def test_kill(self, ct: Holding, tmp_path: Path) -> None:
         with OddDestination(delay=lambda number: 0.02) as destination:
