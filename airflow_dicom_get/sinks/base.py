@@ -15,7 +15,7 @@ from airflow_dicom_get.vocabulary import State
 
 
 def ended_early() -> SinkError:
-    """What an inventory raises in a run that is to end: to read what is there may take long."""
+    """What is raised in a run that is to end before what is held was read or compared, which may take long."""
     return SinkError("The run ended before it was known what is held.", hint="Run again.")
 
 

@@ -212,7 +212,7 @@ class FilesystemSink:
                 held[found.key] = found
         return held
 
-    def _look_on(self) -> None:
+    def look_on(self) -> None:
         """Raise :class:`SinkError` where the run is to end: to read what is there may take long."""
         if self.cancel.ending():
             raise ended_early()
@@ -244,7 +244,7 @@ class FilesystemSink:
             return None
         found = fits[0]
         if self.options.verify_held == "digest" or not found.durable or contradict(candidates):
-            digest = digest_of_path(path, self._look_on)
+            digest = digest_of_path(path, self.look_on)
             told = next((record for record in fits if record.sha256 == digest), None)
             if told is None:
                 # Without a digest in the records nothing says that it is not what was written.
@@ -261,8 +261,8 @@ class FilesystemSink:
 
     def _adopted(self, study: str, series: str, sop: str, path: Below) -> Stored | None:
         """A file that no ledger knows, if it is a whole Part 10 file of this UID."""
-        self._look_on()
-        found = whole_instance(path, study, series, sop)
+        self.look_on()
+        found = whole_instance(path, study, series, sop, self.look_on)
         if found is not None:
             self._sync_now(study, path)
             self._record(study, found)
@@ -766,8 +766,10 @@ class _FileWriter:
             failure = error
             if isinstance(error, OSError):
                 failure = sink_error(error, f"The destination cannot store instance {instance.sop}")
-            full = isinstance(failure, DestinationFull)
-            return Taken(s.OUT_OF_RESOURCES, "destination_full" if full else "destination_error", str(failure))
+            reason = "destination_full" if isinstance(failure, DestinationFull) else "destination_error"
+            if failure is error and reason != "destination_full" and self._sink.cancel.ending():
+                reason = self._sink.cancel.word  # it was not compared to the end
+            return Taken(s.OUT_OF_RESOURCES, reason, str(failure))
 
     def _place(self) -> Taken:
         """Give the file its final name, which never takes the place of a whole other one."""
@@ -805,7 +807,7 @@ class _FileWriter:
             offset = meta.dataset_offset if meta else 0
             size = self._disk.size(fd)
             files.check_size(size)
-            same = size - offset == instance.dataset_bytes and same_content(fd, offset, self._fd, self._offset)
+            same = size - offset == instance.dataset_bytes and self._is_same(fd, offset)
             described = objects.describes(meta, instance)
             placed = instance.key in self._study.placed
             replaces = self._sink.options.on_conflict == "replace" and not placed
@@ -819,7 +821,7 @@ class _FileWriter:
                     return self._put_over(final, fd)  # taken by a run before this one, whose sync may have failed
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
-                    instance.sha256 = digest_of(fd)
+                    instance.sha256 = digest_of(fd, self._sink.look_on)
                 self._study.ledger.taken(instance)
                 self._drop()
                 there, fd = fd, -1
@@ -838,6 +840,9 @@ class _FileWriter:
             "A different data set is already stored under this UID; it was kept.",
         )
 
+    def _is_same(self, fd: int, offset: int) -> bool:
+        return same_content(fd, offset, self._fd, self._offset, self._sink.look_on)
+
     def _may_not_be_durable(self, final: str) -> bool:
         """Whether a sync of what is there may have failed in a run before, and it may not be written again."""
         sink, instance = self._sink, self._instance
@@ -851,20 +856,21 @@ class _FileWriter:
     def _is_as_taken(self, fd: int) -> bool | None:
         """Whether what is there is as a run has taken it; None where no run has recorded that."""
         digests = self._sink.digests.of(self._instance.study, self._instance.key)
-        return digest_of(fd) in digests if digests else None
+        return digest_of(fd, self._sink.look_on) in digests if digests else None
 
     def _is_torn(self, fd: int, size: int, offset: int, head: bytes) -> bool:
         """Whether what is there is only a part of a file: of this one, of one that a crash tore, or of any other."""
-        if self._sink.digests.are_of(self._instance.study, self._instance.key, partial(digest_of, fd), size):
+        look_on = self._sink.look_on
+        if self._sink.digests.are_of(self._instance.study, self._instance.key, partial(digest_of, fd, look_on), size):
             return False  # so it came
         if self._instance.key in self._sink.torn:
             begin, own = (offset, self._offset) if offset else (0, 0)
-            if differ_by_lost_blocks(fd, begin, self._fd, own):
+            if differ_by_lost_blocks(fd, begin, self._fd, own, look_on):
                 return True
-        if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset):
+        if size - offset < self._size - self._offset and starts_alike(fd, offset, self._fd, self._offset, look_on):
             return True
         path = self._study.path / self._instance.series / f"{self._instance.sop}.dcm"
-        return not objects.looks_whole(path, head, size)
+        return not objects.looks_whole(path, head, size, look_on)
 
     def _put_over(self, final: str, judged: int, remark: str | None = None) -> Taken:
         """Take the place of what was judged, open as ``judged``; nothing that was recorded of it counts for this one.

@@ -200,25 +200,31 @@ def is_instance(item: StoredObject, study: str, series: str, sop: str) -> bool:
     return (found.study, found.series, found.sop) == (study, series, sop)
 
 
-def whole_instance(path: Folder, study: str, series: str, sop: str) -> Stored | None:
-    """A file that no ledger knows, if it is a whole Part 10 file of just this instance, and can be read."""
+def whole_instance(path: Folder, study: str, series: str, sop: str, go_on: files.GoOn = lambda: None) -> Stored | None:
+    """A file that no ledger knows, if it is a whole Part 10 file of just this instance, and can be read.
+
+    ``go_on`` is called on the way, and raises what ends it.
+    """
     try:
-        return _whole_instance(StoredObject(str(path), path), path, study, series, sop)
+        return _whole_instance(StoredObject(str(path), path), path, study, series, sop, go_on)
     except (UnusableError, UnreadableError) as error:
         log.info("the file of instance %s is not adopted: %s", printable(sop), error)
         return None
 
 
-def _whole_instance(item: StoredObject, path: Folder, study: str, series: str, sop: str) -> Stored | None:
+def _whole_instance(
+    item: StoredObject, path: Folder, study: str, series: str, sop: str, go_on: files.GoOn
+) -> Stored | None:
     opened = open_object(item)
     found, meta = opened.instance, opened.meta
     assert meta is not None  # without a row of a manifest nothing else opens
     if (found.study, found.series, found.sop, meta.sop_instance) != (study, series, sop, sop):
         return None
-    if not ends_whole(path, meta):
+    if not _walked(path, meta, go_on=go_on).whole:  # a copy that was cut off
         return None
     digest, size = hashlib.sha256(), 0
     for view in opened.chunks():
+        go_on()
         digest.update(view)
         size += len(view)
     return Stored(
@@ -236,15 +242,10 @@ def _whole_instance(item: StoredObject, path: Folder, study: str, series: str, s
     )
 
 
-def ends_whole(path: Folder, meta: FileMeta) -> bool:
-    """Whether the data set is whole, as far as its elements tell: a copy that was cut off is not adopted."""
-    return _walked(path, meta).whole
-
-
-def _walked(path: Folder, meta: FileMeta, walk: h.Walk | None = None) -> h.Walk:
+def _walked(path: Folder, meta: FileMeta, walk: h.Walk | None = None, go_on: files.GoOn = lambda: None) -> h.Walk:
     """The file is read, not mapped: whoever cuts a mapped file off ends the process that looks at it."""
     walk, ahead = walk or h.walk_of(meta.syntax), meta.dataset_offset
-    for view in files.read_chunks(path):
+    for view in files.read_chunks(path, go_on):
         walk.feed(view[ahead:])
         ahead = max(ahead - len(view), 0)
     return walk
@@ -262,7 +263,7 @@ def other_syntax(meta: FileMeta | None, instance: Instance) -> str | None:
     return meta.syntax if meta.is_of(instance.sop_class, instance.sop, meta.syntax) else None
 
 
-def looks_whole(path: Folder, head: bytes, size: int) -> bool:
+def looks_whole(path: Folder, head: bytes, size: int, go_on: files.GoOn = lambda: None) -> bool:
     """Whether a file of ``size`` bytes, which begins with ``head``, is whole as far as it tells by itself.
 
     Bytes that somebody has put behind its data set do not count against it.
@@ -275,9 +276,11 @@ def looks_whole(path: Folder, head: bytes, size: int) -> bool:
         return any(head[:PREAMBLE]) and not ends_in_meta(head, size)
     if size <= meta.dataset_offset:
         return False
-    if not _walked(path, meta).torn:
+    if not _walked(path, meta, go_on=go_on).torn:
         return True
-    return _walked(path, meta, h.walk_of_other_layouts()).whole  # its meta information is wrong, not the data set
+    return _walked(
+        path, meta, h.walk_of_other_layouts(), go_on
+    ).whole  # its meta information is wrong, not the data set
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:

@@ -43,6 +43,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ON_THE_WAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Where = str | os.PathLike[str]
+GoOn = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,8 +483,10 @@ def check_size(size: int) -> None:
         raise OSError(errno.EFBIG, f"it is larger than {LARGEST >> 30} GiB, and so no instance")
 
 
-def read_chunks(path: Where) -> Iterator[memoryview]:
+def read_chunks(path: Where, go_on: GoOn = lambda: None) -> Iterator[memoryview]:
     """The content of a file; each view is void when the next one is asked for.
+
+    ``go_on`` is called before each chunk but the first, and raises what ends it, here and in what compares files.
 
     Raises :class:`OSError` also where it is too large for an instance, or grows to that meanwhile.
     """
@@ -492,6 +495,8 @@ def read_chunks(path: Where) -> Iterator[memoryview]:
     with opened(path) as fd:
         check_size(disk.size(fd))
         while size := disk.read_into(fd, view, position):
+            if position:
+                go_on()
             yield view[:size]
             position += size
             check_size(position)
@@ -654,19 +659,21 @@ class _Output(io.RawIOBase):
         return self._position
 
 
-def digest_of(fd: int) -> bytes:
+def digest_of(fd: int, go_on: GoOn = lambda: None) -> bytes:
     """Sha256 of a whole open file. Raises :class:`OSError` as :func:`read_chunks`."""
     digest = hashlib.sha256()
     position = 0
     while chunk := disk.read_at(fd, CHUNK, position):
+        if position:
+            go_on()
         digest.update(chunk)
         position += len(chunk)
         check_size(position)
     return digest.digest()
 
 
-def digest_of_path(path: Where, go_on: Callable[[], object] = lambda: None) -> bytes:
-    """Sha256 of a file by its name; ``go_on`` is called on the way, and raises what ends it."""
+def digest_of_path(path: Where, go_on: GoOn = lambda: None) -> bytes:
+    """Sha256 of a file by its name; ``go_on`` is called before each chunk, and raises what ends it."""
     digest = hashlib.sha256()
     for view in read_chunks(path):
         go_on()
@@ -674,9 +681,12 @@ def digest_of_path(path: Where, go_on: Callable[[], object] = lambda: None) -> b
     return digest.digest()
 
 
-def same_content(one: int, one_pos: int, other: int, other_pos: int) -> bool:
+def same_content(one: int, one_pos: int, other: int, other_pos: int, go_on: GoOn = lambda: None) -> bool:
     """Whether two open files are alike from these positions to their ends."""
+    begin = one_pos
     while True:
+        if one_pos > begin:
+            go_on()
         a = disk.read_at(one, CHUNK, one_pos)
         b = disk.read_at(other, CHUNK, other_pos)
         if a != b:
@@ -687,9 +697,12 @@ def same_content(one: int, one_pos: int, other: int, other_pos: int) -> bool:
         other_pos += len(b)
 
 
-def starts_alike(short: int, short_pos: int, long: int, long_pos: int) -> bool:
+def starts_alike(short: int, short_pos: int, long: int, long_pos: int, go_on: GoOn = lambda: None) -> bool:
     """Whether an open file is, from its position to its end, the beginning of another from its own."""
+    begin = short_pos
     while piece := disk.read_at(short, CHUNK, short_pos):
+        if short_pos > begin:
+            go_on()
         if piece != disk.read_at(long, len(piece), long_pos):
             return False
         short_pos += len(piece)
@@ -697,12 +710,15 @@ def starts_alike(short: int, short_pos: int, long: int, long_pos: int) -> bool:
     return True
 
 
-def differ_by_lost_blocks(there: int, there_pos: int, whole: int, whole_pos: int) -> bool:
+def differ_by_lost_blocks(there: int, there_pos: int, whole: int, whole_pos: int, go_on: GoOn = lambda: None) -> bool:
     """Whether each block in which an open file differs from a whole one, from these positions on, is of zeros.
 
     So a crash leaves what was written and not synced; what a program has changed differs in other bytes.
     """
+    first = there_pos
     while piece := disk.read_at(there, CHUNK - there_pos % CHUNK, there_pos):
+        if there_pos > first:
+            go_on()
         other = disk.read_at(whole, len(piece), whole_pos)
         if piece != other:
             edges = [0, *range(-there_pos % _BLOCK or _BLOCK, len(piece), _BLOCK), len(piece)]

@@ -78,6 +78,39 @@ def study(embedded: Callable[..., EmbeddedPacs], private: Holding, tmp_path: Pat
     return Study(embedded(private.folder), private, tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"verify_held": "digest"}])
+def test_a_cancel_is_heard_while_a_file_under_a_final_name_is_read(
+    study: Study, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Sparse ones of 16 GiB: each is read to its end before it is known to be no instance of ours."""
+    assert study.get().verdict == "complete"
+    for file in study.files:
+        os.truncate(file, files.LARGEST - 1)
+    scu = GetScu(study.node, destination=study.folder, **options)
+    read: list[int] = []
+
+    class Reading(files.Disk):
+        def read_into(self, fd: int, view: memoryview, position: int) -> int:
+            self._look_at(position)
+            return super().read_into(fd, view, position)
+
+        def read_at(self, fd: int, size: int, position: int) -> bytes:
+            self._look_at(position)
+            return super().read_at(fd, size, position)
+
+        def _look_at(self, position: int) -> None:
+            if position >= 64 * files.CHUNK:
+                read.append(position)
+                if len(read) == 1:
+                    scu.cancel("enough")
+
+    monkeypatch.setattr(files, "disk", Reading())
+    result = scu.get_study({"StudyInstanceUID": study.uid})
+    assert 0 < len(read) < 8
+    assert (result.verdict, result.reason, result.completed) == ("cancelled", "enough", 0)
+    assert set(result.manifest["reason"]) == {"cancelled"}
+
+
 def a_fifo(path: Path) -> None:
     os.mkfifo(path)
 
