@@ -16,7 +16,7 @@ from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.errors import GetNotOffered
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, StoreRequest, c_get
+from airflow_dicom_get.net.get import PATIENT_ROOT_GET, STUDY_ROOT_GET, Most, StoreRequest, c_get
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def count_below(
             i.encode_identifier(request.keys(scope, query_model), UIDS),
             drain,
             next_object=source.deadlines.next_object,
-            max_objects=_MOST_OBJECTS,
+            most=Most(_MOST_OBJECTS),
             enough=lambda: drain.objects > 0,
         )
         source.check_stopped()

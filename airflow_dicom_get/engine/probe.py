@@ -24,7 +24,7 @@ from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.echo import VERIFICATION
 from airflow_dicom_get.net.find import FIND_PROPOSALS
-from airflow_dicom_get.net.get import STUDY_ROOT_GET, StoreRequest, c_get
+from airflow_dicom_get.net.get import STUDY_ROOT_GET, Most, StoreRequest, c_get
 from airflow_dicom_get.records import Instance
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _fetch(
             identifier,
             sampler,
             next_object=source.deadlines.next_object,
-            max_objects=len(targets) + 10,
+            most=Most(len(targets) + 10),
         )
     wanted = {x.sop for x in targets}
     return {sop: value for sop, value in sampler.came.items() if sop in wanted}

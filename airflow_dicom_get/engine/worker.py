@@ -34,7 +34,7 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.net.acse import Proposal
 from airflow_dicom_get.net.association import Association
-from airflow_dicom_get.net.get import GetOutcome, c_get
+from airflow_dicom_get.net.get import GetOutcome, Most, c_get
 from airflow_dicom_get.net.retries import allowed
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.vocabulary import DONE
@@ -260,8 +260,7 @@ class Pass:
             receiver,
             next_object=next_object,
             first_object=_FROM_NEARLINE * next_object if request.nearline() else None,
-            max_objects=self._state.most_objects(),
-            most_steps=self._state.most_steps(),
+            most=Most(self._state.most_objects(), self._state.most_steps()),
         )
         with self._mutex:
             self.outcomes.append(outcome)

@@ -93,6 +93,17 @@ class GetOutcome:
     total: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What one C-GET may bring at most."""
+
+    objects: int
+    """A source that sends more is aborted."""
+    steps: int | None = None
+    """How often a smaller number of remaining ones stands for an object that came; as often as ``objects`` by default.
+    """
+
+
 class _Get:
     def __init__(
         self,
@@ -100,8 +111,7 @@ class _Get:
         context_id: int,
         message_id: int,
         receiver: ObjectReceiver,
-        max_objects: int,
-        most_steps: int,
+        most: Most,
         next_object: float,
         first_object: float,
         enough: Callable[[], bool] | None,
@@ -110,7 +120,8 @@ class _Get:
         self.context_id = context_id
         self.message_id = message_id
         self.receiver = receiver
-        self.max_objects, self.steps_left = max_objects, most_steps + 1  # the first number is one, too
+        self.max_objects = most.objects
+        self.steps_left = 1 + (most.objects if most.steps is None else most.steps)  # the first number is one, too
         self.next_object, self.first_object = next_object, first_object
         self.enough = enough
         self.objects = 0
@@ -445,8 +456,7 @@ def c_get(
     *,
     next_object: float,
     first_object: float | None = None,
-    max_objects: int,
-    most_steps: int | None = None,
+    most: Most,
     enough: Callable[[], bool] | None = None,
 ) -> GetOutcome:
     """Run one C-GET and feed ``receiver``.
@@ -461,10 +471,8 @@ def c_get(
         Seconds that may pass without an object or a smaller number of remaining ones.
     first_object : float
         The same before the first object; ``next_object`` by default.
-    max_objects : int
-        A source that sends more is aborted.
-    most_steps : int
-        How often a smaller number of remaining ones stands for an object that came; ``max_objects`` by default.
+    most : Most
+        What it may bring.
     enough : callable, optional
         Asked between messages; once it is true, a C-CANCEL-RQ is sent, and what still comes is taken.
 
@@ -475,7 +483,7 @@ def c_get(
     NotAuthorised
         The peer hung up on the request itself.
     TooMuch
-        It sent more than ``max_objects``.
+        It sent more than ``most.objects``.
     AssociationAborted, DeadlineExceeded, PeerProtocolError, Cancelled
     """
     context_id = context_for(association, model)
@@ -501,8 +509,7 @@ def c_get(
         identifier,
     )
     first = next_object if first_object is None else first_object
-    steps = max_objects if most_steps is None else most_steps
-    get = _Get(association, context_id, message_id, receiver, max_objects, steps, next_object, first, enough)
+    get = _Get(association, context_id, message_id, receiver, most, next_object, first, enough)
     try:
         return get.run()
     except AssociationAborted as error:
