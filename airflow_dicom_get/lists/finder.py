@@ -11,7 +11,7 @@ from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import shown_uid
 from airflow_dicom_get.dicom.values import decode_text
 from airflow_dicom_get.errors import NotNegotiated, OperationFailed, peer_text
-from airflow_dicom_get.lists.matching import Dropped, Matcher, Row
+from airflow_dicom_get.lists.matching import LONGEST_ID, Dropped, Matcher, Row
 from airflow_dicom_get.lists.whole import Cuts
 from airflow_dicom_get.net.association import Association
 from airflow_dicom_get.net.find import MAX_ROWS, PATIENT_ROOT_FIND, STUDY_ROOT_FIND, c_find
@@ -139,6 +139,7 @@ class Finder:
                 self.came += 1
                 try:
                     row = i.decode_identifier(raw, wanted)
+                    _check_patient_id(row)
                 except h.HeaderError as error:
                     self.cannot_read(error)
                     continue
@@ -223,6 +224,12 @@ class Finder:
             dropped=dropped,
             enough=lambda: dropped.total - before >= STRANGE,
         )
+
+
+def _check_patient_id(row: Row) -> None:
+    """Refuse a Patient ID that is longer than any, in any encoding: it is kept for each study, and never cut."""
+    if len(row.get(h.PATIENT_ID, b"").strip(b"\0 ")) > 4 * LONGEST_ID:
+        raise h.HeaderError(f"its Patient ID has more than {4 * LONGEST_ID} bytes")
 
 
 def _texts(keys: Keys) -> dict[int, str | Iterable[str]]:

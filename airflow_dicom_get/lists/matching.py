@@ -26,7 +26,7 @@ _EXACT = frozenset({"AccessionNumber", "PatientID", "Modality", "ModalitiesInStu
 _FOLDED_VRS = frozenset({"AE", "CS", "IS", "LO", "SH"})
 """Compared without regard to case: of other keys many a PACS folds it. Other VRs are not compared at all."""
 _PADDING = "\0 "
-_LONGEST = 64
+LONGEST_ID = 64
 """Characters of an ID (PS3.5 6.2, LO)."""
 
 
@@ -128,7 +128,7 @@ class _Test:
         if not self._exact:
             return ""
         for have in (part.strip(_PADDING) for text in readings for part in text.split("\\")):
-            if len(have) > _LONGEST:  # and so of any number of zeros, each a remark of its own
+            if len(have) > LONGEST_ID:  # and so of any number of zeros, each a remark of its own
                 continue
             for wanted in self._wanted:
                 zeros = have[: len(have) - len(have.lstrip("0"))], wanted[: len(wanted) - len(wanted.lstrip("0"))]

@@ -521,7 +521,7 @@ class _ZerosWithoutEnd(Behaviour):
     stages = frozenset({FIND})
 
     def rows(self, level: str, query: Row) -> Iterator[Row]:
-        for number in range(1, 1000):
+        for number in range(1, 250):
             yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00100020: f"{'0' * number}1"}
 
 
@@ -530,7 +530,25 @@ def test_rows_that_are_left_out_are_summed_up(pacs: Callable[..., Any]) -> None:
         rows = GetScu(node(server)).find({"PatientID": "1"})
     assert rows == []
     assert 1 < len(rows.remarks) <= 65
-    assert sum(remark["count"] for remark in rows.remarks) == 999
+    assert sum(remark["count"] for remark in rows.remarks) == 249
+
+
+class _LongIds(Behaviour):
+    """Lists three studies: of a Patient ID as long as it may be, with padding behind it, and of longer ones."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for number, patient in enumerate(("P" * 64 + " " * 400, "P" * 257, "P" * 60_000)):
+            yield {0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00080020: "20240101", 0x00100020: patient}
+
+
+def test_a_patient_id_longer_than_any_costs_its_row(pacs: Callable[..., Any]) -> None:
+    """It is kept for each study of a list, and keys are never cut."""
+    with pacs(_LongIds) as server:
+        rows = GetScu(node(server)).find({"StudyDate": "20240101"}, return_keys=["PatientID"])
+    assert [(row.StudyInstanceUID, len(row.PatientID)) for row in rows] == [("1.2.0", 64)]
+    assert rows.doubt == "list_contradicted"
 
 
 class _Unreadable(Behaviour):
