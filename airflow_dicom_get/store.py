@@ -196,7 +196,7 @@ class StoreScu:
             events = Events(shown, on_completed)
             state.attend(cancel)
             ledgers = state.ledgers(f"dicom://{self._target}")
-            run = _Run(self, self._target, ledgers, name, events, on_unusable, cancel)
+            run = _Run(self, self._target.of_run(), ledgers, name, events, on_unusable, cancel)
             run.unread = found is None
             results: list[Result] = []
             described = {"source": shown_source, "destination": f"dicom://{self._target}"}

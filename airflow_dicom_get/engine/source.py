@@ -33,7 +33,7 @@ class Source:
         list_limit: Sequence[int] | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
-        self.peer = peer
+        self.peer = peer.of_run()
         self.cuts = Cuts(list_limit)
         """Where it may cut its answers to C-FIND, as far as this run has seen."""
         self.node, self.deadlines = peer.node, peer.deadlines

@@ -164,8 +164,8 @@ class Finder:
 
     def cannot_read(self, error: h.HeaderError) -> None:
         """Count a row that cannot be read, and say why."""
-        first, self.why_unreadable = not self.why_unreadable, peer_text(error, 200)
-        if first:  # of all that an association brings, of which there may be any number
+        self.why_unreadable = peer_text(error, 200)
+        if self._association.remarks.is_new("row that cannot be read"):  # of which there may be any number
             log.warning("%s sent a C-FIND row that cannot be read: %s", self.node, self.why_unreadable)
         self.unreadable += 1
 

@@ -6,6 +6,7 @@ One thread uses an association; any thread may set its :class:`CancelToken`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from airflow_dicom_get.errors import (
     PeerProtocolError,
     peer_text,
 )
-from airflow_dicom_get.net.acse import Accepted, Proposal, decode_accept
+from airflow_dicom_get.net.acse import MAX_CONTEXTS, Accepted, Proposal, decode_accept
 from airflow_dicom_get.net.transcript import PEER, US
 from airflow_dicom_get.vocabulary import STOPS
 
@@ -214,6 +215,26 @@ class Cancels:
                 token.cancel(reason)
 
 
+class Remarks:
+    """What was said of a node in one run: once, over however many associations and answers it shows.
+
+    Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, set[str]] = {}
+        self._mutex = threading.Lock()
+
+    def is_new(self, kind: str, text: str = "") -> bool:
+        """Whether it is to be said: not for the second time, nor beyond 128 texts of a kind."""
+        with self._mutex:
+            said = self._said.setdefault(kind, set())
+            if text in said or len(said) >= MAX_CONTEXTS:
+                return False
+            said.add(text)
+            return True
+
+
 class Association:
     """An established association. Made by :meth:`net.peer.Peer.open`.
 
@@ -248,6 +269,8 @@ class Association:
         self.commands = Commands()
         self.told: Conversation | None = None
         """Is told of all messages, and how it ends."""
+        self.remarks = Remarks()
+        """What was said of the node, over other associations of the run too."""
         self.answered = False
         """Whether the peer has sent anything since it accepted the association."""
         self._said: set[str] = set()
@@ -269,7 +292,8 @@ class Association:
         if self.told is not None:
             self.told.accepted(self.accepted)
         for remark in self.accepted.remarks:
-            log.warning("%s: %s; ignored", self.node, remark)
+            if self.remarks.is_new("context", remark):
+                log.warning("%s: %s; ignored", self.node, remark)
 
     def _await_accept(self, proposals: Sequence[Proposal], titles: str) -> Accepted:
         item = self.next_item(clock.monotonic() + self.deadlines.acse, "acse")

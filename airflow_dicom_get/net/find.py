@@ -81,7 +81,7 @@ def c_find(
         ),
         identifier,
     )
-    rows = came = long = 0
+    rows = came = 0
     while True:
         try:
             answer, row, size = read_response(
@@ -112,8 +112,7 @@ def c_find(
                 raise too_long(association.node, f"{max_rows} rows")
             came += size
             if size > MAX_ROW:
-                long += 1
-                if long == 1:
+                if association.remarks.is_new("row that is too long"):
                     log.warning("%s sent a C-FIND row of more than %d KiB.", association.node, MAX_ROW >> 10)
                 row = None
             yield row if row is not None else bytearray()

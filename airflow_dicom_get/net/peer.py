@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.groups import MAX_PDU_LENGTH
@@ -13,7 +13,7 @@ from airflow_dicom_get.config.node import Node
 from airflow_dicom_get.errors import AssociationAborted, Cancelled, ConnectFailed, DeadlineExceeded, DicomGetError
 from airflow_dicom_get.net import transport
 from airflow_dicom_get.net.acse import Proposal, encode_request
-from airflow_dicom_get.net.association import Association, CancelToken
+from airflow_dicom_get.net.association import Association, CancelToken, Remarks
 from airflow_dicom_get.net.tls import tls_context, tls_error
 from airflow_dicom_get.net.transcript import Transcript, transcript_of
 
@@ -39,6 +39,8 @@ class Peer:
     user_identity: UserIdentity | None = None
     transcript: Transcript | None = None
     """Is told what is said with the node."""
+    remarks: Remarks = field(default_factory=Remarks, compare=False, repr=False)
+    """What was said of the node."""
 
     @classmethod
     def of(cls, node: Node, options: ConnectionOptions) -> Peer:
@@ -79,6 +81,10 @@ class Peer:
             transcript=transcript_of(options.transcript),
         )
 
+    def of_run(self) -> Peer:
+        """The same node for one run, in which nothing was said of it yet."""
+        return dataclasses.replace(self, remarks=Remarks())
+
     def __str__(self) -> str:
         return str(dataclasses.replace(self.node, ae_title=self.called))
 
@@ -116,6 +122,7 @@ class Peer:
                 told.not_connected(error)
             raise
         association = Association(line, self.node, self.max_pdu_length, self.deadlines, cancel)
+        association.remarks = self.remarks
         if told is not None:
             association.told = told
             told.requested(self.calling, self.called, proposals, **facts)

@@ -488,6 +488,56 @@ def test_contexts_without_end_are_remarked_on_once(pacs: Callable[..., Any]) -> 
     assert 1 <= said.count("never proposed") <= 10
 
 
+class _StrangeEachTime(Behaviour):
+    """Answers contexts that were never proposed over each association, and hangs up after each instance."""
+
+    stages = frozenset({ASSOCIATE, GET})
+
+    def answers_sent(self, request: Any) -> list[wire.Answer]:
+        answers = self.link.answers
+        return [*answers, *(wire.Answer(number, 0, answers[0].abstract, answers[0].syntaxes) for number in (250, 252))]
+
+    def operate(self, retrieval: Retrieval, instance: Instance) -> None:
+        super().operate(retrieval, instance)
+        self.link.send(wire.pdu(7, bytes(4)))
+        self.link.hold()
+
+
+def test_what_each_association_of_a_run_shows_is_remarked_on_once(
+    pacs: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pacs(_StrangeEachTime, instances=4) as server:
+        scu = GetScu(node(server), destination=tmp_path)
+        for _ in range(2):
+            caplog.clear()
+            result = scu.get_study(
+                {"StudyInstanceUID": server.study_uid},
+            )
+            assert result.associations > 1
+            assert caplog.text.count("never proposed") == 2
+    assert result.verdict == "complete"
+
+
+class _LongRowEachTime(Behaviour):
+    """Lists each of twenty series by one row of more than 64 KiB."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        above = {tag: query.get(tag, "") for tag in (0x0020000D, 0x0020000E)} | {0x00080052: level}
+        if level != "IMAGE":
+            for number in range(20 if level == "SERIES" else 1):
+                yield {**above, 0x0020000E: f"1.2.{number}"}
+        else:
+            yield {**above, 0x00080018: "1.2.3", 0x00101030: "1" * 70000}
+
+
+def test_rows_that_are_too_long_in_each_search_of_a_run_are_remarked_on_once(pacs: Callable[..., Any]) -> None:
+    with pacs(_LongRowEachTime) as server:
+        status, said, _ = shell("plan", node(server), "--study", server.study_uid)
+    assert said.count("more than 64 KiB") == 1, (status, said[-2000:])
+
+
 class _CountsDown(Behaviour):
     """Sends no instance, and counts those that remain down from 65,534."""
 
