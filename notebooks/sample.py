@@ -252,7 +252,7 @@ def month() -> Path:
     On most nights all is well, or a second run in the morning fetches the little that is missing. From the 12th to the
     14th one PACS refuses mammograms. On the 20th the window closes before the other is done; it goes on the next day.
     """
-    root = folder() / "_manifests"
+    root = folder() / "manifests"
     random = np.random.default_rng(20260301)
     for night in range(_NIGHTS):
         for source in (_ARCHIVE, _CARDIO):

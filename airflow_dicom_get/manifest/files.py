@@ -48,6 +48,8 @@ __all__ = [
     "manifest_content",
     "manifest_uri",
     "open_manifest",
+    "own_table",
+    "place_above",
     "place_of",
     "read_table",
     "safe_name",
@@ -235,11 +237,12 @@ def tables_below(where: Any, s3_config: S3 = None, room: Room | None = None) -> 
         bucket = bucket_of(place, s3_config)
         for key in _keys_below(bucket, place):
             found = True
-            yield table_in(_fetch(replace(place, prefix=key), bucket), bucket.uri(key), room)
+            uri = bucket.uri(key)
+            yield own_table(table_in(_fetch(replace(place, prefix=key), bucket), uri, room), uri)
     else:
         for path in _files_below(place.path):
             found = True
-            yield table_in(_read(path), str(path), room)
+            yield own_table(table_in(_read(path), str(path), room), str(path))
     if not found:
         raise ManifestError(
             f"There are no manifests at {shown_path(where)}.",
@@ -327,6 +330,62 @@ def _forth_and_back(parts: Sequence[str]) -> list[str]:
         else:
             return []
     return names
+
+
+def place_above(manifest: str | os.PathLike[str]) -> FilesystemDestination | S3Destination | None:
+    """The place in which the ``_manifests`` of a file lies; None if it lies in none. Raises :class:`ManifestError`."""
+    place = place_of(manifest)
+    if isinstance(place, FilesystemDestination):
+        found = in_manifests(place.path)
+        return FilesystemDestination(found.top) if found is not None else None
+    prefix, inside, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
+    return S3Destination(place.bucket, prefix.removeprefix("/")) if inside else None
+
+
+def own_table(table: pa.Table, manifest: str | os.PathLike[str]) -> pa.Table:
+    """The table of a file as it may be handed on: where the file's own place is known, its rows name no other one.
+
+    Without an address it is the column ``destination`` that says where objects may be opened, and anybody may have
+    written the file. What lies outside of its place is blank there, and what lies inside is the place: a link may take
+    its place later.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    own = place_above(manifest)
+    if own is None:
+        return table
+    column = table["destination"]
+    others: dict[str, list[str]] = {}
+    for text in column.drop_null().unique().to_pylist():
+        held = _held_to(own, text)
+        if held != text:
+            others.setdefault(held, []).append(text)
+    for held, texts in others.items():
+        column = pc.if_else(pc.is_in(column, value_set=pa.array(texts, pa.string())), held, column)
+    return table.set_column(table.column_names.index("destination"), "destination", column)
+
+
+def _held_to(own: FilesystemDestination | S3Destination, text: str) -> str:
+    """A destination in a file whose own place is known; what is no place of objects stays as it is."""
+    try:
+        place = parse_destination(text)
+    except InvalidOption:
+        return text
+    if isinstance(place, S3Destination):
+        if not isinstance(own, S3Destination) or place.bucket != own.bucket:
+            return ""
+        if place.prefix == own.prefix:
+            return text
+        return own.uri if not own.prefix or place.prefix.startswith(f"{own.prefix}/") else ""
+    if isinstance(place, ForwardDestination) or not place.path.is_absolute():
+        return text
+    if isinstance(own, S3Destination):
+        return ""
+    if place.path == own.path:
+        return text
+    inside = files.disk.real_path(place.path).is_relative_to(files.disk.real_path(own.path))
+    return own.uri if inside else ""
 
 
 def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:

@@ -30,6 +30,7 @@ from airflow_dicom_get.manifest.files import (
     manifest_content,
     manifest_uri,
     open_manifest,
+    own_table,
     place_of,
     read_table,
     table_in,
@@ -140,6 +141,9 @@ def table_of(frame: DataFrame, name: str = "manifest") -> pa.Table:
 def read_manifest(uri: Any, s3_config: S3 = None) -> DataFrame:
     """Read the file of a manifest.
 
+    Where it lies in a folder ``_manifests``, its column ``destination`` names the place in which that lies, or is
+    blank: objects elsewhere are opened for nobody to whom the rows are handed on.
+
     Parameters
     ----------
     uri : str or Path
@@ -153,11 +157,11 @@ def read_manifest(uri: Any, s3_config: S3 = None) -> DataFrame:
     ManifestError
         The file does not exist, is damaged, or has another schema. It is not changed.
     """
-    return frame_of(read_table(uri, s3_config))
+    return frame_of(own_table(read_table(uri, s3_config), uri))
 
 
 def load_manifest(manifest: Any, s3_config: S3 = None) -> DataFrame:
-    """Load a manifest of any shape: DataFrame, reference, or URI; ``s3_config`` as in :func:`read_manifest`.
+    """Load a manifest of any shape: DataFrame, reference, or URI, as :func:`read_manifest`.
 
     Raises
     ------
@@ -177,7 +181,7 @@ def load_table(manifest: Any, s3_config: S3 = None, room: Room | None = None) ->
     if isinstance(manifest, Mapping):
         return _referenced(manifest, s3_config, room)
     if isinstance(manifest, str | os.PathLike):
-        return read_table(manifest, s3_config, room)
+        return own_table(read_table(manifest, s3_config, room), manifest)
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(

@@ -48,6 +48,10 @@ _NO_ROWS = (
 def read_manifest(uri: Any, **s3: Any) -> DataFrame:
     """Read the file of a manifest.
 
+    Where it lies in a folder ``_manifests``, its column ``destination`` names the place in which that lies, or is
+    blank: :func:`read_instances` then opens nothing elsewhere, but below its ``root``. So it is with
+    :func:`read_manifests`.
+
     Parameters
     ----------
     uri : str or Path

@@ -13,13 +13,12 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import Room, task_run_name, without_links
+from airflow_dicom_get.manifest.files import Room, read_table, task_run_name, without_links
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
     each_of,
     frame_of,
     load_table,
-    load_tables,
     one_table,
     reference,
     write_as_one,
@@ -181,7 +180,9 @@ def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict
     if len(results) == 1:
         return reference(uris[0])
     task, to = merge(results), f"{uris[0].rpartition('/')[0]}/{name.rpartition('/')[2]}.parquet"
-    whole = write_as_one(load_tables(uris), to, verdict=task.verdict, evidence=task.evidence)
+    room = Room()
+    tables = [read_table(uri, room=room) for uri in uris]  # our own, wherever they lie
+    whole = write_as_one(tables, to, verdict=task.verdict, evidence=task.evidence)
     for uri in uris:
         if uri != to:
             _remove(uri)

@@ -26,7 +26,7 @@ from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
-from airflow_dicom_get.manifest.files import MANIFESTS, S3, Room, in_manifests
+from airflow_dicom_get.manifest.files import MANIFESTS, S3, Room, place_above
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
@@ -452,10 +452,14 @@ def load_listed(
     from airflow_dicom_get.manifest.frames import facts_of, load_table
 
     named = _named(root)
+    own: Iterator[FilesystemDestination | S3Destination]
     if isinstance(manifest, Listed):
         return manifest.within(lambda places: (*places, *named))
     table = load_table(manifest, s3, room)
-    own = _place_above(manifest) if isinstance(manifest, str | os.PathLike) else _destinations(table)
+    if isinstance(manifest, str | os.PathLike):
+        own = filter(None, [place_above(manifest)])
+    else:
+        own = _destinations(table)
     [facts] = facts_of([table])
     return Listed(table, ((table.num_rows, (*own, *named)),), *facts)
 
@@ -469,19 +473,6 @@ def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination |
             raise invalid("root", f"{shown_path(one)} is a DICOM node", "Give a folder, or s3://bucket/prefix.")
         named.append(place)
     return named
-
-
-def _place_above(manifest: Named) -> Iterator[FilesystemDestination | S3Destination]:
-    """The place in which the ``_manifests`` of a file lies, if it lies in one."""
-    place = parse_destination(os.fspath(manifest), "manifest")
-    if isinstance(place, FilesystemDestination):
-        found = in_manifests(place.path)
-        if found is not None:
-            yield FilesystemDestination(found.top)
-    elif isinstance(place, S3Destination):
-        prefix, inside, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
-        if inside:
-            yield S3Destination(place.bucket, prefix.removeprefix("/"))
 
 
 def _destinations(table: pa.Table) -> Iterator[FilesystemDestination | S3Destination]:

@@ -29,8 +29,16 @@ from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_
 from airflow_dicom_get.errors import InvalidOption, ManifestError, NotProven
 from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.manifest import files as manifests
-from airflow_dicom_get.manifest.files import read_table, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, one_table, table_of
+from airflow_dicom_get.manifest import frames
+from airflow_dicom_get.manifest.files import manifest_content, read_table, write_manifest
+from airflow_dicom_get.manifest.frames import (
+    combine_manifests,
+    frame_of,
+    load_manifest,
+    load_manifests,
+    one_table,
+    table_of,
+)
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.notebook import read_instances, read_manifests
 from airflow_dicom_get.records import Instance
@@ -372,6 +380,50 @@ def test_several_manifests_open_nothing_for_each_other(embedded: Embedded, priva
     assert len(export([mine.uri, shared.uri], "series", check=True))
 
 
+def test_what_is_read_by_its_address_keeps_its_own_place(
+    embedded: Embedded, private: Holding, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    """Its column ``destination`` names another: with the address that would be the last word."""
+    mine, shared = (Retrieved(embedded, private, tmp_path / name) for name in ("mine", "shared"))
+    forged = shared.forged(uri=mine.frame["uri"][0], destination=str(mine.folder))
+    Path(shared.uri.removeprefix("file://")).unlink()
+    reference = combine_manifests([forged], tmp_path / "all")
+    for given in (reference, load_manifest(forged), read_manifests(shared.folder), load_manifests([forged])):
+        assert verify(given, manifest_root=tmp_path / "v").counts == {"=": 11, "!": 1}
+        with pytest.raises(ManifestError, match="outside the destination"):
+            read_instances(load_manifest(given))
+        assert len(read_instances(load_manifest(given), root=mine.folder)) == 12
+    assert reasons(stored(target, tmp_path, reference)) == {"outside_root": 1}
+    for given in (read_manifests(shared.folder), reference):
+        with pytest.raises(NotProven, match="outside the destination"):
+            export(given, "series", check=True)
+
+
+def test_what_lies_in_the_place_of_a_manifest_is_of_that_place(got: Retrieved, tmp_path: Path) -> None:
+    """By whatever name its destination is called: what is the same folder now may be a link later."""
+    (tmp_path / "link").symlink_to(got.folder)
+    (got.folder / "part").mkdir()
+    for text in (str(tmp_path / "link"), str(got.folder / "part"), f"{got.folder}/part/.."):
+        frame = load_manifest(got.forged(destination=text))
+        assert set(frame["destination"]) == {got.folder.as_uri()}
+        assert len(read_instances(frame)) == 12
+    for text in (str(got.folder), "", "nothing", "dicom://DEST@127.0.0.1:1", "gopher://127.0.0.1"):
+        assert load_manifest(got.forged(destination=text))["destination"][0] == text
+    by_link = load_manifest(tmp_path / "link" / "_manifests" / "forged.parquet")
+    assert set(by_link["destination"][1:]) == {(tmp_path / "link").as_uri()}
+    assert len(read_instances(by_link[1:])) == 11
+
+
+@pytest.mark.parametrize("root", ["elsewhere", "elsewhere/_manifests"])
+def test_what_a_retrieval_hands_on_has_its_destination_wherever_its_manifest_lies(
+    embedded: Embedded, private: Holding, tmp_path: Path, root: str
+) -> None:
+    got = Retrieved(embedded, private, tmp_path / "data", manifest_root=tmp_path / root)
+    assert verify(frames.reference(got.uri), manifest_root=tmp_path / "v").same
+    reference = combine_manifests([frames.reference(got.uri)], tmp_path / "all")
+    assert len(read_instances(load_manifest(reference))) == 12
+
+
 def test_a_frame_is_held_to_its_destination(got: Retrieved, target: EmbeddedPacs, tmp_path: Path) -> None:
     frame: pd.DataFrame = got.frame
     assert verify(frame, manifest_root=tmp_path / "v").same
@@ -407,8 +459,18 @@ def test_a_bucket_is_held_to_its_prefix(
     prefix = tmp_path.name
     pacs = embedded(private.folder)
     scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=f"s3://{BUCKET}/{prefix}", s3_config=moto.config)
-    frame = scu.get_study({"StudyInstanceUID": private.study}).manifest
+    result = scu.get_study({"StudyInstanceUID": private.study})
+    frame = result.manifest
     assert verify(frame, s3_config=moto.config, manifest_root=tmp_path / "v").same
+    path = f"{prefix}/_manifests/forged.parquet"
+    here = f"s3://{BUCKET}/{prefix}"
+    for text, held in (
+        *((f"s3://{BUCKET}", ""), (f"{here}-else", ""), ("s3://another/x", ""), ("/etc", ""), (f"{here}/part", here)),
+        *((here, here), (f"s3://CONN@{BUCKET}/{prefix}", f"s3://CONN@{BUCKET}/{prefix}")),
+    ):
+        content = manifest_content(table_of(frame.assign(destination=text)), verdict="", evidence="", run="r")
+        moto.client().put_object(Bucket=BUCKET, Key=path, Body=content)
+        assert set(load_manifest(f"s3://{BUCKET}/{path}", moto.config)["destination"]) == {held}
     key = frame["uri"][0].removeprefix(f"s3://{BUCKET}/")
     for number, other in enumerate((f"{prefix}-else/one.dcm", "one.dcm")):
         moto.client().put_object(Bucket=BUCKET, Key=other, Body=moto.read(key))

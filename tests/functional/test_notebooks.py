@@ -117,7 +117,7 @@ def test_the_latest_row_of_each_instance(tmp_path: Path) -> None:
         rows = [Instance("1.2", "1.2.3", f"1.2.3.{n}") for n in states]
         for row, state in zip(rows, states.values(), strict=True):
             row.state = state
-        table = manifest_table(rows, source=source, destination="/data" if source else "")
+        table = manifest_table(rows, source=source, destination=str(tmp_path) if source else "")
         write_manifest(table, tmp_path / "_manifests" / f"{run}.parquet", verdict="partial", evidence="list", run=run)
 
     write("20260301T220000Z-ffffffff", "PACS@a:104", {1: "stored", 2: "missing", 3: "stored"})
@@ -127,7 +127,7 @@ def test_the_latest_row_of_each_instance(tmp_path: Path) -> None:
     now = latest(frame)
     assert now["state"].tolist() == ["failed", "missing", "held"]
     assert set(now["source"]) == {"PACS@a:104"}
-    assert set(now["destination"]) == {"/data"}
+    assert set(now["destination"]) == {str(tmp_path)}
     write("20260302T070000Z-aaaaaaaa", "PACS@b:104", {1: "stored", 2: "stored"})
     (tmp_path / "_manifests" / ".ledger").mkdir()
     (tmp_path / "_manifests" / ".ledger" / "x.parquet").write_bytes(b"no manifest")
