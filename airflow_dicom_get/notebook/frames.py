@@ -305,12 +305,18 @@ def load_manifests(
             uri=None,
         )
     verdicts = {
-        f"{run}/{entry['task_id']}/{entry['map_index']}": api.value(dag_id, run, entry).get("verdict")
+        f"{run}/{entry['task_id']}/{entry['map_index']}": _verdict_in(api.value(dag_id, run, entry))
         for entry in api.entries(dag_id, run, task_id, "summary")
     }
     frame = pd.concat(frames, ignore_index=True)
     frame["verdict"] = frame["run"].map(verdicts).astype("string")
     return _ordered(frame.astype({"run": "string"}), f"The manifests of the run {shown(run)}")
+
+
+def _verdict_in(summary: Any) -> str | None:
+    """The verdict in a summary, which may be anything that a task of the DAG has put there."""
+    verdict = summary.get("verdict") if isinstance(summary, Mapping) else None
+    return verdict if isinstance(verdict, str) else None
 
 
 def _frame(value: Any, s3_config: S3, room: Room) -> DataFrame | None:

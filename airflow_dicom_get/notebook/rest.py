@@ -75,16 +75,27 @@ class RestApi:
                 return
 
     def value(self, dag_id: str, run_id: str, entry: Mapping[str, Any]) -> Any:
-        """The value of an entry, as XCom holds it."""
+        """The value of an entry, as XCom holds it; None for one that nests deeper than JSON is read."""
         path = f"dags/{_part(dag_id)}/dagRuns/{_part(run_id)}/taskInstances/{_part(entry['task_id'])}"
         query = {"map_index": entry["map_index"], "deserialize": "false", "stringify": "false"}
-        return self._get(f"{path}/xcomEntries/{_part(entry['key'])}", query)["value"]
+        try:
+            return self._get(f"{path}/xcomEntries/{_part(entry['key'])}", query)["value"]
+        except ManifestError as error:
+            if isinstance(error.__cause__, RecursionError):
+                return None  # some task's: it is no manifest, and takes no other from anybody
+            raise
 
     def _get(self, path: str, query: Mapping[str, Any]) -> Any:
         address = f"{self._base}/api/v2/{path}?{urlencode(query)}"
         try:
             with self._opener.open(Request(address, headers=self._headers), timeout=_SECONDS) as answer:
                 return json.load(answer)
+        except RecursionError as error:
+            raise ManifestError(
+                f"Airflow at {shown(self._base)} answers with JSON that nests too deep.",
+                hint="Give run_id: the conf of the latest run may nest so.",
+                uri=None,
+            ) from error
         except HTTPError as error:
             with error:
                 raise _refused(error.code, path) from None

@@ -31,6 +31,8 @@ MAX_SUMMARY = 1 << 16
 """Characters of a summary, or of what is shown while a task runs."""
 _MAX_STUDIES = 1 << 12
 """Characters of the studies of a summary, as JSON: more than ours has of them."""
+_MAX_NESTED = 200
+"""Lists and objects of a value in XCom: a summary of ours has at most 70, and each error may show a few brackets."""
 _MAX_NAME, _MAX_PLACE = 200, 5000
 _MAX_TEXT = 1000
 _MAX_ERRORS = 10
@@ -106,7 +108,18 @@ class Task:
 def _summaries(chosen: Iterable[Any]) -> tuple[Any, Any]:
     """The summaries of some task instances, and what joins them to those."""
     left, same_task = LAYOUT.xcoms("summary", chosen)
-    return left, and_(same_task, _at_most(left.value, MAX_SUMMARY), _without_halves(left.value))
+    return left, and_(same_task, *_readable(left.value, MAX_SUMMARY))
+
+
+def _readable(value: Any, size: int) -> tuple[Any, ...]:
+    """Leave out what some DAG has put there that would take the whole answer, before it is loaded."""
+    return _at_most(value, size), _nests_little(value), _without_halves(value)
+
+
+def _nests_little(value: Any) -> Any:
+    """Leave out what may nest deeper than SQLite, or Python, reads JSON: it has more lists and objects than ours."""
+    text = cast(value, Text)
+    return func.length(text) - func.length(func.replace(func.replace(text, "[", ""), "{", "")) <= _MAX_NESTED
 
 
 def _without_halves(value: Any) -> Any:
@@ -313,7 +326,7 @@ def returned(of: Task) -> dict[str, str]:
         select(*(_text(left.value, name, size) for name, size in names.items()))
         .select_from(TaskInstance.__table__)
         .join(left, same_task)
-        .where(this, _at_most(left.value, MAX_RETURNED), _without_halves(left.value))
+        .where(this, *_readable(left.value, MAX_RETURNED))
         .execution_options(**EVERY_TRY)
     )
     with create_session(scoped=False) as session:

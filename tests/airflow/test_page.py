@@ -367,6 +367,30 @@ def test_one_odd_summary_takes_no_list_from_others(page, kept, odd):
     assert page("/dags/page_odd/runs/manual__1/tasks/get/0").status_code == 200
 
 
+@pytest.mark.parametrize("depth", [900, 30_000])
+@pytest.mark.parametrize("key", ["summary", "return_value"])
+def test_nothing_that_nests_without_end_takes_a_page_from_anybody(page, kept, key, depth):
+    """As a database may hold it, whatever Python could write there."""
+    from airflow import settings
+    from airflow.models import xcom  # noqa: TID251
+    from sqlalchemy import text
+
+    table = getattr(xcom, "XComModelV2", xcom.XComModel).__tablename__
+    change = text(f"UPDATE {table} SET value = :new WHERE value = :old")
+    kept("page_deep", [{"state": "success", key: "deep"}, {"state": "success", "summary": summary(), "label": "2.5"}])
+    nested = '{"verdict": "complete", "x": ' + "[" * depth + "]" * depth + "}"
+    with settings.get_session()() as session:
+        found = session.execute(change, {"new": nested, "old": '"deep"'})
+        session.commit()
+    assert found.rowcount == 1
+    for path in ("/", "/?dag_id=page_deep"):
+        answer = page(path)
+        assert answer.status_code == 200
+        assert "2.5" in answer.text
+    for end in ("", "/progress", "/manifest.csv"):
+        assert page(f"/dags/page_deep/runs/manual__1/tasks/get/0{end}").status_code < 500, end
+
+
 NUMBERS = ("bytes", "duration_seconds", "bytes_per_second", "completed", "total", "failed", "skipped", "matched")
 
 
