@@ -64,6 +64,11 @@ class ForwardDestination:
         return f"dicom://{self.node or self.conn_id}"
 
 
+_LONGEST_PATH = 4096
+"""Characters of a path: a longer one leads nowhere, and to find that out takes the square of its length."""
+_LONGEST = 4 * _LONGEST_PATH
+"""Characters of an address, percent-encoded."""
+
 Destination = FilesystemDestination | S3Destination | ForwardDestination
 
 
@@ -81,7 +86,7 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
         return value
     if isinstance(value, Path):
         return FilesystemDestination(_folder(value, option))
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _LONGEST:
         raise invalid(option, f"{shown_path(value)} is not a valid destination", _FORMS)
     scheme, _, rest = value.partition("://")
     match scheme.lower() if "://" in value and "/" not in scheme else "":
@@ -104,6 +109,8 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
 
 
 def _folder(path: Path, option: str) -> Path:
+    if len(str(path)) >= _LONGEST_PATH:
+        raise invalid(option, f"{shown_path(path)} is longer than a path may be", "Give a path.")
     if "\0" in str(path):
         raise invalid(option, "contains a NUL character", "Give a path.")
     return path.expanduser() if str(path).startswith("~/") or str(path) == "~" else path

@@ -78,6 +78,8 @@ too, at which a spreadsheet in many a country divides a line, whatever the file 
 that begin the cell; behind characters of no width, of which the one that begins a file may be its byte order mark."""
 _LARGEST = 1 << 30
 """Bytes of the file of a manifest: of several million instances."""
+_MOST_PLACES = 1000
+"""Destinations that one manifest of ours may name: further ones are not looked at, and count as foreign."""
 _MOST_DECODED = 4 << 30
 """Bytes of its table, with its rows as records, and of all that one call reads."""
 _RECORD = 640
@@ -356,9 +358,11 @@ def own_table(table: pa.Table, manifest: str | os.PathLike[str]) -> pa.Table:
     if own is None:
         return table
     column = table["destination"]
-    others: dict[str, list[str]] = {}
-    for text in column.drop_null().unique().to_pylist():
-        held = _held_to(own, text)
+    real = files.disk.real_path(own.path) if isinstance(own, FilesystemDestination) else None
+    texts = column.drop_null().unique().to_pylist()
+    others: dict[str, list[str]] = {"": texts[_MOST_PLACES:]}
+    for text in texts[:_MOST_PLACES]:
+        held = _held_to(own, real, text)
         if held != text:
             others.setdefault(held, []).append(text)
     for held, texts in others.items():
@@ -366,7 +370,7 @@ def own_table(table: pa.Table, manifest: str | os.PathLike[str]) -> pa.Table:
     return table.set_column(table.column_names.index("destination"), "destination", column)
 
 
-def _held_to(own: FilesystemDestination | S3Destination, text: str) -> str:
+def _held_to(own: FilesystemDestination | S3Destination, real: Path | None, text: str) -> str:
     """A destination in a file whose own place is known; what is no place of objects stays as it is."""
     try:
         place = parse_destination(text)
@@ -380,12 +384,11 @@ def _held_to(own: FilesystemDestination | S3Destination, text: str) -> str:
         return own.uri if not own.prefix or place.prefix.startswith(f"{own.prefix}/") else ""
     if isinstance(place, ForwardDestination) or not place.path.is_absolute():
         return text
-    if isinstance(own, S3Destination):
+    if isinstance(own, S3Destination) or real is None:
         return ""
     if place.path == own.path:
         return text
-    inside = files.disk.real_path(place.path).is_relative_to(files.disk.real_path(own.path))
-    return own.uri if inside else ""
+    return own.uri if files.disk.real_path(place.path).is_relative_to(real) else ""
 
 
 def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:

@@ -85,7 +85,7 @@ _DTYPES = {"string": "string", "int64": "Int64", "timestamp": "datetime64[us, UT
 def frame_of(table: pa.Table) -> DataFrame:
     """A table as a DataFrame: text as ``string``, numbers as ``Int64``, times in UTC.
 
-    The metadata stands in ``DataFrame.attrs``.
+    The metadata stands in ``DataFrame.attrs``. Raises :class:`ManifestError` for a column that pandas cannot hold.
     """
     import pandas as pd
     import pyarrow as pa
@@ -96,7 +96,14 @@ def frame_of(table: pa.Table) -> DataFrame:
             return pd.StringDtype("pyarrow")
         return pd.Int64Dtype() if pa.types.is_int64(kind) else None
 
-    frame: DataFrame = table.replace_schema_metadata(None).to_pandas(types_mapper=dtype)
+    try:
+        frame: DataFrame = table.replace_schema_metadata(None).to_pandas(types_mapper=dtype)
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # a column of a type that pandas does not have
+        raise ManifestError(
+            f"The manifest cannot be read as a DataFrame: {type(error).__name__}.",
+            hint="Give a file that a run wrote.",
+            uri=None,
+        ) from error
     frame.attrs.update(metadata_of(table))
     return frame
 

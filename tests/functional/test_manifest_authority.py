@@ -319,6 +319,20 @@ def test_no_node_is_called_because_a_row_names_it(got: Retrieved, target: Embedd
             server.accept()
 
 
+def test_a_column_that_pandas_cannot_hold_is_an_error_that_says_so(tmp_path: Path) -> None:
+    rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
+    path = tmp_path / "zone.parquet"
+    zone = pa.array([1], pa.timestamp("us", "Not/AZone"))
+    write_manifest(rows.append_column("zone", zone), path, verdict="partial", evidence="list", run="r")
+    for read in (
+        lambda: export(path, "series", accept=("partial",)),
+        lambda: load_manifest(path),
+        lambda: read_manifests(tmp_path),
+    ):
+        with pytest.raises(ManifestError, match="cannot be read as a DataFrame: ArrowInvalid"):
+            read()
+
+
 def test_a_column_that_is_there_twice_is_refused(got: Retrieved) -> None:
     table = read_table(got.uri)
     path = got.folder / "_manifests" / "twice.parquet"
@@ -412,6 +426,24 @@ def test_what_lies_in_the_place_of_a_manifest_is_of_that_place(got: Retrieved, t
     by_link = load_manifest(tmp_path / "link" / "_manifests" / "forged.parquet")
     assert set(by_link["destination"][1:]) == {(tmp_path / "link").as_uri()}
     assert len(read_instances(by_link[1:])) == 11
+
+
+def test_destinations_without_number_are_not_all_looked_at(got: Retrieved, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+    rows = [a_row() for _ in range(20_000)]
+    table = manifest_table(rows, source="", destination="")
+    places = pa.array([str(got.folder), *(f"{got.folder}/{number}" for number in range(1, len(rows)))], pa.string())
+    table = table.set_column(table.column_names.index("destination"), "destination", places)
+    path = got.folder / "_manifests" / "many.parquet"
+    write_manifest(table, path, verdict="complete", evidence="list", run="r")
+
+    def looked(_: Any, at: Any) -> Path:
+        looks.append(at)
+        return Path(at)
+
+    monkeypatch.setattr(type(files.disk), "real_path", looked)
+    assert set(load_manifest(path)["destination"]) == {str(got.folder), got.folder.as_uri(), ""}
+    assert len(looks) <= 1000
 
 
 @pytest.mark.parametrize("root", ["elsewhere", "elsewhere/_manifests"])
@@ -626,6 +658,28 @@ def test_what_pydicom_cannot_read_is_an_error_that_names_it(got: Retrieved, rema
     item = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
     with pytest.raises(ManifestError, match=r"pydicom cannot read it \(RecursionError\)"):
         read_instances(remade(EXPLICIT_LE, _elements("<", *_uids(got)) + first + item + (sequence + item) * 3000))
+
+
+@pytest.mark.parametrize("column", ["uri", "destination"])
+def test_a_path_longer_than_any_is_not_followed_part_by_part(got: Retrieved, tmp_path: Path, column: str) -> None:
+    """Some KB of manifest, of which each of thousands of rows would take a minute."""
+    looks: list[str] = []
+    changes = {column: f"{got.folder}/" + "a/" * 200_000 + "x"}
+    real_path = files.disk.real_path
+
+    def looked(_: Any, path: Any) -> Path:
+        looks.append(str(path))
+        return real_path(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(files.disk), "real_path", looked)
+        forged = got.forged(**changes)
+        assert verify(forged).counts == ({"=": 11, "!": 1} if column == "uri" else {"=": 12})
+        frame = load_manifest(forged)
+        assert verify(frame, manifest_root=tmp_path / "v").counts == (
+            {"=": 11, "!": 1} if column == "uri" else {"=": 12}
+        )
+    assert max(map(len, looks)) < 4096
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
