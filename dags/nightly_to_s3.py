@@ -99,6 +99,8 @@ with DAG(
             [],
             type=["null", "array"],
             items={"type": "string", "pattern": "^[A-Z0-9_]{1,16}$"},
+            # The PACS is asked once for each.
+            maxItems=64,
             examples=["CR", "CT", "DX", "MG", "MR", "NM", "PT", "US", "XA"],
             title="Modalities",
             description="A study is taken that has at least one of them. None chosen: all studies.",

@@ -68,6 +68,7 @@ LEVELS = ("STUDY", "SERIES")
 ON_EMPTY = ("return", "skip", "fail")
 ON_TRUNCATION = ("fail", "return")
 ON_BAD_STUDY = ("fail", "skip")
+_MOST_MODALITIES = 64
 MODEL = Choice("StudyRoot", "PatientRoot", optional=True)
 """By default that of the connection."""
 
@@ -84,7 +85,8 @@ class DicomFindOperator(DicomTask):
     :param study_date: StudyDate of the query: ``20240131``, ``2024-01-31``, ``2024-01-01/2024-01-31``, ``today``,
         ``today-1`` in the connection's time zone, or a date-time such as ``{{ logical_date }}``, which is the day that
         it is there (templated)
-    :param modalities: one or several modalities, of which a study (or series) has at least one (templated)
+    :param modalities: one or several modalities, of which a study (or series) has at least one: a C-FIND each, and
+        64 at most (templated)
     :param return_keys: keywords whose values go into the ``keys`` of each Item. They go to XCom, which every viewer of
         the DAG can read.
     :param split_on_truncation: query again by parts of the date range if the PACS seems to truncate its answer
@@ -191,6 +193,10 @@ class DicomFindOperator(DicomTask):
                     "Give codes such as CT. A list in a template needs render_template_as_native_obj=True on the DAG."
                 )
                 raise invalid("modalities", f"{shown(code)} is not a modality code", hint)
+        codes = list(dict.fromkeys(codes))
+        if len(codes) > _MOST_MODALITIES:
+            what = f"has {len(codes)} codes, of which each is a C-FIND"
+            raise invalid("modalities", what, f"Give {_MOST_MODALITIES} at most, or none for all studies.")
         return codes
 
     @property

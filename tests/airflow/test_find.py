@@ -70,6 +70,17 @@ def test_a_pacs_that_gives_no_counts_and_no_modalities(run_dag, pacs, archive):
     assert [len(shard) for shard in run.xcom("shards")] == [1, 1]
 
 
+def test_a_pacs_is_not_asked_for_modalities_without_end(run_dag, pacs):
+    """Whoever triggers a run may choose them: each is a C-FIND."""
+    with DAG("many", default_args=AT_ONCE) as dag:
+        find("again", modalities=["SR"] * 1000)
+        find("other", modalities=",".join(f"X{number}" for number in range(65)))
+    run = run_dag(dag)
+    assert (run.task("other").state, run.task("other").try_number) == ("failed", 1)
+    assert "modalities has 65 codes, of which each is a C-FIND. Give 64 at most, or none for all studies." in run.log
+    assert run.xcom("again", "summary")["queries"] == pacs.total_associations == 1
+
+
 def test_nothing_found_is_what_the_dag_says_it_is(run_dag, pacs):
     with DAG("empty", default_args=AT_ONCE) as dag:
         for on_empty in ("return", "skip", "fail"):

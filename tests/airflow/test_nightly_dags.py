@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from airflow.sdk.exceptions import ParamValidationError
 
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.manifest.frames import frame_of
@@ -263,6 +264,8 @@ def test_modalities_are_asked_for(run_dag, night, prefix):
     run = run_dag(night, run_conf=conf(prefix, modalities=["MR", "PT"]))
     assert run.state == "success"
     assert run.xcom("find") == []
+    with pytest.raises(ParamValidationError, match="is too long"):
+        night.params.get_param("modalities").resolve([f"X{number}" for number in range(65)])
 
 
 def test_a_night_that_is_late_tells(load_dag, letters, monkeypatch):
