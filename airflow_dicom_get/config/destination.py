@@ -168,5 +168,30 @@ def check_folder(path: Path, option: str) -> None:
         return
 
 
+def check_own(path: Path, option: str) -> None:
+    """Refuse a file that another user made, or a path with a link of his: he would choose where it is written to.
+
+    Those of root are taken, as :file:`/dev/stderr` is one.
+
+    Raises
+    ------
+    InvalidOption
+        There is one.
+    """
+    import os
+    import stat
+
+    whole = path.absolute()
+    for place in (whole, *whole.parents):
+        try:
+            found = place.lstat()
+        except OSError:
+            continue
+        link = stat.S_ISLNK(found.st_mode)
+        if (link or place == whole) and found.st_uid not in (0, os.geteuid()):
+            what = "is a link that belongs to another user" if link else "belongs to another user"
+            raise invalid(option, f"{shown_path(place)} {what}", "Remove it, or give a file of your own.")
+
+
 def _unusable(option: str, path: Path, what: str) -> InvalidOption:
     return invalid(option, f"{shown_path(path)} cannot be used, {what}", "Give another folder, or correct this one.")

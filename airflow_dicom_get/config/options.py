@@ -41,6 +41,7 @@ from airflow_dicom_get.config.destination import (
     ForwardDestination,
     S3Destination,
     check_folder,
+    check_own,
     parse_destination,
 )
 from airflow_dicom_get.config.groups import (
@@ -336,6 +337,7 @@ class ConnectionOptions(Options):
             if self.transcript.is_dir():
                 raise invalid(spelling("transcript"), f"{shown_path(self.transcript)} is a folder", "Give a file.")
             check_folder(self.transcript.parent, spelling("transcript"))
+            check_own(self.transcript, spelling("transcript"))
         return super().agreed(spelling)
 
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from airflow_dicom_get import clock
+from airflow_dicom_get.config.destination import check_own
 from airflow_dicom_get.dicom import command as c
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.uids import is_uid
-from airflow_dicom_get.errors import DicomGetError, PeerProtocolError
+from airflow_dicom_get.errors import DicomGetError, InvalidOption, PeerProtocolError
 from airflow_dicom_get.vocabulary import AVAILABILITIES
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ class MemoryTranscript(Transcript):
 class FileTranscript(Transcript):
     """Appends the entries to a file, a line each, written whole at once: a killed process leaves none in part.
 
-    A file that cannot be written is said once, and the association goes on without it.
+    A file that cannot be written, or that another user has put in its place, is said once, and the association goes on
+    without it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,14 +142,16 @@ class FileTranscript(Transcript):
         if self._broken:
             return
         try:
+            check_own(self.path, "transcript")
             try:
                 files.append_to(self.path, line_of(entry))
             except FileNotFoundError:
                 files.disk.make_folders(self.path.parent)
                 files.append_to(self.path, line_of(entry))
-        except OSError as error:
+        except (OSError, InvalidOption) as error:
             self._broken = True
-            log.warning("The transcript %s cannot be written, and ends here: %s.", self.path, error.strerror)
+            why = error.strerror if isinstance(error, OSError) else error.message.rstrip(".")
+            log.warning("The transcript %s cannot be written, and ends here: %s.", self.path, why)
 
 
 def line_of(entry: Mapping[str, Any]) -> bytes:

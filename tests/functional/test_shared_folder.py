@@ -31,6 +31,7 @@ from airflow_dicom_get.manifest.files import read_table, tables_below, write_man
 from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, reference, table_in_xcom
 from airflow_dicom_get.manifest.schema import arrow_schema, instances_of, manifest_table
 from airflow_dicom_get.net.association import CancelToken
+from airflow_dicom_get.net.transcript import FileTranscript
 from airflow_dicom_get.notebook import read_manifests, stored
 from airflow_dicom_get.records import Instance, Stored
 from airflow_dicom_get.result import Result
@@ -680,3 +681,53 @@ def test_what_a_person_names_to_be_written_to_may_be_a_pipe(tmp_path: Path) -> N
     with pytest.raises(OSError, match="no regular file"):
         files.append_to(Below(tmp_path) / "transcript", b"a line\n")
     os.close(reader)
+
+
+def to_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a file or a link away, as root can; who is not root becomes another user."""
+    ours = os.geteuid()
+    if ours == 0:
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: ours + 1)
+
+
+@pytest.mark.parametrize("what", ["a link", "a dangling link", "a link on the way", "a file"])
+def test_a_transcript_goes_nowhere_that_another_user_chose(
+    study: Study, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    own = study.outside / "own"
+    if what != "a dangling link":
+        own.write_text("mine\n")
+    transcript = made = study.folder / "t.jsonl"
+    if what == "a file":
+        made.write_text("mine\n")
+    elif what == "a link on the way":
+        made = study.folder / "way"
+        made.symlink_to(study.outside)
+        transcript = made / "own"
+    else:
+        made.symlink_to(own)
+    # Our own, and root's, lead where we said.
+    study.get(transcript=transcript)
+    before = transcript.read_bytes()
+    assert len(before.splitlines()) > 2
+    to_another_user(made, monkeypatch)
+    with pytest.raises(InvalidOption, match=f"transcript: '{made}' .*belongs to another user. Remove it, or give"):
+        study.get(transcript=transcript)
+    assert transcript.read_bytes() == before
+
+
+def test_nor_where_he_chooses_while_it_is_written(
+    study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, path = study.outside / "own", study.folder / "t.jsonl"
+    own.write_text("mine\n")
+    transcript = FileTranscript(path)
+    transcript.take({"a": 1})
+    path.unlink()
+    path.symlink_to(own)
+    to_another_user(path, monkeypatch)
+    transcript.take({"a": 2})
+    assert own.read_text() == "mine\n"
+    assert "belongs to another user" in caplog.text
