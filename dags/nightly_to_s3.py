@@ -56,7 +56,9 @@ def mail() -> SmtpNotifier:
         smtp_conn_id="smtp_default",
         to=MAIL_TO,
         subject="{{ dag.dag_id }}: {{ task.task_id }} failed",
-        html_content="<p>{{ exception | e }}</p><p>Run {{ dag_run.run_id }}, <a href='{{ ti.log_url }}'>log</a></p>",
+        # Whoever triggers a run may choose its ID.
+        html_content="<p>{{ exception | e }}</p><p>Run {{ dag_run.run_id | e }}, "
+        "<a href='{{ ti.log_url | e }}'>log</a></p>",
     )
 
 
@@ -80,7 +82,7 @@ with DAG(
                 "smtp_conn_id": "smtp_default",
                 "to": MAIL_TO,
                 "subject": "{{ dag_run.dag_id }}: not over by the morning",
-                "html_content": "<p>{{ dag_run.dag_run_id }} is {{ dag_run.state }}. What is held stays held.</p>"
+                "html_content": "<p>{{ dag_run.dag_run_id | e }} is {{ dag_run.state }}. What is held stays held.</p>"
                 f"<p>If its tasks are still scheduled, the pool {POOL} is full or missing.</p>",
             },
         ),

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from airflow.sdk.exceptions import ParamValidationError
+from jinja2 import Template
 
 from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.manifest.frames import frame_of
@@ -266,6 +267,16 @@ def test_modalities_are_asked_for(run_dag, night, prefix):
     assert run.xcom("find") == []
     with pytest.raises(ParamValidationError, match="is too long"):
         night.params.get_param("modalities").resolve([f"X{number}" for number in range(65)])
+
+
+def test_the_id_of_a_run_is_text_in_a_mail(night, load_dag):
+    """Whoever triggers a run chooses it, where the administrator lets them."""
+    said = {"run_id": "<b>&'", "dag_run_id": "<b>&'", "state": "running"}
+    (deadline,) = load_dag("nightly_to_s3").deadline
+    for html in (night.task_dict["find"].on_failure_callback[0].html_content, deadline.callback.kwargs["html_content"]):
+        letter = Template(html).render(dag_run=said, ti={"log_url": "https://a/<b>'x='"}, exception="<b>")
+        assert "<b>" not in letter
+        assert "&lt;b&gt;&amp;&#39;" in letter
 
 
 def test_a_night_that_is_late_tells(load_dag, letters, monkeypatch):
