@@ -424,6 +424,8 @@ SOURCE_REFUSED: frozenset[str] = frozenset({"class_refused", "refused_by_source"
 """Reasons that asking one by one does not change."""
 NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelled", "deadline"})
 """Reasons of instances that were not kept, and that say nothing of the destination's health."""
+NOT_OF_THE_QUERY: frozenset[str] = frozenset({"foreign_study", "not_asked"})
+"""Reasons of what was sent, could be read, and is not meant by the query."""
 DESTINATION_FAILED: frozenset[str] = frozenset({"destination_error", "destination_full"})
 """Reasons of instances that a folder or a bucket could not take."""
 CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "unreadable", "different_content"})

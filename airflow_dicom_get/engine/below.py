@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
@@ -35,9 +36,12 @@ class Drain:
     def __init__(self) -> None:
         self.objects = 0
         self.bytes = 0
+        self.uids: set[str] = set()
+        """SOP Instance UIDs of what began to come."""
 
     def begin(self, request: StoreRequest) -> None:
         """An object begins."""
+        self.uids.add(request.sop_instance)
 
     def data(self, view: memoryview, last: bool) -> bool:
         """Its next bytes."""
@@ -60,11 +64,24 @@ class Drain:
 
     def refused(self, sop_instance: str, status: int) -> None:
         """It had no context, or no data set."""
+        self.uids.add(sop_instance)
+
+
+class Counted(NamedTuple):
+    """What one C-GET of a series, or of a study, has told of it."""
+
+    total: int | None
+    """Remaining, completed, failed and with a warning together, modulo 65,536; None where the source gives no
+    counters, or they contradict each other."""
+    bytes: int
+    """What came of instances."""
+    uids: Set[str]
+    """The SOP Instance UIDs of those that began to come, as their C-STORE-RQ gives them."""
 
 
 def count_below(
     source: Source, scope: Scope, series: str | None, query_model: str, proposals: Sequence[Proposal], retries: int
-) -> tuple[int | None, int]:
+) -> Counted:
     """What the counters of one C-GET come to that is cancelled after its first instance.
 
     Parameters
@@ -73,12 +90,6 @@ def count_below(
         The series; None is the whole study.
     proposals : sequence of Proposal
         Presentation contexts for what is listed below it; those of other classes are added.
-
-    Returns
-    -------
-    (int or None, int)
-        Remaining, completed, failed and with a warning together, modulo 65,536; None where the source gives no
-        counters, or they contradict each other. And the bytes that came.
 
     Raises
     ------
@@ -107,4 +118,4 @@ def count_below(
     proposals = with_other_classes(proposals)
     classes = tuple(dict.fromkeys(p.abstract_syntax for p in proposals))
     total = source.with_retries(retries, [Proposal(model, IMPLICIT_LE), *proposals], ask, classes)
-    return total, drain.bytes
+    return Counted(total, drain.bytes, drain.uids)

@@ -130,7 +130,9 @@ def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dic
             contexts = next(iter(bins_for(members, peer, guess)), [])
             total = None
             try:
-                total, _ = count_below(source, scope, series, query_model, contexts, 0)
+                below = count_below(source, scope, series, query_model, contexts, 0)
+                if not below.uids - {x.sop for x in members}:  # else there are more than are listed
+                    total = below.total
             except Cancelled:
                 raise
             except DicomGetError as error:  # the list stays doubtful, and all else can be told from it

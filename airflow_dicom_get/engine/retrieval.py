@@ -98,6 +98,11 @@ class Intake:
         with self._mutex:
             self.state.learn_count(series, total, sent)
 
+    def note_unread(self, uids: Iterable[str]) -> None:
+        """See :meth:`StudyState.note_unread`."""
+        with self._mutex:
+            self.state.note_unread(uids)
+
     def left_to_destination(self, instance: Instance) -> None:
         """See :meth:`StudyState.left_to_destination`."""
         with self._mutex:

@@ -7,10 +7,11 @@ destination did comes in as arguments, and what follows for the run goes out as 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -30,6 +31,7 @@ from airflow_dicom_get.vocabulary import (
     LOCAL_REASONS,
     NOT_AVAILABLE,
     NOT_BROUGHT,
+    NOT_OF_THE_QUERY,
     NOT_THE_DESTINATIONS,
     STOPS,
 )
@@ -74,6 +76,8 @@ class StudyState:
         Whether the last two lists are the same set; whether the rounds were spent while they still differed.
     unlisted : set of (series, sop)
         Instances that were sent though no list had named them by then.
+    unread : set of str
+        SOP Instance UIDs that their C-STORE-RQ alone tells: nothing of them could be read, and nothing is recorded.
     rounds : int
         Rounds of list and get so far.
     progress : int
@@ -112,6 +116,7 @@ class StudyState:
     lists_agree: bool = False
     still_growing: bool = False
     unlisted: set[Key] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
     rounds: int = 0
     progress: int = 0
     errors: list[DicomGetError] = field(default_factory=list)
@@ -329,6 +334,8 @@ class StudyState:
         meant = [record] if record is not None else self.of(uid)
         if not meant:
             self.strays[taken.reason] += 1
+            if taken.reason not in NOT_OF_THE_QUERY:
+                self.note_unread([uid])
             meant = [Instance(self.scope.study, "", uid)]
         for one in meant:
             if one is instance and taken.reason == "different_content":
@@ -345,6 +352,11 @@ class StudyState:
         elif taken.reason == "destination_error" and record.forward_status is None:
             stop = self._refused_again()
         return Answered(record, error, stop=stop)
+
+    def note_unread(self, uids: Iterable[str]) -> None:
+        """Instances were sent of which only the SOP Instance UID is known: the list may lack them."""
+        if self.sop_classes is None:  # else it may be of a class that is not wanted
+            self.unread.update(filter(is_uid, uids))
 
     def _refuse(self, record: Instance, taken: Taken) -> None:
         """What was sent for it was not taken; one that is held stays held, unless its content is another."""

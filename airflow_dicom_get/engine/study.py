@@ -247,7 +247,7 @@ class StudyRun:
         retrieval = self._retrieval
         proposals = next((proposals for proposals, _ in contexts_for(self._situation, self._members(series))), [])
         try:
-            total, size = count_below(
+            counted = count_below(
                 retrieval.source,
                 self._state.scope,
                 series,
@@ -260,8 +260,9 @@ class StudyRun:
         except DicomGetError as error:
             self._intake.remark(error)
             return None
-        retrieval.events.drained(size)
-        return total
+        retrieval.events.drained(counted.bytes)
+        self._intake.note_unread(counted.uids)
+        return counted.total
 
     def _stands(self, series: str | None, total: int | None) -> bool:
         """Whether there are no more than are listed, and than were sent without being listed and are kept."""

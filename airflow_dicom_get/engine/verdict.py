@@ -102,7 +102,11 @@ def contradicted(state: StudyState) -> bool:
     lists = listing.lists()
     if lists.contradicted() or any(key not in listing.instances for key in state.returned):
         return True
-    return lists.is_round(listing.cuts) and any(key not in listing.instances for key in state.unlisted)
+    if not lists.is_round(listing.cuts):
+        return False
+    return any(key not in listing.instances for key in state.unlisted) or bool(
+        state.unread and state.unread - {sop for _, sop in listing.instances}
+    )
 
 
 def _evidence(state: StudyState) -> Evidence:

@@ -63,6 +63,37 @@ def brings_what_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
             self.await_response(retrieval)
             retrieval.completed += 1
 
+    class BesideTheList(FindCutUncounted):
+        """Counts what it lists, and sends one beside it."""
+
+        stages = frozenset({FIND, GET})
+
+        def holdings(self) -> Any:
+            return self.site.instances[:100]
+
+        def bring(self, retrieval: Any, instance: Any, context: int) -> None:
+            self.store(retrieval, instance, context)
+
+        def before(self, retrieval: Any) -> None:
+            beside = self.site.instances[-1]
+            context = self.context_for(beside)
+            assert context is not None
+            self.bring(retrieval, beside, context)
+            self.await_response(retrieval)
+
+    class BesideTheListBroken(BesideTheList):
+        def bring(self, retrieval: Any, instance: Any, context: int) -> None:
+            self.store_command(retrieval, instance, context)
+            self.send_dataset(context, iter([b"\x01nothing that can be read" * 10]))
+
+    class BesideTheListEmpty(BesideTheList):
+        def bring(self, retrieval: Any, instance: Any, context: int) -> None:
+            fields = self.store_fields(retrieval, instance) | {wire.DATA_SET_TYPE: wire.NO_DATA_SET}
+            self.link.send_command(context, fields)
+
+    monkeypatch.setitem(MODE_CLASSES, "brings_one_beside_its_list", BesideTheList)
+    monkeypatch.setitem(MODE_CLASSES, "brings_one_beside_its_list_broken", BesideTheListBroken)
+    monkeypatch.setitem(MODE_CLASSES, "brings_one_beside_its_list_empty", BesideTheListEmpty)
     monkeypatch.setitem(MODE_CLASSES, "brings_one_without_a_data_set", WithoutDataSet)
     monkeypatch.setitem(MODE_CLASSES, "brings_one_on_the_context_of_the_get", OnTheContextOfTheGet)
 
@@ -150,7 +181,17 @@ class TestImages:
         client = scu(mode, of={"series": 1, "instances": 101})
         for _ in range(2):
             result = client.get_study(client.study)
-            assert (result.verdict, result.reason, result.completed) == ("unverified", "list_may_be_cut", 100)
+            assert (result.verdict, result.reason, result.completed) == ("unverified", "list_contradicted", 100)
+
+    @pytest.mark.parametrize("how", ["", "_broken", "_empty"])
+    def test_what_is_sent_beside_a_list_that_may_be_cut_denies_it(self, scu: Any, how: str) -> None:
+        """Whether it can be read, or only its command tells what it is; and where a C-GET was made to count."""
+        client = scu(f"brings_one_beside_its_list{how}", of={"series": 1, "instances": 101})
+        for _ in range(2):
+            result = client.get_study(client.study)
+            assert (result.verdict, result.reason) == ("unverified", "list_contradicted")
+        found = client.plan(client.study)
+        assert found.doubt == "list_may_be_cut"
 
     def test_a_longer_list_of_the_run_shows_that_there_is_no_cap(self, embedded: Embedded, tmp_path: Path) -> None:
         (tmp_path / "pacs").mkdir()

@@ -464,9 +464,9 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
             return  # nothing says that what was taken is still what it was
         if "between: read-only" in in_history:
             return  # what was only taken is written once more before it counts, and may not be
-    if run.run.verb == "manifest" and last.run.options.get("checksum", "") is None:
-        if any(row["reason"] in CONTENT_IN_DOUBT for row in last.rows):
-            return  # what is held is looked at by its digest, and has none
+    in_doubt = run.run.verb == "manifest" and any(row["reason"] in CONTENT_IN_DOUBT for row in last.rows)
+    if in_doubt and last.run.options.get("checksum", "") is None:
+        return  # what is held is looked at by its digest, and has none
     now = {key: (path, content) for path, _, key, content in final_files(run.before)}
     for row in last.rows:
         key = key_of(row)
