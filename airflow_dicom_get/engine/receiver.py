@@ -67,9 +67,9 @@ class Receiver:
         """The instance whose record is being filled here, and on no other association."""
         self._size = 0
         self._refusal: Taken | None = None
-        self._other_class = self._drains = False
-        self._series: str | None = None
-        """Of an object whose class is not wanted, where its data set was read."""
+        self._drains = False
+        self._unwanted: Key | None = None
+        """The instance that came, where its class is not wanted."""
         self.confirms = False
         """Whether what is held is asked for once more, to see what else comes: it is drained, and not compared."""
         self.came: set[Key] | None = None
@@ -81,10 +81,8 @@ class Receiver:
         self._began = clock.monotonic()
         self._request = request
         self._writer = self._instance = self._refusal = self._walk = None
-        self._other_class = self._drains = False
-        self._series = None
+        self._drains, self._unwanted = False, None
         self._size = 0
-        wanted = self._state.sop_classes
         self.limit = self._deadlines.stall
         self._scan = h.HeaderScan(request.syntax, self._wanted, self._last_tag)
         if not is_uid(request.sop_instance):
@@ -93,10 +91,6 @@ class Receiver:
             self._refuse(
                 s.MISMATCH, "uid_mismatch", "The C-STORE-RQ names a different SOP class than its presentation context."
             )
-        elif wanted is not None and request.sop_class not in wanted:
-            self._other_class = True
-            if len(self._state.of(request.sop_instance)) < 2:  # else its data set tells which one it is
-                self._refuse_class()
 
     def _refuse(self, status: int, reason: str, error: str) -> Literal[False]:
         self._refusal = Taken(status, reason, error)
@@ -105,9 +99,6 @@ class Receiver:
     def _drain(self) -> Literal[False]:
         self._drains, self._refusal = True, Taken(s.SUCCESS)
         return False
-
-    def _refuse_class(self) -> Literal[False]:
-        return self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
 
     def data(self, view: memoryview, last: bool) -> bool:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
@@ -200,9 +191,9 @@ class Receiver:
             self.came.add((series, sop))
         if study != self._state.scope.study:
             return self._refuse(s.NOT_AUTHORISED, "foreign_study", "The instance belongs to another study.")
-        if self._other_class:
-            self._series = series
-            return self._refuse_class()
+        if self._state.sop_classes is not None and request.sop_class not in self._state.sop_classes:
+            self._unwanted = series, sop
+            return self._refuse(s.NOT_AUTHORISED, "not_asked", "Its SOP class is not wanted.")
         if self._state.listed_elsewhere(series, sop):
             return self._refuse(s.MISMATCH, "uid_mismatch", f"Its data set names series {series}, the list another.")
         instance = self._state.instances.get((series, sop))
@@ -270,9 +261,9 @@ class Receiver:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         self._head = bytearray()
         assert self._request is not None
-        if self._drains or self._other_class:
+        if self._drains or self._unwanted is not None:
             self._release()
-            self._intake.set_aside(self._request, self._size, self._series, held=self._drains)
+            self._set_aside(self._request)
             self._hold("sub_operation", "took an instance in")
             self.came_at = _NEVER
             return s.SUCCESS if self._drains else s.NOT_AUTHORISED
@@ -305,6 +296,12 @@ class Receiver:
         self.came_at = _NEVER
         return status
 
+    def _set_aside(self, request: StoreRequest) -> None:
+        if self._unwanted is not None:
+            self._intake.leave_out(self._unwanted, request.sop_class, self._size)
+        else:
+            self._intake.drained(self._size)
+
     def _answer(self, request: StoreRequest, taken: Taken) -> None:
         instance = self._instance
         if instance is not None:
@@ -322,8 +319,8 @@ class Receiver:
     def give_up(self, error: str) -> None:
         """See :class:`~airflow_dicom_get.net.get.ObjectReceiver`."""
         assert self._request is not None
-        if self._other_class:
-            self._intake.set_aside(self._request, self._size, self._series, held=False)
+        if self._unwanted is not None:
+            self._set_aside(self._request)
             return
         taken = self._refusal
         if taken is None or self._drains:

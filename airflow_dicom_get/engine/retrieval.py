@@ -81,12 +81,15 @@ class Intake:
             answered = self.state.answer(uid, instance, taken)
         self._tell(answered, uid, size if answered.error is None else 0)
 
-    def set_aside(self, request: StoreRequest, size: int, series: str | None, *, held: bool) -> None:
-        """An object was not taken, and nothing is wrong with it: it is held, or of a class that is not wanted."""
+    def drained(self, size: int) -> None:
+        """An object was not taken, and nothing is wrong with it: it is held."""
         self.retrieval.events.drained(size)
-        if not held:
-            with self._mutex:
-                self.state.leave_out(request.sop_instance, request.sop_class, series)
+
+    def leave_out(self, key: Key, sop_class: str, size: int) -> None:
+        """An object was not taken: it is of a class that is not wanted."""
+        self.retrieval.events.drained(size)
+        with self._mutex:
+            self.state.leave_out(key, sop_class)
 
     def sent_in_other_syntax(self, key: Key) -> None:
         """See :meth:`StudyState.sent_in_other_syntax`."""

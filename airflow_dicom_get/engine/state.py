@@ -224,18 +224,11 @@ class StudyState:
             x.state = x.reason = x.error = None
         return found
 
-    def leave_out(self, sop: str, sop_class: str, series: str | None) -> None:
-        """It came out that an instance, whose class the list does not tell, is of a class that is not wanted.
-
-        Where two series have one of this UID, it is the one in ``series``; both stay wanted where that is not known.
-        """
-        meant = [
-            one
-            for one in self.of(sop)
-            if one.sop_class in (None, sop_class) and one.state not in DONE and series in (None, one.series)
-        ]
-        if len(meant) == 1:
-            self._leave_out(meant[0])
+    def leave_out(self, key: Key, sop_class: str) -> None:
+        """It came out that an instance, whose class the list does not tell, is of a class that is not wanted."""
+        one = self.instances.get(key)
+        if one is not None and one.sop_class in (None, sop_class) and one.state not in DONE:
+            self._leave_out(one)
 
     def _leave_out(self, one: Instance) -> None:
         self.unwanted.add(one.key)

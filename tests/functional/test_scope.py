@@ -140,6 +140,44 @@ def test_named_instances_are_held_against_the_list_of_series_where_they_cannot_b
     assert (result.verdict, result.skipped) == ("complete", 1)
 
 
+# --- classes that are not wanted ---------------------------------------------------------------------
+
+
+class _SendsTheTwinAlone(Behaviour):
+    """Tells no classes, and sends of two instances of one SOP Instance UID the second alone."""
+
+    stages = frozenset({FIND, GET})
+
+    def describe(self, level: str, group: Sequence[Instance]) -> Row:
+        return {**super().describe(level, group), 0x00080016: "", 0x00080062: ""}
+
+    def select(self, request: Row) -> list[Instance]:
+        if request.get(0x00080052) != "IMAGE":
+            return super().select(request)
+        asked = request.get(0x00080018, "").split("\\")
+        return [one for one in self.holdings() if one.sop in asked]
+
+    def operate(self, retrieval: Any, instance: Instance) -> None:
+        if instance == self.site.instances[0]:
+            retrieval.failed.append(instance.sop)
+        else:
+            super().operate(retrieval, instance)
+
+
+@pytest.mark.parametrize("study", [STUDY, archive.FOREIGN_STUDY_UID])
+@pytest.mark.parametrize("whole_study", [True, False])
+def test_an_unwanted_twin_leaves_the_instance_that_is_listed_wanted(
+    start: Start, monkeypatch: pytest.MonkeyPatch, study: str, whole_study: bool
+) -> None:
+    (first, *_) = archive.build(series=1, instances=2, size=2000)
+    twin = replace(first, study=study, series=f"{first.series}.9", sop_class=archive.MR, modality="MR")
+    client, _ = start(_SendsTheTwinAlone, more=[twin], sop_classes=[archive.CT])
+    series = {} if whole_study else {"SeriesInstanceUID": first.series}
+    result = client.get_study({"StudyInstanceUID": STUDY, **series})
+    assert (result.verdict, result.reason) == ("partial", "sub_operation_failed")
+    assert (result.total, result.completed) == (2, 1)
+
+
 # --- studies that are not there ----------------------------------------------------------------------
 
 
