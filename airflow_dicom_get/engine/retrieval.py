@@ -14,7 +14,6 @@ from airflow_dicom_get.engine.source import Source
 from airflow_dicom_get.engine.state import Answered, StudyState
 from airflow_dicom_get.engine.tags import TagDecoder
 from airflow_dicom_get.errors import DicomGetError
-from airflow_dicom_get.net.get import StoreRequest
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.sinks.base import Sink, Taken
 

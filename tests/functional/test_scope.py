@@ -167,11 +167,12 @@ class _SendsTheTwinAlone(Behaviour):
 @pytest.mark.parametrize("study", [STUDY, archive.FOREIGN_STUDY_UID])
 @pytest.mark.parametrize("whole_study", [True, False])
 def test_an_unwanted_twin_leaves_the_instance_that_is_listed_wanted(
-    start: Start, monkeypatch: pytest.MonkeyPatch, study: str, whole_study: bool
+    start: Start, study: str, whole_study: bool
 ) -> None:
-    (first, *_) = archive.build(series=1, instances=2, size=2000)
+    client, pacs = start(_SendsTheTwinAlone, sop_classes=[archive.CT])
+    first = pacs.instances[0]
     twin = replace(first, study=study, series=f"{first.series}.9", sop_class=archive.MR, modality="MR")
-    client, _ = start(_SendsTheTwinAlone, more=[twin], sop_classes=[archive.CT])
+    pacs._site.instances.append(twin)
     series = {} if whole_study else {"SeriesInstanceUID": first.series}
     result = client.get_study({"StudyInstanceUID": STUDY, **series})
     assert (result.verdict, result.reason) == ("partial", "sub_operation_failed")
