@@ -234,6 +234,8 @@ def _inflated(deflated: memoryview) -> bytes:
 def _labelled(table: pa.Table, facts: Mapping[str, str | None]) -> pa.Table:
     import pyarrow as pa
 
+    # A column of such a name is not ours to keep, and two of one name nobody can join.
+    table = table.select([at for at, name in enumerate(table.column_names) if name not in facts])
     for name, value in facts.items():
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table.replace_schema_metadata(None)

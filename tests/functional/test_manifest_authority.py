@@ -333,6 +333,16 @@ def test_a_column_that_pandas_cannot_hold_is_an_error_that_says_so(tmp_path: Pat
             read()
 
 
+def test_columns_named_as_those_that_a_notebook_adds_take_no_folder_away(tmp_path: Path) -> None:
+    rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
+    odd = rows.append_column("run", pa.array([1])).append_column("verdict", pa.array(["complete"]))
+    for name, table in (("20260101T000000Z-deadbeef", rows), ("20260102T000000Z-deadbeef", odd)):
+        write_manifest(table, tmp_path / f"{name}.parquet", verdict="partial", evidence="list", run=name)
+    frame = read_manifests(tmp_path)
+    assert frame["run"].str[:8].tolist() == ["20260101", "20260102"]
+    assert frame["verdict"].tolist() == ["partial"] * 2
+
+
 def test_a_column_that_is_there_twice_is_refused(got: Retrieved) -> None:
     table = read_table(got.uri)
     path = got.folder / "_manifests" / "twice.parquet"
