@@ -516,6 +516,8 @@ class HeaderScan:
 
         What stands before the damage counts: the header may be there, whatever the fragments are.
         """
+        if not view:
+            return True  # at no cost: a peer may send any number of empty fragments
         before = inflate.copy()
         try:
             self._plain += inflate.decompress(view, max(MAX_HEADER - len(self._plain), 1))

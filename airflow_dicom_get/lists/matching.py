@@ -6,6 +6,8 @@ is compared here with the keys that were sent, so that what a PACS answers too m
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +26,10 @@ Row = dict[int, bytes]
 _EXACT = frozenset({"AccessionNumber", "PatientID", "Modality", "ModalitiesInStudy"})
 """Compared byte for byte, beside UIDs, dates and times: what tells one patient's study from another's."""
 _FOLDED_VRS = frozenset({"AE", "CS", "IS", "LO", "SH"})
-"""Compared without regard to case: of other keys many a PACS folds it. Other VRs are not compared at all."""
+"""Compared without regard to case: of other keys many a PACS folds it. Names have a rule of their own
+(:func:`_may_be_named`); other VRs are not compared at all."""
 _PADDING = "\0 "
+_BETWEEN_WORDS = re.compile(r"[\s^=.,'’-]+")
 LONGEST_ID = 64
 """Characters of an ID (PS3.5 6.2, LO)."""
 
@@ -102,7 +106,7 @@ class _Test:
         if self._uids is not None and (raw in self._uids or raw.strip(b"\0 ") in self._uids):
             return None
         if not raw.strip(b"\0 "):
-            compared = self._exact or self._vr in ("UI", "DA") or self._vr in _FOLDED_VRS
+            compared = self._exact or self._vr in ("UI", "DA", "PN") or self._vr in _FOLDED_VRS
             return Contradiction(self._keyword, self._level, False) if self._needed and compared else None
         readings = _readings(raw, row.get(SPECIFIC_CHARACTER_SET, b""), self._vr)
         if any(self._fits(part.strip(_PADDING)) for text in readings for part in text.split("\\")):
@@ -118,6 +122,8 @@ class _Test:
             return any(_in_time(have, wanted) for wanted in self._wanted)
         if self._exact:
             return any(_like(have, wanted) for wanted in self._wanted)
+        if self._vr == "PN":
+            return any(_may_be_named(have, wanted) for wanted in self._wanted)
         if self._vr == "IS":
             return any(have.lstrip("+0") == wanted.lstrip("+0") for wanted in self._wanted)
         if self._vr in _FOLDED_VRS:
@@ -151,6 +157,30 @@ def _case(text: str) -> str:
 def _like(have: str, wanted: str) -> bool:
     """Wild card matching (PS3.4 C.2.2.2.4): ``*`` and ``?`` alone are special."""
     return have == wanted or (("*" in wanted or "?" in wanted) and fnmatchcase(have, wanted.replace("[", "[[]")))
+
+
+def _may_be_named(have: str, wanted: str) -> bool:
+    """Whether a name is not certainly another than the one that was asked for.
+
+    A PACS may take names as prefixes, in any case, without accents, or in another order of their words (PS3.4
+    C.2.2.2.1 leaves it free). So each word that was asked for has to begin a word that is there, or the other way
+    round; a word says nothing of words in another writing.
+    """
+    words, asked = _words(have), _words(wanted)
+    for one in asked:
+        others = [word for word in words if word.isascii() == one.isascii()]
+        if others and not any(_like(word, f"{one}*") or one.startswith(word) for word in others):
+            return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _words(name: str) -> tuple[str, ...]:
+    """The words of a name, of all its components and groups, without case, accents and how an umlaut is written."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(c))
+    for written, letter in (("ae", "a"), ("oe", "o"), ("ue", "u"), ("ss", "s")):
+        plain = plain.replace(written, letter)
+    return tuple(word for word in _BETWEEN_WORDS.split(plain) if word.strip("*?"))
 
 
 def _in_range(day: str, wanted: str) -> bool:

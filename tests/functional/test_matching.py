@@ -10,6 +10,8 @@ from typing import Any
 
 import pydicom
 import pytest
+from pynetdicom import AE
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind  # type: ignore[attr-defined]
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom import header as h
@@ -266,7 +268,33 @@ class TestShell:
         assert lines[1:] == ["dicom-get: 1 match"]
 
 
+@pytest.mark.parametrize("name", ["SOMEBODY^ELSE", "somebody", "SOME*", "S?MEBODY"])
+def test_a_pacs_that_ignores_a_name_brings_no_other_patient(scu: Callable[..., GetScu], name: str) -> None:
+    client = scu("find_ignores_keys")
+    result = client.get_study({"PatientName": name})
+    assert (result.verdict, result.reason, result.completed) == ("empty", "key_not_matched", 0)
+    assert name not in str(result.errors)
+
+
 # --- an honest PACS loses nothing --------------------------------------------------------------------
+
+
+def brings(node: str, query: dict[str, str]) -> bool:
+    """Whether a PACS answers a C-FIND for studies with any row, asked by pynetdicom."""
+    host, _, port = node.partition("@")[2].partition(":")
+    keys = pydicom.Dataset()
+    keys.QueryRetrieveLevel, keys.StudyInstanceUID = "STUDY", ""
+    for keyword, value in query.items():
+        setattr(keys, keyword, value)
+    ae = AE("FINDS")
+    ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+    association = ae.associate(host, int(port), ae_title=node.partition("@")[0])
+    assert association.is_established
+    try:
+        answers = association.send_c_find(keys, StudyRootQueryRetrieveInformationModelFind)
+        return any(identifier is not None for _, identifier in answers)
+    finally:
+        association.release()
 
 
 def honest(node: str, holding: Holding, **options: Any) -> None:
@@ -285,6 +313,13 @@ def honest(node: str, holding: Holding, **options: Any) -> None:
     ]
     if accession := str(dataset.get("AccessionNumber", "")):
         asked += [{"AccessionNumber": text} for text in (accession, f"{accession[:-1]}?", f"{accession[0]}*")]
+    name = str(dataset.PatientName)
+    family = name.partition("^")[0]
+    for text in (name, f"{family}*", f"*{family[1:]}*", f"?{family[1:]}*", name.lower(), family):
+        # Where the PACS brings it at all: some fold no case, and a family name alone is not the whole name.
+        if brings(node, {"PatientName": text, "StudyDate": day}):
+            asked.append({"PatientName": text, "StudyDate": day})
+    assert {"PatientName": name, "StudyDate": day} in asked
     for query in asked:
         rows = scu.find(query)
         assert holding.study in [row.StudyInstanceUID for row in rows], query

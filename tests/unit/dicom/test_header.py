@@ -287,6 +287,26 @@ def test_real_files_that_arrive_whole_or_cut(size: int) -> None:
             assert arrives_whole(syntax, cut(cut_off, [size])) in (expected, None), (name, less)
 
 
+def test_empty_fragments_of_a_deflated_data_set_cost_nothing() -> None:
+    class Counts:
+        copies, eof = 0, False
+
+        def copy(self) -> object:
+            self.copies += 1
+            return zlib.decompressobj(-zlib.MAX_WBITS)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            return b""
+
+    scan = h.HeaderScan(DEFLATED_LE, frozenset(), 0x0020000E)
+    scan._inflate = counts = Counts()  # type: ignore[assignment]
+    for _ in range(100):
+        scan.feed(b"")
+    assert counts.copies == 0
+    scan.feed(b"\x00")
+    assert counts.copies == 1
+
+
 @pytest.mark.parametrize("deflate", [False, True])
 def test_following_a_data_set_is_bounded(deflate: bool) -> None:
     """One that would cost too much to follow is taken for whole."""
