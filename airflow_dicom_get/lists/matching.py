@@ -178,8 +178,9 @@ def _may_be_named(have: str, wanted: str) -> bool:
 def _words(name: str) -> tuple[str, ...]:
     """The words of a name, of all its components and groups, without case, accents and how an umlaut is written."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(c))
-    for written, letter in (("ae", "a"), ("oe", "o"), ("ue", "u"), ("ss", "s")):
-        plain = plain.replace(written, letter)
+    for vowel in "aou":
+        plain = plain.replace(f"{vowel}e", vowel)
+    plain = plain.replace("ss", "s")
     return tuple(word for word in _BETWEEN_WORDS.split(plain) if word.strip("*?"))
 
 
