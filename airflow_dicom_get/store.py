@@ -268,6 +268,8 @@ class _Run:
         self.rows: dict[tuple[str, Key], Instance] = {}
         self._records: dict[tuple[str, Key], list[Instance]] = {}
         """What became of each object of an instance; the first one is its row."""
+        self._digests: dict[int, bytes] = {}
+        """Of the objects, as their manifests record them, by the ``id`` of what became of each."""
         self.unusable: list[tuple[str, str]] = []
         self.strict = o.strict_forward
         self._options, self._events, self._on_unusable = o, events, on_unusable
@@ -314,11 +316,22 @@ class _Run:
             clock.together([partial(self._work, queue)] * workers, "dicom-get-store", self._end_at_once)
         finally:
             self._closed(self._sink)
+        for item in queue:  # none was begun; each has its say in what becomes of its row
+            if item.row is not None and not self._has_one_like(item.row):
+                record = self._record(_blank(item.row))
+                record.state, record.reason = "missing", self._why_untried()
         for records in self._records.values():
             _join(records)
         for row in self.rows.values():
             if row.state is None:
                 row.state, row.reason = "missing", self._why_untried()
+
+    def _has_one_like(self, row: Instance) -> bool:
+        """Whether the node has an object of an instance that was recorded with the same digest."""
+        records = self._records.get(_identity(row), ())
+        return row.sha256 is not None and any(
+            one.state in HELD and self._digests.get(id(one)) == row.sha256 for one in records
+        )
 
     def _not_there(self, row: Instance) -> None:
         """A row of the manifest that has no object of its own is listed, and is not stored."""
@@ -381,6 +394,8 @@ class _Run:
             return
         instance = opened.instance
         record = self._record(instance)
+        if item.row is not None and item.row.sha256 is not None:
+            self._digests[id(record)] = item.row.sha256
         # What is sent is what the object says, and not its manifest.
         record.sop_class, record.syntax = instance.sop_class, instance.syntax
         record.fill(instance)

@@ -22,13 +22,13 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.groups import Deadlines
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.manifest.files import read_table, write_manifest
-from airflow_dicom_get.manifest.frames import load_manifests, read_manifest
+from airflow_dicom_get.manifest.frames import combine_manifests, load_manifests, read_manifest
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
-from airflow_dicom_get.testing.sample_data import big_study
+from airflow_dicom_get.testing.sample_data import big_study, set_elements
 from airflow_dicom_get.testing.servers import Orthanc, Storescp
 from tests.support.forwards import datasets, sent_by, states
 from tests.support.holdings import Holding, hold
@@ -38,7 +38,11 @@ Embedded = Callable[..., EmbeddedPacs]
 
 
 def store(destination: Any, state: Path, source: Any = None, manifest: Any = None, **options: Any) -> Result:
-    calls = {name: options.pop(name) for name in ("on_sub_operation", "on_unusable", "on_completed") if name in options}
+    calls = {
+        name: options.pop(name)
+        for name in ("on_sub_operation", "on_unusable", "on_completed", "root")
+        if name in options
+    }
     scu = StoreScu(f"{destination.ae_title}@127.0.0.1:{destination.port}", manifest_root=state, **options)
     return scu.store(source, manifest=manifest, **calls)
 
@@ -442,6 +446,39 @@ class TestManifest:
         with OddDestination() as destination:
             result = store(destination, tmp_path / "state", manifest=both)
             assert (result.verdict, result.total, result.failed) == ("partial", 12, 1)
+
+    def test_an_object_that_was_not_begun_counts_beside_another_of_its_instance(
+        self, embedded: Embedded, tmp_path: Path
+    ) -> None:
+        """Of two manifests that name each instance, those of the first are stored when the time is over."""
+        study = big_study(tmp_path / "pacs", 6, 2000)
+        pacs = embedded(tmp_path / "pacs")
+        places = [tmp_path / "first", tmp_path / "second"]
+        for place in places:
+            scu = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=place)
+            assert scu.get_study({"StudyInstanceUID": study}).verdict == "complete"
+            last = max((tmp_path / "pacs").iterdir())
+            last.write_bytes(set_elements(last.read_bytes(), {0x00081030: "CORRECTED"}))
+            pacs = embedded(tmp_path / "pacs")
+        both = combine_manifests(
+            [next((place / "_manifests").glob("*.parquet")) for place in places], tmp_path / "both"
+        )
+        stored = Counter[str]()
+
+        def wait_for_the_end(event: Any) -> None:
+            stored[event.sop_instance_uid] += 1
+            if stored.total() == 6:
+                time.sleep(max(began + 6 - time.monotonic(), 0))
+
+        began = time.monotonic()
+        with OddDestination() as node:
+            result = store(
+                node, tmp_path / "state", manifest=both["manifest_uri"], deadlines=Deadlines(operation=5.0),
+                on_sub_operation=wait_for_the_end, root=[str(place) for place in places],
+            )  # fmt: skip
+        assert len(stored) == 6, "each instance once"
+        assert (result.verdict, result.reason) == ("partial", "deadline")
+        assert (result.total, result.completed) == (6, 5)
 
     @pytest.mark.parametrize(
         ("verdict", "evidence"), [("unverified", "list"), ("partial", "none"), ("complete", "list")]
