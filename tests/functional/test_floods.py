@@ -114,6 +114,36 @@ def test_names_of_what_was_refused_are_not_kept(pacs: Callable[..., Any], tmp_pa
     assert peak < 250, f"{peak} MiB"
 
 
+class _LongNamesWhileCounted(Behaviour):
+    """Claims one instance more than it lists, and answers the C-GET that counts by long names."""
+
+    stages = frozenset({FIND, GET})
+
+    def describe(self, level: str, group: Any) -> Row:
+        row = super().describe(level, group)
+        return {tag: str(int(row[tag]) + 1) if tag in (0x00201208, 0x00201209) else row[tag] for tag in row}
+
+    def before(self, retrieval: Retrieval) -> None:
+        if self.site.gets < 1:
+            return
+        for number in range(300):
+            fields = self.store_fields(retrieval, retrieval.instances[0]) | {
+                wire.INSTANCE: f"{number}{'x' * 1_000_000}",
+                wire.DATA_SET_TYPE: wire.NO_DATA_SET,
+            }
+            self.link.send_command(retrieval.message.context, fields)
+            self.link.read()
+
+
+def test_names_of_what_is_refused_are_not_kept_while_instances_are_counted(
+    pacs: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pacs(_LongNamesWhileCounted, instances=2, size=600) as server:
+        status, said, peak = shell("get", node(server), "--study", server.study_uid, "--to", str(tmp_path))
+    assert status in (1, 3, 4), said
+    assert peak < 250, f"{peak} MiB"
+
+
 class _ListsLongNames(Behaviour):
     """Lists six series of 900 instances each, whose UIDs are of 60,000 digits."""
 
