@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Collection
 from typing import Protocol
 
@@ -248,12 +249,36 @@ class ElementWalk:
         How many bytes stand before the first one that is fed, at most ``at`` where that element was fed in part.
     most : int
         Elements and items after which it follows no further.
+    before : collection of int, optional
+        Identifying elements that stand before the first one that is looked at; given, the others are counted.
     """
 
-    __slots__ = ("_encoding", "_known", "_levels", "_next", "_piece", "_pixels", "_size", "_steps", "_zeros")
+    __slots__ = (
+        "_counts",
+        "_encoding",
+        "_known",
+        "_levels",
+        "_next",
+        "_piece",
+        "_pixels",
+        "_size",
+        "_steps",
+        "_zeros",
+        "identifying",
+    )
 
-    def __init__(self, encoding: Encoding, at: int = 0, seen: int = 0, most: int = _NEVER) -> None:
+    def __init__(
+        self,
+        encoding: Encoding,
+        at: int = 0,
+        seen: int = 0,
+        most: int = _NEVER,
+        before: Collection[int] | None = None,
+    ) -> None:
         self._encoding, self._steps = encoding, most
+        self._counts = before is not None
+        self.identifying = Counter(before or ())
+        """How often each element that tells patient, study, series or instance was met, where they are counted."""
         self._size = seen
         self._next = at
         """Where the next header begins, counted from the start of the data set."""
@@ -311,10 +336,12 @@ class ElementWalk:
         encoding, last = self._encoding, len(view) - 8
         if encoding.implicit:
             return pos
-        unpack, number = encoding.explicit_header.unpack_from, 0
+        unpack, number, counts = encoding.explicit_header.unpack_from, 0, self._counts
         while pos <= last:
-            group, _, vr, length = unpack(view, pos)
-            if vr not in _SHORT_VRS or group < 4 or group == 0xFFFE:
+            group, element, vr, length = unpack(view, pos)
+            if vr not in _SHORT_VRS or group == 0xFFFE:
+                break
+            if group <= 0x20 and (group < 4 or (counts and group << 16 | element in _IDENTIFYING)):
                 break
             pos += 8 + length
             number += 1
@@ -327,6 +354,8 @@ class ElementWalk:
         tag, length, pos = _element_header(data, pos, self._encoding)
         if tag < 0x00040000 or tag >> 16 == 0xFFFE:
             raise HeaderError("an element does not belong in a data set")
+        if tag in _IDENTIFYING:
+            self.identifying[tag] += 1
         self._pixels = self._pixels or tag >> 16 == 0x7FE0
         if length == UNDEFINED:
             self._levels.append((True, self._encoding))
@@ -348,9 +377,10 @@ class DeflateWalk:
         What zlib is told of the stream: by default that it has no header of zlib's.
     """
 
-    __slots__ = ("_growth", "_inflate", "_known", "_left", "beyond")
+    __slots__ = ("_elements", "_growth", "_inflate", "_known", "_left", "beyond")
 
     def __init__(self, most: int = _MOST_DEFLATED, growth: int = _MOST_GROWTH, *, bits: int = -zlib.MAX_WBITS) -> None:
+        self._elements = ElementWalk(_LITTLE, most=_MOST_STEPS, before=())
         self._inflate = zlib.decompressobj(bits)
         self._left, self._growth = most, growth
         self._known: bool | None = None
@@ -365,7 +395,9 @@ class DeflateWalk:
             for start in range(0, len(view), _INFLATE_CHUNK):
                 rest: bytes | bytearray | memoryview = view[start : start + _INFLATE_CHUNK]
                 while rest and not inflate.eof and self._known is None:
-                    self._left -= len(inflate.decompress(rest, MAX_HEADER))
+                    plain = inflate.decompress(rest, MAX_HEADER)
+                    self._left -= len(plain)
+                    self._elements.feed(plain)
                     rest = inflate.unconsumed_tail
                     if self._left <= 0:
                         self._known = self.beyond = True
@@ -381,6 +413,11 @@ class DeflateWalk:
     def torn(self) -> bool:
         """See :attr:`Walk.torn`."""
         return not self.whole
+
+    @property
+    def identifying(self) -> Counter[int]:
+        """See :class:`ElementWalk`."""
+        return self._elements.identifying
 
 
 class _EitherWalk:
@@ -453,7 +490,7 @@ class HeaderScan:
         self._next_try = 0
         self.values: dict[int, bytes] = {}
         self.done = False
-        self.walk: Walk | None = DeflateWalk(_MOST_INFLATED, 0) if deflated else None
+        self.walk: ElementWalk | DeflateWalk | None = DeflateWalk(_MOST_INFLATED, 0) if deflated else None
         """Once it is done: what was fed so far is behind it; feed it what follows, to know whether it ends whole."""
 
     def feed(self, view: bytes | bytearray | memoryview, *, last: bool = False) -> None:
@@ -500,7 +537,8 @@ class HeaderScan:
                 raise HeaderError("no " + ", ".join(f"({t >> 16:04X},{t & 0xFFFF:04X})" for t in missing))
             if self.walk is None:
                 seen = len(data)
-                self.walk = ElementWalk(self._encoding, at, min(at, seen), _MOST_STEPS)
+                before = self.values.keys() & _IDENTIFYING
+                self.walk = ElementWalk(self._encoding, at, min(at, seen), _MOST_STEPS, before)
                 if at < seen:
                     self.walk.feed(data[at:])
                 if beyond:

@@ -36,7 +36,14 @@ _INTERVAL = 0.2
 _CANCEL_GRACE = 2.0
 """Seconds that a destination may take after the run was cancelled; none after a second cancel."""
 
-_WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER, h.LOSSY_IMAGE_COMPRESSION}
+_WANTED = h.MANDATORY | {
+    h.SOP_CLASS_UID,
+    h.PATIENT_ID,
+    h.MODALITY,
+    h.SERIES_NUMBER,
+    h.INSTANCE_NUMBER,
+    h.LOSSY_IMAGE_COMPRESSION,
+}
 
 
 class Receiver:
@@ -49,7 +56,7 @@ class Receiver:
         self._tags = intake.retrieval.tags
         tags = self._tags.numbers | {h.SPECIFIC_CHARACTER_SET} if self._tags is not None else frozenset()
         self._of_patient = self._state.scope.of_patient
-        patient = {h.PATIENT_ID, h.SPECIFIC_CHARACTER_SET} if self._of_patient else frozenset()
+        patient = {h.SPECIFIC_CHARACTER_SET} if self._of_patient else frozenset()
         self._wanted = frozenset(_WANTED | tags | patient)
         self._last_tag = max(self._wanted)
         self._began = 0.0
@@ -59,7 +66,9 @@ class Receiver:
         """Seconds that it has for them."""
         self._request: StoreRequest | None = None
         self._scan: h.HeaderScan | None = None
-        self._walk: h.Walk | None = None
+        self._walk: h.ElementWalk | h.DeflateWalk | None = None
+        self._patient_told = False
+        """Whether its header has a Patient ID."""
         self._head = bytearray()
         self._writer: Writer | None = None
         self._instance: Instance | None = None
@@ -177,6 +186,7 @@ class Receiver:
         assert scan is not None
         values = scan.values
         self._walk, self._scan = scan.walk, None
+        self._patient_told = h.PATIENT_ID in values
         sop = uid_value(values[h.SOP_INSTANCE_UID])
         study = uid_value(values[h.STUDY_INSTANCE_UID])
         series = uid_value(values[h.SERIES_INSTANCE_UID])
@@ -234,6 +244,22 @@ class Receiver:
             )
         return True
 
+    def _contradicted(self) -> Taken | None:
+        """What the rest of its data set says against its header; a refusal where it names its instance twice."""
+        if self._instance is None or self._walk is None:
+            return None
+        self._instance.truncated = not self._walk.whole
+        met = self._walk.identifying
+        for tag in met:
+            if met[tag] > 1:
+                assert self._writer is not None
+                self._writer.abort()
+                text = f"The data set cannot be read: ({tag >> 16:04X},{tag & 0xFFFF:04X}) stands in it twice."
+                return Taken(s.CANNOT_UNDERSTAND, "unparsable", text)
+        if self._of_patient and met[h.PATIENT_ID] and not self._patient_told:
+            self._instance.other_patient = True  # it stands behind where a reader looks for it, and is not compared
+        return None
+
     def _note_unread(self, sop_instance: str) -> None:
         """Note that something came whose data set does not tell what it is."""
         if self.came is not None:
@@ -274,10 +300,8 @@ class Receiver:
             taken = Taken(s.CANNOT_UNDERSTAND, "empty_dataset", "The data set is empty.")
         if taken is None:
             assert self._writer is not None
-            if self._instance is not None and self._walk is not None:
-                self._instance.truncated = not self._walk.whole
             try:
-                taken = self._writer.take()
+                taken = self._contradicted() or self._writer.take()
             except ForwardLate:
                 assert self._instance is not None
                 self._intake.left_to_destination(self._instance)

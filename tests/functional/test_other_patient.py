@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from airflow_dicom_get import GetScu
+from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving.archive import PATIENT_ID
+from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving.archive import CT, PATIENT_ID, encode
+from airflow_dicom_get.testing.misbehaving.behaviour import GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.misbehaving.wire import FIND
 
 WORD = "other_patient_id"
@@ -61,3 +65,40 @@ def test_without_a_list_the_id_that_was_asked_for_counts(tmp_path: Path) -> None
         finally:
             pacs._scp.well.refused_classes = frozenset()
     assert (result.verdict, result.reason, result.warning) == ("unverified", "no_list", 8)
+
+
+@pytest.mark.parametrize("syntax", [wire.EXPLICIT_LE, wire.IMPLICIT_LE, DEFLATED_LE])
+@pytest.mark.parametrize(
+    ("late", "verdict", "reason"),
+    [
+        ({0x00100020: "OTHER"}, "failed", "unparsable"),
+        ({0x0020000D: "1.2.3.4.5", 0x0020000E: "1.2.3.4.6", 0x00080018: "1.2.3.4.7"}, "failed", "unparsable"),
+        ({}, "complete", WORD),  # the Patient ID stands there alone
+    ],
+)
+def test_what_stands_behind_the_header_denies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str, late: dict[int, str], verdict: str, reason: str
+) -> None:
+    """Readers take an element that stands out of order, or the second of two, for that of the data set."""
+
+    class Late(Behaviour):
+        stages = frozenset({GET})
+
+        def send_dataset(self, context: int, pieces: Any) -> None:
+            elements = self.site.instances[0].elements()
+            if not late:
+                elements = [one for one in elements if one[0] != 0x00100020]
+            behind = late or {0x00100020: "OTHER"}
+            ends = [(tag, b"LO" if tag == 0x00100020 else b"UI", value) for tag, value in behind.items()]
+            data = encode([*elements, (0x00400001, b"AE", "X "), *ends], syntax)
+            if syntax == DEFLATED_LE:
+                squeeze = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+                data = squeeze.compress(data) + squeeze.flush()
+            super().send_dataset(context, iter([data]))
+
+    monkeypatch.setitem(MODE_CLASSES, "says_it_late", Late)
+    with MisbehavingPacs("says_it_late", series=1, instances=1, pairs=[(CT, syntax)]) as pacs:
+        result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path).get_study({"PatientID": PATIENT_ID})
+    assert (result.verdict, *result.manifest["reason"]) == (verdict, reason)
+    assert ("stands in it twice" in str(result.errors)) == bool(late)
+    assert len(list(tmp_path.rglob("*.dcm"))) == (verdict == "complete")
