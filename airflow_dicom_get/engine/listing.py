@@ -20,7 +20,7 @@ from airflow_dicom_get.errors import ListTooLong, OperationFailed, PeerError
 from airflow_dicom_get.lists.finder import Finder, Keys
 from airflow_dicom_get.lists.matching import Dropped, Row
 from airflow_dicom_get.lists.whole import Below, Cuts, Doubts, Lists, larger
-from airflow_dicom_get.net.find import MAX_ROWS
+from airflow_dicom_get.net.find import MAX_ROWS, too_long
 from airflow_dicom_get.records import Instance, Key
 from airflow_dicom_get.vocabulary import AVAILABILITIES
 
@@ -33,6 +33,9 @@ _SLACK = 10_000
 _STUDY_KEYS = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES, h.PATIENT_ID)
 _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_RELATED_INSTANCES)
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
+_LONGEST = 66
+"""Bytes of a UID (PS3.5 6.2) with any padding."""
+_TAKEN = frozenset({h.SOP_INSTANCE_UID, *_IMAGE_KEYS, i.AVAILABLE_TRANSFER_SYNTAX, i.INSTANCE_AVAILABILITY})
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
 """Keys that some look up in their files: asked for as long as they are told at all."""
 
@@ -380,7 +383,11 @@ class _Lister:
                 for row in self._finder.rows("IMAGE", keys, (h.SERIES_INSTANCE_UID, *_IMAGE_KEYS), dropped=Dropped()):
                     its_series = i.text_value(row.get(h.SERIES_INSTANCE_UID)) or series
                     if is_uid(its_series) and (scope.series is None or its_series in scope.series):
-                        found.setdefault((its_series, sop), row)
+                        found.setdefault((sys.intern(its_series), sop), _shortened(row))
+                        if len(found) > MAX_ROWS:
+                            raise too_long(
+                                self._finder.node, f"{MAX_ROWS} rows", "the list of instances that are named"
+                            )
             self._ask_series_of({series for series, _ in found} - listing.series.keys())
         except OperationFailed as error:
             # Then the lists of their series are all there is to go by, and the rule holds for these.
@@ -402,6 +409,11 @@ class _Lister:
         else:
             for uid in unlisted:
                 listing.series.setdefault(uid, SeriesInfo(uid))
+
+
+def _shortened(row: Row) -> Row:
+    """What a list takes of the row of an instance, of which no value is longer than a UID."""
+    return {tag: bytes(row[tag]) for tag in _TAKEN & row.keys() if len(row[tag]) <= _LONGEST}
 
 
 def _most_rows(series: SeriesInfo) -> int:

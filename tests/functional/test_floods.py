@@ -168,6 +168,34 @@ def test_long_names_that_a_destination_lists_are_cut(pacs: Callable[..., Any], t
     assert peak < 250, f"{peak} MiB"
 
 
+class _ManySeriesOfOne(Behaviour):
+    """Answers for each instance that is named with 1000 rows of 60 KB, each of another series."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        row = {0x00080052: level, 0x0020000D: self.site.instances[0].study}
+        if level == "STUDY":
+            yield row
+        elif level == "SERIES":
+            yield {**row, 0x0020000E: query.get(0x0020000E) or "1.2.3"}
+        elif query.get(0x00080018):
+            for number in range(1000):
+                yield {**row, 0x0020000E: f"1.2.3.{number}", 0x00080018: query[0x00080018], 0x00080016: "9" * 60_000}
+
+
+def test_what_is_answered_for_instances_that_are_named_does_not_fill_the_memory(
+    pacs: Callable[..., Any], tmp_path: Path
+) -> None:
+    named = "\\".join(f"1.9.{number}" for number in range(5))
+    with pacs(_ManySeriesOfOne, max_bytes=4 << 30) as server:
+        status, said, peak = shell(
+            "plan", node(server), "-k", f"StudyInstanceUID={server.study_uid}", "-k", f"SOPInstanceUID={named}"
+        )
+    assert status in (0, 4, 5), said[-1000:]
+    assert peak < 250, f"{peak} MiB"
+
+
 class _ManyValues(Behaviour):
     """Answers with 5 rows, of 30,000 numbers of two bytes each."""
 
