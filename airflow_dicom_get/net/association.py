@@ -121,7 +121,8 @@ class CancelToken:
     hard : bool
         At once, without waiting for anybody.
     left : bool
-        The caller has gone, since something did not return: whoever returns to this changes nothing any more.
+        The caller has gone, as one does whose call is over, and where something did not return: whoever returns to
+        this changes nothing any more.
     over_at : float
         ``clock.monotonic()`` value at which its own time, ``deadlines.operation``, is over.
     """
@@ -204,6 +205,7 @@ class Cancels:
             yield token
         finally:
             self._running.remove(token)
+            token.left = True
 
     def _hand_on(self) -> None:
         while running := list(self._running):

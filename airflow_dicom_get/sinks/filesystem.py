@@ -34,6 +34,7 @@ from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
     Below,
+    Disk,
     Follower,
     differ_by_lost_blocks,
     digest_of,
@@ -155,7 +156,8 @@ class FilesystemSink:
         cancel: CancelToken | None = None,
     ) -> None:
         self.root = Below(root)
-        self.disk = files.disk
+        self.cancel = cancel or CancelToken()
+        self.disk = files.shut_when(lambda: self.cancel.left)
         self.room = Room(root)
         self.writers = count(1)
         """Numbers the writers: no two write one temporary file."""
@@ -182,7 +184,6 @@ class FilesystemSink:
         self._returned_at = clock.monotonic()
         """When the thread that syncs was seen at work."""
         self._hurry = clock.event()
-        self.cancel = cancel or CancelToken()
 
     # --- what is held ------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class FilesystemSink:
         """See :meth:`sinks.base.Sink.inventory`."""
         if not self._read_only:  # here, too: of a study that is held whole no writer is ever begun
             try:
-                locks.clean_dead_runs(self.root / study, self.run)
+                locks.clean_dead_runs(self.root / study, self.run, self.disk)
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study, durably=self.options.durable and not self._read_only)
@@ -281,7 +282,7 @@ class FilesystemSink:
         """
         if not self.options.durable:
             return True
-        written = files.write_again(path)
+        written = files.write_again(path, go_on=self.look_on)
         sync_path(path)
         sync_path(path.parent)
         self._study(study).sync_folders()  # and once in a run all those above
@@ -317,8 +318,7 @@ class FilesystemSink:
             study = self._studies.get(uid)
             if study is None:
                 try:
-                    self.check_left()
-                    study = self._studies[uid] = _Study(self.root / uid, self.ledgers, uid, self.run)
+                    study = self._studies[uid] = _Study(self.root / uid, self.disk, self.ledgers, uid, self.run)
                 except OSError as error:
                     raise sink_error(error, f"The destination cannot create a folder for study {uid}") from error
             return study
@@ -347,11 +347,6 @@ class FilesystemSink:
                 self._returned_at = clock.monotonic()
         if begin:
             self._syncer = clock.spawn(self._sync_queued, "dicom-get-sync")
-
-    def check_left(self) -> None:
-        """Raise :class:`OSError` where the run was left to itself: whoever returns late changes nothing."""
-        if self.cancel.left:
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     def _wait(self, met: Callable[[], bool]) -> None:
         """Wait, holding the lock, until it is so, or until the thread that syncs is given up."""
@@ -533,17 +528,17 @@ class _Folder:
 class _Study:
     """The folder of a study with this run's lock, ledger and series folders."""
 
-    def __init__(self, path: Below, ledgers: Ledgers, uid: str, run: str) -> None:
+    def __init__(self, path: Below, disk: Disk, ledgers: Ledgers, uid: str, run: str) -> None:
         self.path = path
         self.place = f"{path}/"
-        self._disk = files.disk
+        self._disk = disk
         self._disk.make_folders(path)
         self._unsynced = [path, *path.parents]
         """Folders whose entries may not be durable: a run that was killed may have made what is in them."""
         self._lock_path = path / f".{run}.lock"
-        self._lock = locks.hold(self._lock_path)
+        self._lock = locks.hold(self._lock_path, disk)
         try:
-            locks.clean_dead_runs(path, run)
+            locks.clean_dead_runs(path, run, disk)
             self.ledger = ledgers.open(uid, run)
         except BaseException:
             self._give_back_lock()  # the next try of this run would wait for it for ever
@@ -775,12 +770,10 @@ class _FileWriter:
         """Give the file its final name, which never takes the place of a whole other one."""
         instance, folder = self._instance, self._folder.fd
         final = f"{instance.sop}.dcm"
-        self._sink.check_left()
         if self._disk.has(final, folder):
             return self._meet_first(final)
         # The file of what is recorded is gone: that would count for this one before it is synced.
         self._record_taken(anew=instance.key in self._sink.recorded_durable(instance.study))
-        self._sink.check_left()
         try:
             self._disk.rename_new(self._name, final, folder)
         except FileExistsError:  # another run was quicker by a moment
@@ -849,7 +842,7 @@ class _FileWriter:
         return (
             sink.options.durable
             and instance.key not in sink.recorded_durable(instance.study)
-            and not files.write_again(final, self._folder.fd)
+            and not files.write_again(final, self._folder.fd, sink.look_on)
             and sink.digests.of(instance.study, instance.key) is not None
         )
 
@@ -880,13 +873,11 @@ class _FileWriter:
         """
         if self._sink.options.durable:
             self._disk.sync_data(self._fd)
-            self._sink.check_left()
         if not self._is_under(final, judged):
             return self._meet_another()
         self._record_taken(anew=True)
         if not self._is_under(final, judged):
             return self._meet_another()
-        self._sink.check_left()
         self._disk.rename_over(self._name, final, self._folder.fd)
         self._sink.torn.discard(self._instance.key)
         return self._placed()._replace(remark=remark)

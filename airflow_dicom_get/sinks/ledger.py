@@ -28,7 +28,7 @@ from airflow_dicom_get.config.checks import shown
 from airflow_dicom_get.errors import LedgerError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import Folder, sync_path
+from airflow_dicom_get.storage.files import Disk, Folder, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -227,14 +227,15 @@ class RecordedDigests:
 
 
 class FolderLedgers:
-    """The ledgers below a folder, for one destination."""
+    """The ledgers below a folder, for one destination; nothing is recorded any more once the run was ``left``."""
 
-    def __init__(self, root: Folder, destination: str) -> None:
+    def __init__(self, root: Folder, destination: str, left: Callable[[], bool] = lambda: False) -> None:
         self.root, self.destination = root, destination
+        self._left = left
 
     def open(self, study: str, run: str) -> Ledger:
         """See :meth:`Ledgers.open`."""
-        return LedgerWriter(self.root, self.destination, study, run)
+        return LedgerWriter(self.root, self.destination, study, run, files.shut_when(self._left))
 
     def read(self, study: str, *, durably: bool = False) -> dict[Key, list[Stored]]:
         """See :meth:`Ledgers.read`."""
@@ -269,12 +270,12 @@ class FolderLedgers:
 class LedgerWriter:
     """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
 
-    def __init__(self, root: Folder, destination: str, study: str, run: str) -> None:
+    def __init__(self, root: Folder, destination: str, study: str, run: str, disk: Disk) -> None:
         folder = root / ".ledger" / study
-        self._disk = files.disk
+        self._disk = disk
         self._destination = destination
         self._root = root
-        self._unsynced = [*_above(root, folder), *files.make_folders(folder)]
+        self._unsynced = [*_above(root, folder), *files.make_folders(folder, disk)]
         self.path = folder / f"{run}.jsonl"
         self._fd = self._disk.open(self.path, files.APPEND)
         self._mutex = threading.Lock()

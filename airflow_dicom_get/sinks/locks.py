@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import Folder
+from airflow_dicom_get.storage.files import Disk, Folder
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _PART = re.compile(rf"\.[0-9.]{{1,64}}\.(?P<run>{clock.RUN_NAME})(?:\.[0-9]+)?\.
 """The temporary name of an instance. Earlier versions did not number the writers of a run."""
 
 
-def hold(path: Folder) -> int:
+def hold(path: Folder, disk: Disk | None = None) -> int:
     """Make a lock file and lock it; whoever cleans up may have removed it in between.
 
     Nobody else may open it: whoever can may lock it, and we would wait for him for ever.
@@ -32,7 +32,7 @@ def hold(path: Folder) -> int:
     OSError
         It cannot be made, or is gone each time: a file server may take no names that begin with a dot.
     """
-    disk = files.disk
+    disk = disk or files.disk
     for _ in range(_TRIES):
         try:
             lock = disk.open(path, files.NEW, mode=0o600)
@@ -60,7 +60,7 @@ def hold(path: Folder) -> int:
     raise FileNotFoundError(errno.ENOENT, f"a lock file ({path.name}) cannot be made there, or is gone at once")
 
 
-def clean_dead_runs(folder: Folder, own: str) -> None:
+def clean_dead_runs(folder: Folder, own: str, disk: Disk | None = None) -> None:
     """Remove temporary files and locks of runs that hold no lock any more; what another program left stays."""
     leftovers: dict[str, list[Folder]] = {}
     for name in files.names_in(folder):
@@ -73,18 +73,18 @@ def clean_dead_runs(folder: Folder, own: str) -> None:
                 if match is not None:
                     leftovers.setdefault(match["run"], []).append(folder / name / part)
     leftovers.pop(own, None)
+    disk = disk or files.disk
     for run, left in leftovers.items():
-        with _if_dead(folder / f".{run}.lock", left) as dead:
+        with _if_dead(disk, folder / f".{run}.lock", left) as dead:
             if dead:
                 log.info("removing the leftovers of run %s", run)
                 for path in left:
-                    files.disk.remove(path)
+                    disk.remove(path)
 
 
 @contextmanager
-def _if_dead(lock: Folder, left: list[Folder]) -> Iterator[bool]:
+def _if_dead(disk: Disk, lock: Folder, left: list[Folder]) -> Iterator[bool]:
     """Whether a run is dead; its lock is held meanwhile, and removed then."""
-    disk = files.disk
     try:
         fd = disk.open(lock, files.CHANGE)
     except OSError as error:

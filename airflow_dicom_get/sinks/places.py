@@ -36,7 +36,7 @@ class Root(Protocol):
     """Where manifests and ledgers lie."""
 
     def attend(self, cancel: CancelToken) -> None:
-        """Write no manifest once the run was left to itself."""
+        """Write no record and no manifest once the run was left to itself."""
 
     def prepare(self) -> None:
         """Find out before any traffic to the source whether it can be used. Raises :class:`SinkError`."""
@@ -238,7 +238,7 @@ class FolderRoot:
     def ledgers(self, destination: str) -> Ledgers:
         """See :meth:`Root.ledgers`."""
         own = FilesystemDestination(Path(self.path)).uri == f"{destination}/{MANIFESTS}"
-        return FolderLedgers(self.path, OWN if own else destination)
+        return FolderLedgers(self.path, OWN if own else destination, self._left)
 
     def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
         """See :meth:`Root.write_manifest`."""
@@ -247,13 +247,13 @@ class FolderRoot:
 
         path = self.path / f"{name}.parquet"
         try:
-            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run, go_on=self._go_on)
+            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run, go_on=lambda: not self._left())
         except OSError as error:
             raise sink_error(error, f"The manifest {path} cannot be written") from error
         return manifest_uri(path)
 
-    def _go_on(self) -> bool:
-        return self._cancel is None or not self._cancel.left
+    def _left(self) -> bool:
+        return self._cancel is not None and self._cancel.left
 
 
 def state_folder() -> Below:

@@ -237,6 +237,7 @@ class S3Sink:
                         return None
                     condition = self._in_place_of(study, upload, existing)
             try:
+                self.uploads.check()
                 if upload.parts is not None:
                     study.ledger.taken(upload.instance)
                     study.ledger.sync()  # metadata cannot be set at the end: the digest must stand in the ledger before
@@ -262,6 +263,7 @@ class S3Sink:
 
     def _in_place_of(self, study: _Study, upload: _Upload, existing: Existing) -> dict[str, str]:
         """Let nothing that was recorded of an object count any more; on which condition it may be replaced."""
+        self.uploads.check()
         study.ledger.dropped(upload.instance.key)
         study.ledger.sync()
         if existing.whole:

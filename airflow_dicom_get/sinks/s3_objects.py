@@ -185,11 +185,13 @@ def copied(bucket: Bucket, key: str) -> Iterator[Path]:
         As :meth:`~airflow_dicom_get.storage.bucket.Bucket.read`.
     DestinationFull
         There is no room for it.
+    SinkError
+        The run is to end.
     """
     with files.disk.scratch() as folder:
         copy, room = folder / "object", Room(folder, "The temporary folder", _RESERVE)
         with files.opened(copy, files.NEW) as fd:
-            for chunk in bucket.read(key):
+            for chunk in _until_the_end(bucket, key):
                 files.write_all(fd, chunk)
                 room.wrote(len(chunk))
         yield copy
@@ -198,8 +200,14 @@ def copied(bucket: Bucket, key: str) -> Iterator[Path]:
 def digest_of(bucket: Bucket, key: str) -> bytes:
     """The digest of an object, read whole. Raises :class:`SinkError` where the run is to end before it is known."""
     digest = hashlib.sha256()
+    for chunk in _until_the_end(bucket, key):
+        digest.update(chunk)
+    return digest.digest()
+
+
+def _until_the_end(bucket: Bucket, key: str) -> Iterator[bytes]:
+    """The content of an object. Raises :class:`SinkError` where the run is to end before it is read."""
     for chunk in bucket.read(key):
         if bucket.is_ending():
             raise ended_early()
-        digest.update(chunk)
-    return digest.digest()
+        yield chunk

@@ -103,6 +103,7 @@ class Ending(Protocol):
     """Whether a run is to end: its :class:`~airflow_dicom_get.net.association.CancelToken`."""
 
     hard: bool
+    left: bool
 
     def ending(self) -> bool:
         """Whether nothing new is to be begun."""
@@ -177,7 +178,10 @@ class Bucket:
         return f"{f'[{host}]' if ':' in host else host}:{address.port or (80 if address.scheme == 'http' else 443)}"
 
     def attend(self, ending: Ending) -> None:
-        """Let the end of a run end the requests: they fail as soon as the service keeps it waiting."""
+        """Let the end of a run end the requests: they fail as soon as the service keeps it waiting.
+
+        Once it was left to itself, or has returned, none is made any more.
+        """
         self._ending = ending
         ending.attend(lambda: self._lines.hang_up(at_once=ending.hard))
 
@@ -207,6 +211,8 @@ class Bucket:
         pause = self._ending.pause if self._ending is not None else clock.sleep
         began = clock.monotonic()
         for attempt in count(1):
+            if self._ending is not None and self._ending.left:
+                raise S3Error("The run has ended.", bucket=self.name, key=key, operation=operation, code="", status=0)
             asked = clock.monotonic()
             try:
                 answer: dict[str, Any] = getattr(self._client(), operation)(Bucket=self.name, **parameters)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from airflow_dicom_get import clock
 
@@ -375,6 +375,24 @@ disk = Disk()
 """The disk that all use."""
 
 
+class _Shut:
+    def __init__(self, disk: Disk, left: Callable[[], bool]) -> None:
+        self._disk, self._left = disk, left
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "close" and self._left():
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        return getattr(self._disk, name)
+
+
+def shut_when(left: Callable[[], bool]) -> Disk:
+    """:data:`disk` as one run has it: shut but for closing, once the run was left to itself.
+
+    So whoever returns late, from a call of it or from anything else, changes nothing any more.
+    """
+    return cast(Disk, _Shut(disk, left))
+
+
 # --- what is made of these calls -------------------------------------------------------------------
 
 
@@ -418,14 +436,14 @@ def names_in(path: Where) -> list[str]:
         return []
 
 
-def make_folders(path: Folder) -> list[Folder]:
+def make_folders(path: Folder, by: Disk | None = None) -> list[Folder]:
     """Make a folder and those above it; those in which one is new, to be synced for it to last, innermost first."""
     changed = []
     for folder, above in pairwise((path, *path.parents)):
         if exists(folder):
             break
         changed.append(above)
-    disk.make_folders(path)
+    (by or disk).make_folders(path)
     return changed
 
 
@@ -541,12 +559,12 @@ def sync_path(path: Where) -> None:
         disk.sync(fd)
 
 
-def write_again(path: Where, folder: int | None = None) -> bool:
+def write_again(path: Where, folder: int | None = None, go_on: GoOn = lambda: None) -> bool:
     """Write a file once more as it is, where we may: a sync of it is then one of what it holds. Whether we may.
 
     After a sync that failed, what could not be written counts as written; the next sync succeeds and writes nothing.
     So it is of no worth to sync what another process has written, or a run before this one. Whoever changes the file
-    meanwhile waits, or has it open already.
+    meanwhile waits, or has it open already. ``go_on`` is called before each piece, and raises what ends it.
     """
     try:
         fd = disk.open(path, CHANGE, folder)
@@ -556,6 +574,7 @@ def write_again(path: Where, folder: int | None = None) -> bool:
         disk.keep_others_out(fd)
         position = 0
         while chunk := disk.read_at(fd, CHUNK, position):
+            go_on()
             write_all(fd, chunk)
             position += len(chunk)
             check_size(position)

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -428,6 +429,120 @@ class Hung(files.Disk):
         super().rename_new(old, new, folder)
 
 
+class SlowFile(files.Disk):
+    """Calls of a file do not return until :attr:`released` is set, from the given one of them on; all are counted."""
+
+    def __init__(self, call: str, ending: str, first: int = 1) -> None:
+        self._call, self._ending, self._first, self.calls = call, ending, first, 0
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def _wait(self, call: str, fd: int) -> None:
+        if call == self._call and os.readlink(f"/proc/self/fd/{fd}").endswith(self._ending):
+            self.calls += 1
+            if self.calls >= self._first:
+                self.reached.set()
+                assert self.released.wait(60)
+
+    def read_at(self, fd: int, size: int, position: int) -> bytes:
+        self._wait("read", fd)
+        return super().read_at(fd, size, position)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        written = super().write(fd, data)
+        self._wait("write", fd)
+        return written
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["compared", "written again"])
+@pytest.mark.parametrize("way", ["cancelled twice", "signal"])
+def test_who_returns_late_from_what_was_there_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, way: str
+) -> None:
+    """What a run has left unsynced is written again before it counts; with ``resume=False`` it is compared."""
+    with MisbehavingPacs(None, instances=2) as pacs:
+        node, to = f"PACS@127.0.0.1:{pacs.port}", tmp_path / "to"
+        query = {"StudyInstanceUID": pacs.study_uid}
+        assert GetScu(node, destination=to, durable=durable).get_study(query).verdict == "complete"
+        scu = GetScu(node, destination=to, resume=not durable)
+        disk = SlowFile("read", ".dcm", 3 if durable else 1)  # where it ends; where it begins
+        monkeypatch.setattr(files, "disk", disk)
+
+        def cancel() -> None:
+            assert disk.reached.wait(WITHIN)
+            if way != "signal":
+                scu.cancel("stop")
+                scu.cancel("stop")
+
+        try:
+            with meanwhile(cancel):
+                if way == "signal":
+                    with raised_by_signal(disk.reached.is_set), pytest.raises(TaskTimeout):
+                        scu.get_study(query)
+                else:
+                    assert scu.get_study(query).verdict == "cancelled"
+            assert ours() == ["dicom-get-run"], "the disk holds it"
+            before = below(to)
+        finally:
+            disk.released.set()
+        limit = time.monotonic() + WITHIN
+        while ours() and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert ours() == []
+        assert below(to) == before
+        assert GetScu(node, destination=to).get_study(query).verdict == "complete"
+
+
+def test_a_cancel_is_heard_while_a_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MisbehavingPacs(None, instances=1, size=8 * files.CHUNK) as pacs:
+        node, query = f"PACS@127.0.0.1:{pacs.port}", {"StudyInstanceUID": pacs.study_uid}
+        assert GetScu(node, destination=tmp_path, durable=False).get_study(query).verdict == "complete"
+        scu = GetScu(node, destination=tmp_path)
+        disk = SlowFile("write", ".dcm")
+        monkeypatch.setattr(files, "disk", disk)
+
+        def cancel() -> None:
+            assert disk.reached.wait(WITHIN)
+            scu.cancel("stop")
+            disk.released.set()
+
+        with meanwhile(cancel):
+            result = scu.get_study(query)
+        assert (result.verdict, result.reason, disk.calls) == ("cancelled", "stop", 1)
+        assert GetScu(node, destination=tmp_path).get_study(query).verdict == "complete"
+
+
+def test_who_returns_late_from_an_object_that_was_there_requests_nothing(
+    moto: Moto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is copied to be compared; what was recorded of it counts on, since it is not replaced."""
+    with MisbehavingPacs(None, instances=1) as pacs, FaultProxy(moto) as service:
+        place: dict[str, Any] = {"destination": f"s3://{BUCKET}/late", "s3_config": service.config}
+        node, query = f"PACS@127.0.0.1:{pacs.port}", {"StudyInstanceUID": pacs.study_uid}
+        assert GetScu(node, **place).get_study(query).verdict == "complete"
+        pacs._site.instances[0] = replace(pacs.instances[0], salt=1)
+        scu = GetScu(node, resume=False, on_conflict="replace", **place)
+        disk = SlowFile("write", "/object")
+        monkeypatch.setattr(files, "disk", disk)
+
+        def cancel() -> None:
+            assert disk.reached.wait(WITHIN)
+            scu.cancel("stop")
+            scu.cancel("stop")
+
+        try:
+            with meanwhile(cancel):
+                assert scu.get_study(query).verdict == "cancelled"
+            assert ours(), "the disk holds it"
+            made = len(service.requests)
+        finally:
+            disk.released.set()
+        limit = time.monotonic() + WITHIN
+        while ours() and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert ours() == []
+        assert service.requests[made:] == []
+
+
 @pytest.mark.parametrize("way", ["cancel", "cancelled twice", "operation", "signal", "nobody"])
 @pytest.mark.parametrize(
     "calls", [{"sync_data"}, {"sync", "sync_data"}, {"rename"}], ids=lambda calls: "+".join(sorted(calls))
@@ -706,8 +821,11 @@ MENDINGS = {
     "hung, given up": Mutation(
         "sinks.filesystem:FilesystemSink._wait", "self._give_up()", "pass", "a run waits for a sync that hangs"
     ),
-    "hung, returns": Mutation(
-        "sinks.filesystem:FilesystemSink._go_on", "raise _GivenUpError", "return", "a sync that returns late writes on"
+    "returns late": Mutation(
+        "storage.files:_Shut.__getattr__",
+        'if name != "close" and self._left():',
+        "if False:",
+        "a comparison that returns late goes on to the ledger",
     ),
     "hung, manifest": Mutation(
         "storage.files:replace_whole", "if not go_on():", "if False:", "a manifest appears after the call has ended"
@@ -732,6 +850,8 @@ def test_each_mending_is_missed(
             test_after_an_exception_nothing_of_a_retrieval_is_at_work(tmp_path, ct, embedded, place, 3, "callback")
         elif name == "cancel":
             test_each_cancel_is_spent_by_one_call(tmp_path, ct, embedded)
+        elif name == "returns late":
+            test_who_returns_late_from_what_was_there_changes_nothing(tmp_path, monkeypatch, True, "cancelled twice")
         else:
             calls = {"sync", "sync_data"} if "manifest" in name else {"sync_data"}
             test_a_disk_that_does_not_return_does_not_keep_a_run(

@@ -206,7 +206,7 @@ def test_a_listing_without_an_end_or_a_token_is_an_error(
 
 def test_a_run_that_is_to_end_reads_no_object_to_its_end(service: Service, opened: Callable[..., seam.Bucket]) -> None:
     class Ended:
-        hard = False
+        hard = left = False
 
         def ending(self) -> bool:
             return True
