@@ -1,7 +1,8 @@
 """The filesystem sink: ``<root>/<study>/<series>/<sop>.dcm``, whole or not there.
 
 An instance is written under a temporary name, recorded as taken, given its final name without ever
-replacing another, then synced with others by a thread behind the receiver and recorded as durable.
+replacing another, then synced with others by a thread behind the receiver and recorded as durable. Where
+a record is not there at once, as in a bucket, the file is synced before it gets its final name.
 """
 
 from __future__ import annotations
@@ -772,6 +773,8 @@ class _FileWriter:
         final = f"{instance.sop}.dcm"
         if self._disk.has(final, folder):
             return self._meet_first(final)
+        if not self._study.ledger.at_once:  # after a power cut nothing would tell that it may be torn
+            self._sync_data()
         # The file of what is recorded is gone: that would count for this one before it is synced.
         self._record_taken(anew=instance.key in self._sink.recorded_durable(instance.study))
         try:
@@ -871,8 +874,7 @@ class _FileWriter:
         What is there may be whole: it goes when this one is durable, so that a power cut leaves one of both. What
         another run has put there meanwhile, for a sync may take long, is met as any other.
         """
-        if self._sink.options.durable:
-            self._disk.sync_data(self._fd)
+        self._sync_data()
         if not self._is_under(final, judged):
             return self._meet_another()
         self._record_taken(anew=True)
@@ -881,6 +883,12 @@ class _FileWriter:
         self._disk.rename_over(self._name, final, self._folder.fd)
         self._sink.torn.discard(self._instance.key)
         return self._placed()._replace(remark=remark)
+
+    def _sync_data(self) -> None:
+        """Make the content durable before it gets its final name."""
+        if self._sink.options.durable:
+            self._disk.sync_data(self._fd)
+            self._sink.check_left()
 
     def _is_under(self, final: str, fd: int) -> bool:
         """Whether an open file is still the one under the final name."""

@@ -125,6 +125,9 @@ def dropped_line(key: Key, destination: str, runs: Sequence[str] = ()) -> str:
 class Ledger(Protocol):
     """The records of one run for one study. What cannot be recorded raises ``OSError``."""
 
+    at_once: bool
+    """Whether a record outlasts a kill as soon as it is made, and not only once it is synced."""
+
     def taken(self, instance: Instance | Stored, *, anew: bool = False) -> None:
         """Record that the whole instance is there, before it gets its final name.
 
@@ -269,6 +272,8 @@ class FolderLedgers:
 
 class LedgerWriter:
     """Appends the records of one run for one study to ``<root>/.ledger/<study>/<run>.jsonl``."""
+
+    at_once = True
 
     def __init__(self, root: Folder, destination: str, study: str, run: str, disk: Disk) -> None:
         folder = root / ".ledger" / study

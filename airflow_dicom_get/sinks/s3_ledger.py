@@ -73,6 +73,8 @@ def _run_of(key: str) -> str:
 class BucketLedger:
     """The records of one run for one study; see :class:`sinks.ledger.Ledger`. Thread-safe."""
 
+    at_once = False
+
     def __init__(self, bucket: Bucket, destination: str, name: str) -> None:
         self._bucket, self._destination, self._name = bucket, destination, name
         self._mutex = threading.Lock()

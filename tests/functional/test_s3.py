@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from airflow_dicom_get.sinks.s3_uploads import PART_SIZE
 from airflow_dicom_get.storage import bucket as s3_client
 from airflow_dicom_get.storage.bucket import REQUESTS_PER_SLOT
 from airflow_dicom_get.testing.archive import SERIES_UID, SOP_INSTANCE, STUDY_UID, read_header
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import (
     ACCESS_KEY,
@@ -227,6 +229,48 @@ class TestThereAndBack:
         assert len(load_manifest(combined, service.config)) == 2 * len(ct.entries)
         with pytest.raises(ManifestError, match="NoSuchKey"):
             read_manifest(f"{root}/none.parquet", service.config)
+
+    @pytest.mark.parametrize("adopt", [False, True])
+    def test_a_power_cut_tears_no_file_whose_record_waits_for_the_bucket(
+        self, moto: Moto, prefix: str, tmp_path: Path, adopt: bool
+    ) -> None:
+        """Killed at its third sync; of what was not synced, the power cut leaves the first page."""
+        script = (
+            "import json, os, signal, sys\n"
+            "from airflow_dicom_get import GetScu\n"
+            "from airflow_dicom_get.storage import files\n"
+            "class Cut(files.Disk):\n"
+            "    left = 3\n"
+            "    def sync_data(self, fd):\n"
+            "        self.left -= 1\n"
+            "        if not self.left:\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        super().sync_data(fd)\n"
+            "        with open(sys.argv[4], 'a') as log:\n"
+            "            log.write(f'{os.fstat(fd).st_ino}\\n')\n"
+            "files.disk = Cut()\n"
+            "GetScu(sys.argv[1], **json.loads(sys.argv[2])).get_study({'StudyInstanceUID': sys.argv[3]})\n"
+        )
+        root = f"s3://{BUCKET}/{prefix}/state"
+        options: dict[str, Any] = {"destination": str(tmp_path / "to"), "manifest_root": root}
+        options["s3_config"] = moto.config
+        with MisbehavingPacs(series=1, instances=6, size=40_000) as pacs:
+            node, synced = f"PACS@127.0.0.1:{pacs.port}", tmp_path / "synced"
+            done = subprocess.run(
+                [sys.executable, "-c", script, node, json.dumps(options), pacs.study_uid, str(synced)], check=False
+            )
+            assert done.returncode == -signal.SIGKILL
+            safe = set(map(int, synced.read_text().split()))
+            for path in (tmp_path / "to").rglob("*.dcm"):
+                if path.stat().st_ino not in safe:
+                    with path.open("r+b") as file:
+                        file.seek(4096)
+                        file.write(bytes(path.stat().st_size - 4096))
+            result = GetScu(node, **options, adopt=adopt).get_study({"StudyInstanceUID": pacs.study_uid})
+            assert (result.verdict, result.errors) == ("complete", [])
+            held = {path.stem: path.read_bytes() for path in (tmp_path / "to").rglob("*.dcm")}
+            assert held.keys() == set(pacs.uids)
+            assert all(content.endswith(pacs.dataset(uid)) for uid, content in held.items())
 
     def test_ledgers_in_a_folder(
         self, service: S3Server, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path

@@ -166,7 +166,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "complete, and other bytes came",
     ),
     "what_replaces_another_is_not_synced_before": Mutation(
-        "sinks.filesystem:_FileWriter._put_over", "if self._sink.options.durable:", "if False:", "changed"
+        "sinks.filesystem:_FileWriter._put_over", "self._sync_data()", "pass", "changed"
     ),
     "a_node_that_cannot_be_reached_confirms_what_it_was_sent": Mutation(
         "sinks.forward:ForwardSink._listed",
