@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from airflow_dicom_get.dicom.dictionary import identifies
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.lists.finder import STRANGE, Finder, check_answered
-from airflow_dicom_get.lists.matching import Contradiction, Dropped, Row
+from airflow_dicom_get.lists.matching import Contradiction, Dropped, Row, values_of
 from airflow_dicom_get.net.find import FIND_PROPOSALS
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
@@ -96,7 +96,7 @@ class _Search:
         self._dropped = Dropped()
         self._doubt: str | None = None
         self._unsupported: list[InvalidQuery] = []
-        self._strangers = _Strangers({one.value.encode() for one in listed})
+        self._strangers = _Strangers(frozenset(one.value for one in listed))
 
     def run(self, source: Source, retries: int) -> FoundList:
         """Ask for all of it."""
@@ -121,20 +121,23 @@ class _Search:
                 self._done[one] = self._by_accession(finder, one)
 
     def _by_accession(self, finder: Finder, one: ListedStudy) -> FoundStudies:
-        here = self._strangers.next()
+        strangers = self._strangers
+        here = strangers.next(one.value)
         uids: dict[str, None] = {}
-        problem, unreadable = "", finder.unreadable
-        enough, keys = self._strangers.enough, {i.ACCESSION_NUMBER: one.value}
+        unreadable, keys = finder.unreadable, {i.ACCESSION_NUMBER: one.value}
+        enough = strangers.are_those_read
         for row, _ in finder.answers("STUDY", keys, (h.STUDY_INSTANCE_UID,), dropped=here, enough=enough):
-            uid = shown_uid(row.get(h.STUDY_INSTANCE_UID))
-            if is_uid(uid):
-                uids[uid] = None
-            else:
-                problem = "with this accession number can be asked for: a Study Instance UID of it is malformed"
+            uids[shown_uid(row.get(h.STUDY_INSTANCE_UID))] = None
         if enough():
-            uids |= dict.fromkeys(self._strangers.studies.get(one.value.encode(), ()))
-        elif finder.cuts.may_be_cut("STUDY", finder.came):
-            self._doubt = self._doubt or "list_may_be_cut"
+            uids |= dict.fromkeys(strangers.of(one.value))
+        else:
+            strangers.were_read()
+            if finder.cuts.may_be_cut("STUDY", finder.came):
+                self._doubt = self._doubt or "list_may_be_cut"
+        problem = ""
+        if not all(map(is_uid, uids)):
+            problem = "with this accession number can be asked for: a Study Instance UID of it is malformed"
+            uids = dict.fromkeys(filter(is_uid, uids))
         if finder.unreadable > unreadable:
             self._doubt = "list_contradicted"
         if problem:
@@ -158,31 +161,43 @@ class _Search:
 class _Strangers:
     """What a PACS answers that was not asked for, where it ignores the key and sends all that it holds.
 
-    Its first such answer is read to the end, and has the other entries of the list in it; later ones are cancelled.
+    The first such answer that is read to its end has the other entries of the list in it; later ones are cancelled. One
+    that breaks off has no say: it is asked for again.
     """
 
-    def __init__(self, wanted: Collection[bytes]) -> None:
+    def __init__(self, wanted: frozenset[str]) -> None:
         self._wanted = wanted
-        self._here: Dropped = Dropped()
-        self._ignores = False
-        self.studies: dict[bytes, list[str]] = {}
-        """By accession number, of the entries of the list."""
+        self._value = ""
+        self._came = 0
+        self._noted: dict[str, list[str]] = {}
+        self._read: dict[str, list[str]] | None = None
+        """By accession number, the studies of the entries of the list, as that answer has them."""
 
-    def next(self) -> Dropped:
+    def next(self, value: str) -> Dropped:
         """Where the rows go that contradict the next entry."""
-        self._ignores = self._ignores or self._here.total >= STRANGE
-        self._here = _Noted(self._note)
-        return self._here
+        self._value, self._came, self._noted = value.lstrip("0").casefold(), 0, {}
+        return _Noted(self._note)
 
-    def enough(self) -> bool:
-        """Whether the answer is the same as one that was read before."""
-        return self._ignores and self._here.total >= STRANGE
+    def were_read(self) -> None:
+        """The answer to this entry was read to its end."""
+        if self._read is None and self._came >= STRANGE:
+            self._read = self._noted
+
+    def are_those_read(self) -> bool:
+        """Whether the answer to this entry is the same as one that was read to its end before."""
+        return self._read is not None and self._came >= STRANGE
+
+    def of(self, value: str) -> list[str]:
+        """The studies of an entry in that answer, as :func:`shown_uid` shows them."""
+        return (self._read or {}).get(value, [])
 
     def _note(self, row: Row) -> None:
-        accession = row.get(i.ACCESSION_NUMBER, b"").strip(b"\0 ")
-        uid = i.text_value(row.get(h.STUDY_INSTANCE_UID)) or ""
-        if not self._ignores and accession in self._wanted and is_uid(uid):
-            self.studies.setdefault(accession, []).append(uid)
+        values = values_of(row.get(i.ACCESSION_NUMBER, b""), row.get(h.SPECIFIC_CHARACTER_SET, b""), "SH")
+        # One that has the number in its own was matched by it, loosely: then each entry has an answer of its own.
+        self._came += not any(self._value in value.casefold() for value in values)
+        if self._read is None:
+            for value in self._wanted.intersection(values):
+                self._noted.setdefault(value, []).append(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
 
 
 class _Noted(Dropped):

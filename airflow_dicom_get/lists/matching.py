@@ -108,10 +108,10 @@ class _Test:
         if not raw.strip(b"\0 "):
             compared = self._exact or self._vr in ("UI", "DA", "PN") or self._vr in _FOLDED_VRS
             return Contradiction(self._keyword, self._level, False) if self._needed and compared else None
-        readings = _readings(raw, row.get(SPECIFIC_CHARACTER_SET, b""), self._vr)
-        if any(self._fits(part.strip(_PADDING)) for text in readings for part in text.split("\\")):
+        values = values_of(raw, row.get(SPECIFIC_CHARACTER_SET, b""), self._vr)
+        if any(map(self._fits, values)):
             return None
-        return Contradiction(self._keyword, self._level, True, self._spelling(readings))
+        return Contradiction(self._keyword, self._level, True, self._spelling(values))
 
     def _fits(self, have: str) -> bool:
         if self._vr == "UI":
@@ -130,10 +130,10 @@ class _Test:
             return any(_like(have.casefold(), wanted.casefold()) for wanted in self._wanted)
         return True
 
-    def _spelling(self, readings: Iterable[str]) -> str:
+    def _spelling(self, values: Iterable[str]) -> str:
         if not self._exact:
             return ""
-        for have in (part.strip(_PADDING) for text in readings for part in text.split("\\")):
+        for have in values:
             if len(have) > LONGEST_ID:  # and so of any number of zeros, each a remark of its own
                 continue
             for wanted in self._wanted:
@@ -212,6 +212,11 @@ def _readings(raw: bytes, character_set: bytes, vr: str) -> list[str]:
         except UnicodeDecodeError:
             pass
     return [decode_text(raw, vr, character_set)]
+
+
+def values_of(raw: bytes, character_set: bytes, vr: str) -> list[str]:
+    """What the values of an element may say, without their padding."""
+    return [part.strip(_PADDING) for text in _readings(raw, character_set, vr) for part in text.split("\\")]
 
 
 def same_text(one: bytes, character_set: bytes, other: bytes, other_set: bytes) -> bool:

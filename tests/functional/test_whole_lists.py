@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from airflow_dicom_get import GetScu
-from airflow_dicom_get.engine.study_list import ListedStudy
+from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
-from airflow_dicom_get.testing.misbehaving.archive import CT
+from airflow_dicom_get.testing.misbehaving.archive import CT, crowd
 from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES
-from airflow_dicom_get.testing.misbehaving.modes_list import FindCutNothingCounted, FindCutUncounted
-from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE
+from airflow_dicom_get.testing.misbehaving.modes_list import (
+    FindCutNothingCounted,
+    FindCutUncounted,
+    FindIgnoresKeysOfMany,
+    FindPrefix,
+)
+from airflow_dicom_get.testing.misbehaving.wire import EXPLICIT_LE, GoneError
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import big_study
 from airflow_dicom_get.testing.servers import HOST, Dcmqrscp, Orthanc
@@ -328,6 +334,62 @@ class TestStudies:
         assert found.entries[1].uids == (client.pacs.study_uid,)
         ignored = sum(remark["count"] for remark in found.remarks)
         assert 1500 + 4 * 1000 <= ignored < 1500 + 4 * 1100, "one whole answer, and the beginning of each other"
+
+    def find_crowd(self, client: Any, *wanted: str) -> FoundList:
+        return client.find_listed([ListedStudy(n, "AccessionNumber", value) for n, value in enumerate(wanted, 2)])
+
+    def test_an_answer_that_broke_off_does_not_stand_for_others(
+        self, scu: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = []
+
+        class BreaksOffOnce(FindIgnoresKeysOfMany):
+            def rows(self, level: str, query: Any) -> Iterator[Any]:
+                answers.append(level)
+                yield from islice(super().rows(level, query), 1200 if len(answers) == 1 else None)
+                if len(answers) == 1:
+                    raise GoneError("in the middle of an answer")
+
+        monkeypatch.setitem(MODE_CLASSES, "breaks_off_once", BreaksOffOnce)
+        client = scu("breaks_off_once", of={"series": 1, "instances": 1})
+        found = self.find_crowd(client, "HOSTILE-ACC", "CROWD-1400")
+        assert [(len(entry.uids), entry.problem) for entry in found.entries] == [(1, ""), (1, "")]
+        assert len(answers) == 3
+
+    @pytest.mark.parametrize("character_set", ["ISO_IR 100", "ISO_IR 192"])
+    def test_what_stands_in_an_answer_to_another_entry(
+        self, scu: Any, monkeypatch: pytest.MonkeyPatch, character_set: str
+    ) -> None:
+        """It is compared, and found wanting, as in an answer of its own."""
+        encoding = {"ISO_IR 100": "latin-1", "ISO_IR 192": "utf-8"}[character_set]
+
+        class Written(FindIgnoresKeysOfMany):
+            def rows(self, level: str, query: Any) -> Iterator[Any]:
+                for row in super().rows(level, query):
+                    changed = row | {0x00080005: character_set}
+                    if row[0x00080050] == "CROWD-1400":
+                        changed[0x00080050] = "Ä-1".encode(encoding).decode("latin-1")
+                    if row[0x00080050] == "CROWD-1401":
+                        changed[0x0020000D] = "../1"
+                    yield changed
+
+        monkeypatch.setitem(MODE_CLASSES, "written", Written)
+        client = scu("written", of={"series": 1, "instances": 1})
+        found = self.find_crowd(client, "CROWD-1", "Ä-1", "CROWD-1401")
+        assert [len(entry.uids) for entry in found.entries] == [1, 1, 0]
+        assert (found.doubt, "malformed" in found.entries[2].problem) == ("bad_uid", True)
+
+    def test_a_pacs_that_takes_numbers_as_prefixes_answers_each_on_its_own(
+        self, scu: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class FindPrefixOfMany(FindPrefix):
+            def listing(self) -> Any:
+                return [*self.site.instances, *reversed(crowd(3000, 600))]
+
+        monkeypatch.setitem(MODE_CLASSES, "find_prefix_of_many", FindPrefixOfMany)
+        client = scu("find_prefix_of_many", of={"series": 1, "instances": 1})
+        found = self.find_crowd(client, "CROWD-1", "CROWD-2")
+        assert [len(entry.uids) for entry in found.entries] == [1, 1]
 
 
 class TestMalformed:
