@@ -44,7 +44,6 @@ __all__ = [
     "bucket_of",
     "check_decoded",
     "content_of",
-    "in_manifests",
     "manifest_content",
     "manifest_uri",
     "open_manifest",
@@ -240,11 +239,11 @@ def tables_below(where: Any, s3_config: S3 = None, room: Room | None = None) -> 
         for key in _keys_below(bucket, place):
             found = True
             uri = bucket.uri(key)
-            yield own_table(table_in(_fetch(replace(place, prefix=key), bucket), uri, room), uri)
+            yield own_table(table_in(_fetch(replace(place, prefix=key), bucket), uri, room), place_above(uri))
     else:
         for path in _files_below(place.path):
             found = True
-            yield own_table(table_in(_read(path), str(path), room), str(path))
+            yield own_table(table_in(_read(path), str(path), room), _place_of_file(path))
     if not found:
         raise ManifestError(
             f"There are no manifests at {shown_path(where)}.",
@@ -254,10 +253,18 @@ def tables_below(where: Any, s3_config: S3 = None, room: Room | None = None) -> 
 
 
 def _files_below(path: Path) -> list[Folder]:
-    if not files.is_folder(path):
-        return [path]
-    root, own = Below(path), Below(path) / MANIFESTS
-    found = files.files_below(own if files.exists(own) else root, lambda name: not name.startswith("."), _left_out)
+    """Those of a folder lie below the place that was named, however many folders ``_manifests`` are in between."""
+    named = without_links(path.absolute())
+    try:
+        alone = not files.is_folder(named)
+    except OSError:
+        alone = True  # reading it says what is wrong
+    if alone:
+        return [named]
+    root = named if isinstance(named, Below) else Below(named)
+    if not root.names and files.exists(root / MANIFESTS):
+        root /= MANIFESTS
+    found = files.files_below(root, lambda name: not name.startswith("."), _left_out)
     return [file for file in found if file.name.endswith(".parquet")]
 
 
@@ -304,25 +311,21 @@ def place_of(uri: Any) -> FilesystemDestination | S3Destination:
 
 
 def without_links(path: Path) -> Folder:
-    """A path as it is; below a folder ``_manifests``, where others may write, one on which no link is followed."""
-    return in_manifests(path) or path
+    """A path as it is; at or below a folder ``_manifests``, where others may write, one that follows no link there.
 
-
-def in_manifests(path: Path) -> Below | None:
-    """A path in a folder ``_manifests``, below the place in which that lies; None if it lies in none.
-
-    One that ``..`` leads out of it again lies in none: whose it is, it does not say.
+    It begins at the place in which that folder lies, of several the outermost: whoever writes into it can make
+    further ones. One that ``..`` leads out of it again lies in none: whose it is, it does not say.
     """
     whole = path.absolute()
-    for above in whole.parents:
-        names = _forth_and_back(whole.relative_to(above).parts) if above.name == MANIFESTS else []
-        if names:
+    for above in reversed((whole, *whole.parents)):
+        names = _forth_and_back(whole.relative_to(above).parts) if above.name == MANIFESTS else None
+        if names is not None:
             return Below(above.parent, (MANIFESTS, *names))
-    return None
+    return path
 
 
-def _forth_and_back(parts: Sequence[str]) -> list[str]:
-    """The parts of a path without ``..``; none where it leads out."""
+def _forth_and_back(parts: Sequence[str]) -> list[str] | None:
+    """The parts of a path without ``..``; None where it leads out."""
     names: list[str] = []
     for part in parts:
         if part != "..":
@@ -330,22 +333,26 @@ def _forth_and_back(parts: Sequence[str]) -> list[str]:
         elif names:
             names.pop()
         else:
-            return []
+            return None
     return names
+
+
+def _place_of_file(path: Folder) -> FilesystemDestination | None:
+    """The place in which the ``_manifests`` of a file lies; None if it lies in none."""
+    return FilesystemDestination(path.top) if isinstance(path, Below) and MANIFESTS in path.names else None
 
 
 def place_above(manifest: str | os.PathLike[str]) -> FilesystemDestination | S3Destination | None:
     """The place in which the ``_manifests`` of a file lies; None if it lies in none. Raises :class:`ManifestError`."""
     place = place_of(manifest)
     if isinstance(place, FilesystemDestination):
-        found = in_manifests(place.path)
-        return FilesystemDestination(found.top) if found is not None else None
-    prefix, inside, _ = f"/{place.prefix}".rpartition(f"/{MANIFESTS}/")
+        return _place_of_file(without_links(place.path))
+    prefix, inside, _ = f"/{place.prefix}".partition(f"/{MANIFESTS}/")
     return S3Destination(place.bucket, prefix.removeprefix("/")) if inside else None
 
 
-def own_table(table: pa.Table, manifest: str | os.PathLike[str]) -> pa.Table:
-    """The table of a file as it may be handed on: where the file's own place is known, its rows name no other one.
+def own_table(table: pa.Table, own: FilesystemDestination | S3Destination | None) -> pa.Table:
+    """The table of a file as it may be handed on: where the file's ``own`` place is known, its rows name no other one.
 
     Without an address it is the column ``destination`` that says where objects may be opened, and anybody may have
     written the file. What lies outside of its place is blank there, and what lies inside is the place: a link may take
@@ -354,7 +361,6 @@ def own_table(table: pa.Table, manifest: str | os.PathLike[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    own = place_above(manifest)
     if own is None:
         return table
     column = table["destination"]
@@ -413,12 +419,12 @@ def content_of(place: FilesystemDestination | S3Destination, s3_config: S3 = Non
     """The file of a manifest, as bytes. Raises :class:`ManifestError`."""
     if isinstance(place, S3Destination):
         return _fetch(place, bucket_of(place, s3_config))
-    return _read(place.path)
+    return _read(without_links(place.path))
 
 
 def _read(path: Folder) -> bytes:
     try:
-        return files.read_whole(without_links(path) if isinstance(path, Path) else path, _LARGEST)
+        return files.read_whole(path, _LARGEST)
     except OSError as error:
         raise ManifestError(
             f"The manifest {shown_path(path)} cannot be read: {error.strerror}.",

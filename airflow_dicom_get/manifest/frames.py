@@ -31,6 +31,7 @@ from airflow_dicom_get.manifest.files import (
     manifest_uri,
     open_manifest,
     own_table,
+    place_above,
     place_of,
     read_table,
     table_in,
@@ -164,7 +165,7 @@ def read_manifest(uri: Any, s3_config: S3 = None) -> DataFrame:
     ManifestError
         The file does not exist, is damaged, or has another schema. It is not changed.
     """
-    return frame_of(own_table(read_table(uri, s3_config), uri))
+    return frame_of(own_table(read_table(uri, s3_config), place_above(uri)))
 
 
 def load_manifest(manifest: Any, s3_config: S3 = None) -> DataFrame:
@@ -188,7 +189,7 @@ def load_table(manifest: Any, s3_config: S3 = None, room: Room | None = None) ->
     if isinstance(manifest, Mapping):
         return _referenced(manifest, s3_config, room)
     if isinstance(manifest, str | os.PathLike):
-        return own_table(read_table(manifest, s3_config, room), manifest)
+        return own_table(read_table(manifest, s3_config, room), place_above(manifest))
     if hasattr(manifest, "columns") and hasattr(manifest, "attrs"):
         return table_of(manifest)
     raise ManifestError(

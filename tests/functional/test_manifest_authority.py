@@ -438,6 +438,58 @@ def test_what_lies_in_the_place_of_a_manifest_is_of_that_place(got: Retrieved, t
     assert len(read_instances(by_link[1:])) == 11
 
 
+class Within:
+    """A folder ``_manifests`` below that of a destination, as others can make it, with a manifest of that place.
+
+    What it lists lies in a private folder, which a link can put in its place.
+    """
+
+    def __init__(self, got: Retrieved, tmp_path: Path) -> None:
+        name = Path(got.file).relative_to(got.folder)
+        self.folder, self.private = got.folder / "_manifests" / "x", tmp_path / "private"
+        (self.private / name).parent.mkdir(parents=True)
+        (self.private / name).write_bytes(Path(got.file).read_bytes())
+        (self.private / "_manifests").mkdir()
+        (self.folder / "_manifests").mkdir(parents=True)
+        self.manifest = self.folder / "_manifests" / "m.parquet"
+        frame = got.frame.iloc[:1].assign(destination=self.folder.as_uri(), uri=(self.folder / name).as_uri())
+        write_manifest(table_of(frame), self.manifest, verdict="complete", evidence="list", run="r")
+        shutil.copy(self.manifest, self.private / "_manifests")
+
+    def put_link(self) -> None:
+        self.folder.rename(self.folder.with_name("old"))
+        self.folder.symlink_to(self.private)
+
+
+def test_a_folder_of_manifests_within_ours_is_no_place_of_its_own(
+    got: Retrieved, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    within = Within(got, tmp_path)
+    for named in (got.folder, got.folder / "_manifests", within.folder, within.manifest):
+        frame = read_manifests(named)
+        assert set(frame["destination"]) == {got.folder.as_uri()}
+        assert len(frame) == (13 if named in (got.folder, got.folder / "_manifests") else 1)
+    within.put_link()
+    with pytest.raises(ManifestError, match="outside the destination"):
+        read_instances(frame)
+    assert reasons(stored(target, tmp_path, frame[got.frame.columns])) == {"outside_root": 1}
+
+
+def test_no_link_is_followed_to_a_folder_of_manifests_within_ours(
+    got: Retrieved, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    within = Within(got, tmp_path)
+    within.put_link()
+    for read in (read_table, load_manifest, read_manifests, lambda uri: stored(target, tmp_path, uri)):
+        with pytest.raises(ManifestError, match="it is a link, which is not followed"):
+            read(within.manifest)
+    with pytest.raises(ManifestError, match="it is a link, which is not followed"):
+        read_manifests(within.folder)
+    with pytest.raises(ManifestError, match="it is a link, which is not followed"):
+        combine_manifests([got.uri], within.folder / "_manifests" / "whole.parquet")
+    assert [x.name for x in (within.private / "_manifests").iterdir()] == ["m.parquet"]
+
+
 def test_destinations_without_number_are_not_all_looked_at(got: Retrieved, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Any] = []
     rows = [a_row() for _ in range(20_000)]
