@@ -426,8 +426,8 @@ NOT_THE_DESTINATIONS: frozenset[str] = frozenset({"different_content", "cancelle
 """Reasons of instances that were not kept, and that say nothing of the destination's health."""
 NOT_OF_THE_QUERY: frozenset[str] = frozenset({"foreign_study", "not_asked"})
 """Reasons of what was sent, could be read, and is not meant by the query."""
-DESTINATION_FAILED: frozenset[str] = frozenset({"destination_error", "destination_full"})
-"""Reasons of instances that a folder or a bucket could not take."""
+NOT_COMPARED: frozenset[str] = frozenset({"destination_error", "destination_full", "deadline", "cancelled"})
+"""Reasons of instances that a folder or a bucket could not take, nor compare with what is there."""
 CONTENT_IN_DOUBT: frozenset[str] = frozenset({"size_changed", "unreadable", "different_content"})
 """Reasons of instances of which another object than the recorded one may lie at the destination."""
 STOPS: frozenset[str] = frozenset({"window", "strict_forward", "destination_error", "destination_full"})

@@ -24,13 +24,13 @@ from airflow_dicom_get.lists.whole import COUNTER
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.vocabulary import (
-    DESTINATION_FAILED,
     DID_NOT_COME,
     DONE,
     HELD,
     LOCAL_REASONS,
     NOT_AVAILABLE,
     NOT_BROUGHT,
+    NOT_COMPARED,
     NOT_OF_THE_QUERY,
     NOT_THE_DESTINATIONS,
     STOPS,
@@ -333,7 +333,7 @@ class StudyState:
         for one in meant:
             if one is instance and taken.reason == "different_content":
                 one.forget_content()
-            if one.state in HELD and taken.reason in DESTINATION_FAILED and _is_ours(instance):
+            if one.state in HELD and taken.reason in NOT_COMPARED and _is_ours(instance):
                 self._not_compared(one, taken.reason, error)
             else:
                 self._refuse(one, taken)

@@ -888,7 +888,6 @@ class _FileWriter:
         """Make the content durable before it gets its final name."""
         if self._sink.options.durable:
             self._disk.sync_data(self._fd)
-            self._sink.check_left()
 
     def _is_under(self, final: str, fd: int) -> bool:
         """Whether an open file is still the one under the final name."""

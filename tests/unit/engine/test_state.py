@@ -177,13 +177,14 @@ class TestAnswers:
         state.answer(uid(1), None, Taken(0xC000, "unparsable", "It cannot be read."))
         assert (one.state, one.reason) == ("stored", None)
 
-    def test_what_was_sent_again_and_not_compared_is_asked_for_again(self) -> None:
+    @pytest.mark.parametrize("reason", ["destination_error", "destination_full", "deadline", "cancelled"])
+    def test_what_was_sent_again_and_not_compared_is_asked_for_again(self, reason: str) -> None:
         """It may be other bytes than those that are held."""
         state = listed(1)
         one = state.instances[key(1)]
         state.answer(uid(1), one, STORED)
-        state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), BROKEN)
-        assert (one.state, one.reason) == ("failed", "destination_error")
+        state.answer(uid(1), Instance(STUDY, SERIES, uid(1)), BROKEN._replace(reason=reason))
+        assert (one.state, one.reason) == ("failed", reason)
         assert state.missing() == [one]
 
     def test_a_node_that_refuses_what_it_has_leaves_it_there(self) -> None:
