@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from airflow_dicom_get.vocabulary import REMARKS, Exactness, State
 
@@ -212,3 +213,12 @@ class Completed:
     error: str | None = None
     bytes: int = 0
     skipped: int = 0
+
+
+class Written(NamedTuple):
+    """A manifest as it was written: who reads it later can tell whether it still is that one."""
+
+    rows: int
+    bytes: int
+    sha256: str
+    verdict: str

@@ -22,7 +22,7 @@ from airflow_dicom_get.vocabulary import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from airflow_dicom_get.records import Instance
+    from airflow_dicom_get.records import Instance, Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,8 @@ class Result:
     kind: Kind = field(default="get", repr=False)
     transient: bool = field(default=False, repr=False)
     rows: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+    written: Written | None = field(default=None, init=False, repr=False, compare=False)
+    """The manifest as it was written; None where it was not."""
     _manifest: DataFrame | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -245,7 +247,7 @@ class Result:
 
 
 _JSON_FIELDS = tuple(
-    item.name for item in fields(Result) if item.name not in ("transient", "kind", "rows", "_manifest")
+    item.name for item in fields(Result) if item.name not in ("transient", "kind", "rows", "written", "_manifest")
 )
 
 

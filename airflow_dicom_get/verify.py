@@ -41,7 +41,7 @@ from airflow_dicom_get.errors import (
 )
 from airflow_dicom_get.lists.whole import doubt_remark
 from airflow_dicom_get.manifest.files import MANIFESTS, without_links
-from airflow_dicom_get.records import Instance, Key, Stored
+from airflow_dicom_get.records import Instance, Key, Stored, Written
 from airflow_dicom_get.result import html_table
 from airflow_dicom_get.sinks.objects import (
     Listed,
@@ -129,6 +129,8 @@ class Verification:
     manifest_uri: str | None = None
     plan_at: datetime | None = None
     rows: list[Instance] = field(default_factory=list, repr=False)
+    written: Written | None = field(default=None, repr=False)
+    """The manifest as it was written; None where it was not."""
 
     @property
     def differs(self) -> bool:
@@ -784,7 +786,7 @@ class _Verify:
         }
         compared = verdict_of_comparison(found.same, found.differs)
         try:
-            found.manifest_uri = self._root(manifest).write_manifest(
+            found.manifest_uri, found.written = self._root(manifest).write_manifest(
                 manifest_rows(found.rows, **described),
                 name or f"verify-{run}",
                 verdict=verdict_of_verified(compared, self.said, self.has_source),

@@ -139,10 +139,10 @@ def write_manifest(
     read : (verdict, evidence), optional
         What a manifest says of itself that these rows were made of.
     """
-    uri, problem = None, None
+    uri, written, problem = None, None, None
     said, rests_on = no_better((result.verdict, result.evidence), read)
     try:
-        uri = root.write_manifest(rows, name, verdict=said, evidence=rests_on, run=run)
+        uri, written = root.write_manifest(rows, name, verdict=said, evidence=rests_on, run=run)
     except DicomGetError as error:
         problem = error
     except Exception as error:
@@ -150,6 +150,6 @@ def write_manifest(
         problem = unexpected(error)
     if cancel.left:  # the caller has the result already
         return
-    result.manifest_uri = uri
+    result.manifest_uri, result.written = uri, written
     if problem is not None:
         manifest_not_written(result, problem)

@@ -6,12 +6,13 @@ Writing needs pyarrow alone.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -28,6 +29,7 @@ from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.connections import s3_config_of
 from airflow_dicom_get.errors import InvalidOption, ManifestError, S3Error
 from airflow_dicom_get.manifest.schema import BATCH, COLUMNS, SCHEMA_VERSION, arrow_schema, as_metadata, metadata_of
+from airflow_dicom_get.records import Written
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
 
@@ -121,6 +123,27 @@ def safe_cell(value: Any) -> Any:
     return _FORMULA.sub("'", value) if isinstance(value, str) else value
 
 
+class _Counted(io.RawIOBase):
+    """A file that is written from its beginning to its end, with the digest of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.closed:
+            raise ValueError("The file is closed.")
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self.size
+
+
 def write_manifest(
     rows: pa.Table | pa.RecordBatchReader,
     path: str | Folder,
@@ -130,7 +153,7 @@ def write_manifest(
     run: str,
     extra: Mapping[str, str] | None = None,
     go_on: Callable[[], bool] = lambda: True,
-) -> None:
+) -> Written:
     """Write a manifest under a temporary name, sync it, and rename it. An older file is replaced whole.
 
     Parameters
@@ -147,6 +170,11 @@ def write_manifest(
     go_on : callable
         As for :func:`~airflow_dicom_get.storage.files.replace_whole`.
 
+    Returns
+    -------
+    Written
+        What was written, not what lies there by now.
+
     Raises
     ------
     OSError
@@ -156,9 +184,13 @@ def write_manifest(
     facts = {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
     temporary = f".{target.name}.{clock.token()}.part"
     mode = 0o666 if set(rows.schema.names) <= set(COLUMNS) else _WITH_TAGS
-    files.replace_whole(target, lambda file: _write(rows, file, facts), temporary=temporary, mode=mode, go_on=go_on)
+    written: list[Written] = []
+    files.replace_whole(
+        target, lambda file: written.append(_write(rows, file, facts)), temporary=temporary, mode=mode, go_on=go_on
+    )
     with contextlib.suppress(OSError):
         _remove_stale(target.parent)
+    return written[-1]
 
 
 def _remove_stale(folder: Folder) -> None:
@@ -168,15 +200,18 @@ def _remove_stale(folder: Folder) -> None:
             files.disk.remove(folder / name)
 
 
-def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str, str]) -> None:
+def _write(rows: pa.Table | pa.RecordBatchReader, file: Any, facts: Mapping[str, str]) -> Written:
     import pyarrow.parquet as pq
 
     said = {"schema": str(SCHEMA_VERSION), **facts}
     schema = rows.schema.with_metadata(as_metadata(said))
     batches = rows.to_batches(BATCH) if hasattr(rows, "to_batches") else rows
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    counted, number = _Counted(file), 0
+    with pq.ParquetWriter(counted, schema, compression="zstd") as writer:
         for batch in batches:
             writer.write_batch(batch)  # not cast for the metadata's sake: that alone imports pyarrow.compute
+            number += batch.num_rows
+    return Written(number, counted.size, counted.digest.hexdigest(), said.get("verdict", ""))
 
 
 def manifest_content(
@@ -186,11 +221,11 @@ def manifest_content(
     evidence: str,
     run: str,
     extra: Mapping[str, str] | None = None,
-) -> bytes:
+) -> tuple[bytes, Written]:
     """What :func:`write_manifest` would write: for a place that takes it whole."""
-    buffer = BytesIO()
-    _write(rows, buffer, {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})})
-    return buffer.getvalue()
+    buffer = io.BytesIO()
+    written = _write(rows, buffer, {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})})
+    return buffer.getvalue(), written
 
 
 def read_table(uri: Any, s3_config: S3 = None, room: Room | None = None) -> pa.Table:
@@ -449,7 +484,7 @@ def open_manifest(content: bytes, name: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(BytesIO(content))
+        file = pq.ParquetFile(io.BytesIO(content))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(name) from error
     version = metadata_of(file.schema_arrow).get("schema")
@@ -513,7 +548,7 @@ def check_decoded(content: bytes, schema: pa.Schema, name: str, room: Room | Non
     kinds = (pa.types.is_string, pa.types.is_large_string)  # the latter of a frame in XCom
     texts = [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
     room = room or Room()
-    with pq.ParquetFile(BytesIO(content), read_dictionary=texts) as file:
+    with pq.ParquetFile(io.BytesIO(content), read_dictionary=texts) as file:
         for field in file.schema_arrow:
             if not (pa.types.is_dictionary(field.type) or pa.types.is_primitive(field.type)):
                 raise ManifestError(

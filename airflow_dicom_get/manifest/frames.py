@@ -46,6 +46,7 @@ from airflow_dicom_get.manifest.schema import (
     as_metadata,
     metadata_of,
 )
+from airflow_dicom_get.records import Written
 from airflow_dicom_get.vocabulary import EVIDENCE, UNVERIFIED, WORST_FIRST, Evidence, Verdict, weakest, worst
 
 if TYPE_CHECKING:
@@ -396,13 +397,14 @@ def write_as_one(
         if not key.endswith(".parquet"):
             key = f"{key}/{name}.parquet" if key else f"{name}.parquet"
         bucket = bucket_of(place, s3_config)
-        bucket.put(key, manifest_content(whole, verdict=verdict, evidence=evidence, run=run, extra=extra))
-        return reference(with_connection(bucket.uri(key), place.conn_id), s3_config)
+        content, written = manifest_content(whole, verdict=verdict, evidence=evidence, run=run, extra=extra)
+        bucket.put(key, content)
+        return reference_to(with_connection(bucket.uri(key), place.conn_id), written)
     path = place.path
     if path.suffix != ".parquet":
         path = path / f"{name}.parquet"
     try:
-        write_manifest(whole, without_links(path), verdict=verdict, evidence=evidence, run=run, extra=extra)
+        written = write_manifest(whole, without_links(path), verdict=verdict, evidence=evidence, run=run, extra=extra)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -411,7 +413,7 @@ def write_as_one(
             hint="Remove the link, or give another place.",
             uri=str(path),
         ) from None
-    return reference(path)
+    return reference_to(manifest_uri(path), written)
 
 
 def _word(found: str | None, words: Iterable[Word], otherwise: Word) -> Word:
@@ -419,7 +421,7 @@ def _word(found: str | None, words: Iterable[Word], otherwise: Word) -> Word:
 
 
 def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:
-    """The reference to a manifest file: what stands for it where it is too large to be handed on.
+    """The reference to a manifest file as it lies there now.
 
     Raises
     ------
@@ -431,14 +433,24 @@ def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:
     place = place_of(uri)
     content = content_of(place, s3_config)
     file = open_manifest(content, str(uri))
+    verdict = metadata_of(file.schema_arrow).get("verdict", "")
+    found = Written(file.metadata.num_rows, len(content), sha256(content).hexdigest(), verdict)
+    return reference_to(str(uri) if isinstance(place, S3Destination) else manifest_uri(place.path), found)
+
+
+def reference_to(uri: str, written: Written) -> dict[str, Any]:
+    """The reference to a manifest that was written: what stands for it where it is too large to be handed on.
+
+    It is of what was written: whoever has put another file in its place since is found out by the digest.
+    """
     return {
         "kind": REFERENCE_KIND,
         "schema": SCHEMA_VERSION,
-        "manifest_uri": str(uri) if isinstance(place, S3Destination) else manifest_uri(place.path),
-        "rows": file.metadata.num_rows,
-        "bytes": len(content),
-        "sha256": sha256(content).hexdigest(),
-        "verdict": metadata_of(file.schema_arrow).get("verdict") or None,
+        "manifest_uri": uri,
+        "rows": written.rows,
+        "bytes": written.bytes,
+        "sha256": written.sha256,
+        "verdict": written.verdict or None,
     }
 
 

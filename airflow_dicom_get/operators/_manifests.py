@@ -13,14 +13,14 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.errors import DicomGetError
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, resolve_destination
-from airflow_dicom_get.manifest.files import Room, read_table, task_run_name, without_links
+from airflow_dicom_get.manifest.files import Room, task_run_name, without_links
 from airflow_dicom_get.manifest.frames import (
     bytes_in_xcom,
     each_of,
     frame_of,
     load_table,
     one_table,
-    reference,
+    reference_to,
     write_as_one,
 )
 from airflow_dicom_get.manifest.schema import manifest_table
@@ -172,16 +172,21 @@ def counts_of(table: pa.Table) -> dict[str, Any]:
 
 def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict[str, Any] | None:
     """The reference to the one manifest of a task; None if there is no file."""
-    uris = [with_connection(result.manifest_uri, conn_id) for result in results if result.manifest_uri]
     from airflow_dicom_get.engine.report import merge
 
-    if not uris or any(result.rows is not None and not result.manifest_uri for result in results):
+    parts = [
+        reference_to(with_connection(result.manifest_uri, conn_id), result.written)
+        for result in results
+        if result.manifest_uri and result.written
+    ]
+    if not parts or any(result.rows is not None and not result.manifest_uri for result in results):
         return None  # one that has neither rows nor a file was never begun, or broke off: it counts for the verdict
     if len(results) == 1:
-        return reference(uris[0])
+        return parts[0]
+    uris = [part["manifest_uri"] for part in parts]
     task, to = merge(results), f"{uris[0].rpartition('/')[0]}/{name.rpartition('/')[2]}.parquet"
     room = Room()
-    tables = [read_table(uri, room=room) for uri in uris]  # our own, wherever they lie
+    tables = [load_table(part, room=room) for part in parts]  # our own, wherever they lie, or they are refused
     whole = write_as_one(tables, to, verdict=task.verdict, evidence=task.evidence)
     for uri in uris:
         if uri != to:

@@ -39,7 +39,7 @@ from airflow_dicom_get.hooks._studies import study_queries, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
-from airflow_dicom_get.manifest.frames import bytes_in_xcom, reference
+from airflow_dicom_get.manifest.frames import bytes_in_xcom, reference_to
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._manifests import (
     connection_of,
@@ -789,7 +789,9 @@ class DicomVerifyOperator(DicomTask):
         return found, _result(found, source, self.destination), conn_id
 
     def _summary(self, context: Context, found: Verification, result: Result, conn_id: str | None) -> dict[str, Any]:
-        kept = reference(with_connection(found.manifest_uri, conn_id)) if found.manifest_uri is not None else {}
+        kept = {}
+        if found.manifest_uri is not None and found.written is not None:
+            kept = reference_to(with_connection(found.manifest_uri, conn_id), found.written)
         return {
             **summary(
                 result,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from airflow_dicom_get.net.association import CancelToken
+    from airflow_dicom_get.records import Written
     from airflow_dicom_get.sinks.base import Sink
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Root(Protocol):
     def ledgers(self, destination: str) -> Ledgers:
         """The ledgers of all runs for a destination, given by what its :class:`Place` is recorded as."""
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
-        """Write ``<root>/<name>.parquet`` whole or not at all, and give its URI. Raises :class:`SinkError`."""
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
+        """Write ``<root>/<name>.parquet`` whole or not at all; its URI, and what it is. Raises :class:`SinkError`."""
 
 
 class Place(Protocol):
@@ -240,17 +241,19 @@ class FolderRoot:
         own = FilesystemDestination(Path(self.path)).uri == f"{destination}/{MANIFESTS}"
         return FolderLedgers(self.path, OWN if own else destination, self._left)
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
         """See :meth:`Root.write_manifest`."""
         from airflow_dicom_get.manifest.files import manifest_uri, write_manifest
         from airflow_dicom_get.sinks.filesystem import sink_error
 
         path = self.path / f"{name}.parquet"
         try:
-            write_manifest(rows, path, verdict=verdict, evidence=evidence, run=run, go_on=lambda: not self._left())
+            written = write_manifest(
+                rows, path, verdict=verdict, evidence=evidence, run=run, go_on=lambda: not self._left()
+            )
         except OSError as error:
             raise sink_error(error, f"The manifest {path} cannot be written") from error
-        return manifest_uri(path)
+        return manifest_uri(path), written
 
     def _left(self) -> bool:
         return self._cancel is not None and self._cancel.left

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from airflow_dicom_get.net.association import CancelToken
+    from airflow_dicom_get.records import Written
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.ledger import Ledgers
 
@@ -108,11 +109,11 @@ class BucketRoot:
         own = self.bucket.recorded_as(self.prefix) == f"{destination}/{MANIFESTS}"
         return BucketLedgers(self.bucket, self.prefix, OWN if own else destination)
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> str:
+    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.write_manifest`: one PUT."""
         from airflow_dicom_get.manifest.files import manifest_content
 
         key = f"{self.prefix}/{name}.parquet" if self.prefix else f"{name}.parquet"
-        content = manifest_content(rows, verdict=verdict, evidence=evidence, run=run)
+        content, written = manifest_content(rows, verdict=verdict, evidence=evidence, run=run)
         self.bucket.put(key, content, ContentType="application/vnd.apache.parquet")
-        return self.bucket.uri(key)
+        return self.bucket.uri(key), written

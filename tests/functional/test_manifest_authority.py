@@ -562,7 +562,7 @@ def test_a_bucket_is_held_to_its_prefix(
         *((f"s3://{BUCKET}", ""), (f"{here}-else", ""), ("s3://another/x", ""), ("/etc", ""), (f"{here}/part", here)),
         *((here, here), (f"s3://CONN@{BUCKET}/{prefix}", f"s3://CONN@{BUCKET}/{prefix}")),
     ):
-        content = manifest_content(table_of(frame.assign(destination=text)), verdict="", evidence="", run="r")
+        content, _ = manifest_content(table_of(frame.assign(destination=text)), verdict="", evidence="", run="r")
         moto.client().put_object(Bucket=BUCKET, Key=path, Body=content)
         assert set(load_manifest(f"s3://{BUCKET}/{path}", moto.config)["destination"]) == {held}
     key = frame["uri"][0].removeprefix(f"s3://{BUCKET}/")
@@ -798,3 +798,32 @@ def test_a_bucket_that_others_may_write_to_does_not_fill_the_memory(
     moto.client().put_object(Bucket=BUCKET, Key=f"{prefix}/_manifests/large.parquet", Body=bytes(2 << 20))
     with pytest.raises(ManifestError, match="is larger than 1 MiB"):
         read_table(f"s3://{BUCKET}/{prefix}/_manifests/large.parquet", moto.config)
+
+
+@pytest.mark.parametrize("how", ["combined", "of a task"])
+def test_a_reference_is_to_what_was_written_and_not_to_what_lies_there(
+    got: Retrieved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A neighbour puts a file of his own in the place of a manifest as soon as it has its name."""
+    forged = tmp_path / "forged.parquet"
+    frame = got.frame.copy()
+    frame.loc[0, "uri"] = outside(got, tmp_path, "path")["uri"]
+    write_manifest(table_of(frame), forged, verdict="complete", evidence="list", run="r")
+    real = files.replace_whole
+
+    def replaced(path: Any, *arguments: Any, **options: Any) -> None:
+        real(path, *arguments, **options)
+        shutil.copy(forged, path)
+
+    monkeypatch.setattr(files, "replace_whole", replaced)
+    if how == "combined":
+        found = combine_manifests([got.uri], got.folder / "_manifests" / "whole.parquet")
+    else:
+        again = GetScu(got.node, destination=got.folder).get_study(
+            {"StudyInstanceUID": got.frame["study_instance_uid"][0]}
+        )
+        assert again.manifest_uri is not None
+        assert again.written is not None
+        found = frames.reference_to(again.manifest_uri, again.written)
+    with pytest.raises(ManifestError, match="does not match the reference"):
+        load_manifest(found)
