@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.dicom import header as h
+from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom.dictionary import find_attribute
 from airflow_dicom_get.dicom.levels import LEVELS
 from airflow_dicom_get.dicom.uids import is_uid, shown_uid
@@ -14,10 +17,10 @@ from airflow_dicom_get.engine.parts import matching_studies
 from airflow_dicom_get.engine.query import Query
 from airflow_dicom_get.engine.resolve import resolve
 from airflow_dicom_get.engine.source import Source
-from airflow_dicom_get.errors import peer_text
+from airflow_dicom_get.errors import OperationFailed, peer_text
 from airflow_dicom_get.lists.finder import UNIQUE, Answer, Finder, check_answered
-from airflow_dicom_get.lists.matching import remark_text
-from airflow_dicom_get.lists.whole import doubt_remark
+from airflow_dicom_get.lists.matching import Dropped, Row, remark_text
+from airflow_dicom_get.lists.whole import Below, Lists, doubt_remark, larger
 from airflow_dicom_get.net.find import FIND_PROPOSALS, MAX_ANSWER, MAX_ROWS, too_long
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     _Rows = list[Dataset]
 else:
     _Rows = list
+
+log = logging.getLogger(__name__)
 
 _RETURNED = {
     "STUDY": (
@@ -133,6 +138,11 @@ def find_rows(
                 matches = matching_studies(finder, keys, asked, split=split, enough=lambda x: len(x.answers) > most)
                 rows.take(matches.answers.values())
                 found.queries, found.doubt = matches.queries, matches.doubt
+            elif level == "SERIES" and above and not any(own.values()):
+                series = _Series(finder, above)
+                found.queries += 1
+                rows.take(series.noted(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most)))
+                found.doubt = series.doubt() or found.doubt
             else:
                 rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most))
                 if finder.cuts.may_be_cut(level, finder.came):
@@ -200,6 +210,69 @@ def _above(finder: Finder, query: Query, level: str, found: Found) -> Iterator[d
                     yield {**study, **unique}
                 else:
                     found.doubt = found.doubt or "bad_uid"
+
+
+@dataclass(slots=True)
+class _Study:
+    """What the peer says of a study and of its series."""
+
+    told: bool = False
+    related_series: int | None = None
+    related_instances: int | None = None
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    """By series, how many instances it is said to have."""
+
+    def lists(self, rows: int) -> Lists:
+        """Its lists, as far as a list of its series has them: for the instances of a series stands their number."""
+        return Lists(
+            Below(rows, len(self.sizes), self.related_series, filtered=not self.told),
+            {uid: Below(listed=size, count=size) for uid, size in self.sizes.items() if size is not None},
+            None if None in self.sizes.values() else self.related_instances,
+        )
+
+
+class _Series:
+    """All series of some studies, held against what is said of the studies: before, as they may grow."""
+
+    def __init__(self, finder: Finder, above: dict[int, Any]) -> None:
+        self._finder = finder
+        named = above[h.STUDY_INSTANCE_UID]
+        self._studies = {uid: _Study() for uid in ([named] if isinstance(named, str) else named)}
+        self._untold = _Study()
+        """Of the rows that do not tell which of several it is: these are held against no counts."""
+        keys = {tag: value for tag, value in above.items() if tag != h.STUDY_INSTANCE_UID}
+        counts = (i.STUDY_RELATED_SERIES, i.STUDY_RELATED_INSTANCES)
+        try:
+            for row, _ in finder.named("STUDY", list(self._studies), keys, counts, Dropped()):
+                study = self._of(row)
+                study.told = True
+                series, instances = (finder.count(row, tag) for tag in counts)
+                study.related_series = larger(study.related_series, series)
+                study.related_instances = larger(study.related_instances, instances)
+        except OperationFailed as error:
+            log.info("%s The series are held against no counts of their study.", error.message)
+
+    def _of(self, row: Row) -> _Study:
+        if len(self._studies) == 1:
+            return next(iter(self._studies.values()))
+        return self._studies.get(shown_uid(row.get(h.STUDY_INSTANCE_UID)), self._untold)
+
+    def noted(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        """The same rows, each noted."""
+        for row, raw in answers:
+            study = self._of(row)
+            uid, size = shown_uid(row.get(h.SERIES_INSTANCE_UID)), self._finder.count(row, i.SERIES_RELATED_INSTANCES)
+            study.sizes[uid] = larger(study.sizes.get(uid), size)
+            yield row, raw
+
+    def doubt(self) -> str | None:
+        """Why there may be more of them, as a reason of the vocabulary."""
+        cuts, rows = self._finder.cuts, self._finder.came
+        untold = self._untold.sizes
+        lists = [study.lists(rows) for study in ([self._untold] if untold else self._studies.values())]
+        if any(one.contradicted() for one in lists):
+            return "list_contradicted"
+        return "list_may_be_cut" if any(one.doubts(cuts, {}) for one in lists) else None
 
 
 MAX_VALUES = 5_000_000

@@ -87,8 +87,12 @@ def pack(items: Sequence[Item], *, target: int, at_most: int) -> list[list[Item]
 
 
 def split_by_series(item: Item, sizes: Mapping[str, int | None], *, target: int) -> list[Item]:
-    """Split an item over its series so that each part has about ``target`` instances, if their sizes are known."""
-    if len(sizes) < 2 or any(size is None for size in sizes.values()):
+    """Split an item over its series so that each part has about ``target`` instances, if their sizes are known.
+
+    It stays whole where these are of less than it is: what its series leave out would be of no part.
+    """
+    known = [size for size in sizes.values() if size is not None]
+    if len(known) < max(2, len(sizes)) or sum(known) < (item["expected_instances"] or 0):
         return [item]
     series = [
         make_item(item["study_instance_uid"], series=[uid], expected=size, modalities=item["modalities"])

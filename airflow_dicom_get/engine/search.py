@@ -98,13 +98,16 @@ class Search:
         return pack(parts, target=target, at_most=at_most)
 
     def _series_sizes(self, item: Item) -> dict[str, int | None]:
-        """The series of an Item, and how many instances each has."""
-        wanted = item["series_instance_uids"]
-        return {
-            uid: count(getattr(row, "NumberOfSeriesRelatedInstances", None))
-            for uid, row in sorted(self._series(item["study_instance_uid"], {}).items())
-            if wanted is None or uid in wanted
-        }
+        """The series of an Item, and how many instances each has; none where there may be more of them.
+
+        Then it is retrieved whole, which finds out, or says so.
+        """
+        rows = self._rows({"StudyInstanceUID": item["study_instance_uid"]}, "SERIES")
+        sizes = {first(getattr(row, "SeriesInstanceUID", None)): _size(row) for row in rows}
+        wanted = set(item["series_instance_uids"] or sizes)
+        if rows.doubt is not None or not all(map(is_uid, sizes)) or wanted - sizes.keys():
+            return {}
+        return {uid: sizes[uid] for uid in sorted(wanted)}
 
     # --- studies -----------------------------------------------------------------------------------
 
@@ -129,9 +132,13 @@ class Search:
             by_level["SERIES"]["SeriesInstanceUID"] = list(parsed.series)
         return by_level["STUDY"], by_level["SERIES"]
 
-    def _ask(self, query: Mapping[str, Any], level: str) -> Found:
+    def _rows(self, query: Mapping[str, Any], level: str) -> Found:
         rows = self._find(query, level, self._return_keys if level == "STUDY" else ())
         self.queries += rows.queries
+        return rows
+
+    def _ask(self, query: Mapping[str, Any], level: str) -> Found:
+        rows = self._rows(query, level)
         self.doubt = self.doubt or rows.doubt
         return rows
 
@@ -183,7 +190,7 @@ class Search:
             }
         if not series:
             return None
-        sizes = [count(getattr(each, "NumberOfSeriesRelatedInstances", None)) for each in series.values()]
+        sizes = [_size(each) for each in series.values()]
         return make_item(
             study,
             series=sorted(series),
@@ -195,6 +202,10 @@ class Search:
 
 def _selects(keys: Mapping[str, Any]) -> bool:
     return any(bool(value) for key, value in keys.items() if key != "ModalitiesInStudy")
+
+
+def _size(row: Any) -> int | None:
+    return count(getattr(row, "NumberOfSeriesRelatedInstances", None))
 
 
 def _modalities_of_series(rows: Iterable[Any]) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from airflow.sdk import DAG
 
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
+from airflow_dicom_get.testing.archive import SERIES_UID
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
@@ -155,6 +156,30 @@ def test_shards_are_mapped_and_each_retrieves_its_part(run_dag, pacs, archive, t
     assert [run.xcom("get", "summary", index)["completed"] for index in range(4)] == [20, 20, 20, 12]
     assert set(pacs.sent.values()) == {1}
     assert len(pacs.sent) == 72
+
+
+def test_a_study_whose_series_the_pacs_does_not_all_list_is_of_one_shard(run_dag, pacs, archive, tmp_path):
+    """So that its get finds out: no shard of the series that are listed would."""
+    whole = pacs.archive.find
+
+    def short(self, level, keys, unsupported):
+        rows = list(whole(level, keys, unsupported))
+        return rows[:-1] if level == "SERIES" and not keys.get(SERIES_UID) else rows
+
+    pacs.archive.find = MethodType(short, pacs.archive)
+    with DAG("short") as dag:
+        shards = find("find", study_date=None, query={"StudyInstanceUID": archive.many}, shard_instances=25)
+        DicomGetOperator.partial(task_id="get", dicom_conn_id="pacs", destination=str(tmp_path)).expand(
+            study=shards.output
+        )
+        find("series", study_date=None, query={"StudyInstanceUID": archive.many}, level="SERIES")
+    run = run_dag(dag)
+    assert [[item["series_instance_uids"] for item in shard] for shard in run.xcom("find")] == [[None]]
+    assert (run.task("find").state, run.task("get", 0).state, run.task("series").state) == (
+        "success", "failed", "failed",
+    )  # fmt: skip
+    assert run.xcom("get", "summary", 0)["reason"] == "list_contradicted"
+    assert "More studies may match (list_contradicted)" in run.log
 
 
 def test_more_studies_than_can_be_mapped_are_said_to_be_before_airflow_fails(run_dag, pacs, tmp_path, monkeypatch):

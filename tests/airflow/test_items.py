@@ -48,6 +48,12 @@ def test_a_study_whose_series_have_no_counts_stays_whole():
     assert split_by_series(whole, {"1.2.1": None, "1.2.2": 100}, target=500) == [whole]
 
 
+def test_a_study_whose_series_are_fewer_than_it_is_stays_whole():
+    whole = make_item("1.2", expected=900)
+    assert split_by_series(whole, {"1.2.1": 400, "1.2.2": 499}, target=500) == [whole]
+    assert len(split_by_series(whole, {"1.2.1": 400, "1.2.2": 501}, target=500)) == 2
+
+
 def test_a_text_that_is_no_modality_code_never_becomes_part_of_a_label():
     assert modalities_of("CT\\Doe^Jane\\SR") == ["CT", "SR"]
     assert "Doe" not in make_item("1.2", modalities=modalities_of("CT\\Doe^Jane"))["label"]

@@ -14,9 +14,9 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving import wire
+from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.misbehaving.archive import CT, crowd
-from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.misbehaving.modes_list import (
     FindCutNothingCounted,
     FindCutUncounted,
@@ -390,6 +390,67 @@ class TestStudies:
         client = scu("find_prefix_of_many", of={"series": 1, "instances": 1})
         found = self.find_crowd(client, "CROWD-1", "CROWD-2")
         assert [len(entry.uids) for entry in found.entries] == [1, 1]
+
+
+class TestFoundSeries:
+    """C-FIND for the series of a study, held against what is said of the study."""
+
+    @pytest.fixture(autouse=True)
+    def modes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class OmitsASeries(Behaviour):
+            stages = frozenset({FIND})
+            left_out: tuple[int, ...] = ()
+
+            def rows(self, level: str, query: Any) -> Iterator[Any]:
+                rows = list(super().rows(level, query))
+                for row in rows[:-1] if (level, self.param) == ("SERIES", "omitted") else rows:
+                    yield {tag: value for tag, value in row.items() if tag not in self.left_out}
+
+        class OfInstances(OmitsASeries):
+            left_out = (0x00201206,)
+
+        class OfSeries(OmitsASeries):
+            left_out = (0x00201208,)
+
+        class Refused(OmitsASeries):
+            def find(self, message: Any) -> None:
+                if archive.parse_identifier(message.data, self.syntax_of(message.context))[0x00080052] == "STUDY":
+                    return self.respond(message, 0xC001)
+                super().find(message)
+
+        for name, behaviour in {"both": OmitsASeries, "instances": OfInstances, "series": OfSeries}.items():
+            monkeypatch.setitem(MODE_CLASSES, f"counts_{name}", behaviour)
+        monkeypatch.setitem(MODE_CLASSES, "refuses_studies", Refused)
+
+    @pytest.mark.parametrize("counts", ["both", "instances", "series"])
+    @pytest.mark.parametrize("several", [False, True])
+    def test_a_series_that_is_not_listed(self, scu: Any, counts: str, several: bool) -> None:
+        def found(param: str) -> Any:
+            client = scu(f"counts_{counts}", of={"series": 4, "instances": 2, "param": param})
+            uids = [client.pacs.study_uid, *(["1.2.3"] if several else [])]
+            return client.find({"StudyInstanceUID": uids}, level="SERIES")
+
+        rows = found("omitted")
+        assert (len(rows), rows.doubt, rows.cut) == (3, "list_contradicted", True)
+        rows = found("whole")
+        assert (len(rows), rows.doubt, rows.cut) == (4, None, False)
+
+    def test_a_round_number_of_series_that_the_study_has(self, scu: Any) -> None:
+        client = scu(of={"series": 100, "instances": 1})
+        assert not client.find(client.study, level="SERIES").cut
+        client = scu("no_counts", of={"series": 100, "instances": 1})
+        assert client.find(client.study, level="SERIES").doubt == "list_may_be_cut"
+
+    def test_a_filter_is_held_against_no_count(self, scu: Any) -> None:
+        client = scu(of={"series": 4})
+        (row, *_) = client.find(client.study, level="SERIES")
+        for key in ({"SeriesNumber": row.SeriesNumber}, {"SeriesInstanceUID": row.SeriesInstanceUID}):
+            rows = client.find({**client.study, **key}, level="SERIES")
+            assert (len(rows), rows.cut) == (1, False)
+
+    def test_a_study_that_is_not_told_of(self, scu: Any) -> None:
+        client = scu("refuses_studies", of={"series": 4})
+        assert not client.find(client.study, level="SERIES").cut
 
 
 class TestMalformed:
