@@ -1,8 +1,9 @@
-"""What operators and sensor have in common: the hook, cancelling, what is shown."""
+"""What tasks have in common: what is shown; and operators and sensor: the hook, cancelling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from airflow.sdk import BaseOperator
@@ -24,7 +25,43 @@ class Cancellable(Protocol):
         """Ask for an orderly end; a second call asks for an abort. No locks."""
 
 
-class DicomTask(BaseOperator):
+class ShownFields(BaseOperator):
+    """Base of tasks whose rendered fields hold only what every viewer of the DAG may see."""
+
+    _given: Mapping[str, Any] = MappingProxyType({})
+
+    def given(self, name: str) -> Any:
+        """The rendered value of a field, where the field itself holds only what may be shown."""
+        return self._given.get(name, getattr(self, name))
+
+    def shown(self, name: str, value: Any) -> Any:
+        """What the rendered field ``name`` shows for ``value``."""
+        return value
+
+    def _do_render_template_fields(
+        self,
+        parent: Any,
+        template_fields: Iterable[str],
+        context: Context,
+        jinja_env: Any,
+        seen_oids: set[int],
+    ) -> None:
+        # Airflow stores what the fields hold after this call, in clear, for every viewer of the DAG. The
+        # argument names are Airflow's: mapped tasks pass them by keyword.
+        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
+        if parent is not self:
+            return
+        given = {}  # a new one: tasks are copied, and the copies would share it
+        for name in template_fields:
+            value = getattr(self, name)
+            shown = self.shown(name, value)
+            if shown is not value:
+                given[name] = value
+                setattr(self, name, shown)
+        self._given = given
+
+
+class DicomTask(ShownFields):
     """Base of the DICOM operators and the sensor."""
 
     ui_color = "#d9ebf2"
@@ -34,7 +71,6 @@ class DicomTask(BaseOperator):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._given: dict[str, Any] = {}
         self._emptied: set[str] = set()
         self._scu: Cancellable | None = None
         self._killed = False
@@ -81,18 +117,10 @@ class DicomTask(BaseOperator):
         if self._scu is not None:
             self._scu.cancel("the task was ended")
 
-    def given(self, name: str) -> Any:
-        """The rendered value of a field, where the field itself holds only what may be shown."""
-        return self._given.get(name, getattr(self, name))
-
     def rendered_to_nothing(self, name: str) -> bool:
         """Whether a field was given, and its template or the task before left null, or nothing, of it."""
         value = self.given(name)
         return name in self._emptied or (isinstance(value, str) and value.strip() in ("", "None"))
-
-    def shown(self, name: str, value: Any) -> Any:
-        """What the rendered field ``name`` shows for ``value``."""
-        return value
 
     def map_label(self) -> str:
         """A name for what this task works on, without patient data."""
@@ -112,18 +140,9 @@ class DicomTask(BaseOperator):
         jinja_env: Any,
         seen_oids: set[int],
     ) -> None:
-        # Airflow stores what the fields hold after this call, in clear, for every viewer of the DAG. The
-        # argument names are Airflow's: mapped tasks pass them by keyword.
         before = {name: getattr(parent, name, None) for name in template_fields}
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
         if parent is not self:
             return
-        self._emptied = {name for name, value in before.items() if value is not None and getattr(self, name) is None}
-        self._given = {}  # a new one: tasks are copied, and the copies would share it
-        for name in template_fields:
-            value = getattr(self, name)
-            shown = self.shown(name, value)
-            if shown is not value:
-                self._given[name] = value
-                setattr(self, name, shown)
+        self._emptied = {name for name, value in before.items() if value is not None and self.given(name) is None}
         cast(dict[str, Any], context)[LABEL_KEY] = self.map_label()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import pytest
 from airflow.sdk import DAG
 
-from airflow_dicom_get.operators.dicom import DicomGetOperator
-from airflow_dicom_get.tasks import export_manifest
+from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
+from airflow_dicom_get.tasks import export_manifest, report
 from airflow_dicom_get.testing.s3_servers import BUCKET
 
 
@@ -87,3 +88,26 @@ def test_what_is_missing_is_not_handed_on_unless_it_is_accepted(
     assert (tmp_path / "series.csv").exists() == (state == "success")
     if state == "failed":
         assert "The verdict is partial, and nothing was written. 1 of 60 instances are missing" in run.log
+
+
+def test_rendered_fields_show_no_row_of_a_manifest(run_dag, pacs, archive, tmp_path):
+    """Neither those of a frame that is handed on, nor values that a search was asked to return."""
+    with DAG("shown") as dag:
+        find = DicomFindOperator(task_id="find", query={"StudyInstanceUID": archive.private}, dicom_conn_id="pacs",
+                                 return_keys=("PatientName", "PatientID"))  # fmt: skip
+        get = DicomGetOperator(task_id="get", study=archive.private, destination=str(tmp_path / "dicom"),
+                               dicom_conn_id="pacs", tags=("PatientName", "PatientID"))  # fmt: skip
+        export_manifest(get.output, "series", f"{tmp_path}/series.csv")
+        export_manifest.partial(form="series").expand(manifests=[get.output], to=[f"{tmp_path}/mapped.csv"])
+        both = DicomGetOperator.partial(task_id="both", destination=str(tmp_path / "dicom"), dicom_conn_id="pacs",
+                                        tags=("PatientName",)).expand(study=find.output)  # fmt: skip
+        found: Any = find.output  # a list, when it runs
+        report(found, both.output["summary"], both.output)
+    run = run_dag(dag)
+    assert run.state == "success"
+    named = run.xcom("get").iloc[0]
+    assert run.rendered("export_manifest")["op_args"] == ["manifest of 12 rows", "series", f"{tmp_path}/series.csv"]
+    assert run.rendered("export_manifest__1", 0)["op_kwargs"]["manifests"] == "manifest of 12 rows"
+    assert run.rendered("report")["op_args"][2] == ["manifest of 12 rows"]
+    shown = [run.rendered("report"), run.rendered("export_manifest"), run.rendered("export_manifest__1", 0)]
+    assert not any(named[tag] in str(shown) for tag in ("PatientName", "PatientID"))
