@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from airflow_dicom_get.config.groups import S3Config
 
 Place = FilesystemDestination | S3Destination
-_MODE, _PRIVATE = 0o666, 0o640
-"""Modes of files: of what may be read by all, and of what may identify patients."""
 
 
 class Target:
@@ -121,7 +119,7 @@ class Target:
         try:
             for name, content in contents:
                 place = self.beside(name)
-                self._write(place, content, _PRIVATE if private else _MODE)
+                self._write(place, content, private)
                 written.append(place)
         except BaseException:
             for place in written:
@@ -130,14 +128,14 @@ class Target:
             raise
         return [str(place) for place in written]
 
-    def _write(self, place: Place, content: bytes, mode: int) -> None:
+    def _write(self, place: Place, content: bytes, private: bool) -> None:
         if isinstance(place, S3Destination):
             bucket_of(place, self._s3).put(place.prefix, content)
             return
         path = place.path.absolute()
         temporary = f".{path.name}.{clock.token()}.part"
         try:
-            files.replace_whole(path, lambda file: file.write(content), temporary=temporary, mode=mode, new=True)
+            files.replace_whole(path, lambda file: file.write(content), temporary=temporary, private=private, new=True)
         except FileExistsError:
             raise _taken(place) from None
         except OSError as error:

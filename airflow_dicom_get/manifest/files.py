@@ -70,7 +70,6 @@ S3 = S3Config | Mapping[str, Any] | None
 _S3 = Group(S3Config)
 _STALE_SECONDS = 24 * 3600
 _PART = re.compile(r"\..*\.parquet\..*\.part")
-_WITH_TAGS = 0o640
 _SIGNS = r"=+@\-\uff1d\uff0b\uff0d\uff20"
 _NO_WIDTH = r"\u200b-\u200f\u2060-\u2064\ufeff"
 _FORMULA = re.compile(rf"""^(?=[\t\r\n])|^(?=[ {_NO_WIDTH}]*[{_SIGNS}])|(?<=[;\t\r\n])(?=[ "{_NO_WIDTH}]*[{_SIGNS}])""")
@@ -162,7 +161,7 @@ def write_manifest(
         Made by :func:`~airflow_dicom_get.manifest.schema.manifest_rows`, or a table of that schema.
     path : str or Path
         Where it goes; folders are made. With columns of tags, which may name patients, the file is for its owner and
-        group alone.
+        group at most.
     verdict, evidence, run : str
         Kept in the metadata of the file.
     extra : mapping, optional
@@ -183,10 +182,14 @@ def write_manifest(
     target = Path(path) if isinstance(path, str) else path
     facts = {"verdict": verdict, "evidence": evidence, "run": run, **(extra or {})}
     temporary = f".{target.name}.{clock.token()}.part"
-    mode = 0o666 if set(rows.schema.names) <= set(COLUMNS) else _WITH_TAGS
+    tagged = not set(rows.schema.names) <= set(COLUMNS)
     written: list[Written] = []
     files.replace_whole(
-        target, lambda file: written.append(_write(rows, file, facts)), temporary=temporary, mode=mode, go_on=go_on
+        target,
+        lambda file: written.append(_write(rows, file, facts)),
+        temporary=temporary,
+        private=tagged,
+        go_on=go_on,
     )
     with contextlib.suppress(OSError):
         _remove_stale(target.parent)

@@ -598,7 +598,7 @@ def replace_whole(
     write: Callable[[io.RawIOBase], object],
     *,
     temporary: str,
-    mode: int = 0o666,
+    private: bool = False,
     go_on: Callable[[], bool] = lambda: True,
     new: bool = False,
 ) -> None:
@@ -612,8 +612,10 @@ def replace_whole(
         Called with a file to write to.
     temporary : str
         Its name until then.
-    mode : int
-        Who may read it at most; the umask takes away more.
+    private : bool
+        Who may read it: user and group at most, or our user alone where another one has made the folder, or one above.
+        He may have chosen the group, or an access control list that stands in the place of the umask; while the group
+        of the mode may nothing, nobody on such a list may either.
     go_on : callable
         Asked after each call of the disk, which may not return for long: nothing is changed any more where it says no.
     new : bool
@@ -633,6 +635,7 @@ def replace_whole(
     folder = disk.open_folder(path.parent)
     try:
         check()
+        mode = 0o666 if not private else 0o640 if _is_ours(folder, path.parent) else 0o600
         with opened(temporary, NEW, folder, mode) as fd, _Output(fd, check) as output:
             try:
                 write(output)
@@ -650,6 +653,14 @@ def replace_whole(
             sync_path(above)
     finally:
         disk.close(folder)
+
+
+def _is_ours(folder: int, path: Folder) -> bool:
+    """Whether an open folder, and those above it, whose group and lists it may have, are ours or root's."""
+    real = disk.real_path(path)
+    if not disk.is_at(folder, real):
+        return False
+    return all(disk.status(at).st_uid in (0, os.geteuid()) for at in (real, *real.parents))
 
 
 class _Output(io.RawIOBase):

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import time
 import tracemalloc
@@ -671,6 +672,48 @@ def test_a_manifest_that_may_name_patients_is_not_for_all(study: Study) -> None:
         for uri in (plain.manifest_uri, tagged.manifest_uri, both["manifest_uri"])
     ]
     assert modes == [0o666, 0o640, 0o640]
+
+
+def with_a_default_list(path: Path) -> None:
+    """What is made in the folder may be read and written by another user, whatever the umask says."""
+    entries = [(0x01, 7, -1), (0x02, 7, 65534), (0x04, 0, -1), (0x10, 7, -1), (0x20, 0, -1)]
+    packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_default", packed)
+    except OSError as error:
+        pytest.skip(f"no access control lists here: {error}")
+
+
+def with_a_group(path: Path) -> None:
+    """What is made in the folder is of its group."""
+    path.chmod(0o2777)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("widen", [with_a_default_list, with_a_group])
+def test_who_made_the_folder_of_manifests_reads_no_names_in_it(
+    study: Study, monkeypatch: pytest.MonkeyPatch, widen: Callable[[Path], None], deep: bool
+) -> None:
+    """Folders of ours that lie in it have his list and group as well; what is ours alone stays for our group too.
+
+    Of a file with a list the group bits are its mask: no other user on the list may do more.
+    """
+    folder = study.folder / "_manifests"
+    folder.mkdir(mode=0o777, parents=True)
+    folder.chmod(0o777)
+    widen(folder)
+    written = folder / "a" / "b.parquet" if deep else folder / "b.parquet"
+    if deep:
+        written.parent.mkdir()
+    uri = study.get(tags=("PatientID",)).manifest_uri
+    assert stat.S_IMODE(Path(str(uri).removeprefix("file://")).stat().st_mode) == 0o640
+    to_another_user(folder, monkeypatch)
+    if deep and os.geteuid() == 0:
+        os.chown(written.parent, 0, 65534)
+    combine_manifests([uri], written)
+    export(uri, "series", written.with_suffix(".csv"), columns=("PatientID",))
+    for file in (written, written.with_suffix(".csv")):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_what_a_person_names_to_be_written_to_may_be_a_pipe(tmp_path: Path) -> None:
