@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from inspect import signature
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import task_group
-from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
@@ -18,10 +15,9 @@ from airflow_dicom_get.connections import with_connection
 from airflow_dicom_get.engine.items import Item, make_item, pack
 from airflow_dicom_get.hooks._destinations import ResolvedDestination, check_address, resolve_destination
 from airflow_dicom_get.hooks._errors import final_errors
-from airflow_dicom_get.hooks._redaction import shown_manifest, shown_study
-from airflow_dicom_get.hooks._task import ShownFields
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
+from airflow_dicom_get.operators._functions import function_task
 from airflow_dicom_get.operators._manifests import connection_of, load_each, place_of_objects
 from airflow_dicom_get.operators._outcome import check_accept
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
@@ -39,8 +35,6 @@ from airflow_dicom_get.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from airflow.sdk import Context
-
     from airflow_dicom_get.engine.study_list import ListedStudy
 
 __all__ = ["export_manifest", "final_errors", "find_cohort", "report", "retrieve"]
@@ -49,44 +43,6 @@ UNKNOWN = ("fail", "skip")
 _LINES = 20
 
 log = logging.getLogger(__name__)
-
-
-class ManifestTask(ShownFields, DecoratedOperator, PythonOperator):
-    """A function as a task: its manifests and Items are shown as those of the operators."""
-
-    custom_operator_name = "@task"
-    hides: Mapping[str, Callable[[Any], Any]] = {"manifests": shown_manifest, "parts": shown_study}
-
-    def __init__(
-        self,
-        *,
-        python_callable: Callable[..., Any],
-        op_args: Sequence[Any],
-        op_kwargs: Mapping[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        called: dict[str, Any] = {"python_callable": python_callable, "op_args": op_args, "op_kwargs": op_kwargs}
-        super().__init__(kwargs_to_upstream=called, **called, **kwargs)
-
-    def shown(self, name: str, value: Any) -> Any:
-        """Hide manifests, and the values of keys in Items."""
-        if name == "op_args":
-            return [self._shown(*one) for one in zip(signature(self.python_callable).parameters, value, strict=False)]
-        return {key: self._shown(key, one) for key, one in value.items()} if name == "op_kwargs" else value
-
-    def _shown(self, parameter: str, value: Any) -> Any:
-        hide = self.hides.get(parameter)
-        return hide(value) if hide else value
-
-    def execute(self, context: Context) -> Any:
-        """Call the function with what was given."""
-        self.op_args, self.op_kwargs = self.given("op_args"), self.given("op_kwargs")
-        return super().execute(context)
-
-
-def manifest_task(**kwargs: Any) -> TaskDecorator:
-    """As ``@task``, for a function that takes manifests."""
-    return task_decorator_factory(decorated_operator_class=ManifestTask, multiple_outputs=False, **kwargs)
 
 
 @task_group(group_id="retrieve", prefix_group_id=False, tooltip="Find studies, retrieve them, report")
@@ -131,7 +87,7 @@ def retrieve(
     return get.output
 
 
-@manifest_task(trigger_rule="all_done_min_one_success")
+@function_task(trigger_rule="all_done_min_one_success")
 def report(
     parts: Sized,
     summaries: Sequence[Mapping[str, Any]],
@@ -207,7 +163,7 @@ def _text(whole: Mapping[str, Any]) -> str:
 # --- what is handed on -----------------------------------------------------------------------------
 
 
-@manifest_task()
+@function_task()
 def export_manifest(
     manifests: Any,
     form: str,
