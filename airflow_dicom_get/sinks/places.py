@@ -263,7 +263,7 @@ def state_folder() -> Below:
     """Where the shell keeps manifests and ledgers of destinations that hold none themselves: its user's alone."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
-    return Below(base) / "dicom-get"
+    return Below(base, ("dicom-get",), private=1)
 
 
 # --- another node ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +55,9 @@ class Below:
 
     top: Path
     names: tuple[str, ...] = ()
+    private: int = 0
+    """How many of its names lead to a folder for our user alone. That is looked at on every way through it: who may
+    write to the folder above can put another one in its place."""
 
     def __fspath__(self) -> str:
         return str(self.top.joinpath(*self.names))
@@ -62,11 +65,11 @@ class Below:
     __str__ = __fspath__
 
     def __truediv__(self, names: str) -> Below:
-        return Below(self.top, (*self.names, *names.split("/")))
+        return replace(self, names=(*self.names, *names.split("/")))
 
     def at(self, path: Where) -> Below:
         """A path further down, given whole. Raises :class:`ValueError` where it is none."""
-        return Below(self.top, Path(path).relative_to(self.top).parts)
+        return replace(self, names=Path(path).relative_to(self.top).parts)
 
     @property
     def name(self) -> str:
@@ -81,7 +84,7 @@ class Below:
     @property
     def parents(self) -> tuple[Folder, ...]:
         """The folders above it, innermost first, those above the one that was named included."""
-        return (*(Below(self.top, self.names[:n]) for n in reversed(range(len(self.names)))), *self.top.parents)
+        return (*(replace(self, names=self.names[:n]) for n in reversed(range(len(self.names)))), *self.top.parents)
 
 
 Folder = Path | Below
@@ -333,10 +336,13 @@ def _name_in(path: Where) -> Iterator[tuple[Where, int | None]]:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
     at = os.open(path.top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in path.names[:-1]:
+        *way, last = (*path.names, ".") if len(path.names) == path.private else path.names
+        for passed, name in enumerate(way, 1):
             above, at = at, _open(name, _ON_THE_WAY, at)
             os.close(above)
-        yield path.names[-1], at
+            if passed == path.private:
+                _check_private(os.fstat(at), path)
+        yield last, at
     finally:
         os.close(at)
 
@@ -365,6 +371,12 @@ def _is_link(name: Where, folder: int) -> bool:
 def _check_ours(found: os.stat_result, path: Where) -> None:
     if found.st_uid != os.geteuid():
         raise OSError(errno.EPERM, "it belongs to another user", str(path))
+
+
+def _check_private(found: os.stat_result, path: Where) -> None:
+    _check_ours(found, path)
+    if found.st_mode & 0o077:
+        raise OSError(errno.EPERM, "others may look into the folder", str(path))
 
 
 def _is_file_or_folder(mode: int) -> bool:
@@ -456,9 +468,10 @@ def make_private(path: Below) -> None:
         It cannot be made; or a link is there (``ELOOP``), another user's folder, or one that cannot be closed to others
         (``EPERM``): what lies in it is not ours.
     """
-    disk.make_folders(path)
+    named = replace(path, private=0)
+    disk.make_folders(named)
     try:
-        disk.close_to_others(path)
+        disk.close_to_others(named)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise

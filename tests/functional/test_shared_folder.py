@@ -660,6 +660,30 @@ def test_the_state_of_the_shell_is_not_anothers(
     assert not list(state.iterdir())
 
 
+@pytest.mark.parametrize("made_by", ["another user", "us, for all"])
+def test_the_state_of_the_shell_stays_its_users(
+    study: Study, target: StoreScu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_by: str
+) -> None:
+    """Whoever may write to the folder above can put another one in its place while a run goes on."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    state = tmp_path / "xdg" / "dicom-get"
+
+    def put_another(_: Any) -> None:
+        if not state.with_name("old").exists():
+            state.rename(state.with_name("old"))
+            state.mkdir()
+            state.chmod(0o2777)
+            if made_by == "another user":
+                to_another_user(state, monkeypatch)
+
+    scu = GetScu(study.node, destination=f"dicom://{target.options.addr}", tags=("PatientID",), retries=0)
+    result = scu.get_study({"StudyInstanceUID": study.uid}, on_sub_operation=put_another)
+    assert result.manifest_uri is None
+    said = "belongs to another user" if made_by == "another user" else "others may look into the folder"
+    assert said in str(result.errors)
+    assert not list(state.iterdir())
+
+
 def test_a_manifest_that_may_name_patients_is_not_for_all(study: Study) -> None:
     before = os.umask(0)
     try:
