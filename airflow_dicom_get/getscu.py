@@ -194,7 +194,11 @@ class GetScu:
             parsed = self._parse(query, query_model) if manifest is None else None
             places = open_destination(self.options)
             run = clock.run_name()
-            asked = read_first(lambda: self._asked_by(manifest), source.cancel) if manifest is not None else None
+            asked = (
+                read_first(lambda: self._asked_by(manifest, query_model), source.cancel)
+                if manifest is not None
+                else None
+            )
             if asked is not None:
                 places = open_destination(self._options_for(asked))
             events = Events(shown, on_completed)
@@ -428,11 +432,11 @@ class GetScu:
             raise InvalidQuery("No query is given.", hint="Give a query, or a manifest to resume from.")
         return parse_query(query, query_model=query_model, timezone=self.options.timezone, selective=selective)
 
-    def _asked_by(self, manifest: Any) -> Asked:
+    def _asked_by(self, manifest: Any, query_model: str) -> Asked:
         from airflow_dicom_get.engine.retry import asked_by
         from airflow_dicom_get.manifest.frames import load_table
 
-        return asked_by(load_table(manifest, self.options.s3_config), self.options.sop_classes)
+        return asked_by(load_table(manifest, self.options.s3_config), self.options.sop_classes, query_model)
 
     def _options_for(self, asked: Asked | None) -> GetOptions:
         """The options, with digests made and compared where the manifest names objects whose content is in doubt."""

@@ -30,7 +30,7 @@ class Asked:
     by_digest: bool
 
 
-def asked_by(manifest: Any, sop_classes: Collection[str] | None = None) -> Asked:
+def asked_by(manifest: Any, sop_classes: Collection[str] | None = None, query_model: str = "StudyRoot") -> Asked:
     """Every instance that a manifest lists, by study; what lies beside the list of its run is left out.
 
     What it says is held does not count: that was another moment, and perhaps another destination. What this
@@ -41,6 +41,8 @@ def asked_by(manifest: Any, sop_classes: Collection[str] | None = None) -> Asked
     manifest : pyarrow.Table
     sop_classes : collection of str, optional
         The classes that are wanted: a row of another one asks for nothing.
+    query_model : str
+        In Patient Root the requests name the patient.
 
     Raises
     ------
@@ -64,14 +66,17 @@ def asked_by(manifest: Any, sop_classes: Collection[str] | None = None) -> Asked
             )
         studies.setdefault(study, (set(), set()))[0].add((series, sop))
         by_digest = by_digest or reason in CONTENT_IN_DOUBT
+    of_patient = query_model == "PatientRoot"
     return Asked(
-        [_scope(study, frozenset(named), frozenset(bad)) for study, (named, bad) in studies.items()], by_digest
+        [_scope(study, frozenset(named), frozenset(bad), of_patient) for study, (named, bad) in studies.items()],
+        by_digest,
     )
 
 
-def _scope(study: str, named: frozenset[Key], bad: frozenset[Key]) -> Scope:
+def _scope(study: str, named: frozenset[Key], bad: frozenset[Key], of_patient: bool) -> Scope:
     return Scope(
         study,
+        of_patient=of_patient,
         series=frozenset(series for series, _ in named),
         instances=frozenset(sop for _, sop in named),
         named=named,

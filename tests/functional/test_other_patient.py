@@ -48,6 +48,17 @@ def test_of_what_was_asked_for_by_patient_id(tmp_path: Path, query: dict[str, st
     assert (result.verdict, result.warning) == ("complete", warned)
 
 
+@pytest.mark.parametrize(("model", "warned"), [("StudyRoot", 0), ("PatientRoot", 8)])
+def test_what_a_manifest_asks_for_in_patient_root_is_asked_for_by_patient_id(
+    tmp_path: Path, model: str, warned: int
+) -> None:
+    with MisbehavingPacs("other_patient") as pacs:
+        node = f"PACS@127.0.0.1:{pacs.port}"
+        first = GetScu(node, destination=tmp_path / "a").get_study({"StudyInstanceUID": pacs.study_uid})
+        again = GetScu(node, destination=tmp_path / "b").get_study(manifest=first.manifest_uri, query_model=model)
+    assert (again.verdict, first.warning, again.warning) == ("complete", 0, warned)
+
+
 @pytest.mark.parametrize("param", [f" {PATIENT_ID}  ", ""])
 def test_padding_and_no_id_are_no_other_patient(tmp_path: Path, param: str) -> None:
     with MisbehavingPacs("other_patient", param=param) as pacs:
