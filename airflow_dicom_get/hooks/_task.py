@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 LABEL_KEY = "dicom_label"
+ENDED = "the task was ended"
 
 
 class Cancellable(Protocol):
@@ -115,7 +116,13 @@ class DicomTask(ShownFields):
         """End the association. Runs inside a signal handler: no lock, no log."""
         self._killed = True
         if self._scu is not None:
-            self._scu.cancel("the task was ended")
+            self._scu.cancel(ENDED)
+
+    def ends_with_task(self, scu: Cancellable) -> None:
+        """Have what is run from here ended with the task; at its start where the task was ended before."""
+        self._scu = scu
+        if self._killed:
+            scu.cancel(ENDED)
 
     def rendered_to_nothing(self, name: str) -> bool:
         """Whether a field was given, and its template or the task before left null, or nothing, of it."""

@@ -20,7 +20,7 @@ from airflow_dicom_get.config.options import OPTIONS, GetOptions, Options
 from airflow_dicom_get.errors import sentences
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._errors import final_errors, said_first
-from airflow_dicom_get.hooks._task import DicomTask
+from airflow_dicom_get.hooks._task import ENDED, DicomTask
 from airflow_dicom_get.operators._lineage import Moved, lineage_of
 from airflow_dicom_get.operators._manifests import MODES, Manifest, run_name_of
 from airflow_dicom_get.operators._outcome import check_accept, raise_for, summary
@@ -206,7 +206,7 @@ class TransferOperator(DicomTask):
             while not over.wait(_POLL_SECONDS):
                 if self._killed:
                     if not over.wait(_GRACE_SECONDS) and self._scu is not None:
-                        self._scu.cancel("the task was ended")
+                        self._scu.cancel(ENDED)
                     return
 
         # The handler itself may take no locks, and starting a thread does.

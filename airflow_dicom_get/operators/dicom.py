@@ -205,7 +205,8 @@ class DicomFindOperator(DicomTask):
 
     def _search(self, modalities: list[str]) -> Search:
         hook = self.hook
-        self._scu = scu = hook.get_scu()
+        scu = hook.get_scu()
+        self.ends_with_task(scu)
         model = self.query_model or hook.query_model
 
         def find(query: Mapping[str, Any], level: str, return_keys: Sequence[str]) -> Any:
@@ -736,9 +737,8 @@ class DicomVerifyOperator(DicomTask):
         from airflow_dicom_get.net.association import Cancels
         from airflow_dicom_get.verify import How, compare
 
-        self._scu = cancels = Cancels()  # first: what ends the task meanwhile ends the comparison at its start
-        if self._killed:
-            cancels.cancel("the task was ended")
+        cancels = Cancels()
+        self.ends_with_task(cancels)  # first: what ends the task meanwhile ends the comparison at its start
         manifest, study = self.given("manifest"), self.given("study")
         if manifest is None and study is None:
             raise invalid(

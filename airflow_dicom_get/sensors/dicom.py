@@ -122,7 +122,7 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         with final_errors():
             try:
                 awaited = self._awaited()
-                seen = look(self.hook, awaited.queries, LONGEST, self._take)
+                seen = look(self.hook, awaited.queries, LONGEST, self.ends_with_task)
             except (DicomGetError, AirflowNotFoundException) as error:
                 if not may_pass(error) or self._killed:
                     raise
@@ -132,11 +132,6 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
         self._counts = found.counts
         self.log.info("%s.", found.text)
         return PokeReturnValue(found.all_settled, found.items if found.all_settled else None)
-
-    def _take(self, scu: Any) -> None:
-        self._scu = scu
-        if self._killed:
-            scu.cancel("the task was ended")
 
     def _awaited(self) -> Awaited:
         """What is waited for, checked before any traffic."""

@@ -142,6 +142,23 @@ def test_the_date_of_a_run_is_the_day_that_it_is_at_the_node(run_dag, pacs, arch
     assert [uids(run.xcom(name)) for name in ("berlin", "ts", "query", "utc")] == [both, both, both, []]
 
 
+def test_a_task_that_is_ended_before_its_client_is_made_asks_nothing_and_is_tried_again(run_dag, pacs):
+    tasks = []
+
+    class Ended(DicomFindOperator):
+        def execute(self, context):
+            tasks.append(self)
+            if len(tasks) == 1:
+                self.on_kill()
+            return super().execute(context)
+
+    with DAG("ended", default_args=AT_ONCE) as dag:
+        Ended(task_id="find", dicom_conn_id="pacs", study_date=STUDY_DATE)
+    run = run_dag(dag)
+    assert (run.state, len(tasks)) == ("success", 2)
+    assert "Cancelled: the task was ended." in run.log
+
+
 def test_shards_are_mapped_and_each_retrieves_its_part(run_dag, pacs, archive, tmp_path):
     with DAG("shards") as dag:
         shards = find("find", shard_instances=25)
