@@ -307,8 +307,7 @@ class TransferOperator(DicomTask):
         if manifest.remark is not None and manifest.problem is None:
             # The last line: a task that takes the reference for a frame counts its keys, and is green.
             self.log.warning("%s", manifest.remark)
-        waits = result.resume_at is not None and self.outside_window == "defer"
-        if result.verdict in self.accept and not waits and manifest.problem is None:
+        if result.verdict in self.accept and result.resume_at is None and manifest.problem is None:
             self._tell_outlets(context, manifest, result)
             return value
         if self.do_xcom_push:
@@ -318,7 +317,7 @@ class TransferOperator(DicomTask):
             if result.verdict in self.accept:
                 raise AirflowFailException(manifest.problem)
             self.log.warning("%s", manifest.problem)
-        if waits:
+        if result.resume_at is not None and self.outside_window == "defer":
             self._defer(result, progress)
         if result.resume_at is not None and result.verdict != CANCELLED:
             raise AirflowFailException(f"{result.summary()}. outside_window is 'fail'.")

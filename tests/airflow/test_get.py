@@ -586,11 +586,14 @@ def test_waiting_for_the_hours_can_be_refused_or_the_hours_ignored(run_dag, pacs
     later = datetime.now(UTC) + timedelta(hours=1)
     hours += [(later, later + timedelta(hours=1))]
     with DAG("hours", default_args=AT_ONCE) as dag:
-        get(task_id="fails", study=archive.private, destination=str(tmp_path / "a"), outside_window="fail")
+        fails = {"study": archive.private, "destination": str(tmp_path / "a"), "outside_window": "fail"}
+        get(task_id="fails", **fails)
+        get(task_id="accepts", accept=("complete", "partial"), **fails)  # of hours that are over there is no success
         get(task_id="ignores", study=archive.private, destination=str(tmp_path / "b"), outside_window="ignore")
     run = run_dag(dag)
-    assert (run.task("fails").state, run.task("fails").try_number) == ("failed", 1)
-    assert run.xcom("fails", "summary")["reason"] == "window"
+    for name in ("fails", "accepts"):
+        assert (run.task(name).state, run.task(name).try_number) == ("failed", 1)
+        assert run.xcom(name, "summary")["reason"] == "window"
     assert run.task("ignores").state == "success"
 
 
