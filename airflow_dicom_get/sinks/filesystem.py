@@ -254,10 +254,11 @@ class FilesystemSink:
                     self.torn.add(found.key)
                 return None
             found = told
-        if not found.durable and not self._read_only:
-            if not self._sync_now(study, path):
+        decided = contradict(candidates)  # by the digest, and the next run need not read it again
+        if (decided or not found.durable) and not self._read_only:
+            if not found.durable and not self._sync_now(study, path):
                 return None  # it is fetched again: a sync of it may have failed in the run that took it
-            self._record(study, found)
+            self._record(study, found, anew=decided)
         found.where = place
         return found
 
@@ -270,10 +271,10 @@ class FilesystemSink:
             self._record(study, found)
         return found
 
-    def _record(self, study: str, stored: Stored) -> None:
+    def _record(self, study: str, stored: Stored, *, anew: bool = False) -> None:
         if self.options.durable:
             ledger = self._study(study).ledger
-            ledger.taken(stored)
+            ledger.taken(stored, anew=anew)
             ledger.durable([stored.key])
 
     def _sync_now(self, study: str, path: Below) -> bool:

@@ -20,7 +20,7 @@ from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.part10 import file_header
-from airflow_dicom_get.errors import S3Error, SinkError
+from airflow_dicom_get.errors import LedgerError, S3Error, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.base import Confirmation, Taken
 from airflow_dicom_get.sinks.filesystem import sink_error
@@ -98,12 +98,13 @@ class S3Sink:
         """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
         listing = self._list(study)
         found = Inventory(self.bucket, study, self.options, adopt=self.options.adopt and not self._read_only)
-        held = found.take(listing.values(), self.ledgers.read(study), f"{self.prefix}{study}/")
+        records = self.ledgers.read(study)
+        held = found.take(listing.values(), records, f"{self.prefix}{study}/")
         if self._read_only:
             return held
-        opened = self._study(study, listing)
+        opened = self._study(study, listing, records)
         for stored in found.to_record:
-            opened.ledger.taken(stored)
+            opened.record_taken(stored)
             opened.ledger.durable([stored.key], stored.etag)
         return held
 
@@ -125,7 +126,9 @@ class S3Sink:
         self.uploads.wait_for_room()
         return _ObjectWriter(self, self._study(instance.study), instance)
 
-    def _study(self, uid: str, listing: dict[str, Listed] | None = None) -> _Study:
+    def _study(
+        self, uid: str, listing: dict[str, Listed] | None = None, records: dict[Key, list[Stored]] | None = None
+    ) -> _Study:
         with self._room:
             study = self._studies.get(uid)
             if study is None:
@@ -133,12 +136,23 @@ class S3Sink:
                     ledger = self.ledgers.open(uid, self.run)
                 except OSError as error:
                     raise SinkError(f"The ledger of study {uid} cannot be created: {error.strerror}.") from error
-                study = _Study(ledger, self._list(uid) if listing is None else listing)
+                study = _Study(
+                    ledger,
+                    self._list(uid) if listing is None else listing,
+                    self._records(uid) if records is None else records,
+                )
                 self._studies[uid] = study
                 self.uploads.submit(lambda: self._abort_stale(f"{self.prefix}{uid}/"))
             elif listing is not None:
                 study.existing = listing
             return study
+
+    def _records(self, study: str) -> dict[Key, list[Stored]]:
+        """What runs before this one have recorded; nothing where no run can read it."""
+        try:
+            return self.ledgers.read(study)
+        except LedgerError:
+            return {}
 
     def _abort_stale(self, prefix: str) -> None:
         """Abort multipart uploads that runs left behind, a day after they began.
@@ -191,7 +205,7 @@ class S3Sink:
             elif self.uploads.abandoned:  # nobody counts it any more, and the ledger may be closed
                 error, reason = _ENDED, self.uploads.cancel.word
             else:
-                study.ledger.taken(upload.instance)
+                study.record_taken(upload.instance)
                 study.ledger.durable([upload.instance.key], etag)
         except SinkError as failure:
             error = str(failure)
@@ -238,9 +252,11 @@ class S3Sink:
                     condition = self._in_place_of(study, upload, existing)
             try:
                 self.uploads.check()
-                if upload.parts is not None:
-                    study.ledger.taken(upload.instance)
-                    study.ledger.sync()  # metadata cannot be set at the end: the digest must stand in the ledger before
+                # What is recorded of another object would count for this one once it is there, and the metadata of
+                # one in parts cannot be set at the end: its digest must stand in the ledger before.
+                if upload.parts is not None or study.recorded_otherwise(upload.instance):
+                    study.record_taken(upload.instance)
+                    study.ledger.sync()
                 return self.uploads.persist(partial(upload.store, condition))
             except S3Error as error:
                 # 412: it exists. 404: the parts are gone, as where an answer got lost and the request was made again.
@@ -344,9 +360,19 @@ class _Entry:
 class _Study:
     """What lies under a study's prefix, and what this run did there."""
 
-    def __init__(self, ledger: Ledger, existing: dict[str, Listed]) -> None:
+    def __init__(self, ledger: Ledger, existing: dict[str, Listed], records: dict[Key, list[Stored]]) -> None:
         self.ledger, self.existing = ledger, existing
+        self._records = records
         self.taken: dict[Key, _Entry] = {}
+
+    def recorded_otherwise(self, one: Instance | Stored) -> bool:
+        """Whether a run before this one has recorded the instance with another content, or without its digest."""
+        return any(record.sha256 != one.sha256 for record in self._records.get(one.key, ()))
+
+    def record_taken(self, one: Instance | Stored) -> None:
+        """Record what is there; what was recorded of anything else under its key does not count any more."""
+        self.ledger.taken(one, anew=self.recorded_otherwise(one))
+        self._records.pop(one.key, None)
 
 
 class _Upload:

@@ -39,7 +39,7 @@ class Inventory:
         self._bucket, self._study = bucket, study
         self._verify, self._adopt = options.verify_held, adopt
         self.to_record: list[Stored] = []
-        """What is held and stands in no ledger as durable."""
+        """What is held and stands in no ledger as durable, or beside records of something else."""
 
     def take(
         self, listing: Iterable[Listed], records: Mapping[Key, Sequence[Stored]], prefix: str
@@ -88,7 +88,7 @@ class Inventory:
             digest = digest_of(self._bucket, item.key)
             for record in fits:
                 if digest == record.sha256:
-                    if not record.durable:
+                    if not record.durable or contradict(candidates):  # and the next run need not read it again
                         self._note(record, item.etag)
                     return self._held(record, item)
         if any(record.durable and (record.sha256 or not _fits(record, item)) for record in candidates):

@@ -230,6 +230,45 @@ class TestThereAndBack:
         with pytest.raises(ManifestError, match="NoSuchKey"):
             read_manifest(f"{root}/none.parquet", service.config)
 
+    @pytest.mark.parametrize("how", ["removed", "without its digest"])
+    def test_what_is_recorded_of_another_object_costs_no_reading_each_night(
+        self, service: S3Server, proxy: FaultProxy, prefix: str, ct: Holding, embedded: Pacs, how: str
+    ) -> None:
+        """Fetched again with another head, or recorded with its digest later on."""
+        pacs = embedded(ct.folder)
+        first: dict[str, Any] = {"checksum": None} if how == "without its digest" else {}
+        assert get(pacs, ct.study, prefix, proxy.config, **first).verdict == "complete"
+        if how == "removed":
+            for key in instances(service, prefix).values():
+                service.client().delete_object(Bucket=BUCKET, Key=key)
+        title = {"calling_ae_title": "ANOTHER"}
+        again = get(pacs, ct.study, prefix, proxy.config, resume=False, **title)
+        assert (again.verdict, again.skipped) == ("complete", 0)
+        before = len(proxy.requests)
+        night = get(pacs, ct.study, prefix, proxy.config, **title)
+        assert (night.verdict, night.skipped) == ("complete", len(ct.entries))
+        assert [path for method, path in proxy.requests[before:] if method == "GET" and ".dcm" in path] == []
+
+    def test_records_that_contradict_each_other_are_decided_once(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs
+    ) -> None:
+        """As earlier versions left them."""
+        pacs, folder = embedded(ct.folder), f"{prefix}/_manifests/.ledger/{ct.study}/"
+        assert get(pacs, ct.study, prefix, moto.config).verdict == "complete"
+        (key,) = moto.objects(folder)
+        lines = [json.loads(line) for line in moto.read(key).splitlines()]
+        other = [{**x, "sha256": 64 * "0"} if x.get("state") == "taken" else x for x in lines]
+        body = "".join(json.dumps(x) + "\n" for x in other)
+        moto.client().put_object(Bucket=BUCKET, Key=f"{folder}2020.000001.jsonl", Body=body.encode())
+        with FaultProxy(moto) as proxy:
+            read = []
+            for _ in range(2):
+                before = len(proxy.requests)
+                night = get(pacs, ct.study, prefix, proxy.config)
+                assert (night.verdict, night.skipped) == ("complete", len(ct.entries))
+                read.append(sum(verb == "GET" and ".dcm" in path for verb, path in proxy.requests[before:]))
+        assert read == [len(ct.entries), 0]
+
     @pytest.mark.parametrize("adopt", [False, True])
     def test_a_power_cut_tears_no_file_whose_record_waits_for_the_bucket(
         self, moto: Moto, prefix: str, tmp_path: Path, adopt: bool
