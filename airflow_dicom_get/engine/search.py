@@ -19,6 +19,7 @@ from airflow_dicom_get.engine.items import (
 )
 from airflow_dicom_get.engine.query import parse_query
 from airflow_dicom_get.errors import InvalidQuery
+from airflow_dicom_get.lists.matching import Contradiction, Dropped
 
 if TYPE_CHECKING:
     from datetime import tzinfo
@@ -59,9 +60,17 @@ class Search:
         self.queries = 0
         self.doubt: str | None = None
         """Why more may match, as a reason of the vocabulary."""
+        self._looked_at = Dropped()
+        """Series that were looked at for their modality, which the PACS may leave out."""
 
     def items(self, query: Mapping[str, Any]) -> list[Item]:
-        """Search, and return one Item a study, in the order of their UIDs."""
+        """Search, and return one Item a study, in the order of their UIDs.
+
+        Raises
+        ------
+        InvalidQuery
+            The query is refused, or the PACS does not tell the modality of any series.
+        """
         study_keys, series_keys = self._by_level(query)
         rows: dict[str, Any] = {}
         # Only UIDs are matched by lists in one query (PS3.4 C.2.2.2.2).
@@ -81,6 +90,8 @@ class Search:
             item = self._series_item(rows[uid], uid, series_keys) if by_series else self._study_item(rows[uid], uid)
             if item is not None:
                 found.append(item)
+        if not found and (unsupported := self._looked_at.unsupported()) is not None:
+            raise unsupported
         return found
 
     def shards(self, items: Sequence[Item], *, target: int, at_most: int) -> list[list[Item]]:
@@ -158,7 +169,9 @@ class Search:
         modalities = modalities_of(getattr(row, "ModalitiesInStudy", None))
         if self._modalities:
             if not modalities:
-                modalities = _modalities_of_series(self._series(uid, {}).values())
+                series = self._series(uid, {})
+                self._look_at(series)
+                modalities = _modalities_of_series(series.values())
             if not set(modalities) & set(self._modalities):
                 return None
         return make_item(
@@ -180,9 +193,15 @@ class Search:
             self._keep(row, "SeriesInstanceUID", found)
         return found
 
+    def _look_at(self, series: Mapping[str, Any]) -> None:
+        for each in series.values():
+            told = bool(first(getattr(each, "Modality", None)))
+            self._looked_at.add(Contradiction("Modality", "SERIES", told), {})
+
     def _series_item(self, row: Any, study: str, keys: Mapping[str, Any]) -> Item | None:
         series = self._series(study, keys)
         if self._modalities:
+            self._look_at(series)
             series = {
                 uid: each
                 for uid, each in series.items()

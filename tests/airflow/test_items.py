@@ -94,6 +94,23 @@ def test_a_study_that_cannot_be_asked_for_is_left_out_and_said(uid):
     assert asked.doubt == "bad_uid"
 
 
+@pytest.mark.parametrize("level", ["STUDY", "SERIES"])
+def test_a_pacs_that_tells_no_modality_is_not_one_without_such_studies(level):
+    def told(*modalities):
+        def find(query, at, return_keys):
+            rows: list[Any] = [SimpleNamespace(StudyInstanceUID="1.2")]
+            if at == "SERIES":
+                rows = [SimpleNamespace(SeriesInstanceUID=f"1.{n}", Modality=x) for n, x in enumerate(modalities)]
+            return Found(rows)
+
+        asked = Search(find, level=level, model="StudyRoot", modalities=["CT"])
+        return len(asked.items({"StudyDate": "20240110"}))
+
+    with pytest.raises(InvalidQuery, match="does not support the key Modality at SERIES level: none of the 2 rows"):
+        told("", None)
+    assert (told("", "CT"), told("", "MR"), told()) == (1, 0, 0)
+
+
 def test_today_is_one_day_for_all_queries_of_a_search():
     archive = Archive()
     search(archive).items({"StudyDate": "today"})
