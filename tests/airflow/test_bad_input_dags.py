@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -163,23 +164,25 @@ def announce(run_dag):
     return tell
 
 
-def test_the_manifest_to_analyse_is_missing(run_dag, load, announce, tmp_path):
-    conf = {"folder": str(tmp_path), "manifest": f"s3://dicom_s3_default@{BUCKET}/no/such.parquet"}
+def test_the_manifest_to_analyse_is_missing(run_dag, load, announce, prefix, tmp_path):
+    conf = {"folder": str(tmp_path), "manifest": f"s3://dicom_s3_default@{BUCKET}/{prefix}/_nights/no-such.parquet"}
     announce(conf["manifest"])
     run = run_dag(load("analyse_manifest"), run_conf=conf)
     assert run.state == "failed"
     assert (run.task("analyse").state, run.task("analyse").try_number) == ("failed", 1)
-    assert "/no/such.parquet' cannot be read." in run.log
+    assert "/_nights/no-such.parquet' cannot be read." in run.log
 
 
-def test_the_folder_of_the_report_is_none(run_dag, load, announce, tmp_path):
+def test_the_folder_of_the_report_is_none(run_dag, load, announce, moto, prefix, tmp_path):
     from airflow_dicom_get.manifest.frames import reference
 
     (tmp_path / "file").write_text("")
     pacs = load("retrieve_studies")
     run = run_dag(pacs, run_conf={"study_date": "2024-01-15", "destination": str(tmp_path / "out")})
-    manifest = run.xcom("report")["manifests"][0]
-    found = reference(manifest)
+    found = reference(run.xcom("report")["manifests"][0])
+    content = Path(found["manifest_uri"].removeprefix("file://")).read_bytes()
+    moto.client().put_object(Bucket=BUCKET, Key=f"{prefix}/_nights/of-a-night.parquet", Body=content)
+    manifest = f"s3://dicom_s3_default@{BUCKET}/{prefix}/_nights/of-a-night.parquet"
     announce(manifest, found["rows"], found["sha256"])
     run = run_dag(load("analyse_manifest"), run_conf={"folder": str(tmp_path / "file" / "x"), "manifest": manifest})
     assert run.state == "failed"

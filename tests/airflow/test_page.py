@@ -425,6 +425,7 @@ def test_of_what_a_task_returned_only_what_is_needed_is_made_an_object(kept):
     from airflow_dicom_get.plugins import database
 
     values = [
+        {"manifest_uri": "/data/m.parquet", "rows": [{}] * 100},
         {"manifest_uri": "/data/m.parquet", "rows": [{}] * 1000},
         {"__classname__": "pandas.DataFrame", "__data__": "00", "__version__": 1},
         [[]] * 1000,
@@ -437,6 +438,7 @@ def test_of_what_a_task_returned_only_what_is_needed_is_made_an_object(kept):
     tasks = [database.task("page_returned", "manual__1", "get", number) for number in range(len(values))]
     assert [database.returned(task) for task in tasks if task is not None] == [
         {"manifest_uri": "/data/m.parquet"},
+        {},
         {"__classname__": "pandas.DataFrame", "__data__": "00"},
         {},
         {"manifest_uri": '{"a":[1]}'},

@@ -136,9 +136,9 @@ MUTATIONS: Mapping[str, Mutation] = {
         "engine.requests:Request.keys", "**scope.keys_above(query_model),", "", "it never comes to an end"
     ),
     "another_class_is_stored_once_it_is_sent": Mutation(
-        "engine.receiver:Receiver.begin",
-        "elif wanted is not None and request.sop_class not in wanted:",
-        "elif False:",
+        "engine.receiver:Receiver._identify",
+        "if self._state.sop_classes is not None and request.sop_class not in self._state.sop_classes:",
+        "if False:",
         "stored though the query does not mean it",
     ),
     "counts_are_held_against_the_narrowed_list": Mutation(
