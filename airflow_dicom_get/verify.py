@@ -29,6 +29,7 @@ from airflow_dicom_get.dicom.header import walk_of
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import (
     Cancelled,
+    DeadlineExceeded,
     DicomGetError,
     InvalidOption,
     InvalidQuery,
@@ -266,6 +267,8 @@ def verify(
     ------
     InvalidOption, ManifestError, S3Error
         Invalid input, or a location that cannot be read.
+    DeadlineExceeded
+        The time of the whole call (``deadlines.operation``) was over; nothing was written.
     """
     options = VerifyOptions.of_arguments(locals())
     return compare(
@@ -317,6 +320,8 @@ def compare(
     ------
     Cancelled
         It was ended by these: nothing was written.
+    DeadlineExceeded
+        Its time, ``deadlines.operation``, was over, and nothing was written either.
     SinkError
         So it was, and a place did not return from a call.
     """
@@ -341,7 +346,7 @@ def compare(
         verb.write(found, manifest, manifest_name)
         return found
 
-    return _ended(work, cancels)
+    return _ended(work, options, cancels)
 
 
 def examine(options: VerifyOptions, listed: Listed) -> Verification:
@@ -353,20 +358,32 @@ def examine(options: VerifyOptions, listed: Listed) -> Verification:
         verb.look()
         return verb.compare()
 
-    return _ended(work)
+    return _ended(work, options)
 
 
-def _ended(work: Callable[[CancelToken], Verification], cancels: Cancels | None = None) -> Verification:
+def _ended(
+    work: Callable[[CancelToken], Verification], options: VerifyOptions, cancels: Cancels | None = None
+) -> Verification:
     """What the work of a call comes to; it ends as that of every verb, also where a place does not return."""
     from airflow_dicom_get.engine.ending import StuckError, run_beside
-    from airflow_dicom_get.net.association import Cancels
+    from airflow_dicom_get.net.association import OVER, Cancels
 
-    with (cancels or Cancels()).call() as cancel:
-        cancel.attend(lambda: cancel.abort("cancelled"))  # there is nothing to bring to an end in order
+    seconds = options.deadlines.operation
+    with (cancels or Cancels()).call(seconds) as cancel:
+        cancel.attend(lambda: cancel.abort(OVER))  # there is nothing to bring to an end in order
         try:
             return run_beside(partial(work, cancel), cancel)
         except StuckError as stuck:
             raise stuck.error() from None
+        except (Cancelled, PeerError, SinkError):  # such a one is raised by what was broken off for it
+            if not cancel.over():
+                raise
+            raise DeadlineExceeded(
+                f"The time allowed for the whole comparison ({seconds:g} s) ran out.",
+                hint="Nothing was written. Give it more time (deadlines.operation), or fewer studies.",
+                phase="operation",
+                seconds=seconds,
+            ) from None
 
 
 @dataclass(slots=True)
@@ -461,8 +478,7 @@ class _Verify:
 
         o = self.options
         query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
-        source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit)  # with a time of its own
-        self.cancel.attend(lambda: source.cancel.abort(str(self.cancel.reason)))
+        source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit, cancel=self.cancel)
         try:
             with source.association(FIND_PROPOSALS) as association:
                 planned = list_studies(Finder(association, source.cuts), query, max(len(self.studies), 1))

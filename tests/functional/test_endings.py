@@ -32,7 +32,7 @@ from airflow_dicom_get.config.options import VerifyOptions
 from airflow_dicom_get.engine import spread
 from airflow_dicom_get.engine.ending import run_beside
 from airflow_dicom_get.engine.listing import ListSeries, SeriesInfo
-from airflow_dicom_get.errors import Cancelled, InvalidOption, InvalidQuery, SinkError
+from airflow_dicom_get.errors import Cancelled, DeadlineExceeded, InvalidOption, InvalidQuery, SinkError
 from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.lists.finder import Finder
 from airflow_dicom_get.net.association import Cancels, CancelToken
@@ -667,7 +667,7 @@ def test_a_disk_that_does_not_return_does_not_keep_those_who_read(
     assert not (tmp_path / "sums").exists()
 
 
-@pytest.mark.parametrize("way", ["cancel", "signal", "callback"])
+@pytest.mark.parametrize("way", ["cancel", "signal", "callback", "time"])
 def test_a_bucket_that_trickles_does_not_keep_a_verify(ct: Holding, moto: Moto, way: str) -> None:
     """A byte a second keeps each read from its own time limit."""
     prefix = hashlib.sha256(f"trickles {way}".encode()).hexdigest()[:12]
@@ -699,6 +699,8 @@ def test_a_bucket_that_trickles_does_not_keep_a_verify(ct: Holding, moto: Moto, 
 
     with FaultProxy(moto, fault) as service:
         place = {"destination": f"s3://{BUCKET}/{prefix}", "s3_config": service.config}
+        if way == "time":
+            place["deadlines"] = {"operation": 3}
 
         def read() -> None:
             compare(VerifyOptions.check(place), study=ct.study, on_difference=callback, cancels=cancels)
@@ -708,7 +710,7 @@ def test_a_bucket_that_trickles_does_not_keep_a_verify(ct: Holding, moto: Moto, 
                 with raised_by_signal(reading.is_set), pytest.raises(TaskTimeout):
                     read()
             else:
-                with pytest.raises(TaskTimeout if way == "callback" else Cancelled):
+                with pytest.raises({"callback": TaskTimeout, "time": DeadlineExceeded}.get(way, Cancelled)):
                     read()
         assert ours() == []
         keys = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]

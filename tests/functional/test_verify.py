@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.options import VerifyOptions
-from airflow_dicom_get.errors import InvalidOption, ManifestError
+from airflow_dicom_get.errors import DeadlineExceeded, InvalidOption, ManifestError
 from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
@@ -27,6 +29,7 @@ from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
 from airflow_dicom_get.verify import How, Verification, compare, verify
 from tests.support.forwards import forward
 from tests.support.holdings import Holding
+from tests.support.listing_node import Held, ListingNode, honest
 from tests.support.odd_destination import OddDestination
 
 Embedded = Callable[..., EmbeddedPacs]
@@ -563,3 +566,44 @@ def test_bad_input(tmp_path: Path) -> None:
         verify(study="1.2.3")
     with pytest.raises(ManifestError):
         verify(tmp_path / "nothing.parquet")
+
+
+class TestItsTime:
+    """``deadlines.operation`` is of the whole call, and of what was half compared nothing is written."""
+
+    def test_while_files_are_read(self, got: Got) -> None:
+        got.spoil()
+        before = sorted(got.folder.rglob("*.parquet"))
+        with pytest.raises(DeadlineExceeded, match="whole comparison"):
+            verify(got.result.manifest_uri, deadlines={"operation": 1}, on_difference=lambda _: time.sleep(1.1))
+        assert sorted(got.folder.rglob("*.parquet")) == before
+
+    def test_while_a_pacs_is_asked(self, got: Got, monkeypatch: pytest.MonkeyPatch) -> None:
+        find = got.source.archive.find
+
+        def find_late(*arguments: Any, **named: Any) -> Any:
+            time.sleep(1.1)
+            return find(*arguments, **named)
+
+        monkeypatch.setattr(got.source.archive, "find", find_late)
+        with pytest.raises(DeadlineExceeded, match="whole comparison"):
+            verify(got.result.manifest_uri, addr=got.node, deadlines={"operation": 1})
+
+    def test_while_a_node_is_asked(self, embedded: Embedded, ct: Holding, tmp_path: Path) -> None:
+        late: list[float] = []
+
+        def rows(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+            for seconds in late:
+                time.sleep(seconds)
+            yield from honest(held, wanted)
+
+        with ListingNode(rows) as node:
+            result = forward(embedded(ct.folder), node, tmp_path / "state", ct.study)
+            assert result.verdict == "complete"
+            late.append(2.1)
+            before = sorted((tmp_path / "state").rglob("*.parquet"))
+            place = ["--to", str(result.destination), "--state", tmp_path / "state"]
+            ended = shell("--manifest", result.manifest_uri, *place, "--deadline", "2")
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert "whole comparison (2 s) ran out" in ended.stderr
+        assert sorted((tmp_path / "state").rglob("*.parquet")) == before
