@@ -125,7 +125,7 @@ def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dic
         def guess(instance: Instance, scope: Scope = scope) -> tuple[str, ...]:
             return likely_classes(instance.modality, scope.sop_classes) or common_classes()
 
-        for series in doubts.to_ask() if scope.whole_study else sorted(doubts.of_series):
+        for series in doubts.to_ask(whole_study=scope.whole_study):
             members = [x for x in listing.instances.values() if series in (None, x.series)]
             contexts = next(iter(bins_for(members, peer, guess)), [])
             total = None

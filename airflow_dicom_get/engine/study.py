@@ -235,8 +235,11 @@ class StudyRun:
         lists, doubts = listing.lists(), listing.doubts(state.counted)
         short = lists.too_short()
         doubts = Doubts(doubts.of_study or short.of_study, doubts.of_series | short.of_series)
-        asked = doubts.to_ask() if state.scope.whole_study else sorted(doubts.of_series)
-        return [one for one in asked if one not in state.counted and all(x.state in DONE for x in self._members(one))]
+        unheld: set[str | None] = {x.series for x in state.missing()}
+        if unheld:
+            unheld.add(None)
+        asked = doubts.to_ask(whole_study=state.scope.whole_study)
+        return [one for one in asked if one not in state.counted and one not in unheld]
 
     def _members(self, series: str | None) -> list[Instance]:
         assert self._state.listing is not None

@@ -19,6 +19,8 @@ COUNTER = 1 << 16
 """The counters of a C-GET have 16 bits (PS3.7 9.1.3.1): they are compared modulo this."""
 _MANY = 3
 """Series whose lists may be cut, above which one C-GET of the study tells of all of them."""
+_MOST_ASKED = 50
+"""Series that are asked for one by one, as it takes an association or two for each; the lists of more stay doubtful."""
 
 
 def is_round(rows: int, list_limit: Sequence[int] | None = None) -> bool:
@@ -116,9 +118,17 @@ class Doubts:
     def __bool__(self) -> bool:
         return self.of_study or bool(self.of_series)
 
-    def to_ask(self) -> list[str | None]:
-        """At which level above it is worth asking: series, or the study (None) where that tells of all of them."""
-        return [None] if self.of_study or len(self.of_series) > _MANY else [*sorted(self.of_series)]
+    def to_ask(self, *, whole_study: bool) -> list[str | None]:
+        """At which level above it is worth asking: series, or the study (None) where that tells of all of them.
+
+        Parameters
+        ----------
+        whole_study : bool
+            Whether the study is asked for whole: else it holds more than is listed, and its count tells nothing.
+        """
+        if whole_study and (self.of_study or len(self.of_series) > _MANY):
+            return [None]
+        return [*sorted(self.of_series)[:_MOST_ASKED]]
 
 
 @dataclass(frozen=True, slots=True)

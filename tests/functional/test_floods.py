@@ -335,6 +335,27 @@ def test_classes_without_end_are_not_asked_for_one_after_the_other(pacs: Callabl
     assert plan.associations < 50
 
 
+class _TwiceAsMany(Behaviour):
+    """Says of each series that it has two instances, and lists one."""
+
+    stages = frozenset({FIND})
+
+    def describe(self, level: str, group: Any) -> Row:
+        row = super().describe(level, group)
+        return {**row, 0x00201209: "2"} if 0x00201209 in row else row
+
+
+def test_series_without_end_are_not_counted_one_after_the_other(pacs: Callable[..., Any], tmp_path: Path) -> None:
+    """Where the query narrows the study, whose own count then tells nothing of them."""
+    with pacs(_TwiceAsMany, series=150, instances=1, size=600) as server:
+        query = {"StudyInstanceUID": server.study_uid, "Modality": "CT"}
+        scu = GetScu(node(server), destination=tmp_path)
+        for _ in range(2):
+            result = scu.get_study(query)
+            assert (result.verdict, result.reason, result.completed) == ("unverified", "list_contradicted", 150)
+        assert server.associations < 220
+
+
 class _InEveryStudy(Behaviour):
     """Says that a series lies in 3,000 studies."""
 
