@@ -134,7 +134,10 @@ def _takes_lists(source: Source, profile: Profile, listing: Listing) -> bool | N
     from airflow_dicom_get.engine.contexts import PeerKnowledge
 
     peer = PeerKnowledge()
-    pairs = pack({c: peer.syntaxes(c, filter(None, [x.listed_syntax for x in two])) for c in _classes(two[0])})[0]
+    bins = pack({c: peer.syntaxes(c, filter(None, [x.listed_syntax for x in two])) for c in _classes(two[0])})
+    if not bins:  # it tells neither a class nor a modality that is known
+        return None
+    pairs = bins[0]
     came = _fetch(source, profile, pairs, two)
     if not came:  # nothing in a list; is it the list, or these?
         return False if _fetch(source, profile, pairs, two[:1]) else None

@@ -13,6 +13,8 @@ from airflow_dicom_get import GetScu, read_manifest
 from airflow_dicom_get.cli.main import main
 from airflow_dicom_get.errors import InvalidOption, InvalidQuery
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import Row
+from airflow_dicom_get.testing.misbehaving.behaviour import FIND, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from tests.support.holdings import Holding
 
@@ -92,6 +94,20 @@ def test_what_a_source_does_not_tell(embedded: Embedded, ct: Holding) -> None:
     assert not profile["counts"]
     assert not profile["tells_classes"]
     assert profile["converts"] is False
+
+
+def test_neither_a_class_nor_a_modality_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TellsNothing(Behaviour):
+        stages = frozenset({FIND})
+
+        def describe(self, level: str, group: Any) -> Row:
+            told = {tag: x for tag, x in super().describe(level, group).items() if tag not in (0x00080016, 0x00080062)}
+            return {**told, 0x00080060: "ZZ"}
+
+    monkeypatch.setitem(MODE_CLASSES, "of_a_test", TellsNothing)
+    with MisbehavingPacs("of_a_test", series=1, instances=3) as pacs:
+        profile = probed(f"PACS@127.0.0.1:{pacs.port}", pacs.study_uid)
+    assert (profile["tells_classes"], profile["takes_lists"]) == (False, None)
 
 
 def test_lists_are_not_tried_where_they_were_refused(tmp_path: Path, file: Path) -> None:
