@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import HeldOptions
+from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.errors import DestinationFull, S3Error, printable
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks.ledger import contradict
@@ -52,6 +53,8 @@ class Inventory:
             if not slash or "/" in name or not name.endswith(".dcm") or item.size > files.LARGEST:
                 continue
             sop = name.removesuffix(".dcm")
+            if not (is_uid(series) and is_uid(sop)):
+                continue  # none of ours, and it may be a name
             candidates = records.get((series, sop), ())
             found = None if contradict(candidates) else next((x for x in candidates if self._tells(x, item)), None)
             if found is not None:

@@ -623,6 +623,20 @@ class TestHostileService:
                 assert result.skipped in (0, result.total)
         assert result.skipped == result.total
 
+    def test_keys_that_are_no_uids_become_no_rows(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path
+    ) -> None:
+        content = b"\0" * 128 + b"anything"
+        for series, sop in (("DOE^JOHN", "1.2"), ("=cmd()", "1.2"), ("1.2.3", ".."), ("1.2.3", "9" * 700)):
+            said = {"sha256": hashlib.sha256(content).hexdigest(), "sop-class": "1.2", "dataset-offset": "0"}
+            said |= {"transfer-syntax": "1.2.840.10008.1.2.1", "study": ct.study, "series": series, "sop-instance": sop}
+            moto.client().put_object(
+                Bucket=BUCKET, Key=f"{prefix}/{ct.study}/{series}/{sop}.dcm", Body=content, Metadata=said
+            )
+        result = get(embedded(ct.folder), ct.study, prefix, moto.config)
+        assert set(result.manifest["sop_instance_uid"]) == ct.entries.keys()
+        assert (result.verdict, result.withdrawn) == ("complete", 0)
+
     @pytest.mark.parametrize("absent", ["Key", "Size", "ContentLength"])
     def test_what_an_answer_leaves_out_is_an_error_that_names_the_object(
         self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path, absent: str
