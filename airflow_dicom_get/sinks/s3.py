@@ -116,10 +116,15 @@ class S3Sink:
     def head(self, held: Stored, size: int) -> bytes:
         """See :meth:`sinks.base.Sink.head`."""
         key = self.bucket.key_of(held.uri or "")
+        content = bytearray()
         try:
-            return bytes(self.bucket.call("get_object", key, Range=f"bytes=0-{size - 1}")["Body"].read())
+            for chunk in self.bucket.read(key, lambda _: None, Range=f"bytes=0-{size - 1}"):
+                content += chunk
+                if len(content) >= size:  # the service may give more than it was asked for
+                    break
         except SinkError:
             return b""
+        return bytes(content[:size])
 
     def begin(self, instance: Instance) -> _ObjectWriter:
         """See :meth:`sinks.base.Sink.begin`."""

@@ -281,13 +281,15 @@ class Bucket:
             check(len(content))
         return bytes(content)
 
-    def read(self, key: str, check: Callable[[int], object] = files.check_size) -> Iterator[bytes]:
+    def read(self, key: str, check: Callable[[int], object] = files.check_size, **parameters: Any) -> Iterator[bytes]:
         """Read an object piece by piece.
 
         Parameters
         ----------
         check : callable
             Is given its size before anything of it is read, and raises where that is too much.
+        **parameters
+            More of the request, as ``Range``.
 
         Raises
         ------
@@ -299,7 +301,7 @@ class Bucket:
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
-        answer = self.call("get_object", key)
+        answer = self.call("get_object", key, **parameters)
         body = answer["Body"]
         try:
             check(int(answer.get("ContentLength", 0)))

@@ -637,6 +637,21 @@ class TestHostileService:
         assert set(result.manifest["sop_instance_uid"]) == ct.entries.keys()
         assert (result.verdict, result.withdrawn) == ("complete", 0)
 
+    def test_what_is_read_back_for_tags_may_break_off(
+        self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pacs = embedded(ct.folder)
+        assert get(pacs, ct.study, prefix, moto.config).verdict == "complete"
+
+        def fault(number: int, method: str, path: str) -> Any:
+            cut = method == "GET" and ".dcm" in path
+            return {b"Content-Length": b"100000000", b"Connection": b"close"} if cut else None
+
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT", 2)
+        with FaultProxy(moto, fault) as proxy:
+            result = get(pacs, ct.study, prefix, proxy.config, tags=("PatientID",))
+        assert (result.verdict, result.skipped, result.errors) == ("complete", len(ct.entries), [])
+
     @pytest.mark.parametrize("absent", ["Key", "Size", "ContentLength"])
     def test_what_an_answer_leaves_out_is_an_error_that_names_the_object(
         self, moto: Moto, prefix: str, ct: Holding, embedded: Pacs, tmp_path: Path, absent: str
