@@ -399,7 +399,7 @@ class _Run:
         # What is sent is what the object says, and not its manifest.
         record.sop_class, record.syntax = instance.sop_class, instance.syntax
         record.fill(instance)
-        held = self._inventory(instance.study).get(instance.key)
+        held = self._inventory(instance.study, opened.patient).get(instance.key)
         if held is None:
             self._store(item, opened, record)
             return
@@ -475,13 +475,13 @@ class _Run:
             raise UnreadableError("its digest differs from the recorded one")
         return sent in (None, digest.digest())
 
-    def _inventory(self, study: str) -> dict[Key, Stored]:
+    def _inventory(self, study: str, patient: Mapping[int, bytes]) -> dict[Key, Stored]:
         if not self._options.resume:
             return {}
         with self._mutex:
             held = self._held.get(study)
             if held is None:
-                held = self._held[study] = self._sink.inventory(study)
+                held = self._held[study] = self._sink.inventory(study, patient)
             return held
 
     def _store(self, item: StoredObject, opened: Opened | None, record: Instance) -> None:

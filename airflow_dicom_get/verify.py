@@ -421,6 +421,8 @@ class _Verify:
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
+        self.patients: Mapping[str, Mapping[int, bytes]] = {}
+        """By study, the key of its patient as the PACS tells it."""
         self.has_manifest = self.has_source = False
         self.said: tuple[Verdict, Evidence] | None = None
         """Verdict and evidence of the manifest that was read."""
@@ -492,6 +494,7 @@ class _Verify:
             self.found.uncompared = f"{doubt}: {REASONS[doubt].text}"
             self.found.errors.append(doubt_remark(doubt))
         self.found.plan_at = planned.at
+        self.patients = {scope.study: scope.patient_keys() for scope in planned.scopes}
         for listing in planned.listings:
             for instance in (*listing.instances.values(), *listing.bad.values()):
                 item = self._item(instance)
@@ -575,7 +578,7 @@ class _Verify:
         while True:
             problem: PeerError | None = None
             try:
-                listed |= ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(wanted))
+                listed |= ask(target.open(FIND_PROPOSALS, self.cancel), dict.fromkeys(wanted), patients=self.patients)
             except PeerError as error:
                 problem = error
             lacking = [(study, key) for study, key in given if study not in listed or key not in listed[study].keys]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from airflow_dicom_get.dicom.header import SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
+from airflow_dicom_get.dicom.header import PATIENT_ID, SPECIFIC_CHARACTER_SET, HeaderError, encoding_of, scan_elements
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
 
 QUERY_RETRIEVE_LEVEL = 0x00080052
@@ -43,6 +43,14 @@ def encode_identifier(elements: Mapping[int, str | bytes | Iterable[str]], uid_t
             value += b"\0" if tag in uid_tags else b" "
         out += _ELEMENT.pack(tag >> 16, tag & 0xFFFF, len(value)) + value
     return bytes(out)
+
+
+def patient_keys(patient_id: bytes, character_set: bytes) -> dict[int, bytes]:
+    """The unique key above the study in Patient Root; none where the Patient ID is not known."""
+    if not patient_id:
+        return {}
+    keys = {PATIENT_ID: patient_id}
+    return keys if patient_id.isascii() else {**keys, SPECIFIC_CHARACTER_SET: character_set}
 
 
 def elements_of(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -144,7 +144,7 @@ def count_doubtful(source: Source, listed: Listed, query_model: str) -> list[dic
 def mark_held(listed: Listed, sink: Sink) -> None:
     """Mark what the destination holds."""
     for scope, listing in zip(listed.scopes, listed.listings, strict=True):
-        inventory = sink.inventory(scope.study) if scope.named_well else {}
+        inventory = sink.inventory(scope.study, scope.patient_keys()) if scope.named_well else {}
         for key, instance in listing.instances.items():
             if key in inventory:
                 instance.state, instance.attempt = "held", 0

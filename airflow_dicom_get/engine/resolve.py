@@ -64,10 +64,7 @@ class Scope:
 
     def patient_keys(self) -> dict[int, bytes]:
         """The unique key above the study in Patient Root, where it is known."""
-        if not self.patient_id:
-            return {}
-        keys = {h.PATIENT_ID: self.patient_id}
-        return keys if self.patient_id.isascii() else {**keys, h.SPECIFIC_CHARACTER_SET: self.character_set}
+        return i.patient_keys(self.patient_id or b"", self.character_set)
 
     def keys_above(self, query_model: str) -> dict[int, bytes]:
         """The unique keys above the study of a C-GET: in Patient Root the Patient ID.

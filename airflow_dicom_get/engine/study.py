@@ -304,7 +304,7 @@ class StudyRun:
         state = self._state
         if self._options.resume:
             try:
-                state.inventory = self._retrieval.sink.inventory(state.scope.study)
+                state.inventory = self._retrieval.sink.inventory(state.scope.study, state.scope.patient_keys())
             except SinkError:
                 self._retrieval.source.check_stopped()  # then that is why it failed
                 raise

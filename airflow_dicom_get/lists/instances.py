@@ -44,7 +44,9 @@ class InstanceList:
     absent: Mapping[Key, Collection[str]] = field(default_factory=dict)
 
 
-def list_instances(finder: Finder, study: str, series: Collection[str] | None = None) -> InstanceList:
+def list_instances(
+    finder: Finder, study: str, series: Collection[str] | None = None, patient: Mapping[int, bytes] = {}
+) -> InstanceList:
     """The instances of a study that the node lists; a malformed SOP Instance UID as :func:`shown_uid` shows it.
 
     A row that names no series is of the one that was asked for. Where a SOP Instance UID comes in the answers for
@@ -54,18 +56,22 @@ def list_instances(finder: Finder, study: str, series: Collection[str] | None = 
     ----------
     series : collection of str, optional
         Ask for these alone; all by default.
+    patient : mapping, optional
+        The unique key above the study in Patient Root, as :func:`patient_keys` makes it, where it is known.
 
     Raises
     ------
     NotNegotiated
-        The node does not offer C-FIND.
+        The node does not offer C-FIND, or in Patient Root alone, and the Patient ID is not known.
     PeerProtocolError
         A row cannot be read.
     OperationFailed, ListTooLong, and whatever ends an association
     """
     if not finder.offered:
         raise NotNegotiated(f"{finder.node} does not offer C-FIND.", node=str(finder.node))
-    of_study = {h.STUDY_INSTANCE_UID: study}
+    of_study: dict[int, str | bytes] = {h.STUDY_INSTANCE_UID: study}
+    if finder.by_patient:
+        of_study |= _patient_of(finder, study, patient)
     wanted = series
     if wanted is None:
         rows = finder.rows("SERIES", of_study, (h.SERIES_INSTANCE_UID,))
@@ -94,13 +100,37 @@ def list_instances(finder: Finder, study: str, series: Collection[str] | None = 
     return InstanceList(found, answers, unclear)
 
 
+def _patient_of(finder: Finder, study: str, known: Mapping[int, bytes]) -> Mapping[int, bytes]:
+    """The key above the study, as the node has it: by the one that is known, else by the UID of the study alone.
+
+    A node may have given the study another Patient ID, and need not answer without one (PS3.4 C.4.1.2.2.1).
+    """
+    for above in (known, {}) if known else ({},):
+        try:
+            rows = list(finder.rows("STUDY", {**above, h.STUDY_INSTANCE_UID: study}, (h.PATIENT_ID,)))
+        except OperationFailed as error:
+            if above or error.transient:
+                raise
+            break
+        told = {row.get(h.PATIENT_ID, b"").strip(b"\0 "): row.get(h.SPECIFIC_CHARACTER_SET, b"") for row in rows}
+        if len(told) == 1 and all(told):
+            return i.patient_keys(*told.popitem())
+    if known:
+        return known
+    raise NotNegotiated(
+        f"{finder.node} offers C-FIND in Patient Root alone, and does not tell the Patient ID of study {study}.",
+        hint="Ask its admin to offer Study Root.",
+        node=str(finder.node),
+    )
+
+
 def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Collection[Key]) -> InstanceList:
     """The same list, with what of ``expected`` it proves not to be there: the rule of :mod:`.whole`, as for any list.
 
     A SOP Instance UID is one instance at a node, whose admin may have moved it to another series of the study. So only
     where something is not listed, the levels above are asked, and every series that was not: what they count, whether
     they list what has nothing below it, and whether the UID is in one of them. A node that refuses an answer there
-    proves nothing.
+    proves nothing; nor does one that is asked in Patient Root: it may have the study under another Patient ID, too.
 
     Raises
     ------
@@ -108,7 +138,7 @@ def prove_absent(finder: Finder, study: str, listed: InstanceList, expected: Col
         It breaks off, or says too much.
     """
     missing = {key for key in set(expected) - listed.keys if key[1] not in listed.unclear}
-    if not missing:
+    if not missing or finder.by_patient:
         return listed
     of_study = {h.STUDY_INSTANCE_UID: study}
     counts: dict[str, int | None] = {}
@@ -159,6 +189,7 @@ def ask(
     series: Mapping[str, Collection[str] | None],
     expected: Mapping[str, Collection[Key]] | None = None,
     cuts: Cuts | None = None,
+    patients: Mapping[str, Mapping[int, bytes]] = {},
 ) -> dict[str, InstanceList]:
     """What :func:`list_instances` finds, by study, for the ``series`` of each; the association is ended with it.
 
@@ -168,6 +199,8 @@ def ask(
         By study, what should be there: see :func:`prove_absent`.
     cuts : Cuts, optional
         Where this node may cut its answers, as seen so far.
+    patients : mapping, optional
+        By study, the key of its patient: see :func:`list_instances`.
 
     Raises
     ------
@@ -176,7 +209,9 @@ def ask(
     """
     finder = Finder(association, cuts)
     try:
-        found = {study: list_instances(finder, study, wanted) for study, wanted in series.items()}
+        found = {
+            study: list_instances(finder, study, wanted, patients.get(study, {})) for study, wanted in series.items()
+        }
         try:
             for study, wanted in (expected or {}).items():
                 found[study] = prove_absent(finder, study, found[study], wanted)

@@ -7,6 +7,7 @@ final name, and cleans up only after runs that are dead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from airflow_dicom_get.errors import SinkError
@@ -76,8 +77,10 @@ class Writer(Protocol):
 class Sink(Protocol):
     """A destination. Thread-safe: several associations write at once."""
 
-    def inventory(self, study: str) -> dict[Key, Stored]:
+    def inventory(self, study: str, patient: Mapping[int, bytes] = {}) -> dict[Key, Stored]:
         """What is held of a study, by series and SOP Instance UID, verified as far as ``verify_held`` asks.
+
+        ``patient`` is the key above the study in Patient Root, where it is known: a node may ask for it.
 
         Raises
         ------

@@ -188,7 +188,7 @@ class FilesystemSink:
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[Key, Stored]:
+    def inventory(self, study: str, patient: Mapping[int, bytes] = {}) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`."""
         if not self._read_only:  # here, too: of a study that is held whole no writer is ever begun
             try:

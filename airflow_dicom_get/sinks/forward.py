@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from airflow_dicom_get import clock
@@ -140,11 +141,13 @@ class ForwardSink:
 
     # --- what is held --------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[Key, Stored]:
+    def inventory(self, study: str, patient: Mapping[int, bytes] = {}) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: what our ledgers say was stored, and the destination still lists."""
-        return self._holdings.inventory(study, self._listed)
+        return self._holdings.inventory(study, partial(self._listed, patient))
 
-    def _listed(self, study: str, series: Collection[str] | None, recorded: Collection[Key]) -> InstanceList | None:
+    def _listed(
+        self, patient: Mapping[int, bytes], study: str, series: Collection[str] | None, recorded: Collection[Key]
+    ) -> InstanceList | None:
         """What the destination lists; None where it offers no list, so that our records of its answers stand.
 
         Raises
@@ -163,7 +166,7 @@ class ForwardSink:
         while True:
             try:
                 association = self.target.open(proposals, self.cancel)
-                listed = ask(association, {study: series}, {study: recorded}, self._cuts)[study]
+                listed = ask(association, {study: series}, {study: recorded}, self._cuts, {study: patient})[study]
             except NotNegotiated as error:
                 log.info("%s offers no list, so our own records decide: %s", self.name, error.message)
                 self._answered = True

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -22,7 +22,7 @@ from airflow_dicom_get.config.destination import (
 )
 from airflow_dicom_get.config.groups import S3Config
 from airflow_dicom_get.dicom import header as h
-from airflow_dicom_get.dicom.identifier import int_value, text_value
+from airflow_dicom_get.dicom.identifier import int_value, patient_keys, text_value
 from airflow_dicom_get.dicom.part10 import META_LIMIT, PREAMBLE, FileMeta, ends_in_meta, read_file_meta
 from airflow_dicom_get.dicom.uids import is_uid, uid_value
 from airflow_dicom_get.errors import Cancelled, DicomGetError, InvalidOption, printable
@@ -44,7 +44,14 @@ log = logging.getLogger(__name__)
 Named = str | os.PathLike[str]
 Places = tuple[FilesystemDestination | S3Destination, ...]
 """A folder, or an address ``s3://bucket/prefix``."""
-_WANTED = h.MANDATORY | {h.SOP_CLASS_UID, h.MODALITY, h.SERIES_NUMBER, h.INSTANCE_NUMBER}
+_WANTED = h.MANDATORY | {
+    h.SPECIFIC_CHARACTER_SET,
+    h.PATIENT_ID,
+    h.SOP_CLASS_UID,
+    h.MODALITY,
+    h.SERIES_NUMBER,
+    h.INSTANCE_NUMBER,
+}
 _OURS = frozenset({MANIFESTS, ".ledger"})
 
 
@@ -131,6 +138,8 @@ class Opened:
     dataset_offset: int
     meta: FileMeta | None
     """File meta information; None for a bare data set."""
+    patient: Mapping[int, bytes]
+    """The key of its patient, as :func:`patient_keys` makes it."""
     head: list[bytes] = field(default_factory=list)
     """What was read so far, from the first byte on."""
     rest: Iterator[memoryview] = field(default_factory=lambda: iter(()))
@@ -187,7 +196,9 @@ def open_object(item: StoredObject) -> Opened:
     instance.modality = text_value(values.get(h.MODALITY))
     instance.series_number = int_value(values.get(h.SERIES_NUMBER))
     instance.instance_number = int_value(values.get(h.INSTANCE_NUMBER))
-    return Opened(instance, offset, meta, head, rest)
+    patient_id = values.get(h.PATIENT_ID, b"").strip(b"\0 ")
+    patient = patient_keys(patient_id, values.get(h.SPECIFIC_CHARACTER_SET, b""))
+    return Opened(instance, offset, meta, patient, head, rest)
 
 
 def is_instance(item: StoredObject, study: str, series: str, sop: str) -> bool:

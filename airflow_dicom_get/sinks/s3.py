@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +95,7 @@ class S3Sink:
 
     # --- what is held ------------------------------------------------------------------------
 
-    def inventory(self, study: str) -> dict[Key, Stored]:
+    def inventory(self, study: str, patient: Mapping[int, bytes] = {}) -> dict[Key, Stored]:
         """See :meth:`sinks.base.Sink.inventory`: one listing and the ledgers; objects without record are asked."""
         listing = self._list(study)
         found = Inventory(self.bucket, study, self.options, adopt=self.options.adopt and not self._read_only)

@@ -29,7 +29,7 @@ from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.ledger import LedgerWriter
 from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
-from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
+from airflow_dicom_get.testing.misbehaving.archive import PATIENT_ID, STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.sample_data import PRIVATE_CLASS, big_study
 from airflow_dicom_get.testing.servers import Dcmqrscp, Orthanc, Storescp
@@ -38,6 +38,7 @@ from tests.support.certificates import Authority
 from tests.support.forwards import datasets, forward, sent_by, states
 from tests.support.holdings import Holding, hold
 from tests.support.listing_node import (
+    PATIENT_ROOT,
     ListingNode,
     capped,
     cut,
@@ -46,6 +47,7 @@ from tests.support.listing_node import (
     miscounted,
     nameless,
     nothing,
+    of_patient,
     studies_alone,
 )
 from tests.support.odd_destination import DieError, OddDestination, accept_only, at
@@ -753,6 +755,36 @@ class TestResume:
                 assert {sop: data for sop, (_, _, data) in destination.held.items()} == {
                     sop: source.dataset(sop) for sop in source.uids
                 }
+
+    @pytest.mark.parametrize("refuses", [0x0000, 0xA900])
+    @pytest.mark.parametrize(
+        ("patient", "needed"), [(PATIENT_ID, True), ("ANOTHER", False), ("ANOTHER", True)], ids=str
+    )
+    def test_a_node_that_offers_patient_root_alone(
+        self, tmp_path: Path, patient: str, needed: bool, refuses: int
+    ) -> None:
+        """It is asked with the Patient ID of the source, or its own; what it does not list it may yet have."""
+        rows = of_patient(patient, needed=needed)
+        with (
+            MisbehavingPacs(series=2, instances=2) as source,
+            ListingNode(rows, model=PATIENT_ROOT, refuses=refuses) as destination,
+        ):
+            assert forward(source, destination, tmp_path, STUDY_UID).verdict == "complete"
+            known = patient == PATIENT_ID or (not needed and not refuses)
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.skipped) == ("complete", 4 if known else 0)
+            content = {sop: data for sop, (_, _, data) in destination.held.items()}
+            folder = tmp_path / "files"
+            GetScu(f"127.0.0.1:{source.port}", destination=folder).get_study({"StudyInstanceUID": STUDY_UID})
+            node = f"{destination.ae_title}@127.0.0.1:{destination.port}"
+            stored = StoreScu(node, manifest_root=tmp_path).store(folder)
+            assert (stored.verdict, stored.skipped) == ("complete", 4 if known else 0)
+            verified = verify(study=STUDY_UID, destination=f"dicom://{node}", manifest_root=tmp_path)
+            assert verified.exit_code == (0 if not needed and not refuses else 4)
+            source._site.instances[:] = [replace(x, salt=3) for x in source._site.instances]
+            result = forward(source, destination, tmp_path, STUDY_UID)
+            assert (result.verdict, result.conflicts) == (("complete", 0) if known else ("partial", 4))
+            assert {sop: data for sop, (_, _, data) in destination.held.items()} == content
 
     @pytest.mark.parametrize("to", ["1.2.99", "", "told of several"])
     def test_what_a_node_lists_in_another_series_is_not_replaced(self, tmp_path: Path, to: str) -> None:

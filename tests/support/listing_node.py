@@ -8,7 +8,8 @@ from typing import Any, Self
 from pydicom.dataset import Dataset
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, evt
 
-_FIND, _VERIFICATION, _CT = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2"
+_VERIFICATION, _CT = "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2"
+STUDY_ROOT, PATIENT_ROOT = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.1.1"
 
 Held = dict[str, tuple[str, str, bytes]]
 """Study, series and data set by SOP Instance UID."""
@@ -19,14 +20,22 @@ class ListingNode:
 
     ae_title = "LISTS"
 
-    def __init__(self, rows: Callable[[Held, Dataset], Iterator[Dataset]], *, duplicate: int = 0x0000) -> None:
+    def __init__(
+        self,
+        rows: Callable[[Held, Dataset], Iterator[Dataset]],
+        *,
+        duplicate: int = 0x0000,
+        model: str = STUDY_ROOT,
+        refuses: int = 0x0000,
+    ) -> None:
         self.held: Held = {}
         self.stores = 0
+        self._model, self._refuses = model, refuses
         self._rows, self._duplicate = rows, duplicate
 
     def __enter__(self) -> Self:
         ae = AE(self.ae_title)
-        for sop_class in (_FIND, _VERIFICATION):
+        for sop_class in (self._model, _VERIFICATION):
             ae.add_supported_context(sop_class)
         ae.add_supported_context(_CT, ALL_TRANSFER_SYNTAXES)
         handlers: Any = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find)]
@@ -50,7 +59,11 @@ class ListingNode:
         return 0x0000
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset]]:
-        for row in self._rows(dict(self.held), event.identifier):
+        wanted = event.identifier
+        if self._refuses and not wanted.get("PatientID"):
+            yield self._refuses, Dataset()
+            return
+        for row in self._rows(dict(self.held), wanted):
             yield 0xFF00, row
 
 
@@ -64,6 +77,20 @@ def honest(held: Held, wanted: Dataset) -> Iterator[Dataset]:
         if uid not in seen:
             seen.add(uid)
             yield _row(level, study, series, sop)
+
+
+def of_patient(patient_id: str, *, needed: bool = True) -> Callable[[Held, Dataset], Iterator[Dataset]]:
+    """What is held of one patient, at every level; ``needed``: where the Patient ID is asked for alone."""
+
+    def rows(held: Held, wanted: Dataset) -> Iterator[Dataset]:
+        asked = wanted.get("PatientID") or ("" if needed else patient_id)
+        if asked != patient_id:
+            return
+        for row in studies_alone(held, wanted) if wanted.QueryRetrieveLevel == "STUDY" else honest(held, wanted):
+            row.PatientID = patient_id
+            yield row
+
+    return rows
 
 
 def nameless(held: Held, wanted: Dataset) -> Iterator[Dataset]:
