@@ -244,11 +244,11 @@ def read_study_list(path: str | Below, *, label: str | None = None, option: str 
     ----------
     path : str or Below
         The file, in UTF-8; where others may choose it, as :func:`list_within` gives it: then it has to be a regular
-        file, and not behind a link. Of both columns the first is taken; others are not looked at.
+        file, and not behind a link. Of both columns that of the UIDs is taken: a row has a value there, or is blank.
     label : str, optional
         Name of a column that says what each study is to be called, wherever it is named: so not that of the studies,
-        and none that is an attribute of a patient. Then every row has to name a study and a label, and a study that
-        stands there twice has to have the same.
+        and none that is an attribute of a patient. Then every row has to have a label too, and a study that stands
+        there twice the same.
     option : str
         What messages call the file.
 
@@ -329,14 +329,14 @@ class _Rows:
             )
         value = row[self._columns[self.key]].strip()
         label = row[self._columns[self._label]].strip() if self._label is not None else ""
-        if self._label is not None and any(text.strip() for name, text in row.items() if name is not None):
-            for column, text in ((self.key, value), (self._label, label)):
-                if not text:
-                    raise self.bad(line, column, "is empty")
-            if not label.isprintable():
-                raise self.bad(line, self._label, "contains characters that cannot be printed")
-        if not value:
+        if not any(text.strip() for name, text in row.items() if name is not None):
             return
+        if not value:
+            raise self.bad(line, self.key, "is empty")
+        if self._label is not None and not label:
+            raise self.bad(line, self._label, "is empty")
+        if self._label is not None and not label.isprintable():
+            raise self.bad(line, self._label, "contains characters that cannot be printed")
         if self.key == UID and not is_uid(value):
             raise self.bad(line, UID, f"{shown(value)} is not a valid UID")
         if self.key == ACCESSION and (not value.isprintable() or any(one in value for one in "*?\\")):

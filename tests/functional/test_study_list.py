@@ -46,6 +46,16 @@ def test_a_bad_row_is_named_by_line_and_column_and_not_quoted(tmp_path: Path, te
     assert "SECRET" not in str(caught.value)
 
 
+def test_a_row_without_a_value_is_an_error_unless_it_is_blank(tmp_path: Path) -> None:
+    heading = "StudyInstanceUID,AccessionNumber,Remark\n1.2,A1,\n"
+    blank = written(tmp_path, f"{heading},,\n , ,\n\n1.3,,\n")
+    assert [one.value for one in read_study_list(blank)] == ["1.2", "1.3"]
+    for row in (",SECRET,", " ,,SECRET"):
+        with pytest.raises(InvalidOption, match="line 3, column StudyInstanceUID is empty") as caught:
+            read_study_list(written(tmp_path, f"{heading}{row}\n"))
+        assert "SECRET" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "heading",
     ["AccessionNumber", "PatientName", " PATIENTNAME", "patient_id", "Patient's Birth Date", "(0010,0030)", "00100010",
