@@ -170,16 +170,31 @@ class Search:
         if self._modalities:
             if not modalities:
                 series = self._series(uid, {})
+                if not series:
+                    return self._without_series(row, uid)
                 self._look_at(series)
                 modalities = _modalities_of_series(series.values())
             if not set(modalities) & set(self._modalities):
                 return None
+        return self._whole(row, uid, modalities)
+
+    def _whole(self, row: Any, uid: str, modalities: Sequence[str]) -> Item:
         return make_item(
             uid,
             expected=count(getattr(row, "NumberOfStudyRelatedInstances", None)),
             modalities=modalities,
             keys=self._keys(row),
         )
+
+    def _without_series(self, row: Any, uid: str) -> Item | None:
+        """A listed study with nothing listed below it, as one that arrives: whole, so that its get finds out.
+
+        None where there is none by its own count.
+        """
+        related = ("NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances")
+        if 0 in (count(getattr(row, keyword, None)) for keyword in related):
+            return None
+        return self._whole(row, uid, modalities_of(getattr(row, "ModalitiesInStudy", None)))
 
     def _keys(self, row: Any) -> dict[str, str]:
         return {key: "\\".join(values(getattr(row, key, None))) for key in self._return_keys}
@@ -200,6 +215,8 @@ class Search:
 
     def _series_item(self, row: Any, study: str, keys: Mapping[str, Any]) -> Item | None:
         series = self._series(study, keys)
+        if not series and not any(keys.values()):
+            return self._without_series(row, study)
         if self._modalities:
             self._look_at(series)
             series = {

@@ -108,7 +108,25 @@ def test_a_pacs_that_tells_no_modality_is_not_one_without_such_studies(level):
 
     with pytest.raises(InvalidQuery, match="does not support the key Modality at SERIES level: none of the 2 rows"):
         told("", None)
-    assert (told("", "CT"), told("", "MR"), told()) == (1, 0, 0)
+    assert (told("", "CT"), told("", "MR")) == (1, 0)
+
+
+@pytest.mark.parametrize(("level", "modalities"), [("STUDY", ["CT"]), ("SERIES", []), ("SERIES", ["CT"])])
+def test_a_listed_study_whose_series_are_not_listed_is_kept_whole(level, modalities):
+    def found(instances, **keys):
+        def find(query, at, return_keys):
+            study = SimpleNamespace(StudyInstanceUID="1.2", NumberOfStudyRelatedInstances=instances)
+            rows: list[Any] = [study] if at == "STUDY" else []
+            return Found(rows)
+
+        asked = Search(find, level=level, model="StudyRoot", modalities=modalities)
+        items = asked.items({"StudyDate": "20240110", **keys})
+        return [(item["study_instance_uid"], item["series_instance_uids"]) for item in items]
+
+    assert found("7") == found(None) == [("1.2", None)]
+    assert found("0") == []
+    if level == "SERIES":  # no series need match a filter
+        assert found("7", BodyPartExamined="CHEST") == []
 
 
 def test_today_is_one_day_for_all_queries_of_a_search():
