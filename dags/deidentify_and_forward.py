@@ -27,12 +27,13 @@ again, and what the other node has acknowledged is not sent again.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import tempfile
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 from airflow.sdk import DAG, Param, Variable, task
 from airflow.sdk.exceptions import AirflowFailException
@@ -92,17 +93,22 @@ def refuse_links(*folders: Path) -> None:
             raise AirflowFailException(f"{folder} is a link, which is not followed. Remove it, and clear this task.")
 
 
-def write(dataset, path: Path) -> None:
+def write(dataset, path) -> None:
     """Write a file under a temporary name and rename it, so that files under final names are complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with open(descriptor, "wb") as file:
-            dataset.save_as(file, enforce_file_format=True)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    from airflow_dicom_get.storage.files import replace_whole
+
+    content = io.BytesIO()
+    dataset.save_as(content, enforce_file_format=True)
+    replace_whole(path, lambda file: file.write(content.getbuffer()), temporary=f".{uuid4().hex}.part", private=True)
+
+
+def tidy_up(folder, written) -> None:
+    """Remove the files below a folder that were not written, through no link, whatever is put in its way meanwhile."""
+    from airflow_dicom_get.storage.files import disk, files_below
+
+    for path in list(files_below(folder, lambda name: True, lambda *_: None)):
+        if path not in written:
+            disk.remove(path)
 
 
 with DAG(
@@ -164,6 +170,7 @@ with DAG(
 
         from airflow_dicom_get import load_manifest
         from airflow_dicom_get.notebook import read_instances
+        from airflow_dicom_get.storage.files import Below
 
         # Without a long secret, anyone who knows an original's UID could compute the copy's.
         secret = Variable.get("dicom_deidentify_secret", default="")
@@ -196,9 +203,9 @@ with DAG(
                     study, series, sop = dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID
                     if {study, series, sop} & {row.study_instance_uid, row.series_instance_uid, row.sop_instance_uid}:
                         raise ValueError("the copy has a UID of the original")
-                    folder = Path(copies, study)
+                    folder = Below(Path(copies), (study,))
                     path = folder / series / f"{sop}.dcm"
-                    refuse_links(folder, path.parent)
+                    refuse_links(Path(folder), Path(path.parent))
                     write(dataset, path)
             except (AirflowFailException, OSError):
                 raise  # a link; or, for example, a full disk, which is worth a retry
@@ -217,11 +224,9 @@ with DAG(
             )
         (folder,) = folders
         # Left by a killed try, or by an original that the PACS has withdrawn since.
-        refuse_links(folder)
-        for path in folder.rglob("*"):
-            if path.is_file() and path not in written:
-                path.unlink()
-        return str(folder)
+        refuse_links(Path(folder))
+        tidy_up(folder, written)
+        return str(Path(folder))
 
     copy = deidentify.partial(copies=COPIES).expand(manifest=get.output)
 

@@ -38,7 +38,7 @@ class Drain:
         self.objects = 0
         self.bytes = 0
         self.uids: set[str] = set()
-        """SOP Instance UIDs of what began to come; any other text may be of any length."""
+        """SOP Instance UIDs of what began to come; "" for any other text, which may be of any length."""
 
     def begin(self, request: StoreRequest) -> None:
         """An object begins."""
@@ -69,8 +69,7 @@ class Drain:
         self._note(sop_instance)
 
     def _note(self, sop_instance: str) -> None:
-        if is_uid(sop_instance):
-            self.uids.add(sop_instance)
+        self.uids.add(sop_instance if is_uid(sop_instance) else "")
 
 
 class Counted(NamedTuple):

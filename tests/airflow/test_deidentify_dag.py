@@ -14,6 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from pydicom import DataElement, Dataset, dcmread
 
 from airflow_dicom_get import GetScu, load_manifests
+from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import modes_object
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
@@ -107,6 +108,29 @@ def held(source, study, folder):
     found = scu.get_study({"StudyInstanceUID": study})
     assert found.verdict == "complete"
     return found
+
+
+def test_a_link_that_comes_while_copies_are_tidied_up_leads_nowhere(load_dag, source, originals, tmp_path, monkeypatch):
+    """A neighbour has files of the names of others' removed, and exchanges their folder when they were listed."""
+    found = held(source, originals[0].StudyInstanceUID, tmp_path)
+    deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
+    copies, private = tmp_path / "copies", tmp_path / "private"
+    folder = Path(deidentify(found.manifest_uri, str(copies)))
+    for place in (private, folder / "junk"):
+        place.mkdir()
+        (place / "thesis.txt").write_text("years")
+    real = files.files_below
+
+    def exchanged(*arguments):
+        listed = list(real(*arguments))
+        (folder / "junk").rename(tmp_path / "old")
+        (folder / "junk").symlink_to(private)
+        return listed
+
+    monkeypatch.setattr(files, "files_below", exchanged)
+    with pytest.raises(OSError, match="link"):
+        deidentify(found.manifest_uri, str(copies))
+    assert (private / "thesis.txt").read_text() == "years"
 
 
 def test_an_original_is_no_link(load_dag, source, originals, tmp_path):
