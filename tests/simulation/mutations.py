@@ -208,7 +208,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         "engine.verdict:_verdict", "if state.lists_agree else", "if True else", "complete without a second list"
     ),
     "a_data_set_that_is_truncated_has_no_remark": Mutation(
-        "engine.receiver:Receiver.finish",
+        "engine.receiver:Receiver._contradicted",
         "self._instance.truncated = not self._walk.whole",
         "pass",
         "truncated, and its row does not say so",
