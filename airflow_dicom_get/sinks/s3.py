@@ -119,7 +119,7 @@ class S3Sink:
         key = self.bucket.key_of(held.uri or "")
         content = bytearray()
         try:
-            for chunk in self.bucket.read(key, lambda _: None, Range=f"bytes=0-{size - 1}"):
+            for chunk in self.bucket.read(key, lambda _: None, size):
                 content += chunk
                 if len(content) >= size:  # the service may give more than it was asked for
                     break

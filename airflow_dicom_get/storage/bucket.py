@@ -281,15 +281,17 @@ class Bucket:
             check(len(content))
         return bytes(content)
 
-    def read(self, key: str, check: Callable[[int], object] = files.check_size, **parameters: Any) -> Iterator[bytes]:
+    def read(
+        self, key: str, check: Callable[[int], object] = files.check_size, first: int | None = None
+    ) -> Iterator[bytes]:
         """Read an object piece by piece.
 
         Parameters
         ----------
         check : callable
             Is given its size before anything of it is read, and raises where that is too much.
-        **parameters
-            More of the request, as ``Range``.
+        first : int, optional
+            Asks for so many bytes from its beginning alone; a service may give more.
 
         Raises
         ------
@@ -301,7 +303,8 @@ class Bucket:
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
-        answer = self.call("get_object", key, **parameters)
+        part = {} if first is None else {"Range": f"bytes=0-{first - 1}"}
+        answer = self.call("get_object", key, **part)
         body = answer["Body"]
         try:
             check(int(answer.get("ContentLength", 0)))

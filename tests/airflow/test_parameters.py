@@ -59,6 +59,8 @@ def test_the_parameters_are_those_of_the_contract(operator):
     for cls in operator.__mro__:
         if cls in (BaseOperator, BaseSensorOperator):
             break
+        if "__init__" not in vars(cls):
+            continue
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             if name not in ("self", "kwargs"):
                 assert parameter.kind is parameter.KEYWORD_ONLY, name
