@@ -16,6 +16,7 @@ from airflow_dicom_get.vocabulary import (
     UNVERIFIED,
     Evidence,
     Verdict,
+    accepted,
     exit_code,
 )
 
@@ -150,15 +151,19 @@ class Result:
         """Exit code of the shell."""
         return exit_code(self.verdict, self.reason)
 
+    def accepted(self, accept: Sequence[str]) -> bool:
+        """Whether the verdict is one of ``accept``, and so is that of each study that is not complete."""
+        return accepted(self.verdict, (study.verdict for study in self.studies), accept)
+
     def raise_for_verdict(self, accept: Sequence[str] = (COMPLETE,)) -> None:
-        """Return if the verdict is one of ``accept``.
+        """Return if the verdict is one of ``accept``, and so is that of each study that is not complete.
 
         Raises
         ------
         IncompleteRetrieval
             It is not. The error holds the numbers, and is transient if trying again can help.
         """
-        if self.verdict in accept:
+        if self.accepted(accept):
             return
         why = f" {self.errors[0]['error']}" if self.errors and not self.total else ""
         raise IncompleteRetrieval(

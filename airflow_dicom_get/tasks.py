@@ -29,6 +29,7 @@ from airflow_dicom_get.vocabulary import (
     REASONS,
     WORST_FIRST,
     Verdict,
+    accepted,
     advice,
     noun,
     worst,
@@ -107,7 +108,7 @@ def report(
     :param parts: what was mapped over, to notice tasks that left no result
     :param summaries: of the retrievals
     :param manifests: of the retrievals, of any shape
-    :param accept: the verdicts that are a success
+    :param accept: the verdicts that are a success; each of them has to be one, not only the worst
     :return: ``verdict`` (the worst), ``verdicts``, ``studies, series, instances, held, bytes``, ``reasons`` of what is
         not held, ``manifests`` (addresses)
     :raises AirflowFailException: not everything is complete; the text says how much is missing, why, and what to do
@@ -116,7 +117,7 @@ def report(
         # By index: Airflow's own iterator over XCom asks for one more, and logs an error for it.
         whole = _sum_up(len(parts), [summaries[index] for index in range(len(summaries))], manifests)
         text = _text(whole)
-        if whole["verdict"] not in check_accept(accept):
+        if not accepted(whole["verdict"], whole["verdicts"], check_accept(accept)):
             raise AirflowFailException(f"{text} Clear the failed tasks to resume: what is held is not fetched again.")
     log.info("%s", text)
     return whole

@@ -7,7 +7,7 @@ A leaf module: it imports nothing of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -80,6 +80,11 @@ _SIGTERM_EXIT = 143
 def exit_code(verdict: Verdict, reason: str | None = None) -> int:
     """Exit status of the shell for a verdict; one that SIGTERM cancelled has its own."""
     return _SIGTERM_EXIT if verdict == CANCELLED and reason == "SIGTERM" else EXIT_CODES[verdict]
+
+
+def accepted(whole: Verdict, parts: Iterable[Verdict], accept: Collection[str]) -> bool:
+    """Whether a verdict may be taken for a success: the worst of several hides others that are not accepted."""
+    return whole in accept and all(part in accept for part in parts if part != COMPLETE)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

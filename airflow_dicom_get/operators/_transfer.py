@@ -195,7 +195,8 @@ class TransferOperator(DicomTask):
                 transfer.scratch.cleanup()
         progress.finish("done")
         with said_first():
-            return self._end(context, result, manifest, progress)
+            refused = next((one for one in (result, *results) if not one.accepted(self.accept)), None)
+            return self._end(context, result, refused, manifest, progress)
 
     @contextmanager
     def _ending_soon(self) -> Iterator[None]:
@@ -298,8 +299,13 @@ class TransferOperator(DicomTask):
 
     # --- after it ----------------------------------------------------------------------------------
 
-    def _end(self, context: Context, result: Result, manifest: Manifest, progress: Progress) -> Any:
-        """Leave summary and manifest in XCom, whatever the verdict; then succeed, raise or defer."""
+    def _end(
+        self, context: Context, result: Result, refused: Result | None, manifest: Manifest, progress: Progress
+    ) -> Any:
+        """Leave summary and manifest in XCom, whatever the verdict; then succeed, raise or defer.
+
+        :param refused: the result, or the first one of its parts, whose verdicts are not all accepted
+        """
         ti = context["ti"]
         told = summary(result, kind=self.phase, manifest=manifest.counts(), try_number=ti.try_number)
         self._push(ti, "summary", told, result)
@@ -307,21 +313,21 @@ class TransferOperator(DicomTask):
         if manifest.remark is not None and manifest.problem is None:
             # The last line: a task that takes the reference for a frame counts its keys, and is green.
             self.log.warning("%s", manifest.remark)
-        if result.verdict in self.accept and result.resume_at is None and manifest.problem is None:
+        if refused is None and result.resume_at is None and manifest.problem is None:
             self._tell_outlets(context, manifest, result)
             return value
         if self.do_xcom_push:
             self._push(ti, "return_value", value, result)
         if manifest.problem is not None:
             # Where the transfer itself failed, that is the error to see: often the reason for this one too.
-            if result.verdict in self.accept:
+            if refused is None:
                 raise AirflowFailException(manifest.problem)
             self.log.warning("%s", manifest.problem)
         if result.resume_at is not None and self.outside_window == "defer":
             self._defer(result, progress)
         if result.resume_at is not None and result.verdict != CANCELLED:
             raise AirflowFailException(f"{result.summary()}. outside_window is 'fail'.")
-        raise_for(result, self.accept)
+        raise_for(refused or result, self.accept)
         self._tell_outlets(context, manifest, result)
         return value
 

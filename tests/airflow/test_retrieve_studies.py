@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from airflow.sdk.exceptions import AirflowFailException
 
+from airflow_dicom_get.manifest.frames import frame_of
+from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.tasks import report
 from airflow_dicom_get.testing.servers import free_port
 
 
@@ -89,3 +93,12 @@ def test_two_groups_stand_in_one_dag():
     assert dag.task_dict["get"].downstream_task_ids == {"report", "verify"}
     assert [dag.task_dict[name].pool for name in ("find", "mr.find", "mr.get")] == ["default_pool", "pacs", "pacs"]
     assert [dag.task_dict[name].max_active_tis_per_dag for name in ("get", "mr.get")] == [2, 1]
+
+
+def test_a_report_is_of_each_verdict_and_not_of_the_worst_alone():
+    empty = frame_of(manifest_table([], source="", destination=""))
+    verdicts = ["partial", "unverified", "empty", "complete"]
+    summaries = [{"verdict": verdict, "manifest_uri": None} for verdict in verdicts]
+    with pytest.raises(AirflowFailException, match="1 unverified, 1 empty"):
+        report.function(verdicts, summaries, [empty] * 4, ("complete", "partial"))
+    assert report.function(verdicts, summaries, [empty] * 4, verdicts)["verdict"] == "partial"

@@ -70,6 +70,11 @@ class TestRaise:
     def test_complete_and_accepted_verdicts_return(self) -> None:
         Result("complete").raise_for_verdict()
         Result("empty").raise_for_verdict(accept=("complete", "empty"))
+        Result("empty", studies=[StudyResult("1.2", "complete")]).raise_for_verdict(accept=("empty",))
+        hidden = Result("unverified", studies=[StudyResult("1.2", "unverified"), StudyResult("1.3", "empty")])
+        hidden.raise_for_verdict(accept=("unverified", "empty"))
+        with pytest.raises(IncompleteRetrieval):
+            hidden.raise_for_verdict(accept=("complete", "unverified"))
 
     @pytest.mark.parametrize("verdict", [verdict for verdict in WORST_FIRST if verdict != "complete"])
     def test_others_raise_with_the_facts(self, verdict: Verdict) -> None:
