@@ -16,7 +16,10 @@ def values(value: Any) -> list[str]:
     """The values of one attribute of a C-FIND row as texts, empty ones left out."""
     if value is None:
         return []
-    parts = value.split("\\") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+    if isinstance(value, str):
+        parts: Iterable[Any] = value.split("\\")
+    else:  # a name of pydicom's can be iterated over, too: by its letters
+        parts = value if isinstance(value, Sequence) else [value]
     return [text for part in parts if part is not None and (text := str(part).strip())]
 
 
