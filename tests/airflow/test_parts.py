@@ -276,10 +276,9 @@ def test_the_file_of_a_task_has_the_verdict_of_the_task(tmp_path, other):
     path = tmp_path / "0-1.part0.parquet"
     row = Instance("1", "2", "3")
     row.state = "stored"
-    write_manifest(
-        manifest_table([row], source="s", destination="d"), path, verdict="complete", evidence="list", run="r"
-    )
+    table = manifest_table([row], source="s", destination="d")
     complete = Result(verdict="complete", manifest_uri=f"file://{path}", evidence="list")
+    complete.written = write_manifest(table, path, verdict="complete", evidence="list", run="r")
     value = Manifest([complete, other], "0-1", mode="reference").value
     assert (value["verdict"], value["rows"]) == (other.verdict, 1)
     assert [one.name for one in tmp_path.iterdir()] == ["0-1.parquet"]
