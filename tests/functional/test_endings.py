@@ -296,9 +296,9 @@ def test_a_cancel_ends_a_plan_while_it_finds_out_what_is_held(
     assert scu.get_study(query).verdict == "complete"
     inventory = FilesystemSink.inventory
 
-    def cancelled(sink: FilesystemSink, study: str) -> Any:
+    def cancelled(sink: FilesystemSink, study: str, *patient: Any) -> Any:
         scu.cancel("stop")
-        return inventory(sink, study)
+        return inventory(sink, study, *patient)
 
     with monkeypatch.context() as patched:
         patched.setattr(FilesystemSink, "inventory", cancelled)
