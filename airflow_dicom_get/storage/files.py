@@ -705,14 +705,20 @@ class _Output(io.RawIOBase):
 def digest_of(fd: int, go_on: GoOn = lambda: None) -> bytes:
     """Sha256 of a whole open file. Raises :class:`OSError` as :func:`read_chunks`."""
     digest = hashlib.sha256()
-    position = 0
-    while chunk := disk.read_at(fd, CHUNK, position):
-        if position:
-            go_on()
+    for chunk, position in _pieces(fd, 0, go_on):
         digest.update(chunk)
-        position += len(chunk)
-        check_size(position)
+        check_size(position + len(chunk))
     return digest.digest()
+
+
+def _pieces(fd: int, begin: int, go_on: GoOn) -> Iterator[tuple[bytes, int]]:
+    """What an open file holds from a position on, in pieces that end where its chunks do, and where each begins."""
+    position = begin
+    while piece := disk.read_at(fd, CHUNK - position % CHUNK, position):
+        if position > begin:
+            go_on()
+        yield piece, position
+        position += len(piece)
 
 
 def digest_of_path(path: Where, go_on: GoOn = lambda: None) -> bytes:
@@ -742,15 +748,10 @@ def same_content(one: int, one_pos: int, other: int, other_pos: int, go_on: GoOn
 
 def starts_alike(short: int, short_pos: int, long: int, long_pos: int, go_on: GoOn = lambda: None) -> bool:
     """Whether an open file is, from its position to its end, the beginning of another from its own."""
-    begin = short_pos
-    while piece := disk.read_at(short, CHUNK, short_pos):
-        if short_pos > begin:
-            go_on()
-        if piece != disk.read_at(long, len(piece), long_pos):
-            return False
-        short_pos += len(piece)
-        long_pos += len(piece)
-    return True
+    return all(
+        piece == disk.read_at(long, len(piece), long_pos + position - short_pos)
+        for piece, position in _pieces(short, short_pos, go_on)
+    )
 
 
 def differ_by_lost_blocks(there: int, there_pos: int, whole: int, whole_pos: int, go_on: GoOn = lambda: None) -> bool:
@@ -758,18 +759,13 @@ def differ_by_lost_blocks(there: int, there_pos: int, whole: int, whole_pos: int
 
     So a crash leaves what was written and not synced; what a program has changed differs in other bytes.
     """
-    first = there_pos
-    while piece := disk.read_at(there, CHUNK - there_pos % CHUNK, there_pos):
-        if there_pos > first:
-            go_on()
-        other = disk.read_at(whole, len(piece), whole_pos)
+    for piece, position in _pieces(there, there_pos, go_on):
+        other = disk.read_at(whole, len(piece), whole_pos + position - there_pos)
         if piece != other:
-            edges = [0, *range(-there_pos % _BLOCK or _BLOCK, len(piece), _BLOCK), len(piece)]
+            edges = [0, *range(-position % _BLOCK or _BLOCK, len(piece), _BLOCK), len(piece)]
             for begin, end in pairwise(edges):
                 if piece[begin:end] != other[begin:end] and any(piece[begin:end]):
                     return False
-        there_pos += len(piece)
-        whole_pos += len(piece)
     return True
 
 
