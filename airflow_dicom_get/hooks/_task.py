@@ -49,6 +49,7 @@ class ShownFields(BaseOperator):
     ) -> None:
         # Airflow stores what the fields hold after this call, in clear, for every viewer of the DAG. The
         # argument names are Airflow's: mapped tasks pass them by keyword.
+        before = {name: getattr(parent, name, None) for name in template_fields}
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
         if parent is not self:
             return
@@ -60,6 +61,10 @@ class ShownFields(BaseOperator):
                 given[name] = value
                 setattr(self, name, shown)
         self._given = given
+        self.rendered(before, context)
+
+    def rendered(self, before: Mapping[str, Any], context: Context) -> None:
+        """Called once the fields are rendered, with what they were before."""
 
 
 class DicomTask(ShownFields):
@@ -139,17 +144,7 @@ class DicomTask(ShownFields):
         if study is not None:
             cast(dict[str, Any], context)[LABEL_KEY] = study
 
-    def _do_render_template_fields(
-        self,
-        parent: Any,
-        template_fields: Iterable[str],
-        context: Context,
-        jinja_env: Any,
-        seen_oids: set[int],
-    ) -> None:
-        before = {name: getattr(parent, name, None) for name in template_fields}
-        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
-        if parent is not self:
-            return
+    def rendered(self, before: Mapping[str, Any], context: Context) -> None:
+        """Note which fields came to nothing, and name the task by what it works on."""
         self._emptied = {name for name, value in before.items() if value is not None and self.given(name) is None}
         cast(dict[str, Any], context)[LABEL_KEY] = self.map_label()
