@@ -29,7 +29,6 @@ from airflow_dicom_get.manifest.files import (
     content_of,
     manifest_content,
     manifest_uri,
-    open_manifest,
     own_table,
     place_above,
     place_of,
@@ -69,7 +68,7 @@ __all__ = [
     "one_table",
     "parquet_in_xcom",
     "read_manifest",
-    "reference",
+    "reference_to",
     "runs_of",
     "table_in_xcom",
     "table_of",
@@ -418,24 +417,6 @@ def write_as_one(
 
 def _word(found: str | None, words: Iterable[Word], otherwise: Word) -> Word:
     return next((word for word in words if word == found), otherwise)
-
-
-def reference(uri: str | Path, s3_config: S3 = None) -> dict[str, Any]:
-    """The reference to a manifest file as it lies there now.
-
-    Raises
-    ------
-    ManifestError
-        The file cannot be read.
-    """
-    from hashlib import sha256
-
-    place = place_of(uri)
-    content = content_of(place, s3_config)
-    file = open_manifest(content, str(uri))
-    verdict = metadata_of(file.schema_arrow).get("verdict", "")
-    found = Written(file.metadata.num_rows, len(content), sha256(content).hexdigest(), verdict)
-    return reference_to(str(uri) if isinstance(place, S3Destination) else manifest_uri(place.path), found)
 
 
 def reference_to(uri: str, written: Written) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from airflow_dicom_get.manifest.frames import (
     each_of,
     frame_of,
     load_table,
+    load_tables,
     one_table,
     reference_to,
     write_as_one,
@@ -185,9 +186,8 @@ def _one_file(results: Sequence[Result], name: str, conn_id: str | None) -> dict
         return parts[0]
     uris = [part["manifest_uri"] for part in parts]
     task, to = merge(results), f"{uris[0].rpartition('/')[0]}/{name.rpartition('/')[2]}.parquet"
-    room = Room()
-    tables = [load_table(part, room=room) for part in parts]  # our own, wherever they lie, or they are refused
-    whole = write_as_one(tables, to, verdict=task.verdict, evidence=task.evidence)
+    # By their references: our own, or they are refused.
+    whole = write_as_one(load_tables(parts), to, verdict=task.verdict, evidence=task.evidence)
     for uri in uris:
         if uri != to:
             _remove(uri)

@@ -22,7 +22,7 @@ _PART = re.compile(rf"\.[0-9.]{{1,64}}\.(?P<run>{clock.RUN_NAME})(?:\.[0-9]+)?\.
 """The temporary name of an instance. Earlier versions did not number the writers of a run."""
 
 
-def hold(path: Folder, disk: Disk | None = None) -> int:
+def hold(path: Folder, disk: Disk) -> int:
     """Make a lock file and lock it; whoever cleans up may have removed it in between.
 
     Nobody else may open it: whoever can may lock it, and we would wait for him for ever.
@@ -32,7 +32,6 @@ def hold(path: Folder, disk: Disk | None = None) -> int:
     OSError
         It cannot be made, or is gone each time: a file server may take no names that begin with a dot.
     """
-    disk = disk or files.disk
     for _ in range(_TRIES):
         try:
             lock = disk.open(path, files.NEW, mode=0o600)
@@ -60,7 +59,7 @@ def hold(path: Folder, disk: Disk | None = None) -> int:
     raise FileNotFoundError(errno.ENOENT, f"a lock file ({path.name}) cannot be made there, or is gone at once")
 
 
-def clean_dead_runs(folder: Folder, own: str, disk: Disk | None = None) -> None:
+def clean_dead_runs(folder: Folder, own: str, disk: Disk) -> None:
     """Remove temporary files and locks of runs that hold no lock any more; what another program left stays."""
     leftovers: dict[str, list[Folder]] = {}
     for name in files.names_in(folder):
@@ -73,7 +72,6 @@ def clean_dead_runs(folder: Folder, own: str, disk: Disk | None = None) -> None:
                 if match is not None:
                     leftovers.setdefault(match["run"], []).append(folder / name / part)
     leftovers.pop(own, None)
-    disk = disk or files.disk
     for run, left in leftovers.items():
         with _if_dead(disk, folder / f".{run}.lock", left) as dead:
             if dead:

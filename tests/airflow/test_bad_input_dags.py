@@ -174,7 +174,7 @@ def test_the_manifest_to_analyse_is_missing(run_dag, load, announce, prefix, tmp
 
 
 def test_the_folder_of_the_report_is_none(run_dag, load, announce, moto, prefix, tmp_path):
-    from airflow_dicom_get.manifest.frames import reference
+    from tests.support.references import reference
 
     (tmp_path / "file").write_text("")
     pacs = load("retrieve_studies")

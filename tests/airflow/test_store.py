@@ -17,13 +17,13 @@ from airflow_dicom_get.config.groups import Window
 from airflow_dicom_get.errors import ManifestError
 from airflow_dicom_get.manifest import files
 from airflow_dicom_get.manifest.files import write_manifest
-from airflow_dicom_get.manifest.frames import reference
 from airflow_dicom_get.manifest.schema import manifest_table
 from airflow_dicom_get.operators._manifests import load_given
 from airflow_dicom_get.operators.dicom import DicomGetOperator, DicomStoreOperator
 from airflow_dicom_get.records import Instance
 from airflow_dicom_get.testing.archive import Archive as Index
 from airflow_dicom_get.testing.s3_servers import BUCKET, SECRET_KEY
+from tests.support.references import reference
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
 

@@ -29,11 +29,11 @@ from airflow_dicom_get.manifest.frames import (
     load_manifest,
     load_manifests,
     read_manifest,
-    reference,
     table_of,
 )
 from airflow_dicom_get.manifest.schema import manifest_rows, manifest_table, metadata_of
 from airflow_dicom_get.records import Instance
+from tests.support.references import reference
 
 # Schema 1, written down by hand: others read these files.
 SCHEMA = {
@@ -371,8 +371,9 @@ def test_writing_needs_no_pandas(tmp_path: Path) -> None:
         "from airflow_dicom_get.records import Instance\n"
         "assert 'pyarrow' not in sys.modules\n"
         "t = manifest_rows([Instance('1', '2', '3')], source='s', destination='d')\n"
-        f"write_manifest(t, {str(tmp_path / 'm.parquet')!r}, verdict='complete', evidence='list', run='r')\n"
-        f"reference({str(tmp_path / 'm.parquet')!r})\n"
+        f"w = write_manifest(t, {str(tmp_path / 'm.parquet')!r}, verdict='complete', evidence='list', run='r')\n"
+        f"reference_to({str(tmp_path / 'm.parquet')!r}, w)\n"
+        f"open_manifest(open({str(tmp_path / 'm.parquet')!r}, 'rb').read(), 'm').close()\n"
         "assert 'pandas' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": "error"})

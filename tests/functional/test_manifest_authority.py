@@ -50,6 +50,7 @@ from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.verify import verify
 from tests.support.holdings import Holding
+from tests.support.references import reference as reference_now
 
 Embedded = Callable[..., EmbeddedPacs]
 
@@ -513,8 +514,8 @@ def test_what_a_retrieval_hands_on_has_its_destination_wherever_its_manifest_lie
     embedded: Embedded, private: Holding, tmp_path: Path, root: str
 ) -> None:
     got = Retrieved(embedded, private, tmp_path / "data", manifest_root=tmp_path / root)
-    assert verify(frames.reference(got.uri), manifest_root=tmp_path / "v").same
-    reference = combine_manifests([frames.reference(got.uri)], tmp_path / "all")
+    assert verify(reference_now(got.uri), manifest_root=tmp_path / "v").same
+    reference = combine_manifests([reference_now(got.uri)], tmp_path / "all")
     assert len(read_instances(load_manifest(reference))) == 12
 
 

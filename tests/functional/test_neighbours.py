@@ -44,7 +44,7 @@ def test_what_a_dead_run_of_this_machine_left_goes(tmp_path: Path, holder: bytes
     part = leave(tmp_path, "20260101T000000Z-dead0001", holder)
     numbered = part.with_name(f"{part.stem}.12.part")
     numbered.write_bytes(b"half")
-    locks.clean_dead_runs(tmp_path, "own")
+    locks.clean_dead_runs(tmp_path, "own", files.disk)
     assert not part.exists()
     assert not numbered.exists()
     assert not list(tmp_path.glob(".*.lock"))
@@ -56,29 +56,29 @@ def test_what_is_not_named_as_ours_stays(tmp_path: Path) -> None:
     others = [tmp_path / ".datalad.lock", tmp_path / SERIES / ".1.2.3.copy.part", tmp_path / SERIES / ".1.2.3.7.part"]
     for path in others:
         path.write_bytes(b"")
-    locks.clean_dead_runs(tmp_path, "own")
+    locks.clean_dead_runs(tmp_path, "own", files.disk)
     assert sorted(x for x in tmp_path.rglob("*") if x.is_file()) == sorted(others)
 
 
 def test_what_a_run_of_another_machine_writes_stays_for_a_day(tmp_path: Path) -> None:
     """Its lock may not be seen here: a network file system with local locks tells only those of its own machine."""
     part = leave(tmp_path, "20260101T000000Z-a11fe000", OTHER_HOST)
-    locks.clean_dead_runs(tmp_path, "own")
+    locks.clean_dead_runs(tmp_path, "own", files.disk)
     assert part.exists()
     assert list(tmp_path.glob(".*.lock"))
     old = time.time() - 25 * 3600
     for path in (part, *tmp_path.glob(".*.lock")):
         os.utime(path, (old, old))
-    locks.clean_dead_runs(tmp_path, "own")
+    locks.clean_dead_runs(tmp_path, "own", files.disk)
     assert not part.exists()
 
 
 def test_a_live_run_of_this_machine_is_left_alone(tmp_path: Path) -> None:
-    lock = locks.hold(tmp_path / ".20260101T000000Z-a11fe000.lock")
+    lock = locks.hold(tmp_path / ".20260101T000000Z-a11fe000.lock", files.disk)
     (tmp_path / SERIES).mkdir()
     part = tmp_path / SERIES / ".1.2.3.20260101T000000Z-a11fe000.7.part"
     part.write_bytes(b"half")
-    locks.clean_dead_runs(tmp_path, "own")
+    locks.clean_dead_runs(tmp_path, "own", files.disk)
     assert part.exists()
     files.disk.close(lock)
 

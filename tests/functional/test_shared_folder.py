@@ -29,7 +29,7 @@ from airflow_dicom_get.errors import InvalidOption, LedgerError, ManifestError, 
 from airflow_dicom_get.exports.verb import export
 from airflow_dicom_get.manifest import files as manifests
 from airflow_dicom_get.manifest.files import read_table, tables_below, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, reference, table_in_xcom
+from airflow_dicom_get.manifest.frames import combine_manifests, frame_of, load_manifests, table_in_xcom
 from airflow_dicom_get.manifest.schema import arrow_schema, instances_of, manifest_table
 from airflow_dicom_get.net.association import CancelToken
 from airflow_dicom_get.net.transcript import FileTranscript
@@ -45,6 +45,7 @@ from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.verify import verify
 from tests.support.holdings import Holding
+from tests.support.references import reference
 
 DEAD = "20260101T000000Z-dead0001"
 
@@ -291,12 +292,12 @@ def test_a_link_under_a_final_name_does_not_count(study: Study) -> None:
 
 def test_nobody_else_may_take_the_lock_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / f".{DEAD}.lock"
-    lock = locks.hold(Below(tmp_path) / path.name)
+    lock = locks.hold(Below(tmp_path) / path.name, files.disk)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     files.disk.close(lock)
     # The name of a run is known once it holds one lock: a neighbour may be first in the folder of the next study.
     with pytest.raises(FileExistsError):
-        locks.hold(Below(tmp_path) / path.name)
+        locks.hold(Below(tmp_path) / path.name, files.disk)
 
 
 def test_a_manifest_is_read_from_a_regular_file(tmp_path: Path) -> None:
