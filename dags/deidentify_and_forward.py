@@ -106,7 +106,7 @@ def tidy_up(folder, written) -> None:
     """Remove the files below a folder that were not written, through no link, whatever is put in its way meanwhile."""
     from airflow_dicom_get.storage.files import disk, files_below
 
-    for path in list(files_below(folder, lambda name: True, lambda *_: None)):
+    for path in files_below(folder, lambda name: True, lambda *_: None):
         if path not in written:
             disk.remove(path)
 
@@ -226,7 +226,7 @@ with DAG(
         # Left by a killed try, or by an original that the PACS has withdrawn since.
         refuse_links(Path(folder))
         tidy_up(folder, written)
-        return str(Path(folder))
+        return str(folder)
 
     copy = deidentify.partial(copies=COPIES).expand(manifest=get.output)
 

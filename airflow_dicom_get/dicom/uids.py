@@ -17,6 +17,11 @@ def is_uid(text: str) -> bool:
     return 0 < len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
+def uid_or_blank(text: str) -> str:
+    """A UID that is named, to be kept; blank for any other text, which may be of any length."""
+    return text if is_uid(text) else ""
+
+
 def uid_value(raw: bytes) -> str | None:
     """A UI value with one trailing NUL or space taken off; None if it is not a valid UID of :func:`is_uid`."""
     if raw[-1:] in (b"\0", b" "):

@@ -10,7 +10,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import identifier as i
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.syntaxes import IMPLICIT_LE
-from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.dicom.uids import uid_or_blank
 from airflow_dicom_get.engine.contexts import with_other_classes
 from airflow_dicom_get.engine.requests import Request
 from airflow_dicom_get.engine.resolve import Scope
@@ -38,11 +38,11 @@ class Drain:
         self.objects = 0
         self.bytes = 0
         self.uids: set[str] = set()
-        """SOP Instance UIDs of what began to come; "" for any other text, which may be of any length."""
+        """SOP Instance UIDs of what began to come, as :func:`uid_or_blank` keeps them."""
 
     def begin(self, request: StoreRequest) -> None:
         """An object begins."""
-        self._note(request.sop_instance)
+        self.uids.add(uid_or_blank(request.sop_instance))
 
     def data(self, view: memoryview, last: bool) -> bool:
         """Its next bytes."""
@@ -66,10 +66,7 @@ class Drain:
     def refused(self, sop_instance: str, status: int) -> None:
         """It had no context, or no data set."""
         self.objects += 1
-        self._note(sop_instance)
-
-    def _note(self, sop_instance: str) -> None:
-        self.uids.add(sop_instance if is_uid(sop_instance) else "")
+        self.uids.add(uid_or_blank(sop_instance))
 
 
 class Counted(NamedTuple):

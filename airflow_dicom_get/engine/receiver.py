@@ -18,7 +18,7 @@ from airflow_dicom_get.dicom import header as h
 from airflow_dicom_get.dicom import status as s
 from airflow_dicom_get.dicom.identifier import int_value, text_value
 from airflow_dicom_get.dicom.syntaxes import LOSSY, UNCOMPRESSED
-from airflow_dicom_get.dicom.uids import is_uid, uid_value
+from airflow_dicom_get.dicom.uids import is_uid, uid_or_blank, uid_value
 from airflow_dicom_get.dicom.values import kept
 from airflow_dicom_get.engine.retrieval import Intake
 from airflow_dicom_get.errors import DestinationFull, DestinationSlow, ForwardLate, ForwardLost, SinkError
@@ -263,7 +263,7 @@ class Receiver:
     def _note_unread(self, sop_instance: str) -> None:
         """Note that something came whose data set does not tell what it is."""
         if self.came is not None:
-            self.came.add(("", sop_instance if is_uid(sop_instance) else ""))  # any other text may be of any length
+            self.came.add(("", uid_or_blank(sop_instance)))
 
     def _release(self) -> None:
         """Let another association fill the record."""

@@ -289,9 +289,8 @@ def looks_whole(path: Folder, head: bytes, size: int, go_on: files.GoOn = lambda
         return False
     if not _walked(path, meta, go_on=go_on).torn:
         return True
-    return _walked(
-        path, meta, h.walk_of_other_layouts(), go_on
-    ).whole  # its meta information is wrong, not the data set
+    # Where it is whole so, its meta information is wrong, not the data set.
+    return _walked(path, meta, h.walk_of_other_layouts(), go_on).whole
 
 
 def _at_least(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:

@@ -61,6 +61,14 @@ def ours() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dicom-get")]
 
 
+def assert_all_end() -> None:
+    """Give the threads of a call their time, and see that none is left."""
+    limit = time.monotonic() + WITHIN
+    while ours() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert ours() == []
+
+
 def below(folder: Path) -> dict[str, tuple[int, int]]:
     """What lies in a folder: sizes and times of change."""
     found = {}
@@ -484,10 +492,7 @@ def test_who_returns_late_from_what_was_there_changes_nothing(
             before = below(to)
         finally:
             disk.released.set()
-        limit = time.monotonic() + WITHIN
-        while ours() and time.monotonic() < limit:
-            time.sleep(0.01)
-        assert ours() == []
+        assert_all_end()
         assert below(to) == before
         assert GetScu(node, destination=to).get_study(query).verdict == "complete"
 
@@ -536,10 +541,7 @@ def test_who_returns_late_from_an_object_that_was_there_requests_nothing(
             made = len(service.requests)
         finally:
             disk.released.set()
-        limit = time.monotonic() + WITHIN
-        while ours() and time.monotonic() < limit:
-            time.sleep(0.01)
-        assert ours() == []
+        assert_all_end()
         assert service.requests[made:] == []
 
 
@@ -581,10 +583,7 @@ def test_a_disk_that_does_not_return_does_not_keep_a_run(
         before = below(tmp_path / "to")
     finally:
         disk.released.set()
-    limit = time.monotonic() + WITHIN
-    while ours() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert ours() == []
+    assert_all_end()
     assert below(tmp_path / "to") == before
     for result in results:
         assert result.verdict == ("partial" if way == "operation" and result.completed else result.verdict)
@@ -659,10 +658,7 @@ def test_a_disk_that_does_not_return_does_not_keep_those_who_read(
         assert len(ours()) <= disk.inside + 1, "those that the disk holds, and who waits for them"
     finally:
         disk.released.set()
-    limit = time.monotonic() + WITHIN
-    while ours() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert ours() == []
+    assert_all_end()
     assert below(tmp_path / "to") == before
     assert not (tmp_path / "sums").exists()
 
@@ -862,10 +858,7 @@ def test_each_mending_is_missed(
 
     with taken_out(name, MENDINGS[name]), pytest.raises(AssertionError):
         show()
-    limit = time.monotonic() + WITHIN
-    while ours() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert ours() == []
+    assert_all_end()
 
 
 @pytest.mark.parametrize("by", ["cancel", "operation"])
