@@ -59,11 +59,12 @@ from airflow_dicom_get.sinks.objects import (
 )
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below
-from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Evidence, Verdict
+from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Evidence, Verdict, noun
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from airflow_dicom_get.lists.instances import InstanceList
     from airflow_dicom_get.net.association import Cancels, CancelToken
     from airflow_dicom_get.net.peer import Peer
 
@@ -212,6 +213,7 @@ def verify(
     manifest_root: str | Path | None = None,
     s3_config: S3Config | Mapping[str, Any] | None = None,
     forward_target: ForwardTarget | Mapping[str, Any] | None = None,
+    trust_destination: bool = False,
     query_model: str = "StudyRoot",
     on_difference: Callable[[Difference], object] | None = None,
     manifest_name: str | None = None,
@@ -236,6 +238,9 @@ def verify(
     An instance that it lists with another data set than the source sent stays a difference; one that it lists as
     changed or unreadable is the same where its recorded digest fits again. What was not compared is not the same.
 
+    A node may list an instance and have other bytes. So there only that is the same which it also took from us, by the
+    manifest or our records; what it refused is different, and all else that it lists is not compared.
+
     Parameters
     ----------
     manifest : manifest, reference or URI
@@ -255,6 +260,8 @@ def verify(
         not the recorded one.
     manifest_root, s3_config, forward_target, query_model
         As for :class:`~airflow_dicom_get.GetScu`; ``forward_target`` says how a node as destination is called.
+    trust_destination : bool
+        Take what a node as destination lists for held, though no record says that it took it from us.
     on_difference : callable
         Called with each :class:`Difference` as it is found, one after the other, in a thread of the comparison.
     manifest_name : str
@@ -404,6 +411,10 @@ class _Item:
     """The one that the object is."""
     doubt: str | None = None
     """The reason for which the manifest doubts its content."""
+    confirmed: bool = False
+    """Whether the node that is the destination took it from us."""
+    refused: bool = False
+    """Whether the manifest says that this node refused it."""
     trouble: str | None = None
     remark: str | None = None
 
@@ -417,6 +428,9 @@ class _Verify:
         cancel: CancelToken,
     ) -> None:
         self.options, self.place, self.s3 = options, options.destination, options.s3_config
+        self.target = _target(options)
+        self.node = str(self.target) if self.target is not None else None
+        """The node that is the destination, as rows and records name it."""
         self.how, self.on_difference, self.cancel = how, on_difference, cancel
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
@@ -465,6 +479,9 @@ class _Verify:
                 item.row = item.row if item.recorded else row
                 item.recorded.append(row)
                 item.places.add(row.uri or row.forwarded_to)
+            if self.node is not None and row.forwarded_to == self.node:
+                item.confirmed = item.confirmed or row.state in PRESENT
+                item.refused = item.refused or row.forward_status == "error"
             item.item = opened or item.item
         # A malformed UID is no name of a folder.
         self.studies = self.studies or tuple(dict.fromkeys(study for study, _, _ in self.items if is_uid(study)))
@@ -512,14 +529,10 @@ class _Verify:
 
     def look(self) -> None:
         """Find out what lies at the destination, or where the manifest says."""
-        from airflow_dicom_get.net.peer import Peer
-
-        if isinstance(self.place, ForwardDestination):
-            assert self.place.node is not None
-            target = Peer.of_target(self.place.node, self.options.forward_target or ForwardTarget(), self.options)
-            self._read_records(f"dicom://{target}")
-            self._ask(target)
-        elif self.place is not None:
+        if self.target is not None:
+            self._read_records(f"dicom://{self.node}")
+            self._ask(self.target)
+        elif isinstance(self.place, FilesystemDestination | S3Destination):
             self._read_records(self._recorded_as(self.place))
             for study in self.studies:
                 self._look_into(self.place, study)
@@ -568,7 +581,7 @@ class _Verify:
 
     def _ask(self, target: Peer) -> None:
         """What the node that is the destination lists."""
-        from airflow_dicom_get.lists.instances import InstanceList, ask
+        from airflow_dicom_get.lists.instances import ask
         from airflow_dicom_get.net.find import FIND_PROPOSALS
 
         over_at = clock.monotonic() + self.how.listed_within
@@ -596,11 +609,39 @@ class _Verify:
             for item in self.items.values():
                 item.trouble = f"{target} cannot be queried"
             return
+        self._take_list(listed)
+
+    def _take_list(self, listed: Mapping[str, InstanceList]) -> None:
+        """What the node lists is there; it is held where the manifest or our records say that the node took it."""
+        from airflow_dicom_get.sinks.holdings import NodeHoldings
+
+        assert self.node is not None
+        unknown = []
         for study, instances in listed.items():
-            for key in sorted(instances.keys):
-                item = self._item(Instance(study, *key))
+            there = [self._item(Instance(study, *key)) for key in sorted(instances.keys)]
+            if any(item.refused or not item.confirmed for item in there):
+                ledgers = self._root().ledgers(f"dicom://{self.node}")
+                holdings = NodeHoldings(ledgers, self.node, trusted=self.options.trust_destination)
+                held = holdings.inventory(study, lambda *_, instances=instances: instances)
+                for item in there:
+                    if item.row.key in held:
+                        item.confirmed, item.refused = True, False
+            for item in there:
                 item.there = True
-                item.row.forwarded_to = str(target)
+                if item.confirmed:
+                    item.row.forwarded_to = self.node
+                elif not item.refused and item.doubt != "different_content" and self._listed(item)[0]:
+                    item.trouble = "listed by its destination, and no record says that it was taken there from us"
+                    unknown.append(item)
+        if unknown:
+            number = f"{len(unknown)} {noun(len(unknown), 'instance')}"
+            self._uncompared(
+                InvalidQuery(
+                    f"{self.node} lists {number} of which no record says that it took them from us.",
+                    hint="Give the manifest of the run that sent them, or the manifest_root under which it has its "
+                    "records. trust_destination takes the word of the node.",
+                )
+            )
 
     # --- the comparison ------------------------------------------------------------------------
 
@@ -717,6 +758,8 @@ class _Verify:
         stored = item.item
         if stored is None:
             item.told = next(iter(item.recorded), None)
+            if item.refused:
+                return DIFFERENT, "refused by its destination, which lists one of its UID"
             return SAME, "listed by its destination"
         try:
             size, etag = stored.status()
@@ -816,6 +859,16 @@ class _Verify:
             found.errors.append({"error": error.message, "count": 1, "hint": error.hint})
 
 
+def _target(options: VerifyOptions) -> Peer | None:
+    """The node that is the destination, where one is."""
+    from airflow_dicom_get.net.peer import Peer
+
+    if not isinstance(options.destination, ForwardDestination):
+        return None
+    assert options.destination.node is not None
+    return Peer.of_target(options.destination.node, options.forward_target or ForwardTarget(), options)
+
+
 def _instances_in(
     place: FilesystemDestination | S3Destination, study: str, s3: S3Config | None, cancel: CancelToken
 ) -> Iterator[tuple[Key, StoredObject]]:
@@ -884,6 +937,8 @@ def _settled(item: _Item, symbol: Symbol, what: str) -> Instance:
             row.forwarded_to = None
         case "*" if item.doubt == "different_content":
             row.state, row.reason, row.error = "conflict", item.doubt, what
+        case "*" if item.refused:
+            row.state, row.reason, row.error = "failed", "destination_refused", what
         case "*":
             row.state, row.reason, row.error = "failed", "size_changed", what
         case _:

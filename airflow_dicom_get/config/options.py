@@ -601,8 +601,22 @@ class WritingOptions(NodeOptions, HeldOptions):
         return super().agreed(spelling)
 
 
+@option_group
+class TrustOptions(Options):
+    """What counts as held at a node."""
+
+    title = "storing at a node"
+
+    trust_destination: bool = setting(
+        False,
+        Flag(),
+        "Count as held what the target lists, even if no record shows that we sent it.",
+        shell=("--trust-destination",),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class ForwardingOptions(NodeOptions, HeldOptions):
+class ForwardingOptions(NodeOptions, HeldOptions, TrustOptions):
     """How instances are stored at another node."""
 
     title = "storing at a node"
@@ -612,12 +626,6 @@ class ForwardingOptions(NodeOptions, HeldOptions):
         Flag(),
         "Stop at the first instance that the target refuses.",
         shell=("--strict-forward",),
-    )
-    trust_destination: bool = setting(
-        False,
-        Flag(),
-        "Count as held what the target lists, even if no record shows that we sent it.",
-        shell=("--trust-destination",),
     )
 
 
@@ -723,10 +731,16 @@ class CallOptions(GetOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(ConnectionOptions, PlaceOptions, ModelOptions, ListOptions):
+class VerifyOptions(ConnectionOptions, PlaceOptions, TrustOptions, ModelOptions, ListOptions):
     """The options of :func:`~airflow_dicom_get.verify.verify`."""
 
     addr: Node | None = setting(None, OPTIONAL_NODE, "Address of a PACS to compare with, [AE@]host:port.")
+
+    def agreed(self, spelling: Spelling) -> Self:
+        """See :meth:`Options.agreed`."""
+        if not isinstance(self.destination, ForwardDestination):
+            _check_for_no_node(self, ("trust_destination",), spelling)
+        return super().agreed(spelling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -809,8 +823,8 @@ class Option:
 
 GROUPS: tuple[type[Options], ...] = (
     ModelOptions, ScopeOptions, PlaceOptions, RootOptions, BucketOptions, HeldOptions, WritingOptions,
-    ForwardingOptions, GetOptions, TransferOptions, AdmissionOptions, LimitOptions, ListOptions, NodeOptions,
-    ConnectionOptions, ExportOptions,
+    ForwardingOptions, TrustOptions, GetOptions, TransferOptions, AdmissionOptions, LimitOptions, ListOptions,
+    NodeOptions, ConnectionOptions, ExportOptions,
 )  # fmt: skip
 """The classes that declare options, in the order of ``--help`` and the documentation."""
 
@@ -935,7 +949,12 @@ def _check_destination(options: GetOptions, destination: Destination | None, spe
             if given:
                 raise invalid(spelling(name), "has no effect for a DICOM node as destination", "Leave it out.")
         return
-    for name in ("strict_forward", "trust_destination"):
+    _check_for_no_node(options, ("strict_forward", "trust_destination"), spelling)
+
+
+def _check_for_no_node(options: Options, names: Iterable[str], spelling: Spelling) -> None:
+    """Refuse what only a node as destination heeds."""
+    for name in names:
         if getattr(options, name):
             raise invalid(spelling(name), "needs a DICOM node as destination", "Leave it out.")
 

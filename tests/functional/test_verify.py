@@ -23,6 +23,8 @@ from airflow_dicom_get.errors import DeadlineExceeded, InvalidOption, ManifestEr
 from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.storage import files
+from airflow_dicom_get.testing.misbehave import MisbehavingPacs
+from airflow_dicom_get.testing.misbehaving.archive import STUDY_UID
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.servers import Dcmqrscp, Storescp
@@ -452,7 +454,7 @@ class TestForwards:
             assert (by_manifest.same, by_manifest.counts) == (True, {"=": 40})
             by_study = verify(
                 study=ct.study, destination=to, addr=f"PACS@127.0.0.1:{source.port}",
-                manifest_root=tmp_path / "v",
+                manifest_root=tmp_path / "state",
             )  # fmt: skip
             assert (by_study.same, by_study.counts) == (True, {"=": 40})
 
@@ -496,6 +498,40 @@ class TestForwards:
         again.stop()
         unreachable = verify(**place, manifest_root=tmp_path / "state")
         assert (unreachable.exit_code, unreachable.differences) == (1, [])
+
+    def test_what_a_node_refused_or_never_took_from_us_is_not_the_same(self, tmp_path: Path) -> None:
+        """It has other data sets under the UIDs of the study, and answers 0111; it lists them all the same."""
+        with MisbehavingPacs(series=1, instances=3) as source, ListingNode(honest, duplicate=0x0111) as node:
+            node.held = {x.sop: (STUDY_UID, x.series, b"another data set") for x in source._site.instances}
+            to, pacs = f"dicom://LISTS@127.0.0.1:{node.port}", f"PACS@127.0.0.1:{source.port}"
+            refused = forward(source, node, tmp_path, STUDY_UID)
+            assert (refused.verdict, refused.reason) == ("failed", "destination_refused")
+            for addr in (None, pacs):
+                found = verify(refused.manifest_uri, addr=addr, destination=to, manifest_root=tmp_path)
+                assert (found.exit_code, found.counts) == (3, {"*": 3})
+                again = verify(found.manifest_uri, destination=to, manifest_root=tmp_path)
+                assert (again.exit_code, again.counts) == (3, {"*": 3})
+                assert {(x.state, x.reason, x.forward_status) for x in again.rows} == {
+                    ("failed", "destination_refused", "error")
+                }
+            in_files = GetScu(pacs, destination=tmp_path / "files").get_study({"StudyInstanceUID": STUDY_UID})
+            for way in ({"manifest": in_files.manifest_uri}, {"study": STUDY_UID, "addr": pacs}):
+                found = verify(**way, destination=to, manifest_root=tmp_path)
+                assert (found.exit_code, found.differences) == (4, []), "nobody says that the node took them from us"
+                assert "3 instances of which no record says" in str(found.uncompared)
+                assert verify(found.manifest_uri, destination=to, manifest_root=tmp_path).exit_code == 4
+            unlisted = verify(study=STUDY_UID, destination=to, manifest_root=tmp_path)
+            assert (unlisted.exit_code, unlisted.counts) == (4, {"-": 3})
+            assert verify(unlisted.manifest_uri, destination=to, manifest_root=tmp_path).exit_code == 4
+            found = verify(
+                refused.manifest_uri, destination=to, manifest_root=tmp_path / "blank", trust_destination=True
+            )
+            assert (found.exit_code, found.counts) == (0, {"=": 3})
+            node.held.clear()
+            assert forward(source, node, tmp_path, STUDY_UID).verdict == "complete"
+            for manifest in (refused.manifest_uri, in_files.manifest_uri):
+                found = verify(manifest, destination=to, manifest_root=tmp_path)
+                assert (found.exit_code, found.counts) == (0, {"=": 3}), "our records say that it took them since"
 
     def test_a_node_is_not_called_because_a_manifest_names_it(
         self, embedded: Embedded, private: Holding, tmp_path: Path

@@ -383,7 +383,8 @@ class World:
 
         def work() -> None:
             options = dict(self.place.options)
-            options["list_limit"] = self.healing_options().get("list_limit")
+            of_runs = self.healing_options()
+            options |= {name: of_runs[name] for name in ("list_limit", "trust_destination") if name in of_runs}
             result = verify.verify(
                 study=STUDY_UID,
                 addr=NODE,
