@@ -264,9 +264,12 @@ class StudyState:
             self.counted.setdefault(series, -1)
 
     def adopt_inventory(self) -> Iterator[tuple[Instance, Stored]]:
-        """Mark what the list names and the destination holds; gives each pair that it marked."""
-        assert self.listing is not None
-        for key, instance in list(self.listing.instances.items()):
+        """Mark what the list names and the destination holds; gives each pair that it marked.
+
+        Where there is no list, what is asked for by its UIDs stands for it.
+        """
+        named = self.listing.instances if self.listing is not None else self.instances
+        for key, instance in list(named.items()):
             if instance.state is not None or (held := self.inventory.pop(key, None)) is None:
                 continue
             if self.sop_classes is not None and held.sop_class is not None and held.sop_class not in self.sop_classes:

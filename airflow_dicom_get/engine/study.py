@@ -325,15 +325,10 @@ class StudyRun:
 
     def _without_list(self) -> None:
         """No list is to be had: ask for the scope as it was given, in the common classes first."""
-        state = self._state
-        state.rounds = 1
+        self._state.rounds = 1
         requests = self._unlisted_requests()
         if not requests:
-            raise InvalidQuery(
-                f"Study {state.scope.study}: the PACS offers no list, so single instances need their series.",
-                hint="Give the Series Instance UID with the SOP Instance UIDs, or request the series.",
-                study=state.scope.study,
-            )
+            return
         peer = self._retrieval.peer
         classes = self._options.sop_classes or all_storage_classes()
         for proposals in pack({c: peer.syntaxes(c) for c in classes}):
@@ -342,14 +337,22 @@ class StudyRun:
                 return
 
     def _unlisted_requests(self) -> list[Request]:
+        """What to ask for without a list: of what is named by its UIDs, what is not held."""
         scope = self._state.scope
         named: Sequence[Key] = sorted(scope.named)
         if scope.instances and scope.series and len(scope.series) == 1:
             (series,) = scope.series
             named = [(series, sop) for sop in sorted(scope.instances)]
-        if named:
+        if named or scope.bad:
             wanted = [self._intake.add_unlisted(series, sop, None) for series, sop in named]
+            self._adopt_inventory()
             return lists_of([x for x in wanted if x.state not in DONE])
-        if scope.series and not scope.instances:
+        if scope.instances:
+            raise InvalidQuery(
+                f"Study {scope.study}: the PACS offers no list, so single instances need their series.",
+                hint="Give the Series Instance UID with the SOP Instance UIDs, or request the series.",
+                study=scope.study,
+            )
+        if scope.series:
             return [Request("SERIES", series) for series in sorted(scope.series)]
-        return [] if scope.series or scope.instances else [Request("STUDY", None)]
+        return [Request("STUDY", None)]

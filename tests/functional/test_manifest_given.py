@@ -109,6 +109,40 @@ def test_without_a_list_they_are_asked_for_by_their_uids(embedded: Embedded, ct:
     assert set(pacs.sent.values()) == {1}
 
 
+@pytest.mark.parametrize("left", [40, 0])
+def test_without_a_list_what_is_held_is_not_asked_for(
+    embedded: Embedded, ct: Holding, tmp_path: Path, left: int
+) -> None:
+    """As with one, whatever the source has left of it."""
+    manifest = held_of(ct, embedded(ct.folder), tmp_path)
+    removed = sorted((tmp_path / ct.study).rglob("*.dcm"))[:3]
+    for path in removed:
+        path.unlink()
+    pacs = embedded(ct.folder, no_find=True)
+    if not left:
+        pacs.hide |= set(ct.entries)
+    result = scu_of(pacs, tmp_path).get_study(manifest=manifest)
+    assert (result.total, result.skipped, result.completed) == (40, 37, 40 if left else 37)
+    assert (result.verdict, result.reason) == (("unverified", "no_list") if left else ("partial", "not_sent"))
+    assert set(pacs.sent) == ({path.stem for path in removed} if left else set())
+    if left:
+        again = scu_of(pacs, tmp_path).get_study(manifest=manifest)
+        assert (again.verdict, again.reason, again.skipped) == ("unverified", "no_list", 40)
+        assert len(pacs.sent) == 3
+
+
+def test_without_a_list_rows_that_cannot_be_asked_for_ask_for_nothing(
+    embedded: Embedded, ct: Holding, tmp_path: Path
+) -> None:
+    pacs = embedded(ct.folder)
+    frame = scu_of(pacs, tmp_path / "a").get_study({"StudyInstanceUID": ct.study}).manifest[:1]
+    frame["sop_instance_uid"], frame["state"], frame["reason"] = "1.2.A", "missing", "bad_uid"
+    mute = embedded(ct.folder, no_find=True)
+    result = scu_of(mute, tmp_path / "b").get_study(manifest=frame)
+    assert (result.verdict, result.reason, result.total) == ("failed", "bad_uid", 1)
+    assert not mute.sent
+
+
 @pytest.mark.parametrize("state", ["failed", "conflict"])
 def test_content_in_doubt_is_compared_by_digest(embedded: Embedded, ct: Holding, tmp_path: Path, state: str) -> None:
     """The file has its recorded size and other bytes: as a verify, or a run in which it conflicted, tells."""
