@@ -498,15 +498,18 @@ class _Lines:
 
             def getresponse(self) -> Any:
                 self.asked = clock.monotonic()
-                try:
-                    return super().getresponse()
-                finally:
-                    self.asked = float("inf")
+                return super().getresponse()
 
-        return type(pool.__name__, (pool,), {"ConnectionCls": Line})
+        def put_back(self: Any, line: Any) -> None:
+            """Its answer is read to the end."""
+            if line is not None:
+                line.began = line.asked = float("inf")
+            pool._put_conn(self, line)
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Line, "_put_conn": put_back})
 
     def hang_up(self, *, at_once: bool) -> None:
-        """Hang up where a request lasts for long, or unless ``at_once`` only the wait for its answer; any thread."""
+        """Hang up where a request lasts for long, or unless ``at_once`` only its answer; any thread."""
         now = clock.monotonic()
         with self._mutex:
             lines = list(self._open)
