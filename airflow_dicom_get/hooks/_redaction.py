@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ SHOWN_KEYS = frozenset(
 
 HIDDEN = "***"
 _LISTED = 20
+_BETWEEN = re.compile(r"""[][()'",\s]+""")
+"""What stands between the UIDs of a list that a template rendered as text."""
 
 
 def shown_query(query: Any) -> Any:
@@ -47,13 +50,18 @@ def shown_query(query: Any) -> Any:
 
 
 def shown_study(study: Any) -> Any:
-    """An Item without the values of the keys that its DAG asked for."""
+    """An Item without the values of the keys that its DAG asked for.
+
+    A text of anything but UIDs, as an Item that a template rendered, is refused later, and shown nowhere.
+    """
+    if isinstance(study, str):
+        return study if all(map(is_uid, filter(None, _BETWEEN.split(study)))) else HIDDEN
     if isinstance(study, Mapping):
         shown = dict(study)
         if isinstance(shown.get("keys"), Mapping):
             shown["keys"] = dict.fromkeys(shown["keys"], HIDDEN)
         return shown
-    if isinstance(study, Sequence) and not isinstance(study, str | bytes):
+    if isinstance(study, Sequence) and not isinstance(study, bytes):
         shown_items = [shown_study(item) for item in study[:_LISTED]]
         return shown_items if len(study) <= _LISTED else [*shown_items, f"and {len(study) - _LISTED} more"]
     return study
@@ -107,4 +115,4 @@ def _study_label(study: Any) -> str:
             return "no study"
         first = _study_label(study[0])
         return first if len(study) == 1 else f"{first} and {len(study) - 1} more"
-    return str(study)[:64]
+    return str(shown_study(study))[:64]

@@ -81,9 +81,12 @@ def _uid(value: Any) -> str:
     text = value.strip() if isinstance(value, str) else value
     if text in ("", "None", None):
         raise invalid("study", "is empty, or its template rendered to an empty string", "Give a Study Instance UID.")
+    if isinstance(text, str) and text[:1] in "[{(":
+        raise invalid(  # without the text, which may name a patient
+            "study",
+            "is a list or an Item that a template rendered as text",
+            "Set render_template_as_native_obj=True, or use .output.",
+        )
     if not isinstance(text, str) or not is_uid(text):
-        hint = "A UID is 1 to 64 digits and dots."
-        if isinstance(text, str) and text[:1] in "[{(":
-            hint = "It looks like a list rendered as text: set render_template_as_native_obj=True, or use .output."
-        raise invalid("study", f"{shown(value)} is not a valid Study Instance UID", hint)
+        raise invalid("study", f"{shown(value)} is not a valid Study Instance UID", "A UID is 1 to 64 digits and dots.")
     return text

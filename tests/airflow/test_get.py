@@ -225,6 +225,25 @@ def test_a_query_finds_its_studies_and_its_identifying_keys_are_nowhere_shown(
     assert not any(word in run.log for word in patient)
 
 
+def test_an_item_that_a_template_renders_as_text_is_nowhere_shown(run_dag, pacs, archive, tmp_path, patient):
+    with DAG("text", default_args=AT_ONCE) as dag:
+        find = DicomFindOperator(
+            task_id="find",
+            query={"StudyInstanceUID": archive.many},
+            return_keys=("PatientName", "PatientID"),
+            dicom_conn_id="pacs",
+        )
+        for task_id, study in {"get": "", "sorted": " | tojson"}.items():
+            study = f"{{{{ ti.xcom_pull('find')[0]{study} }}}}"
+            find >> get(task_id=task_id, study=study, destination=str(tmp_path))
+    run = run_dag(dag)
+    for task_id in ("get", "sorted"):
+        assert (run.task(task_id).state, run.rendered(task_id)["study"]) == ("failed", "***")
+        assert not any(word in str(run.task(task_id).rendered_map_index) for word in patient)
+    assert "render_template_as_native_obj" in run.log
+    assert not any(word in run.log for word in patient)
+
+
 def test_a_manifest_is_completed_and_shown_by_its_size(run_dag, pacs, archive, tmp_path, first_uid):
     pacs.fail = {first_uid}
     with DAG("again") as dag:

@@ -67,6 +67,13 @@ def test_keys_that_a_dag_asked_for_are_not_shown():
     assert item["keys"] == {"PatientID": "4711"}
 
 
+def test_a_text_is_shown_where_it_is_of_uids_alone():
+    for text in ("1.2", " 1.2 ", "['1.2', '1.3']", ""):
+        assert shown_study(text) == text
+    for text in ("DOE^JANE", "A-4711", '{"keys": {"PatientID": "4711"}}', str([make_item("1.2")])):
+        assert shown_study([text]) == [shown_study(text)] == [label_of(text, None, None)] == ["***"]
+
+
 def test_a_long_list_of_studies_is_cut():
     assert shown_study([f"1.{n}" for n in range(100)])[20:] == ["and 80 more"]
 
