@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from airflow_dicom_get.config.checks import invalid, shown
+from airflow_dicom_get.dicom.dictionary import key_in
 from airflow_dicom_get.engine.study_list import ListedStudy, read_study_list
 
 
@@ -21,7 +22,10 @@ def query_of(studies: Iterable[str], keys: Iterable[str]) -> dict[str, Any]:
     for text in keys:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise invalid("-k", f"{shown(key)} has no value", "Write KEY=VALUE, for example StudyDate=today.")
+            key = key_in(text) or ""  # behind which the value may stand already, and where it is none, instead of it
+            raise invalid(
+                "-k", f"{shown(key) if key else 'a key'} has no value", "Write KEY=VALUE, for example StudyDate=today."
+            )
         found.setdefault(key.strip(), []).append(value)
     uids = [uid for text in studies for uid in text.split(",")]
     if uids:

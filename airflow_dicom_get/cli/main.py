@@ -248,7 +248,9 @@ def _verbs(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:
     return next(action.choices for action in parser._actions if isinstance(action, _SubParsersAction))
 
 
-def _unknown(word: str, options: Collection[str]) -> str:
+def _unknown(word: str, options: Collection[str], with_keys: bool) -> str:
+    if not word.startswith("-") and with_keys:  # it may be the rest of a name
+        return "There is one argument too many. Put a value with spaces in quotes."
     if not word.startswith("-"):
         return f"{shown(word)} is one argument too many."
     name = word.partition("=")[0]
@@ -289,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed, unknown = root.parse_known_args(words)
     parser = _verbs(root)[typed.verb]
     if unknown:
-        parser.error(_unknown(unknown[0], parser._option_string_actions))
+        parser.error(_unknown(unknown[0], parser._option_string_actions, bool(getattr(typed, "key", None))))
     given = [
         name
         for name, value in (

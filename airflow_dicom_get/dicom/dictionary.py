@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 _TAG = re.compile(r"\(([0-9a-f]{4}),\s*([0-9a-f]{4})\)|([0-9a-f]{4}),?([0-9a-f]{4})", re.IGNORECASE)
 
+_WORD = re.compile(rf"[a-z]+|{_TAG.pattern}", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
@@ -77,6 +79,17 @@ def find_attribute(text: str) -> Attribute:
     if attribute is None or not attribute.keyword:
         raise UnknownAttributeError("is not a tag of the standard", "Give a keyword such as StudyInstanceUID.")
     return attribute
+
+
+def key_in(text: str) -> str | None:
+    """The keyword or tag that a text begins with; None without one. All else of the text may be of a patient."""
+    if (word := _WORD.match(text.strip())) is None:
+        return None
+    try:
+        find_attribute(word[0])
+    except UnknownAttributeError:
+        return None
+    return word[0]
 
 
 def identifies(heading: str) -> bool:

@@ -35,6 +35,7 @@ _NOT_MATCHING = frozenset(
 )
 """Keys that only ask for a value, or steer the query."""
 
+_LIKE_A_KEY = re.compile(r"\s*[\w(),]+\s*")
 _MATCHING_VRS = frozenset("AE AS CS DA DS DT IS LO LT PN SH ST TM UC UI UR UT".split())
 
 
@@ -154,7 +155,9 @@ def _by_attribute(query: Mapping[Any, Any]) -> dict[str, tuple[Attribute, Any]]:
         try:
             attribute = find_attribute(name)
         except UnknownAttributeError as error:
-            raise _bad(shown(name), error.what, error.hint) from None
+            # Of what no key looks like, a part may be a value.
+            said = shown(name) if _LIKE_A_KEY.fullmatch(name) else "A key"
+            raise _bad(said, error.what, error.hint) from None
         if attribute.keyword in found:
             raise _bad(attribute.keyword, "is given twice", "Give it once; write several UIDs as a list.")
         if attribute.keyword != "QueryRetrieveLevel" and (

@@ -246,7 +246,27 @@ REFUSED: list[tuple[list[str], str]] = [
 ]
 
 
+NOT_NAMED: list[tuple[list[str], str]] = [
+    (["-k", "PatientID:DOE-4711"], "-k: 'PatientID' has no value"),
+    (["-k", "(0010,0020) DOE-4711"], "-k: '(0010,0020)' has no value"),
+    (["-k", "DOE-4711"], "-k: a key has no value"),
+    (["-k", "PatientNam=DOE^JANE"], "'PatientNam' is not a DICOM keyword. Did you mean PatientName?"),
+    (["-k", "PatientName DOE^JANE=x"], "A key is not a DICOM keyword"),
+    (["-k", "PatientName=JANE", "DOE"], "There is one argument too many. Put a value with spaces in quotes."),
+]
+
+
 class TestRefused:
+    @pytest.mark.parametrize(("what", "message"), NOT_NAMED, ids=lambda value: str(value)[:40])
+    def test_a_key_is_named_and_nothing_behind_it(
+        self, what: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            sys.exit(cli.main(["find", "A@127.0.0.1:1", *what]))
+        said = capsys.readouterr().err
+        assert (caught.value.code, message in said) == (2, True), said
+        assert not [word for word in ("DOE", "JANE", "4711") if word in said]
+
     @pytest.mark.parametrize(
         ("argv", "message"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else " ".join(value)[:60]
     )
