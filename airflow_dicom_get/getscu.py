@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from airflow_dicom_get.engine.source import Source
     from airflow_dicom_get.engine.state import StudyState
     from airflow_dicom_get.engine.study_list import FoundList, ListedStudy
+    from airflow_dicom_get.manifest.scopes import Scopes
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.sinks.base import Sink
     from airflow_dicom_get.sinks.places import OpenDestination
@@ -234,7 +235,8 @@ class GetScu:
                     end = self._retrieve(call, parsed, asked, query_model)
                 result = judge(end)
                 rows = manifest_rows(end.rows(), **self._described(places))
-                write_manifest(result, rows, places.root, manifest_name or run, run, source.cancel)
+                narrowed = self._narrowed(parsed, asked, end)
+                write_manifest(result, rows, places.root, manifest_name or run, run, source.cancel, scopes=narrowed)
 
             try:
                 run_beside(work, source.cancel)
@@ -437,6 +439,15 @@ class GetScu:
         from airflow_dicom_get.manifest.frames import load_table
 
         return asked_by(load_table(manifest, self.options.s3_config), self.options.sop_classes, query_model)
+
+    def _narrowed(self, parsed: Query | None, asked: Asked | None, end: End) -> Scopes:
+        """What of its studies the manifest of the call is of."""
+        from airflow_dicom_get.engine.narrowed import narrowed_by
+
+        if asked is not None:
+            return asked.narrowed
+        narrowed = narrowed_by(parsed, self.options.sop_classes) if parsed is not None else None
+        return {state.scope.study: frozenset({narrowed}) for state in end.states} if narrowed is not None else {}
 
     def _options_for(self, asked: Asked | None) -> GetOptions:
         """The options, with digests made and compared where the manifest names objects whose content is in doubt."""

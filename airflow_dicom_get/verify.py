@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -64,7 +64,9 @@ from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, PRESENT, REASONS, Evi
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from airflow_dicom_get.engine.query import Query
     from airflow_dicom_get.lists.instances import InstanceList
+    from airflow_dicom_get.manifest.scopes import Narrowed, Scopes
     from airflow_dicom_get.net.association import Cancels, CancelToken
     from airflow_dicom_get.net.peer import Peer
 
@@ -440,6 +442,8 @@ class _Verify:
         self.has_manifest = self.has_source = False
         self.said: tuple[Verdict, Evidence] | None = None
         """Verdict and evidence of the manifest that was read."""
+        self.scopes: Scopes = {}
+        """What of its studies that manifest is of."""
         self.found = Verification()
 
     def _check_cancelled(self) -> None:
@@ -463,7 +467,7 @@ class _Verify:
 
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
-        self.has_manifest, self.said = True, (listed.verdict, listed.evidence)
+        self.has_manifest, self.said, self.scopes = True, (listed.verdict, listed.evidence), listed.scopes
         for row, opener in listed.rows(self.s3, self.cancel):
             if self.studies and row.study not in self.studies:
                 continue
@@ -488,36 +492,66 @@ class _Verify:
 
     def ask_source(self, node: Node) -> None:
         """List the studies at the PACS."""
+        from airflow_dicom_get.engine.planning import Listed as Planned
         from airflow_dicom_get.engine.planning import count_doubtful, list_studies
-        from airflow_dicom_get.engine.query import parse_query
+        from airflow_dicom_get.engine.report import known_nowhere, unknown_remark
         from airflow_dicom_get.engine.source import Source
         from airflow_dicom_get.lists.finder import Finder
+        from airflow_dicom_get.lists.matching import Dropped
         from airflow_dicom_get.net.find import FIND_PROPOSALS
         from airflow_dicom_get.net.peer import Peer
 
         o = self.options
-        query = parse_query({"StudyInstanceUID": list(self.studies)}, query_model=o.query_model)
+        queries = list(self._queries())
         source = Source(Peer.of(node, o), max_associations=1, list_limit=o.list_limit, cancel=self.cancel)
+        dropped, unknown = Dropped(), set[str]()
+        doubts: list[str | None] = []
+        lists: list[tuple[Planned, Collection[str] | None]] = []
         try:
             with source.association(FIND_PROPOSALS) as association:
-                planned = list_studies(Finder(association, source.cuts), query, max(len(self.studies), 1))
-            doubt = planned.why_doubtful(count_doubtful(source, planned, o.query_model))
+                for query, classes in queries:
+                    planned = list_studies(Finder(association, source.cuts), query, len(query.studies))
+                    lists.append((planned, classes))
+            for planned, classes in lists:
+                doubts.append(planned.why_doubtful(count_doubtful(source, planned, o.query_model)))
+                unknown |= known_nowhere(listing.unknown for listing in planned.listings)
+                for listing in planned.listings:
+                    listing.narrow(classes)
+                dropped.update(planned.all_dropped())
         except (PeerError, InvalidQuery) as error:  # InvalidQuery: its responses leave out the UID of the study
             self._uncompared(error)
             return
         self.has_source = True
-        self.found.errors += planned.all_dropped().remarks()
+        self.found.errors += dropped.remarks()
+        doubt = next(filter(None, doubts), None)
         if doubt is not None:
             self.found.uncompared = f"{doubt}: {REASONS[doubt].text}"
             self.found.errors.append(doubt_remark(doubt))
-        self.found.plan_at = planned.at
-        self.patients = {scope.study: scope.patient_keys() for scope in planned.scopes}
-        for listing in planned.listings:
+        unknown -= {sop for _, (_, sop), _ in self.items}  # as a get does, of what the destination holds
+        if unknown:
+            self.found.uncompared = self.found.uncompared or unknown_remark(unknown)["error"]
+            self.found.errors.append(unknown_remark(unknown))
+        self.found.plan_at = min(planned.at for planned, _ in lists)
+        self.patients = {scope.study: scope.patient_keys() for planned, _ in lists for scope in planned.scopes}
+        for listing in (listing for planned, _ in lists for listing in planned.listings):
             for instance in (*listing.instances.values(), *listing.bad.values()):
                 item = self._item(instance)
                 item.at_source = True
                 item.row.fill(instance)
                 item.row.availability = instance.availability
+
+    def _queries(self) -> Iterator[tuple[Query, Collection[str] | None]]:
+        """What to ask a PACS for, and in which classes: of each study what its manifest is of, else all of it."""
+        from airflow_dicom_get.engine.narrowed import query_within, that_can_be_asked
+
+        self.scopes = that_can_be_asked(self.scopes)
+        studies: dict[Narrowed | None, list[str]] = {}
+        for study in self.studies:
+            parts: list[Narrowed | None] = [*sorted(self.scopes.get(study, ()))]
+            for part in parts or [None]:
+                studies.setdefault(part, []).append(study)
+        for narrowed, of in (studies or {None: []}).items():
+            yield query_within(of, narrowed, self.options.query_model)
 
     def _uncompared(self, error: DicomGetError) -> None:
         self.found.uncompared = self.found.uncompared or error.message
@@ -655,9 +689,11 @@ class _Verify:
         gone = [
             key
             for key, item in self.items.items()
-            if self.has_source and not (item.there or item.at_source or item.in_manifest)
+            if self.has_source
+            and not (item.at_source or item.in_manifest)
+            and (not item.there or item.row.study in self.scopes)
         ]
-        for key in gone:  # recorded once, and gone everywhere
+        for key in gone:  # recorded once, and gone everywhere; or there, and perhaps not of the scope
             del self.items[key]
         told = {study for (study, _, _), item in self.items.items() if self._is_told(item)}
         stored = {study for (study, _, _), item in self.items.items() if item.there}
@@ -854,6 +890,7 @@ class _Verify:
                 verdict=verdict_of_verified(compared, self.said, self.has_source),
                 evidence="list" if self.has_source else "none",
                 run=run,
+                scopes=self.scopes,
             )
         except (SinkError, InvalidOption) as error:
             found.errors.append({"error": error.message, "count": 1, "hint": error.hint})

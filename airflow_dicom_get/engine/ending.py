@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from airflow_dicom_get import clock
 from airflow_dicom_get.engine.report import manifest_not_written, no_better
 from airflow_dicom_get.errors import DicomGetError, SinkError, unexpected
+from airflow_dicom_get.manifest.scopes import NO_SCOPES, Scopes
 from airflow_dicom_get.net.association import OVER, CancelToken
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.places import Root
@@ -129,6 +130,7 @@ def write_manifest(
     run: str,
     cancel: CancelToken,
     read: tuple[Verdict, Evidence] | None = None,
+    scopes: Scopes = NO_SCOPES,
 ) -> None:
     """Write the manifest of a call, and say in its result where it is, or why it is not.
 
@@ -138,11 +140,13 @@ def write_manifest(
         Its path below the root, without its extension.
     read : (verdict, evidence), optional
         What a manifest says of itself that these rows were made of.
+    scopes : mapping, optional
+        What of its studies it is of.
     """
     uri, written, problem = None, None, None
     said, rests_on = no_better((result.verdict, result.evidence), read)
     try:
-        uri, written = root.write_manifest(rows, name, verdict=said, evidence=rests_on, run=run)
+        uri, written = root.write_manifest(rows, name, verdict=said, evidence=rests_on, run=run, scopes=scopes)
     except DicomGetError as error:
         problem = error
     except Exception as error:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from airflow_dicom_get.dicom.uids import is_uid
+from airflow_dicom_get.engine.narrowed import in_classes
 from airflow_dicom_get.engine.resolve import Scope
 from airflow_dicom_get.errors import InvalidQuery
 from airflow_dicom_get.manifest.schema import values_of
+from airflow_dicom_get.manifest.scopes import Scopes, scopes_of
 from airflow_dicom_get.records import Key
 from airflow_dicom_get.vocabulary import CONTENT_IN_DOUBT, OUTSIDE_LIST
 
@@ -24,10 +26,13 @@ class Asked:
         Its studies, each with the instances that it lists.
     by_digest : bool
         Whether it names objects whose content is in doubt: sizes alone do not tell then what is held.
+    narrowed : mapping
+        What of its studies the manifest is of.
     """
 
     scopes: list[Scope]
     by_digest: bool
+    narrowed: Scopes
 
 
 def asked_by(manifest: Any, sop_classes: Collection[str] | None = None, query_model: str = "StudyRoot") -> Asked:
@@ -70,6 +75,7 @@ def asked_by(manifest: Any, sop_classes: Collection[str] | None = None, query_mo
     return Asked(
         [_scope(study, frozenset(named), frozenset(bad), of_patient) for study, (named, bad) in studies.items()],
         by_digest,
+        in_classes(scopes_of([manifest]), sop_classes, studies),
     )
 
 

@@ -45,6 +45,7 @@ from airflow_dicom_get.manifest.schema import (
     as_metadata,
     metadata_of,
 )
+from airflow_dicom_get.manifest.scopes import metadata_for, scopes_of
 from airflow_dicom_get.records import Written
 from airflow_dicom_get.vocabulary import EVIDENCE, UNVERIFIED, WORST_FIRST, Evidence, Verdict, weakest, worst
 
@@ -389,7 +390,7 @@ def write_as_one(
     name = run or clock.run_name()
     runs = [one for table in tables for one in runs_of(table)]
     run = run or _name_as_one(runs)
-    whole, extra = one_table(tables), {_RUNS: json.dumps(runs)}
+    whole, extra = one_table(tables), {_RUNS: json.dumps(runs), **metadata_for(scopes_of(tables))}
     place = place_of(to)
     if isinstance(place, S3Destination):
         key = place.prefix

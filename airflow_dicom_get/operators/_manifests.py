@@ -25,6 +25,7 @@ from airflow_dicom_get.manifest.frames import (
     write_as_one,
 )
 from airflow_dicom_get.manifest.schema import manifest_table
+from airflow_dicom_get.manifest.scopes import scopes_of
 from airflow_dicom_get.operators._lineage import StudyCounts, counts_by_study
 from airflow_dicom_get.sinks.objects import Listed, load_listed
 from airflow_dicom_get.storage import files
@@ -233,7 +234,8 @@ def load_given(manifest: Any, s3_conn_id: str | None) -> Listed:
     given = [one for one in load_each(manifests, s3_conn_id) if one is not None]
     parts = tuple(part for one in given for part in one.parts)
     verdict, evidence = worst(one.verdict for one in given), weakest(one.evidence for one in given)
-    return Listed(one_table([one.table for one in given]), parts, verdict, evidence)
+    tables = [one.table for one in given]
+    return Listed(one_table(tables), parts, verdict, evidence, scopes_of(tables))
 
 
 def load_each(manifest: Any, s3_conn_id: str | None) -> list[Listed | None]:

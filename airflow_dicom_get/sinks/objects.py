@@ -35,6 +35,7 @@ from airflow_dicom_get.vocabulary import READABLE, UNVERIFIED, Evidence, Verdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from airflow_dicom_get.manifest.scopes import Scopes
     from airflow_dicom_get.storage.bucket import Bucket, Ending
 
 T = TypeVar("T")
@@ -417,6 +418,8 @@ class Listed:
     verdict: Verdict = UNVERIFIED
     """What it says of itself."""
     evidence: Evidence = "none"
+    scopes: Scopes = field(default_factory=dict)
+    """What of its studies it is of."""
 
     @property
     def places(self) -> Places:
@@ -460,6 +463,7 @@ def load_listed(
         A root is no folder and no prefix of a bucket.
     """
     from airflow_dicom_get.manifest.frames import facts_of, load_table
+    from airflow_dicom_get.manifest.scopes import scopes_of
 
     named = _named(root)
     own: Iterator[FilesystemDestination | S3Destination]
@@ -471,7 +475,7 @@ def load_listed(
     else:
         own = _destinations(table)
     [facts] = facts_of([table])
-    return Listed(table, ((table.num_rows, (*own, *named)),), *facts)
+    return Listed(table, ((table.num_rows, (*own, *named)),), *facts, scopes_of([table]))
 
 
 def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:

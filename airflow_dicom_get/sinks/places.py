@@ -19,6 +19,7 @@ from airflow_dicom_get.config.groups import ForwardTarget
 from airflow_dicom_get.config.options import GetOptions, RootOptions
 from airflow_dicom_get.errors import InvalidOption
 from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.manifest.scopes import NO_SCOPES, Scopes, metadata_for
 from airflow_dicom_get.sinks.ledger import OWN, FolderLedgers, Ledgers
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Below, Folder
@@ -45,7 +46,9 @@ class Root(Protocol):
     def ledgers(self, destination: str) -> Ledgers:
         """The ledgers of all runs for a destination, given by what its :class:`Place` is recorded as."""
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
+    def write_manifest(
+        self, rows: Any, name: str, *, verdict: str, evidence: str, run: str, scopes: Scopes = NO_SCOPES
+    ) -> tuple[str, Written]:
         """Write ``<root>/<name>.parquet`` whole or not at all; its URI, and what it is. Raises :class:`SinkError`."""
 
 
@@ -241,7 +244,9 @@ class FolderRoot:
         own = FilesystemDestination(Path(self.path)).uri == f"{destination}/{MANIFESTS}"
         return FolderLedgers(self.path, OWN if own else destination, self._left)
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
+    def write_manifest(
+        self, rows: Any, name: str, *, verdict: str, evidence: str, run: str, scopes: Scopes = NO_SCOPES
+    ) -> tuple[str, Written]:
         """See :meth:`Root.write_manifest`."""
         from airflow_dicom_get.manifest.files import manifest_uri, write_manifest
         from airflow_dicom_get.sinks.filesystem import sink_error
@@ -249,7 +254,13 @@ class FolderRoot:
         path = self.path / f"{name}.parquet"
         try:
             written = write_manifest(
-                rows, path, verdict=verdict, evidence=evidence, run=run, go_on=lambda: not self._left()
+                rows,
+                path,
+                verdict=verdict,
+                evidence=evidence,
+                run=run,
+                extra=metadata_for(scopes),
+                go_on=lambda: not self._left(),
             )
         except OSError as error:
             raise sink_error(error, f"The manifest {path} cannot be written") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_dicom_get.config.destination import S3Destination
 from airflow_dicom_get.config.options import GetOptions
 from airflow_dicom_get.manifest.files import MANIFESTS
+from airflow_dicom_get.manifest.scopes import NO_SCOPES, Scopes, metadata_for
 from airflow_dicom_get.sinks.ledger import OWN
 from airflow_dicom_get.sinks.s3_ledger import BucketLedgers
 from airflow_dicom_get.storage.bucket import Bucket
@@ -109,11 +110,15 @@ class BucketRoot:
         own = self.bucket.recorded_as(self.prefix) == f"{destination}/{MANIFESTS}"
         return BucketLedgers(self.bucket, self.prefix, OWN if own else destination)
 
-    def write_manifest(self, rows: Any, name: str, *, verdict: str, evidence: str, run: str) -> tuple[str, Written]:
+    def write_manifest(
+        self, rows: Any, name: str, *, verdict: str, evidence: str, run: str, scopes: Scopes = NO_SCOPES
+    ) -> tuple[str, Written]:
         """See :meth:`~airflow_dicom_get.sinks.places.Root.write_manifest`: one PUT."""
         from airflow_dicom_get.manifest.files import manifest_content
 
         key = f"{self.prefix}/{name}.parquet" if self.prefix else f"{name}.parquet"
-        content, written = manifest_content(rows, verdict=verdict, evidence=evidence, run=run)
+        content, written = manifest_content(
+            rows, verdict=verdict, evidence=evidence, run=run, extra=metadata_for(scopes)
+        )
         self.bucket.put(key, content, ContentType="application/vnd.apache.parquet")
         return self.bucket.uri(key), written

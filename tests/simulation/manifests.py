@@ -33,7 +33,7 @@ class Rows:
     ) -> None:
         self.instances = list(instances)
         self.about = (source, destination, *tags)
-        self.schema = SimpleNamespace(names=[*schema.COLUMNS, *tags])
+        self.schema = SimpleNamespace(names=[*schema.COLUMNS, *tags], metadata=None)
 
     column_names = tuple(COLUMNS)
     """As of a table: what takes manifests takes these too."""
