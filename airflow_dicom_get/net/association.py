@@ -278,6 +278,8 @@ class Association:
         self._said: set[str] = set()
         self._cut_at = float("inf")
         """When a data set that is being sent is given up, since a cancel was seen."""
+        self._unread_at = float("inf")
+        """When a late response is given up, since a cancel was seen."""
 
     # --- opening -----------------------------------------------------------------------------
 
@@ -344,9 +346,7 @@ class Association:
         idle_limit = began + self.deadlines.idle if inside else limit
         while True:
             if self.cancel.reason is not None and (
-                self.cancel.hard
-                or phase in ("acse", "find_response")
-                or (phase == "idle" and not self._line.wait(0))  # a late response: what has come of it is read
+                self.cancel.hard or phase in ("acse", "find_response") or (phase == "idle" and self._is_left_unread())
             ):
                 raise Cancelled(f"Cancelled: {self.cancel.reason}.", node=str(self.node))
             try:
@@ -380,6 +380,12 @@ class Association:
         except PeerProtocolError as error:
             self.abort(2)
             raise PeerProtocolError(f"{self.node}: {error}", node=str(self.node)) from error
+
+    def _is_left_unread(self) -> bool:
+        """Whether a late response is given up after a cancel: what has come of it is read, and not for long."""
+        now = clock.monotonic()
+        self._unread_at = min(self._unread_at, now + _CANCEL_GRACE)
+        return now >= self._unread_at or not self._line.wait(0)
 
     def _watch_rate(self, waited: float, size: int) -> None:
         """Hold a minimum rate, counted over the time that was spent waiting inside a message."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -553,23 +554,32 @@ class TestLate:
             assert row["reason"] == "destination_error"
             assert "did not answer" in row["error"]
 
-    @pytest.mark.parametrize("begun", [b"", b"\x04"])
+    @pytest.mark.parametrize("begun", [b"", b"\x04", "nothing, on and on"])
     @pytest.mark.parametrize("retries", [0, 3])
     def test_a_cancel_is_heard_while_a_late_answer_is_waited_for(
-        self, embedded: Embedded, private: Holding, tmp_path: Path, begun: bytes, retries: int
+        self, embedded: Embedded, private: Holding, tmp_path: Path, begun: bytes | str, retries: int
     ) -> None:
-        """Also where one byte of it has come: `idle` is as long as Airflow gives a task between SIGTERM and SIGKILL."""
+        """Also where one byte of it has come: `idle` is as long as Airflow gives a task between SIGTERM and SIGKILL.
+
+        Or where fragments come that hold nothing of it, without end.
+        """
         heard: list[float] = []
 
         class Begins(OddDestination):
             def _answer(self, sock: socket.socket, *given: Any) -> None:
                 if given[-2] == 3:
                     time.sleep(2.0)  # the source is given up meanwhile
-                    sock.sendall(begun)
-                    time.sleep(0.3)
+                    if isinstance(begun, bytes):
+                        sock.sendall(begun)
+                        time.sleep(0.3)
                     heard.append(time.monotonic())
                     scu.cancel("SIGTERM")
-                    time.sleep(30.0)
+                    empty = struct.pack(">BBLLBB", 4, 0, 6, 2, given[0], 1) * 5000
+                    while time.monotonic() < heard[0] + 30.0:
+                        if isinstance(begun, bytes):
+                            time.sleep(0.1)
+                        else:
+                            sock.sendall(empty)
                 super()._answer(sock, *given)
 
         with Begins() as destination:
