@@ -199,8 +199,13 @@ def markdown(frame) -> str:
     from airflow_dicom_get.manifest.files import safe_cell
 
     def cell(value) -> str:
-        # What a PACS sent stays text: no formula, no HTML, no other cell, row or link.
-        return " ".join(re.sub(r"([\\|`\[\]])", r"\\\1", escape(str(safe_cell(value)))).split())
+        text = " ".join(str(safe_cell(value)).split())
+        if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9]+([ _-][A-Za-z0-9]+)*|", text):
+            return text
+        # What a PACS sent stays text: no formula, no HTML, no other cell or row, and, as code, no link. Many renderers
+        # make one of whatever looks like an address, also where its marks are escaped.
+        text = re.sub(r"[`\\]", "?", escape(text, quote=False)).replace("|", r"\|")
+        return f"`{text}`"
 
     frame = frame.reset_index()
     rows = [list(frame.columns), ["---"] * len(frame.columns), *(map(cell, row) for row in frame.to_numpy().tolist())]

@@ -197,8 +197,29 @@ def test_a_report_takes_what_a_pacs_sent_for_text_and_counts_an_instance_of_each
     report = Path(found["report"]).read_text("utf-8")
     assert "<b>" not in report
     if report_format == "markdown":
-        assert "| &#x27;=HYPERLINK(\\|x) |" in report
-        assert "\\[x\\](javascript:1)" in report
+        assert "| `'=HYPERLINK(\\|x)` |" in report
+        assert "| `&lt;b&gt;[x](javascript:1)` |" in report
+
+
+def test_a_report_in_markdown_has_no_links(load_dag):
+    """As a renderer has it that makes one of any address in a text."""
+    markdown_it = pytest.importorskip("markdown_it")
+    pytest.importorskip("linkify_it")
+    texts = [
+        "http://evil.example",
+        "www.evil.example",
+        "evil.example",
+        "a@evil.example",
+        "*CT*",
+        "`<http://x.y>`",
+        "\\|",
+    ]
+    markdown = load_dag("analyse_manifest").task_dict["analyse"].python_callable.__globals__["markdown"]
+    written = markdown(pd.DataFrame({"n": [1.5] * 8}, index=pd.Index([*texts, "not_sent"], name="reason")))
+    assert "| not_sent | 1.5 |" in written
+    html = markdown_it.MarkdownIt("gfm-like").render(written)
+    assert html.count("<td>") == 16
+    assert not [tag for tag in ("<a ", "<em>", "<http") if tag in html]
 
 
 @pytest.mark.parametrize("linked", ["the files", "the folder of the run"])
