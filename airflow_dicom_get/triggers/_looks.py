@@ -190,6 +190,7 @@ class _Line:
                 error = raised
             with self._mutex:
                 this.answer(value, error)
+                self._now = None  # one who asks before the next begins finds none that hangs
                 if error is not None and never_heard(error):
                     # A node that does not answer is not asked by one after the other of all who wait: each has lost
                     # this one look, and asks again at its next.

@@ -181,6 +181,27 @@ def test_a_node_that_does_not_answer_is_asked_once_for_all_who_wait(gate, error)
     assert gate.asked == [("x", "1.1"), ("x", "1.1"), ("x", "1.2")]
 
 
+def test_one_who_asks_when_a_look_has_ended_and_its_thread_has_not_gone_on_waits_for_the_next(gate, monkeypatch):
+    goes_on, real = threading.Event(), looks._Line._next
+    calls = iter((True, False))
+
+    def late(line):
+        assert next(calls, False) or goes_on.wait(10)
+        return real(line)
+
+    monkeypatch.setattr(looks._Line, "_next", late)
+
+    async def run():
+        gate.open.set()
+        first = await asyncio.gather(*await joined("x", "1.1"))
+        tasks = await joined("x", "1.2")
+        goes_on.set()
+        return [*first, *await asyncio.gather(*tasks)]
+
+    assert [type(one) for one in asyncio.run(run())] == [Sighting] * 2
+    assert gate.asked == [("x", "1.1"), ("x", "1.2")]
+
+
 @pytest.mark.parametrize(
     "error", [OperationFailed("no", status=0xA700), DeadlineExceeded("slow", phase="find_response"), ValueError("odd")]
 )
