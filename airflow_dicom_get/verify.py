@@ -123,6 +123,8 @@ class Verification:
         Where the manifest is: the input of a get that fetches what is missing or different.
     rows : list of Instance
         Its rows.
+    in_part : int
+        Studies of which the PACS was asked for a part alone: that which the manifest says that it is of.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -135,6 +137,7 @@ class Verification:
     rows: list[Instance] = field(default_factory=list, repr=False)
     written: Written | None = field(default=None, repr=False)
     """The manifest as it was written; None where it was not."""
+    in_part: int = 0
 
     @property
     def differs(self) -> bool:
@@ -176,7 +179,10 @@ class Verification:
         parts = [f"{self.counts[SAME]} of {total} instances are the same"]
         parts += [f"{self.counts[symbol]} {name}" for symbol, name in names.items() if self.counts[symbol]]
         word = "differences" if self.differs else "same" if self.uncompared is None else "not compared"
-        return f"{word}: {', '.join(parts)}"
+        text = f"{word}: {', '.join(parts)}"
+        if self.in_part:
+            text += f"; of {self.in_part} {noun(self.in_part, 'study', 'studies')} a part was asked for"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -184,6 +190,7 @@ class Verification:
             "same": self.same,
             "counts": {symbol: self.counts[symbol] for symbol in (SAME, NOT_THERE, NOT_LISTED, DIFFERENT, UNREADABLE)},
             "uncompared": self.uncompared,
+            "in_part": self.in_part,
             "differences": [{name: getattr(x, name) for name in Difference.__slots__} for x in self.differences],
             "errors": self.errors,
             "manifest": self.manifest_uri,
@@ -522,6 +529,7 @@ class _Verify:
             self._uncompared(error)
             return
         self.has_source = True
+        self.found.in_part = len(self.scopes.keys() & set(self.studies))
         self.found.errors += dropped.remarks()
         doubt = next(filter(None, doubts), None)
         if doubt is not None:

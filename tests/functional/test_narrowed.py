@@ -85,6 +85,8 @@ def test_it_is_the_same(pacs: Pacs, tmp_path: Path, part: str) -> None:
         for place in (None, to):
             found = verify(manifest, addr=node, destination=place, manifest_root=tmp_path / "v")
             assert told(found) == (0, {"=": 3})
+            assert found.summary() == "same: 3 of 3 instances are the same; of 1 study a part was asked for"
+            assert found.to_json()["in_part"] == 1
 
 
 @pytest.mark.parametrize("part", ["series", "modality", "classes"])
