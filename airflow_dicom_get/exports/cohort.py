@@ -15,7 +15,17 @@ from airflow_dicom_get.manifest.files import Room
 from airflow_dicom_get.manifest.frames import began, each_of, facts_of, frame_of, newest_rows, one_table, runs_of
 from airflow_dicom_get.manifest.schema import COLUMNS
 from airflow_dicom_get.sinks.objects import Listed, Named, load_listed
-from airflow_dicom_get.vocabulary import ACCEPTABLE, COMPLETE, NOT_HELD, PRESENT, READABLE, REASONS, Verdict, noun
+from airflow_dicom_get.vocabulary import (
+    ACCEPTABLE,
+    COMPLETE,
+    NOT_HELD,
+    PRESENT,
+    READABLE,
+    REASONS,
+    Verdict,
+    accepted,
+    noun,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,6 +70,8 @@ class Cohort:
     """Of which manifest each row is."""
     places: tuple[Places, ...]
     """Where objects of each may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
+    said: Sequence[Verdict] = ()
+    """The verdict of each manifest that counts."""
     unlisted: Sequence[int] = ()
     """Which manifests, counted from 1, lack a row here and may be of studies of which they had none."""
 
@@ -148,7 +160,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
     numbers = [number for number, one in enumerate(given, 1) if one is not None]
     named = [numbers[n] for n in sorted(unlisted - left) if n < len(numbers) and facts[n][0] != COMPLETE]
-    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places, named)
+    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places, said, named)
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:
@@ -208,18 +220,20 @@ def _labelled(table: pa.Table, number: int) -> pa.Table:
 
 
 def check_proof(cohort: Cohort, accept: Sequence[Verdict]) -> None:
-    """Refuse what is not complete, unless its verdict is accepted.
+    """Refuse what is not complete, unless its verdict and that of each manifest are accepted.
 
     Raises
     ------
     NotProven
     """
-    if cohort.verdict == COMPLETE or cohort.verdict in accept:
+    if cohort.verdict == COMPLETE or accepted(cohort.verdict, cohort.said, accept):
         return
+    lacking = sorted({cohort.verdict, *cohort.said} - {COMPLETE, *accept})
+    acceptable = all(verdict in ACCEPTABLE for verdict in lacking)
     said = f"The verdict is {cohort.verdict}, and nothing was written.", cohort.lack(), cohort.doubt()
     raise NotProven(
         " ".join(filter(None, said)),
-        hint="Retrieve what is missing" + (f", or accept {cohort.verdict}." if cohort.verdict in ACCEPTABLE else "."),
+        hint="Retrieve what is missing" + (f", or accept {' and '.join(lacking)}." if acceptable else "."),
         verdict=cohort.verdict,
     )
 

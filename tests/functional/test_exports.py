@@ -603,6 +603,15 @@ class TestOnlyWhatIsProven:
             export([complete[0], None], "sha256sums")
         assert export(frame, "sha256sums", accept="unverified")
 
+    def test_each_verdict_is_to_be_accepted(self, tmp_path: Path) -> None:
+        part = made_up(tmp_path / "a.parquet", {1: "stored", 2: "missing"})
+        whole = load_manifest(made_up(tmp_path / "b.parquet", {3: "stored"}, series="1.2.4"))
+        whole.attrs["verdict"] = "unverified"
+        for accept in ("partial", "unverified"):
+            with pytest.raises(NotProven, match=r"The verdict is partial"):
+                export([part, whole], "sha256sums", accept=accept)
+        assert export([part, whole], "sha256sums", accept=["partial", "unverified"])
+
     def test_check_looks_into_the_folder(self, got: Got, tmp_path: Path) -> None:
         uri = got.get()
         assert shell(uri, "--as", "sha256sums", "--to", tmp_path / "a", "--check").returncode == 0
