@@ -451,6 +451,8 @@ class _Verify:
         """Verdict and evidence of the manifest that was read."""
         self.scopes: Scopes = {}
         """What of its studies that manifest is of."""
+        self.source = str(options.addr or "")
+        """Where the instances came from: the PACS that is asked, or the one that the manifest names alone."""
         self.found = Verification()
 
     def _check_cancelled(self) -> None:
@@ -475,6 +477,8 @@ class _Verify:
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
         self.has_manifest, self.said, self.scopes = True, (listed.verdict, listed.evidence), listed.scopes
+        sources = listed.table["source"].unique().to_pylist()
+        self.source = self.source or (sources[0] or "" if len(sources) == 1 else "")
         for row, opener in listed.rows(self.s3, self.cancel):
             if self.studies and row.study not in self.studies:
                 continue
@@ -887,7 +891,7 @@ class _Verify:
         self._check_cancelled()
         run = clock.run_name()
         described = {
-            "source": str(self.options.addr or ""),
+            "source": self.source,
             "destination": str(self.place) if self.place is not None else "",
         }
         compared = verdict_of_comparison(found.same, found.differs)

@@ -276,9 +276,9 @@ def newest_rows(manifests: DataFrame) -> DataFrame:
     rows = manifests
     if not rows["run_at"].is_monotonic_increasing:
         rows = rows.sort_values("run_at", kind="stable")
-    if (rows["source"] == "").any():
-        # A verification names no source and no destination: those of the retrieval before it hold.
-        for name in ("source", "destination"):
+    for name in ("source", "destination"):
+        if (rows[name] == "").any():
+            # A verification may name none: that of the retrieval before it holds.
             known = rows[name].mask(rows[name] == "").groupby([rows[part] for part in key]).ffill()
             rows = rows.assign(**{name: known.fillna("")})
     again = rows.duplicated(key, keep="last")

@@ -30,6 +30,7 @@ from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.testing.s3_servers import BUCKET, Moto
 from airflow_dicom_get.testing.sample_data import big_study, set_elements
 from airflow_dicom_get.testing.servers import Orthanc, Storescp
+from airflow_dicom_get.verify import verify
 from tests.support.forwards import datasets, sent_by, states
 from tests.support.holdings import Holding, hold
 from tests.support.odd_destination import DieError, OddDestination, at
@@ -384,7 +385,7 @@ class TestManifest:
             said = json.loads(done.stdout)
             assert (said["verdict"], said["skipped"]) == ("complete", 40)
 
-    @pytest.mark.parametrize("how", ["address", "frame", "other title", "no title"])
+    @pytest.mark.parametrize("how", ["address", "frame", "of a verify", "other title", "no title"])
     def test_nothing_goes_back_to_where_it_came_from(
         self, embedded: Embedded, private: Holding, tmp_path: Path, how: str
     ) -> None:
@@ -395,6 +396,8 @@ class TestManifest:
         )
         assert got.verdict == "complete"
         manifest = got.manifest if how == "frame" else got.manifest_uri
+        if how == "of a verify":
+            manifest = verify(manifest).manifest_uri
         scu = StoreScu(f"{'OTHER' if how == 'other title' else 'PACS'}@localhost:{source.port}", manifest_root=tmp_path)
         asked = source.total_associations
         if how == "other title":  # another archive behind the same door
