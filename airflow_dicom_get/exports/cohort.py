@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from airflow_dicom_get.config.checks import invalid, shown, shown_path
@@ -54,7 +55,7 @@ _USED = (
     "destination",
 )
 """The columns that some form has, or the order of the rows and a check of the objects rest on."""
-_FROM, _AT = "manifest", "run_at"
+_FROM, _AT, _IN = "manifest", "run_at", "places"
 _SHOWN = 10
 """What a message names at most."""
 
@@ -67,9 +68,9 @@ class Cohort:
     """The newest row of each instance that is held or missing; what was withdrawn is of no scope."""
     verdict: Verdict
     numbers: Series
-    """Of which manifest each row is."""
+    """The number of the places of each row."""
     places: tuple[Places, ...]
-    """Where objects of each may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
+    """Where objects of rows may be opened: see :class:`~airflow_dicom_get.sinks.objects.Listed`."""
     said: Sequence[Verdict] = ()
     """The verdict of each manifest that counts."""
     unlisted: Sequence[int] = ()
@@ -134,12 +135,14 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     given = [run for one in each_of(manifests) for run in _runs_of(one)]
     room = Room()
     listed = [load_listed(one, s3, root, room) for one in given if one is not None]
-    places = tuple(one.places for one in listed)
+    parts = [part for one in listed for part in one.parts]
+    places = {opened: number for number, opened in enumerate(dict.fromkeys(opened for _, opened in parts))}
+    of_each = [number for size, opened in parts for number in repeat(places[opened], size)]
     tables = [one.table for one in listed]
     facts = facts_of(tables, given)
     sizes = [*map(len, tables), *(0 for one in given if one is None)]
     unlisted = {n for n, fact in enumerate(facts) if not sizes[n] or not has_rows_of_all(*fact)}
-    rows = _numbered(tables)
+    rows = _numbered(tables).assign(**{_IN: of_each})
     del listed, tables  # of a large manifest they are most of what is held here
     _give_back()
     rows = newest_rows(rows)
@@ -160,7 +163,7 @@ def load_cohort(manifests: Any, s3: S3Config | None = None, root: Named | Sequen
     kept = (rows if in_scope.all() else rows[in_scope]).sort_values(key, kind="stable", ignore_index=True)
     numbers = [number for number, one in enumerate(given, 1) if one is not None]
     named = [numbers[n] for n in sorted(unlisted - left) if n < len(numbers) and facts[n][0] != COMPLETE]
-    return Cohort(kept.drop(columns=_FROM), verdict, kept[_FROM], places, said, named)
+    return Cohort(kept.drop(columns=[_FROM, _IN]), verdict, kept[_IN], tuple(places), said, named)
 
 
 def _runs_of(manifest: Any) -> Iterator[Any]:
@@ -215,7 +218,7 @@ def _give_back() -> None:
 def _labelled(table: pa.Table, number: int) -> pa.Table:
     import pyarrow as pa
 
-    wanted = [name for name in table.column_names if name in _USED or name not in {*COLUMNS, _FROM, _AT}]
+    wanted = [name for name in table.column_names if name in _USED or name not in {*COLUMNS, _FROM, _AT, _IN}]
     return table.select(wanted).append_column(_FROM, pa.array([number] * table.num_rows, pa.int64()))
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -414,7 +414,7 @@ class Listed:
 
     table: pa.Table
     parts: tuple[tuple[int, Places], ...]
-    """How many of the rows, one after another, are of which manifest, and the places of each."""
+    """How many of the rows, one after another, are of one manifest and destination, and the places of each."""
     verdict: Verdict = UNVERIFIED
     """What it says of itself."""
     evidence: Evidence = "none"
@@ -424,18 +424,23 @@ class Listed:
     @property
     def places(self) -> Places:
         """The places of all parts."""
-        return tuple(dict.fromkeys(place for _, places in self.parts for place in places))
+        return tuple(dict.fromkeys(chain.from_iterable(self._distinct())))
 
     def within(self, change: Callable[[Places], Iterable[FilesystemDestination | S3Destination]]) -> Listed:
         """The same with other places: what ``change`` makes of those of each part."""
-        return replace(self, parts=tuple((size, tuple(change(places))) for size, places in self.parts))
+        changed = {places: tuple(change(places)) for places in self._distinct()}
+        return replace(self, parts=tuple((size, changed[places]) for size, places in self.parts))
 
     def rows(self, s3: S3Config | None = None, ending: Ending | None = None) -> Iterator[tuple[Instance, Opener]]:
         """Each row with what opens its object; ``s3`` and ``ending`` as in :class:`Opener`."""
         from airflow_dicom_get.manifest.schema import instances_of
 
-        openers = (repeat(Opener(places, s3, ending), size) for size, places in self.parts)
-        return zip(instances_of(self.table), chain.from_iterable(openers), strict=True)
+        openers = {places: Opener(places, s3, ending) for places in self._distinct()}
+        of_each = chain.from_iterable(repeat(openers[places], size) for size, places in self.parts)
+        return zip(instances_of(self.table), of_each, strict=True)
+
+    def _distinct(self) -> Iterable[Places]:
+        return dict.fromkeys(places for _, places in self.parts)
 
 
 def load_listed(
@@ -443,8 +448,8 @@ def load_listed(
 ) -> Listed:
     """Load a manifest; what it names may lie in its own destination, or below a root that the caller names.
 
-    Its own destination is the place in which its ``_manifests`` lies, or, of a frame or a reference that was handed
-    on, that of its column ``destination``.
+    Its own destination is the place in which its ``_manifests`` lies, or, for each row of a frame or a reference that
+    was handed on, that of its column ``destination``.
 
     Parameters
     ----------
@@ -466,16 +471,16 @@ def load_listed(
     from airflow_dicom_get.manifest.scopes import scopes_of
 
     named = _named(root)
-    own: Iterator[FilesystemDestination | S3Destination]
     if isinstance(manifest, Listed):
         return manifest.within(lambda places: (*places, *named))
     table = load_table(manifest, s3, room)
     if isinstance(manifest, str | os.PathLike):
-        own = filter(None, [place_above(manifest)])
+        own = place_above(manifest)
+        parts: Iterable[tuple[int, Places]] = [(table.num_rows, () if own is None else (own,))]
     else:
-        own = _destinations(table)
+        parts = _by_destination(table)
     [facts] = facts_of([table])
-    return Listed(table, ((table.num_rows, (*own, *named)),), *facts, scopes_of([table]))
+    return Listed(table, tuple(parts), *facts, scopes_of([table])).within(lambda places: (*places, *named))
 
 
 def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination | S3Destination]:
@@ -489,15 +494,25 @@ def _named(root: Named | Sequence[Named] | None) -> list[FilesystemDestination |
     return named
 
 
-def _destinations(table: pa.Table) -> Iterator[FilesystemDestination | S3Destination]:
-    """The places of the column ``destination``; a relative path is none, and a node neither."""
-    for text in table["destination"].unique().to_pylist():
-        try:
-            place = parse_destination(text, "destination")
-        except InvalidOption:
-            continue
-        if isinstance(place, S3Destination) or (isinstance(place, FilesystemDestination) and place.path.is_absolute()):
-            yield place
+def _by_destination(table: pa.Table) -> Iterator[tuple[int, Places]]:
+    """How many rows, one after another, have one ``destination``, and it; a relative path is none, and a node neither.
+
+    Each is held to its own: of several manifests that became one, one could name what another may.
+    """
+    known: dict[Any, Places] = {}
+    for text, rows in groupby(chain.from_iterable(chunk.to_pylist() for chunk in table["destination"].chunks)):
+        if text not in known:
+            known[text] = tuple(_place_of_objects(text))
+        yield len(list(rows)), known[text]
+
+
+def _place_of_objects(text: Any) -> Iterator[FilesystemDestination | S3Destination]:
+    try:
+        place = parse_destination(text, "destination")
+    except InvalidOption:
+        return
+    if isinstance(place, S3Destination) or (isinstance(place, FilesystemDestination) and place.path.is_absolute()):
+        yield place
 
 
 class Opener:

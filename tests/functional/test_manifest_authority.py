@@ -314,7 +314,7 @@ def test_no_node_is_called_because_a_row_names_it(got: Retrieved, target: Embedd
             scu = GetScu(f"DEST@127.0.0.1:{target.port}", destination=got.folder, retries=0)
             assert scu.get_study(manifest=forged).skipped == 12
             combine_manifests([got.uri, forged], tmp_path / "all.parquet")
-            read_instances(frame_of(read_table(forged)))
+            read_instances(frame_of(read_table(forged)), root=got.folder)
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -403,6 +403,29 @@ def test_several_manifests_open_nothing_for_each_other(embedded: Embedded, priva
         assert [x.symbol for x in found.differences] == ["!"]
         assert "outside the destination" in found.differences[0].what
     assert len(export([mine.uri, shared.uri], "series", check=True))
+
+
+def test_rows_of_several_places_in_one_manifest_are_held_to_their_own(
+    embedded: Embedded, private: Holding, target: EmbeddedPacs, tmp_path: Path
+) -> None:
+    """Of several manifests as one, a row of one place names an object of another."""
+    mine, shared = (Retrieved(embedded, private, tmp_path / name) for name in ("mine", "shared"))
+    forged = shared.forged(uri=mine.frame["uri"][0])
+    for several in ([mine.uri, forged], [forged, mine.uri]):
+        whole = combine_manifests(several, tmp_path / "all")
+        for given in (whole, load_manifest(whole)):
+            assert objects.load_listed(given).places == objects.load_listed(load_manifests(several)).places
+            assert verify(given, manifest_root=tmp_path / "v").counts["!"] == 1
+            assert reasons(stored(target, tmp_path, given)) == {"outside_root": 1}
+            if several[-1] == forged:  # else its rows are older than those of ours, and not exported
+                with pytest.raises(NotProven, match="outside the destination"):
+                    export(given, "series", check=True)
+        with pytest.raises(ManifestError, match="outside the destination"):
+            read_instances(load_manifests(several))
+        assert len(read_instances(load_manifests(several), root=mine.folder)) == 24
+    whole = combine_manifests([mine.uri, shared.uri], tmp_path / "all")
+    assert verify(whole, manifest_root=tmp_path / "v").same
+    assert len(export(whole, "series", check=True))
 
 
 def test_what_is_read_by_its_address_keeps_its_own_place(
