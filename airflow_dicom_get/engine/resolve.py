@@ -181,7 +181,8 @@ def resolve(finder: Finder, query: Query, max_studies: int) -> Meant:
     if finder.unreadable > unreadable:
         doubt = "list_contradicted"
     if not query.studies:
-        _check_count(len(found), max_studies)
+        if len(found) > max_studies:
+            raise _too_many(len(found), max_studies)
     elif found and not selecting:
         for study in query.studies:
             found.setdefault(study, _scope(query, study, lower))
@@ -237,21 +238,20 @@ def note_row(scope: Scope, row: Row) -> bool:
     return scope.is_of_patient(patient_id, row.get(h.SPECIFIC_CHARACTER_SET, b""))
 
 
-def _check_count(count: int, max_studies: int, named: int = 0) -> None:
-    """Refuse more studies than may match; each UID that was named may have one besides."""
-    if count > max_studies + named:
-        raise InvalidQuery(
-            f"The query matches {count} studies; max_studies is {max_studies}. Nothing was fetched.",
-            hint="Narrow the query, or raise max_studies.",
-            count=count,
-            max_studies=max_studies,
-        )
+def _too_many(count: int, max_studies: int, more_than: str = "") -> InvalidQuery:
+    return InvalidQuery(
+        f"The query matches {more_than}{count} studies; max_studies is {max_studies}. Nothing was fetched.",
+        hint="Narrow the query, or raise max_studies.",
+        count=count,
+        max_studies=max_studies,
+    )
 
 
 def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_studies: int) -> Meant:
     """Studies of series or instances that were given without their study: a relational C-FIND.
 
-    Each of them lies in one study, and only a few copies of it in others.
+    Each of them lies in one study, and only a few copies of it in others: of more studies than may match and one for
+    each UID nothing is kept.
     """
     if not query.series and not query.instances:
         raise InvalidQuery(
@@ -262,11 +262,13 @@ def _from_below(finder: Finder, query: Query, filters: tuple[Filter, ...], max_s
     keys: Keys = {h.SERIES_INSTANCE_UID: query.series} if query.series and query.instances else {}
     unreadable = finder.unreadable
     studies: dict[str, None] = {}
+    most = max_studies + len(uids)
     for row, _ in finder.named(level, uids, keys, (h.STUDY_INSTANCE_UID, h.SERIES_INSTANCE_UID)):
         studies.setdefault(shown_uid(row.get(h.STUDY_INSTANCE_UID)))
+        if len(studies) > most:
+            raise _too_many(most, max_studies, "more than ")
     if not studies:
         check_answered(finder)
-    _check_count(len(studies), max_studies, named=len(uids))
     doubt = "list_contradicted" if finder.unreadable > unreadable else None
     scopes = [_scope(query, study, filters) for study in studies]
     for scope in scopes:
