@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,6 +35,8 @@ _SERIES_KEYS = (h.SERIES_INSTANCE_UID, h.MODALITY, h.SERIES_NUMBER, i.SERIES_REL
 _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
 _LONGEST = 66
 """Bytes of a UID (PS3.5 6.2) with any padding."""
+_MAX_SYNTAXES = 100
+"""Transfer syntaxes that a study may be listed in, more than there are: each is proposed for the classes that have it."""
 _TAKEN = frozenset({h.SOP_INSTANCE_UID, *_IMAGE_KEYS, i.AVAILABLE_TRANSFER_SYNTAX, i.INSTANCE_AVAILABILITY})
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
 """Keys that some look up in their files: asked for as long as they are told at all."""
@@ -182,7 +184,8 @@ class _Lister:
         self._series_filters = {f.tag: f.value for f in scope.filters if f.level == "SERIES"}
         self._image_filters = {f.tag: f.value for f in scope.filters if f.level == "IMAGE"}
         self._listing.images_filtered = bool(self._image_filters)
-        self._classes: set[str] = set()
+        self._few: dict[int, set[str]] = defaultdict(set)
+        """By tag what :meth:`_one_of_few` has told."""
         self._unreadable: Counter[str] = Counter()
         self._dropped: dict[str, Dropped] = {}
 
@@ -347,8 +350,9 @@ class _Lister:
                 listing.keep_bad(scope.study, series.uid, sop)
                 return sop
             instance = Instance(scope.study, series.uid, sop)
-        instance.sop_class = instance.sop_class or self._class(row)
-        instance.listed_syntax = _uid(row.get(i.AVAILABLE_TRANSFER_SYNTAX)) or instance.listed_syntax
+        instance.sop_class = instance.sop_class or self._one_of_few(row, h.SOP_CLASS_UID, MAX_CLASSES)
+        syntax = self._one_of_few(row, i.AVAILABLE_TRANSFER_SYNTAX, _MAX_SYNTAXES)
+        instance.listed_syntax = syntax or instance.listed_syntax
         if (told := i.text_value(row.get(i.INSTANCE_AVAILABILITY, b"")[:16])) in AVAILABILITIES:
             instance.availability = told
         instance.modality = instance.modality or series.modality
@@ -357,13 +361,13 @@ class _Lister:
         listing.instances.setdefault(instance.key, instance)
         return sop
 
-    def _class(self, row: Row) -> str | None:
-        """The SOP class of a row; None where it is not told, or is one of more than there are."""
-        told = _uid(row.get(h.SOP_CLASS_UID))
-        if told is not None and told not in self._classes:
-            if len(self._classes) >= MAX_CLASSES:
+    def _one_of_few(self, row: Row, tag: int, most: int) -> str | None:
+        """A UID that many rows have in common; None where it is not told, or is one of more than there are."""
+        told, few = _uid(row.get(tag)), self._few[tag]
+        if told is not None and told not in few:
+            if len(few) >= most:
                 return None
-            self._classes.add(told)
+            few.add(told)
         return told
 
     def _ask_for_named(self) -> None:

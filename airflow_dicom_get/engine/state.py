@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from airflow_dicom_get.dicom.uids import is_uid
@@ -44,6 +45,8 @@ UNPLANNED = 200_000
 """Objects that one C-GET may bring where there is no list."""
 MOST_REFUSED = 10
 """Instances in a row that the destination may fail to take before the source is left alone."""
+_MOST_SERIES = 100
+"""Series of one SOP Instance UID that are looked at for an object: a list may name it in any number."""
 
 
 class Answered(NamedTuple):
@@ -134,8 +137,8 @@ class StudyState:
     gone: list[Instance] = field(default_factory=list)
     _list_stands: bool = False
     _by_uid: dict[str, Instance] = field(default_factory=dict)
-    _others: dict[str, list[Instance]] = field(default_factory=dict)
-    """All of ``instances`` by their SOP Instance UID: there may be as many series as instances. Few have one UID."""
+    _others: dict[str, dict[Key, Instance]] = field(default_factory=dict)
+    """All of ``instances`` by their SOP Instance UID: there may be as many series as instances, and of one UID too."""
     _late: set[Key] = field(default_factory=set)
     _due: dict[int, Instance] = field(default_factory=dict)
     """What was taken and not confirmed yet, by ``id``."""
@@ -155,9 +158,9 @@ class StudyState:
         return scope.series is None or series in scope.series
 
     def of(self, sop: str) -> list[Instance]:
-        """The instances of a SOP Instance UID: one in each series that has it."""
-        first = self._by_uid.get(sop)
-        return [] if first is None else [first, *self._others.get(sop, ())]
+        """The instances of a SOP Instance UID: one in each series that has it, of a hundred at most."""
+        first, others = self._by_uid.get(sop), self._others.get(sop, {})
+        return [] if first is None else [first, *islice(others.values(), _MOST_SERIES - 1)]
 
     def listed_elsewhere(self, series: str, sop: str) -> bool:
         """Whether the list names the SOP Instance UID, and not in this series."""
@@ -234,11 +237,11 @@ class StudyState:
         self.unwanted.add(one.key)
         self.unlisted.discard(one.key)
         del self.instances[one.key]
-        left = [x for x in self.of(one.sop) if x.key != one.key]
-        self._by_uid.pop(one.sop, None)
-        self._others.pop(one.sop, None)
-        for x in left:
-            self._index(x)
+        others = self._others.get(one.sop, {})
+        if others.pop(one.key, None) is None:
+            del self._by_uid[one.sop]
+            if others:
+                self._index(others.popitem()[1])
         if self.listing is not None:
             self.listing.instances.pop(one.key, None)
         one.state = "unexpected"  # for who still has it in hand
@@ -299,7 +302,7 @@ class StudyState:
 
     def _index(self, instance: Instance) -> None:
         if self._by_uid.setdefault(instance.sop, instance) is not instance:
-            self._others.setdefault(instance.sop, []).append(instance)
+            self._others.setdefault(instance.sop, {})[instance.key] = instance
 
     def answer(self, uid: str, instance: Instance | None, taken: Taken) -> Answered:
         """An object was answered.

@@ -308,7 +308,7 @@ def test_character_sets_without_end_hold_nobody_up(pacs: Callable[..., Any], tmp
 
 
 class _ClassesWithoutEnd(Behaviour):
-    """Names 4,000 SOP classes: for the study, or one for each of as many instances."""
+    """Names 4,000 SOP classes: for the study, or one for each of as many instances; or as many transfer syntaxes."""
 
     stages = frozenset({FIND})
 
@@ -317,6 +317,9 @@ class _ClassesWithoutEnd(Behaviour):
         if level == "IMAGE" and self.param == "instances":
             for number in range(4001):
                 yield {**row, 0x00080018: f"1.2.3.{number}", 0x00080016: f"1.2.9.{number}"}
+        elif level == "IMAGE" and self.param == "syntaxes":
+            for number in range(4001):
+                yield {**row, 0x00080018: f"1.2.3.{number}", 0x00080016: CT, 0x00083002: f"1.2.9.{number}"}
         elif level == "STUDY" and self.param == "study":
             yield {**row, 0x00080062: "\\".join(f"1.2.{number}" for number in range(4000))}
         else:
@@ -333,6 +336,9 @@ def test_classes_without_end_are_not_asked_for_one_after_the_other(pacs: Callabl
         plan = GetScu(node(server)).plan({"StudyInstanceUID": server.study_uid})
     assert (plan.instances, len(plan.classes)) == (4001, 201)
     assert plan.associations < 50
+    with pacs(_ClassesWithoutEnd, param="syntaxes") as server:
+        plan = GetScu(node(server)).plan({"StudyInstanceUID": server.study_uid})
+    assert (plan.instances, plan.associations) == (4001, 1)
 
 
 class _TwiceAsMany(Behaviour):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -532,3 +533,24 @@ def test_as_many_series_as_instances_cost_no_more_than_one() -> None:
         assert [x.series for x in state.of(f"1.8.{number}")] == [f"1.9.{number}"]
     assert time.process_time() - began < 1
     assert state.listed_elsewhere("1.7", uid(1))
+
+
+def test_one_uid_in_many_series_costs_no_more_than_in_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an object comes that names none of them, and where one of them is left out."""
+    state = StudyState(Scope(STUDY), rounds=1)
+    for number in range(1000):
+        state.add_unlisted(f"1.9.{number}", uid(1), CT)
+    touched: Counter[str] = Counter()
+    index, refuse = StudyState._index, StudyState._refuse
+    monkeypatch.setattr(StudyState, "_index", lambda *given: (touched.update(["index"]), index(*given)))
+    monkeypatch.setattr(StudyState, "_refuse", lambda *given: (touched.update(["refuse"]), refuse(*given)))
+    for number in range(1000):
+        assert not state.listed_elsewhere("1.7", uid(1))
+        answered = state.answer(uid(1), None, Taken(0xC000, "unparsable", "It cannot be read."))
+        assert answered.record in state.instances.values()
+        assert state.of(uid(1))[0] is answered.record
+        state.leave_out((f"1.9.{number}", uid(1)), CT)
+        assert touched["index"] <= 1
+        assert touched["refuse"] == min(100, 1000 - number)
+        touched.clear()
+    assert (state.of(uid(1)), state.instances) == ([], {})
