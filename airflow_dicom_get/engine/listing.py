@@ -36,7 +36,7 @@ _IMAGE_KEYS = (h.SOP_CLASS_UID, h.INSTANCE_NUMBER)
 _LONGEST = 66
 """Bytes of a UID (PS3.5 6.2) with any padding."""
 _MAX_SYNTAXES = 100
-"""Transfer syntaxes that a study may be listed in, more than there are: each is proposed for the classes that have it."""
+"""Transfer syntaxes that a study may be listed in, more than there are: each is proposed for each of its classes."""
 _TAKEN = frozenset({h.SOP_INSTANCE_UID, *_IMAGE_KEYS, i.AVAILABLE_TRANSFER_SYNTAX, i.INSTANCE_AVAILABILITY})
 _MAY_COST = (i.INSTANCE_AVAILABILITY, i.AVAILABLE_TRANSFER_SYNTAX)
 """Keys that some look up in their files: asked for as long as they are told at all."""
