@@ -61,7 +61,7 @@ class MadeUpOperator(TransferOperator):
 
         def run(progress):
             rows = manifest_rows(made_up(count), source="PACS@10.20.0.5:104", destination="/data/dicom")
-            write_manifest(rows, path, verdict="complete", evidence="list+counts", run=name)
+            written = write_manifest(rows, path, verdict="complete", evidence="list+counts", run=name)
             uri = manifest_uri(path)
             return [
                 Result(
@@ -74,6 +74,7 @@ class MadeUpOperator(TransferOperator):
                     manifest_uri=uri,
                     node="PACS@10.20.0.5:104",
                     destination="/data/dicom",
+                    written=written,
                 )
             ]
 
