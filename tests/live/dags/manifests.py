@@ -63,20 +63,19 @@ class MadeUpOperator(TransferOperator):
             rows = manifest_rows(made_up(count), source="PACS@10.20.0.5:104", destination="/data/dicom")
             written = write_manifest(rows, path, verdict="complete", evidence="list+counts", run=name)
             uri = manifest_uri(path)
-            return [
-                Result(
-                    "complete",
-                    expected=count,
-                    total=count,
-                    completed=count,
-                    plan_at=datetime.now(UTC),
-                    evidence="list+counts",
-                    manifest_uri=uri,
-                    node="PACS@10.20.0.5:104",
-                    destination="/data/dicom",
-                    written=written,
-                )
-            ]
+            result = Result(
+                "complete",
+                expected=count,
+                total=count,
+                completed=count,
+                plan_at=datetime.now(UTC),
+                evidence="list+counts",
+                manifest_uri=uri,
+                node="PACS@10.20.0.5:104",
+                destination="/data/dicom",
+            )
+            result.written = written
+            return [result]
 
         return Transfer(run, name, ["dicom://PACS@10.20.0.5:104"], "/data/dicom")
 
