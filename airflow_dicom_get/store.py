@@ -42,6 +42,7 @@ from airflow_dicom_get.vocabulary import DONE, HELD
 
 if TYPE_CHECKING:
     from airflow_dicom_get.engine.events import Events
+    from airflow_dicom_get.manifest.scopes import Scopes
     from airflow_dicom_get.net.association import CancelToken
     from airflow_dicom_get.net.peer import Peer
     from airflow_dicom_get.sinks.forward import ForwardSink
@@ -182,13 +183,14 @@ class StoreScu:
             state = root_for(self.options)
 
             said: tuple[Verdict, Evidence] | None = None
+            scopes: Scopes = {}
 
             def read() -> tuple[list[StoredObject], list[Instance]]:
-                nonlocal said
+                nonlocal said, scopes
                 if manifest is None:
                     return self._objects_in(sources, root, cancel), []
                 listed = load_listed(manifest, self.options.s3_config, root)
-                said = listed.verdict, listed.evidence
+                said, scopes = (listed.verdict, listed.evidence), listed.scopes
                 self._check_not_source(listed)
                 return objects_of(listed, self.options.s3_config, cancel)
 
@@ -211,7 +213,7 @@ class StoreScu:
                 run.execute(*(found or ([], [])))
                 result = judge()
                 rows = manifest_rows(run.rows.values(), **described)
-                write_manifest(result, rows, state, manifest_name or name, name, cancel, said)
+                write_manifest(result, rows, state, manifest_name or name, name, cancel, said, scopes)
 
             try:
                 run_beside(work, cancel)

@@ -279,6 +279,10 @@ MAX_VALUES = 5_000_000
 """Elements, items and values of all rows of one find: 25 for each of as many rows as there may be."""
 
 
+MAX_CELLS = 4 * MAX_VALUES
+"""Cells of a table of rows: each has a column for whatever another one has."""
+
+
 class _Distinct:
     """Rows as they came, each study, series or instance once."""
 
@@ -317,16 +321,22 @@ class _Distinct:
 
 
 def frame_of_rows(source: Source, rows: Sequence[Dataset], level: str, return_keys: Sequence[str]) -> DataFrame:
-    """One text column per keyword; of no rows those that were asked for. Raises where the run is to end.
+    """One text column per keyword; of no rows those that were asked for.
+
+    Raises where the run is to end, and for a table of more than :data:`MAX_CELLS`.
 
     A sequence has no column: it is no text, and pydicom warns of what stands in one that is printed.
     """
     import pandas as pd
 
     columns = None if rows else list(dict.fromkeys((*_RETURNED[level], *return_keys)))
-    data = []
+    data: list[dict[str, str]] = []
+    keywords: set[str] = set()
     for row in rows:
         source.check_stopped()
+        keywords.update(element.keyword for element in row)
+        if len(keywords) * len(rows) > MAX_CELLS:
+            raise too_long(source.node, f"what makes a table of {MAX_CELLS} cells", "one find")
         data.append(
             {
                 element.keyword: peer_text(element.value, 1024) if element.VR == "UN" else _text(element.value)

@@ -11,6 +11,8 @@ from airflow_dicom_get.manifest.scopes import Narrowed, Scopes
 
 _SAY_NOTHING = frozenset({"UI", "CS", "IS"})
 """Value representations of keys that say nothing of a patient: UIDs, codes and numbers."""
+_ANY = "2.25.1"
+"""The UID of a study: a part can be asked for of any or of none."""
 
 
 def narrowed_by(query: Query, sop_classes: Collection[str] | None) -> Narrowed | None:
@@ -45,12 +47,13 @@ def query_within(
 
 def that_can_be_asked(scopes: Scopes) -> Scopes:
     """The scopes of a manifest, as far as a run may have written them: any other study is meant as a whole."""
-    return {study: scope for study, scope in scopes.items() if all(_can_be_asked(study, one) for one in scope)}
+    can = {scope: all(map(_can_be_asked, scope)) for scope in set(scopes.values())}
+    return {study: scope for study, scope in scopes.items() if can[scope]}
 
 
-def _can_be_asked(study: str, narrowed: Narrowed) -> bool:
+def _can_be_asked(narrowed: Narrowed) -> bool:
     try:
-        return query_within([study], narrowed, "StudyRoot") is not None
+        return query_within([_ANY], narrowed, "StudyRoot") is not None
     except InvalidQuery:
         return False
 

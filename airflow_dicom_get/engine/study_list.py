@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -285,6 +286,10 @@ class _Rows:
         if label is not None and (label == self.key or identifies(label)):
             what = f"{shown_path(path)}, column {shown(label)}, cannot give the labels: it tells who a patient is"
             raise invalid(option, what, "Labels are shown with the tasks. Name a column of pseudonyms or groups.")
+        headings = Counter(column.strip() for column in self._reader.fieldnames or ())
+        for name in (self.key, label):
+            if name is not None and headings[name] > 1:
+                raise invalid(option, f"{shown_path(path)} has two columns {shown(name)}", "Leave one of them.")
         self._label = label
 
     def _text(self) -> str:

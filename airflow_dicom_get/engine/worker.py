@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 from airflow_dicom_get import clock
@@ -266,8 +266,9 @@ class Pass:
             self.outcomes.append(outcome)
         log.debug("%s: %s, %d objects", association.node, s.describe(outcome.status), outcome.objects)
         self._source.check_stopped()
+        hinted, outcome.failed_uids = frozenset(outcome.failed_uids), []  # of any number, and kept no longer
         if request.targets:
-            self._follow_up(request, outcome)
+            self._follow_up(request, outcome, hinted)
         if counts:
             all_came = outcome.status == s.SUCCESS and not outcome.failed and self._state.sop_classes is None
             self._intake.learn_count(request.series, outcome.total, receiver.came if all_came else None)
@@ -291,11 +292,13 @@ class Pass:
                 left.append(target)
         return left, refused
 
-    def _follow_up(self, request: Request, outcome: GetOutcome) -> None:
-        """Request again, in smaller pieces, what a failed request left untried; mark the rest."""
+    def _follow_up(self, request: Request, outcome: GetOutcome, hinted: Collection[str]) -> None:
+        """Request again, in smaller pieces, what a failed request left untried; mark the rest.
+
+        ``hinted`` is what the source says has failed.
+        """
         state, peer = self._state, self._retrieval.peer
         left = self._left(request)
-        hinted, outcome.failed_uids = set(outcome.failed_uids), []  # of any number, and kept no longer
         if not left:
             return
         if outcome.status in _WHOLE:

@@ -259,7 +259,7 @@ def load_manifests(manifests: Any, s3_config: S3 = None) -> DataFrame:
 
 
 def one_table(tables: Sequence[pa.Table]) -> pa.Table:
-    """Several manifests as one; of one alone the metadata stays."""
+    """Several manifests as one; of one alone the metadata stays, of several what of its studies it is of."""
     import pyarrow as pa
 
     plain = [table.replace_schema_metadata(None) for table in tables]
@@ -267,7 +267,8 @@ def one_table(tables: Sequence[pa.Table]) -> pa.Table:
         return pa.table({name: pa.array([], kind) for name, kind in zip(COLUMNS, arrow_schema().types, strict=True)})
     # A column of tags that one manifest lacks is null there.
     whole = pa.concat_tables(plain, promote_options="default")
-    return whole.replace_schema_metadata(tables[0].schema.metadata) if len(tables) == 1 else whole
+    facts = tables[0].schema.metadata if len(tables) == 1 else as_metadata(metadata_for(scopes_of(tables)))
+    return whole.replace_schema_metadata(facts or None)
 
 
 def newest_rows(manifests: DataFrame) -> DataFrame:

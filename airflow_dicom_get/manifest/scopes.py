@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from airflow_dicom_get.manifest.schema import metadata_of
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _SCOPES = "scopes"
+_MOST_PARTS = 100
+"""Parts of a study that are asked for one after the other; one of more is meant as a whole."""
+_LONGEST = 8 << 20
+"""Characters that are read, of what anybody may have written."""
 
 
 class Narrowed(NamedTuple):
@@ -43,29 +47,35 @@ def metadata_for(scopes: Scopes) -> dict[str, str]:
 
 def scopes_of(tables: Sequence[pa.Table]) -> Scopes:
     """The scopes of the studies of which some manifests have rows, all together."""
-    told_by_each = [_read(metadata_of(table).get(_SCOPES)) for table in tables]
-    if not any(told_by_each):
-        return NO_SCOPES
     found: dict[str, frozenset[Narrowed]] = {}
     whole: set[str] = set()
-    for table, told in zip(tables, told_by_each, strict=True):
-        for study in table["study_instance_uid"].unique().to_pylist():
-            if told.get(study):
-                found[study] = found.get(study, frozenset()) | told[study]
-            else:
+    together: dict[tuple[frozenset[Narrowed], frozenset[Narrowed]], frozenset[Narrowed]] = {}
+    for table in tables:
+        studies = table["study_instance_uid"].unique().to_pylist()
+        told = _read(metadata_of(table).get(_SCOPES), set(studies))
+        whole.update(study for study in studies if study not in told)
+        for study, scope in told.items():
+            before = found.get(study, scope)
+            # One set for all studies of which the same is said: there may be many of both.
+            found[study] = together.setdefault((before, scope), before | scope)
+            if len(found[study]) > _MOST_PARTS:
                 whole.add(study)
     return {study: scope for study, scope in found.items() if study not in whole}
 
 
-def _read(text: str | None) -> Scopes:
+def _read(text: str | None, studies: Collection[str]) -> Scopes:
+    """What a manifest says of some studies; nothing, where that is no text of ours."""
+    if text is None or len(text) > _LONGEST:
+        return {}
     try:
-        return {
-            str(study): frozenset(
-                Narrowed(tuple((str(keyword), str(value)) for keyword, value in keys), tuple(map(str, classes)))
-                for keys, classes in scope
-            )
-            for scope, studies in json.loads(text or "[]")
-            for study in studies
-        }
+        said: dict[str, frozenset[Narrowed]] = {}
+        for scope, of in json.loads(text):
+            if 0 < len(scope) <= _MOST_PARTS:
+                parts = frozenset(
+                    Narrowed(tuple((str(keyword), str(value)) for keyword, value in keys), tuple(map(str, classes)))
+                    for keys, classes in scope
+                )
+                said.update((study, parts) for study in of if study in studies)
+        return said
     except (TypeError, ValueError, RecursionError):
         return {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom._dicom_dict import DicomDictionary
 
 from airflow_dicom_get import GetScu, clock
 from airflow_dicom_get.dicom.part10 import file_header
@@ -234,6 +235,35 @@ def test_rows_of_many_answers_do_not_fill_the_memory(pacs: Callable[..., Any], m
     monkeypatch.setattr(find, "MAX_ANSWER", 2 << 20)
     with pacs(_LongSeries) as server, pytest.raises(ListTooLong, match="more than 2 MiB in response to one find"):
         GetScu(node(server)).find({"StudyDate": "20240101"}, level="SERIES")
+
+
+class _OtherKeywords(Behaviour):
+    """Each row has an attribute that no other one has."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        tags = [
+            tag
+            for tag, (vr, _, _, old, _) in sorted(DicomDictionary.items())
+            if vr == "LO" and not old and tag >> 16 > 0x10
+        ]
+        for number, tag in enumerate(tags[:100]):
+            yield dict(
+                sorted({0x00080020: "20240101", 0x00080052: level, 0x0020000D: f"1.2.{number}", tag: "x"}.items())
+            )
+
+
+def test_a_table_of_rows_that_differ_in_what_they_have_does_not_fill_the_memory(
+    pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pacs(_OtherKeywords) as server:
+        scu = GetScu(node(server))
+        assert len(scu.find({"StudyDate": "20240101"}, as_frame=True)) == 100
+        monkeypatch.setattr(find, "MAX_CELLS", 5_000)
+        with pytest.raises(ListTooLong, match="more than what makes a table of 5000 cells in response to one find"):
+            scu.find({"StudyDate": "20240101"}, as_frame=True)
+        assert len(scu.find({"StudyDate": "20240101"})) == 100
 
 
 @pytest.mark.parametrize("step", ["dataset_of", "_text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,19 @@ import pytest
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.part10 import file_header
+from airflow_dicom_get.engine.narrowed import that_can_be_asked
 from airflow_dicom_get.manifest.files import read_table, write_manifest
-from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest
+from airflow_dicom_get.manifest.frames import combine_manifests, load_manifest, one_table
+from airflow_dicom_get.manifest.schema import as_metadata, manifest_table, metadata_of
+from airflow_dicom_get.manifest.scopes import Scopes, scopes_of
+from airflow_dicom_get.records import Instance
 from airflow_dicom_get.result import Result
 from airflow_dicom_get.sinks.objects import load_listed
+from airflow_dicom_get.store import StoreScu
 from airflow_dicom_get.testing.misbehaving import archive, wire
 from airflow_dicom_get.testing.pacs import EmbeddedPacs
 from airflow_dicom_get.verify import Verification, verify
+from tests.support.listing_node import ListingNode, honest
 
 Embedded = Callable[..., EmbeddedPacs]
 STUDY = archive.STUDY_UID
@@ -30,7 +37,7 @@ def made(number: int, sop_class: str, modality: str) -> list[archive.Instance]:
     return [replace(x, modality=modality) for x in whole if x.series_number == number]
 
 
-CTS, MRS = made(1, archive.CT, "CT"), made(2, archive.MR, "MR")
+CTS, MRS, OTHERS = made(1, archive.CT, "CT"), made(2, archive.MR, "MR"), made(3, archive.CT, "CT")
 SERIES = {"SeriesInstanceUID": CTS[0].series}
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "series": (SERIES, {}),
@@ -87,6 +94,45 @@ def test_it_is_the_same(pacs: Pacs, tmp_path: Path, part: str) -> None:
             assert told(found) == (0, {"=": 3})
             assert found.summary() == "same: 3 of 3 instances are the same; of 1 study a part was asked for"
             assert found.to_json()["in_part"] == 1
+
+
+def test_so_it_is_of_what_a_store_says(pacs: Pacs, tmp_path: Path) -> None:
+    source = pacs.of(CTS + MRS)
+    got = get(source, tmp_path / "to", SERIES)
+    with ListingNode(honest) as node:
+        stored = StoreScu(f"LISTS@127.0.0.1:{node.port}", manifest_root=tmp_path).store(manifest=got.manifest_uri)
+        assert stored.verdict == "complete"
+        to = f"dicom://LISTS@127.0.0.1:{node.port}"
+        found = verify(stored.manifest_uri, addr=source, destination=to, manifest_root=tmp_path)
+    assert told(found) == (0, {"=": 3})
+
+
+def test_so_it_is_of_several_that_a_get_is_given(pacs: Pacs, tmp_path: Path) -> None:
+    node, to = pacs.of(CTS + MRS + OTHERS), tmp_path / "to"
+    parts = [load_listed(get(node, to, {"SeriesInstanceUID": x[0].series}).manifest_uri).table for x in (CTS, MRS)]
+    got = GetScu(node, destination=to).get_study(manifest=one_table(parts))
+    assert (got.verdict, got.total) == ("complete", 6)
+    assert told(verify(got.manifest_uri, addr=node)) == (0, {"=": 6})
+
+
+def test_metadata_of_many_studies_and_parts_cost_no_more_than_their_text() -> None:
+    studies = [f"2.25.{number}" for number in range(1, 5001)]
+    parts = [[[["SeriesInstanceUID", f"1.2.{number}"]], []] for number in range(2000)]
+    rows = [Instance(study, "1.2", f"{study}.1") for study in studies]
+    table = manifest_table(rows, source="", destination="")
+
+    def scopes(said: list[Any]) -> Scopes:
+        facts = {**metadata_of(table), "scopes": json.dumps(said)}
+        return scopes_of([table.replace_schema_metadata(as_metadata(facts))] * 2)
+
+    tracemalloc.start()
+    assert scopes([[parts, [*studies, "2.25.9999"]]]) == {}, "more parts than are asked for one after the other"
+    found = scopes([[parts[:100], [*studies, "2.25.9999"]]])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert set(found) == set(studies)
+    assert that_can_be_asked(found) == found
+    assert most < 16 << 20
 
 
 @pytest.mark.parametrize("part", ["series", "modality", "classes"])
