@@ -461,7 +461,7 @@ def parse_ledger(parts: Iterable[tuple[str, bytes]], study: str, destination: st
                     forwarded_to = entry.get("forwarded_to")
                     own = destination == OWN and not forwarded_to
                     record.durable = schema == SCHEMA or own or record.forwarded_to is not None
-                    record.etag = entry.get("etag")
+                    record.etag = _interned(entry.get("etag"))
                     if forwarded_to is not None:
                         record.forwarded_to = _interned(forwarded_to) or record.forwarded_to
                 elif state == "dropped" and schema == 1:  # took back a record of its own file

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from asgiref.sync import sync_to_async
+
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
@@ -29,6 +31,22 @@ class Store(Protocol):
         """Write the value of a key."""
 
 
+class _Waiting:
+    """The same of Airflow 3.3.1, whose accessors wait for the answer; the event loop may not."""
+
+    def __init__(self, accessor: Any) -> None:
+        self._accessor = accessor
+
+    def __repr__(self) -> str:
+        return repr(self._accessor)
+
+    async def aget(self, key: str, default: Any = None) -> Any:
+        return await sync_to_async(self._accessor.get)(key, default)
+
+    async def aset(self, key: str, value: Any) -> None:
+        await sync_to_async(self._accessor.set)(key, value)
+
+
 def stores_of(accessors: Any) -> list[Store]:
     """The state of each asset that a trigger serves.
 
@@ -38,7 +56,8 @@ def stores_of(accessors: Any) -> list[Store]:
     if accessors is None:
         return []
     by_name, by_uri = getattr(accessors, "_by_name", {}), getattr(accessors, "_by_uri", {})
-    return [*by_name.values(), *by_uri.values()] or [accessors]
+    stores = [*by_name.values(), *by_uri.values()] or [accessors]
+    return [store if hasattr(store, "aget") else _Waiting(store) for store in stores]
 
 
 def digest(study: str, count: int | None) -> bytes:

@@ -355,7 +355,7 @@ def test_any_bytes_are_records_or_an_error_of_ours(content: bytes) -> None:
             assert number is None or type(number) is int
 
 
-TAKEN = taken_line(instance("1.1"), OWN).encode()
+TAKEN, DURABLE = taken_line(instance("1.1"), OWN).encode(), durable_line((SERIES, "1.1")).encode()
 
 
 @pytest.mark.parametrize(
@@ -381,6 +381,7 @@ TAKEN = taken_line(instance("1.1"), OWN).encode()
         (TAKEN.replace(b'"dataset_offset": 50', b'"dataset_offset": 101'), "contains an unreadable record"),
         (TAKEN.replace(b'"series_number": 3', b'"series_number": %d' % (1 << 63)), "contains an unreadable record"),
         (TAKEN.replace(b'"modality": "CT"', b'"modality": 1'), "contains an unreadable record"),
+        (TAKEN + DURABLE.replace(b"}", b', "etag": []}'), "contains an unreadable record"),
     ],
 )  # fmt: skip
 def test_what_is_broken_is_said_and_left_as_it_is(tmp_path: Path, line: bytes, text: str) -> None:
