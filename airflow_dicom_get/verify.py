@@ -694,6 +694,7 @@ class _Verify:
     def compare(self) -> Verification:
         """Hold the three against each other, and settle the row of each instance."""
         from airflow_dicom_get.engine.report import remarks_of
+        from airflow_dicom_get.net.association import OVER
 
         for (study, instance, at), item in self.items.items():
             if at is not None:
@@ -735,7 +736,7 @@ class _Verify:
                         self._tell(order[next_one], *judged.pop(next_one))
 
         def end(error: BaseException) -> None:
-            self.cancel.abort(type(error).__name__)
+            self.cancel.abort(OVER if self.cancel.over() else type(error).__name__)
 
         clock.together([read] * min(_READERS, max(len(order), 1)), "dicom-get-verify", end)
         self.found.errors += remarks_of(self.found.rows)

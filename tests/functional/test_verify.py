@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 
 from airflow_dicom_get import GetScu
 from airflow_dicom_get.config.options import VerifyOptions
+from airflow_dicom_get.engine import ending
 from airflow_dicom_get.errors import DeadlineExceeded, InvalidOption, ManifestError
 from airflow_dicom_get.manifest.frames import load_manifests
 from airflow_dicom_get.result import Result
@@ -613,6 +614,12 @@ class TestItsTime:
         with pytest.raises(DeadlineExceeded, match="whole comparison"):
             verify(got.result.manifest_uri, deadlines={"operation": 1}, on_difference=lambda _: time.sleep(1.1))
         assert sorted(got.folder.rglob("*.parquet")) == before
+
+    def test_which_a_reader_finds_over_before_the_caller_looks(self, got: Got, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ending, "_LOOK", 60.0)
+        got.spoil()
+        with pytest.raises(DeadlineExceeded, match="whole comparison"):
+            verify(got.result.manifest_uri, deadlines={"operation": 1}, on_difference=lambda _: time.sleep(1.1))
 
     def test_while_a_pacs_is_asked(self, got: Got, monkeypatch: pytest.MonkeyPatch) -> None:
         find = got.source.archive.find
