@@ -63,12 +63,16 @@ _GATHER = 0.02
 """Seconds in which more instances may join the first of a batch."""
 _RESERVE, _RESERVE_SHARE = 1 << 30, 20
 """Bytes of free space that are never written to, or this part of a disk where that is less."""
+_FILES_RESERVE, _FILES_SHARE = 10_000, 100
+"""Files that are never made, or this part of those that a disk has room for where that is less."""
 _TO_BEGIN = 64 << 20
 """Bytes that have to be free at least to begin a study."""
 _REPORTED = 1 << 20
 """Bytes after which a writer says how much it has written."""
 _LOOK_AGAIN = 64 << 20
 """Bytes that may be written between two looks at the free space; fewer where there is less of it."""
+_FILES_AGAIN = 1000
+"""Files and folders that may be made between two looks; fewer where there is room for fewer."""
 _BLOCK = 4 << 10
 """Bytes that the smallest file takes, until the disk has said it."""
 _MOST_MEETINGS = 8
@@ -88,7 +92,7 @@ def sink_error(error: OSError, what: str) -> SinkError:
 
 
 class Room:
-    """The free space at a destination, but for a reserve that belongs to others, and to ledgers and manifests.
+    """The free space at a destination, and its room for files, but for reserves of others, ledgers and manifests.
 
     It is looked at again and again while something is written, and as seldom as it allows. Thread-safe. ``name`` is
     what the place is called in errors, ``reserve`` what is left at most, in bytes.
@@ -97,6 +101,7 @@ class Room:
     def __init__(self, path: Path, name: str = "The destination", reserve: int = _RESERVE) -> None:
         self._path, self._name, self._reserve = path, name, reserve
         self._left = 4 * _REPORTED
+        self._files_left = 1
         self._block = _BLOCK
         self._mutex = threading.Lock()
 
@@ -104,26 +109,42 @@ class Room:
         """Refuse to begin without room. Raises :class:`DestinationFull`."""
         self._look(_TO_BEGIN)
 
-    def wrote(self, size: int) -> None:
-        """So many bytes were written, in whole blocks. Raises :class:`DestinationFull` where the reserve is reached."""
+    def wrote(self, size: int, begun: int = 0) -> None:
+        """So many bytes were written, in whole blocks, and so many files begun.
+
+        Raises :class:`DestinationFull` where a reserve is reached.
+        """
         with self._mutex:
             self._left -= size + -size % self._block
-            if self._left <= 0:
-                self._left = min(max(self._look() // 4, _REPORTED), _LOOK_AGAIN)
+            self._files_left -= begun
+            if self._left <= 0 or self._files_left <= 0:
+                room, files_left = self._look()
+                self._left = min(max(room // 4, _REPORTED), _LOOK_AGAIN)
+                self._files_left = min(max(files_left // 4, 1), _FILES_AGAIN)  # each may have a new folder, too
 
-    def _look(self, least: int = 0) -> int:
-        """Bytes that may be written before the reserve is reached."""
+    def _look(self, least: int = 0) -> tuple[int, int]:
+        """Bytes that may be written, and files made, before a reserve is reached."""
         try:
-            free, size, self._block = files.disk.free(files.nearest(self._path))
+            free = files.disk.free(files.nearest(self._path))
         except OSError as error:
             raise sink_error(error, f"{self._name} {self._path} cannot be looked at") from error
-        reserve = max(min(self._reserve, size // _RESERVE_SHARE), least)
-        if free <= reserve:
-            raise DestinationFull(
-                f"{self._name} {self._path} has {free >> 20} MiB free; the last {reserve >> 20} MiB are not used.",
-                hint="Free space and run again: what is held is not fetched again.",
-            )
-        return free - reserve
+        self._block = free.block
+        reserve = max(min(self._reserve, free.all_sizes // _RESERVE_SHARE), least)
+        if free.size <= reserve:
+            raise self._full(f"{free.size >> 20} MiB free; the last {reserve >> 20} MiB are not used")
+        left = free.size - reserve
+        if not free.all_files:
+            return left, _FILES_AGAIN * 4
+        reserve = min(_FILES_RESERVE, free.all_files // _FILES_SHARE)
+        if free.files <= reserve:
+            raise self._full(f"room for {free.files} files; that for the last {reserve} is not used")
+        return left, free.files - reserve
+
+    def _full(self, what: str) -> DestinationFull:
+        return DestinationFull(
+            f"{self._name} {self._path} has {what}.",
+            hint="Free space and run again: what is held is not fetched again.",
+        )
 
 
 class FilesystemSink:
@@ -733,8 +754,8 @@ class _FileWriter:
                 self._follower = Follower(self._fd, self._hash, self._size)
 
     def _report(self) -> None:
-        size, self._reported = self._size - self._reported, self._size
-        self._sink.room.wrote(size)
+        size, new, self._reported = self._size - self._reported, not self._reported, self._size
+        self._sink.room.wrote(size, int(new))
 
     def _write_all(self, written: int, view: memoryview, head: bytes = b"") -> None:
         """Finish a short write (a full disk, a signal)."""

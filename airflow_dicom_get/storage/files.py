@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from airflow_dicom_get import clock
 
@@ -88,6 +88,19 @@ class Below:
 
 
 Folder = Path | Below
+
+
+class Free(NamedTuple):
+    """What may still be written on a disk, and all that it has room for: bytes, and files and folders.
+
+    ``all_files`` is 0 where the file system does not count them.
+    """
+
+    size: int
+    all_sizes: int
+    block: int
+    files: int
+    all_files: int
 
 
 class Disk:
@@ -314,10 +327,11 @@ class Disk:
         """Whether we may write in a folder."""
         return os.access(path, os.W_OK | os.X_OK)
 
-    def free(self, path: Where) -> tuple[int, int, int]:
-        """Bytes that we may still write below a folder, those of its disk, and those of a block of it."""
+    def free(self, path: Where) -> Free:
+        """What we may still write below a folder."""
         found = os.statvfs(path)
-        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize, found.f_frsize
+        block = found.f_frsize
+        return Free(found.f_bavail * block, found.f_blocks * block, block, found.f_favail, found.f_files)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

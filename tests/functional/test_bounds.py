@@ -103,11 +103,11 @@ def test_a_large_object_that_is_held_is_drained_whole(tmp_path: Path, monkeypatc
 
 
 @contextmanager
-def disk_of(folder: Path, mib: int) -> Iterator[Path]:
+def disk_of(folder: Path, mib: int, files: int = 0) -> Iterator[Path]:
     """A disk of its own below ``folder``; the test is skipped where we may not mount one."""
     place = folder / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m,nr_inodes={files}", "tmpfs", str(place)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
@@ -144,6 +144,18 @@ def test_the_smallest_files_leave_it_too(tmp_path: Path) -> None:
         with pytest.raises(DestinationFull):
             fill()
         assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 2 * MIB
+
+
+def test_the_last_of_the_files_is_left(tmp_path: Path) -> None:
+    """By objects that are small, and many."""
+    with MisbehavingPacs(series=1, instances=400, size=1000) as pacs, disk_of(tmp_path, 200, files=300) as disk:
+        result = retrieve(pacs, destination=disk)
+        assert (result.verdict, result.reason, result.transient) == ("partial", "destination_full", True)
+        assert 200 < result.completed < 300
+        assert os.statvfs(disk).f_favail > 0
+        assert not list(disk.rglob("*.part"))
+        assert "files; that for the last 3 is not used" in str(result.errors)
+        assert result.manifest_uri is not None
 
 
 # --- memory --------------------------------------------------------------------------------------------

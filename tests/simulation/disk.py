@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.storage import files
-from airflow_dicom_get.storage.files import Where
+from airflow_dicom_get.storage.files import Free, Where
 from tests.simulation.faults import Chance, Fault, Killed, Least, Process
 from tests.simulation.marks import mark
 
@@ -926,10 +926,10 @@ class ModelDisk(files.Disk):
             return False
 
     @_call("status")
-    def free(self, path: Where) -> tuple[int, int, int]:
+    def free(self, path: Where) -> Free:
         """See :meth:`files.Disk.free`."""
         self._find(path)
-        return self.volume.room(), self.volume.capacity or 1 << 50, 1
+        return Free(self.volume.room(), self.volume.capacity or 1 << 50, 1, 0, 0)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -363,7 +363,7 @@ def test_a_full_disk_takes_a_part_and_then_none() -> None:
     volume.put(ROOT / "first", bytes(700))
     volume.capacity = 1000
     fd = disk.open(ROOT / "x", files.NEW)
-    assert disk.free(ROOT) == (300, 1000, 1)
+    assert disk.free(ROOT) == (300, 1000, 1, 0, 0)
     assert disk.write(fd, bytes(500)) == 300
     with pytest.raises(OSError, match="No space"):
         disk.write(fd, bytes(500))
