@@ -7,7 +7,7 @@ import contextlib
 import json
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -211,6 +211,29 @@ def test_the_states_of_all_assets_are_found_in_airflows_accessor():
         "<AssetStateStoreAccessor name='b'>",
     ]
     assert stores_of(None) == []
+
+
+def test_accessors_that_wait_for_their_answer():
+    """As those of Airflow 3.3.1 do, which have nothing else."""
+
+    class Waits:
+        kept: ClassVar[dict] = {}
+
+        def get(self, key, default=None):
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            return self.kept.get(key, default)
+
+        def set(self, key, value):
+            self.kept[key] = value
+
+    (store,) = stores_of(Waits())
+
+    async def run():
+        await store.aset("k", 1)
+        return await store.aget("k"), await store.aget("other")
+
+    assert asyncio.run(run()) == (1, None)
 
 
 def test_what_did_not_come_to_the_database_is_announced_again_with_the_same_item(pacs):
