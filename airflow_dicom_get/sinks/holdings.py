@@ -74,7 +74,7 @@ class NodeHoldings:
                 held.clear()
             else:
                 if listed is not None:
-                    self._hold_against(listed, held)
+                    self._hold_against(study, listed, held)
                     absent = listed.absent
         with self._mutex:
             self._absent[study] = absent
@@ -85,10 +85,18 @@ class NodeHoldings:
                     self._listed_too[study, x.sop] = there
         return held
 
-    def _hold_against(self, listed: InstanceList, held: dict[Key, Stored]) -> None:
+    def _hold_against(self, study: str, listed: InstanceList, held: dict[Key, Stored]) -> None:
         """Correct what is held by what the node lists."""
-        for key in held.keys() - listed.keys:
-            log.info("%s no longer lists an instance that was stored there", self._name)
+        unlisted = held.keys() - listed.keys
+        if unproven := len(unlisted - listed.absent.keys()):
+            log.warning(
+                "%s does not list %d of the instances of study %s that it took from us, and its answers do not prove "
+                "that they are gone: they are sent again. Does it cut its answers?",
+                self._name, unproven, study,
+            )  # fmt: skip
+        if gone := len(unlisted) - unproven:
+            log.info("%s no longer lists %d of the instances of study %s that it took", self._name, gone, study)
+        for key in unlisted:
             del held[key]
         sent = {sop for _, sop in held}
         for series, sop in sorted(listed.keys - held.keys()):

@@ -723,7 +723,7 @@ class TestResume:
         ("lists", "instances"), [(capped, 103), (imageless, 3), (studies_alone, 3), (miscounted, 3)]
     )
     def test_what_a_list_lacks_that_is_not_whole_is_not_replaced(
-        self, tmp_path: Path, lists: Any, instances: int
+        self, tmp_path: Path, lists: Any, instances: int, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Cut at a round number, nothing below what is listed, or a count above it: that proves nothing to be gone."""
         with MisbehavingPacs(series=1, instances=instances) as source, ListingNode(lists) as destination:
@@ -734,6 +734,7 @@ class TestResume:
             result = forward(source, destination, tmp_path, STUDY_UID)
             assert (result.verdict, result.conflicts, result.failed) == ("partial", 1, 1)
             assert destination.held == held
+        assert "its answers do not prove that they are gone: they are sent again" in caplog.text
 
     def test_a_node_that_breaks_off_above_its_list_of_instances_costs_nothing(self, tmp_path: Path) -> None:
         class BreaksOff(ListingNode):
