@@ -477,7 +477,7 @@ class _Verify:
     def read_manifest(self, listed: Listed) -> None:
         """Take the rows of the manifest, of the studies that are given if some are."""
         self.has_manifest, self.said, self.scopes = True, (listed.verdict, listed.evidence), listed.scopes
-        sources = listed.table["source"].unique().to_pylist()
+        sources = listed.table.column("source").unique().to_pylist()
         self.source = self.source or (sources[0] or "" if len(sources) == 1 else "")
         for row, opener in listed.rows(self.s3, self.cancel):
             if self.studies and row.study not in self.studies:

@@ -47,12 +47,15 @@ def metadata_for(scopes: Scopes) -> dict[str, str]:
 
 def scopes_of(tables: Sequence[pa.Table]) -> Scopes:
     """The scopes of the studies of which some manifests have rows, all together."""
+    texts = [metadata_of(table).get(_SCOPES) for table in tables]
+    if not any(texts):
+        return NO_SCOPES
     found: dict[str, frozenset[Narrowed]] = {}
     whole: set[str] = set()
     together: dict[tuple[frozenset[Narrowed], frozenset[Narrowed]], frozenset[Narrowed]] = {}
-    for table in tables:
-        studies = table["study_instance_uid"].unique().to_pylist()
-        told = _read(metadata_of(table).get(_SCOPES), set(studies))
+    for table, text in zip(tables, texts, strict=True):
+        studies = table.column("study_instance_uid").unique().to_pylist()
+        told = _read(text, set(studies))
         whole.update(study for study in studies if study not in told)
         for study, scope in told.items():
             before = found.get(study, scope)

@@ -44,11 +44,16 @@ class Rows:
 
     def column(self, name: str) -> _Column:
         """See :class:`pyarrow.Table`."""
+        if name == "source":
+            return _Column([self.about[0]] * len(self.instances))
         return _Column([getattr(x, _COLUMNS[name]) or None for x in self.instances])
 
 
 class _Column(NamedTuple):
     values: list[Any]
+
+    def unique(self) -> _Column:
+        return _Column(list(dict.fromkeys(self.values)))
 
     def to_pylist(self) -> list[Any]:
         return self.values
