@@ -32,6 +32,8 @@ _PADDING = "\0 "
 _BETWEEN_WORDS = re.compile(r"[\s^=.,'’-]+")
 LONGEST_ID = 64
 """Characters of an ID (PS3.5 6.2, LO)."""
+_LONGEST_NAME = 1024
+"""Characters of a name that are compared: more than its three groups have (PS3.5 6.2, PN: 64 each)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,12 @@ def _attribute(tag: int) -> tuple[str, str] | None:
 class _Test:
     """One key."""
 
-    __slots__ = ("_exact", "_keyword", "_level", "_needed", "_tag", "_uids", "_vr", "_wanted")
+    __slots__ = ("_exact", "_keyword", "_level", "_names", "_needed", "_tag", "_uids", "_vr", "_wanted")
 
     def __init__(self, tag: int, keyword: str, vr: str, wanted: tuple[str, ...], level: str) -> None:
         self._tag, self._keyword, self._vr, self._wanted, self._level = tag, keyword, vr, wanted, level
         self._uids = frozenset(text.encode() + end for text in wanted for end in (b"", b"\0")) if vr == "UI" else None
+        self._names = [_words(text) for text in wanted] if vr == "PN" else []
         self._exact = keyword in _EXACT
         # Below the level of a key its absence says nothing. Above it a PACS that leaves it out has not matched on it.
         self._needed = LEVELS.index(level) <= LEVELS.index(level_of(keyword))
@@ -123,7 +126,8 @@ class _Test:
         if self._exact:
             return any(_like(have, wanted) for wanted in self._wanted)
         if self._vr == "PN":
-            return any(_may_be_named(have, wanted) for wanted in self._wanted)
+            words = _words(have)
+            return any(_may_be_named(words, asked) for asked in self._names)
         if self._vr == "IS":
             return any(have.lstrip("+0") == wanted.lstrip("+0") for wanted in self._wanted)
         if self._vr in _FOLDED_VRS:
@@ -159,14 +163,13 @@ def _like(have: str, wanted: str) -> bool:
     return have == wanted or (("*" in wanted or "?" in wanted) and fnmatchcase(have, wanted.replace("[", "[[]")))
 
 
-def _may_be_named(have: str, wanted: str) -> bool:
+def _may_be_named(words: list[str], asked: list[str]) -> bool:
     """Whether a name is not certainly another than the one that was asked for.
 
     A PACS may take names as prefixes, in any case, without accents, or in another order of their words (PS3.4
     C.2.2.2.1 leaves it free). So each word that was asked for has to begin a word that is there, or the other way
     round; a word says nothing of words in another writing.
     """
-    words, asked = _words(have), _words(wanted)
     for one in asked:
         others = [word for word in words if word.isascii() == one.isascii()]
         if others and not any(_like(word, f"{one}*") or one.startswith(word) for word in others):
@@ -174,14 +177,14 @@ def _may_be_named(have: str, wanted: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=1024)
-def _words(name: str) -> tuple[str, ...]:
+def _words(name: str) -> list[str]:
     """The words of a name, of all its components and groups, without case, accents and how an umlaut is written."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name.casefold()) if not unicodedata.combining(c))
+    folded = name[:_LONGEST_NAME].casefold()
+    plain = "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
     for vowel in "aou":
         plain = plain.replace(f"{vowel}e", vowel)
     plain = plain.replace("ss", "s")
-    return tuple(word for word in _BETWEEN_WORDS.split(plain) if word.strip("*?"))
+    return [word for word in _BETWEEN_WORDS.split(plain) if word.strip("*?")]
 
 
 def _in_range(day: str, wanted: str) -> bool:

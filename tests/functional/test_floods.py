@@ -287,6 +287,26 @@ def test_a_cancel_is_heard_while_rows_are_made_of_values_that_came(
     assert len(made) < 10  # the elements of one row
 
 
+class _DecomposedNames(Behaviour):
+    """Answers with 40 studies, whose names are of a character that is decomposed to eighteen."""
+
+    stages = frozenset({FIND})
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        for number in range(40):
+            name = f"A{number}^{chr(0xFDFA) * 20_000}".encode().decode("latin-1")
+            yield {0x00080005: "ISO_IR 192", 0x00080052: level, 0x0020000D: f"1.2.{number}", 0x00100010: name}
+
+
+def test_names_of_other_patients_do_not_fill_the_memory(pacs: Callable[..., Any]) -> None:
+    """All are left out; what is made of one to compare it is not kept."""
+    with pacs(_DecomposedNames) as server:
+        status, said, peak = shell("find", node(server), "-k", "PatientName=MILLER^ANNA", "--json")
+    assert status == 5, said[-1000:]
+    assert "its PatientName does not match the query" in said
+    assert peak < 180, f"{peak} MiB"
+
+
 class _LongUidsAgain(Behaviour):
     """Answers the first 40 C-FINDs with the same 100 studies, whose UIDs are of 60,000 digits; then with none."""
 

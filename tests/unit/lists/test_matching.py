@@ -36,6 +36,7 @@ class TestRows:
             (NAME, "M\u00fcller", b"MUELLER^EVA"), (NAME, "Mueller", "M\u00fcller^Eva".encode()),
             (NAME, "Yamada^Tarou", "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce".encode()),
             (NAME, "Yamada^Tarou", "\u5c71\u7530^\u592a\u90ce".encode()), (NAME, "*", b""),
+            (NAME, "doe", b"Doe^" + 5000 * b"J"),
             (TIME, "10-11", b"101112"), (TIME, "101130-", b"1011"), (TIME, "-101112", b"10:11:12.5"),
             (TIME, "101112-101112.999999", b"101112.5"), (TIME, "10*", b"101112"), (TIME, "20-21", b""),
         ],
