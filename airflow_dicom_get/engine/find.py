@@ -129,11 +129,11 @@ def find_rows(
     most = MAX_ROWS if limit is None else limit
     with source.association(FIND_PROPOSALS) as association:
         finder = Finder(association, source.cuts)
-        found, rows = Found(), _Distinct(level, finder, source.check_stopped)
+        found, rows = Found(), _Distinct(level, most, finder, source.check_stopped)
         for above in _above(finder, query, level, found):
             keys = {**above, **own}
             if named[level]:
-                rows.take(finder.named(level, named[level], keys, asked))
+                rows.take(finder.named(level, named[level], keys, asked, enough=rows.are_enough))
             elif level == "STUDY":
                 matches = matching_studies(finder, keys, asked, split=split, enough=lambda x: len(x.answers) > most)
                 rows.take(matches.answers.values())
@@ -141,13 +141,13 @@ def find_rows(
             elif level == "SERIES" and above and not any(own.values()):
                 series = _Series(finder, above)
                 found.queries += 1
-                rows.take(series.noted(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most)))
+                rows.take(series.noted(finder.answers(level, keys, asked, enough=rows.more_than_wanted)))
                 found.doubt = series.doubt() or found.doubt
             else:
-                rows.take(finder.answers(level, keys, asked, enough=lambda: len(rows.found) > most))
+                rows.take(finder.answers(level, keys, asked, enough=rows.more_than_wanted))
                 if finder.cuts.may_be_cut(level, finder.came):
                     found.doubt = "list_may_be_cut"
-            if len(rows.found) > most:
+            if rows.more_than_wanted():
                 break
         if finder.unreadable:
             found.doubt = "list_contradicted"
@@ -155,7 +155,7 @@ def find_rows(
             check_answered(finder)
     found += rows.found[:most]
     found.remarks = finder.dropped.remarks()
-    if len(rows.found) > most:
+    if rows.more_than_wanted():
         found.cut, found.doubt = True, None
         found.remarks.append(
             {
@@ -286,14 +286,24 @@ MAX_CELLS = 4 * MAX_VALUES
 class _Distinct:
     """Rows as they came, each study, series or instance once."""
 
-    def __init__(self, level: str, finder: Finder, check: Callable[[], None]) -> None:
-        self._keys, self._finder, self._check = _UNIQUE[level], finder, check
+    def __init__(self, level: str, most: int, finder: Finder, check: Callable[[], None]) -> None:
+        self._keys, self._most, self._finder, self._check = _UNIQUE[level], most, finder, check
         self._seen: set[tuple[bytes, ...]] = set()
         self.found: list[Dataset] = []
         self._made = self._bytes = 0
 
+    def more_than_wanted(self) -> bool:
+        """Whether there are more rows than were wanted."""
+        return len(self.found) > self._most
+
+    def are_enough(self) -> bool:
+        """Whether no further answer is to be asked for. Raises :class:`ListTooLong` where 64 MiB are held."""
+        if self._bytes >= MAX_ANSWER:
+            raise too_long(self._finder.node, f"{MAX_ANSWER >> 20} MiB", "one find")
+        return self.more_than_wanted()
+
     def take(self, answers: Iterable[Answer]) -> None:
-        """Add the rows of an answer, which is asked for only while less than 64 MiB are held.
+        """Add the rows of an answer, or of several, each asked for only where :meth:`are_enough` does not end it.
 
         A row without a UID of its own is like no other.
 
@@ -301,20 +311,20 @@ class _Distinct:
         ------
         ListTooLong, Cancelled, DeadlineExceeded
         """
-        if self._bytes >= MAX_ANSWER:
-            raise too_long(self._finder.node, f"{MAX_ANSWER >> 20} MiB", "one find")
+        if self.are_enough():
+            return
         for row, raw in answers:
             self._check()  # a row of many values takes far longer to make than to come
             unique = tuple(row.get(tag, b"").strip(b"\0 ") for tag in self._keys)
             if unique not in self._seen or not unique[-1]:
                 self._seen.add(unique)
+                self._bytes += len(raw)  # also of a row that cannot be read, whose UIDs are kept
                 try:
                     found, made = dataset_of(raw)
                 except h.HeaderError as error:
                     self._finder.cannot_read(error)
                     continue
                 self._made += made
-                self._bytes += len(raw)
                 if self._made > MAX_VALUES:
                     raise too_long(self._finder.node, f"{MAX_VALUES} elements and values", "one find")
                 self.found.append(found)

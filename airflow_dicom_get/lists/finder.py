@@ -170,16 +170,29 @@ class Finder:
         self.unreadable += 1
 
     def named(
-        self, level: str, uids: Sequence[str], keys: Keys, returned: Iterable[int], dropped: Dropped | None = None
+        self,
+        level: str,
+        uids: Sequence[str],
+        keys: Keys,
+        returned: Iterable[int],
+        dropped: Dropped | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[Answer]:
         """The rows of named studies, series or instances: by lists, then one by one what these did not bring.
 
         So an answer that was cut, or a source that takes no lists of UIDs, costs nothing.
+
+        Parameters
+        ----------
+        enough : callable, optional
+            Asked before each C-FIND; once it is true, no more are sent.
         """
         tag = UNIQUE[level]
         dropped = dropped if dropped is not None else self.dropped
         returned = (*returned, tag)
         for start in range(0, len(uids), _LIST):
+            if enough():
+                return
             part = uids[start : start + _LIST]
             answered: set[str | None] = set()
             try:
@@ -190,7 +203,7 @@ class Finder:
                 if len(part) == 1:
                     raise
             for uid in part if len(part) > 1 else ():
-                if uid not in answered:
+                if uid not in answered and not enough():
                     yield from self._one(level, uid, keys, returned, dropped)
 
     def absent(self, studies: Sequence[str], above: Keys) -> list[str]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydicom._dicom_dict import DicomDictionary
@@ -264,6 +264,51 @@ def test_a_table_of_rows_that_differ_in_what_they_have_does_not_fill_the_memory(
         with pytest.raises(ListTooLong, match="more than what makes a table of 5000 cells in response to one find"):
             scu.find({"StudyDate": "20240101"}, as_frame=True)
         assert len(scu.find({"StudyDate": "20240101"})) == 100
+
+
+class _NamedAlone(Behaviour):
+    """Answers lists of instances with nothing, and each of them alone with ten rows of 60,000 bytes of text."""
+
+    stages = frozenset({FIND})
+    asked: ClassVar[list[str]] = []
+    nested = ""
+
+    def rows(self, level: str, query: Row) -> Iterator[Row]:
+        instance = query[0x00080018]
+        self.asked.append(instance)
+        for number in range(0 if "\\" in instance else 10):
+            uids = {0x0020000D: f"1.2.{number}", 0x0020000E: f"1.3.{number}.{'9' * 60_000}", 0x00080018: instance}
+            yield {0x00080052: level, **uids, **({0x00081140: self.nested} if self.nested else {})}
+
+
+class _NamedAloneUnreadable(_NamedAlone):
+    """Of the same rows, whose sequences nest too deep."""
+
+    nested = "\xfe\xff\x00\xe0\xff\xff\xff\xff\x08\x00\x40\x11\xff\xff\xff\xff" * 20
+
+
+NAMED = {"SOPInstanceUID": [f"1.9.{number}" for number in range(6)]}
+
+
+@pytest.mark.parametrize("behaviour", [_NamedAlone, _NamedAloneUnreadable])
+def test_rows_of_named_instances_do_not_fill_the_memory(
+    pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, behaviour: type[Behaviour]
+) -> None:
+    """There is an answer for each of them, each within its own bound."""
+    monkeypatch.setattr(find, "MAX_ANSWER", 2 << 20)
+    with pacs(behaviour) as server, pytest.raises(ListTooLong, match="more than 2 MiB in response to one find"):
+        GetScu(node(server)).find(NAMED, level="IMAGE")
+
+
+def test_named_instances_are_asked_for_until_there_are_enough(
+    pacs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_NamedAlone, "asked", asked)
+    with pacs(_NamedAlone) as server:
+        found = GetScu(node(server)).find(NAMED, level="IMAGE", limit=15)
+    assert (len(found), found.cut) == (15, True)
+    assert asked == ["\\".join(NAMED["SOPInstanceUID"]), *NAMED["SOPInstanceUID"][:2]]
 
 
 @pytest.mark.parametrize("step", ["dataset_of", "_text"])
