@@ -27,7 +27,7 @@ class Awaited:
     """The studies that are waited for. All of it can be written as JSON.
 
     :param queries: C-FIND queries at STUDY level, or at SERIES level where only some series of a study count
-    :param named: the studies that must be there; empty: any that match
+    :param named: the studies that must be there, with the series that ``queries`` name of them; empty: any that match
     :param settled_seconds: how long the number of instances of a study has to stay the same
     :param min_instances: how many each study has to have
     """
@@ -145,6 +145,19 @@ LEAST_INSTANCES = Integer(1)
 """What ``min_instances`` may be."""
 
 
+def _missing_series(awaited: Awaited, found: list[Item]) -> set[tuple[str, str]]:
+    """The named series of studies that are there, which are not."""
+    there = {item["study_instance_uid"]: item["series_instance_uids"] or () for item in found}
+    named = {
+        (study, series)
+        for query in awaited.queries
+        for study in awaited.named
+        if study in there and study in query.get("StudyInstanceUID", ())
+        for series in query.get("SeriesInstanceUID", ())
+    }
+    return named - {(study, uid) for study, series in there.items() for uid in series}
+
+
 def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[float]], now: float) -> Arrivals:
     counts = counts_of(Sighting(found, now), before)
     growing = few = 0
@@ -154,7 +167,7 @@ def _compare(awaited: Awaited, found: list[Item], before: Mapping[str, Sequence[
             few += 1
         elif now - since < awaited.settled_seconds:
             growing += 1
-    missing = len(set(awaited.named) - counts.keys())
+    missing = len(set(awaited.named) - counts.keys()) + len(_missing_series(awaited, found))
     parts = [f"{len(found)} {noun(len(found), 'study', 'studies')} found"]
     for number, what in (
         (missing, "missing"),

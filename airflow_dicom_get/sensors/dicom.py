@@ -37,7 +37,8 @@ class DicomStudySensor(DicomTask, BaseSensorOperator):
     A study has settled once its number of instances has not changed for ``settled_for``. All studies are queried
     together; the first time by the worker, then by the triggerer.
 
-    :param study: Study Instance UID, Item, or a list of either: all of them must be there (templated)
+    :param study: Study Instance UID, Item, or a list of either: all of them, and each series that an Item names, must
+        be there (templated)
     :param query: DICOM keywords or tags, and values: at least one study must match, and all that match must have
         settled (templated)
     :param settled_for: how long the number of instances must not change

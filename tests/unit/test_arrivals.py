@@ -74,6 +74,17 @@ def test_what_is_not_there_is_waited_for(sizes: dict[str, int], least: int, text
     assert (found.all_settled, found.text) == (False, text)
 
 
+def test_a_series_that_was_named_is_waited_for() -> None:
+    first = f"{ONE}.1"
+    query: dict[str, Any] = {"QueryRetrieveLevel": "SERIES", "StudyInstanceUID": [ONE], "SeriesInstanceUID": [first]}
+    two = {**query, "SeriesInstanceUID": [first, f"{ONE}.2"]}
+    found = ask(Pacs({ONE: 3}), Awaited([two], [ONE], settled_seconds=0), None, 1000)
+    assert (found.all_settled, found.text) == (False, "1 study found, 1 missing")
+    found = ask(Pacs({ONE: 3}), Awaited([query], [ONE], settled_seconds=0), None, 1000)
+    assert found.all_settled
+    assert [item["series_instance_uids"] for item in found.items] == [[first]]
+
+
 def test_a_query_that_matches_nothing_is_waited_for() -> None:
     assert not ask(Pacs({}), Awaited(BOTH, settled_seconds=0), None, 0).all_settled
     assert ask(Pacs({ONE: 1}), Awaited(BOTH, settled_seconds=0), None, 0).all_settled
