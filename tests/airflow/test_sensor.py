@@ -90,12 +90,13 @@ def test_what_does_not_come_ends_with_the_timeout(run_dag, pacs, archive):
 
 
 def test_a_named_series_that_has_not_come_is_waited_for(pacs, archive):
-    (found,) = wait("all", query={"StudyInstanceUID": archive.private, "Modality": "SR"}).poke({}).xcom_value
+    first: Any = wait("all", query={"StudyInstanceUID": archive.private, "Modality": "SR"}).poke({})
+    (found,) = first.xcom_value
     (here,) = found["series_instance_uids"]
     item = {**found, "series_instance_uids": [here, "1.2.3.4"]}
     assert not wait("one_missing", study=[item, archive.many]).poke({})
-    again = wait("there", study=[found, archive.many]).poke({}).xcom_value
-    assert [one["series_instance_uids"] for one in again if one["study_instance_uid"] == archive.private] == [[here]]
+    again: Any = wait("there", study=[found, archive.many]).poke({})
+    assert [one["series_instance_uids"] for one in again.xcom_value if one["study_instance_uid"] == archive.private] == [[here]]
 
 
 def test_the_scheduler_is_told_when_to_give_up(pacs, archive):
