@@ -29,7 +29,7 @@ ui: setup-demo ## Start Airflow's web interface and the embedded PACS with the d
 notebooks: setup ## Execute the notebooks and save their output; ARGS='01_first_look' for one
 	@$(PY) scripts/notebooks.py $(ARGS)
 
-test: setup peers ## Run the whole test suite; ARGS are passed to pytest, for example ARGS='-k manifest'; 10 minutes on two cores
+test: setup peers ## Run the whole test suite; ARGS are passed to pytest, for example ARGS='-k manifest'; 20 minutes on two cores
 	@$(PY) -m pytest $(TESTS) $(ARGS)
 
 test-engine: setup-engine peers ## Run the tests that need no Airflow, in a lighter environment of their own; 6 minutes on two cores
