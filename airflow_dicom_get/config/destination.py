@@ -86,7 +86,9 @@ def parse_destination(value: Any, option: str = "destination") -> Destination:
         return value
     if isinstance(value, Path):
         return FilesystemDestination(_folder(value, option))
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _LONGEST:
+    if isinstance(value, str) and not value.isprintable():  # without the text, which may be a rendered DataFrame
+        raise invalid(option, "has a line break or a control character, and is no address", _FORMS)
+    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST:
         raise invalid(option, f"{shown_path(value)} is not a valid destination", _FORMS)
     scheme, _, rest = value.partition("://")
     match scheme.lower() if "://" in value and "/" not in scheme else "":

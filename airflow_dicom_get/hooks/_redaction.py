@@ -72,9 +72,12 @@ def _of_rows(rows: Any) -> str:
 
 
 def shown_manifest(manifest: Any) -> Any:
-    """``manifest of N rows`` for a frame; a reference or an address says nothing of a patient and stays."""
+    """``manifest of N rows`` for a frame; a reference or an address says nothing of a patient and stays.
+
+    A text of several lines, as a frame that a template rendered, is refused later, and shown nowhere.
+    """
     if manifest is None or isinstance(manifest, str):
-        return manifest
+        return manifest if manifest is None or manifest.isprintable() else HIDDEN
     if isinstance(manifest, Mapping):
         if manifest.get("kind") == REFERENCE_KIND:
             return f"{_of_rows(manifest.get('rows'))}: {manifest.get('manifest_uri')}"

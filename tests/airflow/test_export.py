@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 from airflow.sdk import DAG
 
-from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
+from airflow_dicom_get.operators.dicom import (
+    DicomFindOperator,
+    DicomGetOperator,
+    DicomStoreOperator,
+    DicomVerifyOperator,
+)
 from airflow_dicom_get.tasks import export_manifest, report
 from airflow_dicom_get.testing.s3_servers import BUCKET
 
@@ -111,3 +116,24 @@ def test_rendered_fields_show_no_row_of_a_manifest(run_dag, pacs, archive, tmp_p
     assert run.rendered("report")["op_args"][2] == ["manifest of 12 rows"]
     shown = [run.rendered("report"), run.rendered("export_manifest"), run.rendered("export_manifest__1", 0)]
     assert not any(named[tag] in str(shown) for tag in ("PatientName", "PatientID"))
+
+
+def test_a_manifest_that_a_template_renders_as_text_is_nowhere_shown(run_dag, pacs, archive, tmp_path):
+    text = "{{ ti.xcom_pull('first') }}"
+    with DAG("text") as dag:
+        first = DicomGetOperator(task_id="first", study=archive.private, destination=str(tmp_path / "dicom"),
+                                 dicom_conn_id="pacs", tags=("PatientName", "PatientID"))  # fmt: skip
+        first >> [
+            DicomStoreOperator(task_id="store", manifest=text, target_conn_id="pacs"),
+            DicomVerifyOperator(task_id="verify", manifest=text),
+            DicomGetOperator(task_id="get", manifest=text, destination=str(tmp_path / "again"), dicom_conn_id="pacs"),
+            export_manifest(text, "series", f"{tmp_path}/series.csv"),
+        ]
+    run = run_dag(dag)
+    named = run.xcom("first").iloc[0]
+    for task_id in ("store", "verify", "get", "export_manifest"):
+        task = run.task(task_id)
+        assert (task.state, "***" in str(run.rendered(task_id))) == ("failed", True)
+        shown = f"{run.rendered(task_id)} {task.rendered_map_index}"
+        assert not any(named[tag] in shown for tag in ("PatientName", "PatientID"))
+    assert not any(named[tag] in run.log for tag in ("PatientName", "PatientID"))

@@ -84,6 +84,7 @@ def test_manifests_are_shown_by_their_size():
         "manifest of 7 rows: file:///m"
     )
     assert shown_manifest("file:///m") == "file:///m"
+    assert shown_manifest(str(pd.DataFrame({"PatientName": ["Doe^Demo"]}))) == "***"
 
 
 @pytest.mark.parametrize(
