@@ -339,7 +339,8 @@ REASONS: Mapping[str, Reason] = {
     ),
     # Beside an instance that is held
     "truncated_dataset": Reason(
-        "An element of its data set runs past the end, or cannot be read. It is stored as the PACS sent it.",
+        "An element of its data set runs past the end or cannot be read, or it inflates without measure. It is stored "
+        "as the PACS sent it.",
         "Ask the PACS admin to look at the file, which may be damaged there. Fetching it again brings the same bytes.",
         remark=True,
     ),

@@ -42,10 +42,10 @@ _NEVER = 1 << 62
 _BLOCK = 512
 """Bytes that a disk writes at least at once."""
 _INFLATE_CHUNK = 1 << 16
-_MOST_STEPS, _MOST_INFLATED = 100_000, 64 << 20
-"""Elements that are followed, and bytes that are inflated, while a data set arrives: a few hundredths of a second."""
 _MOST_DEFLATED, _MOST_GROWTH = 256 << 20, 16
-"""Bytes that a stored data set is inflated to at most, and for each byte of it so many more."""
+"""Bytes that a deflated data set is inflated to at most, and for each byte of it so many more."""
+_MOST_STEPS = 100_000
+"""Elements and items of it that are followed at most, and for each byte of it one more."""
 
 
 class HeaderError(ValueError):
@@ -126,6 +126,8 @@ def scan_elements(
             elif tag > last and (values.keys() >= MANDATORY or tag >= 0x7FE00000):
                 return values, True, at if length == UNDEFINED else pos + length
             if length == UNDEFINED:
+                if tag in _IDENTIFYING:
+                    raise HeaderError(f"({group:04X},{element:04X}) has no length")
                 pos = _skip_undefined(data, pos, encoding)
                 continue
             stop = pos + length
@@ -228,7 +230,7 @@ class Walk(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether what was fed is a whole data set; true, too, where following it to its end would cost too much."""
+        """Whether what was fed is a whole data set; true, too, of a stored one that would cost too much to follow."""
 
     @property
     def torn(self) -> bool:
@@ -247,8 +249,6 @@ class ElementWalk:
         Where the first element begins that is to be looked at.
     seen : int
         How many bytes stand before the first one that is fed, at most ``at`` where that element was fed in part.
-    most : int
-        Elements and items after which it follows no further.
     before : collection of int, optional
         Identifying elements that stand before the first one that is looked at; given, the others are counted.
     """
@@ -256,15 +256,14 @@ class ElementWalk:
     __slots__ = (
         "_counts",
         "_encoding",
-        "_known",
         "_levels",
         "_next",
         "_piece",
         "_pixels",
         "_size",
-        "_steps",
         "_zeros",
         "identifying",
+        "steps",
     )
 
     def __init__(
@@ -272,20 +271,20 @@ class ElementWalk:
         encoding: Encoding,
         at: int = 0,
         seen: int = 0,
-        most: int = _NEVER,
         before: Collection[int] | None = None,
     ) -> None:
-        self._encoding, self._steps = encoding, most
+        self._encoding = encoding
+        self.steps = 0
+        """Elements and items that were stepped over."""
         self._counts = before is not None
         self.identifying = Counter(before or ())
         """How often each element that tells patient, study, series or instance was met, where they are counted."""
         self._size = seen
         self._next = at
-        """Where the next header begins, counted from the start of the data set."""
+        """Where the next header begins, counted from the start of the data set; nowhere behind what cannot be read."""
         self._piece = b""
         """The first bytes of a header that goes on in the next view."""
         self._levels: list[_Level] = []
-        self._known: bool | None = None
         self._zeros = self._pixels = False
         """Whether zeros stand where an element should begin; whether the pixel data came before."""
 
@@ -299,12 +298,12 @@ class ElementWalk:
     @property
     def whole(self) -> bool:
         """See :attr:`Walk.whole`."""
-        return self._known if self._known is not None else self._next == self._size and not self._levels
+        return self._next == self._size and not self._levels
 
     @property
     def torn(self) -> bool:
         """See :attr:`Walk.torn`."""
-        return self._zeros if self._known is not None else self._next > self._size or bool(self._levels)
+        return self._zeros if self._next == _NEVER else self._next > self._size or bool(self._levels)
 
     def _follow(self, view: bytes | bytearray | memoryview, before: int) -> None:
         data, base = view, before
@@ -319,9 +318,7 @@ class ElementWalk:
                 self._next = base + self._step(data, self._next - base)
                 if data is not view:
                     self._piece, data, base = b"", view, before
-                self._steps -= 1
-                if self._steps <= 0:
-                    self._end(True)
+                self.steps += 1
         except _NeedMoreError:
             self._piece = bytes(data[self._next - base :])
         except HeaderError:
@@ -329,7 +326,7 @@ class ElementWalk:
             self._zeros = len(rest) == _BLOCK and not any(rest[_LONGEST_HEADER:])  # a header may be cut, too
             self._zeros = self._zeros or (self._next == 0 and not any(rest[:8]))  # behind nothing nobody put them
             self._zeros = self._zeros and not self._pixels  # hardly anything follows these: they are padding
-            self._end(False)
+            self._next, self._piece = _NEVER, b""
 
     def _run(self, view: bytes | bytearray | memoryview, pos: int) -> int:
         """Step over the next elements of short VRs, which nearly all are, without a call each."""
@@ -345,7 +342,7 @@ class ElementWalk:
                 break
             pos += 8 + length
             number += 1
-        self._steps -= number
+        self.steps += number
         return pos
 
     def _step(self, data: bytes | bytearray | memoryview, pos: int) -> int:
@@ -362,35 +359,34 @@ class ElementWalk:
             return pos
         return pos + length
 
-    def _end(self, known: bool) -> None:
-        self._known, self._next, self._piece = known, _NEVER, b""
-
 
 class DeflateWalk:
     """The :class:`Walk` over a deflated data set, whose stream says where it ends.
 
     Parameters
     ----------
-    most, growth : int
-        Bytes of the inflated data set after which it follows no further, and how many more for each byte that is fed.
     bits : int
         What zlib is told of the stream: by default that it has no header of zlib's.
+    arrives : bool
+        Whether it is held to its last element: what stands where it is not followed may deny its header.
     """
 
-    __slots__ = ("_elements", "_growth", "_inflate", "_known", "_left", "beyond")
+    __slots__ = ("_arrives", "_elements", "_inflate", "_known", "_left", "_steps", "beyond")
 
-    def __init__(self, most: int = _MOST_DEFLATED, growth: int = _MOST_GROWTH, *, bits: int = -zlib.MAX_WBITS) -> None:
-        self._elements = ElementWalk(_LITTLE, most=_MOST_STEPS, before=())
+    def __init__(self, *, bits: int = -zlib.MAX_WBITS, arrives: bool = False) -> None:
+        self._elements = ElementWalk(_LITTLE, before=())
         self._inflate = zlib.decompressobj(bits)
-        self._left, self._growth = most, growth
+        self._left, self._steps = _MOST_DEFLATED, _MOST_STEPS
+        self._arrives = arrives
         self._known: bool | None = None
         self.beyond = False
-        """Whether it inflates to more than that, and so was not followed to its end."""
+        """Whether it inflates to more than is followed of one of its size."""
 
     def feed(self, view: bytes | bytearray | memoryview) -> None:
         """See :meth:`Walk.feed`."""
         inflate = self._inflate
-        self._left += self._growth * len(view)
+        self._left += _MOST_GROWTH * len(view)
+        self._steps += len(view)
         try:
             for start in range(0, len(view), _INFLATE_CHUNK):
                 rest: bytes | bytearray | memoryview = view[start : start + _INFLATE_CHUNK]
@@ -399,7 +395,7 @@ class DeflateWalk:
                     self._left -= len(plain)
                     self._elements.feed(plain)
                     rest = inflate.unconsumed_tail
-                    if self._left <= 0:
+                    if self._left <= 0 or self._elements.steps > self._steps:
                         self._known = self.beyond = True
         except zlib.error:
             self._known = False
@@ -407,6 +403,8 @@ class DeflateWalk:
     @property
     def whole(self) -> bool:
         """See :attr:`Walk.whole`."""
+        if self._arrives and (self.beyond or not self._elements.whole):
+            return False
         return self._known if self._known is not None else self._inflate.eof
 
     @property
@@ -490,7 +488,7 @@ class HeaderScan:
         self._next_try = 0
         self.values: dict[int, bytes] = {}
         self.done = False
-        self.walk: ElementWalk | DeflateWalk | None = DeflateWalk(_MOST_INFLATED, 0) if deflated else None
+        self.walk: ElementWalk | DeflateWalk | None = DeflateWalk(arrives=True) if deflated else None
         """Once it is done: what was fed so far is behind it; feed it what follows, to know whether it ends whole."""
 
     def feed(self, view: bytes | bytearray | memoryview, *, last: bool = False) -> None:
@@ -538,7 +536,7 @@ class HeaderScan:
             if self.walk is None:
                 seen = len(data)
                 before = self.values.keys() & _IDENTIFYING
-                self.walk = ElementWalk(self._encoding, at, min(at, seen), _MOST_STEPS, before)
+                self.walk = ElementWalk(self._encoding, at, min(at, seen), before)
                 if at < seen:
                     self.walk.feed(data[at:])
                 if beyond:

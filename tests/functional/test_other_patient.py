@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from airflow_dicom_get import GetScu
 from airflow_dicom_get.dicom.syntaxes import DEFLATED_LE
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import wire
-from airflow_dicom_get.testing.misbehaving.archive import CT, PATIENT_ID, encode
+from airflow_dicom_get.testing.misbehaving.archive import CT, PATIENT_ID, Element, deflate, encode
 from airflow_dicom_get.testing.misbehaving.behaviour import GET, MODE_CLASSES, Behaviour
 from airflow_dicom_get.testing.misbehaving.wire import FIND
 
@@ -78,7 +78,40 @@ def test_without_a_list_the_id_that_was_asked_for_counts(tmp_path: Path) -> None
     assert (result.verdict, result.reason, result.warning) == ("unverified", "no_list", 8)
 
 
-@pytest.mark.parametrize("syntax", [wire.EXPLICIT_LE, wire.IMPLICIT_LE, DEFLATED_LE])
+@pytest.fixture
+def late_pacs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Gives a PACS of one instance, behind whose elements others stand; without any, its Patient ID, OTHER."""
+
+    def make(syntax: str, between: Sequence[Element], late: dict[int, str]) -> MisbehavingPacs:
+        class Late(Behaviour):
+            stages = frozenset({GET})
+
+            def send_dataset(self, context: int, pieces: Any) -> None:
+                elements = self.site.instances[0].elements()
+                if not late:
+                    elements = [one for one in elements if one[0] != 0x00100020]
+                behind = late or {0x00100020: "OTHER"}
+                ends = [(tag, b"LO" if tag == 0x00100020 else b"UI", value) for tag, value in behind.items()]
+                data = encode([*elements, (0x00400001, b"AE", "X "), *between, *ends], syntax)
+                super().send_dataset(context, iter([deflate(data) if syntax == DEFLATED_LE else data]))
+
+        monkeypatch.setitem(MODE_CLASSES, "says_it_late", Late)
+        return MisbehavingPacs("says_it_late", series=1, instances=1, pairs=[(CT, syntax)])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("syntax", "number", "size"),
+    [
+        (wire.EXPLICIT_LE, 0, 0),
+        (wire.IMPLICIT_LE, 0, 0),
+        (DEFLATED_LE, 0, 0),
+        (wire.EXPLICIT_LE, 100_001, 0),
+        (wire.IMPLICIT_LE, 100_001, 0),
+        (DEFLATED_LE, 0, 65 << 20),
+    ],
+)
 @pytest.mark.parametrize(
     ("late", "verdict", "reason"),
     [
@@ -88,28 +121,29 @@ def test_without_a_list_the_id_that_was_asked_for_counts(tmp_path: Path) -> None
     ],
 )
 def test_what_stands_behind_the_header_denies_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str, late: dict[int, str], verdict: str, reason: str
+    tmp_path: Path,
+    late_pacs: Callable[..., Any],
+    syntax: str,
+    number: int,
+    size: int,
+    late: dict[int, str],
+    verdict: str,
+    reason: str,
 ) -> None:
     """Readers take an element that stands out of order, or the second of two, for that of the data set."""
-
-    class Late(Behaviour):
-        stages = frozenset({GET})
-
-        def send_dataset(self, context: int, pieces: Any) -> None:
-            elements = self.site.instances[0].elements()
-            if not late:
-                elements = [one for one in elements if one[0] != 0x00100020]
-            behind = late or {0x00100020: "OTHER"}
-            ends = [(tag, b"LO" if tag == 0x00100020 else b"UI", value) for tag, value in behind.items()]
-            data = encode([*elements, (0x00400001, b"AE", "X "), *ends], syntax)
-            if syntax == DEFLATED_LE:
-                squeeze = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-                data = squeeze.compress(data) + squeeze.flush()
-            super().send_dataset(context, iter([data]))
-
-    monkeypatch.setitem(MODE_CLASSES, "says_it_late", Late)
-    with MisbehavingPacs("says_it_late", series=1, instances=1, pairs=[(CT, syntax)]) as pacs:
+    between = [(0x00410010, b"LO", "X")] * number + [(0x00411001, b"OB", bytes(size))]
+    with late_pacs(syntax, between, late) as pacs:
         result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path).get_study({"PatientID": PATIENT_ID})
     assert (result.verdict, *result.manifest["reason"]) == (verdict, reason)
     assert ("stands in it twice" in str(result.errors)) == bool(late)
     assert len(list(tmp_path.rglob("*.dcm"))) == (verdict == "complete")
+
+
+@pytest.mark.parametrize("late", [{}, {0x00100020: "OTHER"}])
+def test_what_is_not_followed_to_its_end_has_a_remark(
+    tmp_path: Path, late_pacs: Callable[..., Any], late: dict[int, str]
+) -> None:
+    """A few KB that inflate to elements without measure: what stands behind them nobody has looked at."""
+    with late_pacs(DEFLATED_LE, [(0x00410010, b"LO", "X")] * 200_000, late) as pacs:
+        result = GetScu(f"PACS@127.0.0.1:{pacs.port}", destination=tmp_path).get_study({"PatientID": PATIENT_ID})
+    assert (result.verdict, result.warning, *result.manifest["reason"]) == ("complete", 1, "truncated_dataset")

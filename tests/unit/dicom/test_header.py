@@ -307,15 +307,20 @@ def test_empty_fragments_of_a_deflated_data_set_cost_nothing() -> None:
     assert counts.copies == 1
 
 
-@pytest.mark.parametrize("deflate", [False, True])
-def test_following_a_data_set_is_bounded(deflate: bool) -> None:
-    """One that would cost too much to follow is taken for whole."""
+@pytest.mark.parametrize("syntax", [EXPLICIT_LE, DEFLATED_LE])
+def test_one_that_arrives_is_followed_to_its_last_element(syntax: str) -> None:
     many = dataset() + element(0x7FE10010, b"", vr=b"LO") * 150_000 + element(0x7FE20010, b"", vr=b"LO", length=8)
-    bomb = deflated(dataset() + bytes(80 << 20))[:-5]
-    cases = ((DEFLATED_LE, bomb),) if deflate else ((EXPLICIT_LE, many),)
-    for syntax, data in cases:
-        assert not ends_whole(data, syntax)
-        assert arrives_whole(syntax, cut(data, [16384]))
+    data = deflated(many) if syntax == DEFLATED_LE else many
+    assert not arrives_whole(syntax, cut(data, [16384]))
+
+
+def test_one_that_inflates_without_measure_does_not_arrive_whole() -> None:
+    squeeze = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    most = 280 << 20
+    bomb = squeeze.compress(dataset() + element(0x7FE10010, b"", vr=b"OB", length=most))
+    bomb += b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(most >> 20)) + squeeze.flush()
+    assert ends_whole(bomb, DEFLATED_LE)
+    assert not arrives_whole(DEFLATED_LE, cut(bomb, [16384]))
 
 
 def test_a_deflate_bomb_is_not_unpacked_to_see_whether_it_is_whole() -> None:
@@ -340,6 +345,10 @@ def test_a_deflate_bomb_is_not_unpacked_to_see_whether_it_is_whole() -> None:
         (element(0x00020010, b"1.2.3\0"), "\\(0002,0010\\) does not belong"),
         (dataset()[:20], "runs past the end"),
         (element(0x00080018, b"1.2", length=64), "runs past the end"),
+        (
+            element(h.SOP_INSTANCE_UID, b"1.2\0") + element(h.SOP_CLASS_UID, b"", vr=b"UN", length=UNDEFINED),
+            "\\(0008,0016\\) has no length",
+        ),
         (b"<html><body>", "no known VR"),
     ],
 )
