@@ -60,7 +60,10 @@ def is_allowed(place: Destination) -> bool:
     name = str(replace(place, conn_id=None) if isinstance(place, S3Destination) else place)
     if not isinstance(place, FilesystemDestination):
         return _fits(name, patterns)
-    return any(_fits(name, [pattern]) and _fits(_real(place.path, pattern), patterns) for pattern in patterns)
+    try:
+        return any(_fits(name, [pattern]) and _fits(_real(place.path, pattern), patterns) for pattern in patterns)
+    except OSError:  # it leads nowhere
+        return False
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

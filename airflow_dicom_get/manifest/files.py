@@ -432,7 +432,10 @@ def _held_to(own: FilesystemDestination | S3Destination, real: Path | None, text
         return ""
     if place.path == own.path:
         return text
-    return own.uri if files.disk.real_path(place.path).is_relative_to(real) else ""
+    try:
+        return own.uri if files.disk.real_path(place.path).is_relative_to(real) else ""
+    except OSError:  # it leads nowhere
+        return ""
 
 
 def bucket_of(place: S3Destination, s3_config: S3 = None) -> Bucket:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, repeat
 from pathlib import Path
@@ -394,12 +395,21 @@ def objects_below(folder: Below, tops: Sequence[Path] = (), ending: Ending | Non
 
 def _within(path: Folder, folders: Iterable[Path]) -> Below | None:
     """Where a path leads, if that is below one of some folders, all given by their real paths."""
-    real = files.disk.real_path(path)
+    try:
+        real = files.disk.real_path(path)
+    except OSError:  # it leads nowhere
+        return None
     return next((Below(top, real.relative_to(top).parts) for top in folders if real.is_relative_to(top)), None)
 
 
 def _real_folders(places: Iterable[Destination]) -> list[Path]:
-    return [files.disk.real_path(place.path) for place in places if isinstance(place, FilesystemDestination)]
+    """Where these folders lead; one that leads nowhere holds nothing."""
+    found = []
+    for place in places:
+        if isinstance(place, FilesystemDestination):
+            with suppress(OSError):
+                found.append(files.disk.real_path(place.path))
+    return found
 
 
 # --- what a manifest names -------------------------------------------------------------------------

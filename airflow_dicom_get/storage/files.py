@@ -320,8 +320,14 @@ class Disk:
             os.close(folder)
 
     def real_path(self, path: Where) -> Path:
-        """Where a path leads, all links followed; also where nothing lies there."""
-        return Path(os.path.realpath(path))
+        """Where a path leads, all links followed; also where nothing lies there.
+
+        Raises :class:`OSError` (``ELOOP``) for a chain of some thousand links, which leads nowhere.
+        """
+        try:
+            return Path(os.path.realpath(path))
+        except RecursionError:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
     def is_writable(self, path: Where) -> bool:
         """Whether we may write in a folder."""

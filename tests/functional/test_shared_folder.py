@@ -556,6 +556,25 @@ def test_store_sends_nothing_that_a_link_leads_to_out_of_its_source(
     assert target.store(drop / "other.dcm").verdict == "complete"  # named itself
 
 
+def test_a_chain_of_thousands_of_links_leads_nowhere(private: Holding, target: StoreScu, tmp_path: Path) -> None:
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    shutil.copy(private.files[0], drop / "one.dcm")
+    for number in range(3000):
+        (drop / f"l{number}").symlink_to(f"l{number + 1}")
+    result = target.store(drop)
+    assert (result.verdict, result.reason, result.completed) == ("partial", "unusable_files", 1)
+    row = Instance("1.2", "1.2.3", "1.2.3.4")
+    row.state, row.sop_class, row.syntax = "stored", "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
+    row.uri, row.sha256 = f"file://{drop}/l0/x.dcm", bytes(32)
+    table = manifest_table([row], source="dicom://PACS@127.0.0.1:104", destination=f"file://{drop}/l0")
+    path = drop / "_manifests" / "m.parquet"
+    write_manifest(table, path, verdict="complete", evidence="list", run="r")
+    assert read_manifests(drop)["destination"].tolist() == [""]
+    assert target.store(manifest=path).completed == 0
+    assert target.store(manifest=table).completed == 0
+
+
 def test_a_ledger_is_bounded(tmp_path: Path) -> None:
     folder = tmp_path / ".ledger" / "1.2"
     folder.mkdir(parents=True)
