@@ -60,6 +60,9 @@ class Search:
         self.queries = 0
         self.doubt: str | None = None
         """Why more may match, as a reason of the vocabulary."""
+        self.unknown: frozenset[str] = frozenset()
+        """UIDs that the query names, and of which the PACS lists nothing, though it lists something that matches."""
+        self._series_there: set[str] = set()
         self._looked_at = Dropped()
         """Series that were looked at for their modality, which the PACS may leave out."""
 
@@ -80,7 +83,8 @@ class Search:
                 self._collect({**study_keys, "ModalitiesInStudy": asked}, rows)
             except InvalidQuery as error:
                 # Some PACS know no ModalitiesInStudy, and match everything: then their series tell.
-                if not modality or error.facts.get("key") != "ModalitiesInStudy" or not _selects(study_keys):
+                selects = _selects(study_keys, "ModalitiesInStudy")
+                if not modality or error.facts.get("key") != "ModalitiesInStudy" or not selects:
                     raise
                 self._collect({**study_keys, "ModalitiesInStudy": ""}, rows)
                 break
@@ -92,7 +96,28 @@ class Search:
                 found.append(item)
         if not found and (unsupported := self._looked_at.unsupported()) is not None:
             raise unsupported
+        if found:
+            self.unknown = self._not_there(study_keys, series_keys, sorted(rows))
         return found
+
+    def _not_there(
+        self, study_keys: Mapping[str, Any], series_keys: Mapping[str, Any], found: Sequence[str]
+    ) -> frozenset[str]:
+        """Of the studies and series that are named those that the PACS does not have, as a get of the query tells them.
+
+        What another key leaves out is there: by its UID alone it is asked for.
+        """
+        studies = set(study_keys.get("StudyInstanceUID", ())) - set(found)
+        series = set(series_keys.get("SeriesInstanceUID", ())) - self._series_there
+        patient = {key: value for key, value in study_keys.items() if key == "PatientID" and value}
+        if studies and (self._modalities or _selects(study_keys, "StudyInstanceUID", "PatientID")):
+            rows = self._rows({**patient, "StudyInstanceUID": sorted(studies)}, "STUDY")
+            studies -= {first(getattr(row, "StudyInstanceUID", None)) for row in rows}
+        if _selects(series_keys, "SeriesInstanceUID"):
+            for study in found if series else ():
+                rows = self._rows({"StudyInstanceUID": study, "SeriesInstanceUID": sorted(series)}, "SERIES")
+                series -= {first(getattr(row, "SeriesInstanceUID", None)) for row in rows}
+        return frozenset(studies | series)
 
     def shards(self, items: Sequence[Item], *, target: int, at_most: int) -> list[list[Item]]:
         """Pack Items into shards of about ``target`` instances, a larger one over several of them by its series.
@@ -206,6 +231,7 @@ class Search:
         found: dict[str, Any] = {}
         for row in rows:
             self._keep(row, "SeriesInstanceUID", found)
+        self._series_there |= found.keys()
         return found
 
     def _look_at(self, series: Mapping[str, Any]) -> None:
@@ -236,8 +262,8 @@ class Search:
         )
 
 
-def _selects(keys: Mapping[str, Any]) -> bool:
-    return any(bool(value) for key, value in keys.items() if key != "ModalitiesInStudy")
+def _selects(keys: Mapping[str, Any], *besides: str) -> bool:
+    return any(bool(value) for key, value in keys.items() if key not in besides)
 
 
 def _size(row: Any) -> int | None:

@@ -90,8 +90,8 @@ class DicomFindOperator(DicomTask):
     :param return_keys: keywords whose values go into the ``keys`` of each Item. They go to XCom, which every viewer of
         the DAG can read.
     :param split_on_truncation: query again by parts of the date range if the PACS seems to truncate its answer
-    :param on_truncation: what happens if more studies may match than the PACS has listed: ``fail`` the task, or
-        ``return`` what was found, with a warning
+    :param on_truncation: what happens if more studies may match than the PACS has listed, or if it lists only some of
+        the UIDs that the query names: ``fail`` the task, or ``return`` what was found, with a warning
     :param shard_instances: return lists of Items with about this number of instances each; a large study is split by
         series. There are never more lists than Airflow can map over.
     :param on_empty: what happens if nothing matches: ``return`` an empty list, ``skip`` or ``fail`` the task
@@ -230,7 +230,7 @@ class DicomFindOperator(DicomTask):
             "matched": len({item["study_instance_uid"] for item in items}),
             "returned": len(found),
             "queries": search.queries,
-            "truncated": search.doubt is not None,
+            "truncated": search.doubt is not None or bool(search.unknown),
             "instances": instances,
         }
         context["ti"].xcom_push("summary", summary)
@@ -242,12 +242,17 @@ class DicomFindOperator(DicomTask):
         )
 
     def _check_whole(self, search: Search) -> None:
-        if search.doubt is None:
-            return
-        text = f"More studies may match ({search.doubt}). {REASONS[search.doubt].text} {advice(search.doubt)}"
-        if self.on_truncation == "fail":
-            raise AirflowFailException(f"{text} To go on with what was found, set on_truncation='return'.")
-        self.log.warning("%s", text)
+        texts = []
+        if search.doubt is not None:
+            why = f"{REASONS[search.doubt].text} {advice(search.doubt)}"
+            texts.append(f"More studies may match ({search.doubt}). {why}")
+        if search.unknown:
+            remark = report.unknown_remark(search.unknown)
+            texts.append(sentences(remark["error"], remark["hint"]))
+        if texts and self.on_truncation == "fail":
+            raise AirflowFailException(f"{' '.join(texts)} To go on with what was found, set on_truncation='return'.")
+        for text in texts:
+            self.log.warning("%s", text)
 
     def _empty(self) -> None:
         if self.on_empty == "skip":

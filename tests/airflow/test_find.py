@@ -10,7 +10,7 @@ import pytest
 from airflow.sdk import DAG
 
 from airflow_dicom_get.operators.dicom import DicomFindOperator, DicomGetOperator
-from airflow_dicom_get.testing.archive import SERIES_UID
+from airflow_dicom_get.testing.archive import MODALITY, SERIES_UID, STUDY_UID
 from airflow_dicom_get.testing.sample_data import STUDY_DATE
 
 AT_ONCE = {"retries": 2, "retry_delay": timedelta(0)}
@@ -124,6 +124,29 @@ def test_bad_input_fails_at_once_and_before_any_traffic(run_dag, pacs, native):
     assert pacs.total_associations == 0
     assert "study_date rendered to nothing. A run that was triggered without a logical date has no dates" in run.log
     assert "StudyDate is null, not a date" in run.log
+
+
+def test_a_uid_that_is_named_and_not_there_is_said(run_dag, pacs, archive):
+    """A get of the query is no success either; what another key leaves out is there."""
+    (here,) = {row[SERIES_UID] for row in pacs.archive.find("SERIES", {STUDY_UID: archive.private, MODALITY: "SR"})}
+    studies = {"StudyInstanceUID": [archive.many, "1.2.3"]}
+    series = {"StudyInstanceUID": archive.private, "SeriesInstanceUID": [here, "1.2.3"]}
+    both = {"StudyInstanceUID": [archive.many, archive.private]}
+    with DAG("named", default_args=AT_ONCE) as dag:
+        find("studies", study_date=None, query=studies)
+        find("dated", query=studies)
+        find("series", study_date=None, query=series, level="SERIES")
+        find("goes_on", study_date=None, query=studies, on_truncation="return")
+        find("left_out", study_date=None, query=both, modalities="SR")
+        find("none", study_date=None, query={"StudyInstanceUID": "1.2.3"})
+    run = run_dag(dag)
+    states = {name: run.task(name).state for name in ("studies", "dated", "series", "goes_on", "left_out", "none")}
+    assert states == dict.fromkeys(states, "success") | dict.fromkeys(("studies", "dated", "series"), "failed")
+    assert run.log.count("The PACS lists nothing of these UIDs of the query: 1.2.3.") >= 4
+    assert uids(run.xcom("goes_on")) == [archive.many]
+    assert uids(run.xcom("left_out")) == [archive.private]
+    truncated = {name: run.xcom(name, "summary")["truncated"] for name in states}
+    assert truncated == dict.fromkeys(states, True) | {"left_out": False, "none": False}
 
 
 @pytest.mark.parametrize("native", [False, True])
