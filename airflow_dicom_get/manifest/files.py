@@ -518,6 +518,13 @@ def open_manifest(content: bytes, name: str) -> pq.ParquetFile:
                 hint="Give a file that a run wrote.",
                 uri=name,
             )
+    for field in file.schema_arrow:
+        if field.name not in COLUMNS and not pa.types.is_string(field.type):
+            raise ManifestError(
+                f"The file {shown_path(name)} is not a manifest: its column {shown(field.name)} does not hold texts.",
+                hint="Give a file that a run wrote.",
+                uri=name,
+            )
     return file
 
 
@@ -536,7 +543,9 @@ def table_in(content: bytes, name: str, room: Room | None = None) -> pa.Table:
     with open_manifest(content, name) as file:
         try:
             check_decoded(content, file.schema_arrow, name, room)
-            return file.read()
+            table = file.read()
+            table.validate(full=True)  # texts are UTF-8
+            return table
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(name) from error
 

@@ -477,7 +477,9 @@ def table_in_xcom(value: Any, room: Room | None = None) -> pa.Table | None:
             if not set(COLUMNS) <= set(file.schema_arrow.names):
                 return None
             check_decoded(content, file.schema_arrow, "in XCom", room)
-            return file.read()
+            table = file.read()
+            table.validate(full=True)  # texts are UTF-8
+            return table
     except (ValueError, OSError, pa.ArrowException) as error:
         if isinstance(error, ManifestError):
             raise

@@ -320,23 +320,44 @@ def test_no_node_is_called_because_a_row_names_it(got: Retrieved, target: Embedd
             server.accept()
 
 
-def test_a_column_that_pandas_cannot_hold_is_an_error_that_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1]),
+        pa.array([1], pa.timestamp("us", "Not/AZone")),
+        pa.array(["x"], pa.large_string()),
+        pa.array(["x"]).dictionary_encode(),
+    ],
+    ids=["number", "time", "large", "dictionary"],
+)
+def test_a_column_of_tags_that_are_no_texts_is_refused(tmp_path: Path, values: pa.Array) -> None:
     rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
-    path = tmp_path / "zone.parquet"
-    zone = pa.array([1], pa.timestamp("us", "Not/AZone"))
-    write_manifest(rows.append_column("zone", zone), path, verdict="partial", evidence="list", run="r")
+    honest, odd = tmp_path / "honest.parquet", tmp_path / "odd.parquet"
+    for path, tags in ((honest, pa.array(["1"])), (odd, values)):
+        write_manifest(rows.append_column("PatientID", tags), path, verdict="partial", evidence="list", run="r")
     for read in (
-        lambda: export(path, "series", accept=("partial",)),
-        lambda: load_manifest(path),
+        lambda: export([honest, odd], "series", accept=("partial",)),
+        lambda: load_manifests([honest, odd]),
+        lambda: combine_manifests([honest, odd], tmp_path / "all.parquet"),
         lambda: read_manifests(tmp_path),
     ):
-        with pytest.raises(ManifestError, match="cannot be read as a DataFrame: ArrowInvalid"):
+        with pytest.raises(ManifestError, match=r"odd\.parquet.*column 'PatientID' does not hold texts"):
+            read()
+
+
+def test_texts_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    path = tmp_path / "odd.parquet"
+    write_manifest(rows.append_column("PatientID", text), path, verdict="partial", evidence="list", run="r")
+    for read in (lambda: read_table(path), lambda: load_manifest(path), lambda: read_manifests(tmp_path)):
+        with pytest.raises(ManifestError, match=r"odd\.parquet' is damaged"):
             read()
 
 
 def test_columns_named_as_those_that_a_notebook_adds_take_no_folder_away(tmp_path: Path) -> None:
     rows = manifest_table([a_row(state="missing", reason="not_sent")], source="", destination="")
-    odd = rows.append_column("run", pa.array([1])).append_column("verdict", pa.array(["complete"]))
+    odd = rows.append_column("run", pa.array(["1"])).append_column("verdict", pa.array(["complete"]))
     for name, table in (("20260101T000000Z-deadbeef", rows), ("20260102T000000Z-deadbeef", odd)):
         write_manifest(table, tmp_path / f"{name}.parquet", verdict="partial", evidence="list", run=name)
     frame = read_manifests(tmp_path)

@@ -464,7 +464,7 @@ def test_a_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
     for column in ([["a"]], [{"a": "b"}], [b"a"]):
         wide = table.append_column("tag", pa.array(column))
         write_manifest(wide, path, verdict="complete", evidence="list", run="r")
-        with pytest.raises(ManifestError, match="not one of texts or numbers"):
+        with pytest.raises(ManifestError, match="column .tag. does not hold texts"):
             read_table(path)
 
 
@@ -570,7 +570,8 @@ def test_a_chain_of_thousands_of_links_leads_nowhere(private: Holding, target: S
     table = manifest_table([row], source="dicom://PACS@127.0.0.1:104", destination=f"file://{drop}/l0")
     path = drop / "_manifests" / "m.parquet"
     write_manifest(table, path, verdict="complete", evidence="list", run="r")
-    assert read_manifests(drop)["destination"].tolist() == [""]
+    # From 3.13 on Python follows such a chain to its end, which lies in our folder; the kernel does not.
+    assert read_manifests(drop)["destination"].tolist() in ([""], [f"file://{drop}"])
     assert target.store(manifest=path).completed == 0
     assert target.store(manifest=table).completed == 0
 
