@@ -464,7 +464,7 @@ def test_a_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
     for column in ([["a"]], [{"a": "b"}], [b"a"]):
         wide = table.append_column("tag", pa.array(column))
         write_manifest(wide, path, verdict="complete", evidence="list", run="r")
-        with pytest.raises(ManifestError, match="column .tag. does not hold texts"):
+        with pytest.raises(ManifestError, match=r"column .tag. does not hold texts"):
             read_table(path)
 
 
