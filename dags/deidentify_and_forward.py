@@ -27,6 +27,7 @@ again, and what the other node has acknowledged is not sent again.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -93,13 +94,30 @@ def refuse_links(*folders: Path) -> None:
             raise AirflowFailException(f"{folder} is a link, which is not followed. Remove it, and clear this task.")
 
 
-def write(dataset, path) -> None:
-    """Write a file under a temporary name and rename it, so that files under final names are complete."""
+def write(dataset, path) -> bytes:
+    """Write a file under a temporary name and rename it, so that files under final names are complete; its content."""
     from airflow_dicom_get.storage.files import replace_whole
 
-    content = io.BytesIO()
-    dataset.save_as(content, enforce_file_format=True)
-    replace_whole(path, lambda file: file.write(content.getbuffer()), temporary=f".{uuid4().hex}.part", private=True)
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    content = file.getvalue()
+    replace_whole(path, lambda file: file.write(content), temporary=f".{uuid4().hex}.part", private=True)
+    return content
+
+
+def row_of(dataset, path, content) -> dict:
+    """The row of a copy in the manifest of the copies: by its digest another file in its place is found out."""
+    return {
+        "study_instance_uid": dataset.StudyInstanceUID,
+        "series_instance_uid": dataset.SeriesInstanceUID,
+        "sop_instance_uid": dataset.SOPInstanceUID,
+        "sop_class_uid": dataset.SOPClassUID,
+        "transfer_syntax_uid": dataset.file_meta.TransferSyntaxUID,
+        "state": "stored",
+        "uri": Path(path).as_uri(),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
 
 
 def tidy_up(folder, written) -> None:
@@ -162,13 +180,15 @@ with DAG(
     ).expand(study=find.output)
 
     @task(max_active_tis_per_dag=2, pool="default_pool")
-    def deidentify(manifest, copies: str) -> str:
-        """Copy what a manifest lists, de-identified, and return the folder of the copy."""
+    def deidentify(manifest, copies: str) -> dict:
+        """Copy what a manifest lists, de-identified, and return the manifest of the copies, as a reference."""
+        import pandas as pd
         from dicognito.anonymizer import Anonymizer
         from pydicom.config import disable_value_validation
         from pydicom.dataset import FileMetaDataset
 
-        from airflow_dicom_get import load_manifest
+        from airflow_dicom_get import combine_manifests, load_manifest
+        from airflow_dicom_get.manifest.schema import COLUMNS
         from airflow_dicom_get.notebook import read_instances
         from airflow_dicom_get.storage.files import Below
 
@@ -187,7 +207,7 @@ with DAG(
         anonymizer = Anonymizer(seed=secret)
         # Invalid values are common, and what pydicom says of them, in warnings and log, would quote them in the log.
         logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-        written, folders = set(), set()
+        made, written, folders = [], set(), set()
         for number, row in enumerate(rows.itertuples()):
             try:
                 with disable_value_validation(), warnings.catch_warnings():
@@ -206,7 +226,7 @@ with DAG(
                     folder = Below(Path(copies), (study,))
                     path = folder / series / f"{sop}.dcm"
                     refuse_links(Path(folder), Path(path.parent))
-                    write(dataset, path)
+                    made.append(row_of(dataset, path, write(dataset, path)))
             except (AirflowFailException, OSError):
                 raise  # a link; or, for example, a full disk, which is worth a retry
             except Exception as error:
@@ -226,19 +246,22 @@ with DAG(
         # Left by a killed try, or by an original that the PACS has withdrawn since.
         refuse_links(Path(folder))
         tidy_up(folder, written)
-        return str(folder)
+        # What is forwarded is opened below this place, through no link, and is what was written.
+        listed = pd.DataFrame(made, columns=COLUMNS)
+        listed["source"] = listed["destination"] = Path(copies).as_uri()
+        with final_errors():
+            return combine_manifests(listed, f"{copies}/_manifests/{folder.names[0]}.parquet")
 
     copy = deidentify.partial(copies=COPIES).expand(manifest=get.output)
 
-    # Waits until every study of the run is de-identified. Its manifest lists the copies: their UIDs, and for each the
-    # other node's answer.
+    # Waits until every study of the run is de-identified. Its manifest says for each copy what the other node answered.
     store = DicomStoreOperator.partial(
         task_id="store",
         target_conn_id="dicom_target",
         # Manifest and ledger, by which another run knows what was sent.
         manifest_root=COPIES + "/_forwarded",
         max_active_tis_per_dag=2,
-    ).expand(source=copy)
+    ).expand(manifest=copy)
 
     # An acknowledgement is only a promise. This checks what the other node lists.
     confirm = DicomVerifyOperator.partial(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import resource
+import shutil
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException
 from pydicom import DataElement, Dataset, dcmread
 
-from airflow_dicom_get import GetScu, load_manifests
+from airflow_dicom_get import GetScu, StoreScu, load_manifest, load_manifests
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.testing.misbehave import MisbehavingPacs
 from airflow_dicom_get.testing.misbehaving import modes_object
@@ -115,7 +116,8 @@ def test_a_link_that_comes_while_copies_are_tidied_up_leads_nowhere(load_dag, so
     found = held(source, originals[0].StudyInstanceUID, tmp_path)
     deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
     copies, private = tmp_path / "copies", tmp_path / "private"
-    folder = Path(deidentify(found.manifest_uri, str(copies)))
+    deidentify(found.manifest_uri, str(copies))
+    (folder,) = copies.glob("[0-9]*")
     for place in (private, folder / "junk"):
         place.mkdir()
         (place / "thesis.txt").write_text("years")
@@ -153,8 +155,8 @@ def test_no_name_in_the_place_of_a_character_set_gets_into_the_log(load_dag, tmp
             {"StudyInstanceUID": pacs.study_uid}
         )
     deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
-    copies = deidentify(found.manifest_uri, str(tmp_path / "copies"))
-    assert len(list(Path(copies).glob("*/*.dcm"))) == 2
+    copies = load_manifest(deidentify(found.manifest_uri, str(tmp_path / "copies")))
+    assert len(copies) == len(instances_below(tmp_path / "copies")) == 2
     assert "DOE" not in caplog.text
     assert not [warning for warning in recwarn if "DOE" in str(warning.message)]
 
@@ -206,13 +208,35 @@ def test_what_may_have_several_value_representations_is_copied(folder, request, 
         DataElement("PatientName", "UN", b"DOE^JANE"),
     )
     found = held(request.getfixturevalue("source"), dataset.StudyInstanceUID, tmp_path)
-    copies = (
-        load_dag("deidentify_and_forward")
-        .get_task("deidentify")
-        .python_callable(found.manifest_uri, str(tmp_path / "copies"))
-    )
-    assert len(list(Path(copies).glob("*/*.dcm"))) == 40
-    assert not [path for path in Path(copies).rglob("*.dcm") if b"DOE^JANE" in path.read_bytes()]
+    deidentify = load_dag("deidentify_and_forward").get_task("deidentify").python_callable
+    deidentify(found.manifest_uri, str(tmp_path / "copies"))
+    copies = instances_below(tmp_path / "copies").values()
+    assert len(copies) == 40
+    assert not [path for path in copies if b"DOE^JANE" in path.read_bytes()]
+
+
+def test_a_folder_in_the_place_of_a_copy_is_not_forwarded(source, originals, load_dag, orthanc, tmp_path):
+    """A neighbour may exchange it when it was copied: for a link to what only the worker may read, or other files."""
+    dag = load_dag("deidentify_and_forward")
+    found = held(source, originals[0].StudyInstanceUID, tmp_path)
+    copies = tmp_path / "copies"
+    reference = dag.get_task("deidentify").python_callable(found.manifest_uri, str(copies))
+    (folder,) = copies.glob("[0-9]*")
+    folder.rename(tmp_path / "old")
+    target = StoreScu(f"TARGET@127.0.0.1:{orthanc.port}")
+    here = tmp_path / "here" / originals[0].StudyInstanceUID
+    folder.symlink_to(here)
+    by_link = target.store(manifest=reference)
+    folder.unlink()
+    # Files of the names of the copies, with the originals in them.
+    names = [row.sop_instance_uid for row in load_manifest(reference).itertuples()]
+    for name, original in zip(names, sorted(here.rglob("*.dcm")), strict=True):
+        series = next((tmp_path / "old").rglob(f"{name}.dcm")).parent.name
+        (folder / series).mkdir(parents=True, exist_ok=True)
+        shutil.copy(original, folder / series / f"{name}.dcm")
+    exchanged = target.store(manifest=reference)
+    assert (by_link.verdict, exchanged.verdict) == ("failed", "failed")
+    assert ask(orthanc, "/instances") == []
 
 
 def test_a_copy_has_no_uid_of_its_original(source, originals, load_dag, tmp_path, monkeypatch):
@@ -271,7 +295,6 @@ def test_all_copies_arrive_and_nothing_of_the_patient_and_again_nothing(run, sou
     for row in manifest.itertuples():
         copy = copies[row.sop_instance_uid]
         assert hashlib.sha256(copy.read_bytes()[-row.bytes :]).hexdigest() == row.sha256
-        assert row.source == str(copy.parent.parent)
     assert len(list((tmp_path / "originals-deidentified" / "_forwarded").rglob("store/*.parquet"))) == 2
 
     before = {path: path.read_bytes() for path in copies.values()}
