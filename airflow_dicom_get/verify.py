@@ -308,10 +308,13 @@ class How:
         By size, as far as that tells; see :func:`verify`.
     listed_within : float
         Seconds in which a node as destination is asked again while it does not list all that it was given.
+    series : mapping
+        By study the Series Instance UIDs of what alone is compared of it; all of the others.
     """
 
     quick: bool = False
     listed_within: float = 0.0
+    series: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 def compare(
@@ -444,6 +447,7 @@ class _Verify:
         self.items: dict[tuple[str, Key, str | None], _Item] = {}
         """By study, Series and SOP Instance UID; of a manifest of several places those of further ones apart."""
         self.studies: tuple[str, ...] = ()
+        self.series = {uid: frozenset(uids) for uid, uids in how.series.items()}
         self.patients: Mapping[str, Mapping[int, bytes]] = {}
         """By study, the key of its patient as the PACS tells it."""
         self.has_manifest = self.has_source = False
@@ -459,6 +463,9 @@ class _Verify:
         """Raise where the call is to end: of what was half compared nothing is told, and nothing written."""
         if self.cancel.ending():
             raise Cancelled(f"Cancelled: {self.cancel.reason}.")
+
+    def _means(self, study: str, series: str) -> bool:
+        return study not in self.series or series in self.series[study]
 
     def _item(self, row: Instance, place: str | None = None) -> _Item:
         return self.items.setdefault((row.study, row.key, place), _Item(row))
@@ -480,7 +487,7 @@ class _Verify:
         sources = listed.table.column("source").unique().to_pylist()
         self.source = self.source or (sources[0] or "" if len(sources) == 1 else "")
         for row, opener in listed.rows(self.s3, self.cancel):
-            if self.studies and row.study not in self.studies:
+            if (self.studies and row.study not in self.studies) or not self._means(row.study, row.series):
                 continue
             if row.state == "withdrawn":
                 continue
@@ -554,9 +561,9 @@ class _Verify:
 
     def _queries(self) -> Iterator[tuple[Query, Collection[str] | None]]:
         """What to ask a PACS for, and in which classes: of each study what its manifest is of, else all of it."""
-        from airflow_dicom_get.engine.narrowed import query_within, that_can_be_asked
+        from airflow_dicom_get.engine.narrowed import in_series, query_within, that_can_be_asked
 
-        self.scopes = that_can_be_asked(self.scopes)
+        self.scopes = {**that_can_be_asked(self.scopes), **in_series(self.series)}
         studies: dict[Narrowed | None, list[str]] = {}
         for study in self.studies:
             parts: list[Narrowed | None] = [*sorted(self.scopes.get(study, ()))]
@@ -594,6 +601,8 @@ class _Verify:
         ledgers = self._root().ledgers(destination)
         for study in self.studies:
             for records in ledgers.read(study).values():
+                if not self._means(study, records[0].series):
+                    continue
                 item = self._item(Instance(study, records[0].series, records[0].sop))
                 item.row.adopt(records[0])
                 item.in_records, item.recorded = True, list(records)
@@ -608,6 +617,8 @@ class _Verify:
     def _look_into(self, place: FilesystemDestination | S3Destination, study: str) -> None:
         for key, item in _instances_in(place, study, self.s3, self.cancel):
             self._check_cancelled()
+            if not self._means(study, key[0]):
+                continue
             found = self._item(Instance(study, *key))
             found.there, found.item = True, item
 
@@ -664,7 +675,7 @@ class _Verify:
         assert self.node is not None
         unknown = []
         for study, instances in listed.items():
-            there = [self._item(Instance(study, *key)) for key in sorted(instances.keys)]
+            there = [self._item(Instance(study, *key)) for key in sorted(instances.keys) if self._means(study, key[0])]
             if any(item.refused or not item.confirmed for item in there):
                 ledgers = self._root().ledgers(f"dicom://{self.node}")
                 holdings = NodeHoldings(ledgers, self.node, trusted=self.options.trust_destination)

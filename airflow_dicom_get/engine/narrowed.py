@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from airflow_dicom_get.dicom.uids import is_uid
 from airflow_dicom_get.engine.query import Query, parse_query
@@ -56,6 +56,12 @@ def _can_be_asked(narrowed: Narrowed) -> bool:
         return query_within([_ANY], narrowed, "StudyRoot") is not None
     except InvalidQuery:
         return False
+
+
+def in_series(series: Mapping[str, Collection[str]]) -> Scopes:
+    """The scopes of some studies of which these series alone are meant."""
+    keys = {study: (("SeriesInstanceUID", "\\".join(sorted(uids))),) for study, uids in series.items()}
+    return {study: frozenset([Narrowed(of_study)]) for study, of_study in keys.items()}
 
 
 def in_classes(scopes: Scopes, sop_classes: Collection[str] | None, studies: Iterable[str]) -> Scopes:

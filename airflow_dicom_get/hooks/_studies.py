@@ -44,6 +44,12 @@ def study_uids(study: Any) -> list[str]:
     return list(dict.fromkeys(_study_and_series(one)[0] for one in (study if _is_list(study) else [study])))
 
 
+def study_series(study: Any) -> dict[str, list[str]]:
+    """Of a UID, an Item, or a list of either, the studies of which some series alone are wanted, and these."""
+    queries = [query for query in study_queries(study) if "SeriesInstanceUID" in query]
+    return {query["StudyInstanceUID"]: query["SeriesInstanceUID"] for query in queries}
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 

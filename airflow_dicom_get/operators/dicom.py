@@ -35,7 +35,7 @@ from airflow_dicom_get.hooks._destinations import (
 from airflow_dicom_get.hooks._errors import final_errors
 from airflow_dicom_get.hooks._node_config import within
 from airflow_dicom_get.hooks._redaction import label_of, shown_manifest, shown_query, shown_study
-from airflow_dicom_get.hooks._studies import study_queries, study_uids
+from airflow_dicom_get.hooks._studies import study_queries, study_series, study_uids
 from airflow_dicom_get.hooks._task import DicomTask
 from airflow_dicom_get.hooks.configuration import max_map_length
 from airflow_dicom_get.hooks.dicom import DicomHook
@@ -658,7 +658,8 @@ class DicomVerifyOperator(DicomTask):
     A manifest of the comparison is written as well: ``DicomGetOperator`` accepts it. Its address is in ``summary``.
 
     :param manifest: manifest of a retrieval, of any shape, or several (templated)
-    :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either (templated)
+    :param study: Study Instance UID, Item of ``DicomFindOperator``, or a list of either; of an Item with series only
+        these are compared (templated)
     :param destination: where to look, if not where the manifest points to: an absolute path,
         ``s3://[CONN_ID@]bucket/prefix``, ``dicom://CONN_ID`` or ``dicom://[AE@]host:port`` (templated)
     :param dicom_conn_id: the ``dicom`` connection of a PACS whose list is compared (templated)
@@ -784,7 +785,7 @@ class DicomVerifyOperator(DicomTask):
             VerifyOptions.check(options),
             listed,
             studies,
-            how=How(self.quick, self.listed_within.total_seconds()),
+            how=How(self.quick, self.listed_within.total_seconds(), study_series(study) if study is not None else {}),
             manifest_name=run_name_of(context["ti"]),
             cancels=cancels,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from airflow.sdk import DAG, task
+from pydicom import dcmread
 
 from airflow_dicom_get import load_manifest
 from airflow_dicom_get.operators import dicom as operators
@@ -49,6 +50,30 @@ def test_what_is_the_same_is_a_success_and_an_empty_frame(run_dag, pacs, archive
     assert run.rendered("verify")["manifest"] == "manifest of 72 rows"
     database = database_rows(run)
     assert not any(word in run.log or word.encode().hex() in database.lower() for word in patient)
+
+
+def test_of_an_item_with_series_these_are_compared(run_dag, pacs, archive, tmp_path):
+    """What was retrieved by it is the same, and so is what the next get by it would have to fetch."""
+    series = sorted({str(dcmread(path).SeriesInstanceUID) for path in (archive.folder / "many").glob("*.dcm")})
+    item = {"study_instance_uid": archive.many, "series_instance_uids": series[:2]}
+    with DAG("parts") as dag:
+        first = get(study=item, destination=str(tmp_path))
+        part = verify(task_id="part", study=[item], destination=str(tmp_path), dicom_conn_id="pacs")
+        ours = verify(task_id="ours", study=item, destination=str(tmp_path))
+        both = verify(task_id="both", manifest=first.output, study=item, dicom_conn_id="pacs")
+        whole = verify(task_id="whole", study=archive.many, destination=str(tmp_path), dicom_conn_id="pacs",
+                       fail_on_difference=False)  # fmt: skip
+        other = verify(task_id="other", study={**item, "series_instance_uids": series[2:]}, manifest=first.output,
+                       dicom_conn_id="pacs", fail_on_difference=False)  # fmt: skip
+        rest = get(task_id="rest", study=archive.many, destination=str(tmp_path))
+        again = verify(task_id="again", study=item, destination=str(tmp_path), dicom_conn_id="pacs")
+        first >> [part, ours, both, whole, other] >> rest >> again
+    run = run_dag(dag)
+    assert run.state == "success"
+    for name in ("part", "ours", "both", "again"):
+        assert run.xcom(name, "summary")["symbols"] == {"=": 40}, name
+    assert run.xcom("whole", "summary")["symbols"] == {"=": 40, "+": 20}
+    assert run.xcom("other", "summary")["symbols"] == {"+": 20}
 
 
 def test_each_difference_is_named_and_the_next_get_mends_them(run_dag, pacs, archive, tmp_path):
