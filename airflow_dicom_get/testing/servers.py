@@ -102,10 +102,13 @@ class Server:
     def environment(self) -> dict[str, str]:
         return {}
 
-    def start(self) -> Self:
-        """Start, and wait until a C-ECHO succeeds. A port that someone else was quicker to take costs another try."""
+    def start(self, port: int | None = None) -> Self:
+        """Start, on a free port or the one that is given, and wait until a C-ECHO succeeds.
+
+        A port that someone else was quicker to take costs another try.
+        """
         for _ in range(3):
-            self.port = free_port()
+            self.port = port or free_port()
             command = self.command()
             with (self.folder / "server.log").open("ab") as log:
                 self.process = subprocess.Popen(
@@ -129,9 +132,12 @@ class Server:
             try:
                 socket.create_connection((HOST, self.port), timeout=1).close()
             except OSError:
-                time.sleep(0.02)
-                continue
-            return echo(self.port, self.ae_title)
+                pass
+            else:
+                # On a port that it had before, the last child of its predecessor may still have taken the connection.
+                if echo(self.port, self.ae_title):
+                    return True
+            time.sleep(0.02)
         return False
 
     def stop(self) -> None:

@@ -90,10 +90,7 @@ def _restarted(server: Dcmqrscp | Orthanc, ct: Holding, to: Path) -> None:
     def restart() -> None:
         port = server.port
         server.stop()
-        again = server.command
-        server.port = port
-        server.command = again  # type: ignore[method-assign]
-        _start_on(server, port)
+        server.start(port)
 
     def begin() -> None:
         threads.append(threading.Thread(target=restart))
@@ -111,19 +108,6 @@ def _restarted(server: Dcmqrscp | Orthanc, ct: Holding, to: Path) -> None:
     assert found.keys() == ct.entries.keys()
     for sop, path in found.items():
         assert path.read_bytes().endswith(sent[sop].data or b"nothing")
-
-
-def _start_on(server: Dcmqrscp | Orthanc, port: int) -> None:
-    """Start a server again on the port that it had."""
-    from airflow_dicom_get.testing import servers
-
-    free_port = servers.free_port
-    ports = [port]
-    servers.free_port = lambda: ports.pop() if ports else free_port()
-    try:
-        server.start()
-    finally:
-        servers.free_port = free_port
 
 
 @pytest.mark.parametrize("options", [{}, FOUR], ids=["one", "four"])
