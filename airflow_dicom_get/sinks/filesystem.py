@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow_dicom_get import clock
 from airflow_dicom_get.config.options import WritingOptions
@@ -30,7 +30,7 @@ from airflow_dicom_get.net.association import OVER, STUCK, CancelToken
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.sinks import locks, objects
 from airflow_dicom_get.sinks.base import Confirmation, Taken, ended_early
-from airflow_dicom_get.sinks.ledger import Ledgers, RecordedDigests, contradict, first_failure
+from airflow_dicom_get.sinks.ledger import Ledgers, RecordedDigests, first_failure, is_unsure
 from airflow_dicom_get.sinks.objects import whole_instance
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import (
@@ -193,8 +193,7 @@ class FilesystemSink:
         self._room = clock.condition(self._mutex)
         self._studies: dict[str, _Study] = {}
         self._unclosed: OSError | None = None
-        self._durable: dict[str, set[Key]] = {}
-        """By study what runs before this one have recorded as durable."""
+        self._recorded: dict[str, _Recorded] = {}
         self.digests = RecordedDigests(ledgers)
         self._unconfirmed = 0
         self._due = 0
@@ -217,7 +216,7 @@ class FilesystemSink:
             except OSError as error:
                 raise sink_error(error, f"The destination cannot be cleaned up in study {study}") from error
         records = self.ledgers.read(study, durably=self.options.durable and not self._read_only)
-        self._durable[study] = _durable_in(records)
+        self._recorded[study] = self._recorded_in(records)
         held: dict[Key, Stored] = {}
         place = f"{self.root / study}/"
         for series, sop, entry in self._files(study):
@@ -265,8 +264,8 @@ class FilesystemSink:
         fits = [record for record in candidates if record.bytes == size <= files.LARGEST]
         if not fits:
             return None
-        found = fits[0]
-        if self.options.verify_held == "digest" or not found.durable or contradict(candidates):
+        found, unsure = fits[0], is_unsure(candidates)
+        if self.options.verify_held == "digest" or unsure:
             digest = digest_of_path(path, self.look_on)
             told = next((record for record in fits if record.sha256 == digest), None)
             if told is None:
@@ -275,11 +274,10 @@ class FilesystemSink:
                     self.torn.add(found.key)
                 return None
             found = told
-        decided = contradict(candidates)  # by the digest, and the next run need not read it again
-        if (decided or not found.durable) and not self._read_only:
-            if not found.durable and not self._sync_now(study, path):
+        if unsure and not self._read_only:
+            if not all(record.durable for record in candidates) and not self._sync_now(study, path):
                 return None  # it is fetched again: a sync of it may have failed in the run that took it
-            self._record(study, found, anew=decided)
+            self._record(study, found, anew=len(candidates) > 1)  # and the next run need not read it again
         found.where = place
         return found
 
@@ -346,14 +344,21 @@ class FilesystemSink:
                     raise sink_error(error, f"The destination cannot create a folder for study {uid}") from error
             return study
 
-    def recorded_durable(self, study: str) -> set[Key]:
-        """What runs before this one have recorded as durable; nothing where no run can read it."""
-        if study not in self._durable:
+    def recorded(self, study: str) -> _Recorded:
+        """What runs before this one have recorded of a study."""
+        if study not in self._recorded:
             try:
-                self._durable[study] = _durable_in(self.ledgers.read(study))
+                self._recorded[study] = self._recorded_in(self.ledgers.read(study))
             except LedgerError:
-                self._durable[study] = set()
-        return self._durable[study]
+                self._recorded[study] = _Recorded(None, set())
+        return self._recorded[study]
+
+    def _recorded_in(self, records: Mapping[Key, Sequence[Stored]]) -> _Recorded:
+        # A durable run takes none for durable where the ledgers could not be synced; the next run may.
+        counting = {
+            key for key, found in records.items() if self.options.durable or any(record.durable for record in found)
+        }
+        return _Recorded(counting, {key for key, found in records.items() if not is_unsure(found)})
 
     def taken(self, pending: _Pending) -> None:
         """Hand a taken instance to the thread that makes it durable."""
@@ -501,7 +506,7 @@ class FilesystemSink:
             self._wait(lambda: not self._due)
         if self._left():
             return
-        self._durable.pop(study, None)
+        self._recorded.pop(study, None)
         self.digests.forget(study)
         ended = self._studies.pop(study, None)
         if ended is not None:
@@ -526,8 +531,22 @@ class _GivenUpError(Exception):
     """The run has ended without the thread that syncs."""
 
 
-def _durable_in(records: Mapping[Key, Sequence[Stored]]) -> set[Key]:
-    return {key for key, found in records.items() if any(record.durable for record in found)}
+class _Recorded(NamedTuple):
+    """What runs before this one have recorded of the instances of a study."""
+
+    counting: set[Key] | None
+    """Those whose record may count as durable for another file in place of theirs; None where no run can read it."""
+    durable: set[Key]
+    """Those whose file is surely durable."""
+
+    def may_count(self, key: Key) -> bool:
+        return self.counting is None or key in self.counting
+
+    def ended(self, key: Key) -> None:
+        """None of them counts any more."""
+        if self.counting is not None:
+            self.counting.discard(key)
+        self.durable.discard(key)
 
 
 class _Pending:
@@ -798,7 +817,7 @@ class _FileWriter:
         if not self._study.ledger.at_once:  # after a power cut nothing would tell that it may be torn
             self._sync_data()
         # The file of what is recorded is gone: that would count for this one before it is synced.
-        self._record_taken(anew=instance.key in self._sink.recorded_durable(instance.study))
+        self._record_taken(anew=self._sink.recorded(instance.study).may_count(instance.key))
         try:
             self._disk.rename_new(self._name, final, folder)
         except FileExistsError:  # another run was quicker by a moment
@@ -866,7 +885,7 @@ class _FileWriter:
         sink, instance = self._sink, self._instance
         return (
             sink.options.durable
-            and instance.key not in sink.recorded_durable(instance.study)
+            and instance.key not in sink.recorded(instance.study).durable
             and not files.write_again(final, self._folder.fd, sink.look_on)
             and sink.digests.of(instance.study, instance.key) is not None
         )
@@ -931,7 +950,7 @@ class _FileWriter:
         self._study.ledger.taken(self._instance, anew=anew)
         if anew:
             self._study.ledger.sync()
-            self._sink.recorded_durable(self._instance.study).discard(self._instance.key)
+            self._sink.recorded(self._instance.study).ended(self._instance.key)
 
     def _drop(self) -> None:
         fd, self._fd = self._fd, -1

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from airflow_dicom_get.config.checks import shown
-from airflow_dicom_get.errors import LedgerError
+from airflow_dicom_get.errors import LedgerError, SinkError
 from airflow_dicom_get.records import Instance, Key, Stored
 from airflow_dicom_get.storage import files
 from airflow_dicom_get.storage.files import Disk, Folder, sync_path
@@ -183,14 +183,17 @@ class _Took(NamedTuple):
 
 
 class RecordedDigests:
-    """The digests of what runs have recorded as taken; those of a study are read when an object of it is in doubt."""
+    """The digests of what runs have recorded as taken; those of a study are read when an object of it is in doubt.
+
+    Its methods raise :class:`SinkError` where they cannot be read: nobody knows then whether what is there came so.
+    """
 
     def __init__(self, ledgers: Ledgers) -> None:
         self._ledgers = ledgers
         self._of: dict[str, dict[Key, _Took]] = {}
 
     def of(self, study: str, key: Key) -> frozenset[bytes] | None:
-        """Those of an instance; None where no run has recorded it, or none can read that."""
+        """Those of an instance; None where no run has recorded it."""
         took = self._took(study, key)
         return took.digests if took is not None else None
 
@@ -213,8 +216,8 @@ class RecordedDigests:
         if study not in self._of:
             try:
                 records = self._ledgers.read(study)
-            except LedgerError:
-                return None
+            except LedgerError as error:
+                raise SinkError(error.message, hint=error.hint) from error
             self._of[study] = {
                 one: _Took(
                     frozenset(x.sha256 for x in found if x.sha256),
@@ -393,6 +396,14 @@ def merge_records(runs: Iterable[tuple[str, RunRecords]]) -> dict[Key, list[Stor
 def contradict(records: Sequence[Stored]) -> bool:
     """Whether the records of one instance name more than one content: then sizes do not tell what is there."""
     return len({record.sha256 for record in records}) > 1
+
+
+def is_unsure(records: Sequence[Stored]) -> bool:
+    """Whether what is there may be what no run has confirmed: another content, or put there by a run that was killed.
+
+    That a file was recorded as durable before says nothing of one that took its place.
+    """
+    return contradict(records) or not all(record.durable for record in records)
 
 
 def _contents(paths: Iterable[Folder], study: str) -> Iterator[tuple[Folder, bytes]]:

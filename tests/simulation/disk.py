@@ -396,10 +396,17 @@ _LEFT = ("lost", "kept", "torn")
 
 
 def _certain(folder: Folder) -> dict[str, File | Folder]:
-    """The names that are the same whichever of the changes are made."""
+    """The names that are the same whichever of the changes are made, or the content under which is."""
     moving = {(name, node) for change in folder.changes for name, node in change.items()}
-    unsure = {name for name, node in moving if folder.stored.get(name) is not node}
+    unsure = {name for name, node in moving if not _alike(folder.stored.get(name), node)}
     return {name: node for name, node in folder.stored.items() if name not in unsure}
+
+
+def _alike(one: File | Folder | None, other: File | Folder | None) -> bool:
+    """Whether it is the same to a reader which of two is there after a power cut."""
+    if isinstance(one, File) and isinstance(other, File) and one is not other:
+        return not (one.may_change() or other.may_change()) and one.stored == other.stored
+    return one is other
 
 
 def _walk(

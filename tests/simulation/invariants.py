@@ -121,7 +121,8 @@ def _nothing_changed(world: World, run: Played, files: dict[str, bytes]) -> None
         if files.get(path) == content or not _is_whole(world, path, key, content):
             continue
         if data_set(content) in world.pacs.truncated and (
-            any(one.killed or _left_unrecorded(one) for one in world.runs)
+            _records_lost(world)
+            or any(one.killed or _left_unrecorded(one) for one in world.runs)
             or run.run.options.get("checksum", "") is None
         ):
             continue  # no record that is left need say that it came so
@@ -320,7 +321,11 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         elif not _is_whole(world, path, (series, sop), files[path]):
             if not (run.run.options.get("adopt") and _torn_unseen(world, run, path, (series, sop))):
                 world.finding("complete, and other bytes than were sent", path)
-        elif _is_theirs(world, path, (series, sop), files[path]) and _is_looked_at(world, run):
+        elif (
+            _is_theirs(world, path, (series, sop), files[path])
+            and _is_looked_at(world, run)
+            and not (run.run.options.get("adopt") and _records_lost(world))  # no record is left that says otherwise
+        ):
             world.finding("complete, and somebody else's file", path)
     drained = {key_of(row) for row in run.rows if row["reason"] == "other_transfer_syntax"}
     for key, data in _taken(world, run):
@@ -441,16 +446,27 @@ def _not_asked_again(world: World, run: Played) -> None:
 
 
 def _left_unrecorded(run: Played) -> bool:
-    """Whether a run could not write or sync its ledger: what it has recorded may be gone."""
-    return any(operation == "sync" and fault.error for operation, _, fault in run.met) or (
-        run.result is not None and any("ledger" in said["error"] for said in run.result.errors)
+    """Whether a run could not write or sync its ledger: what it has recorded may be gone.
+
+    One that is to end at once leaves it, where that may take long.
+    """
+    return (
+        _sync_failed(run)
+        or run.cancels > 1
+        or (run.result is not None and any("ledger" in said["error"] for said in run.result.errors))
     )
 
 
+def _sync_failed(run: Played) -> bool:
+    return any(operation == "sync" and fault.error is not None for operation, _, fault in run.met)
+
+
 def _records_lost(world: World) -> bool:
-    """Whether the records of a run whose ledger could not be synced are gone; those of one that was killed count once
-    the next run has synced them."""
-    return (world.place.cuts > 0 or "between: evict" in in_history) and any(map(_left_unrecorded, world.runs))
+    """Whether the records of a run that did not or could not sync its ledger are gone; those of one that was killed
+    count once the next run has synced them."""
+    return (world.place.cuts > 0 or "between: evict" in in_history) and any(
+        _left_unrecorded(one) or not one.run.options.get("durable", True) for one in world.runs
+    )
 
 
 def _confirmed(world: World, run: Played) -> Iterator[Key]:
@@ -464,15 +480,19 @@ def _confirmed(world: World, run: Played) -> Iterator[Key]:
             return  # nothing says that what was taken is still what it was
         if "between: read-only" in in_history:
             return  # what was only taken is written once more before it counts, and may not be
-    in_doubt = run.run.verb == "manifest" and any(row["reason"] in CONTENT_IN_DOUBT for row in last.rows)
-    if in_doubt and last.run.options.get("checksum", "") is None:
+    in_doubt = (
+        (run.run.verb == "manifest" and any(row["reason"] in CONTENT_IN_DOUBT for row in last.rows))
+        or run.run.options.get("verify_held") == "digest"
+        or _sync_failed(run)  # that of the ledgers, and so what they say to be durable is not
+    )
+    if in_doubt and any(one.run.options.get("checksum", "") is None for one in world.runs[: run.number - 1]):
         return  # what is held is looked at by its digest, and has none
     now = {key: (path, content) for path, _, key, content in final_files(run.before)}
     for row in last.rows:
         key = key_of(row)
         if row["state"] in HELD and key in now:
             path, content = now[key]
-            if path in world.read_only and not last.run.options.get("durable", True):
+            if path in world.read_only and (_sync_failed(run) or not last.run.options.get("durable", True)):
                 continue  # it cannot be written once more, and so not be made durable
             if _is_whole(world, path, key, content) and path not in world.theirs:
                 yield key
