@@ -112,7 +112,8 @@ class Finder:
         Parameters
         ----------
         keys : mapping
-            Tags to values; bytes are sent as they are, in the Specific Character Set that is among them.
+            Tags to values; bytes are what the peer has told, sent as it told them, in the Specific Character Set that
+            is among them.
         dropped : Dropped, optional
             Takes the rows that contradict; those of the Finder by default.
         enough : callable, optional
@@ -125,7 +126,8 @@ class Finder:
         elements[i.QUERY_RETRIEVE_LEVEL] = level
         wanted = frozenset(elements) | {h.SPECIFIC_CHARACTER_SET}
         identifier = i.encode_identifier(elements, _UIDS)
-        matcher = Matcher(level, _texts(keys))
+        told = [tag for tag, value in keys.items() if isinstance(value, bytes)]
+        matcher = Matcher(level, _texts(keys), told)
         self.came = 0
         try:
             for raw in c_find(

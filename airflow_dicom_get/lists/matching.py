@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -57,14 +57,17 @@ class Matcher:
         Query/Retrieve Level of the C-FIND.
     keys : mapping
         Tags to the values that were sent; an empty one, or ``*``, matches everything.
+    told : collection of int
+        Tags of which the peer has told the value itself, for this study: a row need not tell it again.
     """
 
-    def __init__(self, level: str, keys: Mapping[int, str | Iterable[str]]) -> None:
+    def __init__(self, level: str, keys: Mapping[int, str | Iterable[str]], told: Collection[int] = ()) -> None:
         self._tests: list[_Test] = []
         for tag, value in keys.items():
             wanted = tuple(value.split("\\") if isinstance(value, str) else value)
             if any(text.strip("*") for text in wanted) and (attribute := _attribute(tag)):
                 self._tests.append(_Test(tag, *attribute, wanted, level))
+                self._tests[-1].needed &= tag not in told
 
     def contradiction(self, row: Row) -> Contradiction | None:
         """What a row contradicts: first a key for which it has another value, then one for which it has none."""
@@ -92,7 +95,7 @@ def _attribute(tag: int) -> tuple[str, str] | None:
 class _Test:
     """One key."""
 
-    __slots__ = ("_exact", "_keyword", "_level", "_names", "_needed", "_tag", "_uids", "_vr", "_wanted")
+    __slots__ = ("_exact", "_keyword", "_level", "_names", "_tag", "_uids", "_vr", "_wanted", "needed")
 
     def __init__(self, tag: int, keyword: str, vr: str, wanted: tuple[str, ...], level: str) -> None:
         self._tag, self._keyword, self._vr, self._wanted, self._level = tag, keyword, vr, wanted, level
@@ -100,17 +103,17 @@ class _Test:
         self._names = [_words(text) for text in wanted] if vr == "PN" else []
         self._exact = keyword in _EXACT
         # Below the level of a key its absence says nothing. Above it a PACS that leaves it out has not matched on it.
-        self._needed = LEVELS.index(level) <= LEVELS.index(level_of(keyword))
+        self.needed = LEVELS.index(level) <= LEVELS.index(level_of(keyword))
 
     def contradiction(self, row: Row) -> Contradiction | None:
         raw = row.get(self._tag)
         if raw is None:
-            return Contradiction(self._keyword, self._level, False) if self._needed else None
+            return Contradiction(self._keyword, self._level, False) if self.needed else None
         if self._uids is not None and (raw in self._uids or raw.strip(b"\0 ") in self._uids):
             return None
         if not raw.strip(b"\0 "):
             compared = self._exact or self._vr in ("UI", "DA", "PN") or self._vr in _FOLDED_VRS
-            return Contradiction(self._keyword, self._level, False) if self._needed and compared else None
+            return Contradiction(self._keyword, self._level, False) if self.needed and compared else None
         values = values_of(raw, row.get(SPECIFIC_CHARACTER_SET, b""), self._vr)
         if any(map(self._fits, values)):
             return None

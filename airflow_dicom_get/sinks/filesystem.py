@@ -277,7 +277,8 @@ class FilesystemSink:
         if unsure and not self._read_only:
             if not all(record.durable for record in candidates) and not self._sync_now(study, path):
                 return None  # it is fetched again: a sync of it may have failed in the run that took it
-            self._record(study, found, anew=len(candidates) > 1)  # and the next run need not read it again
+            self._record(study, found, anew=True)  # and the next run need not read it again
+            self.recorded(study).durable.add(found.key)
         found.where = place
         return found
 
@@ -854,12 +855,13 @@ class _FileWriter:
                 instance.sent_again(first)
                 same = described = True
             if same and described:
-                if self._may_not_be_durable(final):
+                unsure = self._is_unsure()
+                if unsure and not files.write_again(final, self._folder.fd, self._sink.look_on):
                     return self._put_over(final, fd)  # taken by a run before this one, whose sync may have failed
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd, self._sink.look_on)
-                self._study.ledger.taken(instance)
+                self._study.ledger.taken(instance, anew=unsure)
                 self._drop()
                 there, fd = fd, -1
                 return self._stays(there, size)
@@ -880,15 +882,10 @@ class _FileWriter:
     def _is_same(self, fd: int, offset: int) -> bool:
         return same_content(fd, offset, self._fd, self._offset, self._sink.look_on)
 
-    def _may_not_be_durable(self, final: str) -> bool:
-        """Whether a sync of what is there may have failed in a run before, and it may not be written again."""
-        sink, instance = self._sink, self._instance
-        return (
-            sink.options.durable
-            and instance.key not in sink.recorded(instance.study).durable
-            and not files.write_again(final, self._folder.fd, sink.look_on)
-            and sink.digests.of(instance.study, instance.key) is not None
-        )
+    def _is_unsure(self) -> bool:
+        """Whether a run before this one has taken what is there, and perhaps not made it durable."""
+        recorded, key = self._sink.recorded(self._instance.study), self._instance.key
+        return self._sink.options.durable and recorded.may_count(key) and key not in recorded.durable
 
     def _is_as_taken(self, fd: int) -> bool | None:
         """Whether what is there is as a run has taken it; None where no run has recorded that."""

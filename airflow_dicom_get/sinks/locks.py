@@ -96,7 +96,10 @@ def _if_dead(disk: Disk, lock: Folder, left: list[Folder]) -> Iterator[bool]:
         except OSError:  # no locks on this file system
             old = True
         if old:
-            dead = all(clock.now() - disk.status(path).st_mtime > _STALE_SECONDS for path in [lock, *left])
+            try:
+                dead = all(clock.now() - disk.status(path).st_mtime > _STALE_SECONDS for path in [lock, *left])
+            except FileNotFoundError:  # it takes them away itself, at its end
+                dead = False
         yield dead
         if dead:
             disk.remove(lock)

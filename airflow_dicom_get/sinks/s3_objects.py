@@ -116,7 +116,7 @@ class Existing(NamedTuple):
     same : bool
         Its data set is ours.
     whole : bool
-        It is a whole instance, whichever; always where it is the same.
+        It is a whole instance, whichever, or what a run has stored; always where it is the same.
     meta : FileMeta or None
         What it says of itself, where it had to be read.
     """
@@ -162,7 +162,8 @@ def compare(bucket: Bucket, key: str, ours: OurFile) -> Existing | None:
             position += len(chunk)
         described = not ours.head or describes(meta, ours.instance)
         same = described and behind_our_head.digest() == ours.sha256
-        complete = same or looks_whole(copy, head, size)
+        as_stored = told.get("Metadata", {}).get("sha256") == whole.hexdigest()  # truncated or not: so it came
+        complete = same or as_stored or looks_whole(copy, head, size)
     return Existing(same, complete, size, whole.digest(), offset, etag, meta)
 
 

@@ -72,7 +72,7 @@ def data_set(content: bytes) -> bytes:
     """The data set of a file, whether or not it has file meta information."""
     if content[128:132] != b"DICM":
         return content
-    (length,) = struct.unpack_from("<I", content, 140)
+    (length,) = struct.unpack_from("<I", content.ljust(144, b"\0"), 140)  # it may be torn
     return content[144 + length :]
 
 
@@ -222,8 +222,8 @@ def _second_list(world: World, run: Played) -> None:
 
 def _truncated(world: World, run: Played, files: dict[str, bytes]) -> None:
     """The row of a data set whose end is missing says so, in the run that took it and in those after it."""
-    if not world.pacs.truncated:
-        return
+    if not world.pacs.truncated or (world.place.node is not None and any(one.met for one in world.runs)):
+        return  # or no record that is left need say so: a node has taken what a run could not record
     for row in run.rows:
         path = path_of(row)
         if _keeps_another(world, run, path, key_of(row)):
@@ -251,7 +251,9 @@ def _at_once(world: World, run: Played, beside: Played) -> None:
         left = [path for path in world.place.files() if path.endswith((".part", ".lock")) and path not in run.before]
         if left and not beside.killed and not run.met and not beside.met:
             world.finding("left behind", left)
-    quiet = not (run.met or run.run.ill or run.run.breaks or run.changed)
+    # A disk that fails says so to whoever has the file or the folder open.
+    failing = any(operation.startswith("sync") for operation, _, _ in beside.met)
+    quiet = not (run.met or run.run.ill or run.run.breaks or run.changed or failing)
     if quiet:
         mark("get: two at once, and nothing goes wrong in one")
         if beside.killed:
@@ -517,7 +519,9 @@ def has_ended(world: World, run: Played) -> bool:
     if verdict == "unverified":
         # An answer of as many rows as the option names may be cut, and a PACS that ignores keys gives no other.
         limited = bool(habits.cap) or "list_limit" in run.run.options
-        return habits.counts == "high" or limited or bool(malformed)
+        # What is not listed comes again each night with what is asked for, where no list tells its class.
+        comes = habits.gets == "series" and not habits.classes and "sop_classes" in run.run.options
+        return habits.counts == "high" or limited or bool(malformed) or (comes and bool(world.pacs.unlisted))
     if verdict == "failed" and run.result.reason == "invalid_query" and world.history.model == "PatientRoot":
         return True  # it shows no row of a study that was named, and so not whose it is
     for row in run.rows:
@@ -530,6 +534,8 @@ def has_ended(world: World, run: Played) -> bool:
                     if not _torn_unseen(world, run, path_of(row), key):
                         return False
                     mark("torn, and whole to look at: a conflict")
+            case "missing" if row["reason"] == "uid_mismatch" and habits.cap and _two_of(world, key[1]):
+                mark("its other series was cut off the list: what it sends names another than the list")
             case "missing":
                 if row["reason"] != "bad_uid":
                     return False

@@ -80,9 +80,9 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "records_of_a_file_that_is_gone_count_for_the_next": Mutation(
         "sinks.filesystem:_FileWriter._place",
-        "anew=instance.key in self._sink.recorded_durable(instance.study)",
+        "anew=self._sink.recorded(instance.study).may_count(instance.key)",
         "anew=False",
-        "complete, and not durable",
+        "complete, and other bytes than were sent",
     ),
     "malformed_uids_are_skipped": Mutation(
         "engine.listing:Listing.keep_bad",

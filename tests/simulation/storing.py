@@ -24,10 +24,11 @@ def store(world: World) -> None:
     confirmed: set[str] = set()
     for run in (*world.history.store, *[Run({})] * _HEALED):
         files, held = world.place.files(), dict(world.node.held)
+        lasting = world.place.durable() if any(fault.what.startswith("power") for fault in run.faults) else files
         result = _run(world, run)
         if world.findings:
             return
-        _nothing_changed(world, files, {sop for sop in confirmed if world.node.held.get(sop) != held[sop]})
+        _nothing_changed(world, files, lasting, {sop for sop in confirmed if world.node.held.get(sop) != held[sop]})
         if result is not None:
             rows = plain_rows(result.rows()) if result.rows is not None else []
             if not run.faults:  # else our records may not have all
@@ -66,10 +67,13 @@ def _run(world: World, run: Run) -> Result | None:
     return result
 
 
-def _nothing_changed(world: World, before: dict[str, bytes], changed: set[str]) -> None:
+def _nothing_changed(world: World, before: dict[str, bytes], lasting: dict[str, bytes], changed: set[str]) -> None:
     now = {path: content for path, _, _, content in final_files(world.place.files())}
-    if now != {path: content for path, _, _, content in final_files(before)}:
-        world.finding("a store changed its source")
+    for path, _, _, content in final_files(before):
+        if now.pop(path, None) != content and lasting.get(path) == content:  # the rest a power cut may take
+            world.finding("a store changed its source", path)
+    if now:
+        world.finding("a store put something into its source", *now)
     for sop in sorted(changed):
         world.finding("a store changed what the node had confirmed", sop)
 

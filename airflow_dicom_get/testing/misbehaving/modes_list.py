@@ -389,7 +389,10 @@ class FindClaims(_AtFind):
         if query.get(_LEVEL) != "IMAGE":
             super().find(message)
             return
-        row = next(iter(self.rows("IMAGE", query)))
+        row = next(iter(self.rows("IMAGE", query)), None)
+        if row is None:
+            super().find(message)
+            return
         mark = "7" * 12
         answer = _pending(message, row | {0x00080018: f"2.25.{mark}"}, syntax)
         for number in count(0, 100):
