@@ -55,6 +55,10 @@ MOMENTS = [_CHOOSER.random() for _ in range(int(os.environ["KILLS"]))] if "KILLS
 LARGE = 12 << 20
 
 
+SLOWED = ["juicefs", "moto"] if "FAULTS" in os.environ else ["moto"]
+"""Where the answers come from the proxy and most of the time is waited: `make test-kills` tries both."""
+
+
 @pytest.fixture(params=["juicefs", "moto"])
 def service(request: pytest.FixtureRequest) -> S3Server:
     server: S3Server = request.getfixturevalue(request.param)
@@ -387,6 +391,7 @@ class TestThereAndBack:
 
 
 class TestFaults:
+    @pytest.mark.parametrize("service", SLOWED, indirect=True)
     @pytest.mark.parametrize("answer", [(500, "InternalError"), (503, "ServiceUnavailable")])
     def test_every_third_request_fails(
         self, service: S3Server, proxy: FaultProxy, prefix: str, ct: Holding, embedded: Pacs, answer: tuple[int, str]
@@ -396,6 +401,7 @@ class TestFaults:
         assert result.verdict == "complete"
         assert_holds(service, prefix, ct, service.config, result)
 
+    @pytest.mark.parametrize("service", SLOWED, indirect=True)
     def test_the_service_asks_to_slow_down(
         self, service: S3Server, proxy: FaultProxy, prefix: str, ct: Holding, embedded: Pacs
     ) -> None:

@@ -15,7 +15,7 @@ from tests.simulation.mutations import SEEDS
 from tests.simulation.world import play
 
 KEPT = SEEDS / "kept"
-HISTORIES = int(os.environ.get("HISTORIES", "5000"))
+HISTORIES = int(os.environ.get("HISTORIES", "2000"))
 
 
 def run(*command: str) -> str:
