@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -460,10 +460,14 @@ class FilesystemSink:
                 self.disk.close(item.fd)  # a network file system may say only now that it has no room
             except OSError as error:
                 failed = failed or error
-            if failed is None:
-                good.append(item)
-            else:
+            if failed is not None:
+                item.study.failed_syncs[item.instance.key] += 1
                 results.append(Confirmation(item.instance, f"sync: {failed.strerror}"))
+            elif item.after != item.study.failed_syncs[item.instance.key]:
+                # Whoever opens a file after a sync that failed is not told of it.
+                results.append(Confirmation(item.instance, "sync: another one of this file has failed"))
+            else:
+                good.append(item)
         try:
             for item in {item.folder: item for item in good}.values():
                 go_on()
@@ -551,12 +555,16 @@ class _Recorded(NamedTuple):
 
 
 class _Pending:
-    """An instance under its final name, not yet synced; it uses the folder."""
+    """An instance under its final name, not yet synced; it uses the folder.
 
-    __slots__ = ("fd", "folder", "instance", "size", "study")
+    It is written, or written again, after so many failed syncs of this run.
+    """
 
-    def __init__(self, instance: Instance, study: _Study, fd: int, folder: _Folder, size: int) -> None:
+    __slots__ = ("after", "fd", "folder", "instance", "size", "study")
+
+    def __init__(self, instance: Instance, study: _Study, fd: int, folder: _Folder, size: int, after: int) -> None:
         self.instance, self.study, self.fd, self.folder, self.size = instance, study, fd, folder, size
+        self.after = after
 
 
 class _Folder:
@@ -588,6 +596,8 @@ class _Study:
             raise
         self.placed: set[Key] = set()
         """What this run put or found here: of two different ones that it is sent the first stays."""
+        self.failed_syncs: Counter[Key] = Counter()
+        """How often this run could not sync an instance: another sync alone says nothing of it."""
         self._series: dict[str, tuple[int, int] | None] = {}
         """The series that were written to, and in which folder what was confirmed of them lies."""
         self._open: dict[str, _Folder] = {}
@@ -705,6 +715,7 @@ class _FileWriter:
     """One instance on its way into a file."""
 
     __slots__ = (
+        "_after",
         "_disk",
         "_fd",
         "_folder",
@@ -740,7 +751,7 @@ class _FileWriter:
         self._head: bytes | None = head
         self._offset = len(head)
         self._hash: Any = hashlib.sha256() if sink.options.checksum else None
-        self._size = self._reported = self._meetings = 0
+        self._size = self._reported = self._meetings = self._after = 0
         self._follower: Follower | None = None
         self._folder = study.enter(instance.series)
         try:
@@ -813,6 +824,7 @@ class _FileWriter:
         """Give the file its final name, which never takes the place of a whole other one."""
         instance, folder = self._instance, self._folder.fd
         final = f"{instance.sop}.dcm"
+        self._after = self._study.failed_syncs[instance.key]
         if self._disk.has(final, folder):
             return self._meet_first(final)
         if not self._study.ledger.at_once:  # after a power cut nothing would tell that it may be torn
@@ -832,7 +844,7 @@ class _FileWriter:
     def _stays(self, fd: int, size: int) -> Taken:
         """What is there under the final name, open as ``fd``, is the instance of this run."""
         self._study.placed.add(self._instance.key)
-        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, size))
+        self._sink.taken(_Pending(self._instance, self._study, fd, self._folder, size, self._after))
         return Taken(s.SUCCESS)
 
     def _meet_first(self, final: str) -> Taken:
@@ -856,8 +868,8 @@ class _FileWriter:
                 same = described = True
             if same and described:
                 unsure = self._is_unsure()
-                if unsure and not files.write_again(final, self._folder.fd, self._sink.look_on):
-                    return self._put_over(final, fd)  # taken by a run before this one, whose sync may have failed
+                if unsure and not files.write_again(final, self._folder.fd, self._sink.look_on) and self._was_taken():
+                    return self._put_over(final, fd)
                 instance.bytes, instance.dataset_offset = size, offset
                 if self._hash is not None and self._sink.options.checksum:
                     instance.sha256 = digest_of(fd, self._sink.look_on)
@@ -883,9 +895,17 @@ class _FileWriter:
         return same_content(fd, offset, self._fd, self._offset, self._sink.look_on)
 
     def _is_unsure(self) -> bool:
-        """Whether a run before this one has taken what is there, and perhaps not made it durable."""
-        recorded, key = self._sink.recorded(self._instance.study), self._instance.key
-        return self._sink.options.durable and recorded.may_count(key) and key not in recorded.durable
+        """Whether what is there is perhaps of a sync that failed: in this run, before it, or in one beside it."""
+        key = self._instance.key
+        if not self._sink.options.durable:
+            return False
+        if key in self._study.placed:
+            return self._after > 0
+        return key not in self._sink.recorded(self._instance.study).durable
+
+    def _was_taken(self) -> bool:
+        """Whether this run, or one before it, has taken what is there."""
+        return self._after > 0 or self._sink.recorded(self._instance.study).may_count(self._instance.key)
 
     def _is_as_taken(self, fd: int) -> bool | None:
         """Whether what is there is as a run has taken it; None where no run has recorded that."""
