@@ -173,7 +173,6 @@ class NodeDestination:
 
     address = "dicom://STORE@node.example:11112"
     options: Mapping[str, Any] = {"manifest_root": "/state"}
-    cuts = 0
 
     def __init__(self, chance: Chance, traits: Mapping[str, Any]) -> None:
         self.node = ModelNode()
@@ -181,6 +180,11 @@ class NodeDestination:
             setattr(self.node, name, value)
         self.machine = Volume(chance)
         """The disk of the machine that runs us, with the ledgers."""
+
+    @property
+    def cuts(self) -> int:
+        """See :class:`Destination`: of the machine with the ledgers."""
+        return self.machine.cuts
 
     def seams(self, process: Process) -> list[tuple[Any, str, object]]:
         """See :class:`Destination`."""

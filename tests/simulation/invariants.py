@@ -245,6 +245,16 @@ def _keeps_another(world: World, run: Played, path: str, key: Key) -> bool:
     return node is not None and node.again == "keeps" and (path in run.before or len(set(world.pacs.sent[key])) > 1)
 
 
+def _may_be_replaced(world: World, run: Played, trait: str) -> bool:
+    """Whether a run beside may put its own in place of what this one took, and may not have synced it yet.
+
+    By its option, or where a trait of the destination says that it cannot tell whether there is something.
+    """
+    if run.beside is None:
+        return False
+    return run.beside.run.options.get("on_conflict") == "replace" or trait in world.history.traits
+
+
 def _at_once(world: World, run: Played, beside: Played) -> None:
     """Another run of the same retrieval costs this one nothing: what it has on its way is not cleaned up."""
     if beside.killed or world.runs[-1].number == run.number:
@@ -316,9 +326,7 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
             continue  # it said that it took it, and kept one of another series that no record of ours names
         if path not in files:
             world.finding("complete, and not there", path)
-        elif durable.get(path) != files[path] and not (
-            run.beside is not None and world.history.traits.get("renames") == "plain"
-        ):  # else the other run put its own in place of it, which it had not yet synced
+        elif durable.get(path) != files[path] and not _may_be_replaced(world, run, "renames"):
             world.finding("complete, and not durable", path)
         elif not _is_whole(world, path, (series, sop), files[path]):
             if not (run.run.options.get("adopt") and _torn_unseen(world, run, path, (series, sop))):
@@ -334,10 +342,8 @@ def _complete(world: World, run: Played, files: dict[str, bytes]) -> None:
         if key in drained:
             continue  # in another transfer syntax: said, and not compared
         path = _path(world, key)
-        if run.beside is not None and (
-            run.run.options.get("on_conflict") == "replace" or "conditions" in world.history.traits
-        ):
-            continue  # the other run put its own there, and the service tells neither
+        if _may_be_replaced(world, run, "conditions"):
+            continue  # nothing tells this one
         if node is not None and (_keeps_another(world, run, path, key) or path in world.theirs):
             continue  # or somebody put his there, which nothing shows
         if key in wanted and path in files and data_set(files[path]) != data:
