@@ -896,12 +896,12 @@ class _FileWriter:
 
     def _is_unsure(self) -> bool:
         """Whether what is there is perhaps of a sync that failed: in this run, before it, or in one beside it."""
-        key = self._instance.key
+        recorded, key = self._sink.recorded(self._instance.study), self._instance.key
         if not self._sink.options.durable:
             return False
         if key in self._study.placed:
             return self._after > 0
-        return key not in self._sink.recorded(self._instance.study).durable
+        return key not in recorded.durable
 
     def _was_taken(self) -> bool:
         """Whether this run, or one before it, has taken what is there."""

@@ -168,6 +168,18 @@ MUTATIONS: Mapping[str, Mutation] = {
     "what_replaces_another_is_not_synced_before": Mutation(
         "sinks.filesystem:_FileWriter._put_over", "self._sync_data()", "pass", "changed"
     ),
+    "a_file_whose_sync_failed_came_again_in_the_same_run": Mutation(
+        "sinks.filesystem:_FileWriter._is_unsure",
+        "return self._after > 0",
+        "return False",
+        "complete, and not durable",
+    ),
+    "a_file_whose_sync_failed_in_a_run_beside": Mutation(
+        "sinks.filesystem:_FileWriter._is_unsure",
+        "return key not in recorded.durable",
+        "return recorded.may_count(key) and key not in recorded.durable",
+        "complete, and not durable",
+    ),
     "a_node_that_cannot_be_reached_confirms_what_it_was_sent": Mutation(
         "sinks.forward:ForwardSink._listed",
         "raise lost from error",
