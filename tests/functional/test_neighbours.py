@@ -381,6 +381,58 @@ def test_what_takes_the_place_of_a_whole_one_is_synced_before(tmp_path: Path, mo
     assert sink_of(tmp_path, "20260101T000000Z-00000004").inventory(STUDY).keys() == {new(1).key}
 
 
+class Failing(files.Disk):
+    """The first sync of a file under its final name fails, once something has happened while it took its time."""
+
+    def __init__(self, happens: Callable[[], object] = lambda: None) -> None:
+        self.happens, self.failed, self.written_again = happens, False, 0
+
+    def open(self, path: files.Where, flags: int, folder: int | None = None, mode: int = 0o666) -> int:
+        self.written_again += flags == files.CHANGE and str(path).endswith(".dcm")
+        return super().open(path, flags, folder, mode)
+
+    def sync_data(self, fd: int) -> None:
+        if not self.failed and os.readlink(f"/proc/self/fd/{fd}").endswith(".dcm"):
+            self.failed = True
+            self.happens()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().sync_data(fd)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_could_not_be_synced_is_written_again_before_it_counts(
+    beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a sync that failed the next one succeeds and writes nothing, in this run and in one beside it."""
+    disk = Failing()
+    monkeypatch.setattr(files, "disk", disk)
+    first = sink_of(tmp_path, "20260101T000000Z-00000001")
+    second = sink_of(tmp_path, "20260101T000000Z-00000002") if beside else first
+    assert second.inventory(STUDY) == {}  # it has read the records before there were any
+    assert put(first, 1)[1].reason is None
+    assert kept(first.confirmations(wait=True)) == []
+    assert put(second, 1)[1].reason is None
+    assert len(kept(second.confirmations(wait=True))) == 1
+    assert disk.written_again == 1
+    first.close()
+    second.close()
+
+
+def test_a_sync_beside_one_that_failed_confirms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One instance comes twice, and the second time while the sync of the first one fails."""
+    come = threading.Event()
+    monkeypatch.setattr(files, "disk", Failing(lambda: come.wait(10)))
+    sink = sink_of(tmp_path, "20260101T000000Z-00000001")
+    assert put(sink, 1)[1].reason is None
+    assert put(sink, 1)[1].reason is None
+    come.set()
+    done = sink.confirmations(wait=True)
+    assert [one.error is None for one in done] == [False, False]
+    assert put(sink, 1)[1].reason is None
+    assert len(kept(sink.confirmations(wait=True))) == 1
+    sink.close()
+
+
 class Between(files.Disk):
     """Something happens while the sync of what is to replace a file takes its time, as another run's replacement."""
 
