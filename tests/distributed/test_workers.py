@@ -11,7 +11,7 @@ import pytest
 
 from airflow_dicom_get.testing.s3_servers import SECRET_KEY
 from airflow_dicom_get.testing.sample_data import big_study
-from tests.support.live_airflow import eventually
+from tests.support.live_airflow import ENDED, eventually
 
 STUDIES = int(os.environ.get("STUDIES", "300"))
 INSTANCES, PIXELS, PAUSE = 4, 16384, 0.15
@@ -36,12 +36,19 @@ def begun(airflow, worker):
 @pytest.mark.timeout(3000)
 def test_a_worker_and_the_api_server_are_lost_in_the_middle(airflow, serve, store, studies, tmp_path):
     pacs = serve(tmp_path / "pacs", PAUSE)
-    airflow.connect("pacs", conn_type="dicom", host="127.0.0.1", port=pacs.port, login="PACS")
+    # Its lists are whole however round the number of studies is.
+    whole = {"list_limit": 0}
+    airflow.connect("pacs", conn_type="dicom", host="127.0.0.1", port=pacs.port, login="PACS", extra=whole)
     began = time.monotonic()
     run = airflow.trigger("many_workers")
 
     def share(part):
-        return lambda: len(pacs.counted()["sent"]) >= part * STUDIES * INSTANCES
+        def sent():
+            enough = len(pacs.counted()["sent"]) >= part * STUDIES * INSTANCES
+            assert enough or run.state() not in ENDED, f"the run has ended before: see {airflow.home.AIRFLOW_HOME}/logs"
+            return enough
+
+        return sent
 
     eventually("a third is sent", share(1 / 3), 1200)
     pacs.counted("hold")
