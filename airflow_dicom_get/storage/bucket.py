@@ -375,16 +375,17 @@ class Bucket:
     def replaces_conditionally(self) -> bool:
         """Whether the service can be told to replace one certain object and no other (``If-Match``).
 
-        It is tried once, at the object that :meth:`writes_conditionally` wrote; without that the answer is no.
+        It is tried once, at the object that :meth:`writes_conditionally` wrote; without that the answer is no. Callers
+        at the same time each try it: a lock that one holds while the service keeps it waiting no other could leave.
         """
-        with self._mutex:
-            if self._replaces is None and self._probe is not None:
-                self._replaces = False
-                try:
-                    self.put(self._probe, b"", IfMatch='"00000000000000000000000000000000"')
-                except S3Error as error:
-                    self._replaces = error.facts["status"] == 412
-            return bool(self._replaces)
+        if self._replaces is None and self._probe is not None:
+            replaces = False
+            try:
+                self.put(self._probe, b"", IfMatch='"00000000000000000000000000000000"')
+            except S3Error as error:
+                replaces = error.facts["status"] == 412
+            self._replaces = replaces
+        return bool(self._replaces)
 
     def _error(self, error: Exception, operation: str, key: str | None) -> S3Error:
         response = getattr(error, "response", None) or {}

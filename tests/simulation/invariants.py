@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -442,8 +443,12 @@ def _not_asked_again(world: World, run: Played) -> None:
     if world.history.destination == "bucket" and _left_unrecorded(world.runs[run.number - 2]):
         return  # those that could not be put were nowhere else
     confirmed = Counter[Key]()
+    ended = _ended_by_each_other(run)
     for row in _confirmed(world, run):
-        confirmed[row] += 1
+        if row in ended:
+            mark("two at once, each of which ended the other's record")
+        else:
+            confirmed[row] += 1
     for get in world.pacs.gets:
         if get.run == run.number and get.level == "IMAGE":
             for sop in get.uids:
@@ -451,6 +456,26 @@ def _not_asked_again(world: World, run: Played) -> None:
                     world.finding("asked for again", get.series, sop)
         elif get.run == run.number and get.level != "IMAGE" and any(confirmed[key] for key in get.sent):
             mark("asked for again as a whole series or study")
+
+
+def _ended_by_each_other(run: Played) -> set[Key]:
+    """Instances of which two runs, begun within one second, each ended what the other had recorded.
+
+    Each found the other's file unconfirmed. Nothing is recorded of it any more, and so it is fetched once more.
+    """
+    ended: dict[Key, dict[str, list[str]]] = {}
+    for path, content in run.before.items():
+        if "/.ledger/" in path:
+            for line in content.splitlines()[1:]:
+                if b'"dropped"' in line and line.endswith(b"}"):
+                    entry = json.loads(line)
+                    runs = ended.setdefault((entry["series"], entry["uid"]), {})
+                    runs.setdefault(path.rpartition("/")[2], []).extend(entry.get("runs", ()))
+    return {
+        key
+        for key, runs in ended.items()
+        if any(any(other.startswith(name) for other in runs) for names in runs.values() for name in names)
+    }
 
 
 def _left_unrecorded(run: Played) -> bool:
