@@ -7,6 +7,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from airflow_dicom_get.dicom.uids import is_uid
@@ -467,10 +468,11 @@ def _ended_by_each_other(run: Played) -> set[Key]:
     for path, content in run.before.items():
         if "/.ledger/" in path:
             for line in content.splitlines()[1:]:
-                if b'"dropped"' in line and line.endswith(b"}"):
-                    entry = json.loads(line)
-                    runs = ended.setdefault((entry["series"], entry["uid"]), {})
-                    runs.setdefault(path.rpartition("/")[2], []).extend(entry.get("runs", ()))
+                if b'"dropped"' in line:
+                    with suppress(ValueError):  # a torn line
+                        entry = json.loads(line)
+                        runs = ended.setdefault((entry["series"], entry["uid"]), {})
+                        runs.setdefault(path.rpartition("/")[2], []).extend(entry.get("runs", ()))
     return {
         key
         for key, runs in ended.items()
