@@ -83,10 +83,13 @@ def decode_identifier(data: bytes | bytearray, wanted: Collection[int]) -> dict[
 
 
 def text_value(raw: bytes | None) -> str | None:
-    """A value of ASCII text (CS, IS, UI, ...) without padding; None if absent or empty."""
+    """A value of ASCII text (CS, IS, UI, ...) without padding; None if absent or empty.
+
+    What is no ASCII, and a NUL within, which PostgreSQL takes in no text, is U+FFFD.
+    """
     if not raw:
         return None
-    return raw.strip(b"\0 ").decode("ascii", "replace") or None
+    return raw.strip(b"\0 ").decode("ascii", "replace").replace("\0", "\ufffd") or None
 
 
 def fits_64_bits(number: float) -> bool:

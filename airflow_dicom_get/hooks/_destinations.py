@@ -72,12 +72,8 @@ def resolve_destination(
         allowed_destinations``
     """
     place = parse_destination(check_address(value, option), option)
-    if not configured and not configuration.is_allowed(place):
-        raise invalid(
-            option,
-            f"{shown_path(place)} is none of [dicom_get] allowed_destinations",
-            "Give one of these, or ask the administrator of this Airflow to add it.",
-        )
+    if not configured:
+        check_allowed(place, option)
     if isinstance(place, S3Destination):
         from airflow_dicom_get.hooks.dicom_s3 import DicomS3Hook
 
@@ -95,6 +91,19 @@ def resolve_destination(
         target = read_node_config(place.conn_id)
         return ResolvedDestination(ForwardDestination(target.node), target=target)
     return ResolvedDestination(place)
+
+
+def check_allowed(place: Destination, option: str) -> None:
+    """Refuse a place that is none of ``[dicom_get] allowed_destinations``.
+
+    :raises InvalidOption: it is none of these
+    """
+    if not configuration.is_allowed(place):
+        raise invalid(
+            option,
+            f"{shown_path(place)} is none of [dicom_get] allowed_destinations",
+            "Give one of these, or ask the administrator of this Airflow to add it.",
+        )
 
 
 def check_address(value: Any, option: str) -> str:

@@ -28,6 +28,7 @@ from airflow_dicom_get.errors import DicomGetError, IncompleteRetrieval, printab
 from airflow_dicom_get.hooks import configuration
 from airflow_dicom_get.hooks._destinations import (
     ResolvedDestination,
+    check_allowed,
     resolve_destination,
     resolve_destinations,
     resolve_root,
@@ -523,6 +524,7 @@ class DicomStoreOperator(TransferOperator):
     def prepare(self, context: Context, name: str, ends: float) -> Transfer:
         """Look up the connections, and load the manifest."""
         kind, value = self.one_of("manifest", "source")
+        check_allowed(ForwardDestination(conn_id=self.target_conn_id), "target_conn_id")
         objects: ResolvedDestination | None
         given: dict[str, Any]
         if kind == "manifest":

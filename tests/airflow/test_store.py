@@ -106,20 +106,33 @@ def test_a_manifest_that_is_handed_on_names_allowed_destinations_alone(
     with DAG("allowed", default_args={"retries": 0}) as dag:
         first = get(study=archive.private, destination=str(tmp_path / "here"))
         store(manifest=first.output)
-    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"/data/*\n{tmp_path}/he*")
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"/data/*\n{tmp_path}/he*\ndicom://archive")
     run = run_dag(dag)
     assert run.state == "success"
     uri = run.xcom("get", "summary")["manifest_uri"]
     for number, manifest in enumerate((reference(uri), uri)):
         with DAG(f"not_allowed_{number}", default_args={"retries": 0}) as dag:
             store(manifest=manifest)
-        monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", "/data/*\ns3://imaging/*")
+        monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", "/data/*\ns3://imaging/*\ndicom://archive")
         asked = target.total_associations
         run = run_dag(dag)
         assert run.task("store").state == "failed"
         summary = run.xcom("store", "summary")
         assert (summary["verdict"], summary["reason"], summary["completed"]) == ("failed", "outside_root", 0)
         assert target.total_associations == asked
+
+
+def test_a_node_that_a_run_names_has_to_be_allowed(run_dag, pacs, archive, target, root, tmp_path, monkeypatch):
+    with DAG("named", params={"node": "archive"}, default_args={"retries": 0}) as dag:
+        first = get(study=archive.private, destination=str(tmp_path / "here"))
+        store(manifest=first.output, target_conn_id="{{ params.node }}")
+    monkeypatch.setenv("AIRFLOW__DICOM_GET__ALLOWED_DESTINATIONS", f"{tmp_path}/*\ndicom://archive")
+    monkeypatch.setenv("AIRFLOW_CONN_ELSEWHERE", f"dicom://ARCHIVE@127.0.0.1:{target.port}")
+    asked = target.total_associations
+    run = run_dag(dag, run_conf={"node": "elsewhere"})
+    assert run.task("store").state == "failed"
+    assert "is none of [dicom_get] allowed_destinations" in run.log
+    assert target.total_associations == asked
 
 
 def test_manifests_of_a_task_are_bounded_together(tmp_path, monkeypatch):
