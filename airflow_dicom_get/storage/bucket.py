@@ -137,7 +137,7 @@ class Bucket:
         self.pace = Pace()
         self._ending: Ending | None = None
         self._lines = _Lines()
-        self._mutex, self._making = threading.Lock(), threading.Lock()
+        self._making = threading.Lock()
         self._made: Any = None
         self._probe: str | None = None
         self._replaces: bool | None = None
@@ -375,16 +375,15 @@ class Bucket:
     def replaces_conditionally(self) -> bool:
         """Whether the service can be told to replace one certain object and no other (``If-Match``).
 
-        It is tried once, at the object that :meth:`writes_conditionally` wrote; without that the answer is no. Callers
-        at the same time each try it: a lock that one holds while the service keeps it waiting no other could leave.
+        It is tried once, at the object that :meth:`writes_conditionally` wrote; without that the answer is no. Uploads
+        that ask at the same time may each try it: behind a lock they would wait for one request, and hear no cancel.
         """
         if self._replaces is None and self._probe is not None:
-            replaces = False
             try:
                 self.put(self._probe, b"", IfMatch='"00000000000000000000000000000000"')
+                self._replaces = False
             except S3Error as error:
-                replaces = error.facts["status"] == 412
-            self._replaces = replaces
+                self._replaces = error.facts["status"] == 412
         return bool(self._replaces)
 
     def _error(self, error: Exception, operation: str, key: str | None) -> S3Error:

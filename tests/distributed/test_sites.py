@@ -34,8 +34,9 @@ STUDIES = int(os.environ.get("STUDIES", "300")) // 5
 INSTANCES, PIXELS, PAUSE = 12, 16384, 0.5
 SLOTS = 3
 AWAY = 30
-"""Seconds for which a cable is out, and the API server at least: until what ran has almost come to its end."""
+"""Seconds for which a cable is out, and for which the API server is away at least."""
 LONGEST_AWAY = 90
+"""Seconds in which what runs has to go on almost to its end while the API server is away; tasks time out after 120."""
 HEARTBEAT = 5
 """Seconds; by default 30. After five of them without a word a worker is lost, and its name is free again."""
 EXECUTOR = "LocalExecutor,airflow.providers.edge3.executors.EdgeExecutor"

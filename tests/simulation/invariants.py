@@ -444,16 +444,16 @@ def _not_asked_again(world: World, run: Played) -> None:
     if world.history.destination == "bucket" and _left_unrecorded(world.runs[run.number - 2]):
         return  # those that could not be put were nowhere else
     confirmed = Counter[Key]()
-    ended = _ended_by_each_other(run)
     for row in _confirmed(world, run):
-        if row in ended:
-            mark("two at once, each of which ended the other's record")
-        else:
-            confirmed[row] += 1
+        confirmed[row] += 1
     for get in world.pacs.gets:
         if get.run == run.number and get.level == "IMAGE":
             for sop in get.uids:
-                if confirmed[get.series, sop]:
+                if not confirmed[get.series, sop]:
+                    continue
+                if (get.series, sop) in _ended_by_each_other(run):
+                    mark("two at once, each of which ended the other's record")
+                else:
                     world.finding("asked for again", get.series, sop)
         elif get.run == run.number and get.level != "IMAGE" and any(confirmed[key] for key in get.sent):
             mark("asked for again as a whole series or study")
@@ -464,20 +464,17 @@ def _ended_by_each_other(run: Played) -> set[Key]:
 
     Each found the other's file unconfirmed. Nothing is recorded of it any more, and so it is fetched once more.
     """
-    ended: dict[Key, dict[str, list[str]]] = {}
+    ended: dict[Key, dict[str, set[str]]] = {}
     for path, content in run.before.items():
         if "/.ledger/" in path:
-            for line in content.splitlines()[1:]:
+            name = path.rpartition("/")[2].partition(".")[0]
+            for line in content.splitlines():
                 if b'"dropped"' in line:
                     with suppress(ValueError):  # a torn line
                         entry = json.loads(line)
                         runs = ended.setdefault((entry["series"], entry["uid"]), {})
-                        runs.setdefault(path.rpartition("/")[2], []).extend(entry.get("runs", ()))
-    return {
-        key
-        for key, runs in ended.items()
-        if any(any(other.startswith(name) for other in runs) for names in runs.values() for name in names)
-    }
+                        runs.setdefault(name, set()).update(entry.get("runs", ()))
+    return {key for key, runs in ended.items() if any(named & runs.keys() for named in runs.values())}
 
 
 def _left_unrecorded(run: Played) -> bool:
